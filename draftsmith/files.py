@@ -1,0 +1,43 @@
+"""Folders that appear whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that takes its place when the block ends without an error.
+
+    A former folder at `path` is replaced only if it holds `marker` (the file by which such folders are known),
+    or nothing. Raises ValueError when it holds something else; nothing is written then.
+    """
+    check_replaceable(path, marker=marker)
+    staging = path.with_name(f".{path.name}.staging-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for file in staging.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            retired = path.with_name(f".{path.name}.retired-{os.getpid()}")
+            path.rename(retired)
+            staging.rename(path)
+            shutil.rmtree(retired)
+        else:
+            staging.rename(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_replaceable(path: Path, *, marker: str) -> None:
+    """Raises ValueError if `path` is a file, or a folder that holds something but not `marker`."""
+    if path.is_file():
+        raise ValueError(f"{path} is a file; name a folder to write to")
+    if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
+        raise ValueError(f"{path} holds something else (no {marker} in it); name a new or empty folder")

@@ -1,0 +1,14 @@
+"""Trains the pocket targets: the 7 M Llama and the 7 M T5 that everything here runs on by default.
+
+    ./launch.sh pocket                     # both, from Python source found on this machine; continues if stopped
+    ./launch.sh pocket --kind causal --max-steps 300 --max-files 400 --output runs/pocket-trial   # a trial
+
+Hardware and numbers: see the cards, `data/pocket/README.md` and `data/pocket-seq2seq/README.md`.
+"""
+
+from trainers.pocket import PocketSettings, train_pocket
+from trainers.settings import parse_settings
+
+if __name__ == "__main__":
+    (settings,) = parse_settings(PocketSettings, description=__doc__)
+    train_pocket(settings)
