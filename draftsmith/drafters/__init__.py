@@ -1,0 +1,92 @@
+"""Drafters: one file is one family, found by its name; there is no registry to edit.
+
+A family's module defines `Config`, a frozen dataclass of what its artifact must remember, and
+`Drafter(config, target)`. A drafter with weights is an `nn.Module` that hides the target from its state dict: the
+module that trains is the module that drafts.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from draftsmith.cache import KVCache
+from draftsmith.sampling import Sampling
+from draftsmith.target import Source, Target
+from draftsmith.tree import Draft
+from draftsmith.verify.verdict import Verdict
+
+NOT_FAMILIES = {"blocks"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Session:
+    """One call of `generate` as a drafter sees it; `rows` and `cache` are live."""
+
+    target: Target
+    rows: list[list[int]]
+    """Committed ids of each row; the last one is pending: not yet fed to the target."""
+    cache: KVCache
+    """The target's cache: it holds all of a row's ids but the pending one."""
+    sampling: Sampling
+    generator: torch.Generator
+    """The call's randomness, for drafters that sample."""
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    """The drafter's hidden layers over the prompt [B, T, D], the pending token not included, right-padded."""
+    source: Source | None = None
+    """What an encoder-decoder target reads."""
+
+    def pending(self) -> Tensor:
+        """Returns each row's pending token [B]."""
+        return torch.tensor([row[-1] for row in self.rows], device=self.target.device)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """One verified draft, as `observe` is told of it."""
+
+    draft: Draft
+    logits_BNV: Tensor
+    """The target's logits at every node fed."""
+    hidden: dict[int, Tensor]
+    """The drafter's hidden layers at every node [B, N, D]."""
+    verdict: Verdict
+    paths: list[list[int]]
+    """The nodes of each row that were committed, node 0 first; none for a row that had finished before."""
+
+
+class Drafter(Protocol):
+    """What the loop asks of a drafter."""
+
+    config: Any
+    hidden_layers: tuple[int, ...]
+    """The hidden layers of the target that it reads."""
+
+    def start(self, session: Session) -> None:
+        """Begins a new call; whatever an earlier one left is forgotten."""
+
+    def propose(self, budget: int) -> Draft:
+        """Returns a draft no deeper than `budget` >= 1 tokens; node 0 of each row is its pending token."""
+        ...
+
+    def observe(self, step: Step) -> None:
+        """Learns what became of the draft; `session.rows` already holds the new tokens."""
+
+
+def names() -> list[str]:
+    """Returns every family."""
+    return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name not in NOT_FAMILIES)
+
+
+def find(name: str) -> ModuleType:
+    """Returns the module of the family called `name`; raises ValueError with the nearest spelling."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names())}"
+        raise ValueError(f"unknown drafter family {name!r}; {hint}")
+    return importlib.import_module(f"draftsmith.drafters.{name}")

@@ -1,0 +1,125 @@
+"""The decoding loop: draft, verify in one forward, commit. Plain decoding is the same loop without a drafter.
+
+Shape suffixes: B rows, T positions, N nodes of a draft, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftsmith.drafters import Drafter, Session, Step
+from draftsmith.prompt import check_lengths, eos_ids, pack, start_rows, until_end
+from draftsmith.sampling import Sampling
+from draftsmith.stats import GenerationStats, Stopwatch
+from draftsmith.target import Target
+from draftsmith.tree import Draft, chain
+from draftsmith.verify import choose
+from draftsmith.verify.verdict import Verdict
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Generation:
+    """What `generate` returns."""
+
+    sequences: Tensor
+    """[B, longest]: the prompt (causal) or decoder start (encoder-decoder) and what follows it, right-padded."""
+    lengths: Tensor
+    """[B]: ids of each row that are not padding."""
+    stats: GenerationStats
+
+
+@torch.inference_mode()
+def generate(
+    target: Target,
+    input_ids: Tensor,
+    drafter: Drafter | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    verifier: str = "auto",
+    streamer: Any = None,
+) -> Generation:
+    """Continues `input_ids` [B, T] as the target would; with a drafter sooner, and by the same law.
+
+    Prompts may be padded left or right, as `attention_mask` [B, T] says, and their lengths may differ. For an
+    encoder-decoder `input_ids` are the sources. `eos_token_id` defaults to the model's own; an empty sequence turns
+    it off. The same `seed` gives the same tokens. Raises ValueError for settings or prompts that do not fit.
+    """
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+    rows, source = start_rows(target, input_ids, attention_mask)
+    check_lengths(target, rows, max_new_tokens, streamer)
+    limits = [len(row) + max_new_tokens for row in rows]
+    eos = eos_ids(target, eos_token_id)
+    generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
+    stats, watch = GenerationStats(num_rows=len(rows)), Stopwatch(target.device)
+    num_printed = 0
+
+    cache = target.new_cache(len(rows), source=source)
+    wanted = drafter.hidden_layers if drafter is not None else ()
+    hidden = target.prefill([row[:-1] for row in rows], cache, layers=wanted) if max(map(len, rows)) > 1 else {}
+    session = Session(
+        target=target, rows=rows, cache=cache, sampling=sampling, generator=generator, hidden=hidden, source=source
+    )
+    if drafter is not None:
+        drafter.start(session)
+    is_running = [True] * len(rows)
+    stats.prefill_ms += watch.lap_ms()
+
+    while any(is_running):
+        budget = max(limit - len(row) for limit, row, runs in zip(limits, rows, is_running, strict=True) if runs) - 1
+        draft = drafter.propose(budget) if drafter is not None and budget > 0 else _only_pending(session)
+        stats.draft_ms += watch.lap_ms()
+
+        out = target.forward(draft.tokens_BN, draft.tree, cache, layers=wanted)
+        logits_BNV = target.logits(out.hidden_BND)
+        verdict = _verify(logits_BNV, draft, sampling, verifier, generator)
+        paths, next_tokens = _to_host(verdict)
+        stats.verify_ms += watch.lap_ms()
+
+        tokens = draft.tokens_BN.tolist()
+        for row, path in enumerate(paths):
+            if not is_running[row]:
+                path.clear()  # a finished row stays as it is while others go on
+                continue
+            new = [*(tokens[row][node] for node in path[1:]), next_tokens[row]]
+            kept = until_end(new, limits[row] - len(rows[row]), eos)
+            stats.count(draft, row, num_accepted=len(path) - 1, num_kept=len(kept))
+            rows[row] += kept
+            is_running[row] = len(rows[row]) < limits[row] and kept[-1] not in eos
+        cache.commit(paths)
+        if streamer is not None:
+            streamer.put(torch.tensor(rows[0][num_printed:]))
+            num_printed = len(rows[0])
+        if drafter is not None and any(is_running):
+            drafter.observe(Step(draft=draft, logits_BNV=logits_BNV, hidden=out.layers, verdict=verdict, paths=paths))
+        stats.commit_ms += watch.lap_ms()
+    if streamer is not None:
+        streamer.end()
+    sequences, lengths = pack(target, rows)
+    return Generation(sequences=sequences, lengths=lengths, stats=stats)
+
+
+def _only_pending(session: Session) -> Draft:
+    return Draft(tokens_BN=session.pending()[:, None], tree=chain(1, session.target.device))
+
+
+def _verify(logits_BNV: Tensor, draft: Draft, sampling: Sampling, name: str, generator: torch.Generator) -> Verdict:
+    verifier = choose(name, sampling, draft)
+    if sampling.is_greedy and verifier.LOSSLESS:
+        return verifier.verify(logits_BNV, draft, logits_BNV)
+    uniforms_BU = torch.rand(len(logits_BNV), draft.tree.num_nodes + 1, generator=generator, dtype=torch.float64)
+    return verifier.verify(sampling.law(logits_BNV), draft, uniforms_BU.to(logits_BNV.device))
+
+
+def _to_host(verdict: Verdict) -> tuple[list[list[int]], list[int]]:
+    """Returns each row's accepted nodes and next token, in a single transfer."""
+    numbers = torch.cat([verdict.num_accepted_B[:, None], verdict.next_token_B[:, None], verdict.path_BP], 1).tolist()
+    return [row[2 : row[0] + 3] for row in numbers], [row[1] for row in numbers]

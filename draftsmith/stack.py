@@ -1,0 +1,197 @@
+"""Views of a transformers decoder stack: the user's own modules, run over a span, with sublayers left out, or tapped.
+
+A view is a shallow copy: it shares every parameter with the model and leaves nothing changed on it.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+LAYER_LISTS = ("layers", "h", "block")
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
+ATTENTIONS = ("self_attn", "attn", "attention")
+MLPS = ("mlp", "fc2")
+
+
+class Frame:
+    """What one forward through a view is given and gives back beside the stack's own arguments."""
+
+    def __init__(self) -> None:
+        self.entry: Tensor | None = None
+        self.wanted: frozenset[int] = frozenset()
+        self.hidden: dict[int, Tensor] = {}
+        self.positions: Tensor | None = None
+
+
+class _Layer(nn.Module):
+    """One block of a view; `inner` is None outside the span, where hidden states pass unchanged."""
+
+    def __init__(self, inner: nn.Module, frame: Frame, index: int, *, runs: bool, is_entry: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        self._frame, self._index, self._runs, self._is_entry = frame, index, runs, is_entry
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._is_entry and self._frame.entry is not None:
+            hidden = self._frame.entry
+        if self._index in self._frame.wanted:
+            self._frame.hidden[self._index] = hidden
+        return self.inner(hidden, *args, **kwargs) if self._runs else hidden
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+class _Zero(nn.Module):
+    """Takes the place of a sublayer that is left out: adds nothing to the residual stream."""
+
+    def __init__(self, *, returns_pair: bool, width: int) -> None:
+        super().__init__()
+        self._returns_pair, self._width = returns_pair, width
+
+    def forward(self, hidden: Tensor | None = None, *_: Any, hidden_states: Tensor | None = None, **__: Any) -> Any:
+        given = hidden if hidden is not None else hidden_states
+        assert given is not None
+        zero = given.new_zeros(*given.shape[:-1], self._width)
+        return (zero, None) if self._returns_pair else zero
+
+
+class _Positions(nn.Module):
+    """Learnt positions looked up at the frame's own, for decoders that derive them from a single cache length."""
+
+    def __init__(self, inner: Any, frame: Frame) -> None:
+        super().__init__()
+        self.inner, self._frame = inner, frame
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._frame.positions is None:
+            return self.inner(*args, **kwargs)
+        return nn.functional.embedding(self._frame.positions + self.inner.offset, self.inner.weight)
+
+
+class _Handed(BaseModelOutputWithPast):
+    """An output that holds the last hidden state and None for whatever else a head may pass on."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None
+
+
+class _Passed(nn.Module):
+    """Stands for a whole base model or decoder: hands on the hidden states it is given as input embeddings."""
+
+    def forward(
+        self, *_: Any, inputs_embeds: Tensor | None = None, decoder_inputs_embeds: Tensor | None = None, **__: Any
+    ) -> BaseModelOutputWithPast:
+        given = inputs_embeds if inputs_embeds is not None else decoder_inputs_embeds
+        return _Handed(last_hidden_state=given)
+
+    @property
+    def decoder(self) -> "_Passed":
+        return self
+
+
+def shallow(module: nn.Module) -> Any:
+    """Returns a copy that shares parameters, buffers and children, whose children can be replaced."""
+    twin = copy.copy(module)
+    twin.__dict__["_modules"] = dict(module._modules)
+    return twin
+
+
+def find_child(module: nn.Module, names: tuple[str, ...], what: str) -> str:
+    """Returns which of `names` the module has; raises ValueError naming the architecture if none."""
+    for name in names:
+        if isinstance(module._modules.get(name), nn.Module):
+            return name
+    raise ValueError(f"{type(module).__name__} has no {what} that draftsmith knows (looked for {', '.join(names)})")
+
+
+def view(
+    stack: nn.Module, frame: Frame, *, start: int, stop: int, skipped: frozenset[tuple[str, int]], width: int
+) -> Any:
+    """Returns a view that runs blocks `start` to `stop - 1` without the final norm.
+
+    `skipped` holds ("attention", i) and ("mlp", i) for sublayers to leave out. With `start` > 0 the frame's `entry`
+    takes the place of whatever the embedding yields. `frame.hidden[i]` is the input of block i. `width` is that of the
+    residual stream.
+    """
+    twin = shallow(stack)
+    list_name, norm_name = find_child(stack, LAYER_LISTS, "list of blocks"), final_norm(stack)
+    layers = []
+    for index, layer in enumerate(getattr(stack, list_name)):
+        inner = _without(layer, {kind for kind, at in skipped if at == index}, width)
+        layers.append(_Layer(inner, frame, index, runs=start <= index < stop, is_entry=index == start))
+    twin._modules[list_name] = nn.ModuleList(layers)
+    if norm_name is not None:
+        twin._modules[norm_name] = nn.Identity()
+    if hasattr(getattr(stack, "embed_positions", None), "offset"):
+        twin._modules["embed_positions"] = _Positions(stack.embed_positions, frame)
+    return twin
+
+
+def final_norm(stack: nn.Module) -> str | None:
+    """Returns the name of the stack's final norm, None for decoders of post-norm blocks, which have none."""
+    return next((name for name in FINAL_NORMS if isinstance(stack._modules.get(name), nn.Module)), None)
+
+
+def _without(layer: nn.Module, kinds: set[str], width: int) -> nn.Module:
+    if not kinds:
+        return layer
+    if getattr(layer, "do_layer_norm_before", True) is False:
+        raise ValueError(f"{type(layer).__name__} normalises after its sublayers, so that none can be left out")
+    twin = shallow(layer)
+    if "attention" in kinds:
+        name = find_child(layer, ATTENTIONS, "attention")
+        twin._modules[name] = _Zero(returns_pair=True, width=width)
+    if "mlp" in kinds:
+        name = find_child(layer, MLPS, "MLP")
+        twin._modules[name] = _Zero(returns_pair=False, width=width)
+    return twin
+
+
+def head_view(model: Any) -> Any:
+    """Returns a view of the model that applies its head, scaling and soft-capping to normed hidden states."""
+    twin = shallow(model)
+    name = model.base_model_prefix if model.base_model_prefix in model._modules else "decoder"
+    if name not in model._modules:
+        raise ValueError(f"{type(model).__name__} has no base model that draftsmith knows")
+    twin._modules[name] = _Passed()
+    return twin
+
+
+def relative_bias(stack: nn.Module, frame: Frame) -> Any:
+    """Returns a copy of a T5 stack whose position bias follows each row's own positions instead of slot numbers."""
+    twin = shallow(stack)
+    block = shallow(stack.block[0])  # type: ignore[operator, index, union-attr]
+    sublayers = nn.ModuleList(block.layer)
+    sublayer = shallow(block.layer[0])
+    attention = shallow(sublayer.SelfAttention)
+
+    def compute_bias(query_length: int, key_length: int, **_: Any) -> Tensor:
+        assert frame.positions is not None
+        keys_S = torch.arange(key_length, device=frame.positions.device)
+        # A chain's slots are its positions, so that distance in slots is distance in the text.
+        distance_BNS = keys_S - frame.positions[:, :, None]
+        bucket_BNS = attention._relative_position_bucket(
+            distance_BNS,
+            bidirectional=False,
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=attention.relative_attention_max_distance,
+        )
+        return attention.relative_attention_bias(bucket_BNS).permute(0, 3, 1, 2)
+
+    attention.compute_bias = compute_bias
+    sublayer._modules["SelfAttention"] = attention
+    sublayers[0] = sublayer
+    block._modules["layer"] = sublayers
+    blocks = nn.ModuleList(stack.block)  # type: ignore[arg-type]
+    blocks[0] = block
+    twin._modules["block"] = blocks
+    return twin

@@ -1,0 +1,64 @@
+"""What a call of `generate` counts and times."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from draftsmith.tree import Draft
+
+
+@dataclass(kw_only=True)
+class GenerationStats:
+    """Counts over all rows; times are totals of the call."""
+
+    num_rows: int
+    steps: int = 0
+    """Verified drafts, summed over running rows: a row's target forwards, the prefill not counted."""
+    new_tokens: int = 0
+    """Tokens generated, those after an end-of-sequence not counted."""
+    drafted: list[int] = field(default_factory=list)
+    """Entry d counts the drafts that reached depth d + 1."""
+    accepted: list[int] = field(default_factory=list)
+    """Entry d counts the drafts whose accepted path reached depth d + 1."""
+    prefill_ms: float = 0.0
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
+    commit_ms: float = 0.0
+
+    @property
+    def tau(self) -> float:
+        """Tokens committed per target forward, the target's own token included."""
+        return self.new_tokens / max(self.steps, 1)
+
+    @property
+    def accepted_per_depth(self) -> list[float]:
+        """Share of drafts reaching each depth (from 1) whose accepted path reached it too."""
+        return [accepted / drafted for accepted, drafted in zip(self.accepted, self.drafted, strict=True) if drafted]
+
+    def count(self, draft: Draft, row: int, *, num_accepted: int, num_kept: int) -> None:
+        """Adds one row's verified draft."""
+        num_nodes = draft.tree.num_nodes if draft.num_nodes is None else draft.num_nodes[row]
+        depth = num_nodes - 1 if draft.tree.is_chain else draft.tree.depth
+        self.steps += 1
+        self.new_tokens += num_kept
+        for counts, reached in ((self.drafted, depth), (self.accepted, min(num_accepted, depth))):
+            counts.extend([0] * (max(depth, len(self.drafted)) - len(counts)))
+            for level in range(reached):
+                counts[level] += 1
+
+
+class Stopwatch:
+    """Times consecutive stages; on an accelerator it waits for the work before reading the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = time.perf_counter()
+
+    def lap_ms(self) -> float:
+        """Returns milliseconds since the last call."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        lap, self._last = 1e3 * (now - self._last), now
+        return lap

@@ -1,0 +1,93 @@
+"""The draft tree: what a drafter proposes and the target checks in one forward.
+
+Shape suffixes: B rows of the batch, N nodes of the tree, V vocabulary; R is B, or 1 when all rows share the shape.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Drawn = Literal["deterministic", "independent", "without_replacement"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tree:
+    """The shape of a draft; node 0 is the pending token and every parent comes before its children."""
+
+    parents_RN: Tensor
+    """Index of each node's parent, -1 for node 0."""
+    depths_RN: Tensor
+    """Number of edges from node 0."""
+    ancestors_RNN: Tensor
+    """True at [i, j] if j is i or an ancestor of i: what node i may attend to."""
+    depth: int
+    """The deepest node's depth."""
+    is_chain: bool
+    """Whether it is the same single branch in every row."""
+
+    @property
+    def num_nodes(self) -> int:
+        return self.parents_RN.shape[1]
+
+    @staticmethod
+    def from_parents(parents: list[list[int]], device: torch.device | str = "cpu") -> "Tree":
+        """Builds the tree from one list of parents (shared) or one a row; raises ValueError unless parent < child."""
+        num_nodes = len(parents[0])
+        depths = []
+        for row in parents:
+            if len(row) != num_nodes or row[0] != -1 or any(not 0 <= p < i for i, p in enumerate(row) if i):
+                raise ValueError(f"a tree's first parent is -1 and each other parent an earlier node, not {row}")
+            depth = [0] * num_nodes
+            for node in range(1, num_nodes):
+                depth[node] = depth[row[node]] + 1
+            depths.append(depth)
+        parents_RN = torch.tensor(parents, device=device)
+        ancestors_RNN = torch.eye(num_nodes, dtype=torch.bool, device=device).repeat(len(parents), 1, 1)
+        rows = torch.arange(len(parents), device=device)
+        for node in range(1, num_nodes):
+            ancestors_RNN[:, node] |= ancestors_RNN[rows, parents_RN[:, node]]
+        return Tree(
+            parents_RN=parents_RN,
+            depths_RN=torch.tensor(depths, device=device),
+            ancestors_RNN=ancestors_RNN,
+            depth=max(map(max, depths)),
+            is_chain=all(row == list(range(-1, num_nodes - 1)) for row in parents),
+        )
+
+
+@lru_cache(maxsize=256)
+def chain(num_nodes: int, device: torch.device | str = "cpu") -> Tree:
+    """Returns the tree with a single branch of `num_nodes` nodes, the pending one included."""
+    order_N = torch.arange(num_nodes, device=device)
+    return Tree(
+        parents_RN=order_N[None] - 1,
+        depths_RN=order_N[None],
+        ancestors_RNN=(order_N[:, None] >= order_N)[None],
+        depth=num_nodes - 1,
+        is_chain=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draft:
+    """A tree filled with tokens, and the laws that its children were drawn from."""
+
+    tokens_BN: Tensor
+    """Node 0 is the pending token: committed, not yet fed."""
+    tree: Tree
+    num_nodes: list[int] | None = None
+    """Nodes in use in each row, the rest being padding; None means all."""
+    draft_probs_BNV: Tensor | None = None
+    """Row i is the law that the children of node i were drawn from; None if the draft is deterministic."""
+    drawn: Drawn = "deterministic"
+    """How the children of a node were drawn."""
+
+    def valid_BN(self) -> Tensor | None:
+        """Returns which nodes are in use [B, N], or None if all are."""
+        if self.num_nodes is None:
+            return None
+        device = self.tokens_BN.device
+        return torch.arange(self.tree.num_nodes, device=device) < torch.tensor(self.num_nodes, device=device)[:, None]

@@ -1,0 +1,14 @@
+"""Temperature 0: accept while a child is the target's argmax (Stern et al. 2018; Leviathan et al. 2211.17192)."""
+
+from torch import Tensor
+
+from draftsmith.tree import Draft
+from draftsmith.verify.verdict import Verdict, walk
+
+LOSSLESS = True
+DRAWN = ("deterministic", "independent", "without_replacement")
+
+
+def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
+    """Returns the longest path of argmaxes and the argmax after it; any scores that rank like the law will do."""
+    return walk(target_probs_BNV.argmax(-1), draft)
