@@ -51,14 +51,15 @@ def generate(
 
     Prompts may be padded left or right, as `attention_mask` [B, T] says, and their lengths may differ. For an
     encoder-decoder `input_ids` are the sources. `eos_token_id` defaults to the model's own; an empty sequence turns
-    it off. The same `seed` gives the same tokens. Raises ValueError for settings or prompts that do not fit.
+    it off. The same `seed` gives the same tokens; without one, torch's
+    global generator gives it. Raises ValueError for settings or prompts that do not fit.
     """
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
     rows, source = start_rows(target, input_ids, attention_mask)
     check_lengths(target, rows, max_new_tokens, streamer)
     limits = [len(row) + max_new_tokens for row in rows]
     eos = eos_ids(target, eos_token_id)
-    generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
     stats, watch = GenerationStats(num_rows=len(rows)), Stopwatch(target.device)
     num_printed = 0
 

@@ -64,6 +64,7 @@ class Drafter(Protocol):
     """What the loop asks of a drafter."""
 
     config: Any
+    target: Target
     hidden_layers: tuple[int, ...]
     """The hidden layers of the target that it reads."""
 

@@ -34,6 +34,7 @@ class Drafter:
 
     def __init__(self, config: Config, target: Target) -> None:
         self.config = config
+        self.target = target
 
     def start(self, session: Session) -> None:
         self._session = session

@@ -1,0 +1,166 @@
+"""Artifacts: a folder with `draft_config.json` and the drafter's weights or store, bound to one target.
+
+No pickle; written whole or not at all; refused for another target, tokenizer or vocabulary.
+"""
+
+import dataclasses
+import difflib
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import safetensors
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from draftsmith.drafters import find, names
+from draftsmith.files import atomic_folder
+from draftsmith.target import Target
+
+FORMAT_VERSION = 1
+MANIFEST = "draft_config.json"
+WEIGHTS = "model.safetensors"
+LAYER_INDEX = "hidden[0] is the embedding output, hidden[i] the output of the i-th block, un-normed"
+
+
+def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, Any] | None = None) -> None:
+    """Writes `drafter` to the folder `path`, replacing an artifact there; `record` is added to the manifest.
+
+    A drafter with a store of its own defines `save_store(folder)` and, on its class, `load_store(folder, config,
+    target)`. Raises ValueError if `path` holds something else.
+    """
+    family = type(drafter).__module__.rsplit(".", 1)[-1]
+    assert family in names()
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "family": family,
+        "config": dataclasses.asdict(drafter.config),
+        "target": {"name": target.name, "fingerprint": target.fingerprint},
+        "tokenizer_hash": target.tokenizer_hash,
+        "vocab_size": target.vocab_size,
+        "layer_index": LAYER_INDEX,
+        "acceptance_mode": "lossless",
+        "command": shlex.join(sys.argv),
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": numpy.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    } | (record or {})
+    with atomic_folder(Path(path), marker=MANIFEST) as folder:
+        if isinstance(drafter, nn.Module):
+            save_file({name: tensor.contiguous() for name, tensor in own_tensors(drafter).items()}, folder / WEIGHTS)
+        if hasattr(drafter, "save_store"):
+            drafter.save_store(folder)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def load(path: str | Path, target: Target) -> Any:
+    """Returns the drafter saved at `path`, ready to draft for `target`.
+
+    Raises ValueError if it was made for another target or tokenizer, or if a file is missing, truncated or odd.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    _check_target(folder, manifest, target)
+    module = find(manifest["family"])
+    config = _config(module.Config, manifest["config"], folder)
+    if hasattr(module.Drafter, "load_store"):
+        return module.Drafter.load_store(folder, config, target)
+    drafter = module.Drafter(config, target)
+    if isinstance(drafter, nn.Module):
+        _load_weights(drafter, folder / WEIGHTS)
+        drafter.eval().requires_grad_(False)
+    return drafter
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """Returns an artifact's manifest; raises ValueError if there is none or it cannot be understood."""
+    file = Path(path) / MANIFEST
+    if not Path(path).is_dir():
+        raise ValueError(f"artifact {path}: no such folder")
+    if not file.is_file():
+        raise ValueError(f"{path} is no draftsmith artifact: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); the artifact must be made again") from error
+    missing = {"format_version", "family", "config", "target", "vocab_size"} - set(manifest)
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; the artifact must be made again")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"{file} has format version {manifest['format_version']}, this draftsmith reads {FORMAT_VERSION}")
+    return manifest
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the module's state, each shared tensor under its first name only."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if place not in seen or tensor.numel() == 0:
+            seen.add(place)
+            tensors[name] = tensor
+    return tensors
+
+
+def _load_weights(drafter: nn.Module, file: Path) -> None:
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; the artifact must be made again")
+    try:
+        tensors = load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is truncated or no safetensors file ({error}); the artifact must be made again") from error
+    expected = own_tensors(drafter)
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        raise ValueError(f"{file}: tensor {name!r} is {'missing' if name in expected else 'not part of this drafter'}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{file}: {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+    drafter.load_state_dict(tensors, strict=False)
+
+
+def _check_target(folder: Path, manifest: dict[str, Any], target: Target) -> None:
+    if manifest["vocab_size"] != target.vocab_size:
+        raise ValueError(
+            f"artifact {folder} was made for a vocabulary of {manifest['vocab_size']}, and target {target.name} has"
+            f" {target.vocab_size}; train a drafter for this target"
+        )
+    if manifest.get("tokenizer_hash") and target.tokenizer_hash and manifest["tokenizer_hash"] != target.tokenizer_hash:
+        raise ValueError(f"artifact {folder} was made with another tokenizer than that of target {target.name}")
+    if manifest["target"]["fingerprint"] != target.fingerprint:
+        raise ValueError(
+            f"artifact {folder} was made for target {manifest['target']['name']} with weights"
+            f" {manifest['target']['fingerprint'][:8]}, and {target.name} has {target.fingerprint[:8]};"
+            " train a drafter for this target"
+        )
+
+
+def _config(kind: Any, values: dict[str, Any], folder: Path) -> Any:
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{folder / MANIFEST}: unknown setting {key!r}{hint}")
+    return kind(**values)
+
+
+def _commit() -> str | None:
+    """Returns the commit of the checkout this file lies in, None outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
