@@ -99,7 +99,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; the artifact must be made again")
     if manifest["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{file} has format version {manifest['format_version']}, this draftsmith reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{file} has format version {manifest['format_version']}, this draftsmith reads {FORMAT_VERSION}"
+        )
     return manifest
 
 
@@ -121,13 +123,17 @@ def _load_weights(drafter: nn.Module, file: Path) -> None:
     try:
         tensors = load_file(file)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is truncated or no safetensors file ({error}); the artifact must be made again") from error
+        raise ValueError(
+            f"{file} is truncated or no safetensors file ({error}); the artifact must be made again"
+        ) from error
     expected = own_tensors(drafter)
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise ValueError(f"{file}: tensor {name!r} is {'missing' if name in expected else 'not part of this drafter'}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
-            raise ValueError(f"{file}: {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+            raise ValueError(
+                f"{file}: {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+            )
     drafter.load_state_dict(tensors, strict=False)
 
 

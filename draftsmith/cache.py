@@ -54,12 +54,13 @@ class KVCache(Cache):
     def num_visible(self) -> int:
         return self._num_visible
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Writes [B, H, N, D] at the prepared slots and returns the visible keys and values [B, H, S, D]."""
         if self._store is None:
             batch_size, num_heads, _, width = key_states.shape
-            shape = (self.num_layers, 2, batch_size, num_heads, self.capacity, width)
-            self._store = key_states.new_zeros(shape)
+            self._store = key_states.new_zeros(self.num_layers, 2, batch_size, num_heads, self.capacity, width)
         keys, values = self._store[layer_idx, 0], self._store[layer_idx, 1]
         if self._slots_BN is None:
             end = self._first_slot + key_states.shape[2]
@@ -82,8 +83,10 @@ class KVCache(Cache):
         assert self._store is not None
         longest = max(map(len, paths))
         # Beyond a row's own path the slot is copied onto itself.
-        sources = [[length + node for node in (path + list(range(len(path), longest)))]
-                   for length, path in zip(self.lengths, paths, strict=True)]
+        sources = [
+            [length + node for node in (path + list(range(len(path), longest)))]
+            for length, path in zip(self.lengths, paths, strict=True)
+        ]
         if len(paths) == 1:
             start = self.lengths[0]
             self._store[:, :, 0, :, start : start + longest] = self._store[:, :, 0, :, sources[0]]

@@ -51,8 +51,8 @@ def generate(
 
     Prompts may be padded left or right, as `attention_mask` [B, T] says, and their lengths may differ. For an
     encoder-decoder `input_ids` are the sources. `eos_token_id` defaults to the model's own; an empty sequence turns
-    it off. The same `seed` gives the same tokens; without one, torch's
-    global generator gives it. Raises ValueError for settings or prompts that do not fit.
+    it off. The same `seed` gives the same tokens; without one, torch's global generator gives it. A `streamer` is put
+    the prompt, then each step's tokens. Raises ValueError for settings or prompts that do not fit.
     """
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
     rows, source = start_rows(target, input_ids, attention_mask)
@@ -61,7 +61,8 @@ def generate(
     eos = eos_ids(target, eos_token_id)
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
     stats, watch = GenerationStats(num_rows=len(rows)), Stopwatch(target.device)
-    num_printed = 0
+    if streamer is not None:
+        streamer.put(torch.tensor(rows[0]))
 
     cache = target.new_cache(len(rows), source=source)
     wanted = drafter.hidden_layers if drafter is not None else ()
@@ -95,10 +96,9 @@ def generate(
             stats.count(draft, row, num_accepted=len(path) - 1, num_kept=len(kept))
             rows[row] += kept
             is_running[row] = len(rows[row]) < limits[row] and kept[-1] not in eos
+            if streamer is not None:
+                streamer.put(torch.tensor(kept))
         cache.commit(paths)
-        if streamer is not None:
-            streamer.put(torch.tensor(rows[0][num_printed:]))
-            num_printed = len(rows[0])
         if drafter is not None and any(is_running):
             drafter.observe(Step(draft=draft, logits_BNV=logits_BNV, hidden=out.layers, verdict=verdict, paths=paths))
         stats.commit_ms += watch.lap_ms()

@@ -82,4 +82,3 @@ def pack(target: Target, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     longest = max(map(len, rows))
     sequences = torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=target.device)
     return sequences, torch.tensor([len(row) for row in rows], device=target.device)
-

@@ -81,7 +81,6 @@ class _Handed(BaseModelOutputWithPast):
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
             raise AttributeError(name)
-        return None
 
 
 class _Passed(nn.Module):
@@ -166,10 +165,10 @@ def head_view(model: Any) -> Any:
     return twin
 
 
-def relative_bias(stack: nn.Module, frame: Frame) -> Any:
+def relative_bias(stack: Any, frame: Frame) -> Any:
     """Returns a copy of a T5 stack whose position bias follows each row's own positions instead of slot numbers."""
     twin = shallow(stack)
-    block = shallow(stack.block[0])  # type: ignore[operator, index, union-attr]
+    block = shallow(stack.block[0])
     sublayers = nn.ModuleList(block.layer)
     sublayer = shallow(block.layer[0])
     attention = shallow(sublayer.SelfAttention)
@@ -191,7 +190,7 @@ def relative_bias(stack: nn.Module, frame: Frame) -> Any:
     sublayer._modules["SelfAttention"] = attention
     sublayers[0] = sublayer
     block._modules["layer"] = sublayers
-    blocks = nn.ModuleList(stack.block)  # type: ignore[arg-type]
+    blocks = nn.ModuleList(stack.block)
     blocks[0] = block
     twin._modules["block"] = blocks
     return twin

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from draftsmith.cache import KVCache
-from draftsmith.stack import Frame, final_norm, head_view, relative_bias, shallow, view
+from draftsmith.stack import LAYER_LISTS, Frame, final_norm, find_child, head_view, relative_bias, view
 from draftsmith.tree import Tree, chain
 
 LAYER_KINDS = {"full_attention", "sliding_attention"}
@@ -59,6 +59,7 @@ class Target:
         self.name = str(model.config._name_or_path) or type(model).__name__
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._config = model.config.get_text_config(decoder=True)
+        self._parameter = next(model.parameters())  # transformers' own `device` searches all modules at each call
         self._frame = Frame()
         self._views: dict[Any, Any] = {}
         self._stack = self._find_stack()
@@ -108,15 +109,15 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self._parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        return self._parameter.dtype
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every weight's name, shape and 64 of its values in bf16: the same in whatever dtype it is loaded."""
+        """A hash of every weight's name, shape and 64 values in bf16, the same in whatever dtype it is loaded."""
         digest = hashlib.sha256()
         for name, weight in sorted(self.model.named_parameters()):
             digest.update(f"{name}{tuple(weight.shape)}".encode())
@@ -248,8 +249,6 @@ class Target:
         return type(self.model).__name__
 
     def _find_stack(self) -> Any:
-        from draftsmith.stack import LAYER_LISTS, find_child
-
         decoder = getattr(self.model, "get_decoder", lambda: None)()
         if decoder is None or decoder is self.model:
             raise ValueError(f"{self._architecture} has no decoder stack that draftsmith knows")
@@ -310,11 +309,8 @@ class Target:
         if key not in self._views:
             if self.is_encoder_decoder and key != (0, self.num_layers, frozenset()):
                 raise ValueError(f"{self._architecture} is an encoder-decoder: spans of layers are not supported")
-            whole = {"start": start, "stop": stop, "skipped": skipped, "width": self.hidden_size}
-            base = self._stack
-            if hasattr(base, "block"):
-                base = relative_bias(base, self._frame)
-            self._views[key] = view(base, self._frame, **whole)
+            base = relative_bias(self._stack, self._frame) if hasattr(self._stack, "block") else self._stack
+            self._views[key] = view(base, self._frame, start=start, stop=stop, skipped=skipped, width=self.hidden_size)
         return self._views[key]
 
     def _both_caches(self, cache: KVCache) -> EncoderDecoderCache:

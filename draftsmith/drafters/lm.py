@@ -44,6 +44,8 @@ class Config:
 class Drafter(nn.Module):
     """The draft model with a cache of its own, whose rows advance as the target's do."""
 
+    target: Target
+    engine: Target
     hidden_layers: tuple[int, ...] = ()
 
     def __init__(self, config: Config, target: Target) -> None:

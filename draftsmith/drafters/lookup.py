@@ -51,8 +51,7 @@ class Drafter:
             copied.append(index.continuation(min(budget, self.config.num_draft)))
         longest = max(map(len, copied))
         tokens = [
-            [row[-1], *ids, *[0] * (longest - len(ids))]
-            for row, ids in zip(self._session.rows, copied, strict=True)
+            [row[-1], *ids, *[0] * (longest - len(ids))] for row, ids in zip(self._session.rows, copied, strict=True)
         ]
         device = self._session.target.device
         return Draft(
@@ -84,7 +83,7 @@ class _Index:
         self._num_indexed = max(self._num_indexed, len(self._ids) - 1)
 
     def continuation(self, num_tokens: int) -> list[int]:
-        """Returns what followed the longest matching n-gram's latest occurrence, repeating it if it runs into the end."""
+        """Returns what followed the longest matching n-gram's latest occurrence, going round if it meets the end."""
         ids = self._ids
         for size in range(min(self._config.max_ngram, len(ids) - 1), self._config.min_ngram - 1, -1):
             end = self._ends.get(tuple(ids[len(ids) - size :]))

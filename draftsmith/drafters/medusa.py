@@ -38,7 +38,9 @@ class Config:
 
 
 class Drafter(nn.Module):
-    """K heads z = h + SiLU(W h + b), repeated for each block, then the output head; h is the normed last hidden state."""
+    """K heads: z = h + SiLU(W h + b) for each block, then the output head; h is the last hidden state, normed."""
+
+    target: Target
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
@@ -49,15 +51,13 @@ class Drafter(nn.Module):
         self.blocks = nn.ModuleList(
             nn.ModuleList(nn.Linear(width, width) for _ in range(config.num_blocks)) for _ in range(config.num_heads)
         )
-        for linear in self.blocks.modules():
-            if isinstance(linear, nn.Linear):
-                nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)
+        for parameter in self.blocks.parameters():
+            nn.init.zeros_(parameter)
         if config.own_head:
             weight = target.model.get_output_embeddings().weight
             self.outputs = nn.ModuleList(nn.Linear(width, weight.shape[0], bias=False) for _ in range(config.num_heads))
             for output in self.outputs:
-                output.weight.data.copy_(weight.detach())
+                output.weight = nn.Parameter(weight.detach().clone())
         self.to(device=target.device, dtype=target.dtype)
         self._plan_tree()
 
@@ -66,7 +66,7 @@ class Drafter(nn.Module):
         features = []
         for blocks in self.blocks:
             z_BTD = normed_BTD
-            for linear in blocks:  # type: ignore[union-attr]
+            for linear in blocks:  # type: ignore[attr-defined]
                 z_BTD = z_BTD + nn.functional.silu(linear(z_BTD))
             features.append(z_BTD)
         return features

@@ -8,6 +8,7 @@ file. Uniforms are [B, N + 1] in [0, 1): one for each node, and a last one.
 import importlib
 import pkgutil
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 from torch import Tensor
@@ -27,9 +28,10 @@ class Verifier(Protocol):
     verify: Callable[[Tensor, Draft, Tensor], Verdict]
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """Returns the names that `generate(verifier=...)` takes beside "auto"."""
-    return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "verdict")
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "verdict"))
 
 
 def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
@@ -44,7 +46,7 @@ def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
             name = "once" if draft.drawn == "deterministic" else "token"
     if name not in names():
         raise ValueError(f"unknown verifier {name!r}; there are auto, {', '.join(names())}")
-    verifier: Verifier = importlib.import_module(f"draftsmith.verify.{name}")  # type: ignore[assignment]
+    verifier: Verifier = importlib.import_module(f"draftsmith.verify.{name}")
     if sampling.is_greedy and verifier.LOSSLESS and name != "greedy":
         raise ValueError(f"verifier {name!r} keeps a sampled law; at temperature 0 use 'greedy' or 'auto'")
     if name == "greedy" and not sampling.is_greedy:

@@ -1,0 +1,182 @@
+"""The command `draftsmith`: generate text with a drafter, or inspect an artifact."""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+CHECKOUT_TARGET = Path(__file__).parent.parent / "data" / "pocket"
+GREEN_UNDERLINED, PLAIN = "\033[4;32m", "\033[0m"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that names the nearest flag when it meets one that it does not know."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            chosen = self._subparsers._group_actions[0].choices[parsed.command]  # type: ignore[union-attr,index]
+            flags = [flag for action in chosen._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
+            self.error(f"unknown argument {unknown[0]!r}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"draftsmith: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line; a user's mistake ends in one sentence on stderr and exit status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ValueError as error:
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> int:
+    print(f"draftsmith: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="draftsmith", description="Speculative decoding with drafters made by draftsmith.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,inspect}")
+    generate = commands.add_parser("generate", help="continue a prompt, streaming", allow_abbrev=False)
+    generate.add_argument("prompt", help="the text to continue; - reads standard input")
+    generate.add_argument("--target", help="a transformers folder or hub name (default: the pocket target)")
+    generate.add_argument("--draft", metavar="ARTIFACT", help="a drafter's folder; without it decoding is plain")
+    generate.add_argument("--show-drafts", action="store_true", help="mark the tokens that the drafter got right")
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="at most this many (default 128)"
+    )
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep this mass of likeliest tokens")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="keep this many tokens; 0 keeps all")
+    generate.add_argument("--seed", type=int, help="the same seed gives the same text")
+    generate.add_argument("--verifier", default="auto", help="how drafts are judged (default: the best lossless way)")
+    generate.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
+    generate.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    generate.set_defaults(run=_generate)
+    inspect = commands.add_parser("inspect", help="show what an artifact is and how it measured", allow_abbrev=False)
+    inspect.add_argument("artifact", help="a drafter's folder")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    # Imported late, so that --help and mistakes in flags answer at once.
+    from transformers.utils.logging import disable_progress_bar
+
+    from draftsmith import Target, load, verify
+    from draftsmith.artifact import read_manifest
+    from draftsmith.loop import generate
+    from draftsmith.sampling import Sampling
+
+    disable_progress_bar()
+    Sampling(temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k)
+    if arguments.verifier not in ("auto", *verify.names()):
+        raise ValueError(f"unknown verifier {arguments.verifier!r}; there are auto, {', '.join(verify.names())}")
+    if arguments.draft is not None:
+        read_manifest(arguments.draft)
+    if arguments.target is None and not CHECKOUT_TARGET.is_dir():
+        raise ValueError("name a target with --target: a transformers folder or hub name")
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    target = Target.from_pretrained(
+        arguments.target or str(CHECKOUT_TARGET), dtype=arguments.dtype, device=arguments.device
+    )
+    if target.tokenizer is None:
+        raise ValueError(f"target {target.name} has no tokenizer; save one in its folder")
+    drafter = load(arguments.draft, target) if arguments.draft is not None else None
+    prompt_ids = target.tokenizer(prompt, return_tensors="pt")["input_ids"].to(target.device)
+    if prompt_ids.shape[1] == 0:
+        raise ValueError("the prompt is empty; give some text to continue")
+    printer = _Printer(target.tokenizer, marks=arguments.show_drafts and drafter is not None)
+    began = time.perf_counter()
+    out = generate(
+        target,
+        prompt_ids,
+        drafter,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        verifier=arguments.verifier,
+        streamer=printer,
+    )
+    seconds = time.perf_counter() - began
+    stats = out.stats
+    print(
+        f"{stats.new_tokens} tokens in {seconds:.2f} s ({stats.new_tokens / seconds:.0f}/s),"
+        f" {stats.tau:.2f} tokens a target forward; draft {stats.draft_ms:.0f} ms, verify {stats.verify_ms:.0f} ms",
+        file=sys.stderr,
+    )
+
+
+class _Printer:
+    """Streams text as tokens come; with `marks` the drafter's accepted tokens are underlined or bracketed."""
+
+    def __init__(self, tokenizer: Any, *, marks: bool, write: Callable[[str], Any] = sys.stdout.write) -> None:
+        self._tokenizer, self._marks, self._write = tokenizer, marks, write
+        colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self._open, self._close = (GREEN_UNDERLINED, PLAIN) if colours else ("[", "]")
+        self._ids: list[int] = []
+        self._num_printed = 0
+        self._is_prompt = True
+
+    def put(self, tokens: Any) -> None:
+        """Prints one step's tokens: the last one is the target's own, those before it were drafted."""
+        ids = tokens.tolist()
+        drafted, own = (ids[:-1], ids[-1:]) if self._marks and not self._is_prompt else ([], ids)
+        self._print(drafted, self._open, self._close)
+        self._print(own, "", "")
+        self._is_prompt = False
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """Ends the text with a line break."""
+        self._write("\n")
+
+    def _print(self, ids: list[int], before: str, after: str) -> None:
+        self._ids += ids
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        # A character whose bytes have not all come decodes to a replacement mark; it is held back.
+        fresh = text[self._num_printed :].rstrip("\ufffd")
+        if fresh:
+            self._write(f"{before}{fresh}{after}")
+            self._num_printed += len(fresh)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from draftsmith.artifact import read_manifest
+
+    folder = Path(arguments.artifact)
+    manifest = read_manifest(folder)
+    print(f"{folder}: a drafter of family {manifest['family']} for target {manifest['target']['name']}")
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        print(f"  {file.stat().st_size / 1e6:8.2f} MB  {file.relative_to(folder)}")
+    if (folder / "model.safetensors").is_file():
+        print(f"  {_num_parameters(folder / 'model.safetensors'):,} parameters")
+    for key, value in manifest.items():
+        print(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def _num_parameters(file: Path) -> int:
+    """Counts from the safetensors header, without reading the weights."""
+    from math import prod
+
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or no safetensors file ({error})") from error
