@@ -1,67 +1,270 @@
-"""Settings of a run: frozen dataclasses filled from `--config file.yaml` and `--key value`, all faults listed at once."""
+"""Settings of a run: frozen dataclasses filled from `--config file.yaml` and `--key value`, all faults listed at once.
 
+Understood types: bool, int, float, str, Path, `Literal[...]`, `X | None`, `tuple[X, ...]`, `list[X]` and `dict`.
+"""
+
+import ast
+import dataclasses
 import difflib
+import inspect
+import itertools
 import sys
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+NO_DEFAULT = dataclasses.MISSING
 
 
-def parse_settings(*kinds: type, description: str, argv: list[str] | None = None) -> tuple[Any, ...]:
+@dataclass(frozen=True, kw_only=True)
+class _Key:
+    """One setting, as the command line and a preset see it."""
+
+    kind: Any
+    """Its annotation."""
+    default: Any
+    """`NO_DEFAULT` when it must be given."""
+    choices: tuple[Any, ...] | None
+    help: str
+
+    @property
+    def is_bool(self) -> bool:
+        return bool in (self.kind, *typing.get_args(self.kind))
+
+    @property
+    def is_sequence(self) -> bool:
+        return any(typing.get_origin(kind) in (tuple, list) for kind in (self.kind, *typing.get_args(self.kind)))
+
+
+def parse_settings(*kinds: type, description: str | None, argv: list[str] | None = None) -> tuple[Any, ...]:
     """Returns one instance of each dataclass in `kinds`; flags beat the YAML preset, which beats defaults.
 
-    `--some_key` and `--some-key` are the same; `--local_rank`, added by launchers, is accepted and dropped.
-    Exits with status 2 after listing every unknown key with its nearest spelling, before anything is loaded.
+    `--some_key` and `--some-key` are the same, `--flag` alone is true and `--no-flag` false; `--local_rank`, added by
+    launchers, is accepted and dropped. Exits with status 2 after listing every fault, before anything is loaded.
     """
-    parser = HfArgumentParser(kinds, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="a YAML preset of these same keys")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by launchers; ignored")
     argv = sys.argv[1:] if argv is None else argv
-    keys = [action.dest for action in parser._actions if action.dest not in ("help", "config", "local_rank")]
+    keys = _keys(kinds)
+    if {"-h", "--help"} & set(argv):
+        print(_help(keys, description))
+        raise SystemExit(0)
+
     faults: list[str] = []
+    flags = dict(_read_flags(argv, keys, faults))
+    preset: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    if "config" in flags:
+        path = Path(flags.pop("config"))
+        preset = _read_preset(path, keys, faults)
+        values |= _converted(preset, keys, f"{path}: {{}}", faults)
+    values |= _converted(flags, keys, "--{}", faults)
+    missing = [name for name, key in keys.items() if key.default is NO_DEFAULT and name not in {*preset, *flags}]
+    faults += [f"{_flag(name)} must be given" for name in missing]
 
-    preset_path = parser.parse_known_args(argv)[0].config if "--help" not in argv and "-h" not in argv else None
-    if preset_path is not None:
-        preset = _read_preset(Path(preset_path), faults)
-        faults += [_unknown(key, keys, f"in {preset_path}") for key in preset if key.replace("-", "_") not in keys]
-        for action in parser._actions:
-            value = next((preset[key] for key in (action.dest, action.dest.replace("_", "-")) if key in preset), None)
-            if value is not None:
-                action.required = False
-                parser.set_defaults(**{action.dest: value})
-    namespace, unknown = parser.parse_known_args(argv)
-    faults += [_unknown(word.split("=")[0], keys, "on the command line") for word in unknown if word.startswith("-")]
-    if unknown and not faults:
-        faults.append(f"do not know what to do with {unknown[0]!r}: settings are written --key value")
+    settings = []
+    for kind in kinds if not faults else ():
+        names = {field.name for field in dataclasses.fields(kind)}
+        try:
+            settings.append(kind(**{name: value for name, value in values.items() if name in names}))
+        except ValueError as error:
+            faults.append(str(error))
     if faults:
-        parser.exit(2, "".join(f"{Path(sys.argv[0]).name}: {fault}\n" for fault in faults))
-    try:
-        *filled, _ = parser.parse_dict(vars(namespace), allow_extra_keys=True), None
-        return tuple(filled[0])
-    except ValueError as error:
-        parser.exit(2, f"{Path(sys.argv[0]).name}: {error}\n")
-        raise AssertionError from None
+        sys.stderr.write("".join(f"{Path(sys.argv[0]).name}: {fault}\n" for fault in faults))
+        raise SystemExit(2)
+    return tuple(settings)
 
 
-def _read_preset(path: Path, faults: list[str]) -> dict[str, Any]:
+def _keys(kinds: tuple[type, ...]) -> dict[str, _Key]:
+    keys: dict[str, _Key] = {}
+    for kind in kinds:
+        annotations, docs = typing.get_type_hints(kind), _field_docs(kind)
+        for field in dataclasses.fields(kind):
+            assert field.name not in keys, f"two settings are called {field.name}"
+            assert field.name not in ("config", "local_rank"), f"{field.name} is taken"
+            default = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
+            literal = typing.get_args(annotations[field.name]) if _is_literal(annotations[field.name]) else None
+            choices = tuple(field.metadata.get("choices") or literal or ()) or None
+            help_text = docs.get(field.name, "")
+            keys[field.name] = _Key(kind=annotations[field.name], default=default, choices=choices, help=help_text)
+    return keys
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    """Returns the docstring beneath each field, in the class and its parents; nothing where there is no source."""
+    docs = {}
+    for cls in reversed(kind.__mro__[:-1]):
+        try:
+            (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        except (OSError, TypeError):
+            continue
+        statements = getattr(body, "body", [])
+        for field, doc in itertools.pairwise(statements):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                text = doc.value.value if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant) else ""
+                docs[field.target.id] = " ".join(str(text).split())
+    return docs
+
+
+# --- Reading -----------------------------------------------------------------------------------------------------
+
+
+def _read_flags(argv: list[str], keys: dict[str, _Key], faults: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yields (key, text) for every flag, or (key, list of texts) for sequences; what is not understood is a fault."""
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        flag, has_value, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not word.startswith("--"):
+            faults.append(f"do not know what to do with {word!r}: settings are written --key value")
+        elif name in keys and keys[name].is_bool and not has_value:
+            is_value = words and words[0].lower() in TRUE + FALSE
+            yield name, words.pop(0) if is_value else True
+        elif name.removeprefix("no_") in keys and name not in keys and not has_value:
+            if keys[name.removeprefix("no_")].is_bool:
+                yield name.removeprefix("no_"), False
+            else:
+                faults.append(f"{flag}: only switches have a --no- form")
+        elif name not in keys and name not in ("config", "local_rank"):
+            while words and not words[0].startswith("--"):
+                words.pop(0)
+            faults.append(_unknown(flag, keys, "on the command line"))
+        else:
+            texts = [value] if has_value else []
+            takes_many = name in keys and keys[name].is_sequence
+            while words and not words[0].startswith("--") and not has_value and (takes_many or not texts):
+                texts.append(words.pop(0))
+            if not texts:
+                faults.append(f"{flag} needs a value")
+            elif name != "local_rank":
+                yield name, texts if takes_many and not texts[0].startswith("[") else texts[0]
+
+
+def _read_preset(path: Path, keys: dict[str, _Key], faults: list[str]) -> dict[str, Any]:
     if not path.is_file():
         faults.append(f"--config {path}: no such file")
         return {}
     try:
         preset = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         faults.append(f"--config {path}: not valid YAML: {' '.join(str(error).split())}")
         return {}
     if not isinstance(preset, dict):
         faults.append(f"--config {path}: should hold `key: value` lines")
         return {}
-    return preset
+    preset = {str(key).replace("-", "_"): value for key, value in preset.items()}
+    faults += [_unknown(key, keys, f"in {path}") for key in preset if key not in keys]
+    return {key: value for key, value in preset.items() if key in keys}
 
 
-def _unknown(key: str, keys: list[str], where: str) -> str:
-    plain = key.lstrip("-").replace("-", "_")
-    near = difflib.get_close_matches(plain, keys, n=1, cutoff=0.5)
-    hint = f"did you mean --{near[0].replace('_', '-')}?" if near else "see --help"
+def _unknown(key: str, keys: dict[str, _Key], where: str) -> str:
+    near = difflib.get_close_matches(key.lstrip("-").replace("-", "_"), keys, n=1, cutoff=0.5)
+    hint = f"did you mean {_flag(near[0]) if key.startswith('-') else near[0]}?" if near else "see --help"
     return f"unknown setting {key!r} {where}; {hint}"
+
+
+# --- Converting --------------------------------------------------------------------------------------------------
+
+
+def _converted(raw: dict[str, Any], keys: dict[str, _Key], where: str, faults: list[str]) -> dict[str, Any]:
+    values = {}
+    for name, value in raw.items():
+        key = keys[name]
+        try:
+            values[name] = _convert(value, key.kind)
+            if key.choices and values[name] not in key.choices:
+                near = difflib.get_close_matches(str(value), [str(choice) for choice in key.choices], n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"takes one of {', '.join(map(str, key.choices))}, not {value!r}{hint}")
+        except ValueError as error:
+            faults.append(f"{where.format(_flag(name).removeprefix('--'))} {error}")
+    return values
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """Returns `value`, text or what YAML made of it, as `kind`; raises ValueError as the end of a sentence."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        kinds = [argument for argument in arguments if argument is not types.NoneType]
+        assert len(kinds) == 1, f"no way to tell which of {kind} a setting is"
+        return _convert(value, kinds[0])
+    if origin in (tuple, list):
+        if isinstance(value, str) and value.startswith("["):
+            value = _parsed(value)
+        items = value if isinstance(value, list | tuple) else [value]
+        return origin(_convert(item, arguments[0]) for item in items)
+    if _is_literal(kind):
+        return next((choice for choice in arguments if str(choice) == str(value)), value)
+    if kind is bool:
+        if str(value).lower() in TRUE + FALSE:
+            return str(value).lower() in TRUE
+        raise ValueError(f"takes true or false, not {value!r}")
+    if kind in (int, float):
+        try:
+            if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+                raise TypeError
+            return kind(value)  # YAML reads 3e-4 as text
+        except (TypeError, ValueError):
+            raise ValueError(f"takes a {'whole ' * (kind is int)}number, not {value!r}") from None
+    if kind in (str, Path):
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return kind(str(value))
+        raise ValueError(f"takes text, not {value!r}")
+    assert dict in (kind, origin), f"no way to read a setting of type {kind}"
+    value = _parsed(value) if isinstance(value, str) else value
+    if isinstance(value, dict):
+        return value
+    raise ValueError(f"takes a mapping like {{key: value}}, not {value!r}")
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"is not valid YAML: {text!r}") from None
+
+
+def _is_literal(kind: Any) -> bool:
+    return typing.get_origin(kind) is typing.Literal
+
+
+# --- Help --------------------------------------------------------------------------------------------------------
+
+
+def _help(keys: dict[str, _Key], description: str | None) -> str:
+    lines = [f"usage: {Path(sys.argv[0]).name} [--config FILE.yaml] [--key value ...]", ""]
+    lines += [description.strip(), ""] if description else []
+    lines += ["settings:", *_entry("--config FILE.yaml", "A preset of these same keys; flags beat it.")]
+    for name, key in keys.items():
+        usage = _flag(name) if key.is_bool else f"{_flag(name)} {_placeholder(key)}"
+        default = "required" if key.default is NO_DEFAULT else f"default {key.default!r}"
+        lines += _entry(usage, f"{key.help} [{default}]")
+    return "\n".join(lines)
+
+
+def _entry(usage: str, text: str) -> list[str]:
+    lines = [" " * 30 + line for line in textwrap.wrap(text.strip(), 120 - 30)]
+    if len(usage) > 26:
+        return [f"  {usage}", *lines]
+    return [f"  {usage:<28}{lines[0].strip()}", *lines[1:]]
+
+
+def _placeholder(key: _Key) -> str:
+    if key.choices:
+        return f"{{{','.join(map(str, key.choices))}}}"
+    names = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+    kinds = (key.kind, *typing.get_args(key.kind))
+    name = next((names[kind] for kind in kinds if kind in names), "VALUE")
+    return f"{name} ..." if key.is_sequence else name
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

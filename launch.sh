@@ -1,0 +1,191 @@
+#!/usr/bin/env bash
+# The front door: makes the environment once, then runs a recipe or the tests in it. See ./launch.sh --help.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+venv=$root/.venv
+python=$venv/bin/python
+
+usage() {
+    cat <<EOF
+usage: ./launch.sh setup | test | <recipe> [--key value ...]
+
+  setup                makes the environment in .venv; every other command does so when there is none
+  test                 ruff, mypy and pytest; what follows is passed on to pytest
+
+recipes; each has its own --help:
+$(for name in $(recipes); do printf '  %-20s %s\n' "$name" "$(first_docstring_line "$name")"; done)
+
+for every recipe:
+  --nproc N            processes, one to a device; default 1
+  --launcher NAME      python (the default of one process), torchrun (of several) or deepspeed
+
+PYTHON=/path/to/python names the Python of a new environment, 3.11 or newer.
+EOF
+}
+
+refuse() {
+    echo "launch.sh: $*" >&2
+    exit 2
+}
+
+recipes() { (cd "$root/recipes" && for file in [a-z]*.py; do echo "${file%.py}"; done); }
+
+first_docstring_line() { sed -n '/^"""/{s/"""//g;p;q;}' "$root/recipes/$1.py"; }
+
+unknown_command() {
+    local nearest=""
+    nearest=$(python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1))' \
+        "$1" setup test $(recipes) 2>/dev/null) || true
+    refuse "unknown command or recipe '$1'; ${nearest:+did you mean '$nearest'? }./launch.sh --help lists them"
+}
+
+# --- The environment ---------------------------------------------------------------------------------------------
+
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {
+    local candidate candidates=(python3.11 python3.12 python3.13 python3 python)
+    if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
+        if new_enough "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    refuse "needs Python 3.11 or newer, found $("${PYTHON:-python3}" --version 2>/dev/null || echo none);" \
+        "install one, or name it: PYTHON=/path/to/python3.11 ./launch.sh setup"
+}
+
+# What an environment was made from: when any of this changes, it is brought up to date.
+wanted() { (cd "$root" && pwd -P && cksum constraints.txt && sed '/^\[tool\.ruff/,$d' pyproject.toml | cksum); }
+
+is_ready() { [[ -x $python && ! -e $venv.unfinished && $(cat "$venv/installed" 2>/dev/null) == "$(wanted)" ]]; }
+
+ensure_environment() {
+    is_ready && return
+    (
+        if command -v flock >/dev/null && ! flock --nonblock 9; then
+            echo "Waiting for another setup of $venv to end."
+            flock 9
+        fi
+        is_ready || make_environment
+    ) 9>"$venv.lock"
+}
+
+make_environment() {
+    local new_python
+    # An interrupted setup leaves its mark behind: what it made is thrown away, never taken for a whole environment.
+    trap 'exit 130' INT TERM
+    if [[ -e $venv.unfinished || ! -x $python ]]; then rm -rf "$venv"; fi
+    if [[ -d $venv ]]; then
+        new_enough "$python" || refuse "$venv holds $("$python" --version), too old: remove that folder"
+        touch "$venv.unfinished"
+    else
+        new_python=$(find_python)
+        touch "$venv.unfinished"
+        echo "Making the environment in $venv with $("$new_python" --version); this takes a minute or so and 2 GB."
+        "$new_python" -m venv "$venv"
+    fi
+    cd "$root"
+    if install_with_uv || install_with_pip; then
+        wanted >"$venv/installed"
+        rm "$venv.unfinished"
+    else
+        rm "$venv.unfinished"
+        refuse "the environment could not be made; see above"
+    fi
+}
+
+install_with_uv() {
+    "$python" -m pip install -qq --disable-pip-version-check --constraint constraints.txt uv || return
+    local uv=("$python" -m uv pip install --python "$python" --constraints constraints.txt)
+    # uv does not read pip's settings: it is told where this machine keeps its wheels, and its index.
+    local value
+    for value in ${PIP_FIND_LINKS:-$(pip_setting find-links)}; do uv+=(--find-links "$value"); done
+    for value in ${PIP_INDEX_URL:-$(pip_setting index-url)}; do uv+=(--default-index "$value"); done
+    # Where Python may not write bytecode, as in many containers, every start would else compile torch anew.
+    if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then uv+=(--compile-bytecode); fi
+    "${uv[@]}" --build-constraints constraints.txt --editable '.[train,dev]'
+}
+
+install_with_pip() {
+    echo "uv did not succeed; trying pip, which takes a few minutes."
+    "$python" -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+}
+
+pip_setting() { "$python" -m pip config get "global.$1" 2>/dev/null || true; }
+
+# --- Running -----------------------------------------------------------------------------------------------------
+
+has_gpu() { nvidia-smi -L &>/dev/null || rocminfo &>/dev/null; }
+
+free_port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+
+run_recipe() {
+    local nproc=1 launcher="" runner command=("$root/recipes/$1.py")
+    shift
+    while (($#)); do
+        case $1 in
+            --nproc | --launcher)
+                (($# > 1)) || refuse "$1 needs a value"
+                printf -v "${1#--}" %s "$2"
+                shift
+                ;;
+            --nproc=*) nproc=${1#*=} ;;
+            --launcher=*) launcher=${1#*=} ;;
+            *) command+=("$1") ;;
+        esac
+        shift
+    done
+    [[ $nproc =~ ^[1-9][0-9]*$ ]] || refuse "--nproc takes a whole number of processes, not '$nproc'"
+    if [[ -z $launcher ]]; then
+        if ((nproc > 1)); then launcher=torchrun; else launcher=python; fi
+    fi
+    case $launcher in
+        python)
+            ((nproc == 1)) || refuse "--launcher python runs one process; for $nproc take torchrun or deepspeed"
+            runner=()
+            ;;
+        torchrun) runner=(-m torch.distributed.run --standalone --nproc-per-node "$nproc") ;;
+        deepspeed) runner=(-m deepspeed.launcher.runner --num_gpus "$nproc" --master_port) ;;
+        *) refuse "--launcher is python, torchrun or deepspeed, not '$launcher'" ;;
+    esac
+    ensure_environment
+    if [[ $launcher == deepspeed ]]; then runner+=("$(free_port)"); fi
+    if ! has_gpu; then
+        export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+        # Ranks that each start a thread for every core slow each other down many times over.
+        if ((nproc > 1)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_per_process "$nproc")}; fi
+    fi
+    export PATH="$venv/bin:$PATH" # ninja, and the `python` that sweep agents call
+    exec "$python" ${runner[@]+"${runner[@]}"} "${command[@]}"
+}
+
+threads_per_process() {
+    local threads=$(($(getconf _NPROCESSORS_ONLN) / $1))
+    echo $((threads > 0 ? threads : 1))
+}
+
+case ${1:-} in
+    "")
+        usage >&2
+        exit 2
+        ;;
+    -h | --help | help) usage ;;
+    setup)
+        (($# == 1)) || refuse "setup takes no further arguments"
+        ensure_environment
+        echo "Ready: $("$python" --version) in $venv"
+        ;;
+    test)
+        ensure_environment
+        cd "$root"
+        exec "$python" -m pytest -q "${@:2}"
+        ;;
+    *)
+        name=${1//-/_}
+        [[ -f $root/recipes/$name.py ]] || unknown_command "$1"
+        run_recipe "$name" "${@:2}"
+        ;;
+esac

@@ -1,0 +1,21 @@
+"""The suite runs offline, on CPU and on one thread a process, unless GPU tests are asked for with `-m gpu`."""
+
+import os
+
+import pytest
+
+os.environ |= {
+    "DRAFTSMITH_OFFLINE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "OMP_NUM_THREADS": "1",  # more threads than cores make steps many times slower
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs before torch is imported."""
+    if config.option.markexpr != "gpu":
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
