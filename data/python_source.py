@@ -7,6 +7,8 @@ one are dropped, so that a held-out loss or an acceptance rate is never measured
 
 import ast
 import hashlib
+import io
+import string
 import sysconfig
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,7 +19,9 @@ PACKAGES = (
     *("torch", "transformers", "peft", "datasets", "accelerate", "deepspeed", "huggingface_hub", "wandb"),
     *("numpy", "matplotlib", "safetensors", "tokenizers", "tqdm", "yaml", "fsspec", "pytest", "_pytest", "bayes_opt"),
 )
-SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "__pycache__", "_vendor", "_internal"}
+SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages"} | {
+    *("__pycache__", "_vendor", "_internal"),
+}
 MAX_FILE_BYTES = 200_000
 MIN_FILE_BYTES = 200
 SHINGLE_LINES = 4
@@ -58,7 +62,8 @@ def split_files(
     A training file is dropped when more than `max_overlap` of its runs of four lines occur in held-out files, or
     when it holds more than `max_overlap` of any one held-out file's runs.
     """
-    train, held_out = [], []
+    train: list[SourceFile] = []
+    held_out: list[SourceFile] = []
     for file in files:
         digest = hashlib.sha256(f"{seed}:{file.name}".encode()).digest()
         is_held_out = int.from_bytes(digest[:8], "big") / 2**64 < held_out_share
@@ -92,7 +97,7 @@ def docstring_pairs(files: list[SourceFile], *, max_source_bytes: int = 4_000) -
             tree = ast.parse(file.text)
         except (SyntaxError, ValueError):
             continue
-        lines = file.text.splitlines(keepends=True)
+        lines = io.StringIO(file.text).readlines()  # not splitlines(): ast does not count form feeds as line ends
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
@@ -108,16 +113,18 @@ def docstring_pairs(files: list[SourceFile], *, max_source_bytes: int = 4_000) -
 
 
 def _readable_text(path: Path) -> str | None:
-    """Returns the file's text, or None for files that are too large, too small, not UTF-8, or tables of data."""
+    """Returns the file's text, or None for files that are too large, too small, not ASCII, or tables of data."""
     if not MIN_FILE_BYTES <= path.stat().st_size <= MAX_FILE_BYTES:
         return None
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return None
-    share_of_digits = sum(character.isdigit() for character in text) / len(text)
+    if not text.isascii():
+        return None
+    share_of_digits = sum(map(text.count, string.digits)) / len(text)
     longest_line = max(map(len, text.splitlines()))
-    return None if share_of_digits > 0.2 or longest_line > 1_000 or not text.isascii() else text
+    return None if share_of_digits > 0.2 or longest_line > 1_000 else text
 
 
 def _shingles(text: str) -> set[int]:

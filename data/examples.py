@@ -1,0 +1,80 @@
+"""Any data as examples for training: `open_examples`."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from data import pseudo_data, store
+from data.batches import Example, example
+from data.facts import TargetFacts
+from data.prompts import Prompt, load_prompts, print_coverage
+from data.shards import check_origin
+from data.sources import looks_local
+from draftsmith import Target
+
+
+class Examples(Protocol):
+    """What trainers are given: `Store`, `PseudoData` and `Texts` alike."""
+
+    keys: list[str]
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """What its folder says of it, None for texts."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data in an artifact's manifest."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Texts(Sequence[Example]):
+    """Conversations or documents as they stand."""
+
+    manifest = None
+
+    def __init__(self, prompts: list[Prompt]) -> None:
+        self.keys = [prompt.key for prompt in prompts]
+        self.fingerprint = hashlib.sha256("".join(self.keys).encode()).hexdigest()[:32]
+        self._prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        prompt = self._prompts[index]
+        return example(prompt.ids, prompt.loss_mask, prompt.key)
+
+
+def check_target(examples: Examples, source: str, target: Target) -> None:
+    """Raises ValueError if `examples`, opened before the weights were loaded, turn out to be another target's."""
+    if examples.manifest is not None:
+        check_origin(Path(source), examples.manifest, target)
+
+
+def open_examples(source: str, target: Target | TargetFacts, *, seed: int = 0) -> Examples:
+    """Returns the rows of a teacher store, of pseudo-data, or of any source that `load_prompts` reads, answers kept.
+
+    Prints how much of it the loss mask covers. Raises ValueError for what cannot be read, is unfinished or belongs to
+    another target.
+    """
+    folder = Path(source)
+    if (folder / store.MARKER).exists():
+        stored = store.open_store(folder, target)
+        print_coverage(source, stored.manifest["num_learnt"], stored.manifest["num_tokens"])
+        return stored
+    if (folder / pseudo_data.MARKER).exists():
+        written = pseudo_data.read_pseudo_data(folder, target)
+        print_coverage(source, written.num_learnt, written.num_tokens)
+        return written
+    if not folder.exists() and looks_local(source):
+        raise ValueError(f"no such file or folder: {source!r}; recipes/pseudo_data.py makes data to learn from")
+    limit = target.context_length if target.context_length < 2**30 else 0
+    texts = load_prompts(
+        source, target.tokenizer, max_prompt_tokens=limit, long_prompts="cut", keep_answers=True, seed=seed
+    )
+    return Texts(texts)

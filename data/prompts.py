@@ -1,0 +1,205 @@
+"""Prompts from any source, as token ids: `load_prompts`.
+
+Rows understood: {"prompt" or "text": ...} as it stands; {"question", "instruction" or "turns": [...]} as a user's
+turn, through the chat template where the tokenizer has one; {"messages" or "conversations": [...]} through it always.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from data import chat
+from data.sources import Document, Row, read_source
+
+PLAIN_KEYS = ("prompt", "text")
+USER_KEYS = ("question", "instruction", "turns")
+CHAT_KEYS = ("messages", "conversations", "conversation")
+CHARACTERS_PER_TOKEN = 32  # more than any tokenizer packs into a token on average; texts are cut so before encoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt, or one text to learn from."""
+
+    ids: list[int]
+    """Token ids, special tokens included."""
+    loss_mask: list[bool] | None
+    """True at tokens to be learnt (the assistant's); None for plain text."""
+    text: str
+    """What the ids were made from."""
+    category: str | None
+    """The row's own `category`, kept for tables."""
+    key: str
+    """Hash of the ids: names the prompt whatever file it came from."""
+    source: str
+    """Where it came from: `file:line`."""
+
+
+def load_prompts(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_prompts: int = 0,
+    max_prompt_tokens: int = 0,
+    prompt_tokens: int = 64,
+    long_prompts: Literal["refuse", "drop", "cut"] = "refuse",
+    keep_answers: bool = False,
+    seed: int = 0,
+) -> list[Prompt]:
+    """Returns at most `max_prompts` prompts (0: all) of `source` (see data/sources.py), drawn by `seed`, each once.
+
+    Documents give prompts of `prompt_tokens` tokens that begin where the file, a function or a paragraph begins. A
+    row of more than `max_prompt_tokens` (0: no limit) is refused, dropped, or cut to its first tokens. With
+    `keep_answers`, conversations stay whole, with a loss mask, and documents are cut to `max_prompt_tokens`: text to
+    learn from, not prompts. Raises ValueError on anything that cannot be read, with the place named.
+    """
+    if tokenizer is None:
+        raise ValueError(f"{source}: prompts need a tokenizer and the target has none")
+    found = read_source(source)
+    shuffled = random.Random(seed)
+    if found and isinstance(found[0], Document):
+        length = max_prompt_tokens if keep_answers and max_prompt_tokens else prompt_tokens
+        documents = [item for item in found if isinstance(item, Document)]
+        candidates = _cut(documents, tokenizer, length, shuffled, only_beginnings=keep_answers)
+    else:
+        rows = [item for item in found if isinstance(item, Row)]
+        for row in rows:
+            _form(row)
+        _say_what_is_left_out(rows, source)
+        if max_prompts:
+            shuffled.shuffle(rows)
+        candidates = (_from_row(row, tokenizer, keep_answers=keep_answers) for row in rows)
+    prompts: dict[str, Prompt] = {}
+    num_repeated = num_dropped = 0
+    for prompt in tqdm(candidates, desc="prompts", total=max_prompts or None, leave=False, delay=2):
+        if max_prompt_tokens and len(prompt.ids) > max_prompt_tokens:
+            if long_prompts == "refuse":
+                raise ValueError(
+                    f"{prompt.source} has {len(prompt.ids):,} tokens and at most {max_prompt_tokens:,} fit in the "
+                    "target's context beside what is generated; set --long-prompts to drop or cut, or write less"
+                )
+            prompt = _shortened(prompt, max_prompt_tokens)
+            if long_prompts == "drop" or (prompt.loss_mask is not None and not any(prompt.loss_mask)):
+                num_dropped += 1
+                continue
+        num_repeated += prompt.key in prompts
+        prompts.setdefault(prompt.key, prompt)
+        if len(prompts) == max_prompts:
+            break
+    if num_repeated or num_dropped:
+        print(f"{source}: {num_repeated} repeated and {num_dropped} too long prompts left out")
+    if not prompts:
+        raise ValueError(f"{source}: no prompts" + (f"; all {num_dropped} were too long" if num_dropped else ""))
+    if keep_answers:
+        masks = [prompt.loss_mask or [True] * len(prompt.ids) for prompt in prompts.values()]
+        print_coverage(source, sum(map(sum, masks)), sum(map(len, masks)))
+    return list(prompts.values())
+
+
+def print_coverage(source: str, num_learnt: int, num_tokens: int) -> None:
+    """Prints the share of tokens to be learnt; raises ValueError when there are none."""
+    if num_learnt == 0:
+        raise ValueError(f"{source}: the loss mask covers none of the {num_tokens:,} tokens; nothing could be learnt")
+    print(f"{source}: the loss mask covers {num_learnt:,} of {num_tokens:,} tokens ({num_learnt / num_tokens:.1%})")
+
+
+def _form(row: Row) -> tuple[str, Any]:
+    """Returns (key, value) of the row's text; raises ValueError when no key is understood or the value is empty."""
+    understood = (*CHAT_KEYS, *PLAIN_KEYS, *USER_KEYS)
+    key = next((key for key in understood if row.fields.get(key) is not None), None)
+    if key is None:
+        raise ValueError(f"{row.where}: found the keys {', '.join(row.fields)}; understood are {', '.join(understood)}")
+    value = row.fields[key]
+    if key == "turns":
+        if not isinstance(value, list) or not value or not isinstance(value[0], str):
+            raise ValueError(f"{row.where}: `turns` should be a list of texts, found {value!r:.40}")
+        value = value[0]
+    if key == "prompt" and isinstance(value, list):
+        key = "messages"
+    if key not in CHAT_KEYS:
+        if not isinstance(value, str):
+            raise ValueError(f"{row.where}: `{key}` should be text, found {value!r:.40}")
+        if not value.strip():
+            raise ValueError(f"{row.where}: `{key}` is empty")
+    return key, value
+
+
+def _say_what_is_left_out(rows: list[Row], source: str) -> None:
+    num_longer = sum(len(row.fields.get("turns") or ()) > 1 for row in rows)
+    if num_longer:
+        print(f"{source}: {num_longer} of {len(rows)} rows have further turns; only the first of each is used")
+
+
+def _from_row(row: Row, tokenizer: PreTrainedTokenizerBase, *, keep_answers: bool) -> Prompt:
+    key, value = _form(row)
+    mask = None
+    if key in CHAT_KEYS or (key in USER_KEYS and tokenizer.chat_template):
+        messages = chat.normalise(value, row.where) if key in CHAT_KEYS else [{"role": "user", "content": value}]
+        if keep_answers:
+            ids, mask = chat.answer_ids(tokenizer, messages, row.where)
+            text = tokenizer.decode(ids)
+        else:
+            ids, text = chat.prompt_ids(tokenizer, messages, row.where)
+    else:
+        ids, text = _encode(tokenizer, value), value
+    category = row.fields.get("category")
+    return _prompt(ids, text, row.where, mask=mask, category=None if category is None else str(category))
+
+
+def _cut(
+    documents: list[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    shuffled: random.Random,
+    *,
+    only_beginnings: bool,
+) -> Iterator[Prompt]:
+    """Yields one prompt of every document in turn, then a second of each, at most `length` tokens long.
+
+    A place where fewer than `length` tokens remain is used only if it is the document's beginning.
+    """
+    waiting = list(documents)
+    shuffled.shuffle(waiting)
+    left: dict[str, list[int]] = {}
+    while waiting:
+        still = []
+        for document in waiting:
+            if document.name not in left:
+                starts = [0] if only_beginnings else document.starts()
+                left[document.name] = shuffled.sample(starts, len(starts))
+            if not left[document.name]:
+                continue
+            start = left[document.name].pop()
+            still.append(document)
+            ids = _encode(tokenizer, document.text[start : start + length * CHARACTERS_PER_TOKEN])
+            if start == 0 and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
+                ids = [tokenizer.bos_token_id, *ids]
+            if len(ids) >= length or (start == 0 and ids):
+                line = document.text.count("\n", 0, start) + 1
+                text = tokenizer.decode(ids[:length], skip_special_tokens=True)
+                yield _prompt(ids[:length], text, f"{document.name}:{line}")
+        waiting = still
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, verbose=False)["input_ids"]
+
+
+def _shortened(prompt: Prompt, length: int) -> Prompt:
+    mask = prompt.loss_mask and prompt.loss_mask[:length]
+    return _prompt(prompt.ids[:length], prompt.text, prompt.source, mask=mask, category=prompt.category)
+
+
+def _prompt(
+    ids: list[int], text: str, source: str, *, mask: list[bool] | None = None, category: str | None = None
+) -> Prompt:
+    if not ids:
+        raise ValueError(f"{source}: the prompt is empty once tokenized")
+    key = hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:16]
+    return Prompt(ids=list(ids), loss_mask=mask, text=text, category=category, key=key, source=source)

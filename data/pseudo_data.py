@@ -1,0 +1,175 @@
+"""Text written by the target itself: what drafters learn from. `write_pseudo_data`, `read_pseudo_data`.
+
+A folder of Parquet shards, each there whole or not at all. Which prompts make up a batch, and each batch's seed, follow
+from the prompts and the settings alone; so a run that was killed and continued writes what an unbroken one would have.
+"""
+
+import functools
+import hashlib
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+from tqdm import tqdm
+
+from data.batches import Example, example
+from data.facts import TargetFacts
+from data.prompts import Prompt
+from data.shards import check_origin, check_whole, hash_files, missing_shards, open_folder, read_manifest, write_whole
+from data.writers import Completion, LocalTarget, PseudoDataSettings, Work, Writer, derive_seed
+from draftsmith import Target
+
+MARKER = "_pseudo_data.json"  # readers of Parquet folders skip files whose name begins so
+FORMAT = 1
+SCHEMA = pyarrow.schema(
+    {
+        "key": pyarrow.string(),
+        "ids": pyarrow.list_(pyarrow.int32()),
+        "num_prompt_tokens": pyarrow.int32(),
+        "text": pyarrow.string(),
+        "ended": pyarrow.bool_(),
+        "category": pyarrow.string(),
+        "source": pyarrow.string(),
+        "target": pyarrow.string(),
+        "target_fingerprint": pyarrow.string(),
+        "tokenizer_hash": pyarrow.string(),
+        "temperature": pyarrow.float64(),
+        "top_p": pyarrow.float64(),
+        "top_k": pyarrow.int32(),
+        "max_new_tokens": pyarrow.int32(),
+        "seed": pyarrow.uint64(),
+        "batch": pyarrow.int32(),
+        "is_retokenized": pyarrow.bool_(),
+    }
+)
+
+
+def write_pseudo_data(
+    writer: Writer | Target, prompts: Sequence[Prompt], folder: Path, settings: PseudoDataSettings
+) -> None:
+    """Writes a completion of every prompt to `folder`, making only the shards that an earlier run did not.
+
+    Raises ValueError for a folder made with other settings or that holds something else.
+    """
+    writer = LocalTarget(writer) if isinstance(writer, Target) else writer
+    plan = plan_batches(prompts, settings)
+    shards = [plan[begin : begin + settings.shard_batches] for begin in range(0, len(plan), settings.shard_batches)]
+    names = _shard_names(len(shards))
+    keys = hashlib.sha256("".join(prompt.key for prompt in prompts).encode()).hexdigest()[:32]
+    recorded = asdict(writer.origin)
+    notes = {"target": recorded.pop("target"), "command": shlex.join(sys.argv)}
+    manifest = {"format": FORMAT, "num_shards": len(shards), "num_prompts": len(prompts), "prompts": keys}
+    manifest |= recorded | asdict(settings) | {"temperature": settings.temperatures}
+    open_folder(folder, MARKER, manifest, notes=notes)
+    missing = missing_shards(folder, names)
+    num_left = sum(len(work.prompts) for index in missing for work in shards[index])
+    if num_left < len(prompts):
+        print(f"{folder}: {len(prompts) - num_left} of {len(prompts)} rows are there already")
+    num_tokens, started = 0, time.perf_counter()
+    with tqdm(total=len(prompts), initial=len(prompts) - num_left, desc="pseudo-data", unit="row") as bar:
+        for index in missing:
+            rows: list[dict[str, Any]] = []
+            for work, completions in zip(shards[index], writer.write(shards[index], settings), strict=True):
+                rows += _rows(work, completions, writer, settings)
+                num_tokens += sum(len(completion.ids) for completion in completions)
+                bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started):,.0f} tokens/s")
+                bar.update(len(completions))
+            table = pyarrow.Table.from_pylist(rows, schema=SCHEMA)
+            write_whole(folder / names[index], functools.partial(pyarrow.parquet.write_table, table))
+
+
+def plan_batches(prompts: Sequence[Prompt], settings: PseudoDataSettings) -> list[Work]:
+    """Returns the batches: prompts of similar length and one temperature together, the longest first.
+
+    So padding is small, and a batch too large for memory fails at once.
+    """
+    temperatures = settings.temperatures
+    groups = []
+    for turn, temperature in enumerate(temperatures):
+        dealt = sorted(prompts[turn :: len(temperatures)], key=lambda prompt: (-len(prompt.ids), prompt.key))
+        for begin in range(0, len(dealt), settings.batch_size):
+            groups.append((temperature, dealt[begin : begin + settings.batch_size]))
+    groups.sort(key=lambda group: -len(group[1][0].ids))
+    return [
+        Work(index=index, prompts=batch, temperature=temperature, seed=derive_seed(settings.seed, index))
+        for index, (temperature, batch) in enumerate(groups)
+    ]
+
+
+def _shard_names(num_shards: int) -> list[str]:
+    return [f"part-{index:05d}.parquet" for index in range(num_shards)]
+
+
+class PseudoData(Sequence[Example]):
+    """The rows of a finished folder; the loss mask is True on what the target wrote."""
+
+    def __init__(self, table: pyarrow.Table, manifest: dict[str, Any], fingerprint: str) -> None:
+        self.table = table
+        self.manifest = manifest
+        self.fingerprint = fingerprint
+        self.keys: list[str] = table["key"].to_pylist()
+        self.num_tokens: int = len(pyarrow.compute.list_flatten(table["ids"]))
+        self.num_learnt: int = self.num_tokens - pyarrow.compute.sum(table["num_prompt_tokens"]).as_py()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        ids = self.table["ids"][index].as_py()
+        num_prompt_tokens = self.table["num_prompt_tokens"][index].as_py()
+        return example(ids, [position >= num_prompt_tokens for position in range(len(ids))], self.keys[index])
+
+
+def read_pseudo_data(folder: Path | str, target: Target | TargetFacts | None = None) -> PseudoData:
+    """Returns the rows of `folder`; raises ValueError if it is unfinished, damaged, or another target's."""
+    folder = Path(folder)
+    manifest = read_manifest(folder, MARKER)
+    names = _shard_names(manifest["num_shards"])
+    check_whole(folder, names, MARKER)
+    if target is not None:
+        check_origin(folder, manifest, target)
+    tables = []
+    for name in names:
+        try:
+            tables.append(pyarrow.parquet.read_table(folder / name, schema=SCHEMA, memory_map=True))
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{folder / name} is damaged ({reason}); delete it and run the command again") from None
+    return PseudoData(pyarrow.concat_tables(tables), manifest, hash_files([folder / name for name in names]))
+
+
+def _rows(
+    work: Work, completions: list[Completion], writer: Writer, settings: PseudoDataSettings
+) -> list[dict[str, Any]]:
+    shared = {
+        "target": writer.origin.target,
+        "target_fingerprint": writer.origin.target_fingerprint,
+        "tokenizer_hash": writer.origin.tokenizer_hash,
+        "temperature": work.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": work.seed,
+        "batch": work.index,
+    }
+    return [
+        {
+            "key": prompt.key,
+            "ids": prompt.ids + completion.ids,
+            "num_prompt_tokens": len(prompt.ids),
+            "text": writer.tokenizer.decode(completion.ids),
+            "ended": completion.ended,
+            "category": prompt.category,
+            "source": prompt.source,
+            "is_retokenized": completion.is_retokenized,
+        }
+        | shared
+        for prompt, completion in zip(work.prompts, completions, strict=True)
+    ]

@@ -1,0 +1,115 @@
+"""Folders of shards that survive `kill -9`: every shard is there whole or not at all, and a manifest says how many.
+
+The manifest is written first and fixes what each shard will hold, so that the same command run again makes just the
+shards that are missing, and a command with other settings is refused.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from data.facts import TargetFacts
+from draftsmith import Target
+from draftsmith.files import check_replaceable
+
+
+def open_folder(folder: Path, marker: str, manifest: dict[str, Any], *, notes: dict[str, Any]) -> None:
+    """Makes `folder` with `manifest` in its file `marker`, or checks that the folder is that of the same run.
+
+    `notes` are written beside the manifest's keys and never compared. Raises ValueError, naming the keys that differ,
+    for another run's folder, and for one that holds something else.
+    """
+    _clear_leftovers(folder, marker)
+    check_replaceable(folder, marker=marker)
+    manifest = json.loads(json.dumps(manifest))
+    if (folder / marker).exists():
+        made = read_manifest(folder, marker)
+        faults = [
+            f"{key} was {_short(made.get(key))}, is {_short(manifest.get(key))}"
+            for key in sorted({*made, *manifest} - set(notes))
+            if made.get(key) != manifest.get(key)
+        ]
+        if faults:
+            raise ValueError(f"{folder} was made with other settings ({'; '.join(faults)}); name another folder")
+        _clear_leftovers(folder, "*")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(notes | manifest, indent=1) + "\n"
+    write_whole(folder / marker, lambda path: path.write_text(text))
+
+
+def read_manifest(folder: Path, marker: str) -> dict[str, Any]:
+    """Returns the manifest; raises ValueError when there is none or it cannot be read."""
+    path = folder / marker
+    if not path.is_file():
+        what = f"has no {marker}" if folder.is_dir() else "is no folder"
+        raise ValueError(f"{folder} {what}; make one with recipes/{path.stem.lstrip('_')}.py")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged: not valid JSON") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} is damaged: not a JSON object")
+    return manifest
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write` with a temporary path and moves the file to `path` once it is safely on disk."""
+    staging = path.with_name(f".{path.name}.part-{os.getpid()}")
+    write(staging)
+    staging.chmod(0o644)  # safetensors writes files that nobody else can read
+    with staging.open("rb") as handle:
+        os.fsync(handle.fileno())
+    staging.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def missing_shards(folder: Path, names: list[str]) -> list[int]:
+    """Returns the indices of the shards still to be made."""
+    return [index for index, name in enumerate(names) if not (folder / name).exists()]
+
+
+def check_whole(folder: Path, names: list[str], marker: str) -> None:
+    """Raises ValueError unless all shards are there."""
+    num_missing = sum(not (folder / name).exists() for name in names)
+    if num_missing:
+        raise ValueError(
+            f"{folder} is unfinished: {num_missing} of {len(names)} shards are missing; "
+            f"run the same recipes/{Path(marker).stem.lstrip('_')}.py command again to finish it"
+        )
+
+
+def check_origin(folder: Path, manifest: dict[str, Any], target: Target | TargetFacts) -> None:
+    """Raises ValueError if `folder` was made with another tokenizer or, where both are known, by another target."""
+    if manifest["tokenizer_hash"] != target.tokenizer_hash:
+        raise ValueError(f"{folder} was made with another tokenizer than that of {target.name}")
+    if None not in (made_by := manifest["target_fingerprint"], target.fingerprint) and made_by != target.fingerprint:
+        raise ValueError(f"{folder} was made by another target ({manifest['target']}), not by {target.name}")
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """Returns a hash of the files' names and contents, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def _clear_leftovers(folder: Path, name: str) -> None:
+    """Removes what a killed run left half-written."""
+    for leftover in folder.glob(f".{name}.part-*"):
+        leftover.unlink()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

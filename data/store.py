@@ -1,0 +1,276 @@
+"""The teacher store: what the target says of a data set, written once in one pass. `write_store`, `open_store`.
+
+A folder of safetensors shards in which the rows lie end to end: `tokens` [N], `loss_mask` [N], `offsets` [rows + 1],
+and when asked for `hidden.<layer>` [N, D] (bf16), `top_log_probs` [N, K] (fp16), `top_ids` [N, K] and
+`log_normaliser` [N]. Log-probabilities rather than logits, as fp16 is finest near 0, where the mass is; a row's tail
+mass is 1 less the sum of their exponentials. Layer 0 is the embedding output, layer i the output of the i-th block,
+un-normed.
+
+Shape suffixes: T positions, N tokens of a shard, D hidden width, K largest logits kept.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from data.batches import Example, check_batch, check_layers, collate
+from data.facts import TargetFacts
+from data.shards import check_origin, check_whole, missing_shards, open_folder, read_manifest, write_whole
+from data.teacher import complete
+from draftsmith import Target
+from draftsmith.files import check_replaceable
+
+MARKER = "teacher_store.json"
+FORMAT = 1
+LAYER_INDEX = "0 is the embedding output, i the output of the i-th block, un-normed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSettings:
+    """What the teacher store holds."""
+
+    layers: tuple[int, ...] = ()
+    """Hidden layers to keep: 0 is the embedding output, i the output of the i-th block."""
+    top_k: int = 0
+    """Largest next-token logits to keep at every position."""
+    limit_gb: float = 20.0
+    """Refuse to write more than this."""
+    batch_size: int = 8
+    """Rows the target reads at once."""
+    shard_mb: int = 256
+    """Size of a shard: what a killed run loses at most."""
+
+
+def write_store(target: Target, rows: Sequence[Example], folder: Path, settings: StoreSettings) -> None:
+    """Runs the target over `rows` and writes the store, making only the shards that an earlier run did not.
+
+    Prints the size first. Raises ValueError as `plan_store` does, and when the folder is another store's.
+    """
+    shards = plan_store(target, rows, folder, settings)
+    names = _shard_names(len(shards))
+    lengths = [len(row.tokens_T) for row in rows]
+    layers = " ".join(map(str, settings.layers))
+    hidden = f", hidden layers {layers} of width {target.hidden_size} in bf16" if layers else ""
+    top = f", top {settings.top_k} logits" if settings.top_k else ""
+    print(
+        f"{folder}: {len(rows):,} rows, {sum(lengths):,} tokens{hidden}{top}: "
+        f"{sum(lengths) * _bytes_per_token(target, settings) / 1e9:.3g} GB in {len(shards)} shard(s)",
+        flush=True,
+    )
+    manifest = {
+        "format": FORMAT,
+        "target_fingerprint": target.fingerprint,
+        "tokenizer_hash": target.tokenizer_hash,
+        "vocab_size": target.vocab_size,
+        "hidden_size": target.hidden_size,
+        "layer_index": LAYER_INDEX,
+        "layers": list(settings.layers),
+        "top_k": settings.top_k,
+        "batch_size": settings.batch_size,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "data": _hash_rows(rows),
+        "num_tokens": sum(lengths),
+        "num_learnt": int(sum(row.loss_mask_T.sum() for row in rows)),
+        "shards": [[shard.start, shard.stop] for shard in shards],
+    }
+    open_folder(folder, MARKER, manifest, notes={"target": target.name, "command": shlex.join(sys.argv)})
+    missing = missing_shards(folder, names)
+    if len(missing) < len(shards):
+        print(f"{folder}: {len(shards) - len(missing)} of {len(shards)} shards are there already")
+    num_done = sum(lengths) - sum(lengths[row] for index in missing for row in shards[index])
+    with tqdm(total=sum(lengths), initial=num_done, desc="teacher store", unit="token", unit_scale=True) as bar:
+        for index in missing:
+            tensors, keys = _read_shard(target, [rows[row] for row in shards[index]], settings, bar)
+            write_whole(
+                folder / names[index], functools.partial(save_file, tensors, metadata={"keys": json.dumps(keys)})
+            )
+
+
+def plan_store(
+    target: Target | TargetFacts, rows: Sequence[Example], folder: Path, settings: StoreSettings
+) -> list[range]:
+    """Returns which rows each shard will hold; needs no weights.
+
+    Raises ValueError when it is over the limit or the disk's free space, when the folder holds something else, and
+    for layers, tokens or masks that do not fit the target.
+    """
+    _check(target, rows, settings)
+    check_replaceable(folder, marker=MARKER)
+    lengths = [len(row.tokens_T) for row in rows]
+    bytes_per_token = _bytes_per_token(target, settings)
+    shards = _cut(lengths, max(1, settings.shard_mb * 1_000_000 // bytes_per_token))
+    num_bytes = sum(lengths) * bytes_per_token
+    if num_bytes > settings.limit_gb * 1e9:
+        raise ValueError(
+            f"the store would take {num_bytes / 1e9:.3g} GB, over the limit of {settings.limit_gb:g} GB; "
+            "keep fewer layers, a smaller top_k or fewer rows, or raise --limit-gb"
+        )
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    missing = missing_shards(folder, _shard_names(len(shards)))
+    left_bytes = bytes_per_token * sum(lengths[row] for index in missing for row in shards[index])
+    if left_bytes > free:
+        raise ValueError(f"{left_bytes / 1e9:.3g} GB are still to be written; {existing} has {free / 1e9:.3g} GB free")
+    return shards
+
+
+class Store(Sequence[Example]):
+    """The rows of a finished store, in the order they were given; read from disk one by one, through memory maps."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.manifest = manifest
+        self.layers: tuple[int, ...] = tuple(manifest["layers"])
+        self.top_k: int = manifest["top_k"]
+        self.keys: list[str] = []
+        self._places: list[tuple[int, int, int]] = []
+        self._shards = []
+        paths = [folder / name for name in _shard_names(len(manifest["shards"]))]
+        for index, (path, (first, last)) in enumerate(zip(paths, manifest["shards"], strict=True)):
+            try:
+                shard = safe_open(path, framework="pt")
+                keys = json.loads(shard.metadata()["keys"])
+                offsets = shard.get_tensor("offsets").tolist()
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} is damaged ({error}); delete it and run the command again") from None
+            assert len(keys) == last - first == len(offsets) - 1
+            self.keys += keys
+            self._places += [(index, begin, end) for begin, end in itertools.pairwise(offsets)]
+            self._shards.append(shard)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the manifest, which names the target, the data and what is stored."""
+        kept = {key: value for key, value in self.manifest.items() if key not in ("target", "command")}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        shard_index, begin, end = self._places[index]
+        shard = self._shards[shard_index]
+
+        def part(name: str) -> Tensor:
+            return shard.get_slice(name)[begin:end]
+
+        top: dict[str, Tensor] = {}
+        if self.top_k:
+            normaliser_T = part("log_normaliser")
+            top["log_normaliser_T"] = normaliser_T
+            top["top_logits_TK"] = part("top_log_probs").float() + normaliser_T[:, None]
+            top["top_ids_TK"] = part("top_ids").long()
+        return Example(
+            tokens_T=part("tokens").long(),
+            loss_mask_T=part("loss_mask"),
+            key=self.keys[index],
+            hidden={layer: part(f"hidden.{layer}") for layer in self.layers},
+            **top,
+        )
+
+
+def open_store(folder: Path | str, target: Target | TargetFacts) -> Store:
+    """Returns the rows of a finished store; raises ValueError if it is unfinished, damaged, or another target's."""
+    folder = Path(folder)
+    manifest = read_manifest(folder, MARKER)
+    check_whole(folder, _shard_names(len(manifest["shards"])), MARKER)
+    check_origin(folder, manifest, target)
+    return Store(folder, manifest)
+
+
+@torch.inference_mode()
+def _read_shard(
+    target: Target, rows: list[Example], settings: StoreSettings, bar: tqdm
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns a shard's tensors and its rows' keys; similar lengths are read together."""
+    features: dict[int, dict[str, Tensor]] = {}
+    by_length = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens_T))
+    for begin in range(0, len(rows), settings.batch_size):
+        chosen = by_length[begin : begin + settings.batch_size]
+        batch = collate([rows[index] for index in chosen])
+        if settings.layers or settings.top_k:
+            batch = complete(batch, target, settings.layers, settings.top_k)
+        wide: dict[str, Tensor] = {f"hidden.{layer}": batch.hidden[layer].bfloat16() for layer in settings.layers}
+        if settings.top_k:
+            assert batch.top_logits_BTK is not None
+            assert batch.top_ids_BTK is not None
+            assert batch.log_normaliser_BT is not None
+            wide["top_log_probs"] = (batch.top_logits_BTK - batch.log_normaliser_BT[..., None]).half()
+            wide["top_ids"] = batch.top_ids_BTK.int()
+            wide["log_normaliser"] = batch.log_normaliser_BT
+        wide = {name: tensor.cpu() for name, tensor in wide.items()}
+        for place, index in enumerate(chosen):
+            length = len(rows[index].tokens_T)
+            features[index] = {name: tensor[place, :length] for name, tensor in wide.items()}
+            bar.update(length)
+    lengths = torch.tensor([0, *(len(row.tokens_T) for row in rows)])
+    tensors = {
+        "tokens": torch.cat([row.tokens_T.int() for row in rows]),
+        "loss_mask": torch.cat([row.loss_mask_T for row in rows]),
+        "offsets": lengths.cumsum(0),
+    }
+    for name in features[0]:
+        tensors[name] = torch.cat([features[index][name] for index in range(len(rows))])
+    return tensors, [row.key for row in rows]
+
+
+def _cut(lengths: list[int], tokens_per_shard: int) -> list[range]:
+    """Returns consecutive ranges of rows of at most `tokens_per_shard` tokens, or of one longer row."""
+    shards, first, num_tokens = [], 0, 0
+    for row, length in enumerate(lengths):
+        if row > first and num_tokens + length > tokens_per_shard:
+            shards.append(range(first, row))
+            first, num_tokens = row, 0
+        num_tokens += length
+    return [*shards, range(first, len(lengths))]
+
+
+def _bytes_per_token(target: Target | TargetFacts, settings: StoreSettings) -> int:
+    """Returns the size of one token across all tensors; headers and offsets are too small to count."""
+    token_and_mask, bf16, fp16_and_int32, normaliser = 4 + 1, 2, 2 + 4, 4
+    hidden = bf16 * target.hidden_size * len(settings.layers)
+    return token_and_mask + hidden + (fp16_and_int32 * settings.top_k + normaliser if settings.top_k else 0)
+
+
+def _check(target: Target | TargetFacts, rows: Sequence[Example], settings: StoreSettings) -> None:
+    if target.is_encoder_decoder:
+        raise ValueError(f"target {target.name} is an encoder-decoder; the teacher store is for causal targets")
+    if not len(rows):
+        raise ValueError("there are no rows to store")
+    check_layers(settings.layers, target)
+    if len(set(settings.layers)) < len(settings.layers):
+        raise ValueError(f"hidden layers {' '.join(map(str, settings.layers))}: one is named twice")
+    if not 0 <= settings.top_k <= target.vocab_size:
+        raise ValueError(f"top_k is {settings.top_k}; it must be 0 to {target.vocab_size}, the size of the vocabulary")
+    for name in ("batch_size", "shard_mb"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+    for row in rows:
+        check_batch(collate([row]), target)
+
+
+def _hash_rows(rows: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.key.encode())
+        digest.update(row.tokens_T.numpy().astype("<i8").tobytes())
+        digest.update(np.packbits(row.loss_mask_T.numpy()).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _shard_names(num_shards: int) -> list[str]:
+    return [f"shard-{index:05d}.safetensors" for index in range(num_shards)]

@@ -1,0 +1,92 @@
+"""Writes pseudo-data: text by the target itself, which every drafter here learns from.
+
+    ./launch.sh pseudo_data                                         # pocket target, 300 prompts, into runs/pseudo-data
+    ./launch.sh pseudo_data --target T --data prompts.jsonl --temperature 0,1 --output runs/mine
+    ./launch.sh pseudo_data --target T --server http://localhost:8000    # T gives the tokenizer, the server the text
+
+Prompts: JSONL, Parquet, a `datasets` folder or hub name, text files, conversations; see data/sources.py. A run that was
+killed is continued by the same command. Two CPU cores: about NUMBER tokens/s with the pocket target.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import draftsmith
+from data import POCKET
+from data.facts import read_facts
+from data.prompts import load_prompts
+from data.pseudo_data import MARKER, read_pseudo_data, write_pseudo_data
+from data.server import Server
+from data.writers import LocalTarget, PseudoDataSettings, Writer
+from draftsmith.files import check_replaceable
+from trainers.settings import parse_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What is read and where it goes; how the target writes is in PseudoDataSettings."""
+
+    target: str = str(POCKET)
+    """A transformers folder or hub name."""
+    data: str = "python-source:train"
+    """Where the prompts come from."""
+    output: str = "runs/pseudo-data"
+    """Folder for the shards."""
+    max_prompts: int = 300
+    """Prompts drawn from the data, 0 for all."""
+    max_steps: int = 0
+    """Batches to write at most, 0 for all: for a quick trial."""
+    prompt_tokens: int = 64
+    """Length of prompts cut from source code or plain text."""
+    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"
+    """What becomes of rows too long for the target's context."""
+    draft: str = ""
+    """Artifact of a drafter to write faster with."""
+    server: str = ""
+    """Address of an OpenAI-compatible server to write instead."""
+    server_model: str = ""
+    """Model to ask for there, if it serves several."""
+    server_text: bool = False
+    """Send prompts as text, to servers that take no token ids."""
+    dtype: str = "auto"
+    """What its weights are loaded as."""
+
+
+def main(run: RunSettings, settings: PseudoDataSettings) -> None:
+    if run.server and run.draft:
+        raise ValueError("--draft has no effect with --server; give one of them")
+    check_replaceable(Path(run.output), marker=MARKER)
+    facts = read_facts(run.target)
+    limits = [limit for limit in (run.max_prompts, run.max_steps * settings.batch_size) if limit]
+    prompts = load_prompts(
+        run.data,
+        facts.tokenizer,
+        max_prompts=min(limits, default=0),
+        max_prompt_tokens=facts.context_length - settings.max_new_tokens,
+        prompt_tokens=run.prompt_tokens,
+        long_prompts=run.long_prompts,
+        seed=settings.seed,
+    )
+    writer: Writer
+    if run.server:
+        writer = Server(
+            run.server,
+            facts.tokenizer,
+            model=run.server_model,
+            num_in_flight=settings.batch_size,
+            as_text=run.server_text,
+        )
+    else:
+        writer = LocalTarget(draftsmith.Target.from_pretrained(run.target, dtype=run.dtype), draft=run.draft)
+    write_pseudo_data(writer, prompts, Path(run.output), settings)
+    written = read_pseudo_data(run.output)
+    print(f"{run.output}: {len(written):,} rows, {written.num_learnt:,} tokens written by {writer.origin.target}")
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_settings(RunSettings, PseudoDataSettings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
