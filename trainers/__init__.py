@@ -1,0 +1,33 @@
+"""Trainers: one loop (`trainers.loop.train`) and one small file per family, which supplies what is below.
+
+A family's file is a module with these names; the loop knows no family by name.
+
+    Settings                               a frozen, keyword-only dataclass
+    check(settings, facts)                 optional: refuses what can be seen to be wrong before the target's weights load
+    build(settings, target) -> drafter     a new drafter, its weights in float32
+    needs(settings, target) -> Needs       what batches must hold of the target
+    loss(drafter, batch, settings, target) -> (sum, metrics)     the loss summed over the batch's supervised tokens
+    judge(drafter, batch, settings, target) -> metrics           on held-out rows: "acceptance", the larger the better
+    finish(drafter, settings, target, held_out) -> drafter       optional: a last touch after training
+    fit(settings, target, rows) -> drafter                       in place of `loss` and `build`: without gradient
+
+Metrics are (sum, count) pairs, added over micro-batches and ranks and divided once, when they are logged.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Metrics = dict[str, tuple[Tensor, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a family reads of the target, in every batch or on held-out rows only."""
+
+    layers: tuple[int, ...] = ()
+    """Hidden layers; 0 is the embedding output, i the output of the i-th block."""
+    top_k: int = 0
+    """Largest logits at each position."""
+    held_out_layers: tuple[int, ...] = ()
+    """Hidden layers that `judge` and `finish` read beside those."""

@@ -1,0 +1,202 @@
+"""Distils a small causal LM from the target (DistillSpec, 2310.08461): on its text, or on its laws as well.
+
+Shape suffixes: B rows, T positions, N supervised positions, D hidden width, K likeliest tokens.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+from data.batches import Batch
+from data.facts import TargetFacts, read_facts
+from draftsmith import Target
+from draftsmith.drafters.lm import Config, Drafter
+from trainers import Metrics, Needs
+from trainers.losses import DIVERGENCES, Teacher, acceptance, chunked, cross_entropy, divergence, laws
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The draft model, what it starts from, and its loss."""
+
+    init: str = ""
+    """Transformers folder or hub name of a model with the target's vocabulary to start from, instead of a new one."""
+    num_layers: int = 1
+    """Layers of a new model."""
+    hidden_size: int = 0
+    """Width of a new model, 0 for the target's."""
+    num_heads: int = 4
+    """Attention heads of a new model."""
+    ffn_size: int = 0
+    """Width of its feed-forward layers, 0 for 8/3 of hidden_size."""
+    start: str = field(default="embedding", metadata={"choices": ["random", "embedding", "layers"]})
+    """Weights of a new model: random, with the target's embedding where the widths are the same, or, for a model of
+    the target's own architecture and width, its embedding, head and first layers."""
+    loss: str = field(default="ce", metadata={"choices": ["ce", *DIVERGENCES]})
+    """Cross-entropy on the text, or a divergence from the target's law at each of its tokens."""
+    beta: float = 0.5
+    """Of the Jensen-Shannon divergence (`jsd`)."""
+    loss_temperature: float = 1.0
+    """Both laws are taken at this temperature in a divergence."""
+    teacher_top_k: int = 0
+    """A divergence sees so many of the target's largest logits and the rest as one, 0 for all of them."""
+    num_draft: int = 8
+    """Most tokens drafted at a time."""
+    confidence: float = 0.4
+    """Drafting stops after a token less probable than this; refit while drafting."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "num_draft"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("hidden_size", "ffn_size", "teacher_top_k"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.loss == "ce" and (self.teacher_top_k or self.loss_temperature != 1):
+            raise ValueError("teacher_top_k and loss_temperature belong to a divergence, and loss is ce: name another")
+        if self.loss != "ce":
+            divergence(self.loss, beta=self.beta, temperature=self.loss_temperature)
+        if self.teacher_top_k and self.loss_temperature != 1:
+            raise ValueError(f"with teacher_top_k, loss_temperature must be 1, not {self.loss_temperature}")
+
+
+def check(settings: Settings, target: TargetFacts) -> None:
+    """Raises ValueError for a checkpoint of another vocabulary or tokenizer, from its folder alone."""
+    if not settings.init:
+        return
+    facts = read_facts(settings.init)
+    if facts.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"--init {settings.init} has a vocabulary of {facts.vocab_size} tokens and the target one of"
+            f" {target.vocab_size}; they must be the same"
+        )
+    if facts.tokenizer_hash and target.tokenizer_hash and facts.tokenizer_hash != target.tokenizer_hash:
+        raise ValueError(f"--init {settings.init} has another tokenizer than target {target.name}")
+
+
+def build(settings: Settings, target: Target) -> Drafter:
+    """Returns a draft model in float32; raises ValueError for one that its architecture or the target's does not allow."""
+    if settings.init:
+        given = AutoModelForCausalLM.from_pretrained(settings.init, dtype=torch.float32)
+        drafter = _drafter(settings, given.config, target)
+        drafter.model.load_state_dict(given.state_dict())
+        return drafter
+    if settings.start == "layers":
+        return _first_layers(settings, target)
+    drafter = _drafter(settings, _small_llama(settings, target), target)
+    theirs = target.model.get_input_embeddings().weight
+    own = drafter.model.get_input_embeddings().weight
+    if settings.start == "embedding" and own.shape == theirs.shape:
+        own.data.copy_(theirs.detach())
+    return drafter
+
+
+def needs(settings: Settings, target: Target) -> Needs:
+    last = (target.num_layers,)
+    if settings.loss == "ce" or settings.teacher_top_k:
+        return Needs(top_k=settings.teacher_top_k, held_out_layers=last)
+    return Needs(layers=last)
+
+
+def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
+    """Returns the loss summed over supervised tokens, each predicted at the position before it."""
+    mask_BT = batch.loss_mask_BT[:, 1:]
+    hidden_ND = _last_hidden(drafter, batch, mask_BT)
+    if settings.loss == "ce":
+        inputs = (hidden_ND, batch.tokens_BT[:, 1:][mask_BT])
+        total, _ = chunked(
+            lambda hidden, labels: cross_entropy(_logits(drafter.engine, hidden), labels),
+            *inputs,
+            vocab_size=target.vocab_size,
+        )
+        return total, {}
+    compare = divergence(settings.loss, beta=settings.beta, temperature=settings.loss_temperature)
+    total, _ = chunked(
+        lambda hidden, *theirs: compare(_logits(drafter.engine, hidden), _teacher(target, *theirs)),
+        hidden_ND,
+        *(part[:, :-1][mask_BT] for part in _law(batch, settings, target)),
+        vocab_size=target.vocab_size,
+    )
+    return total, {}
+
+
+def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+    """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and how often both laws' likeliest agree."""
+    mask_BT = batch.loss_mask_BT[:, 1:]
+
+    def compare(hidden: Tensor, theirs: Tensor) -> Tensor:
+        student_NV, teacher_NV = laws(_logits(drafter.engine, hidden), Teacher(logits=_logits(target, theirs)))
+        agrees_N = student_NV.argmax(-1) == teacher_NV.argmax(-1)
+        return torch.stack([acceptance(student_NV, teacher_NV), agrees_N.float()], dim=1)
+
+    inputs = (_last_hidden(drafter, batch, mask_BT), batch.hidden[target.num_layers][:, :-1][mask_BT])
+    sums_2, count = chunked(compare, *inputs, vocab_size=target.vocab_size)
+    return {"acceptance": (sums_2[0], count), "greedy_agreement": (sums_2[1], count)}
+
+
+def _last_hidden(drafter: Drafter, batch: Batch, mask_BT: Tensor) -> Tensor:
+    """Returns the draft model's last hidden state [N, D] at the positions before supervised tokens."""
+    last = drafter.engine.num_layers
+    return drafter.engine.read(batch.tokens_BT, layers=(last,))[last][:, :-1][mask_BT]
+
+
+def _logits(model: Target, hidden_ND: Tensor) -> Tensor:
+    return model.logits(hidden_ND[None])[0]
+
+
+def _law(batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, ...]:
+    """Returns what the batch holds of the target's law [B, T, ...]: last hidden states, or the top of its logits."""
+    if not settings.teacher_top_k:
+        return (batch.hidden[target.num_layers],)
+    assert batch.top_logits_BTK is not None and batch.top_ids_BTK is not None and batch.log_normaliser_BT is not None
+    return batch.top_logits_BTK, batch.top_ids_BTK, batch.log_normaliser_BT
+
+
+def _teacher(target: Target, *law: Tensor) -> Teacher:
+    if len(law) == 1:
+        return Teacher(logits=_logits(target, law[0]))
+    return Teacher(logits=law[0], ids_NK=law[1], log_normaliser_N=law[2])
+
+
+def _drafter(settings: Settings, config: PreTrainedConfig, target: Target) -> Drafter:
+    """Returns a drafter with a model of this configuration and random weights."""
+    values = {"model_type": config.model_type, **config.to_diff_dict()}
+    model = {key: value for key, value in values.items() if key not in ("transformers_version", "dtype")}
+    return Drafter(Config(model=model, num_draft=settings.num_draft, confidence=settings.confidence), target).float()
+
+
+def _small_llama(settings: Settings, target: Target) -> PreTrainedConfig:
+    width = settings.hidden_size or target.hidden_size
+    if width % (2 * settings.num_heads):
+        raise ValueError(f"hidden_size {width} must be a multiple of twice num_heads, which is {settings.num_heads}")
+    theirs = target.model.config.get_text_config(decoder=True)
+    special = {name: getattr(theirs, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return LlamaConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=width,
+        intermediate_size=settings.ffn_size or (width * 8 // 3 + 31) // 32 * 32,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_heads,
+        max_position_embeddings=target.context_length,
+        tie_word_embeddings=True,
+        **special,
+    )
+
+
+def _first_layers(settings: Settings, target: Target) -> Drafter:
+    """Returns a copy of the target cut to its first layers, embedding, final norm and head kept."""
+    if settings.num_layers > target.num_layers:
+        raise ValueError(f"num_layers is {settings.num_layers}; {target.name} has {target.num_layers} layers to copy")
+    config = copy.deepcopy(target.model.config)
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers = settings.num_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: settings.num_layers]
+    drafter = _drafter(settings, config, target)
+    theirs = target.model.state_dict()
+    drafter.model.load_state_dict({name: theirs[name] for name in drafter.model.state_dict()})
+    return drafter

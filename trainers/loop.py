@@ -1,0 +1,161 @@
+"""The one entry point of all trainers: `train` runs any family under any launcher and leaves an artifact."""
+
+import contextlib
+import dataclasses
+import io
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import Subset
+
+import draftsmith
+from data.batches import Batch, Example, collate, split
+from data.examples import Examples, open_examples
+from data.facts import read_facts
+from data.shards import open_folder
+from data.teacher import complete
+from draftsmith import Target
+from trainers import checkpoints, launch
+from trainers.descent import BEST, DraftTrainer, Step, arguments_of, mean_metrics
+from trainers.run import RunSettings
+
+
+def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
+    """Trains a drafter of `family` and returns the folder that holds its artifact.
+
+    Continues an unfinished run found there; says so and does nothing if it is finished. Raises ValueError for
+    settings, data or folders that do not fit, before the target's weights load wherever they are not needed to tell.
+    """
+    started, command = time.perf_counter(), shlex.join(sys.argv)
+    name = family.__name__.rpartition(".")[2]
+    output = Path(run.output or f"runs/{name}").resolve()
+    deepspeed = launch.begin(run)
+    launch.write_default_data(run)
+    target_facts = read_facts(run.target)
+    if hasattr(family, "check"):
+        family.check(settings, target_facts)
+    with contextlib.redirect_stdout(io.StringIO()):
+        open_examples(run.data, target_facts)
+    if launch.rank() == 0:
+        identity = {"family": name, **asdict(settings), **run.identity()}
+        open_folder(output, checkpoints.MARKER, identity, notes={"command": command})
+    if checkpoints.is_finished(output):
+        print(f"{output} holds the finished run of these very settings: nothing is left to do")
+        return output
+
+    target = Target.from_pretrained(run.target, dtype="bfloat16" if run.bf16 else "float32", device=launch.device())
+    target.model.requires_grad_(False)
+    examples = open_examples(run.data, target)
+    train_on, held_out = _split(examples, run, min(run.max_length, target.context_length))
+    spent_s = 0.0
+    if hasattr(family, "fit"):
+        drafter = family.fit(settings, target, train_on) if launch.rank() == 0 else None
+    else:
+        facts = {"data_fingerprint": examples.fingerprint, "target_fingerprint": target.fingerprint}
+        drafter, spent_s = _descend(family, settings, run, target, train_on, list(held_out), output, deepspeed, facts)
+    if launch.rank() == 0:
+        needs = family.needs(settings, target)
+        judged = [complete(batch, target, needs.layers + needs.held_out_layers, needs.top_k) for batch in held_out]
+        if hasattr(family, "finish"):
+            drafter = family.finish(drafter, settings, target, judged)
+        with torch.no_grad():
+            acceptance = mean_metrics(family.judge(drafter, batch, settings, target) for batch in judged)
+        record = {
+            "command": command,
+            "seed": run.seed,
+            "settings": asdict(settings) | asdict(run),
+            "data_fingerprint": examples.fingerprint,
+            "measured_acceptance": acceptance,
+            "train_s": round(spent_s + time.perf_counter() - started, 1),
+        }
+        draftsmith.save(drafter, output / "artifact", target=target, record=record)
+        checkpoints.publish(output / "artifact", output)
+        print(f"{output}: trained in {record['train_s']:.0f} s; held-out {BEST} {acceptance[BEST]:.3f}")
+    launch.end()
+    return output
+
+
+def _descend(
+    family: ModuleType,
+    settings: Any,
+    run: RunSettings,
+    target: Target,
+    train_on: Sequence[Example],
+    held_out: list[Batch],
+    output: Path,
+    deepspeed: str | None,
+    facts: dict[str, Any],
+) -> tuple[Any, float]:
+    """Trains by gradient; returns the drafter at its best checkpoint and the seconds spent in earlier sessions."""
+    facts = facts | {"num_ranks": launch.num_ranks()}
+    resumed = checkpoints.newest_whole(output)
+    step, found = resumed or (0, {"spent_s": 0.0, "best_step": 0})
+    changed = [f"{key} was {found[key]}, is {value}" for key, value in facts.items() if resumed and found[key] != value]
+    if changed:
+        raise ValueError(f"{output} cannot be continued ({'; '.join(changed)}); name another --output")
+    if step < run.max_steps:
+        torch.manual_seed(run.seed)
+        trainer = DraftTrainer(
+            Step(family.build(settings, target), family, settings, target),
+            arguments_of(run, output, deepspeed),
+            target=target,
+            needs=family.needs(settings, target),
+            held_out=held_out,
+            output=output,
+            facts=facts,
+            spent_s=found["spent_s"],
+            train_dataset=train_on,
+            eval_dataset=held_out,
+            data_collator=_Collate(min(run.max_length, target.context_length)),
+        )
+        if resumed:
+            print(f"{output}: continuing at step {step} of {run.max_steps}")
+        trainer.train(resume_from_checkpoint=str(checkpoints.folder(output, step)) if resumed else None)
+        found = {**found, "best_step": trainer.state.best_global_step}
+    if deepspeed:
+        launch.leave_deepspeed()
+    # Sharded weights (ZeRO-3) are whole in the checkpoint only, so that the drafter is built anew from it.
+    torch.manual_seed(run.seed)
+    drafter = family.build(settings, target).to(target.dtype).eval()
+    weights = load_file(checkpoints.folder(output, found["best_step"]) / checkpoints.WEIGHTS)
+    drafter.load_state_dict({name.removeprefix("drafter."): weight for name, weight in weights.items()})
+    return drafter, found["spent_s"]
+
+
+def _split(examples: Examples, run: RunSettings, max_length: int) -> tuple[Sequence[Example], list[Batch]]:
+    """Returns the rows to train on and the held-out ones in batches."""
+    train_on, held_out = split(examples.keys, held_out_share=run.held_out_share, seed=run.seed)
+    batch_size = run.batch_size * launch.num_ranks()
+    if len(train_on) < batch_size:
+        raise ValueError(f"{run.data} has {len(train_on)} rows to train on, fewer than the {batch_size} of one batch")
+    rows = [_cut(examples[index], max_length) for index in held_out[: run.max_held_out]]
+    batches = [collate(rows[begin : begin + run.batch_size]) for begin in range(0, len(rows), run.batch_size)]
+    return Subset(examples, train_on), batches  # type: ignore[arg-type,return-value]
+
+
+class _Collate:
+    """Joins rows, each cut to `max_length` tokens, under the name that the loop knows them by."""
+
+    def __init__(self, max_length: int) -> None:
+        self._max_length = max_length
+
+    def __call__(self, rows: Sequence[Example]) -> dict[str, Batch]:
+        return {"batch": collate([_cut(row, self._max_length) for row in rows])}
+
+
+def _cut(row: Example, length: int) -> Example:
+    """Returns the row's first `length` tokens."""
+    parts = {
+        f.name: value[:length] for f in dataclasses.fields(row) if isinstance(value := getattr(row, f.name), Tensor)
+    }
+    hidden = {layer: states[:length] for layer, states in row.hidden.items()}
+    return dataclasses.replace(row, hidden=hidden, **parts)
