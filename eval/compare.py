@@ -1,0 +1,255 @@
+"""The bake-off: drafters, plain decoding and transformers' own `generate` on the same prompts, in one table."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from tqdm import tqdm
+
+import draftsmith
+from data.prompts import Prompt
+from data.shards import hash_files
+from draftsmith import Target, verify
+from draftsmith.artifact import read_manifest
+from eval import machine
+from eval.measure import Ask, Contender, Tally, add_up, measure, own_loop, transformers_loop, warm_up
+from eval.plots import draw
+from eval.results import Cell, Results, claim, publish
+from eval.table import header, table, to_csv
+
+PLAIN, TRANSFORMERS = "plain", "transformers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How much is decoded, and under which laws."""
+
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    """0 is greedy."""
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Prompts decoded at once."""
+    rounds: int = 3
+    """Times that everything is decoded; speed-ups are medians over rounds."""
+    max_new_tokens: int = 64
+    """After each prompt."""
+    verifiers: tuple[str, ...] = ()
+    """Further rows for each drafter, with these verifiers in place of the default lossless ones."""
+    seed: int = 0
+    """Of what is sampled."""
+    threads: int = 1
+    """CPU threads, 0 for torch's own choice; a small target is fastest and steadiest on one."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.temperatures or not all(0 <= t < float("inf") for t in self.temperatures):
+            raise ValueError(f"temperatures are {list(self.temperatures)}; each must be 0 or a positive number")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch sizes are {list(self.batch_sizes)}; each must be at least 1")
+        if self.threads < 0:
+            raise ValueError(f"threads is {self.threads}; it must be 0 or more")
+        for name in self.verifiers:
+            if name not in verify.names():
+                raise ValueError(f"unknown verifier {name!r}; there are {', '.join(verify.names())}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A contender and what the table says of it beside its speed."""
+
+    contender: Contender
+    family: str | None = None
+    """None where nothing drafts."""
+    verifier: str = "auto"
+    is_lossless: bool = True
+    num_parameters: int = 0
+    artifact_mb: float = 0.0
+    train_s: float | None = 0.0
+    """None where the manifest does not say."""
+
+    def competes_at(self, temperature: float) -> bool:
+        """Greedy decoding has one lossless verifier, which "auto" takes."""
+        return temperature > 0 or self.verifier == "auto" or not self.is_lossless
+
+
+def compare(
+    target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path], output: Path, settings: Settings
+) -> list[dict[str, Any]]:
+    """Returns one row for each contender, temperature and batch size, and writes them as `bakeoff.*` in `output`.
+
+    A comparison that was killed continues with what had been measured. Raises ValueError for an artifact that does
+    not fit the target, too few prompts for a batch, or a folder that holds something else.
+    """
+    for batch_size in settings.batch_sizes:
+        if len(prompts) < batch_size:
+            raise ValueError(f"batch size {batch_size} needs as many prompts, and there are {len(prompts)}")
+    with machine.num_threads(settings.threads):
+        entries = _entries(target, prompts, artifacts, settings)
+        facts = _facts(target, prompts, settings)
+        identity = facts | asdict(settings) | {"artifacts": [_fingerprint(path) for path in artifacts]}
+        identity |= {"prompts": [prompt.key for prompt in prompts], "fingerprint": target.fingerprint}
+        claim(output)
+        results = Results(output, identity)
+        _measure(target, prompts, entries, results, settings)
+    rows = []
+    for temperature in settings.temperatures:
+        for batch_size in settings.batch_sizes:
+            rounds = [results.cells[cell] for cell in _cells(settings) if cell[1:] == (temperature, batch_size)]
+            for entry in entries:
+                if entry.competes_at(temperature):
+                    rows.append(_row(entry, temperature, batch_size, rounds) | facts)
+    markdown = "\n".join([header(rows, "markdown"), *table(rows, "markdown"), "", "![speed-up](bakeoff.png)", ""])
+    publish(output, rows, markdown=markdown, csv=to_csv(rows), picture=lambda path: draw(rows, path))
+    return rows
+
+
+def _entries(target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path], settings: Settings) -> list[Entry]:
+    entries = [
+        Entry(contender=Contender(name=PLAIN, decode=own_loop(target))),
+        Entry(contender=Contender(name=TRANSFORMERS, decode=transformers_loop(target))),
+    ]
+    for name, path in zip(_names(artifacts), artifacts, strict=True):
+        manifest = read_manifest(path)
+        drafter = draftsmith.load(path, target)
+        parameters = drafter.parameters() if isinstance(drafter, nn.Module) else ()
+        facts: dict[str, Any] = {
+            "family": manifest["family"],
+            "num_parameters": sum(parameter.numel() for parameter in parameters),
+            "artifact_mb": sum(file.stat().st_size for file in _files(path)) / 1e6,
+            "train_s": manifest.get("train_s"),
+        }
+        entries.append(Entry(contender=Contender(name=name, decode=own_loop(target, drafter)), **facts))
+        for verifier in settings.verifiers:
+            decode = own_loop(target, drafter, verifier=verifier)
+            contender = Contender(name=f"{name} ({verifier})", decode=decode)
+            is_lossless = importlib.import_module(f"draftsmith.verify.{verifier}").LOSSLESS
+            entry = Entry(contender=contender, verifier=verifier, is_lossless=is_lossless, **facts)
+            apt = [temperature for temperature in settings.temperatures if entry.competes_at(temperature)]
+            try:
+                for temperature in apt:
+                    warm_up(contender, [prompts[0].ids], temperature)
+            except ValueError as error:
+                print(f"{contender.name} is left out: {error}")
+            else:
+                entries.append(entry)
+    return entries
+
+
+def _names(artifacts: Sequence[Path]) -> list[str]:
+    """Returns each folder's name, with its parent's before it where two are the same."""
+    names = [path.resolve().name for path in artifacts]
+    taken = [*names, PLAIN, TRANSFORMERS]
+    longer = [
+        name if taken.count(name) == 1 else f"{path.resolve().parent.name}/{name}"
+        for name, path in zip(names, artifacts, strict=True)
+    ]
+    repeated = next((name for name in longer if longer.count(name) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"two artifacts are called {repeated}; give them folders of different names")
+    return longer
+
+
+def _files(artifact: Path) -> list[Path]:
+    return sorted(file for file in Path(artifact).rglob("*") if file.is_file())
+
+
+def _fingerprint(artifact: Path) -> str:
+    return hash_files(_files(artifact))
+
+
+def _facts(target: Target, prompts: Sequence[Prompt], settings: Settings) -> dict[str, Any]:
+    """Returns what holds for every row."""
+    return {
+        "target": target.name,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "hardware": machine.hardware(target.device),
+        "threads": torch.get_num_threads(),
+        "commit": machine.commit(),
+        "torch": torch.__version__,
+        "transformers_version": transformers.__version__,
+        "num_prompts": len(prompts),
+        "max_new_tokens": settings.max_new_tokens,
+        "rounds": settings.rounds,
+    }
+
+
+def _cells(settings: Settings) -> list[Cell]:
+    """Returns (round, temperature, batch size) in the order in which they are measured."""
+    laws = [(temperature, size) for temperature in settings.temperatures for size in settings.batch_sizes]
+    return [(number, *law) for number in range(settings.rounds) for law in laws]
+
+
+def _measure(
+    target: Target, prompts: Sequence[Prompt], entries: Sequence[Entry], results: Results, settings: Settings
+) -> None:
+    """Measures the cells that are missing."""
+    ids = [prompt.ids for prompt in prompts]
+    num_rows = {
+        cell: len(ids) // cell[2] * cell[2] * sum(entry.competes_at(cell[1]) for entry in entries)
+        for cell in _cells(settings)
+    }
+    missing = [cell for cell in _cells(settings) if cell not in results.cells]
+    num_done = sum(num_rows.values()) - sum(num_rows[cell] for cell in missing)
+    if num_done:
+        print(f"{results.path.parent}: continuing; {len(num_rows) - len(missing)} of {len(num_rows)} cells are measured")
+    bar = tqdm(total=sum(num_rows.values()), initial=num_done, desc="bake-off", unit="prompt", smoothing=0)
+    with bar:
+        for number, temperature, batch_size in missing:
+            bar.set_postfix_str(f"temperature {temperature:g}, batch {batch_size}", refresh=False)
+            contenders = [entry.contender for entry in entries if entry.competes_at(temperature)]
+            asks = [
+                Ask(
+                    prompts=ids[begin : begin + batch_size],
+                    temperature=temperature,
+                    max_new_tokens=settings.max_new_tokens,
+                    seed=settings.seed + number * len(ids) + begin,
+                )
+                for begin in range(0, len(ids) - batch_size + 1, batch_size)
+            ]
+            for contender in contenders:
+                warm_up(contender, asks[0].prompts, temperature)
+            tallies = measure(contenders, asks, target.device, first=number, done=bar.update)
+            results.add((number, temperature, batch_size), tallies)
+
+
+def _row(entry: Entry, temperature: float, batch_size: int, rounds: Sequence[dict[str, Tally]]) -> dict[str, Any]:
+    """Returns a contender's row of the table, from its tally of each round."""
+    tallies = [tallies[entry.contender.name] for tallies in rounds]
+    speeds = [tally.tokens / tally.seconds for tally in tallies]
+    ratios = [speed / (base[PLAIN].tokens / base[PLAIN].seconds) for speed, base in zip(speeds, rounds, strict=True)]
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
+    steps = sum(tally.steps for tally in tallies)
+    drafted, accepted = (add_up(getattr(tally, name) for tally in tallies) for name in ("drafted", "accepted"))
+
+    def per_step(name: str) -> float | None:
+        """Returns milliseconds for a row's share of a step, None where nothing counted steps."""
+        return float(np.median([getattr(tally, name) / tally.steps for tally in tallies])) if steps else None
+
+    return {
+        "drafter": entry.contender.name,
+        "temperature": temperature,
+        "batch_size": batch_size,
+        "tau": sum(tally.tokens for tally in tallies) / steps if steps else 1.0,
+        "tokens_per_s": float(np.median(speeds)),
+        "speedup": middle,
+        "speedup_low": low,
+        "speedup_high": high,
+        "identical": all(tally.is_identical for tally in tallies) if temperature == 0 else None,
+        "lossless": entry.is_lossless,
+        "draft_ms": per_step("draft_ms"),
+        "verify_ms": per_step("verify_ms"),
+        "commit_ms": per_step("commit_ms"),
+        "accepted_per_depth": [a / d for a, d in zip(accepted, drafted, strict=True) if d],
+        "num_parameters": entry.num_parameters,
+        "artifact_mb": entry.artifact_mb,
+        "train_s": entry.train_s,
+        "family": entry.family,
+        "verifier": entry.verifier,
+    }

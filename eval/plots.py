@@ -1,0 +1,101 @@
+"""The bake-off's picture: speed-up in every cell, and acceptance by depth."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+# Okabe and Ito's colours, told apart by the colour-blind; markers and dashes tell lines apart without any colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX*"
+DASHES = ("-", "--", "-.", ":")
+FASTER, SLOWER, NEUTRAL = "#0072B2", "#D55E00", "#8C8C8C"
+BAR_INCHES, PANEL_INCHES = 0.36, 4.4
+MAX_DEPTH = 10
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Writes a PNG: a row of panels for each temperature, a column for each batch size, and one for acceptance."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    temperatures = sorted({row["temperature"] for row in rows})
+    batch_sizes = sorted({row["batch_size"] for row in rows})
+    num_bars = len({row["drafter"] for row in rows})
+    height = len(temperatures) * max(2.8, BAR_INCHES * num_bars + 1.2) + 0.7
+    figure = Figure(figsize=(PANEL_INCHES * (len(batch_sizes) + 1), height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(temperatures), len(batch_sizes) + 1, squeeze=False)
+    longest = max(row["speedup_high"] for row in rows)
+    for panels, temperature in zip(grid, temperatures, strict=True):
+        for panel, batch_size in zip(panels, batch_sizes, strict=False):
+            found = [row for row in rows if (row["temperature"], row["batch_size"]) == (temperature, batch_size)]
+            _bars(panel, found, longest)
+            panel.set_title(f"Speed-up at {_law(temperature)}, batch {batch_size}", fontsize=11)
+        found = [row for row in rows if (row["temperature"], row["batch_size"]) == (temperature, batch_sizes[0])]
+        _acceptance(panels[-1], found, _styles(rows))
+        panels[-1].set_title(f"Drafts accepted at {_law(temperature)}", fontsize=11)
+    first = rows[0]
+    figure.suptitle(f"{Path(first['target']).name} on {first['hardware']}, {first['threads']} thread(s)", fontsize=12)
+    figure.savefig(path, format="png")
+
+
+def _law(temperature: float) -> str:
+    return f"temperature {temperature:g}"
+
+
+def _bars(panel: Any, rows: Sequence[Row], longest: float) -> None:
+    """Draws horizontal bars, so that names of any length stay readable, with the quartiles over rounds as whiskers."""
+    for place, row in enumerate(rows):
+        value, low, high = row["speedup"], row["speedup_low"], row["speedup_high"]
+        is_drafted = row["family"] is not None
+        colour = NEUTRAL if not is_drafted else FASTER if value >= 1 else SLOWER
+        panel.barh(place, value, height=0.62, color=colour, alpha=0.85, hatch="//" if not row["lossless"] else None)
+        panel.errorbar(value, place, xerr=[[value - low], [high - value]], color="black", capsize=3, linewidth=1.2)
+        note = " slower" if value < 1 and is_drafted else ""
+        note += " lossy" if not row["lossless"] else ""
+        panel.annotate(
+            f"{value:.2f}x{note}", (high, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9.5
+        )
+    panel.axvline(1.0, color="black", linewidth=1, linestyle="--")
+    panel.set_yticks(range(len(rows)), [_short(row["drafter"]) for row in rows], fontsize=10)
+    panel.invert_yaxis()
+    panel.set_xlim(0, 1.45 * longest)  # room for the labels
+    panel.set_xlabel("tokens/s over plain decoding", fontsize=9.5)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _acceptance(panel: Any, rows: Sequence[Row], styles: dict[str, dict[str, Any]]) -> None:
+    """Draws a line for each drafter, with a legend beside the panel where it covers none of them."""
+    deepest = 1
+    for row in rows:
+        shares = [100 * share for share in row["accepted_per_depth"][:MAX_DEPTH]]
+        if shares:
+            deepest = max(deepest, len(shares))
+            panel.plot(range(1, len(shares) + 1), shares, label=_short(row["drafter"]), **styles[row["drafter"]])
+    panel.set_xticks(range(1, deepest + 1))
+    panel.set_ylim(0, 105)
+    panel.set_xlabel("depth in the draft, tokens", fontsize=9.5)
+    panel.set_ylabel("% accepted to this depth", fontsize=9.5)
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    if panel.lines:
+        panel.legend(fontsize=9.5, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False)
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Returns for each drafter a colour, a marker and a dash of its own, the same in every panel."""
+    names = list(dict.fromkeys(row["drafter"] for row in rows if row["family"] is not None))
+    return {
+        name: {
+            "color": COLOURS[at % len(COLOURS)],
+            "marker": MARKERS[at % len(MARKERS)],
+            "linestyle": DASHES[at % len(DASHES)],
+            "markersize": 6,
+        }
+        for at, name in enumerate(names)
+    }
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 26 else "..." + name[-23:]

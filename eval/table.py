@@ -1,0 +1,111 @@
+"""A comparison's rows as text: Markdown, the terminal's 120 columns, and CSV."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, Literal
+
+Row = dict[str, Any]
+Style = Literal["markdown", "terminal"]
+MAX_NAME, MAX_DEPTHS = 26, 5
+COLUMNS = ("drafter", "tau", "tokens/s", "speed-up", "quartiles", "output", "draft ms", "verify ms", "accepted, %")
+FACTS = ("drafter", "parameters", "artifact MB", "training s")
+
+
+def header(rows: Sequence[Row], style: Style) -> str:
+    """Returns what was measured, and where, from any row."""
+    row = rows[0]
+    text = (
+        f"{row['target']} ({row['dtype']}) on {row['hardware']}, {row['threads']} CPU thread{'s' * (row['threads'] > 1)};"
+        f" {row['num_prompts']} prompts, {row['max_new_tokens']} new tokens each, {row['rounds']} rounds;"
+        f" commit {row['commit'] or 'unknown'}, torch {row['torch']}, transformers {row['transformers_version']}"
+    )
+    return f"# Bake-off\n\n{text}" if style == "markdown" else text
+
+
+def table(rows: Sequence[Row], style: Style) -> list[str]:
+    """Returns the lines of one table for each temperature and batch size, then one of the drafters' sizes."""
+    lines = []
+    for (temperature, batch_size), group in groupby(rows, key=lambda row: (row["temperature"], row["batch_size"])):
+        title = f"temperature {temperature:g}, batch {batch_size}"
+        lines += ["", f"## {title}" if style == "markdown" else title, ""]
+        lines += _grid([COLUMNS, *map(_cells, group)], style)
+    sizes = {row["drafter"]: row for row in rows if row["family"] is not None}
+    if sizes:
+        lines += ["", "## Drafters", ""] if style == "markdown" else [""]
+        lines += _grid([FACTS, *map(_fact_cells, sizes.values())], style)
+    lines += [
+        "",
+        "tau: tokens a target forward. Speed-up: tokens/s over plain decoding's in the same round, median and quartiles",
+        "over rounds. Draft and verify ms: a row's share of one step. Accepted: drafts accepted to depth 1, 2, ... of",
+        "those that reached it.",
+    ]
+    return lines
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Returns all columns; lists and truth values are written as in JSON, what is not known is left empty."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _csv_value(value) for key, value in row.items()})
+    return text.getvalue()
+
+
+def _csv_value(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _cells(row: Row) -> list[str]:
+    speedup = f"{row['speedup']:.2f}x" + " slower" * (row["speedup"] < 1 and row["drafter"] != "plain")
+    return [
+        _name(row),
+        f"{row['tau']:.2f}",
+        f"{row['tokens_per_s']:,.0f}",
+        speedup,
+        f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}",
+        _output(row),
+        _number(row["draft_ms"], 2),
+        _number(row["verify_ms"], 2),
+        " ".join(f"{100 * share:.0f}" for share in row["accepted_per_depth"][:MAX_DEPTHS]),
+    ]
+
+
+def _output(row: Row) -> str:
+    """Returns what became of the target's own output or law."""
+    if row["identical"]:
+        return "identical"
+    if not row["lossless"]:
+        return "lossy"
+    return "same law" if row["identical"] is None else "DIFFERS"
+
+
+def _fact_cells(row: Row) -> list[str]:
+    return [_name(row), f"{row['num_parameters']:,}", f"{row['artifact_mb']:.2f}", _number(row["train_s"], 0)]
+
+
+def _name(row: Row) -> str:
+    name = row["drafter"]
+    return name if len(name) <= MAX_NAME else "..." + name[3 - MAX_NAME :]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _grid(cells: Sequence[Sequence[str]], style: Style) -> list[str]:
+    """Returns aligned lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    aligned = [
+        [cell.ljust(width) if at == 0 else cell.rjust(width) for at, (cell, width) in enumerate(zip(line, widths, strict=True))]
+        for line in cells
+    ]
+    if style == "terminal":
+        return ["  ".join(line).rstrip() for line in aligned]
+    rule = [("-" * width) if at == 0 else "-" * (width - 1) + ":" for at, width in enumerate(widths)]
+    return [f"| {' | '.join(line)} |" for line in (aligned[0], rule, *aligned[1:])]
