@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.facts import TargetFacts
+from draftsmith.facts import TargetFacts
 from draftsmith import Target
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from data import pseudo_data, store
 from data.batches import Example, example
-from data.facts import TargetFacts
+from draftsmith.facts import TargetFacts
 from data.prompts import Prompt, load_prompts, print_coverage
 from data.shards import check_origin
 from data.sources import looks_local

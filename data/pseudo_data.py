@@ -20,7 +20,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from data.batches import Example, example
-from data.facts import TargetFacts
+from draftsmith.facts import TargetFacts
 from data.prompts import Prompt
 from data.shards import check_origin, check_whole, hash_files, missing_shards, open_folder, read_manifest, write_whole
 from data.writers import Completion, LocalTarget, PseudoDataSettings, Work, Writer, derive_seed

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from data.facts import tokenizer_hash
+from draftsmith.facts import tokenizer_hash
 from data.writers import Completion, Origin, PseudoDataSettings, Work, derive_seed
 
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from data.facts import TargetFacts
+from draftsmith.facts import TargetFacts
 from draftsmith import Target
 from draftsmith.files import check_replaceable
 

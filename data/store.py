@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import Example, check_batch, check_layers, collate
-from data.facts import TargetFacts
+from draftsmith.facts import TargetFacts
 from data.shards import check_origin, check_whole, missing_shards, open_folder, read_manifest, write_whole
 from data.teacher import complete
 from draftsmith import Target
@@ -37,6 +37,7 @@ from draftsmith.files import check_replaceable
 
 MARKER = "teacher_store.json"
 FORMAT = 1
+MEGABYTE = 1_000_000
 LAYER_INDEX = "0 is the embedding output, i the output of the i-th block, un-normed"
 
 
@@ -113,7 +114,7 @@ def plan_store(
     check_replaceable(folder, marker=MARKER)
     lengths = [len(row.tokens_T) for row in rows]
     bytes_per_token = _bytes_per_token(target, settings)
-    shards = _cut(lengths, max(1, settings.shard_mb * 1_000_000 // bytes_per_token))
+    shards = _cut(lengths, max(1, settings.shard_mb * MEGABYTE // bytes_per_token))
     num_bytes = sum(lengths) * bytes_per_token
     if num_bytes > settings.limit_gb * 1e9:
         raise ValueError(

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from draftsmith.drafters import find, names
+from draftsmith.facts import TargetFacts
 from draftsmith.files import atomic_folder
 from draftsmith.target import Target
 
@@ -72,7 +73,7 @@ def load(path: str | Path, target: Target) -> Any:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    _check_target(folder, manifest, target)
+    check_fits(folder, manifest, target)
     module = find(manifest["family"])
     config = _config(module.Config, manifest["config"], folder)
     if hasattr(module.Drafter, "load_store"):
@@ -137,7 +138,8 @@ def _load_weights(drafter: nn.Module, file: Path) -> None:
     drafter.load_state_dict(tensors, strict=False)
 
 
-def _check_target(folder: Path, manifest: dict[str, Any], target: Target) -> None:
+def check_fits(folder: str | Path, manifest: dict[str, Any], target: Target | TargetFacts) -> None:
+    """Raises ValueError if the artifact was made for another vocabulary, tokenizer or (where known) other weights."""
     if manifest["vocab_size"] != target.vocab_size:
         raise ValueError(
             f"artifact {folder} was made for a vocabulary of {manifest['vocab_size']}, and target {target.name} has"
@@ -145,7 +147,7 @@ def _check_target(folder: Path, manifest: dict[str, Any], target: Target) -> Non
         )
     if manifest.get("tokenizer_hash") and target.tokenizer_hash and manifest["tokenizer_hash"] != target.tokenizer_hash:
         raise ValueError(f"artifact {folder} was made with another tokenizer than that of target {target.name}")
-    if manifest["target"]["fingerprint"] != target.fingerprint:
+    if target.fingerprint is not None and manifest["target"]["fingerprint"] != target.fingerprint:
         raise ValueError(
             f"artifact {folder} was made for target {manifest['target']['name']} with weights"
             f" {manifest['target']['fingerprint'][:8]}, and {target.name} has {target.fingerprint[:8]};"

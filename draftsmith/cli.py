@@ -76,33 +76,36 @@ def _generate(arguments: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from draftsmith import Target, load, verify
-    from draftsmith.artifact import read_manifest
+    from draftsmith.artifact import check_fits, read_manifest
+    from draftsmith.facts import read_facts
     from draftsmith.loop import generate
+    from draftsmith.prompt import check_lengths
     from draftsmith.sampling import Sampling
 
     disable_progress_bar()
     Sampling(temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k)
     if arguments.verifier not in ("auto", *verify.names()):
         raise ValueError(f"unknown verifier {arguments.verifier!r}; there are auto, {', '.join(verify.names())}")
-    if arguments.draft is not None:
-        read_manifest(arguments.draft)
     if arguments.target is None and not CHECKOUT_TARGET.is_dir():
         raise ValueError("name a target with --target: a transformers folder or hub name")
+    path = arguments.target or str(CHECKOUT_TARGET)
+    facts = read_facts(path)
+    if facts.tokenizer is None:
+        raise ValueError(f"target {path} has no tokenizer; save one in its folder")
+    if arguments.draft is not None:
+        check_fits(arguments.draft, read_manifest(arguments.draft), facts)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    target = Target.from_pretrained(
-        arguments.target or str(CHECKOUT_TARGET), dtype=arguments.dtype, device=arguments.device
-    )
-    if target.tokenizer is None:
-        raise ValueError(f"target {target.name} has no tokenizer; save one in its folder")
-    drafter = load(arguments.draft, target) if arguments.draft is not None else None
-    prompt_ids = target.tokenizer(prompt, return_tensors="pt")["input_ids"].to(target.device)
+    prompt_ids = facts.tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].long()
     if prompt_ids.shape[1] == 0:
         raise ValueError("the prompt is empty; give some text to continue")
+    check_lengths(facts, prompt_ids.tolist(), arguments.max_new_tokens)
+    target = Target.from_pretrained(path, dtype=arguments.dtype, device=arguments.device)
+    drafter = load(arguments.draft, target) if arguments.draft is not None else None
     printer = _Printer(target.tokenizer, marks=arguments.show_drafts and drafter is not None)
     began = time.perf_counter()
     out = generate(
         target,
-        prompt_ids,
+        prompt_ids.to(target.device),
         drafter,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,

@@ -56,7 +56,9 @@ def generate(
     """
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
     rows, source = start_rows(target, input_ids, attention_mask)
-    check_lengths(target, rows, max_new_tokens, streamer)
+    check_lengths(target, rows, max_new_tokens)
+    if streamer is not None and len(rows) > 1:
+        raise ValueError(f"a streamer prints one row, and there are {len(rows)}; stream with batch size 1")
     limits = [len(row) + max_new_tokens for row in rows]
     eos = eos_ids(target, eos_token_id)
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)

@@ -4,11 +4,11 @@ Shape suffixes: B rows, T positions.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from draftsmith.facts import TargetFacts
 from draftsmith.target import Source, Target
 
 
@@ -47,8 +47,8 @@ def start_rows(
     return [[int(start)] for _ in prompts], target.encode(tokens, mask)
 
 
-def check_lengths(target: Target, rows: list[list[int]], max_new_tokens: int, streamer: Any) -> None:
-    """Raises ValueError if the new tokens do not fit the context, or a streamer is given for several rows."""
+def check_lengths(target: Target | TargetFacts, rows: list[list[int]], max_new_tokens: int) -> None:
+    """Raises ValueError if the new tokens do not fit the context."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     for row, ids in enumerate(rows):
@@ -57,8 +57,6 @@ def check_lengths(target: Target, rows: list[list[int]], max_new_tokens: int, st
                 f"prompt {row} has {len(ids)} tokens, and with max_new_tokens={max_new_tokens} it does not fit the"
                 f" target's context of {target.context_length}; shorten the prompt or ask for fewer tokens"
             )
-    if streamer is not None and len(rows) > 1:
-        raise ValueError(f"a streamer prints one row, and there are {len(rows)}; stream with batch size 1")
 
 
 def eos_ids(target: Target, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:

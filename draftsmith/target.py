@@ -7,18 +7,17 @@ Shape suffixes: B rows, T positions, N nodes of a tree, R is B or 1, S cache slo
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from draftsmith.cache import KVCache
+from draftsmith.facts import context_length, read_facts, tokenizer_hash
 from draftsmith.stack import LAYER_LISTS, Frame, final_norm, find_child, head_view, relative_bias, view
 from draftsmith.tree import Tree, chain
 
@@ -71,22 +70,14 @@ class Target:
     @staticmethod
     def from_pretrained(path: str, *, dtype: str = "auto", device: str = "auto") -> "Target":
         """Loads a transformers folder or hub name with its tokenizer; `$DRAFTSMITH_OFFLINE=1` forbids the hub."""
-        if not Path(path).is_dir() and os.environ.get("DRAFTSMITH_OFFLINE") == "1":
-            raise ValueError(f"target {path!r} is no local folder, and DRAFTSMITH_OFFLINE=1 forbids asking the hub")
-        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-            raise ValueError(f"target folder {path} has no config.json; name a transformers model folder")
-        config = AutoConfig.from_pretrained(path)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        facts = read_facts(path)
+        auto = AutoModelForSeq2SeqLM if facts.is_encoder_decoder else AutoModelForCausalLM
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
             model = auto.from_pretrained(path, dtype=dtype).to(device)
         except Exception as error:
             raise ValueError(f"target {path} cannot be loaded: {' '.join(str(error).split())}") from error
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError):
-            tokenizer = None
-        return Target(model, tokenizer)
+        return Target(model, facts.tokenizer)
 
     # What it is
 
@@ -104,8 +95,8 @@ class Target:
 
     @property
     def context_length(self) -> int:
-        """Longest sequence its positions allow; encoder-decoders with relative positions have no limit (2**30)."""
-        return int(getattr(self._config, "max_position_embeddings", None) or 2**30)
+        """Longest sequence its positions allow; models with relative positions alone have no limit (2**30)."""
+        return context_length(self._config)
 
     @property
     def device(self) -> torch.device:
@@ -129,10 +120,7 @@ class Target:
     @cached_property
     def tokenizer_hash(self) -> str | None:
         """A hash of the tokenizer's vocabulary, None without a tokenizer."""
-        if self.tokenizer is None:
-            return None
-        entries = sorted((token_id, token) for token, token_id in self.tokenizer.get_vocab().items())
-        return hashlib.sha256(repr(entries).encode()).hexdigest()[:32]
+        return tokenizer_hash(self.tokenizer)
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:

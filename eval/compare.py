@@ -1,6 +1,7 @@
 """The bake-off: drafters, plain decoding and transformers' own `generate` on the same prompts, in one table."""
 
 import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,8 +76,8 @@ class Entry:
     """None where the manifest does not say."""
 
     def competes_at(self, temperature: float) -> bool:
-        """Greedy decoding has one lossless verifier, which "auto" takes."""
-        return temperature > 0 or self.verifier == "auto" or not self.is_lossless
+        """At temperature 0 the law is one-hot, and every verifier keeps what "auto" does."""
+        return temperature > 0 or self.verifier == "auto"
 
 
 def compare(
@@ -131,14 +132,11 @@ def _entries(target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path
             contender = Contender(name=f"{name} ({verifier})", decode=decode)
             is_lossless = importlib.import_module(f"draftsmith.verify.{verifier}").LOSSLESS
             entry = Entry(contender=contender, verifier=verifier, is_lossless=is_lossless, **facts)
-            apt = [temperature for temperature in settings.temperatures if entry.competes_at(temperature)]
             try:
-                for temperature in apt:
-                    warm_up(contender, [prompts[0].ids], temperature)
+                warm_up(contender, [prompts[0].ids], temperature=1.0)
+                entries.append(entry)
             except ValueError as error:
                 print(f"{contender.name} is left out: {error}")
-            else:
-                entries.append(entry)
     return entries
 
 
@@ -167,7 +165,7 @@ def _fingerprint(artifact: Path) -> str:
 def _facts(target: Target, prompts: Sequence[Prompt], settings: Settings) -> dict[str, Any]:
     """Returns what holds for every row."""
     return {
-        "target": target.name,
+        "target": Path(target.name).name if Path(target.name).is_dir() else target.name,
         "dtype": str(target.dtype).removeprefix("torch."),
         "hardware": machine.hardware(target.device),
         "threads": torch.get_num_threads(),
@@ -199,8 +197,10 @@ def _measure(
     num_done = sum(num_rows.values()) - sum(num_rows[cell] for cell in missing)
     if num_done:
         print(f"{results.path.parent}: continuing; {len(num_rows) - len(missing)} of {len(num_rows)} cells are measured")
-    bar = tqdm(total=sum(num_rows.values()), initial=num_done, desc="bake-off", unit="prompt", smoothing=0)
-    with bar:
+    total = sum(num_rows.values())
+    # Where there is no terminal every update is a line of its own.
+    interval = 0.5 if sys.stderr.isatty() else 20
+    with tqdm(total=total, initial=num_done, desc="bake-off", unit="prompt", smoothing=0, mininterval=interval) as bar:
         for number, temperature, batch_size in missing:
             bar.set_postfix_str(f"temperature {temperature:g}, batch {batch_size}", refresh=False)
             contenders = [entry.contender for entry in entries if entry.competes_at(temperature)]

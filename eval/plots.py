@@ -34,9 +34,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             panel.set_title(f"Speed-up at {_law(temperature)}, batch {batch_size}", fontsize=11)
         found = [row for row in rows if (row["temperature"], row["batch_size"]) == (temperature, batch_sizes[0])]
         _acceptance(panels[-1], found, _styles(rows))
-        panels[-1].set_title(f"Drafts accepted at {_law(temperature)}", fontsize=11)
+        panels[-1].set_title(f"Drafts accepted at {_law(temperature)}, batch {batch_sizes[0]}", fontsize=11)
     first = rows[0]
-    figure.suptitle(f"{Path(first['target']).name} on {first['hardware']}, {first['threads']} thread(s)", fontsize=12)
+    figure.suptitle(f"{first['target']} on {first['hardware']}, {first['threads']} thread(s)", fontsize=12)
     figure.savefig(path, format="png")
 
 
@@ -55,9 +55,15 @@ def _bars(panel: Any, rows: Sequence[Row], longest: float) -> None:
         note = " slower" if value < 1 and is_drafted else ""
         note += " lossy" if not row["lossless"] else ""
         panel.annotate(
-            f"{value:.2f}x{note}", (high, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9.5
+            f"{value:.2f}x{note}",
+            (high, place),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )
-    panel.axvline(1.0, color="black", linewidth=1, linestyle="--")
+    panel.axvline(1.0, color="black", linewidth=1, linestyle="--", zorder=0.5)
     panel.set_yticks(range(len(rows)), [_short(row["drafter"]) for row in rows], fontsize=10)
     panel.invert_yaxis()
     panel.set_xlim(0, 1.45 * longest)  # room for the labels

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from data import POCKET
-from data.facts import read_facts
+from draftsmith.facts import read_facts
 from data.prompts import load_prompts
 from draftsmith import Target
 from draftsmith.artifact import read_manifest

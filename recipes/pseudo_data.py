@@ -15,7 +15,7 @@ from typing import Literal
 
 import draftsmith
 from data import POCKET
-from data.facts import read_facts
+from draftsmith.facts import read_facts
 from data.prompts import load_prompts
 from data.pseudo_data import MARKER, read_pseudo_data, write_pseudo_data
 from data.server import Server

@@ -161,23 +161,23 @@ def test_what_a_template_cannot_tell_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"renders turn 2 differently once later turns follow.*generation"):
         load_prompts(source, trained_tokenizer(unstable), keep_answers=True)
     refusing = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="refuses this conversation: roles must alternate"):
+    with pytest.raises(ValueError, match=r"refuses this conversation: roles must alternate"):
         load_prompts(source, trained_tokenizer(refusing))
 
 
 def test_nothing_to_learn_is_an_error(tmp_path):
     source = jsonl(tmp_path / "chat.jsonl", {"messages": CHAT[:1]})
-    with pytest.raises(ValueError, match="no assistant turn to learn from"):
+    with pytest.raises(ValueError, match=r"no assistant turn to learn from"):
         load_prompts(source, trained_tokenizer(CHAT_TEMPLATE), keep_answers=True)
     empty = MARKED_TEMPLATE.replace("{% generation %}", "{% generation %}{% endgeneration %}", 1).replace(
         "<eos>{% endgeneration %}\n", "<eos>\n"
     )
-    with pytest.raises(ValueError, match="leaves no token of the assistant's turns"):
-        source = jsonl(tmp_path / "chat.jsonl", {"messages": CHAT[:2]})
+    source = jsonl(tmp_path / "chat.jsonl", {"messages": CHAT[:2]})
+    with pytest.raises(ValueError, match=r"leaves no token of the assistant's turns"):
         load_prompts(source, trained_tokenizer(empty), keep_answers=True)
     source = jsonl(tmp_path / "long.jsonl", {"messages": [{"role": "user", "content": TEXT[:800]}, CHAT[1]]})
-    with pytest.raises(ValueError, match="no prompts; all 1 were too long"):
-        cut = {"max_prompt_tokens": 20, "long_prompts": "cut"}
+    cut = {"max_prompt_tokens": 20, "long_prompts": "cut"}
+    with pytest.raises(ValueError, match=r"no prompts; all 1 were too long"):
         load_prompts(source, trained_tokenizer(CHAT_TEMPLATE), keep_answers=True, **cut)
 
 
@@ -225,14 +225,16 @@ def test_missing_and_empty_sources_are_refused(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(ValueError, match=message):
             load_prompts(source, TOKENIZER)
-    with pytest.raises(ValueError, match="prompts need a tokenizer"):
+    with pytest.raises(ValueError, match=r"prompts need a tokenizer"):
         load_prompts("python-source", None)
 
 
 def test_offline_forbids_every_look_up(monkeypatch):
     monkeypatch.setenv("DRAFTSMITH_OFFLINE", "1")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
-    with pytest.raises(ValueError, match="'someone/something:test' is no file or folder here, and.*DRAFTSMITH_OFFLINE"):
+    with pytest.raises(
+        ValueError, match=r"'someone/something:test' is no file or folder here, and.*DRAFTSMITH_OFFLINE"
+    ):
         load_prompts("someone/something:test", TOKENIZER)
 
 

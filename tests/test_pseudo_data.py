@@ -1,14 +1,9 @@
 """Pseudo-data: it is the target's own text, the same after `kill -9`, and by a server as by our own loop."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,17 +11,28 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from text import CONTEXT, EOS_ID, VOCAB_SIZE, save_target, some_prompts, text_target, trained_tokenizer, write_prompts
+from text import (
+    CONTEXT,
+    EOS_ID,
+    VOCAB_SIZE,
+    kill_midway,
+    save_target,
+    some_prompts,
+    text_target,
+    trained_tokenizer,
+    write_prompts,
+)
 
 import data.server
 import draftsmith
-from data.facts import read_facts
+import recipes.pseudo_data as recipe
 from data.pseudo_data import plan_batches, read_pseudo_data, write_pseudo_data
 from data.server import Server
 from data.writers import LocalTarget, PseudoDataSettings
 from draftsmith import Target
+from trainers.settings import parse_settings
 
-ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = (recipe.RunSettings, PseudoDataSettings)
 SMALL = PseudoDataSettings(max_new_tokens=12, batch_size=3, shard_batches=2)
 
 
@@ -123,44 +129,27 @@ def test_a_missing_shard_is_written_again_just_as_it_was(target, tmp_path, tempe
     assert len(whole) == 3
     (tmp_path / "out" / "part-00001.parquet").unlink()
     (tmp_path / "out" / ".part-00001.parquet.part-1").write_bytes(b"half")
-    with pytest.raises(ValueError, match="is unfinished: 1 of 3 shards are missing; run the same recipes/pseudo_data.py"):
+    with pytest.raises(
+        ValueError, match=r"is unfinished: 1 of 3 shards are missing; run the same recipes/pseudo_data.py"
+    ):
         read_pseudo_data(tmp_path / "out")
     write_pseudo_data(target, prompts, tmp_path / "out", settings)
     assert contents(tmp_path / "out") == whole
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_pseudo_data.json", *whole]
 
 
-def killed_and_continued(recipe: str, flags: list[str], output: Path, is_started: Callable[[], bool]) -> str:
-    """Runs a recipe, kills it at a random moment after `is_started`, runs it again; returns what that printed."""
-    command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), *flags, "--output", str(output)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DRAFTSMITH_OFFLINE": "1"}
-    options = {"env": environment, "cwd": output.parent, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    running = subprocess.Popen(command, text=True, **options)
-    while not is_started():
-        assert running.poll() is None, running.communicate()[0]
-        time.sleep(0.002)
-    time.sleep(random.uniform(0, 0.2))
-    running.send_signal(signal.SIGKILL)
-    running.communicate()
-    assert running.returncode == -signal.SIGKILL, "it ended before it could be killed"
-    again = subprocess.run(command, text=True, check=False, **options)
-    assert again.returncode == 0, again.stdout
-    return again.stdout
-
-
-def test_killed_with_signal_9_and_continued_it_is_as_if_unbroken(tmp_path):
+def test_killed_with_signal_9_and_continued_it_is_as_if_unbroken(tmp_path, capsys):
     path = save_target(tmp_path / "target")
-    source = str(write_prompts(tmp_path / "prompts.jsonl", 60))
-    settings = PseudoDataSettings(max_new_tokens=64, batch_size=2, shard_batches=2, temperature="0,1", seed=5)
-    flags = ["--target", path, "--data", source, "--max-new-tokens", "64", "--batch-size", "2"]
-    flags += ["--shard-batches", "2", "--temperature", "0,1", "--seed", "5", "--max-prompts", "0"]
-    broken = tmp_path / "broken"
-    said = killed_and_continued("pseudo_data", flags, broken, lambda: (broken / "part-00002.parquet").exists())
-    assert "rows are there already" in said
-    prompts = data.prompts.load_prompts(source, read_facts(path).tokenizer, seed=5)
-    write_pseudo_data(Target.from_pretrained(path), prompts, tmp_path / "whole", settings)
-    assert rows_of(broken) == rows_of(tmp_path / "whole")
-    assert contents(broken) == contents(tmp_path / "whole")
+    source = str(write_prompts(tmp_path / "prompts.jsonl", 40))
+    flags = ["--target", path, "--data", source, "--max-new-tokens", "64", "--batch-size", "2", "--shard-batches", "1"]
+    flags += ["--temperature", "0,1", "--seed", "5", "--max-prompts", "0", "--output"]
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    kill_midway("pseudo_data", [*flags, str(broken)], lambda: (broken / "part-00002.parquet").exists())
+    recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, str(broken)]))
+    assert "rows are there already" in capsys.readouterr().out
+    recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, str(whole)]))
+    assert rows_of(broken) == rows_of(whole)
+    assert contents(broken) == contents(whole)
 
 
 # --- Refusals ----------------------------------------------------------------------------------------------------
@@ -173,28 +162,28 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused(target, tmp_pat
     other = PseudoDataSettings(max_new_tokens=13, batch_size=3, shard_batches=2, temperature="1")
     with pytest.raises(ValueError, match=r"other settings \(max_new_tokens was 12, is 13; temperature was \[0.0\], is"):
         write_pseudo_data(target, prompts, tmp_path / "out", other)
-    with pytest.raises(ValueError, match="other settings.*num_prompts was 5, is 4"):
+    with pytest.raises(ValueError, match=r"other settings.*num_prompts was 5, is 4"):
         write_pseudo_data(target, prompts[:4], tmp_path / "out", SMALL)
-    with pytest.raises(ValueError, match="other settings.*target_fingerprint was"):
+    with pytest.raises(ValueError, match=r"other settings.*target_fingerprint was"):
         write_pseudo_data(text_target(seed=1), prompts, tmp_path / "out", SMALL)
     assert contents(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("dear")
-    with pytest.raises(ValueError, match="mine holds something else"):
+    with pytest.raises(ValueError, match=r"mine holds something else"):
         write_pseudo_data(target, prompts, tmp_path / "mine", SMALL)
 
 
 def test_reading_refuses_what_is_damaged_or_anothers(target, tmp_path):
     write_pseudo_data(target, some_prompts(tmp_path, 5), tmp_path / "out", SMALL)
-    with pytest.raises(ValueError, match="out was made by another target"):
+    with pytest.raises(ValueError, match=r"out was made by another target"):
         read_pseudo_data(tmp_path / "out", text_target(seed=1))
-    with pytest.raises(ValueError, match="out was made with another tokenizer"):
+    with pytest.raises(ValueError, match=r"out was made with another tokenizer"):
         read_pseudo_data(tmp_path / "out", Target(target.model, trained_tokenizer(vocab_size=300)))
-    with pytest.raises(ValueError, match="nowhere is no folder; make one with recipes/pseudo_data.py"):
+    with pytest.raises(ValueError, match=r"nowhere is no folder; make one with recipes/pseudo_data.py"):
         read_pseudo_data(tmp_path / "nowhere")
     shard = tmp_path / "out" / "part-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="part-00000.parquet is damaged .*; delete it and run the command again"):
+    with pytest.raises(ValueError, match=r"part-00000.parquet is damaged .*; delete it and run the command again"):
         read_pseudo_data(tmp_path / "out")
 
 
@@ -213,32 +202,30 @@ def test_settings_out_of_range_are_refused(settings, message):
         PseudoDataSettings(**settings)
 
 
-def test_the_recipe_refuses_bad_input_in_one_sentence_before_weights_load(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temprature", "1"], "unknown setting '--temprature' on the command line; did you mean --temperature?"),
+        (["--top-p", "2"], "top_p is 2.0; it must be above 0 and at most 1"),
+        (["--data", "nothing.jsonl"], "no such file or folder: 'nothing.jsonl'"),
+        (["--max-new-tokens", str(CONTEXT - 5)], "set --long-prompts to drop or cut"),
+        (["--output", "mine"], "mine holds something else"),
+        (["--server", "http://localhost:1", "--draft", "a"], "--draft has no effect with --server"),
+        (["--server", "http://localhost:1"], "no usable answer from http://localhost:1/v1/models"),
+        (["--target", "./nowhere"], "target './nowhere' "),
+    ],
+)
+def test_the_recipe_refuses_bad_input_before_weights_load(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
     path = save_target(tmp_path / "target")
     (tmp_path / "target" / "model.safetensors").write_bytes(b"not weights")
-    source = str(write_prompts(tmp_path / "prompts.jsonl", 3))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("dear")
-    code = (
-        "import sys\nfrom recipes.pseudo_data import *\nfor flags in eval(sys.argv[1]):\n    sys.argv[1:] = flags\n"
-        "    try: main(*parse_settings(RunSettings, PseudoDataSettings, description=''))\n"
-        "    except (ValueError, SystemExit) as error: print('said:', error, file=sys.stderr)\n"
-    )
-    cases = {
-        "unknown setting '--temprature' on the command line; did you mean --temperature?": ["--temprature", "1"],
-        "top_p is 2.0; it must be above 0 and at most 1": ["--top-p", "2"],
-        "no such file or folder: 'nothing.jsonl'": ["--data", "nothing.jsonl"],
-        "set --long-prompts to drop or cut": ["--max-new-tokens", str(CONTEXT - 5)],
-        "mine holds something else": ["--output", str(tmp_path / "mine")],
-        "--draft has no effect with --server": ["--server", "http://localhost:1", "--draft", "a"],
-        "no usable answer from http://localhost:1/v1/models": ["--server", "http://localhost:1"],
-    }
-    base = ["--target", path, "--data", source, "--output", str(tmp_path / "out")]
-    words = [sys.executable, "-c", code, repr([base + flags for flags in cases.values()])]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "DRAFTSMITH_OFFLINE": "1"}
-    said = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
-    assert [message for message in cases if message not in said] == []
-    assert "Traceback" not in said
+    base = ["--target", path, "--data", str(write_prompts(tmp_path / "prompts.jsonl", 3)), "--output", "out"]
+    with pytest.raises((ValueError, SystemExit)) as refusal:
+        recipe.main(*parse_settings(*SETTINGS, description="", argv=base + flags))
+    said = capsys.readouterr().err + str(refusal.value)
+    assert message in said
     assert not (tmp_path / "out").exists()
 
 
@@ -257,6 +244,7 @@ class OpenAIServer(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []
         self.num_now = self.most_at_once = self.num_failures = 0
         self.gives_ids, self.status = True, 503
+        self.eos: tuple[int, ...] = ()
 
     @property
     def url(self) -> str:
@@ -297,12 +285,12 @@ class Handler(BaseHTTPRequestHandler):
                 max_new_tokens=request["max_tokens"],
                 temperature=request["temperature"],
                 seed=request["seed"],
-                eos_token_id=EOS_ID,
+                eos_token_id=self.server.eos,
             )
         new = out.sequences[0, len(ids) :].tolist()
         choice = {
             "text": target.tokenizer.decode(new, skip_special_tokens=True),
-            "finish_reason": "stop" if new[-1] == EOS_ID else "length",
+            "finish_reason": "stop" if new[-1] in self.server.eos else "length",
         }
         return choice | {"token_ids": new} if self.server.gives_ids and request.get("return_token_ids") else choice
 
@@ -356,7 +344,7 @@ def test_served_samples_follow_from_the_seed_alone(target, server, tmp_path):
 
 
 def test_text_in_and_out_is_marked_as_retokenized(target, server, tmp_path):
-    server.gives_ids = False
+    server.gives_ids, server.eos = False, (EOS_ID,)
     prompts = some_prompts(tmp_path, 5)
     write_pseudo_data(Server(server.url, target.tokenizer, as_text=True), prompts, tmp_path / "out", SMALL)
     assert {request["prompt"] for request in server.requests} == {prompt.text for prompt in prompts}
@@ -376,7 +364,7 @@ def test_a_servers_refusals_are_passed_on(target, server, tmp_path):
     server.num_failures, server.status = 3, 503
     with pytest.raises(ValueError, match=r"no usable answer .* after 3 attempts: 503"):
         write_pseudo_data(writer, some_prompts(tmp_path, 1), tmp_path / "out", SMALL)
-    with pytest.raises(ValueError, match="expected an address like http"):
+    with pytest.raises(ValueError, match=r"expected an address like http"):
         Server("localhost:8000", target.tokenizer)
-    with pytest.raises(ValueError, match="no usable answer from http://127.0.0.1:9/v1/models"):
+    with pytest.raises(ValueError, match=r"no usable answer from http://127.0.0.1:9/v1/models"):
         Server("http://127.0.0.1:9", target.tokenizer)

@@ -1,8 +1,15 @@
-"""A tokenizer trained on text found on this machine, and tiny targets that have it."""
+"""A tokenizer trained on text found on this machine, tiny targets that have it, and a way to kill recipes."""
 
 import argparse
 import inspect
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -66,10 +73,25 @@ def save_target(folder: Path) -> str:
 
 def write_prompts(path: Path, num_rows: int) -> Path:
     """Writes prompts of many lengths, taken from the text, as JSONL."""
-    rows = [{"prompt": TEXT[start : start + 10 + start % 70]} for start in range(0, 97 * num_rows, 97)]
+    rows = [{"prompt": f"# {start}\n{TEXT[start : start + 10 + start % 70]}"} for start in range(0, 97 * num_rows, 97)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def some_prompts(folder: Path, num_rows: int) -> list[Prompt]:
     return load_prompts(str(write_prompts(folder / "prompts.jsonl", num_rows)), trained_tokenizer())
+
+
+def kill_midway(recipe: str, flags: list[str], is_started: Callable[[], bool]) -> None:
+    """Runs a recipe as a process of its own and ends it with signal 9 at a random moment after `is_started`."""
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, str(root / "recipes" / f"{recipe}.py"), *flags]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "DRAFTSMITH_OFFLINE": "1"}
+    running = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not is_started():
+        assert running.poll() is None, running.communicate()[0]
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.2))
+    running.kill()
+    running.communicate()
+    assert running.returncode == -signal.SIGKILL, "it ended before it could be killed"

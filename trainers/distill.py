@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from data.batches import Batch
-from data.facts import TargetFacts, read_facts
+from draftsmith.facts import TargetFacts, read_facts
 from draftsmith import Target
 from draftsmith.drafters.lm import Config, Drafter
 from trainers import Metrics, Needs

@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 import draftsmith
 from data.batches import Batch, Example, collate, split
 from data.examples import Examples, open_examples
-from data.facts import read_facts
+from draftsmith.facts import read_facts
 from data.shards import open_folder
 from data.teacher import complete
 from draftsmith import Target
@@ -154,8 +154,6 @@ class _Collate:
 
 def _cut(row: Example, length: int) -> Example:
     """Returns the row's first `length` tokens."""
-    parts = {
-        f.name: value[:length] for f in dataclasses.fields(row) if isinstance(value := getattr(row, f.name), Tensor)
-    }
-    hidden = {layer: states[:length] for layer, states in row.hidden.items()}
-    return dataclasses.replace(row, hidden=hidden, **parts)
+    tensors = {f.name: value for f in dataclasses.fields(row) if isinstance(value := getattr(row, f.name), Tensor)}
+    parts: dict[str, Any] = {name: value[:length] for name, value in tensors.items()}
+    return dataclasses.replace(row, hidden={layer: states[:length] for layer, states in row.hidden.items()}, **parts)

@@ -63,9 +63,11 @@ def verify_ms(target: Target, sizes: tuple[int, ...] = SIZES) -> dict[int, float
     for size in sizes:
         tree = Tree.from_parents([[-1] + [0] * size], target.device)
         tokens_1N = torch.ones(1, size + 1, dtype=torch.long, device=target.device)
-        found[size] = quickest_ms(
-            lambda t=tokens_1N, tree=tree: target.logits(target.forward(t, tree, cache).hidden_BND)
-        )
+
+        def verify(tokens_1N: Tensor = tokens_1N, tree: Tree = tree) -> Tensor:
+            return target.logits(target.forward(tokens_1N, tree, cache).hidden_BND)
+
+        found[size] = quickest_ms(verify)
     costs, highest = {}, 0.0
     for size, cost in found.items():
         costs[size] = highest = max(highest, cost)

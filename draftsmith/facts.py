@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer
+
+NO_LIMIT = 2**30
+"""Context length of a model whose positions have no end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetFacts:
-    """A target's name, shape and tokenizer, under the names that `draftsmith.Target` gives them."""
+    """A target's name, shape and tokenizer, under the names that `Target` gives them."""
 
     name: str
     tokenizer: Any
@@ -26,13 +29,18 @@ class TargetFacts:
     @property
     def tokenizer_hash(self) -> str | None:
         """As `Target.tokenizer_hash`."""
-        return None if self.tokenizer is None else tokenizer_hash(self.tokenizer)
+        return tokenizer_hash(self.tokenizer)
 
 
 def read_facts(path: str) -> TargetFacts:
-    """Reads config and tokenizer of a transformers folder or hub name; raises ValueError when there is no config."""
+    """Reads config and tokenizer of a transformers folder or hub name; `$DRAFTSMITH_OFFLINE=1` forbids the hub.
+
+    Raises ValueError when there is no model.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"target folder {path} has no config.json; name a transformers model folder")
     if not Path(path).is_dir() and os.environ.get("DRAFTSMITH_OFFLINE") == "1":
-        raise ValueError(f"target {path!r} is no local folder, and $DRAFTSMITH_OFFLINE=1 forbids to ask the hub")
+        raise ValueError(f"target {path!r} is no local folder, and DRAFTSMITH_OFFLINE=1 forbids asking the hub")
     try:
         whole = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -48,12 +56,19 @@ def read_facts(path: str) -> TargetFacts:
         vocab_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        context_length=getattr(config, "max_position_embeddings", None) or 2**30,
+        context_length=context_length(config),
         is_encoder_decoder=bool(whole.is_encoder_decoder),
     )
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns what `Target.tokenizer_hash` is with this tokenizer."""
+def context_length(config: Any) -> int:
+    """Returns the longest sequence a model's positions allow."""
+    return int(getattr(config, "max_position_embeddings", None) or NO_LIMIT)
+
+
+def tokenizer_hash(tokenizer: Any) -> str | None:
+    """Returns a hash of the tokenizer's vocabulary, None without a tokenizer."""
+    if tokenizer is None:
+        return None
     entries = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items())
     return hashlib.sha256(repr(entries).encode()).hexdigest()[:32]

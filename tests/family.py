@@ -1,0 +1,178 @@
+"""One check for every family: what its drafter owes to the loop, to artifacts, to the law and to training.
+
+A family's own test needs no more than
+
+    def test_family(tmp_path: Path) -> None:
+        check_family(lookup, lookup.Config(), tmp_path)
+
+Shape suffixes: B rows, N nodes, V vocabulary.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import draftsmith
+from data.batches import Batch, collate, example
+from data.teacher import complete
+from draftsmith import Target
+from draftsmith.drafters import Session, Step
+from draftsmith.tree import Draft
+from tests.law import check_law, law_target
+from tests.models import greedy_by_transformers, padded, prompts, scramble, tiny_model, tiny_target
+
+NUM_NEW = 20
+ConfigOf = Any | Callable[[Target], Any]
+
+
+def check_family(
+    family: ModuleType,
+    config: ConfigOf,
+    folder: Path,
+    *,
+    architectures: tuple[str, ...] = ("llama", "gemma2", "gpt2"),
+    trainer: ModuleType | None = None,
+    settings: Any = None,
+) -> None:
+    """Checks the drafter of `family` with random weights; `config` is one, or a function of the target that gives one.
+
+    With `trainer` (a module of `trainers/`) and its `settings` also what training does to it. Fails by assertion.
+    """
+    for architecture in architectures:
+        check_greedy(built(family, config, tiny_target(architecture)), architecture)
+    target = tiny_target(architectures[0])
+    check_round_trip(built(family, config, target), target, folder / "artifact")
+    check_law(built(family, config, law_target()), law_target(), top_p=0.9, num_samples=6_000)
+    if trainer is not None:
+        check_training(trainer, settings, target)
+
+
+def built(family: ModuleType, config: ConfigOf, target: Target) -> Any:
+    """Returns the family's drafter for the target, its weights, if any, at random."""
+    drafter = family.Drafter(config(target) if callable(config) else config, target)
+    if isinstance(drafter, nn.Module):
+        scramble(drafter, seed=1)
+        drafter.eval()
+    return drafter
+
+
+def check_greedy(drafter: Any, architecture: str) -> None:
+    """Greedy output is transformers' own, one row or five that are ragged, padded left or right; drafts are in order."""
+    for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
+        ids, mask = padded(prompts(num_rows), side=side)
+        watched = Watched(drafter)
+        out = draftsmith.generate(drafter.target, ids, watched, attention_mask=mask, max_new_tokens=NUM_NEW)
+        assert texts(out) == greedy_by_transformers(architecture, num_rows, NUM_NEW), f"{architecture}, {num_rows} rows"
+        assert out.stats.new_tokens == NUM_NEW * num_rows
+        assert watched.num_drafted > 0, "nothing was drafted"
+
+
+def check_round_trip(drafter: Any, target: Target, folder: Path) -> None:
+    """What is saved loads as the same drafter, for the same target only."""
+    draftsmith.save(drafter, folder, target=target)
+    loaded = draftsmith.load(folder, target)
+    assert type(loaded) is type(drafter)
+    assert json.dumps(dataclasses.asdict(loaded.config)) == json.dumps(dataclasses.asdict(drafter.config))
+    if isinstance(drafter, nn.Module):
+        state = loaded.state_dict()
+        assert state.keys() == drafter.state_dict().keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in drafter.state_dict().items())
+        own = {tensor.data_ptr() for tensor in state.values()}
+        assert own.isdisjoint(weight.data_ptr() for weight in target.model.parameters()), "the target's weights are in it"
+    ids, mask = padded(prompts(5))
+    runs = []
+    for one in (drafter, loaded):
+        watched = Watched(one)
+        draftsmith.generate(target, ids, watched, attention_mask=mask, max_new_tokens=NUM_NEW, temperature=1, seed=3)
+        runs.append(watched.drafts)
+    assert runs[0] == runs[1]
+    with pytest.raises(ValueError, match="was made for target"):
+        draftsmith.load(folder, Target(tiny_model("llama", seed=77)))
+
+
+def check_training(trainer: ModuleType, settings: Any, target: Target) -> None:
+    """The loss falls on a batch; every weight of the drafter has a gradient, and none of the target's."""
+    before = {name: weight.detach().clone() for name, weight in target.model.named_parameters()}
+    drafter = trainer.build(settings, target).train()
+    needs = trainer.needs(settings, target)
+    batch = complete(_batch(), target, layers=needs.layers, top_k=needs.top_k)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss, metrics = trainer.loss(drafter, batch, settings, target)
+        loss.backward()
+        assert all(torch.as_tensor(count).sum() > 0 for _, count in metrics.values())
+        if not losses:
+            for name, weight in drafter.named_parameters():
+                assert weight.grad is not None and weight.grad.abs().max() > 0, f"{name} has no gradient"
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.02 * abs(losses[0]), losses
+    for name, weight in target.model.named_parameters():
+        assert weight.grad is None, f"the target's {name} has a gradient"
+        assert torch.equal(weight, before[name]), f"the target's {name} was changed"
+
+
+def texts(out: Any) -> list[list[int]]:
+    """Returns each row's ids, prompt included, padding left off."""
+    return [ids[:length].tolist() for ids, length in zip(out.sequences, out.lengths, strict=True)]
+
+
+class Watched:
+    """A drafter under watch: asserts at every call what the loop and the verifiers rely on."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.config, self.target, self.hidden_layers = inner.config, inner.target, inner.hidden_layers
+        self.drafts: list[list[list[int]]] = []
+        self.num_drafted = 0
+
+    def start(self, session: Session) -> None:
+        self._session = session
+        self.inner.start(session)
+
+    def propose(self, budget: int) -> Draft:
+        draft = self.inner.propose(budget)
+        num_rows, num_nodes = len(self._session.rows), draft.tree.num_nodes
+        assert draft.tokens_BN.shape == (num_rows, num_nodes)
+        assert draft.tokens_BN.dtype == torch.long
+        assert 0 <= int(draft.tokens_BN.min()) and int(draft.tokens_BN.max()) < self.target.vocab_size
+        assert draft.tokens_BN[:, 0].tolist() == [row[-1] for row in self._session.rows], "node 0 is the pending token"
+        assert draft.tree.depth <= budget
+        assert draft.tree.parents_RN.shape[0] in (1, num_rows)
+        assert draft.num_nodes is None or all(1 <= used <= num_nodes for used in draft.num_nodes)
+        assert (draft.draft_probs_BNV is None) == (draft.drawn == "deterministic")
+        if draft.draft_probs_BNV is not None:
+            self._check_law(draft, draft.draft_probs_BNV)
+        self.drafts.append(draft.tokens_BN.tolist())
+        self.num_drafted += sum(draft.num_nodes or [num_nodes] * num_rows) - num_rows
+        return draft
+
+    def observe(self, step: Step) -> None:
+        for row, path in zip(self._session.rows, step.paths, strict=True):
+            assert not path or path[0] == 0
+            assert len(path) <= step.draft.tree.depth + 1 <= len(row) + step.draft.tree.depth
+        assert set(step.hidden) == set(self.hidden_layers)
+        self.inner.observe(step)
+
+    def _check_law(self, draft: Draft, probs_BNV: Tensor) -> None:
+        assert probs_BNV.shape[0] == len(draft.tokens_BN) and probs_BNV.shape[2] == self.target.vocab_size
+        assert torch.allclose(probs_BNV.sum(-1), torch.ones(()), atol=1e-5)
+        valid_BN = draft.valid_BN()
+        parents_BN = draft.tree.parents_RN.expand_as(draft.tokens_BN)[:, 1:]
+        rows_B1 = torch.arange(len(parents_BN))[:, None]
+        drawn_BN = probs_BNV[rows_B1, parents_BN, draft.tokens_BN[:, 1:]]
+        assert (drawn_BN > 0)[valid_BN[:, 1:] if valid_BN is not None else ...].all(), "drafted what its law excludes"
+
+
+def _batch() -> Batch:
+    rows = prompts(4, seed=9)
+    return collate([example(ids + ids[::-1] + ids, None, key=str(row)) for row, ids in enumerate(rows)])

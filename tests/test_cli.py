@@ -1,0 +1,113 @@
+"""The command line: what it prints, and how it refuses."""
+
+from pathlib import Path
+
+import pytest
+from text import CONTEXT, save_target, text_target
+
+import draftsmith
+from draftsmith.cli import _Printer, main
+from draftsmith.drafters import lookup
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Returns the folders of a target and of a drafter for it."""
+    root = tmp_path_factory.mktemp("cli")
+    path = save_target(root / "target")
+    target = draftsmith.Target.from_pretrained(path)
+    draftsmith.save(lookup.Drafter(lookup.Config(), target), root / "draft", target)
+    return path, str(root / "draft")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+def test_generate_streams_what_generate_returns(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    path, draft = folders
+    prompt = "def read(path): return path\ndef read(path):"
+    texts = []
+    for more in ([], ["--draft", draft]):
+        main(["generate", "--target", path, *more, "--max-new-tokens", "24", prompt])
+        printed = capsys.readouterr()
+        texts.append(printed.out)
+        assert "tokens a target forward" in printed.err
+    target = draftsmith.Target.from_pretrained(path)
+    ids = target.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    expected = target.tokenizer.decode(draftsmith.generate(target, ids, max_new_tokens=24).sequences[0])
+    # Bytes of an unfinished character at the end are held back.
+    assert texts[0] == texts[1] == expected.rstrip("\ufffd") + "\n"
+
+
+def test_show_drafts_marks_what_was_accepted() -> None:
+    target = text_target()
+    printed: list[str] = []
+    printer = _Printer(target.tokenizer, marks=True, write=printed.append)
+    ids = target.tokenizer("import argparse", return_tensors="pt")["input_ids"][0]
+    for piece in (ids[:2], ids[2:5], ids[5:]):
+        printer.put(piece)
+    text = target.tokenizer.decode
+    later = ids[5:]
+    assert "".join(printed) == (
+        f"{text(ids[:2])}[{text(ids[2:4])}]{text(ids[4:5])}"
+        + (f"[{text(later[:-1])}]" if len(later) > 1 else "")
+        + text(later[-1:])
+    )
+
+
+def test_characters_are_held_back_until_all_their_bytes_have_come() -> None:
+    target = text_target()
+    printed: list[str] = []
+    printer = _Printer(target.tokenizer, marks=False, write=printed.append)
+    for token in target.tokenizer("a é b", return_tensors="pt")["input_ids"][0]:
+        printer.put(token[None])
+        assert "\ufffd" not in "".join(printed)
+    assert "".join(printed) == "a é b"
+
+
+def test_inspect_shows_the_manifest(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", folders[1]])
+    printed = capsys.readouterr().out
+    assert "family lookup" in printed and '"num_draft": 10' in printed and "draft_config.json" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--tmperature", "1"], "did you mean --temperature?"),
+        (["--top-p", "1.5"], "top_p is 1.5"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--verifier", "gredy"], "unknown verifier 'gredy'"),
+        (["--draft", "nowhere"], "artifact nowhere: no such folder"),
+        (["--target", "nowhere"], "'nowhere' is no local folder"),
+        (["--max-new-tokens", str(CONTEXT)], f"context of {CONTEXT}"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+    ],
+)
+def test_mistakes_are_refused_in_one_sentence_before_weights_load(
+    folders: tuple[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    expected: str,
+) -> None:
+    monkeypatch.setattr(draftsmith.Target, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    assert expected in refusal(capsys, "generate", "--target", folders[0], *arguments, "some text")
+
+
+def test_an_empty_prompt_and_another_targets_artifact_are_refused(
+    folders: tuple[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path, draft = folders
+    assert "the prompt is empty" in refusal(capsys, "generate", "--target", path, "")
+    other = text_target(seed=1)
+    other.model.save_pretrained(tmp_path)
+    other.tokenizer.save_pretrained(tmp_path)
+    assert "was made for target" in refusal(capsys, "generate", "--target", str(tmp_path), "--draft", draft, "x = 1")
+    assert "is no draftsmith artifact" in refusal(capsys, "inspect", path)
