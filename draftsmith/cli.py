@@ -127,8 +127,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 class _Printer:
     """Streams text as tokens come; with `marks` the drafter's accepted tokens are underlined or bracketed."""
 
-    def __init__(self, tokenizer: Any, *, marks: bool, write: Callable[[str], Any] = sys.stdout.write) -> None:
-        self._tokenizer, self._marks, self._write = tokenizer, marks, write
+    def __init__(self, tokenizer: Any, *, marks: bool, write: Callable[[str], Any] | None = None) -> None:
+        self._tokenizer, self._marks, self._write = tokenizer, marks, write or sys.stdout.write
         colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         self._open, self._close = (GREEN_UNDERLINED, PLAIN) if colours else ("[", "]")
         self._ids: list[int] = []

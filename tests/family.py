@@ -64,7 +64,7 @@ def built(family: ModuleType, config: ConfigOf, target: Target) -> Any:
 
 
 def check_greedy(drafter: Any, architecture: str) -> None:
-    """Greedy output is transformers' own, one row or five that are ragged, padded left or right; drafts are in order."""
+    """Greedy output is transformers' own, for one row or five ragged ones, padded left or right."""
     for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
         ids, mask = padded(prompts(num_rows), side=side)
         watched = Watched(drafter)
@@ -85,7 +85,7 @@ def check_round_trip(drafter: Any, target: Target, folder: Path) -> None:
         assert state.keys() == drafter.state_dict().keys()
         assert all(torch.equal(state[name], tensor) for name, tensor in drafter.state_dict().items())
         own = {tensor.data_ptr() for tensor in state.values()}
-        assert own.isdisjoint(weight.data_ptr() for weight in target.model.parameters()), "the target's weights are in it"
+        assert own.isdisjoint(weight.data_ptr() for weight in target.model.parameters()), "it holds the target's weights"
     ids, mask = padded(prompts(5))
     runs = []
     for one in (drafter, loaded):
@@ -144,7 +144,7 @@ class Watched:
         num_rows, num_nodes = len(self._session.rows), draft.tree.num_nodes
         assert draft.tokens_BN.shape == (num_rows, num_nodes)
         assert draft.tokens_BN.dtype == torch.long
-        assert 0 <= int(draft.tokens_BN.min()) and int(draft.tokens_BN.max()) < self.target.vocab_size
+        assert int(draft.tokens_BN.min()) >= 0 and int(draft.tokens_BN.max()) < self.target.vocab_size
         assert draft.tokens_BN[:, 0].tolist() == [row[-1] for row in self._session.rows], "node 0 is the pending token"
         assert draft.tree.depth <= budget
         assert draft.tree.parents_RN.shape[0] in (1, num_rows)

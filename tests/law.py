@@ -3,7 +3,7 @@
 Shape suffixes: V vocabulary; C is V to the power of the number of tokens, one cell for each continuation.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,14 +26,14 @@ FALSE_ALARM = 1e-4
 ROWS = 1_000
 
 
-@lru_cache(maxsize=None)
+@cache
 def law_target() -> Target:
     """Returns a target of eight tokens whose laws are neither flat nor one-hot."""
     return Target(tiny_model("llama", seed=5, vocab_size=VOCAB_SIZE, num_hidden_layers=2, sharpness=1.0))
 
 
 def check_law(drafter: Any, target: Target, *, num_samples: int, seed: int = 0, **settings: Any) -> None:
-    """Asserts that sampled continuations follow the target's law; a sound system fails once in 1 / FALSE_ALARM seeds."""
+    """Asserts that sampled continuations follow the target's law; a sound system fails at FALSE_ALARM of all seeds."""
     p_value = judge(drafter, target, num_samples=num_samples, seed=seed, **settings)
     assert p_value > FALSE_ALARM, f"{type(drafter).__module__} with {settings}: p-value {p_value:.2g}"
 
@@ -41,7 +41,7 @@ def check_law(drafter: Any, target: Target, *, num_samples: int, seed: int = 0, 
 def judge(
     drafter: Any, target: Target, *, num_samples: int, seed: int = 0, verifier: str = "auto", **settings: Any
 ) -> float:
-    """Returns the p-value of `num_samples` continuations of PROMPT under the target's law; `settings` are of sampling."""
+    """Returns the p-value of `num_samples` continuations of PROMPT under the target's law, sampled with `settings`."""
     law_C = exact_law(target, **settings)
     settings = {"temperature": 1.0} | settings
     counts_C = torch.zeros_like(law_C)
@@ -57,7 +57,8 @@ def judge(
             verifier=verifier,
             **settings,
         )
-        counts_C += torch.bincount(cells(out.sequences[:, len(PROMPT) : len(PROMPT) + NUM_TOKENS]), minlength=len(law_C))
+        new_BT = out.sequences[:, len(PROMPT) : len(PROMPT) + NUM_TOKENS]
+        counts_C += torch.bincount(cells(new_BT), minlength=len(law_C))
     return p_value(counts_C, law_C)
 
 

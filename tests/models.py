@@ -1,6 +1,6 @@
 """Tiny models of every architecture draftsmith is tested on, made from configs, and prompts for them."""
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,7 +8,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from draftsmith import Target
 
@@ -116,7 +122,7 @@ def scramble(model: torch.nn.Module, *, seed: int, sharpness: float = 2.0) -> No
         head.weight *= sharpness / 1.5
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiny_target(architecture: str) -> Target:
     """Returns the target of the architecture's tiny model, the same object to all tests."""
     return Target(tiny_model(architecture))
@@ -150,12 +156,13 @@ def padded(rows: list[list[int]], *, side: str = "right") -> tuple[Tensor, Tenso
     return ids, mask
 
 
-@lru_cache(maxsize=None)
+@cache
 def greedy_by_transformers(architecture: str, num_rows: int, num_new: int) -> list[list[int]]:
     """Returns what transformers' own `generate` makes of `prompts(num_rows)`, prompts included, row by row."""
     model = tiny_target(architecture).model
     texts = []
     for row in prompts(num_rows):
-        out = model.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row)), do_sample=False, max_new_tokens=num_new)
+        given = {"inputs": torch.tensor([row]), "attention_mask": torch.ones(1, len(row))}
+        out = model.generate(**given, do_sample=False, max_new_tokens=num_new)
         texts.append(out[0].tolist())
     return texts

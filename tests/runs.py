@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import CONTEXT, VOCAB_SIZE, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
 
 from data.prompts import Prompt
 from data.pseudo_data import PseudoDataSettings, write_pseudo_data
 from draftsmith import Target
+from tests.models import CONTEXT, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"batch_size": 4, "max_steps": 8, "eval_steps": 4, "save_steps": 4, "log_steps": 1, "warmup_steps": 2}

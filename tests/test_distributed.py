@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROOT, SMALL, command, environment, logged, make_data, make_target, weights
 from safetensors.torch import load_file
 
 import draftsmith
+from tests.runs import ROOT, SMALL, command, environment, logged, make_data, make_target, weights
 
 LOSSES = ("loss", "head0_loss", "head1_loss", "grad_norm", "eval_acceptance", "eval_head0_accuracy")
 HEADS = {"num_heads": 2, "num_blocks": 2, "tree_nodes": 4, "max_steps": 4, "eval_steps": 2, "save_steps": 2, "clip": 0}

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SMALL, command, environment, logged, make_data, make_target, weights
 
 import draftsmith
 from data.pseudo_data import read_pseudo_data
 from data.store import StoreSettings, write_store
 from draftsmith.artifact import read_manifest
 from draftsmith.drafters import lookup
+from tests.runs import SMALL, command, environment, logged, make_data, make_target, weights
 from trainers import Needs, checkpoints, distill, medusa
 from trainers.loop import train
 from trainers.run import RunSettings
@@ -40,8 +40,8 @@ def unbroken(folder: Path) -> Path:
     return train(medusa, HEADS, settings(folder, "unbroken"))
 
 
-def settings(folder: Path, output: str, **changes: Any) -> RunSettings:
-    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / output)}
+def settings(folder: Path, name: str, **changes: Any) -> RunSettings:
+    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
     return RunSettings(**{**paths, **SMALL, **changes})
 
 

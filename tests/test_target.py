@@ -11,8 +11,19 @@ from torch import Tensor, nn
 
 from draftsmith import Target
 from draftsmith.tree import Tree, chain
-from tests.models import CAUSAL, CONTEXT, NUM_LAYERS, SEQ2SEQ, VOCAB_SIZE, WIDTH, padded, prompts, tiny_config
-from tests.models import tiny_model, tiny_target
+from tests.models import (
+    CAUSAL,
+    CONTEXT,
+    NUM_LAYERS,
+    SEQ2SEQ,
+    VOCAB_SIZE,
+    WIDTH,
+    padded,
+    prompts,
+    tiny_config,
+    tiny_model,
+    tiny_target,
+)
 
 # Positions, masks and kernels differ between a tree and a plain forward; logits are of size 2 to 10.
 TOLERANCE = 2e-4
@@ -106,7 +117,8 @@ def test_two_spans_are_the_whole(architecture: str) -> None:
     for split in (1, 2):
         below = target.forward(tokens_BN, tree, parts, span=(0, split), layers=(split,))
         assert torch.equal(below.hidden_BND, below.layers[split])
-        above = target.forward(tokens_BN, tree, parts, span=(split, NUM_LAYERS), entry_BND=below.hidden_BND, layers=(3,))
+        entry_BND, span = below.hidden_BND, (split, NUM_LAYERS)
+        above = target.forward(tokens_BN, tree, parts, span=span, entry_BND=entry_BND, layers=(3,))
         assert torch.allclose(below.hidden_BND, expected.layers[split], atol=1e-6)
         assert torch.allclose(above.hidden_BND, expected.hidden_BND, atol=1e-6)
         assert torch.equal(above.layers[3], above.hidden_BND)
@@ -137,7 +149,8 @@ def without_sublayer(model: Any, index: int, kind: str) -> Any:
     twin = copy.deepcopy(model)
     layers = next(child for child in twin.get_decoder().children() if isinstance(child, nn.ModuleList))
     attention = next(child for name, child in layers[index].named_children() if "attn" in name or name == "attention")
-    home, names = (attention, ATTENTION_OUT) if kind == "attention" else (getattr(layers[index], "mlp", layers[index]), MLP_OUT)
+    mlp = getattr(layers[index], "mlp", layers[index])
+    home, names = (attention, ATTENTION_OUT) if kind == "attention" else (mlp, MLP_OUT)
     projection = next(getattr(home, name) for name in names if hasattr(home, name))
     for parameter in projection.parameters():
         parameter.data.zero_()
@@ -151,7 +164,8 @@ def test_sublayers_left_out_are_as_if_deleted(architecture: str) -> None:
     tree, tokens_BN = random_tree(5, seed=3), random_tokens(1, 5)
     whole_block = frozenset({("attention", 1), ("mlp", 1)})
     cases = [(whole_block, without_block(target.model, 1))]
-    cases += [(frozenset({(kind, at)}), without_sublayer(target.model, at, kind)) for kind, at in (("attention", 2), ("mlp", 0))]
+    for kind, at in (("attention", 2), ("mlp", 0)):
+        cases.append((frozenset({(kind, at)}), without_sublayer(target.model, at, kind)))
     full = target.logits(target.forward(tokens_BN, chain(5), target.new_cache(1)).hidden_BND)
     for skipped, reference in cases:
         cache = target.new_cache(1)
@@ -169,7 +183,7 @@ def test_sublayers_left_out_are_as_if_deleted(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", CAUSAL + SEQ2SEQ)
 def test_hidden_layers_are_those_of_transformers(architecture: str) -> None:
     target, rows = tiny_target(architecture), prompts(3)
-    ids, mask = padded(rows)
+    ids, _ = padded(rows)
     layers = tuple(range(NUM_LAYERS + 1))
     source = target.encode(*padded(prompts(3, seed=4))) if target.is_encoder_decoder else None
     read = target.read(ids, layers, source=source)

@@ -72,18 +72,17 @@ def slow_follow(parents: list[int], accepted: list[bool], after: list[int]) -> t
 
 def slow_walk(parents: list[int], tokens: list[int], choices: list[int], num_used: int) -> tuple[list[int], int]:
     """Returns (path, next token): from node 0 always on to the child that is the token chosen."""
-    ends = [[0]]
-    for path in ends:
-        for node in range(1, num_used):
-            if parents[node] == path[-1] and tokens[node] == choices[path[-1]]:
-                ends.append([*path, node])
-    deepest = max(map(len, ends))
-    best = min((path for path in ends if len(path) == deepest), key=lambda path: path[-1])
-    return best, choices[best[-1]]
+    path = [0]
+    while True:
+        choice = choices[path[-1]]
+        chosen = [node for node in range(1, num_used) if parents[node] == path[-1] and tokens[node] == choice]
+        if not chosen:
+            return path, choice
+        path.append(chosen[0])
 
 
 def random_case(seed: int) -> tuple[Draft, list[list[int]], list[int]]:
-    """Returns a draft of five rows, its parents a row, and its nodes in use; few tokens, so that siblings may agree."""
+    """Returns a draft of five rows, its parents a row, and its nodes in use; siblings differ, cousins may not."""
     rng = random.Random(seed)
     num_nodes, num_rows = rng.randint(1, 10), 5
     kind = rng.choice(["shared", "own", "chain"])
@@ -96,7 +95,8 @@ def random_case(seed: int) -> tuple[Draft, list[list[int]], list[int]]:
         parents = [random_parents(rng, num_nodes) for _ in range(num_rows)]
         tree = Tree.from_parents(parents)
     used = [rng.randint(1, num_nodes) if seed % 2 else num_nodes for _ in range(num_rows)]
-    tokens = [[rng.randrange(3) for _ in range(num_nodes)] for _ in range(num_rows)]
+    # Siblings are numbered from 0 on in one row, from 1 in the next.
+    tokens = [[row % 2 + line[:node].count(line[node]) for node in range(num_nodes)] for row, line in enumerate(parents)]
     draft = Draft(tokens_BN=torch.tensor(tokens), tree=tree, num_nodes=used if seed % 2 else None)
     return draft, parents, used
 

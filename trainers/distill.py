@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from data.batches import Batch
-from draftsmith.facts import TargetFacts, read_facts
 from draftsmith import Target
 from draftsmith.drafters.lm import Config, Drafter
+from draftsmith.facts import TargetFacts, read_facts
 from trainers import Metrics, Needs
 from trainers.losses import DIVERGENCES, Teacher, acceptance, chunked, cross_entropy, divergence, laws
 

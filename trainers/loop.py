@@ -20,10 +20,10 @@ from torch.utils.data import Subset
 import draftsmith
 from data.batches import Batch, Example, collate, split
 from data.examples import Examples, open_examples
-from draftsmith.facts import read_facts
 from data.shards import open_folder
 from data.teacher import complete
 from draftsmith import Target
+from draftsmith.facts import read_facts
 from trainers import checkpoints, launch
 from trainers.descent import BEST, DraftTrainer, Step, arguments_of, mean_metrics
 from trainers.run import RunSettings

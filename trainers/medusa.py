@@ -76,7 +76,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
 
 
 def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    """Returns each head's top-1 accuracy, and as acceptance the mean number of heads right before the first wrong one."""
+    """Returns each head's top-1 accuracy, and as acceptance how many heads are right before the first wrong one."""
     ranks_KBT = _ranks(drafter, batch)
     metrics = {}
     for k, ranks_BT in enumerate(ranks_KBT):
