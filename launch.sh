@@ -89,6 +89,7 @@ make_environment() {
     fi
     cd "$root"
     if install_with_uv || install_with_pip; then
+        write_bytecode
         wanted >"$venv/installed"
         rm "$venv.unfinished"
     else
@@ -104,14 +105,18 @@ install_with_uv() {
     local value
     for value in ${PIP_FIND_LINKS:-$(pip_setting find-links)}; do uv+=(--find-links "$value"); done
     for value in ${PIP_INDEX_URL:-$(pip_setting index-url)}; do uv+=(--default-index "$value"); done
-    # Where Python may not write bytecode, as in many containers, every start would else compile torch anew.
-    if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then uv+=(--compile-bytecode); fi
     "${uv[@]}" --build-constraints constraints.txt --editable '.[train,dev]'
 }
 
 install_with_pip() {
     echo "uv did not succeed; trying pip, which takes a few minutes."
     "$python" -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+}
+
+# Where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would else compile torch anew.
+write_bytecode() {
+    local packages='datasets, deepspeed, matplotlib.pyplot, peft, transformers.trainer, wandb'
+    PYTHONDONTWRITEBYTECODE="" "$python" -c "import $packages" &>/dev/null || true
 }
 
 pip_setting() { "$python" -m pip config get "global.$1" 2>/dev/null || true; }

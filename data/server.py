@@ -86,7 +86,9 @@ class Server:
             is_retokenized = ids is None
             if ids is None:
                 ids = self.tokenizer(choice["text"], add_special_tokens=False, verbose=False)["input_ids"]
-                ids += [self.tokenizer.eos_token_id] if ended and self.tokenizer.eos_token_id is not None else []
+            eos = self.tokenizer.eos_token_id
+            if ended and eos is not None and (is_retokenized or not ids):
+                ids = [*ids, eos]
         except (KeyError, IndexError, TypeError):
             raise ValueError(f"{self.url} answered {json.dumps(answer):.200}, which is no completion") from None
         if not ids:

@@ -28,7 +28,7 @@ class PseudoDataSettings:
     """Nucleus: the smallest set of tokens with this much probability is sampled from."""
     top_k: int = 0
     """Sample from this many tokens only, 0 for all."""
-    batch_size: int = 16
+    batch_size: int = 32
     """Prompts written together; with a server, requests in flight."""
     shard_batches: int = 4
     """Batches a shard: what a killed run loses at most."""

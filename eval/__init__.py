@@ -1,1 +1,1 @@
-"""Side-by-side measurement: decoding (measure.py), the bake-off (compare.py), its table (table.py) and picture (plots.py)."""
+"""Side by side: decoding (measure.py), the bake-off (compare.py), its table (table.py), its picture (plots.py)."""

@@ -196,7 +196,7 @@ def _measure(
     missing = [cell for cell in _cells(settings) if cell not in results.cells]
     num_done = sum(num_rows.values()) - sum(num_rows[cell] for cell in missing)
     if num_done:
-        print(f"{results.path.parent}: continuing; {len(num_rows) - len(missing)} of {len(num_rows)} cells are measured")
+        print(f"{results.path.parent}: continuing; {len(num_rows) - len(missing)} of {len(num_rows)} parts are there")
     total = sum(num_rows.values())
     # Where there is no terminal every update is a line of its own.
     interval = 0.5 if sys.stderr.isatty() else 20

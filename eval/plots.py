@@ -52,7 +52,7 @@ def _bars(panel: Any, rows: Sequence[Row], longest: float) -> None:
         colour = NEUTRAL if not is_drafted else FASTER if value >= 1 else SLOWER
         panel.barh(place, value, height=0.62, color=colour, alpha=0.85, hatch="//" if not row["lossless"] else None)
         panel.errorbar(value, place, xerr=[[value - low], [high - value]], color="black", capsize=3, linewidth=1.2)
-        note = " slower" if value < 1 and is_drafted else ""
+        note = " slower" if value < 0.995 else ""
         note += " lossy" if not row["lossless"] else ""
         panel.annotate(
             f"{value:.2f}x{note}",

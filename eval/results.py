@@ -1,4 +1,4 @@
-"""A comparison's folder: `bakeoff.json`, `.md`, `.csv` and `.png`, and while it is unfinished what has been measured."""
+"""A comparison's folder: `bakeoff.json`, `.md`, `.csv`, `.png`, and while it is unfinished what has been measured."""
 
 import json
 import os
@@ -43,7 +43,7 @@ class Results:
         if lines and lines[0] == self._identity:
             for line in filter(None, lines[1:]):
                 tallies = {name: Tally(**counts) for name, counts in line["tallies"].items()}
-                self.cells[tuple(line["cell"])] = tallies  # type: ignore[index]
+                self.cells[tuple(line["cell"])] = tallies
         write_whole(self.path, self._rewrite)
 
     def add(self, cell: Cell, tallies: dict[str, Tally]) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import textwrap
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal
@@ -18,11 +19,11 @@ def header(rows: Sequence[Row], style: Style) -> str:
     """Returns what was measured, and where, from any row."""
     row = rows[0]
     text = (
-        f"{row['target']} ({row['dtype']}) on {row['hardware']}, {row['threads']} CPU thread{'s' * (row['threads'] > 1)};"
+        f"{row['target']} ({row['dtype']}) on {row['hardware']}, {row['threads']} thread(s);"
         f" {row['num_prompts']} prompts, {row['max_new_tokens']} new tokens each, {row['rounds']} rounds;"
         f" commit {row['commit'] or 'unknown'}, torch {row['torch']}, transformers {row['transformers_version']}"
     )
-    return f"# Bake-off\n\n{text}" if style == "markdown" else text
+    return f"# Bake-off\n\n{text}" if style == "markdown" else textwrap.fill(text, 120)
 
 
 def table(rows: Sequence[Row], style: Style) -> list[str]:
@@ -38,9 +39,8 @@ def table(rows: Sequence[Row], style: Style) -> list[str]:
         lines += _grid([FACTS, *map(_fact_cells, sizes.values())], style)
     lines += [
         "",
-        "tau: tokens a target forward. Speed-up: tokens/s over plain decoding's in the same round, median and quartiles",
-        "over rounds. Draft and verify ms: a row's share of one step. Accepted: drafts accepted to depth 1, 2, ... of",
-        "those that reached it.",
+        "tau: tokens a target forward. Speed-up: over plain decoding in the same round; median, quartiles of rounds.",
+        "Draft and verify ms: a row's share of one step. Accepted: % of the drafts that reached depth 1, 2, ...",
     ]
     return lines
 
@@ -62,7 +62,7 @@ def _csv_value(value: Any) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    speedup = f"{row['speedup']:.2f}x" + " slower" * (row["speedup"] < 1 and row["drafter"] != "plain")
+    speedup = f"{row['speedup']:.2f}x" + " slower" * (row["speedup"] < 0.995)
     return [
         _name(row),
         f"{row['tau']:.2f}",
@@ -101,10 +101,10 @@ def _number(value: float | None, digits: int) -> str:
 def _grid(cells: Sequence[Sequence[str]], style: Style) -> list[str]:
     """Returns aligned lines: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    aligned = [
-        [cell.ljust(width) if at == 0 else cell.rjust(width) for at, (cell, width) in enumerate(zip(line, widths, strict=True))]
-        for line in cells
-    ]
+    aligned = []
+    for name, *numbers in cells:
+        padded = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        aligned.append([name.ljust(widths[0]), *padded])
     if style == "terminal":
         return ["  ".join(line).rstrip() for line in aligned]
     rule = [("-" * width) if at == 0 else "-" * (width - 1) + ":" for at, width in enumerate(widths)]

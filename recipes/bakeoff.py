@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 
 from data import POCKET
-from draftsmith.facts import read_facts
 from data.prompts import load_prompts
 from draftsmith import Target
-from draftsmith.artifact import read_manifest
+from draftsmith.artifact import check_fits, read_manifest
+from draftsmith.facts import read_facts
 from eval.compare import Settings, compare
 from eval.results import check_output
 from eval.table import header, table
@@ -81,9 +81,10 @@ class RunSettings:
 def main(run: RunSettings) -> None:
     settings = run.comparison()
     check_output(Path(run.output))
-    for draft in run.drafts:
-        read_manifest(draft)
+    manifests = [read_manifest(draft) for draft in run.drafts]
     facts = read_facts(run.target)
+    for draft, manifest in zip(run.drafts, manifests, strict=True):
+        check_fits(draft, manifest, facts)
     num_prompts = run.num_prompts
     if run.max_steps:
         num_prompts = min(num_prompts or sys.maxsize, run.max_steps * max(settings.batch_sizes))

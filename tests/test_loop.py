@@ -182,7 +182,7 @@ def test_what_is_refused_before_the_target_loads(folder: Path, tmp_path: Path, m
         "holds something else": {"output": str(tmp_path)},
         "nowhere": {"target": str(tmp_path / "nowhere")},
         "no such file or folder": {"data": str(tmp_path / "no-data")},
-        r"broken.jsonl:2": {"data": str(tmp_path / "broken.jsonl")},
+        "broken.jsonl, line 2": {"data": str(tmp_path / "broken.jsonl")},
         "none of zero0, zero1, zero2, zero3": {"deepspeed": "zero9"},
     }
     for message, changes in cases.items():

@@ -116,7 +116,7 @@ def test_acceptance_is_one_less_total_variation_and_lk_is_its_negative_log() -> 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
 def test_top_logits(name: str) -> None:
-    """K = V equals all logits; fewer give at most as much, and exactly the law with the other tokens lumped together."""
+    """K = V equals all logits; fewer give at most as much: the law with all other tokens lumped together."""
     loss = divergence(name)
     student_NV, teacher_NV = random_logits(3, NUM_POSITIONS, VOCAB_SIZE), random_logits(4, NUM_POSITIONS, VOCAB_SIZE)
     full_N = loss(student_NV, Teacher(logits=teacher_NV))

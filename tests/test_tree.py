@@ -96,7 +96,7 @@ def random_case(seed: int) -> tuple[Draft, list[list[int]], list[int]]:
         tree = Tree.from_parents(parents)
     used = [rng.randint(1, num_nodes) if seed % 2 else num_nodes for _ in range(num_rows)]
     # Siblings are numbered from 0 on in one row, from 1 in the next.
-    tokens = [[row % 2 + line[:node].count(line[node]) for node in range(num_nodes)] for row, line in enumerate(parents)]
+    tokens = [[row % 2 + line[:at].count(line[at]) for at in range(num_nodes)] for row, line in enumerate(parents)]
     draft = Draft(tokens_BN=torch.tensor(tokens), tree=tree, num_nodes=used if seed % 2 else None)
     return draft, parents, used
 

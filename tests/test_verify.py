@@ -104,7 +104,7 @@ def chain_law(target: Laws, draft: Laws, num_drafted: int, used_of: Callable[[Te
             cells = chain_cells(target, draft, drafted, used_of(drafted))
             rows += [(drafted, uniforms, weight * volume) for uniforms, volume in cells]
     texts = [text for text, _, _ in rows]
-    is_drawn = max(weight.max().item() for weight in draft.values()) < 1
+    is_drawn = any(law_V.max() < 1 for law_V in draft.values())
     filled = Draft(
         tokens_BN=torch.tensor([[0, *text] for text in texts]),
         tree=chain(num_drafted + 1),

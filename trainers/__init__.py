@@ -3,7 +3,7 @@
 A family's file is a module with these names; the loop knows no family by name.
 
     Settings                               a frozen, keyword-only dataclass
-    check(settings, facts)                 optional: refuses what can be seen to be wrong before the target's weights load
+    check(settings, facts)                 optional: refuses what is wrong before the target's weights load
     build(settings, target) -> drafter     a new drafter, its weights in float32
     needs(settings, target) -> Needs       what batches must hold of the target
     loss(drafter, batch, settings, target) -> (sum, metrics)     the loss summed over the batch's supervised tokens

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from data.batches import Batch
 from data.teacher import complete
@@ -65,9 +65,10 @@ class Sums:
 
 
 class DraftTrainer(Trainer):
-    """transformers' Trainer, told how this loss is scaled, what held-out rows are for, and when a checkpoint is whole."""
+    """transformers' Trainer, told how its loss is scaled, how to judge held-out rows and when a checkpoint is whole."""
 
     loss_is_scaled_for_ga = True
+    control: TrainerControl
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class DraftTrainer(Trainer):
         if not torch.isfinite(total):
             raise ValueError(
                 f"the loss is {total.item()} at step {self.state.global_step + 1}, in the batch of rows "
-                f"{', '.join(batch.keys)}; the last checkpoint is untouched: look at these rows or lower --learning-rate"
+                f"{', '.join(batch.keys)}; nothing was overwritten: look at these rows or lower --learning-rate"
             )
         self._sums.add({"loss": (total, _num_supervised(batch)), **metrics})
         self._num_tokens += int(batch.lengths_B.sum())
@@ -174,7 +175,7 @@ class Rhythm(TrainerCallback):
     So a best step always has its checkpoint, and no metric lies half added up in a checkpoint.
     """
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
         control.should_evaluate |= state.global_step >= state.max_steps
         control.should_save |= control.should_evaluate
         control.should_log |= control.should_save

@@ -78,7 +78,7 @@ def check(settings: Settings, target: TargetFacts) -> None:
 
 
 def build(settings: Settings, target: Target) -> Drafter:
-    """Returns a draft model in float32; raises ValueError for one that its architecture or the target's does not allow."""
+    """Returns a draft model in float32; raises ValueError for a shape that cannot be."""
     if settings.init:
         given = AutoModelForCausalLM.from_pretrained(settings.init, dtype=torch.float32)
         drafter = _drafter(settings, given.config, target)

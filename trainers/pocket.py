@@ -257,9 +257,7 @@ def _tokenizer(files: list[SourceFile], path: Path, context_length: int) -> PreT
     )
 
 
-def _blocks(
-    tokenizer: PreTrainedTokenizerFast, files: list[SourceFile], settings: PocketSettings
-) -> torch.Tensor:
+def _blocks(tokenizer: PreTrainedTokenizerFast, files: list[SourceFile], settings: PocketSettings) -> torch.Tensor:
     """Packs `<bos> file <eos>` after one another, files in an order fixed by the seed, into blocks [N, T]."""
     order = np.random.default_rng(settings.seed).permutation(len(files))
     encoded = tokenizer([BOS + files[index].text + EOS for index in order])["input_ids"]

@@ -1,0 +1,58 @@
+"""Our loop against transformers' own: assisted generation with the same small LM, and plain decoding.
+
+    ./launch.sh quickstart                                    # once: trains the small LM
+    .venv/bin/python benchmarks/assisted_generation.py        # pocket target
+
+Both decode the same prompts in turn, in this process; ratios are of tokens/s within a round. NUMBER.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import draftsmith
+from data import POCKET
+from data.prompts import load_prompts
+from draftsmith import Target
+from draftsmith.artifact import read_manifest
+from eval.duel import DuelSettings, conditions, duel
+from eval.measure import Contender, own_loop, transformers_loop
+from trainers.settings import parse_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """What decodes what."""
+
+    target: str = str(POCKET)
+    """A transformers folder or hub name."""
+    draft: str = "runs/quickstart/distill"
+    """Artifact whose drafter is a transformers causal LM."""
+    data: str = "python-source"
+    """Where the prompts come from."""
+    num_prompts: int = 8
+    """Prompts decoded in every round."""
+    dtype: str = "float32"
+    """What the target's weights are loaded as."""
+
+
+def main(run: BenchmarkSettings, settings: DuelSettings) -> None:
+    read_manifest(run.draft)
+    target = Target.from_pretrained(run.target, dtype=run.dtype)
+    prompts = load_prompts(run.data, target.tokenizer, max_prompts=run.num_prompts)
+    drafter = draftsmith.load(run.draft, target)
+    if not hasattr(drafter, "model"):
+        raise ValueError(f"{run.draft} holds no causal LM, which is what transformers can be assisted by")
+    print(conditions(target, len(prompts), settings))
+    assisted = Contender(name="transformers", decode=transformers_loop(target, drafter.model))
+    ours = Contender(name="ours", decode=own_loop(target, drafter))
+    print("assisted generation:", duel(ours, assisted, target, prompts, settings))
+    plain = Contender(name="transformers", decode=transformers_loop(target))
+    print("plain decoding:", duel(Contender(name="ours", decode=own_loop(target)), plain, target, prompts, settings))
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_settings(BenchmarkSettings, DuelSettings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

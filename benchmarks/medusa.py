@@ -1,0 +1,53 @@
+"""Medusa heads against plain decoding in the same loop.
+
+    ./launch.sh quickstart                       # once: trains the heads
+    .venv/bin/python benchmarks/medusa.py        # pocket target; any artifact with --draft
+
+Both decode the same prompts in turn, in this process; ratios are of tokens/s within a round. NUMBER.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import draftsmith
+from data import POCKET
+from data.prompts import load_prompts
+from draftsmith import Target
+from draftsmith.artifact import read_manifest
+from eval.duel import DuelSettings, conditions, duel
+from eval.measure import Contender, own_loop
+from trainers.settings import parse_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """What decodes what."""
+
+    target: str = str(POCKET)
+    """A transformers folder or hub name."""
+    draft: str = "runs/quickstart/medusa"
+    """The drafter's artifact."""
+    data: str = "python-source"
+    """Where the prompts come from."""
+    num_prompts: int = 8
+    """Prompts decoded in every round."""
+    dtype: str = "float32"
+    """What the target's weights are loaded as."""
+
+
+def main(run: BenchmarkSettings, settings: DuelSettings) -> None:
+    read_manifest(run.draft)
+    target = Target.from_pretrained(run.target, dtype=run.dtype)
+    prompts = load_prompts(run.data, target.tokenizer, max_prompts=run.num_prompts)
+    drafter = draftsmith.load(run.draft, target)
+    print(conditions(target, len(prompts), settings))
+    ours = Contender(name=Path(run.draft).name, decode=own_loop(target, drafter))
+    print("speed-up:", duel(ours, Contender(name="plain", decode=own_loop(target)), target, prompts, settings))
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_settings(BenchmarkSettings, DuelSettings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -1,0 +1,386 @@
+"""The loop: greedy identity for each drafter and architecture, ends, limits, streaming, seeds, statistics, errors."""
+
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import draftsmith
+from draftsmith import Target
+from draftsmith.drafters import Session, Step, lm, lookup, medusa
+from draftsmith.tree import Draft, Tree, chain
+from tests.family import Watched, built, texts
+from tests.models import (
+    CAUSAL,
+    CONTEXT,
+    SEQ2SEQ,
+    VOCAB_SIZE,
+    greedy_by_transformers,
+    padded,
+    prompts,
+    tiny_config,
+    tiny_model,
+    tiny_target,
+)
+
+NUM_NEW = 20
+HEADS = medusa.Config(num_heads=3, tree=((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
+SMALL = lm.Config(model=tiny_config("llama", num_hidden_layers=1).to_dict(), num_draft=4, confidence=0.1)
+
+
+class Scripted:
+    """Drafts what it is told of each row's text: along a random path of a random tree, or down a chain.
+
+    `wrong_every` spoils every so many-th token of the text, so that drafts are accepted up to there.
+    """
+
+    config, hidden_layers = None, (1,)
+
+    def __init__(self, target: Target, expected: list[list[int]], *, trees: bool, wrong_every: int = 0) -> None:
+        self.target, self.expected, self.trees, self.wrong_every = target, expected, trees, wrong_every
+        self._rng = random.Random(0)
+
+    def start(self, session: Session) -> None:
+        self._session = session
+
+    def propose(self, budget: int) -> Draft:
+        depth = min(budget, 4)
+        continuations = [self._continuation(row, depth) for row in range(len(self._session.rows))]
+        pending = self._session.pending()[:, None]
+        if not self.trees:
+            return Draft(tokens_BN=torch.cat([pending, torch.tensor(continuations)], 1), tree=chain(depth + 1))
+        num_nodes = 3 * depth + 1
+        parents, tokens = [], []
+        for continuation in continuations:
+            branch = sorted(self._rng.sample(range(1, num_nodes), depth))
+            others = [token for token in range(VOCAB_SIZE) if token not in continuation]
+            row_parents, row_tokens = [-1], [0]
+            for node in range(1, num_nodes):
+                if node in branch:
+                    at = branch.index(node)
+                    row_parents.append(branch[at - 1] if at else 0)
+                    row_tokens.append(continuation[at])
+                else:
+                    # Beside the branch, so that what is accepted must be gathered; like no other node.
+                    parent = self._rng.randrange(node)
+                    row_parents.append(parent if _depth(row_parents, parent) < depth else 0)
+                    row_tokens.append(others[node])
+            parents.append(row_parents)
+            tokens.append(row_tokens)
+        drafted = torch.tensor(tokens)[:, 1:]
+        return Draft(tokens_BN=torch.cat([pending, drafted], 1), tree=Tree.from_parents(parents))
+
+    def observe(self, step: Step) -> None:
+        """Checks that the hidden layer asked for has come."""
+        assert step.hidden[1].shape[:2] == step.draft.tokens_BN.shape
+
+    def _continuation(self, row: int, depth: int) -> list[int]:
+        begin = len(self._session.rows[row])
+        text = self.expected[row] + [0] * depth
+        is_wrong = [self.wrong_every > 0 and (begin + at + 1) % self.wrong_every == 0 for at in range(depth)]
+        return [(text[begin + at] + is_wrong[at]) % VOCAB_SIZE for at in range(depth)]
+
+
+def _depth(parents: list[int], node: int) -> int:
+    return 0 if node == 0 else 1 + _depth(parents, parents[node])
+
+
+@cache
+def drafter_of(name: str, architecture: str) -> Any:
+    """Returns a drafter by name: random heads, a small random LM, a disturbed copy of the target, or look-up."""
+    target = tiny_target(architecture)
+    if name == "medusa":
+        return built(medusa, HEADS, target)
+    if name == "lm":
+        return built(lm, SMALL, target)
+    if name == "lookup":
+        return lookup.Drafter(lookup.Config(), target)
+    copied = lm.Drafter(lm.Config(model=target.model.config.to_dict(), num_draft=5, confidence=0.2), target)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for own, theirs in zip(copied.model.parameters(), target.model.parameters(), strict=True):
+            noise = torch.randn(own.shape, generator=generator)
+            own.copy_(theirs + 0.05 * theirs.std(correction=0) * noise)
+    return copied.eval()
+
+
+def run(target: Target, num_rows: int, drafter: Any = None, *, side: str = "right", **settings: Any) -> Any:
+    ids, mask = padded(prompts(num_rows), side=side)
+    settings = {"max_new_tokens": NUM_NEW} | settings
+    return draftsmith.generate(target, ids, drafter, attention_mask=mask, **settings)
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("drafter", ["none", "medusa", "lm", "copy", "lookup", "scripted"])
+def test_greedy_is_transformers_own(architecture: str, drafter: str) -> None:
+    target = tiny_target(architecture)
+    for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
+        expected = greedy_by_transformers(architecture, num_rows, NUM_NEW)
+        if drafter == "none":
+            out = run(target, num_rows, side=side)
+        elif drafter == "scripted":
+            out = run(target, num_rows, Watched(Scripted(target, expected, trees=True, wrong_every=7)), side=side)
+            assert out.stats.tau > 2, "paths of several nodes must have been gathered"
+        else:
+            watched = Watched(drafter_of(drafter, architecture))
+            out = run(target, num_rows, watched, side=side)
+            assert watched.num_drafted > 0
+            assert drafter != "copy" or out.stats.tau > 1.5, "drafts of a near copy must often be accepted"
+        assert texts(out) == expected, (num_rows, side)
+        assert out.lengths.tolist() == [len(row) for row in expected]
+
+
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
+@pytest.mark.parametrize("drafter", ["none", "lookup", "scripted"])
+def test_greedy_is_transformers_own_for_encoder_decoders(architecture: str, drafter: str) -> None:
+    target = tiny_target(architecture)
+    for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
+        expected = greedy_by_transformers(architecture, num_rows, NUM_NEW)
+        if drafter == "scripted":
+            out = run(target, num_rows, Scripted(target, expected, trees=False, wrong_every=5), side=side)
+            assert out.stats.tau > 2
+        else:
+            out = run(target, num_rows, drafter_of("lookup", architecture) if drafter == "lookup" else None, side=side)
+        assert texts(out) == expected, (num_rows, side)
+
+
+@pytest.mark.parametrize(("wrong_every", "accepted"), [(0, 4), (1, 0), (2, 1), (3, 2)])
+def test_drafts_that_always_sometimes_never_match(wrong_every: int, accepted: int) -> None:
+    """One row whose text is known: every count follows from which tokens the draft has wrong."""
+    target, (expected,) = tiny_target("llama"), greedy_by_transformers("llama", 1, 61 - 9)
+    prompt = torch.tensor(prompts(1))
+    if wrong_every:
+        # From a text of 6n tokens on a draft's first wrong token is always equally far away.
+        prompt = prompt[:, :6]
+        expected = texts(draftsmith.generate(target, prompt, max_new_tokens=40))[0]
+    drafter = Scripted(target, [expected], trees=False, wrong_every=wrong_every)
+    num_new = 5 * (accepted + 1)
+    out = draftsmith.generate(target, prompt, drafter, max_new_tokens=num_new)
+    assert texts(out)[0] == expected[: prompt.shape[1] + num_new]
+    assert out.stats.steps == 5
+    assert out.stats.tau == accepted + 1
+    # Four tokens deep, and never deeper than the tokens still to come, the target's own one not counted.
+    reached = [min(4, (accepted + 1) * left - 1) for left in (5, 4, 3, 2, 1)]
+    assert out.stats.drafted == [sum(deepest >= depth for deepest in reached) for depth in range(1, 5)]
+    assert out.stats.accepted_per_depth == [float(depth <= accepted) for depth in range(1, 5)]
+
+
+def test_statistics_add_up() -> None:
+    target = tiny_target("llama")
+    for name in ("none", "medusa", "copy", "lookup"):
+        stats = (out := run(target, 5, drafter_of(name, "llama") if name != "none" else None)).stats
+        num_prompt = sum(map(len, prompts(5)))
+        assert stats.num_rows == 5
+        assert stats.new_tokens == int(out.lengths.sum()) - num_prompt == 5 * NUM_NEW
+        assert stats.tau == stats.new_tokens / stats.steps
+        assert len(stats.accepted_per_depth) == len(stats.drafted) == len(stats.accepted)
+        assert all(0 <= share <= 1 for share in stats.accepted_per_depth)
+        assert sorted(stats.accepted, reverse=True) == stats.accepted, "a path that is deep is also shallow"
+        # Every step commits one token of the target's own beside those accepted; the last may be cut to the limit.
+        assert stats.new_tokens <= stats.steps + sum(stats.accepted)
+        if name == "none":
+            assert (stats.steps, stats.tau, stats.drafted) == (5 * NUM_NEW, 1.0, [])
+        for spent in (stats.prefill_ms, stats.draft_ms, stats.verify_ms, stats.commit_ms):
+            assert spent > 0
+    assert stats.verify_ms > stats.commit_ms, "the target's forward is in it"
+
+
+@pytest.mark.parametrize("drafter", ["none", "medusa", "copy", "lookup", "scripted"])
+def test_it_stops_at_an_end_inside_an_accepted_draft(drafter: str) -> None:
+    target, whole = tiny_target("mistral"), greedy_by_transformers("mistral", 5, NUM_NEW)
+    num_prompt = [len(prompt) for prompt in prompts(5)]
+    # Ends that occur at different places in the rows' texts, and in one not at all.
+    ends = (whole[0][num_prompt[0] + 2], whole[1][num_prompt[1] + 9])
+    expected = []
+    for row, size in zip(whole, num_prompt, strict=True):
+        stops = [at + 1 for at in range(size, len(row)) if row[at] in ends]
+        expected.append(row[: min(stops, default=len(row))])
+    assert len({len(row) - size for row, size in zip(expected, num_prompt, strict=True)}) >= 3
+    kind = Scripted(target, whole, trees=True) if drafter == "scripted" else None
+    used = kind or (drafter_of(drafter, "mistral") if drafter != "none" else None)
+    out = run(target, 5, used, eos_token_id=ends)
+    assert texts(out) == expected
+    assert out.stats.new_tokens == sum(map(len, expected)) - sum(num_prompt)
+    padding = [out.sequences[row, len(ids) :] for row, ids in enumerate(expected)]
+    assert all((rest == 0).all() for rest in padding), "right-padded with the model's padding token"
+    assert texts(run(target, 5, used, eos_token_id=ends[0]))[0] == expected[0]
+
+
+def test_the_models_own_end_is_the_default_and_can_be_turned_off() -> None:
+    model = tiny_model("llama")
+    whole = greedy_by_transformers("llama", 1, NUM_NEW)[0]
+    model.generation_config.eos_token_id = [whole[9 + 4], VOCAB_SIZE - 1]
+    first = whole.index(whole[9 + 4], 9)
+    target = Target(model)
+    assert texts(run(target, 1)) == [whole[: first + 1]]
+    assert texts(run(target, 1, eos_token_id=())) == [whole]
+
+
+@pytest.mark.parametrize("drafter", ["none", "medusa", "lm", "copy", "lookup", "scripted"])
+@pytest.mark.parametrize("num_new", [1, 2, 3, 7])
+def test_exactly_as_many_tokens_as_asked_for(drafter: str, num_new: int) -> None:
+    target, whole = tiny_target("llama"), greedy_by_transformers("llama", 5, NUM_NEW)
+    used: Any = Scripted(target, whole, trees=True) if drafter == "scripted" else None
+    used = used or (drafter_of(drafter, "llama") if drafter != "none" else None)
+    out = run(target, 5, used, max_new_tokens=num_new)
+    expected = [row[: len(row) - NUM_NEW + num_new] for row in whole]
+    assert texts(out) == expected
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "bart"])
+@pytest.mark.parametrize("drafter", ["none", "medusa", "lm", "lookup"])
+def test_text_may_fill_the_context_to_its_last_place(architecture: str, drafter: str) -> None:
+    if architecture in SEQ2SEQ and drafter in ("medusa", "lm"):
+        return
+    target, rows = tiny_target(architecture), [prompts(4)[3], prompts(4)[3][:5]]
+    used = drafter_of(drafter, architecture) if drafter != "none" else None
+    num_prompt = 1 if target.is_encoder_decoder else len(rows[0])
+    ids, mask = padded(rows, side="left")
+    out = draftsmith.generate(target, ids, used, attention_mask=mask, max_new_tokens=CONTEXT - num_prompt)
+    given = {"attention_mask": mask} if target.is_encoder_decoder else {}
+    reference = ids if target.is_encoder_decoder else torch.tensor(rows[:1])
+    settings = {"max_new_tokens": CONTEXT - num_prompt, "do_sample": False}
+    expected = target.model.generate(reference, **given, **settings)
+    assert out.sequences[0, :CONTEXT].tolist() == expected[0].tolist()
+    with pytest.raises(ValueError, match="does not fit the target's context of 64"):
+        draftsmith.generate(target, ids, used, attention_mask=mask, max_new_tokens=CONTEXT - num_prompt + 1)
+
+
+@pytest.mark.parametrize("drafter", ["none", "medusa", "copy", "lookup"])
+def test_a_prompt_may_be_one_token(drafter: str) -> None:
+    target = tiny_target("qwen2")
+    used = drafter_of(drafter, "qwen2") if drafter != "none" else None
+    expected = target.model.generate(torch.tensor([[7]]), do_sample=False, max_new_tokens=NUM_NEW)
+    for num_rows in (1, 3):
+        out = draftsmith.generate(target, torch.tensor([[7]] * num_rows), used, max_new_tokens=NUM_NEW)
+        assert texts(out) == expected.tolist() * num_rows
+
+
+class Pieces:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.pieces: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, piece: torch.Tensor) -> None:
+        assert self.ended == 0
+        self.pieces.append(piece.tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("drafter", ["none", "copy"])
+def test_streamed_pieces_join_to_the_output(drafter: str) -> None:
+    streamer = Pieces()
+    out = run(tiny_target("llama"), 1, drafter_of("copy", "llama") if drafter == "copy" else None, streamer=streamer)
+    assert streamer.pieces[0] == prompts(1)[0], "the prompt comes first, as transformers' streamers expect"
+    assert [token for piece in streamer.pieces for token in piece] == texts(out)[0]
+    assert len(streamer.pieces) == 1 + out.stats.steps, "a piece for each step, as soon as it is known"
+    assert streamer.ended == 1
+
+
+@pytest.mark.parametrize("drafter", ["none", "medusa", "copy", "lookup"])
+def test_seeds_reproduce_and_differ(drafter: str) -> None:
+    target = tiny_target("llama")
+    used = drafter_of(drafter, "llama") if drafter != "none" else None
+    sampled = [texts(run(target, 5, used, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    torch.manual_seed(5)
+    unseeded = [texts(run(target, 5, used, temperature=1.0)) for _ in range(2)]
+    torch.manual_seed(5)
+    assert unseeded[0] != unseeded[1]
+    assert texts(run(target, 5, used, temperature=1.0)) == unseeded[0]
+
+
+def test_what_is_returned_can_be_trained_on() -> None:
+    target = tiny_target("llama")
+    out = run(target, 2)
+    loss = target.model(out.sequences, labels=out.sequences).loss
+    loss.backward()
+    target.model.zero_grad()
+
+
+def test_a_call_leaves_nothing_to_the_next() -> None:
+    """A drafter is used for one batch, then another of other shape, by an abandoned call in between."""
+    target = tiny_target("llama")
+    for name in ("medusa", "copy", "lookup"):
+        drafter = drafter_of(name, "llama")
+        first = texts(run(target, 5, drafter))
+        with pytest.raises(ValueError, match="nosuch"):
+            run(target, 2, drafter, temperature=1.0, verifier="nosuch")
+        assert texts(run(target, 1, drafter)) == first[:1]
+        assert texts(run(target, 5, drafter)) == first
+
+
+def refused(target: Target, ids: Any, message: str, **settings: Any) -> None:
+    """Asserts that the call is refused with one sentence that holds `message`."""
+    with pytest.raises(ValueError, match=message) as error:
+        draftsmith.generate(target, torch.as_tensor(ids), **{"max_new_tokens": 8} | settings)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_generated_is_refused() -> None:
+    target, ids = tiny_target("llama"), [[4, 5, 6], [7, 8, 9]]
+    refused(target, [[4] * 60], "prompt 0 has 60 tokens, and with max_new_tokens=5 it does not fit", max_new_tokens=5)
+    refused(target, [[4] * 65], "does not fit the target's context of 64", max_new_tokens=1)
+    refused(target, ids, "prompt 1 is empty", attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    refused(target, torch.zeros(1, 0, dtype=torch.long), "prompt 0 is empty")
+    refused(target, torch.zeros(0, 3, dtype=torch.long), r"input_ids has shape \(0, 3\)")
+    refused(target, [4, 5, 6], r"input_ids has shape \(3,\); it must be \[batch, length\]")
+    refused(target, ids, "attention_mask has holes", attention_mask=torch.tensor([[1, 1, 1], [1, 0, 1]]))
+    refused(target, ids, "attention_mask has holes", attention_mask=torch.tensor([[0, 1, 0], [1, 1, 1]]))
+    refused(target, ids, r"attention_mask has shape \(1, 3\), input_ids \(2, 3\)", attention_mask=torch.ones(1, 3))
+    refused(target, [[4, VOCAB_SIZE]], f"prompt 0 holds token {VOCAB_SIZE}; the target's vocabulary has {VOCAB_SIZE}")
+    refused(target, [[4, -1]], "prompt 0 holds token -1")
+    refused(target, ids, "max_new_tokens is 0; it must be at least 1", max_new_tokens=0)
+    refused(target, ids, "top_p is 1.5; it must be above 0 and at most 1", temperature=1.0, top_p=1.5)
+    refused(target, ids, "temperature is -1; it must be 0", temperature=-1)
+    refused(target, ids, "unknown verifier 'nosuch'; there are auto, greedy", verifier="nosuch")
+    refused(target, ids, "a streamer prints one row, and there are 2", streamer=Pieces())
+
+
+def test_padding_may_hold_any_token() -> None:
+    """What is masked is never looked at: an id outside the vocabulary, as some tokenizers pad, is no error."""
+    target, rows = tiny_target("llama"), prompts(2)
+    ids, mask = padded(rows, side="left")
+    ids[mask == 0] = -100
+    assert texts(draftsmith.generate(target, ids, attention_mask=mask.bool(), max_new_tokens=4)) == [
+        row[: len(row) - NUM_NEW + 4] for row in greedy_by_transformers("llama", 2, NUM_NEW)
+    ]
+
+
+def test_a_verifier_that_does_not_fit_the_drafter_is_refused() -> None:
+    target = tiny_target("llama")
+    for name, verifier in (("lm", "once"), ("medusa", "token"), ("lookup", "greedy")):
+        with pytest.raises(ValueError, match=f"verifier '{verifier}'"):
+            run(target, 1, drafter_of(name, "llama"), temperature=1.0, verifier=verifier)
+
+
+def test_typical_acceptance_is_greedy_at_temperature_zero() -> None:
+    out = run(tiny_target("llama"), 5, drafter_of("copy", "llama"), verifier="typical")
+    assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
+
+
+def test_the_draft_model_may_have_a_shorter_context() -> None:
+    """Beyond it the small model drafts no more, or drafts badly; the text stays the target's."""
+    target = tiny_target("llama")
+    small = tiny_config("gpt2", n_positions=16, n_layer=1).to_dict()
+    drafter = built(lm, lm.Config(model=small, num_draft=4, confidence=0.0), target)
+    for num_rows in (1, 5):
+        assert texts(run(target, num_rows, drafter)) == greedy_by_transformers("llama", num_rows, NUM_NEW)
+
+
+def test_a_long_prompt_is_fed_in_chunks_and_outlasts_the_cache() -> None:
+    """600 tokens: more than a chunk of the prefill, and than the cache holds at first."""
+    model = tiny_model("mistral", max_position_embeddings=1_000)
+    target = Target(model)
+    rows = [(prompts(4)[3] * 50)[:600], prompts(2)[1]]
+    ids, mask = padded(rows)
+    for drafter in (None, lookup.Drafter(lookup.Config(), target)):
+        out = draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=12)
+        for row, found in zip(rows, texts(out), strict=True):
+            assert found == model.generate(torch.tensor([row]), do_sample=False, max_new_tokens=12)[0].tolist()

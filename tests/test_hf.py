@@ -1,0 +1,152 @@
+"""Inside transformers: `model.generate(custom_generate=...)` gives what `model.generate` gives, or says why not."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import draftsmith
+from draftsmith import Target
+from draftsmith.drafters import lm, lookup, medusa
+from tests.family import built
+from tests.models import CAUSAL, SEQ2SEQ, VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
+
+NUM_NEW = 16
+
+
+def drafter_for(target: Target, name: str = "copy") -> Any:
+    """Returns the target's own copy as a draft model, heads, or look-up."""
+    if name == "medusa":
+        return built(medusa, medusa.Config(num_heads=2, tree=((0,), (1,), (0, 0))), target)
+    if name == "lookup" or target.is_encoder_decoder:
+        return lookup.Drafter(lookup.Config(), target)
+    drafter = lm.Drafter(lm.Config(model=target.model.config.to_dict(), num_draft=4), target)
+    drafter.model.load_state_dict(target.model.state_dict())
+    return drafter.eval()
+
+
+def both(target: Target, drafter: Any, ids: Any, **settings: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Returns transformers' own sequences and ours."""
+    settings = {"max_new_tokens": NUM_NEW, "do_sample": False} | settings
+    own = target.model.generate(torch.as_tensor(ids), **settings)
+    settings |= {"custom_generate": draftsmith.custom_generate, "drafter": drafter}
+    return own.tolist(), target.model.generate(torch.as_tensor(ids), **settings).tolist()
+
+
+@pytest.mark.parametrize("architecture", CAUSAL + SEQ2SEQ)
+def test_greedy_is_the_same(architecture: str) -> None:
+    target = tiny_target(architecture)
+    drafter = drafter_for(target)
+    # transformers counts the padding left of a source when it looks up an encoder's learnt positions.
+    side = "right" if target.is_encoder_decoder else "left"
+    for num_rows in (1, 5):
+        ids, mask = padded(prompts(num_rows), side=side)
+        own, ours = both(target, drafter, ids, attention_mask=mask)
+        assert ours == own, num_rows
+
+
+@pytest.mark.parametrize("name", ["medusa", "lookup", "none"])
+def test_any_drafter_will_do(name: str) -> None:
+    target = tiny_target("llama")
+    ids, mask = padded(prompts(5), side="left")
+    own, ours = both(target, None if name == "none" else drafter_for(target, name), ids, attention_mask=mask)
+    assert ours == own
+
+
+def test_rows_that_end_early_are_padded_as_by_transformers() -> None:
+    target = tiny_target("llama")
+    ids, mask = padded(prompts(5), side="left")
+    whole, _ = both(target, None, ids, attention_mask=mask)
+    ends = [whole[0][ids.shape[1] + 2], whole[2][ids.shape[1] + 5]]
+    own, ours = both(target, drafter_for(target), ids, attention_mask=mask, eos_token_id=ends, pad_token_id=9)
+    assert ours == own
+    assert 9 in own[0][ids.shape[1] :]
+    short, ours = both(target, drafter_for(target), ids[:1], attention_mask=mask[:1], eos_token_id=ends)
+    assert ours == short and len(short[0]) == ids.shape[1] + 3
+
+
+def test_a_generation_config_and_a_total_length_are_respected() -> None:
+    target = tiny_target("llama")
+    ids = [prompts(1)[0]]
+    five = GenerationConfig(max_new_tokens=5, pad_token_id=0)
+    own, ours = both(target, drafter_for(target), ids, max_new_tokens=None, generation_config=five)
+    assert ours == own
+    own, ours = both(target, drafter_for(target), ids, max_new_tokens=None, max_length=13)
+    assert ours == own and len(own[0]) == 13
+
+
+def test_sampling_runs_with_seeds_and_settings() -> None:
+    target = tiny_target("llama")
+    settings = {"max_new_tokens": NUM_NEW, "do_sample": True, "custom_generate": draftsmith.custom_generate}
+    settings["drafter"] = drafter_for(target)
+    ids, mask = padded(prompts(5), side="left")
+
+    def sample(**changes: Any) -> list[list[int]]:
+        return target.model.generate(ids, attention_mask=mask, **settings | changes).tolist()
+
+    assert sample(seed=1) == sample(seed=1) != sample(seed=2)
+    torch.manual_seed(0)
+    first = sample(temperature=0.8)
+    torch.manual_seed(0)
+    assert sample(temperature=0.8) == first
+    greedy, _ = both(target, None, ids, attention_mask=mask)
+    assert sample(top_k=1) == greedy, "top-k reaches the law"
+    assert sample(top_p=1e-6, top_k=0) == greedy, "top-p reaches the law"
+    assert sample(temperature=1e-4) == greedy, "the temperature reaches the law"
+    for row, prompt in zip(sample(num_return_sequences=1), prompts(5), strict=True):
+        assert row[ids.shape[1] - len(prompt) : ids.shape[1]] == prompt
+
+
+def test_several_sequences_of_one_prompt() -> None:
+    target = tiny_target("llama")
+    ids = torch.tensor(prompts(1))
+    given = {"custom_generate": draftsmith.custom_generate, "drafter": drafter_for(target), "seed": 0}
+    rows = target.model.generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=NUM_NEW, **given)
+    assert rows.shape == (3, ids.shape[1] + NUM_NEW)
+    assert len({tuple(row) for row in rows.tolist()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repetition_penalty": 1.3}, "logits processor RepetitionPenaltyLogitsProcessor is not supported"),
+        ({"no_repeat_ngram_size": 2}, "logits processor NoRepeatNGramLogitsProcessor is not supported"),
+        ({"min_new_tokens": 4, "eos_token_id": 7}, "logits processor Min.* is not supported"),
+        ({"do_sample": True, "min_p": 0.1}, "logits processor MinPLogitsWarper is not supported"),
+        ({"do_sample": True, "typical_p": 0.5}, "logits processor TypicalLogitsWarper is not supported"),
+        ({"suppress_tokens": [3]}, "logits processor SuppressTokensLogitsProcessor is not supported"),
+        ({"num_beams": 3}, "num_beams must be 1"),
+        ({"max_time": 5.0}, "stopping criterion MaxTimeCriteria is not supported"),
+    ],
+)
+def test_what_draftsmith_cannot_keep_is_refused(settings: dict[str, Any], message: str) -> None:
+    target = tiny_target("llama")
+    given = {"custom_generate": draftsmith.custom_generate, "drafter": drafter_for(target), "max_new_tokens": NUM_NEW}
+    with pytest.raises(ValueError, match=message) as error:
+        target.model.generate(torch.tensor(prompts(1)), **given | settings)
+    assert "\n" not in str(error.value)
+
+
+def test_scores_that_would_be_missing_are_not_promised() -> None:
+    target = tiny_target("llama")
+    settings = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match="return_dict_in_generate"):
+        target.model.generate(torch.tensor(prompts(1)), custom_generate=draftsmith.custom_generate, **settings)
+
+
+def test_the_drafter_of_another_model_is_refused() -> None:
+    other = Target(tiny_model("llama", seed=4))
+    with pytest.raises(ValueError, match="the drafter was loaded for another model object"):
+        both(tiny_target("llama"), drafter_for(other), prompts(1))
+
+
+def test_a_verifier_can_be_named() -> None:
+    target = tiny_target("llama")
+    own, ours = both(target, drafter_for(target), prompts(1))
+    given = {"custom_generate": draftsmith.custom_generate, "drafter": drafter_for(target), "max_new_tokens": NUM_NEW}
+    typical = target.model.generate(torch.tensor(prompts(1)), do_sample=False, verifier="typical", **given)
+    assert typical.tolist() == own == ours
+    with pytest.raises(ValueError, match="unknown verifier 'nosuch'"):
+        target.model.generate(torch.tensor(prompts(1)), verifier="nosuch", **given)
+    assert max(own[0]) < VOCAB_SIZE
