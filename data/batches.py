@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftsmith.facts import TargetFacts
 from draftsmith import Target
+from draftsmith.facts import TargetFacts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

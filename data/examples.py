@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from data import pseudo_data, store
 from data.batches import Example, example
-from draftsmith.facts import TargetFacts
 from data.prompts import Prompt, load_prompts, print_coverage
 from data.shards import check_origin
 from data.sources import looks_local
 from draftsmith import Target
+from draftsmith.facts import TargetFacts
 
 
 class Examples(Protocol):

@@ -20,11 +20,13 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from data.batches import Example, example
-from draftsmith.facts import TargetFacts
 from data.prompts import Prompt
 from data.shards import check_origin, check_whole, hash_files, missing_shards, open_folder, read_manifest, write_whole
 from data.writers import Completion, LocalTarget, PseudoDataSettings, Work, Writer, derive_seed
 from draftsmith import Target
+from draftsmith.facts import TargetFacts
+
+__all__ = ["LocalTarget", "PseudoDataSettings", "read_pseudo_data", "write_pseudo_data"]
 
 MARKER = "_pseudo_data.json"  # readers of Parquet folders skip files whose name begins so
 FORMAT = 1

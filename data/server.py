@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from draftsmith.facts import tokenizer_hash
 from data.writers import Completion, Origin, PseudoDataSettings, Work, derive_seed
+from draftsmith.facts import tokenizer_hash
 
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 TIMEOUT_S = 600.0

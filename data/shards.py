@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from draftsmith.facts import TargetFacts
 from draftsmith import Target
+from draftsmith.facts import TargetFacts
 from draftsmith.files import check_replaceable
 
 

@@ -29,10 +29,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import Example, check_batch, check_layers, collate
-from draftsmith.facts import TargetFacts
 from data.shards import check_origin, check_whole, missing_shards, open_folder, read_manifest, write_whole
 from data.teacher import complete
 from draftsmith import Target
+from draftsmith.facts import TargetFacts
 from draftsmith.files import check_replaceable
 
 MARKER = "teacher_store.json"

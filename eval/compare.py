@@ -60,6 +60,11 @@ class Settings:
             if name not in verify.names():
                 raise ValueError(f"unknown verifier {name!r}; there are {', '.join(verify.names())}")
 
+    def check_prompts(self, num_prompts: int) -> None:
+        """Raises ValueError if there are too few for a batch."""
+        if num_prompts < max(self.batch_sizes):
+            raise ValueError(f"batch size {max(self.batch_sizes)} needs as many prompts, and there are {num_prompts}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -88,9 +93,7 @@ def compare(
     A comparison that was killed continues with what had been measured. Raises ValueError for an artifact that does
     not fit the target, too few prompts for a batch, or a folder that holds something else.
     """
-    for batch_size in settings.batch_sizes:
-        if len(prompts) < batch_size:
-            raise ValueError(f"batch size {batch_size} needs as many prompts, and there are {len(prompts)}")
+    settings.check_prompts(len(prompts))
     with machine.num_threads(settings.threads):
         entries = _entries(target, prompts, artifacts, settings)
         facts = _facts(target, prompts, settings)

@@ -97,6 +97,7 @@ def main(run: RunSettings) -> None:
         long_prompts=run.long_prompts,
         seed=run.seed,
     )
+    settings.check_prompts(len(prompts))
     dtype = run.dtype or ("auto" if torch.cuda.is_available() and run.device != "cpu" else "float32")
     target = Target.from_pretrained(run.target, dtype=dtype, device=run.device)
     rows = compare(target, prompts, [Path(draft) for draft in run.drafts], Path(run.output), settings)

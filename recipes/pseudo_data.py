@@ -15,11 +15,12 @@ from typing import Literal
 
 import draftsmith
 from data import POCKET
-from draftsmith.facts import read_facts
 from data.prompts import load_prompts
 from data.pseudo_data import MARKER, read_pseudo_data, write_pseudo_data
 from data.server import Server
 from data.writers import LocalTarget, PseudoDataSettings, Writer
+from draftsmith.artifact import check_fits, read_manifest
+from draftsmith.facts import read_facts
 from draftsmith.files import check_replaceable
 from trainers.settings import parse_settings
 
@@ -59,6 +60,10 @@ def main(run: RunSettings, settings: PseudoDataSettings) -> None:
         raise ValueError("--draft has no effect with --server; give one of them")
     check_replaceable(Path(run.output), marker=MARKER)
     facts = read_facts(run.target)
+    if settings.max_new_tokens >= facts.context_length:
+        raise ValueError(f"--max-new-tokens leaves no room for a prompt in a context of {facts.context_length}")
+    if run.draft:
+        check_fits(run.draft, read_manifest(run.draft), facts)
     limits = [limit for limit in (run.max_prompts, run.max_steps * settings.batch_size) if limit]
     prompts = load_prompts(
         run.data,

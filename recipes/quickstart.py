@@ -70,7 +70,7 @@ class QuickstartSettings:
     """Tokens written after each."""
     num_prompts: int = 8
     """Prompts to compare on."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = 40
     """Tokens decoded after each of them."""
     rounds: int = 3
     """Times that all of them are decoded."""
@@ -84,11 +84,13 @@ def main(run: QuickstartSettings) -> None:
     transformers.utils.logging.disable_progress_bar()
     claim(output)
     learnt, judged = _prompts(run)
+    settings.check_prompts(len(judged))
     target = Target.from_pretrained(run.target, dtype="float32")
 
-    _say(f"Text by {target.name}, given the first lines:")
+    _say(f"{Path(run.target).name} is given:\n{judged[0].text}")
+    _say("It writes:")
     with num_threads(settings.threads):
-        streamer = transformers.TextStreamer(target.tokenizer)
+        streamer = transformers.TextStreamer(target.tokenizer, skip_prompt=True)
         ids = torch.tensor([judged[0].ids], device=target.device)
         draftsmith.generate(target, ids, max_new_tokens=run.max_new_tokens, streamer=streamer)
         _say(f"It continues {len(learnt)} prompts, for drafters to learn from")

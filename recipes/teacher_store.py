@@ -14,8 +14,8 @@ from pathlib import Path
 import draftsmith
 from data import POCKET
 from data.examples import check_target, open_examples
-from draftsmith.facts import read_facts
 from data.store import StoreSettings, plan_store, write_store
+from draftsmith.facts import read_facts
 from trainers.settings import parse_settings
 
 

@@ -123,9 +123,9 @@ def scramble(model: torch.nn.Module, *, seed: int, sharpness: float = 2.0) -> No
 
 
 @cache
-def tiny_target(architecture: str) -> Target:
+def tiny_target(architecture: str, attention: str | None = None) -> Target:
     """Returns the target of the architecture's tiny model, the same object to all tests."""
-    return Target(tiny_model(architecture))
+    return Target(tiny_model(architecture, attn_implementation=attention))
 
 
 def tiny_tokenizer(vocab_size: int = VOCAB_SIZE, *, prefix: str = "w") -> PreTrainedTokenizerFast:

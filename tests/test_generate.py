@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TextStreamer
 
 import draftsmith
 from draftsmith import Target
@@ -23,6 +24,7 @@ from tests.models import (
     tiny_config,
     tiny_model,
     tiny_target,
+    tiny_tokenizer,
 )
 
 NUM_NEW = 20
@@ -283,6 +285,12 @@ def test_streamed_pieces_join_to_the_output(drafter: str) -> None:
     assert streamer.ended == 1
 
 
+def test_transformers_streamers_print_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tiny_tokenizer()
+    out = run(tiny_target("llama"), 1, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out.split() == tokenizer.decode(texts(out)[0][len(prompts(1)[0]) :]).split()
+
+
 @pytest.mark.parametrize("drafter", ["none", "medusa", "copy", "lookup"])
 def test_seeds_reproduce_and_differ(drafter: str) -> None:
     target = tiny_target("llama")
@@ -372,6 +380,17 @@ def test_the_draft_model_may_have_a_shorter_context() -> None:
     drafter = built(lm, lm.Config(model=small, num_draft=4, confidence=0.0), target)
     for num_rows in (1, 5):
         assert texts(run(target, num_rows, drafter)) == greedy_by_transformers("llama", num_rows, NUM_NEW)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_a_target_may_be_in_bfloat16(architecture: str) -> None:
+    target = Target(tiny_model(architecture).to(torch.bfloat16))
+    small = lm.Config(model=tiny_config("llama", num_hidden_layers=1).to_dict(), confidence=0.0)
+    for drafter in (built(medusa, HEADS, target), built(lm, small, target)):
+        assert {weight.dtype for weight in drafter.parameters()} == {torch.bfloat16}
+        for temperature in (0.0, 1.0):
+            out = run(target, 5, Watched(drafter), temperature=temperature, seed=0)
+            assert out.stats.new_tokens == 5 * NUM_NEW
 
 
 def test_a_long_prompt_is_fed_in_chunks_and_outlasts_the_cache() -> None:

@@ -213,6 +213,8 @@ def test_settings_out_of_range_are_refused(settings, message):
         (["--server", "http://localhost:1", "--draft", "a"], "--draft has no effect with --server"),
         (["--server", "http://localhost:1"], "no usable answer from http://localhost:1/v1/models"),
         (["--target", "./nowhere"], "target './nowhere' "),
+        (["--max-new-tokens", str(CONTEXT)], f"leaves no room for a prompt in a context of {CONTEXT}"),
+        (["--draft", "nowhere"], "artifact nowhere: no such folder"),
     ],
 )
 def test_the_recipe_refuses_bad_input_before_weights_load(tmp_path, monkeypatch, capsys, flags, message):

@@ -186,16 +186,16 @@ def test_killed_with_signal_9_and_continued_it_is_as_if_unbroken(tmp_path, capsy
     path = save_target(tmp_path / "target")
     target = Target.from_pretrained(path)
     settings = PseudoDataSettings(max_new_tokens=1, batch_size=64)
-    write_pseudo_data(target, some_prompts(tmp_path, 400), tmp_path / "data", settings)
+    write_pseudo_data(target, some_prompts(tmp_path, 250), tmp_path / "data", settings)
     flags = ["--target", path, "--data", str(tmp_path / "data"), "--layers", "1", "2", "3", "--top-k", "300"]
     flags += ["--shard-mb", "1", "--batch-size", "1", "--output"]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    kill_midway("teacher_store", [*flags, str(broken)], lambda: (broken / "shard-00002.safetensors").exists())
+    kill_midway("teacher_store", [*flags, str(broken)], lambda: (broken / "shard-00001.safetensors").exists())
     capsys.readouterr()
     recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, str(broken)]))
     assert "shards are there already" in capsys.readouterr().out
     recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, str(whole)]))
-    assert len(contents(whole)) > 10
+    assert len(contents(whole)) > 5
     assert contents(broken) == contents(whole)
     assert len(open_store(broken, target)) == len(read_pseudo_data(tmp_path / "data"))
 

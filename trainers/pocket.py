@@ -320,9 +320,9 @@ def _card(model: PreTrainedModel, settings: PocketSettings, facts: dict[str, Any
             "| --- | --- |",
             *lines,
             "",
-            "Data: Python files of the standard library (PSF licence) and, for the causal target, of the packages named",
-            "in `data/python_source.py` (Apache-2.0, BSD-3-Clause and MIT), tests left out. Whole files are held out by",
-            "a hash of their names (listed in `pocket.json`); training files that nearly repeat one are left out.",
+            "Data: Python files of the standard library (PSF licence) and, for the causal target, of the packages",
+            "named in `data/python_source.py` (Apache-2.0, BSD-3-Clause, MIT), tests left out. Whole files are held",
+            "out by a hash of their names (listed in `pocket.json`); near repetitions of them are left out too.",
             "",
         ]
     )

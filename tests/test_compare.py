@@ -1,0 +1,309 @@
+"""eval/ and recipes/bakeoff.py: what is measured, how it is written down, continued and refused."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+import draftsmith
+from data.prompts import Prompt
+from draftsmith import Target
+from draftsmith.drafters import find
+from draftsmith.stats import GenerationStats
+from eval import compare as bakeoff
+from eval.compare import Settings, compare
+from eval.duel import DuelSettings, duel
+from eval.measure import Ask, Contender, Decoded, Tally, measure, own_loop, transformers_loop
+from eval.results import PARTIAL, check_output
+from eval.table import header, table
+from recipes.bakeoff import RunSettings, main
+from tests.models import prompts, tiny_target
+from tests.runs import command, make_target, run
+
+KEYS = {
+    *("drafter", "temperature", "batch_size", "tau", "tokens_per_s", "speedup", "identical", "lossless", "draft_ms"),
+    *("verify_ms", "accepted_per_depth", "num_parameters", "artifact_mb", "train_s"),
+}
+SMALL = Settings(rounds=2, max_new_tokens=8, batch_sizes=(1, 2), verifiers=("typical",))
+
+
+def some_prompts(number: int = 4) -> list[Prompt]:
+    return [
+        Prompt(ids=ids, loss_mask=None, text="", category=None, key=f"row-{row}", source="test")
+        for row, ids in enumerate(prompts(number))
+    ]
+
+
+def make_artifacts(target: Target, folder: Path) -> list[Path]:
+    """Saves one drafter that says how long it trained and one that does not."""
+    paths = []
+    for name, record in (("medusa", {"train_s": 12.5}), ("lookup", {})):
+        family = find(name)
+        torch.manual_seed(0)
+        draftsmith.save(family.Drafter(family.Config(), target), folder / name, target=target, record=record)
+        paths.append(folder / name)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    folder, target = tmp_path_factory.mktemp("compare"), tiny_target("llama")
+    artifacts = make_artifacts(target, folder / "artifacts")
+    return compare(target, some_prompts(), artifacts, folder / "out", SMALL), folder / "out"
+
+
+def test_rows_are_one_a_contender_temperature_and_batch_size(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    rows, _ = compared
+    greedy = ["plain", "transformers", "medusa", "lookup"]
+    sampled = ["plain", "transformers", "medusa", "medusa (typical)", "lookup", "lookup (typical)"]
+    found = [(row["temperature"], row["batch_size"], row["drafter"]) for row in rows]
+    assert found == [
+        *((0.0, size, name) for size in (1, 2) for name in greedy),
+        *((1.0, size, name) for size in (1, 2) for name in sampled),
+    ]
+    assert all(set(row) >= KEYS for row in rows)
+
+
+def test_rows_say_what_each_contender_is(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    rows, _ = compared
+    for row in rows:
+        is_drafter = row["drafter"] not in ("plain", "transformers")
+        assert row["identical"] is (True if row["temperature"] == 0 else None)
+        assert row["lossless"] is ("typical" not in row["drafter"])
+        assert row["tau"] >= 1
+        assert row["tokens_per_s"] > 0
+        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+        assert (row["draft_ms"] is None) == (row["drafter"] == "transformers")
+        assert bool(row["accepted_per_depth"]) == is_drafter
+        assert all(0 <= share <= 1 for share in row["accepted_per_depth"])
+        assert (row["artifact_mb"] > 0) == is_drafter
+    by_name = {row["drafter"]: row for row in rows}
+    assert by_name["plain"]["speedup"] == by_name["plain"]["speedup_low"] == 1.0
+    assert by_name["medusa"]["num_parameters"] == 4 * (32 * 32 + 32)
+    assert by_name["lookup"]["num_parameters"] == 0
+    assert [by_name[name]["train_s"] for name in ("medusa", "lookup", "plain")] == [12.5, None, 0.0]
+
+
+def test_files_hold_the_rows(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    rows, folder = compared
+    assert {file.name for file in folder.iterdir()} == {f"bakeoff.{kind}" for kind in ("json", "md", "csv", "png")}
+    assert json.loads((folder / "bakeoff.json").read_text()) == rows
+    with (folder / "bakeoff.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    for row, texts in zip(rows, read, strict=True):
+        assert set(row) == set(texts)
+        for key, value in row.items():
+            assert texts[key] == value if isinstance(value, str) else json.loads(texts[key] or "null") == value
+
+
+def test_table_in_markdown_and_on_a_terminal(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    rows, folder = compared
+    markdown = (folder / "bakeoff.md").read_text()
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+    measured = [cells for cells in shown if len(cells) == 9 and cells[0] != "drafter" and "-" not in cells[0]]
+    assert [(cells[0], cells[1]) for cells in measured] == [(row["drafter"], f"{row['tau']:.2f}") for row in rows]
+    assert {cells[5] for cells in measured} == {"identical", "same law", "lossy"}
+    lines = [*header(rows, "terminal").splitlines(), *table(rows, "terminal")]
+    assert max(map(len, lines)) <= 120
+
+
+def test_table_shows_slow_downs_and_differing_output(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    row = compared[0][2] | {"speedup": 0.8, "speedup_low": 0.7, "speedup_high": 0.9, "identical": False}
+    line = next(line for line in table([row], "terminal") if line.startswith("medusa"))
+    assert "0.80x slower" in line
+    assert "0.70-0.90" in line
+    assert "DIFFERS" in line
+
+
+def test_picture_is_not_blank(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    pixels = matplotlib.image.imread(compared[1] / "bakeoff.png")[..., :3]
+    assert min(pixels.shape[:2]) > 400
+    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    assert len(colours) > 50
+    assert 0.02 < 1 - counts.max() / counts.sum() < 0.6  # neither an empty page nor a filled one
+
+
+def test_what_was_measured_is_kept_when_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, output = tiny_target("llama"), tmp_path / "out"
+    artifacts = make_artifacts(target, tmp_path)
+    settings = Settings(rounds=2, max_new_tokens=4, batch_sizes=(1,))
+    calls = 0
+
+    def killed_at_the_third(*args: Any, **options: Any) -> dict[str, Tally]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return measure(*args, **options)
+
+    monkeypatch.setattr(bakeoff, "measure", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        compare(target, some_prompts(), artifacts, output, settings)
+    lines = (output / PARTIAL).read_text().splitlines()
+    assert len(lines) == 3  # what is compared, and two parts
+    (output / PARTIAL).write_text("\n".join([*lines, lines[-1][:50]]))  # a line cut short is passed over
+    rows = compare(target, some_prompts(), artifacts, output, settings)
+    assert calls == 5
+    first = json.loads(lines[1])["tallies"]["medusa"]
+    assert rows[2]["drafter"] == "medusa"
+    assert rows[2]["tau"] == pytest.approx(first["tokens"] / first["steps"])
+    assert not (output / PARTIAL).exists()
+    (output / PARTIAL).write_text("\n".join(lines))
+    compare(target, some_prompts(), artifacts, output, replace(settings, max_new_tokens=5))
+    assert calls == 9  # nothing is taken from a comparison with other settings
+
+
+def test_speed_up_is_the_median_of_ratios_within_rounds() -> None:
+    entry = bakeoff.Entry(contender=Contender(name="mine", decode=own_loop(tiny_target("llama"))), family="lookup")
+    seconds = [(1.0, 0.5), (10.0, 4.0), (2.0, 1.9)]  # the second round ran on a busy machine
+    rounds = [
+        {
+            "plain": Tally(tokens=10, seconds=plain, steps=10),
+            "mine": Tally(tokens=10, seconds=mine, steps=4, draft_ms=8.0, drafted=[4, 2], accepted=[3, 1]),
+        }
+        for plain, mine in seconds
+    ]
+    row = bakeoff._row(entry, 0.0, 1, rounds)
+    assert row["speedup"] == 2.0
+    assert (row["speedup_low"], row["speedup_high"]) == (pytest.approx((2 + 2 / 1.9) / 2), 2.25)
+    assert (row["tau"], row["draft_ms"], row["accepted_per_depth"]) == (2.5, 2.0, [0.75, 0.5])
+
+
+def test_contenders_take_turns_and_are_compared_with_the_first() -> None:
+    said = []
+
+    def decoder(name: str, token: int) -> Contender:
+        def decode(ask: Ask) -> Decoded:
+            said.append(name)
+            stats = GenerationStats(num_rows=1, steps=2, new_tokens=3, drafted=[2, 1], accepted=[1])
+            return Decoded(rows=[[token] * 3 for _ in ask.prompts], stats=stats)
+
+        return Contender(name=name, decode=decode)
+
+    asks = [Ask(prompts=[[1], [2]], temperature=0.0, max_new_tokens=3, seed=0)] * 2
+    tallies = measure([decoder("a", 1), decoder("b", 1), decoder("c", 2)], asks, torch.device("cpu"), first=1)
+    assert said == ["b", "c", "a", "c", "a", "b"]
+    assert [tallies[name].is_identical for name in "abc"] == [True, True, False]
+    assert (tallies["a"].tokens, tallies["a"].steps) == (12, 4)
+    assert (tallies["a"].drafted, tallies["a"].accepted) == ([4, 2], [2])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_both_loops_return_new_tokens_only(architecture: str, temperature: float) -> None:
+    target = tiny_target(architecture)
+    ask = Ask(prompts=prompts(3), temperature=temperature, max_new_tokens=5, seed=1)
+    before = torch.get_rng_state()
+    theirs = transformers_loop(target)(ask)
+    assert torch.equal(before, torch.get_rng_state())
+    ours = own_loop(target)(ask)
+    assert [len(row) for row in ours.rows] == [len(row) for row in theirs.rows] == [5, 5, 5]
+    if temperature == 0:
+        assert ours.rows == theirs.rows
+
+
+def test_duel_says_both_speeds_and_their_ratio() -> None:
+    target = tiny_target("llama")
+    contenders = [
+        Contender(name="ours", decode=own_loop(target)),
+        Contender(name="theirs", decode=transformers_loop(target)),
+    ]
+    line = duel(*contenders, target, some_prompts(2), DuelSettings(rounds=2, max_new_tokens=4))
+    assert line.startswith("ours ")
+    assert "theirs" in line
+    assert "in 2 rounds); output identical" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 0}, "rounds is 0"),
+        ({"temperatures": (-1.0,)}, "temperatures are"),
+        ({"batch_sizes": ()}, "batch sizes are"),
+        ({"verifiers": ("best",)}, "unknown verifier 'best'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**changes)
+
+
+def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
+    check_output(tmp_path)
+    check_output(tmp_path / "new")
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="holds something else"):
+        check_output(tmp_path)
+    with pytest.raises(ValueError, match="is a file"):
+        check_output(tmp_path / "thesis.txt")
+    (tmp_path / "bakeoff.json").touch()
+    check_output(tmp_path)
+
+
+def test_artifacts_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    names = [tmp_path / "one" / "heads", tmp_path / "two" / "heads", tmp_path / "plain"]
+    assert bakeoff._names(names) == ["one/heads", "two/heads", f"{tmp_path.name}/plain"]
+    with pytest.raises(ValueError, match="two artifacts are called"):
+        bakeoff._names([tmp_path / "heads", tmp_path / "heads"])
+
+
+def test_recipe_refuses_bad_input_before_the_weights_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = make_target(tmp_path / "target")
+    artifact = make_artifacts(target, tmp_path)[1]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w3 w4 w5"}\n{"prompt": "w6 w7"}\n')
+    (tmp_path / "empty.jsonl").touch()
+    good = RunSettings(
+        target=str(tmp_path / "target"),
+        data=str(tmp_path / "prompts.jsonl"),
+        drafts=(str(artifact),),
+        output=str(tmp_path / "out"),
+        batch_sizes="1",
+        max_new_tokens=4,
+    )
+    manifest = json.loads((artifact / "draft_config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "draft_config.json").write_text(json.dumps(manifest | {"vocab_size": 99}))
+    faults = {
+        "no such folder": {"drafts": (str(tmp_path / "nowhere"),)},
+        "is no draftsmith artifact": {"drafts": (str(tmp_path),)},
+        "was made for a vocabulary of 99": {"drafts": (str(other),)},
+        "is empty": {"data": str(tmp_path / "empty.jsonl")},
+        "holds something else": {"output": str(tmp_path)},
+        "expected numbers with commas": {"temperatures": "cold"},
+        "needs as many prompts": {"batch_sizes": "8"},
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(Target, "from_pretrained", lambda *_, **__: pytest.fail("the weights were loaded"))
+        for message, change in faults.items():
+            with pytest.raises(ValueError, match=message):
+                main(replace(good, **change))
+    make_target(tmp_path / "target", seed=5)
+    with pytest.raises(ValueError, match="train a drafter for this target"):
+        main(good)
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipe_from_the_command_line(tmp_path: Path) -> None:
+    target = make_target(tmp_path / "target")
+    artifact = make_artifacts(target, tmp_path)[1]
+    rows = [{"prompt": " ".join(f"w{token}" for token in ids)} for ids in prompts(6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"target": "target", "data": "prompts.jsonl", "max_new_tokens": 4, "rounds": 1, "batch_sizes": "1,2"}
+    done = run(command("bakeoff", **settings, drafts=artifact, temperatures="0,0.5", max_steps=2), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "temperature 0.5, batch 2" in done.stdout
+    rows = json.loads((tmp_path / "runs" / "bakeoff" / "bakeoff.json").read_text())
+    assert len(rows) == 12
+    assert {row["num_prompts"] for row in rows} == {4}
+    assert all(row["identical"] is not False for row in rows)
+    refused = run(command("bakeoff", **settings, drafts=artifact, temperatures="-1"), tmp_path)
+    assert refused.returncode != 0
+    assert refused.stderr.count("\n") == 1
+    assert "temperatures are [-1.0]" in refused.stderr
