@@ -19,6 +19,7 @@ from tests.models import (
     SEQ2SEQ,
     VOCAB_SIZE,
     WIDTH,
+    WINDOW,
     padded,
     prompts,
     tiny_config,
@@ -70,6 +71,23 @@ def test_a_tree_is_its_paths_run_one_by_one(architecture: str, attention: str | 
             path = path_to(tree, node)
             expected = plain_logits(target.model, prompt + tokens_BN[row, path].tolist())[-1]
             assert (logits_BNV[row, node] - expected).abs().max() < TOLERANCE, (row, node)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3_text", "phi3"])
+def test_a_sliding_window_is_counted_in_positions(architecture: str) -> None:
+    """A branch of ten nodes with a sibling beside each: in slots of the cache it is twice as long as in the text."""
+    target, rows = tiny_target(architecture), prompts(2)
+    parents = [-1] + [max(0, node - 2 + node % 2) for node in range(1, 20)]
+    tree, tokens_BN = Tree.from_parents([parents]), random_tokens(2, 20)
+    assert tree.depth > WINDOW
+    cache = target.new_cache(2)
+    target.prefill(rows, cache)
+    logits_BNV = target.logits(target.forward(tokens_BN, tree, cache).hidden_BND)
+    for row, prompt in enumerate(rows):
+        path = path_to(tree, 19)
+        expected = plain_logits(target.model, prompt + tokens_BN[row, path].tolist())[-len(path) :]
+        assert (logits_BNV[row, path] - expected).abs().max() < TOLERANCE, row
 
 
 @torch.no_grad()
