@@ -104,19 +104,19 @@ def needs(settings: Settings, target: Target) -> Needs:
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the loss summed over supervised tokens, each predicted at the position before it."""
     mask_BT = batch.loss_mask_BT[:, 1:]
-    hidden_ND = _last_hidden(drafter, batch, mask_BT)
+    normed_ND = _normed(drafter, batch, mask_BT)
     if settings.loss == "ce":
-        inputs = (hidden_ND, batch.tokens_BT[:, 1:][mask_BT])
         total, _ = chunked(
-            lambda hidden, labels: cross_entropy(_logits(drafter.engine, hidden), labels),
-            *inputs,
+            lambda normed, labels: cross_entropy(_head(drafter, normed), labels),
+            normed_ND,
+            batch.tokens_BT[:, 1:][mask_BT],
             vocab_size=target.vocab_size,
         )
         return total, {}
     compare = divergence(settings.loss, beta=settings.beta, temperature=settings.loss_temperature)
     total, _ = chunked(
-        lambda hidden, *theirs: compare(_logits(drafter.engine, hidden), _teacher(target, *theirs)),
-        hidden_ND,
+        lambda normed, *theirs: compare(_head(drafter, normed), _teacher(target, *theirs)),
+        normed_ND,
         *(part[:, :-1][mask_BT] for part in _law(batch, settings, target)),
         vocab_size=target.vocab_size,
     )
@@ -127,24 +127,27 @@ def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) ->
     """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and how often both laws' likeliest agree."""
     mask_BT = batch.loss_mask_BT[:, 1:]
 
-    def compare(hidden: Tensor, theirs: Tensor) -> Tensor:
-        student_NV, teacher_NV = laws(_logits(drafter.engine, hidden), Teacher(logits=_logits(target, theirs)))
+    def compare(normed: Tensor, theirs: Tensor) -> Tensor:
+        student_NV, teacher_NV = laws(_head(drafter, normed), _teacher(target, theirs))
         agrees_N = student_NV.argmax(-1) == teacher_NV.argmax(-1)
         return torch.stack([acceptance(student_NV, teacher_NV), agrees_N.float()], dim=1)
 
-    inputs = (_last_hidden(drafter, batch, mask_BT), batch.hidden[target.num_layers][:, :-1][mask_BT])
-    sums_2, count = chunked(compare, *inputs, vocab_size=target.vocab_size)
+    theirs_ND = batch.hidden[target.num_layers][:, :-1][mask_BT]
+    sums_2, count = chunked(compare, _normed(drafter, batch, mask_BT), theirs_ND, vocab_size=target.vocab_size)
     return {"acceptance": (sums_2[0], count), "greedy_agreement": (sums_2[1], count)}
 
 
-def _last_hidden(drafter: Drafter, batch: Batch, mask_BT: Tensor) -> Tensor:
-    """Returns the draft model's last hidden state [N, D] at the positions before supervised tokens."""
-    last = drafter.engine.num_layers
-    return drafter.engine.read(batch.tokens_BT, layers=(last,))[last][:, :-1][mask_BT]
+def _normed(drafter: Drafter, batch: Batch, mask_BT: Tensor) -> Tensor:
+    """Returns the draft model's last normed hidden state [N, D] at the positions before supervised tokens.
+
+    By the model's own modules: DeepSpeed would not know its engine's views of them.
+    """
+    normed_BTD = drafter.model.get_decoder()(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
+    return normed_BTD[:, :-1][mask_BT]
 
 
-def _logits(model: Target, hidden_ND: Tensor) -> Tensor:
-    return model.logits(hidden_ND[None])[0]
+def _head(drafter: Drafter, normed_ND: Tensor) -> Tensor:
+    return drafter.engine.head(normed_ND[None])[0]
 
 
 def _law(batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, ...]:
@@ -157,7 +160,7 @@ def _law(batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, ...]
 
 def _teacher(target: Target, *law: Tensor) -> Teacher:
     if len(law) == 1:
-        return Teacher(logits=_logits(target, law[0]))
+        return Teacher(logits=target.logits(law[0][None])[0])
     return Teacher(logits=law[0], ids_NK=law[1], log_normaliser_N=law[2])
 
 
