@@ -96,6 +96,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); the artifact must be made again") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{file} holds no JSON object; the artifact must be made again")
     missing = {"format_version", "family", "config", "target", "vocab_size"} - set(manifest)
     if missing:
         raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; the artifact must be made again")

@@ -27,7 +27,11 @@ def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
         if path.exists():
             retired = path.with_name(f".{path.name}.retired-{os.getpid()}")
             path.rename(retired)
-            staging.rename(path)
+            try:
+                staging.rename(path)
+            except BaseException:
+                retired.rename(path)
+                raise
             shutil.rmtree(retired)
         else:
             staging.rename(path)

@@ -1,7 +1,10 @@
 """Launchers: ranks learn what one process learns on the joined batch, and every launcher ends in an artifact."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ from safetensors.torch import load_file
 
 import draftsmith
 from tests.runs import ROOT, SMALL, command, environment, logged, make_data, make_target, weights
+from trainers import checkpoints
 
 LOSSES = ("loss", "head0_loss", "head1_loss", "grad_norm", "eval_acceptance", "eval_head0_accuracy")
-HEADS = {"num_heads": 2, "num_blocks": 2, "tree_nodes": 4, "max_steps": 4, "eval_steps": 2, "save_steps": 2, "clip": 0}
+HEADS = {"num_heads": 2, "num_blocks": 2, "tree_nodes": 4}
+FEW_STEPS = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "clip": 0}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 
 
@@ -30,11 +35,18 @@ def alone(folder: Path) -> Path:
     return launch(folder, "alone", batch_size=4)
 
 
+def words_of(folder: Path, output: str, *launcher: str, recipe: str = "medusa", **changes: Any) -> list[str]:
+    """Returns the recipe's command line, to be run from `folder`."""
+    own = HEADS if recipe == "medusa" else {}
+    flags = {**SMALL, **FEW_STEPS, **own, "target": "target", "data": "data", "output": output, **changes}
+    return command(recipe, *launcher, **flags)
+
+
 def launch(folder: Path, output: str, *launcher: str, script: Path | None = None, **changes: Any) -> Path:
-    """Runs the recipe, or `script` in its stead, from the folder itself and returns its output."""
-    flags = {**SMALL, **HEADS, "target": "target", "data": "data", "output": output, **changes}
-    words = command("medusa", *launcher, **flags)
-    words = [str(script) if script and word == str(ROOT / "recipes" / "medusa.py") else word for word in words]
+    """Runs the recipe, or `script` in its stead, and returns its output once the artifact in it has been loaded."""
+    words = words_of(folder, output, *launcher, **changes)
+    if script:
+        words = [str(script) if word == str(ROOT / "recipes" / "medusa.py") else word for word in words]
     done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     draftsmith.load(folder / output, draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32"))
@@ -65,6 +77,34 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(folder: Path) -> None:
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
 def test_zero_stages(folder: Path, alone: Path, stage: str) -> None:
     check_same(launch(folder, stage, *TORCHRUN, deepspeed=stage, batch_size=2), alone)
+
+
+@pytest.mark.slow
+def test_a_sharded_draft_model_with_tied_weights(folder: Path) -> None:
+    """ZeRO-3 parts the embedding that is the head too; losses are those of one process."""
+    small = {"recipe": "distill", "hidden_size": 32, "loss": "forward_kl"}
+    one = launch(folder, "distilled", batch_size=4, **small)
+    two = launch(folder, "distilled-zero3", *TORCHRUN, deepspeed="zero3", batch_size=2, **small)
+    check_same(two, one)
+
+
+@pytest.mark.slow
+def test_kill_9_of_two_ranks(folder: Path) -> None:
+    """All processes killed past the first checkpoint, then the same command again: the same as an unbroken run."""
+    changes = {"deepspeed": "zero2", "batch_size": 2, "max_steps": 30, "save_steps": 3}
+    unbroken = launch(folder, "unbroken", *TORCHRUN, **changes)
+    output = folder / "killed"
+    words = words_of(folder, "killed", *TORCHRUN, **changes)
+    process = subprocess.Popen(words, cwd=folder, env=environment(), start_new_session=True)
+    while checkpoints.newest_whole(output) is None and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not checkpoints.is_finished(output)
+    launch(folder, "killed", *TORCHRUN, **changes)
+    assert logged(output, *LOSSES) == logged(unbroken, *LOSSES)
+    for name, weight in weights(unbroken).items():
+        assert torch.equal(weights(output)[name], weight), name
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ def drafter_for(target: Target, name: str = "copy") -> Any:
 def both(target: Target, drafter: Any, ids: Any, **settings: Any) -> tuple[list[list[int]], list[list[int]]]:
     """Returns transformers' own sequences and ours."""
     settings = {"max_new_tokens": NUM_NEW, "do_sample": False} | settings
+    settings = {name: value for name, value in settings.items() if value is not None}
     own = target.model.generate(torch.as_tensor(ids), **settings)
     settings |= {"custom_generate": draftsmith.custom_generate, "drafter": drafter}
     return own.tolist(), target.model.generate(torch.as_tensor(ids), **settings).tolist()
