@@ -37,6 +37,10 @@ def custom_generate(
         raise ValueError("the drafter was loaded for another model object; load it with Target(model) of this one")
     if (generation_config.num_beams or 1) > 1:
         raise ValueError("draftsmith decodes greedily or by sampling; num_beams must be 1")
+    if generation_config.return_dict_in_generate:
+        raise ValueError(
+            "draftsmith returns sequences only; leave out return_dict_in_generate, or call draftsmith.generate"
+        )
     law = _law(logits_processor or [], is_sampling=bool(generation_config.do_sample))
     odd = [type(criterion).__name__ for criterion in stopping_criteria or [] if not isinstance(criterion, CRITERIA)]
     if odd:

@@ -106,7 +106,9 @@ def generate(
         stats.commit_ms += watch.lap_ms()
     if streamer is not None:
         streamer.end()
-    sequences, lengths = pack(target, rows)
+    # Tensors made in inference mode could not be trained on.
+    with torch.inference_mode(False):
+        sequences, lengths = pack(target, rows)
     return Generation(sequences=sequences, lengths=lengths, stats=stats)
 
 

@@ -127,7 +127,8 @@ class Drafter(nn.Module):
         out = self.engine.forward(tokens_BN, chain(longest, device), self._cache)
         self._cache.commit([list(range(len(ids))) for ids in missing])
         last_B = torch.tensor([len(ids) - 1 for ids in missing], device=device)
-        return self.engine.logits(out.hidden_BND[torch.arange(len(missing), device=device), last_B])
+        last_B1D = out.hidden_BND[torch.arange(len(missing), device=device), last_B][:, None]
+        return self.engine.logits(last_B1D)[:, 0]
 
 
 class _ConfidenceStop:
