@@ -111,6 +111,11 @@ class Drafter(nn.Module):
         paths = sorted((tuple(path) for path in self.config.tree), key=lambda path: (len(path), path))
         self._tree_depth = max(map(len, paths))
         self._num_ranks = 1 + max(map(max, paths))
+        if self._num_ranks > self.target.vocab_size:
+            size = self.target.vocab_size
+            raise ValueError(
+                f"a tree node has rank {self._num_ranks - 1}; the vocabulary of {size} has ranks below {size}"
+            )
         self._trees: dict[int, Tree] = {}
         self._flat_index: dict[int, Tensor] = {}
         for depth in range(self._tree_depth + 1):
