@@ -62,8 +62,17 @@ def read_facts(path: str) -> TargetFacts:
 
 
 def context_length(config: Any) -> int:
-    """Returns the longest sequence a model's positions allow."""
-    return int(getattr(config, "max_position_embeddings", None) or NO_LIMIT)
+    """Returns the longest sequence a model's positions allow.
+
+    Long-RoPE models turn all keys anew once a text outgrows the original length, which no cache can follow; they end
+    there.
+    """
+    limit = int(getattr(config, "max_position_embeddings", None) or NO_LIMIT)
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if rope.get("rope_type") == "longrope" and original:
+        limit = min(limit, int(original))
+    return limit
 
 
 def tokenizer_hash(tokenizer: Any) -> str | None:

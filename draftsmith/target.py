@@ -53,7 +53,9 @@ class Target:
     """
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
-        self.model = model.eval()
+        if model.training:
+            raise ValueError(f"{type(model).__name__} is in training mode; call its eval() before making it a target")
+        self.model = model
         self.tokenizer = tokenizer
         self.name = str(model.config._name_or_path) or type(model).__name__
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
@@ -250,6 +252,10 @@ class Target:
         if kinds - LAYER_KINDS:
             odd = ", ".join(sorted(kinds - LAYER_KINDS))
             raise ValueError(f"{self._architecture} has layers of kind {odd}, whose state cannot be rolled back")
+        if "local" in (getattr(self._config, "attention_layers", None) or ()):
+            raise ValueError(
+                f"{self._architecture} counts its local attention in cache slots, which trees do not follow"
+            )
         attention = self._config._attn_implementation
         if attention not in ATTENTION_KINDS:
             raise ValueError(
@@ -277,7 +283,9 @@ class Target:
             tree = chain(4) if source is not None else Tree.from_parents([[-1, 0, 0, 2, 3]], self.device)
             fed = ids[:, 4:] if source is not None else ids[:, [4, 0, 5, 6, 7]]
             path = [0, 1, 2, 3] if source is not None else [0, 2, 3, 4]
-            out = self.forward(fed, tree, cache)
+            out = self.forward(fed, tree, cache, layers=(0, 1))
+            if any(hidden.ndim != 3 for hidden in out.layers.values()):
+                raise ValueError("its hidden states are not [batch, length, width]")
             found = self.logits(out.hidden_BND)[0, path]
             normed = self.norm(out.hidden_BND)
             linear = self._linear_head(normed) if self._linear_head is not None else None

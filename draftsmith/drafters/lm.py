@@ -60,7 +60,7 @@ class Drafter(nn.Module):
                 f" {target.vocab_size}; they must be the same"
             )
         self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.model["model_type"], **settings))
-        self.model.to(device=target.device, dtype=target.dtype)
+        self.model.to(device=target.device, dtype=target.dtype).eval()
         object.__setattr__(self, "target", target)
         # The loop's own machinery runs the draft model too; a plain attribute would register its weights twice.
         object.__setattr__(self, "engine", Target(self.model))

@@ -34,6 +34,10 @@ def walk(choice_BN: Tensor, draft: Draft) -> Verdict:
     if (valid_BN := draft.valid_BN()) is not None:
         is_chosen_BN = is_chosen_BN & valid_BN
     is_chosen_BN[:, 0] = True
+    if not tree.is_chain:
+        # Siblings that agree stand for one text, whose next token must not be chosen twice: the first one counts.
+        is_twin_BNN = (parents_BN[:, :, None] == parents_BN[:, None]) & (tokens_BN[:, :, None] == tokens_BN[:, None])
+        is_chosen_BN[:, 1:] &= ~is_twin_BNN[:, 1:, 1:].tril(-1).any(2)
     return follow(is_chosen_BN, draft, choice_BN)
 
 
