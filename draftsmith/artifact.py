@@ -164,7 +164,12 @@ def _config(kind: Any, values: dict[str, Any], folder: Path) -> Any:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{folder / MANIFEST}: unknown setting {key!r}{hint}")
-    return kind(**values)
+    # JSON has no tuples.
+    return kind(**{key: _tuples(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
 
 
 def _commit() -> str | None:

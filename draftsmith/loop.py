@@ -57,6 +57,8 @@ def generate(
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
     rows, source = start_rows(target, input_ids, attention_mask)
     check_lengths(target, rows, max_new_tokens)
+    if drafter is not None and drafter.target is not target:
+        raise ValueError("the drafter was loaded for another Target object; load it with this one")
     if streamer is not None and len(rows) > 1:
         raise ValueError(f"a streamer prints one row, and there are {len(rows)}; stream with batch size 1")
     limits = [len(row) + max_new_tokens for row in rows]

@@ -115,7 +115,10 @@ class Target:
         for name, weight in sorted(self.model.named_parameters()):
             digest.update(f"{name}{tuple(weight.shape)}".encode())
             flat = weight.detach().flatten()
-            sample = flat[torch.linspace(0, len(flat) - 1, min(64, len(flat)), device=flat.device).long()]
+            num_sampled = min(64, len(flat))
+            # Whole numbers: a linspace in float32 may round otherwise on another device.
+            places = torch.arange(num_sampled, device=flat.device) * (len(flat) - 1) // max(num_sampled - 1, 1)
+            sample = flat[places]
             digest.update(sample.to("cpu", torch.bfloat16).float().numpy().tobytes())
         return digest.hexdigest()[:32]
 
@@ -268,7 +271,7 @@ class Target:
 
     @torch.inference_mode()
     def _check_against_model(self) -> None:
-        """Compares a prefill, a tree and a span with the model's own forward on eight tokens, in its own dtype."""
+        """Compares a prefill and a tree with the model's own forward on eight tokens, in its own dtype."""
         ids = torch.arange(8, device=self.device)[None] % self.vocab_size
         self._linear_head, self._head_is_linear = self.model.get_output_embeddings(), False
         try:

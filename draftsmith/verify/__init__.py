@@ -39,7 +39,8 @@ def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
 
     Raises ValueError for an unknown name, and for one that would not keep the law it promises on this draft.
     """
-    if name == "auto":
+    is_auto = name == "auto"
+    if is_auto:
         if sampling.is_greedy:
             name = "greedy"
         else:
@@ -51,6 +52,8 @@ def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
         raise ValueError(f"verifier {name!r} keeps a sampled law; at temperature 0 use 'greedy' or 'auto'")
     if name == "greedy" and not sampling.is_greedy:
         raise ValueError(f"verifier 'greedy' is for temperature 0, not {sampling.temperature}; use 'auto'")
+    if is_auto and draft.drawn not in verifier.DRAWN:
+        raise ValueError(f"no verifier here keeps the target's law for drafts drawn {draft.drawn.replace('_', ' ')}")
     if draft.drawn not in verifier.DRAWN:
         raise ValueError(f"verifier {name!r} does not fit a draft drawn {draft.drawn.replace('_', ' ')}; use 'auto'")
     if name == "token" and not draft.tree.is_chain:
