@@ -17,6 +17,7 @@ from tests.runs import ROOT, SMALL, command, environment, logged, make_data, mak
 from trainers import checkpoints
 
 LOSSES = ("loss", "head0_loss", "head1_loss", "grad_norm", "eval_acceptance", "eval_head0_accuracy")
+"""DeepSpeed tells no grad_norm at stage 0."""
 HEADS = {"num_heads": 2, "num_blocks": 2, "tree_nodes": 4}
 FEW_STEPS = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "clip": 0}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -56,7 +57,7 @@ def launch(folder: Path, output: str, *launcher: str, script: Path | None = None
 def check_same(output: Path, alone: Path) -> None:
     """Losses agree to 1e-5 and weights to 1e-5, a hundredth of one step: only the order of summation differs."""
     for one, other in zip(logged(output, *LOSSES), logged(alone, *LOSSES), strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
+        assert one == pytest.approx({key: other[key] for key in one}, rel=1e-5)
     for name, weight in weights(alone).items():
         torch.testing.assert_close(weights(output)[name], weight, rtol=0, atol=1e-5)
 
