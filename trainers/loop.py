@@ -1,8 +1,6 @@
 """The one entry point of all trainers: `train` runs any family under any launcher and leaves an artifact."""
 
-import contextlib
 import dataclasses
-import io
 import shlex
 import sys
 import time
@@ -19,7 +17,7 @@ from torch.utils.data import Subset
 
 import draftsmith
 from data.batches import Batch, Example, collate, split
-from data.examples import Examples, open_examples
+from data.examples import Examples, check_target, open_examples
 from data.shards import open_folder
 from data.teacher import complete
 from draftsmith import Target
@@ -43,8 +41,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     target_facts = read_facts(run.target)
     if hasattr(family, "check"):
         family.check(settings, target_facts)
-    with contextlib.redirect_stdout(io.StringIO()):
-        open_examples(run.data, target_facts)
+    examples = open_examples(run.data, target_facts)
     if launch.rank() == 0:
         identity = {"family": name, **asdict(settings), **run.identity()}
         open_folder(output, checkpoints.MARKER, identity, notes={"command": command})
@@ -54,7 +51,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
 
     target = Target.from_pretrained(run.target, dtype="bfloat16" if run.bf16 else "float32", device=launch.device())
     target.model.requires_grad_(False)
-    examples = open_examples(run.data, target)
+    check_target(examples, run.data, target)
     train_on, held_out = _split(examples, run, min(run.max_length, target.context_length))
     spent_s = 0.0
     if hasattr(family, "fit"):

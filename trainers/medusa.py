@@ -88,24 +88,17 @@ def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) ->
 
 @torch.no_grad()
 def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[Batch]) -> Drafter:
-    """Returns the drafter with the tree computed from its accuracy on held-out text and the target's measured cost."""
-    counts_KR = torch.zeros(settings.num_heads, NUM_RANKS, dtype=torch.float64)
-    totals_K = torch.zeros(settings.num_heads, dtype=torch.float64)
-    for batch in held_out:
-        ranks_KBT = _ranks(drafter, batch).cpu()
-        totals_K += (ranks_KBT >= 0).sum((1, 2))
-        counts_KR += torch.stack([(ranks_KBT == rank).sum((1, 2)) for rank in range(NUM_RANKS)], dim=1)
-    num_nodes = settings.tree_nodes or trees.SIZES[-1]
-    nodes = trees.grow(counts_KR / totals_K.clamp(min=1)[:, None], num_nodes)
+    """Returns the drafter with the tree computed from its ranks on held-out text and the target's measured cost."""
+    rows = [row_TK for batch in held_out for row_TK in _rows(drafter, batch)]
+    nodes = trees.grow(trees.observed(torch.cat(rows), NUM_RANKS), settings.tree_nodes or trees.SIZES[-1])
     if not nodes:
         nodes = [((0,), 0.0)]
     if not settings.tree_nodes:
         hidden_1ND = held_out[0].hidden[target.num_layers][:1, :1]
         draft_ms = trees.quickest_ms(lambda: _guess(drafter, hidden_1ND))
         cost_ms = {size: draft_ms + cost for size, cost in trees.verify_ms(target).items()}
-        nodes = nodes[: trees.best_size(nodes, cost_ms)]
-    chances = sum(chance for _, chance in nodes)
-    print(f"tree of {len(nodes)} nodes, {1 + chances:.2f} tokens a round expected")
+        nodes = nodes[: trees.best_size(nodes, rows, cost_ms)]
+    print(f"tree of {len(nodes)} nodes: {trees.tokens_a_round(nodes, rows):.2f} tokens a round on held-out text")
     finished = Drafter(dataclasses.replace(drafter.config, tree=tuple(path for path, _ in nodes)), target)
     finished.load_state_dict(drafter.state_dict())
     return finished.eval()
@@ -137,6 +130,12 @@ def _ranks(drafter: Drafter, batch: Batch) -> Tensor:
             parts.append((logits_NV > logits_NV.gather(1, labels[:, None])).sum(1))
         ranks_KBT[k][mask_BT] = torch.cat(parts)
     return ranks_KBT
+
+
+def _rows(drafter: Drafter, batch: Batch) -> list[Tensor]:
+    """Returns each row's ranks [T, K], on the host, where at least the first head's token is supervised."""
+    ranks_BTK = _ranks(drafter, batch).permute(1, 2, 0).cpu()
+    return [ranks_TK[ranks_TK[:, 0] >= 0] for ranks_TK in ranks_BTK]
 
 
 def _guess(drafter: Drafter, hidden_1ND: Tensor) -> Tensor:

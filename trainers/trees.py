@@ -1,6 +1,6 @@
 """Static draft trees: grown from how often each guess is right, cut where another node costs more than it brings.
 
-Shape suffixes: K heads (depths), R ranks of a head's guesses.
+Shape suffixes: M positions, T positions of one row, K heads (depths), R ranks of a head's guesses.
 """
 
 import heapq
@@ -14,41 +14,81 @@ from draftsmith import Target
 from draftsmith.tree import Tree
 
 Path = tuple[int, ...]
+Children = Callable[[Path], list[float]]
+"""The chance of each next guess, by rank, once a path has been accepted; nothing past the last head."""
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 63)
 CONTEXT, REPEATS = 128, 7
+PRIOR = 16
 
 
-def grow(accuracy_KR: Tensor, num_nodes: int) -> list[tuple[Path, float]]:
+def grow(children: Children, num_nodes: int) -> list[tuple[Path, float]]:
     """Returns up to `num_nodes` nodes, best first, each with the chance that it is accepted.
 
-    `accuracy_KR[k, r]` is how often guess r of head k is the right token. Greedy as in Medusa (2401.10774, section
-    2.3.3): of all next siblings and first children add the one with the largest product along its path, heads taken
-    as independent. Any first part of the list is a tree too, and the best for its size; nodes never right are left out.
+    Greedy as in Medusa (2401.10774, section 2.3.3): of all nodes whose parent is in the tree add the one with the
+    largest product of chances along its path. Any first part of the list is a tree too, and the best for its size;
+    nodes never right are left out.
     """
-    num_heads, num_ranks = accuracy_KR.shape
-    accuracy = accuracy_KR.tolist()
-    queue: list[tuple[float, Path, float]] = [(-accuracy[0][0], (0,), 1.0)]
+    queue = [(-chance, (rank,)) for rank, chance in enumerate(children(()))]
+    heapq.heapify(queue)
     nodes: list[tuple[Path, float]] = []
     while queue and len(nodes) < num_nodes:
-        negative, path, parent = heapq.heappop(queue)
+        negative, path = heapq.heappop(queue)
         if negative == 0:
             break
         nodes.append((path, -negative))
-        depth, rank = len(path), path[-1]
-        if rank + 1 < num_ranks:
-            heapq.heappush(queue, (-parent * accuracy[depth - 1][rank + 1], (*path[:-1], rank + 1), parent))
-        if depth < num_heads:
-            heapq.heappush(queue, (negative * accuracy[depth][0], (*path, 0), -negative))
+        for rank, chance in enumerate(children(path)):
+            heapq.heappush(queue, (negative * chance, (*path, rank)))
     return nodes
 
 
-def best_size(nodes: list[tuple[Path, float]], cost_ms: dict[int, float]) -> int:
-    """Returns how many nodes give the most tokens a millisecond; `cost_ms` is of a round with so many nodes."""
+def observed(ranks_MK: Tensor, num_ranks: int) -> Children:
+    """Returns how often each guess was right at M positions, given that the guesses before it on its path were.
 
-    def rate(size: int) -> float:
-        return (1 + sum(chance for _, chance in nodes[:size])) / cost_ms[size]
+    `ranks_MK[m, k]` is the place of the right token among head k's guesses, -1 where there was none. Heads are right
+    together far more often than independent ones would be, as in text that repeats; so each share is that of the
+    positions where the path was right, and of `PRIOR` more that divide as the head's guesses do everywhere.
+    """
+    right_MKR = ranks_MK[:, :, None] == torch.arange(num_ranks, device=ranks_MK.device)
+    known_MK = ranks_MK >= 0
+    everywhere_KR = right_MKR.sum(0) / known_MK.sum(0).clamp(min=1)[:, None]
 
-    return max((size for size in cost_ms if size <= len(nodes)), key=rate)
+    def children(path: Path) -> list[float]:
+        depth = len(path)
+        if depth == ranks_MK.shape[1]:
+            return []
+        is_there_M = known_MK[:, depth]
+        for head, rank in enumerate(path):
+            is_there_M = is_there_M & right_MKR[:, head, rank]
+        right_R = right_MKR[is_there_M, depth].sum(0) + PRIOR * everywhere_KR[depth]
+        return (right_R / (is_there_M.sum() + PRIOR)).tolist()
+
+    return children
+
+
+def tokens_a_round(nodes: list[tuple[Path, float]], rows: list[Tensor]) -> float:
+    """Returns how many tokens a round brings when each row's text, of ranks [T, K], is decoded with this tree.
+
+    A round begins where the last one ended, which is rather where heads were wrong: fewer tokens than the chances of
+    the nodes promise, which are those of all positions alike.
+    """
+    num_tokens, num_rounds = 0, 0
+    for ranks_TK in rows:
+        accepted_T = torch.zeros(len(ranks_TK), dtype=torch.long)
+        for path, _ in nodes:
+            is_right_T = (ranks_TK[:, : len(path)] == torch.tensor(path)).all(1)
+            accepted_T = torch.where(is_right_T, accepted_T.clamp(min=len(path)), accepted_T)
+        accepted, place = accepted_T.tolist(), 0
+        while place < len(accepted):
+            num_rounds += 1
+            place += accepted[place] + 1
+        num_tokens += place
+    return num_tokens / max(num_rounds, 1)
+
+
+def best_size(nodes: list[tuple[Path, float]], rows: list[Tensor], cost_ms: dict[int, float]) -> int:
+    """Returns how many nodes decode `rows` with the most tokens a millisecond; `cost_ms` is of a round so large."""
+    sizes = [size for size in cost_ms if size <= len(nodes)]
+    return max(sizes, key=lambda size: tokens_a_round(nodes[:size], rows) / cost_ms[size])
 
 
 @torch.inference_mode()
