@@ -28,7 +28,7 @@ def grow(children: Children, num_nodes: int) -> list[tuple[Path, float]]:
     largest product of chances along its path. Any first part of the list is a tree too, and the best for its size;
     nodes never right are left out.
     """
-    queue = [(-chance, (rank,)) for rank, chance in enumerate(children(()))]
+    queue: list[tuple[float, Path]] = [(-chance, (rank,)) for rank, chance in enumerate(children(()))]
     heapq.heapify(queue)
     nodes: list[tuple[Path, float]] = []
     while queue and len(nodes) < num_nodes:
