@@ -120,10 +120,10 @@ def _only_pending(session: Session) -> Draft:
 
 def _verify(logits_BNV: Tensor, draft: Draft, sampling: Sampling, name: str, generator: torch.Generator) -> Verdict:
     verifier = choose(name, sampling, draft)
-    if sampling.is_greedy and verifier.LOSSLESS:
+    if verifier.name == "greedy":
         return verifier.verify(logits_BNV, draft, logits_BNV)
     uniforms_BU = torch.rand(len(logits_BNV), draft.tree.num_nodes + 1, generator=generator, dtype=torch.float64)
-    return verifier.verify(sampling.law(logits_BNV), draft, uniforms_BU.to(logits_BNV.device))
+    return verifier.verify(verifier.law.law(logits_BNV), draft, uniforms_BU.to(logits_BNV.device))
 
 
 def _to_host(verdict: Verdict) -> tuple[list[list[int]], list[int]]:

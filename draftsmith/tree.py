@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Drawn = Literal["deterministic", "independent", "without_replacement"]
+Drawn = Literal["deterministic", "independent", "without_replacement", "top_and_drawn"]
+"""How siblings came to be, in node order: given without a law; each from their parent's law; each from that law less
+the siblings before it; the likeliest tokens, then a last one from the law without them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

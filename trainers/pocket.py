@@ -176,10 +176,10 @@ def _train_seq2seq(
             eos_token_id=2,
         )
     )
+    _take_embedding(model, Path(settings.output))
     datasets = []
     for files in (train_files, held_out_files):
-        stdlib = [file for file in files if file.name.startswith("stdlib/")]
-        pairs = docstring_pairs(stdlib if files is train_files else held_out_files)
+        pairs = docstring_pairs([file for file in files if file.name.startswith("stdlib/")])
         sources = tokenizer([source for source, _ in pairs], truncation=True, max_length=384)["input_ids"]
         targets = tokenizer([summary + EOS for _, summary in pairs], truncation=True, max_length=64)["input_ids"]
         datasets.append([{"input_ids": s, "labels": t} for s, t in zip(sources, targets, strict=True)])
@@ -195,6 +195,15 @@ def _train_seq2seq(
     }
     output = Path(settings.output)
     _save(model, tokenizer, output.with_name(output.name + "-seq2seq"), settings, facts, train_files, held_out_files)
+
+
+def _take_embedding(model: T5ForConditionalGeneration, causal: Path) -> None:
+    """Starts from the causal target's embedding if it is there: five thousand pairs are too few to learn one from."""
+    if not (causal / "model.safetensors").exists():
+        return
+    theirs = LlamaForCausalLM.from_pretrained(causal, dtype=torch.float32).get_input_embeddings().weight.detach()
+    # T5 divides its logits by the root of the width, and so wants entries about as large as 1.
+    model.shared.weight.data.copy_(theirs / theirs.std())
 
 
 def _fit(

@@ -2,14 +2,17 @@
 
 One file is one verifier. It defines `LOSSLESS`, `DRAWN` (how the drafts it takes may have been drawn) and
 `verify(target_probs_BNV, draft, uniforms_BU) -> Verdict`; `find` lists this folder, so that a new verifier is a new
-file. Uniforms are [B, N + 1] in [0, 1): one for each node, and a last one.
+file. Uniforms are [B, N + 1] in [0, 1): one for each node, and a last one. It may define `SHAPE = "chain"` if it takes
+nothing else, `PARAMETER`, the name of the one number that `verify` takes beside, and `LAW_TEMPERATURE` if the target's
+law is wanted at a temperature of its own.
 """
 
 import importlib
 import pkgutil
 from collections.abc import Callable
-from functools import cache
-from typing import Protocol
+from dataclasses import dataclass
+from functools import cache, partial
+from types import ModuleType
 
 from torch import Tensor
 
@@ -19,12 +22,23 @@ from draftsmith.verify.verdict import Verdict
 
 __all__ = ["Verdict", "Verifier", "choose", "names"]
 
+AUTO = {
+    "deterministic": ("once", "once"),
+    "independent": ("block", "traversal"),
+    "without_replacement": ("block", "traversal"),
+    "top_and_drawn": ("greedy_drafting", "greedy_drafting"),
+}
+"""The best lossless verifier for how a draft was drawn: of a chain, and of a tree."""
 
-class Verifier(Protocol):
-    """The module of one verifier."""
 
-    LOSSLESS: bool
-    DRAWN: tuple[str, ...]
+@dataclass(frozen=True, kw_only=True)
+class Verifier:
+    """A verifier as the loop uses it."""
+
+    name: str
+    is_lossless: bool
+    law: Sampling
+    """How the law that it reads is taken."""
     verify: Callable[[Tensor, Draft, Tensor], Verdict]
 
 
@@ -34,28 +48,46 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "verdict"))
 
 
+def find(name: str) -> tuple[ModuleType, float | None]:
+    """Returns the module of a verifier and, for "name=number", its parameter; raises ValueError for an unknown one."""
+    name, _, number = name.partition("=")
+    if name not in names():
+        raise ValueError(f"unknown verifier {name!r}; there are auto, {', '.join(names())}")
+    module = importlib.import_module(f"draftsmith.verify.{name}")
+    if not number:
+        return module, None
+    if not hasattr(module, "PARAMETER"):
+        raise ValueError(f"verifier {name!r} takes no number, and {number!r} was given")
+    try:
+        return module, float(number)
+    except ValueError:
+        raise ValueError(f"verifier {name}={number}: {number!r} is no number") from None
+
+
+@cache
+def _made(name: str, sampling: Sampling) -> Verifier:
+    module, number = find(name)
+    verify = module.verify if number is None else partial(module.verify, **{module.PARAMETER: number})
+    temperature = getattr(module, "LAW_TEMPERATURE", None)
+    law = sampling if temperature is None else Sampling(temperature=temperature)
+    return Verifier(name=name, is_lossless=module.LOSSLESS, law=law, verify=verify)
+
+
 def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
     """Returns the verifier called `name`, or with "auto" the best lossless one for how the draft was drawn.
 
     Raises ValueError for an unknown name, and for one that would not keep the law it promises on this draft.
     """
-    is_auto = name == "auto"
-    if is_auto:
-        if sampling.is_greedy:
-            name = "greedy"
-        else:
-            name = "once" if draft.drawn == "deterministic" else "token"
-    if name not in names():
-        raise ValueError(f"unknown verifier {name!r}; there are auto, {', '.join(names())}")
-    verifier: Verifier = importlib.import_module(f"draftsmith.verify.{name}")
-    if sampling.is_greedy and verifier.LOSSLESS and name != "greedy":
+    if name == "auto":
+        of_chain, of_tree = AUTO[draft.drawn]
+        return _made("greedy" if sampling.is_greedy else of_chain if draft.tree.is_chain else of_tree, sampling)
+    module, _ = find(name)
+    if sampling.is_greedy and module.LOSSLESS and name != "greedy":
         raise ValueError(f"verifier {name!r} keeps a sampled law; at temperature 0 use 'greedy' or 'auto'")
     if name == "greedy" and not sampling.is_greedy:
         raise ValueError(f"verifier 'greedy' is for temperature 0, not {sampling.temperature}; use 'auto'")
-    if is_auto and draft.drawn not in verifier.DRAWN:
-        raise ValueError(f"no verifier here keeps the target's law for drafts drawn {draft.drawn.replace('_', ' ')}")
-    if draft.drawn not in verifier.DRAWN:
+    if draft.drawn not in module.DRAWN:
         raise ValueError(f"verifier {name!r} does not fit a draft drawn {draft.drawn.replace('_', ' ')}; use 'auto'")
-    if name == "token" and not draft.tree.is_chain:
-        raise ValueError("verifier 'token' takes chains, and this drafter proposes trees; use 'auto'")
-    return verifier
+    if getattr(module, "SHAPE", None) == "chain" and not draft.tree.is_chain:
+        raise ValueError(f"verifier {name!r} takes chains, and this drafter proposes trees; use 'auto'")
+    return _made(name, sampling)

@@ -6,7 +6,7 @@ from draftsmith.tree import Draft
 from draftsmith.verify.verdict import Verdict, walk
 
 LOSSLESS = True
-DRAWN = ("deterministic", "independent", "without_replacement")
+DRAWN = ("deterministic", "independent", "without_replacement", "top_and_drawn")
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:

@@ -9,6 +9,7 @@ from draftsmith.verify.verdict import Verdict, follow
 
 LOSSLESS = True
 DRAWN = ("independent", "deterministic")
+SHAPE = "chain"
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
@@ -27,7 +28,7 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
     draft_probs_BNV = draft_probs_BNV[:, :num_drafted].to(target_probs_BNV.dtype)
     draft_of_drafted = draft_probs_BNV.gather(2, drafted_BN1)[..., 0]
     is_accepted_BN = torch.ones_like(draft.tokens_BN, dtype=torch.bool)
-    is_accepted_BN[:, 1:] = uniforms_BU[:, :num_drafted] * draft_of_drafted < target_of_drafted
+    is_accepted_BN[:, 1:] = uniforms_BU[:, 1:-1] * draft_of_drafted < target_of_drafted
     is_real_BN = draft.valid_BN()
     if is_real_BN is not None:
         is_accepted_BN &= is_real_BN
@@ -47,4 +48,5 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
         path_BP=verdict.path_BP,
         num_accepted_B=verdict.num_accepted_B,
         next_token_B=draw(residual_BV, uniforms_BU[:, -1]),
+        law_BV=residual_BV,
     )

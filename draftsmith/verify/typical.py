@@ -8,7 +8,7 @@ from draftsmith.tree import Draft
 from draftsmith.verify.verdict import Verdict, follow
 
 LOSSLESS = False
-DRAWN = ("deterministic", "independent", "without_replacement")
+DRAWN = ("deterministic", "independent", "without_replacement", "top_and_drawn")
 EPSILON, DELTA = 0.09, 0.3
 
 

@@ -1,4 +1,4 @@
-"""What every verifier returns, and the walk down a tree that several share.
+"""What every verifier returns, and what several share: walks down a tree, sets of siblings, what a rejection leaves.
 
 Shape suffixes: B rows, N nodes, V vocabulary, P length of the longest accepted path.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draftsmith.sampling import draw
 from draftsmith.tree import Draft
 
 
@@ -21,6 +22,8 @@ class Verdict:
     """Drafted nodes accepted, node 0 not counted."""
     next_token_B: Tensor
     """The token after the path: correction or bonus."""
+    law_BV: Tensor | None = None
+    """The law that it was drawn from, not normalised; None where each node's own choice is followed."""
 
 
 def walk(choice_BN: Tensor, draft: Draft) -> Verdict:
@@ -58,13 +61,93 @@ def follow(is_accepted_BN: Tensor, draft: Draft, next_BN: Tensor) -> Verdict:
     for _ in range(tree.depth - 1):
         reached_BN = is_accepted_BN & reached_BN.gather(1, parents_BN)
     score_BN = torch.where(reached_BN, tree.depths_RN, -1)
-    end_B1 = score_BN.argmax(1, keepdim=True)
-    num_accepted_B = tree.depths_RN.expand_as(draft.tokens_BN).gather(1, end_B1)[:, 0]
-    path = [end_B1]
+    end_B = score_BN.argmax(1)
+    path_BP, num_accepted_B = path_to(end_B, draft)
+    return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=next_BN.gather(1, end_B[:, None])[:, 0])
+
+
+def same_text(draft: Draft) -> Tensor:
+    """Returns, for each node [B, N], the first node that stands for the same text, itself if there is none before it.
+
+    Siblings drawn independently may agree; they then share one text, whose children are those of all of them.
+    """
+    tokens_BN, num_nodes = draft.tokens_BN, draft.tree.num_nodes
+    parents_BN = draft.tree.parents_RN.clamp(min=0).expand_as(tokens_BN)
+    first_BN = torch.arange(num_nodes, device=tokens_BN.device).expand_as(tokens_BN)
+    if draft.drawn != "independent" or draft.tree.is_chain:
+        return first_BN
+    agree_BNN = tokens_BN[:, :, None] == tokens_BN[:, None]
+    agree_BNN[:, :, 0] = agree_BNN[:, 0] = False
+    agree_BNN[:, 0, 0] = True
+    if (valid_BN := draft.valid_BN()) is not None:
+        agree_BNN &= valid_BN[:, None]
+        agree_BNN |= torch.eye(num_nodes, dtype=torch.bool, device=tokens_BN.device)
+    for _ in range(draft.tree.depth):
+        above_BN = first_BN.gather(1, parents_BN)
+        is_twin_BNN = agree_BNN & (above_BN[:, :, None] == above_BN[:, None])
+        first_BN = is_twin_BNN.to(torch.uint8).argmax(-1)
+    return first_BN
+
+
+class Siblings:
+    """The children of each text in a tree, in node order, for rows that walk down at their own pace."""
+
+    def __init__(self, draft: Draft) -> None:
+        tokens_BN = draft.tokens_BN
+        parents_BN = draft.tree.parents_RN.clamp(min=0).expand_as(tokens_BN)
+        self.first_BN = same_text(draft)
+        self._tokens_BN = tokens_BN
+        self._above_BN = self.first_BN.gather(1, parents_BN)
+        self._is_left_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
+        if (valid_BN := draft.valid_BN()) is not None:
+            self._is_left_BN &= valid_BN
+        self._is_left_BN[:, 0] = False
+
+    def of(self, text_B: Tensor) -> Tensor:
+        """Returns which nodes [B, N] are children of each row's text and not removed."""
+        return self._is_left_BN & (self._above_BN == text_B[:, None])
+
+    def next(self, text_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns each row's first child that is left, its token, and whether there is one (else node 0's), all [B]."""
+        is_child_BN = self.of(text_B)
+        child_B1 = is_child_BN.to(torch.uint8).argmax(1, keepdim=True)
+        return child_B1[:, 0], self._tokens_BN.gather(1, child_B1)[:, 0], is_child_BN.any(1)
+
+    def remove(self, node_B: Tensor, where_B: Tensor) -> None:
+        """Takes away each row's node where `where_B` holds."""
+        is_left_B1 = self._is_left_BN.gather(1, node_B[:, None]) & ~where_B[:, None]
+        self._is_left_BN.scatter_(1, node_B[:, None], is_left_B1)
+
+
+def at(values_BNV: Tensor, node_B: Tensor) -> Tensor:
+    """Returns each row's law [B, V] at its node; nodes past the last law have no children, and any will do."""
+    rows_B = torch.arange(len(values_BNV), device=values_BNV.device)
+    return values_BNV[rows_B, node_B.clamp(max=values_BNV.shape[1] - 1)]
+
+
+def pick(values_BX: Tensor, index_B: Tensor) -> Tensor:
+    """Returns each row's value [B] at its own index, as the probability of its token."""
+    return values_BX.gather(1, index_B[:, None])[:, 0]
+
+
+def path_to(end_B: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
+    """Returns the nodes from node 0 to each row's `end_B`, padded with it [B, P], and how many follow node 0 [B]."""
+    tree = draft.tree
+    parents_BN = tree.parents_RN.clamp(min=0).expand_as(draft.tokens_BN)
+    num_accepted_B = tree.depths_RN.expand_as(draft.tokens_BN).gather(1, end_B[:, None])[:, 0]
+    climb = [end_B[:, None]]
     for _ in range(tree.depth):
-        path.append(parents_BN.gather(1, path[-1]))
+        climb.append(parents_BN.gather(1, climb[-1]))
     # The climb ends in zeros for short paths; turned round, each row starts where its own zeros end.
-    climb_BP = torch.cat(path, dim=1)
-    steps_BP = num_accepted_B[:, None] - torch.arange(tree.depth + 1, device=end_B1.device)
-    path_BP = climb_BP.gather(1, steps_BP.clamp(min=0))
-    return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=next_BN.gather(1, end_B1)[:, 0])
+    steps_BP = num_accepted_B[:, None] - torch.arange(tree.depth + 1, device=end_B.device)
+    return torch.cat(climb, dim=1).gather(1, steps_BP.clamp(min=0)), num_accepted_B
+
+
+def drawn_at(end_B: Tensor, law_BV: Tensor, spare_BV: Tensor, uniform_B: Tensor, draft: Draft) -> Verdict:
+    """Returns the verdict of a path that ends at `end_B`, the next token drawn from `law_BV`, not normalised.
+
+    Where rounding has left nothing of that law, `spare_BV` takes its place: two equal laws leave no residual.
+    """
+    law_BV = torch.where(law_BV.sum(-1, keepdim=True) > 0, law_BV, spare_BV)
+    path_BP, num_accepted_B = path_to(end_B, draft)
+    return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=draw(law_BV, uniform_B), law_BV=law_BV)

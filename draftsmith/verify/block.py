@@ -1,0 +1,52 @@
+"""Chains with a draft law, judged as a block: Sun et al. 2403.10444, algorithm 2. Never fewer tokens than one by one.
+
+Shape suffixes: B rows, N nodes, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from draftsmith.tree import Draft
+from draftsmith.verify.verdict import Verdict, at, drawn_at, pick
+
+LOSSLESS = True
+DRAWN = ("independent", "without_replacement")
+SHAPE = "chain"
+
+
+def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
+    """Keeps the longest prefix x_1 .. x_i of the chain whose own test passes, whatever shorter ones said.
+
+    With w_0 = 1 and w_i = min(1, w_{i-1} target(x_i) / draft(x_i)), and both laws those after x_i, the test is
+    u_i < S / (S + 1 - w_i) with S = sum max(w_i target - draft, 0), and u_i < w_i at the chain's end. The next token
+    follows norm(max(w_i target - draft, 0)), at the chain's end the target's law.
+    """
+    assert draft.draft_probs_BNV is not None
+    draft_probs_BNV = draft.draft_probs_BNV.to(target_probs_BNV.dtype)
+    num_nodes = draft.tree.num_nodes
+    used_B = torch.full_like(draft.tokens_BN[:, 0], num_nodes)
+    if draft.num_nodes is not None:
+        used_B = torch.tensor(draft.num_nodes, device=used_B.device)
+    weight_B = torch.ones_like(target_probs_BNV[:, 0, 0])
+    end_B, end_weight_B = torch.zeros_like(used_B), weight_B
+    for node in range(1, num_nodes):
+        ratio_B = pick(target_probs_BNV[:, node - 1], draft.tokens_BN[:, node]) / pick(
+            draft_probs_BNV[:, node - 1], draft.tokens_BN[:, node]
+        )
+        weight_B = (weight_B * ratio_B).clamp(max=1)
+        chance_B = weight_B
+        if node + 1 < num_nodes:
+            left_B = (weight_B[:, None] * target_probs_BNV[:, node] - draft_probs_BNV[:, node]).clamp_(min=0).sum(-1)
+            rest_B = left_B + 1 - weight_B
+            # A weight of one and equal laws leave nothing of either: what follows is then as good as drawn.
+            inner_B = torch.where(rest_B > 0, left_B / rest_B, 1.0)
+            chance_B = torch.where(used_B == node + 1, weight_B, inner_B)
+        passes_B = (uniforms_BU[:, node] < chance_B) & (node < used_B)
+        end_B = torch.where(passes_B, node, end_B)
+        end_weight_B = torch.where(passes_B, weight_B, end_weight_B)
+    target_BV = at(target_probs_BNV, end_B)
+    is_last_B = end_B + 1 == used_B
+    taken_BV = torch.where(is_last_B[:, None], 0.0, at(draft_probs_BNV, end_B))
+    end_weight_B = torch.where(is_last_B, 1.0, end_weight_B)
+    law_BV = (end_weight_B[:, None] * target_BV - taken_BV).clamp_(min=0)
+    return drawn_at(end_B, law_BV, target_BV, uniforms_BU[:, -1], draft)

@@ -1,0 +1,70 @@
+"""Several independent drafts, level by level: K-SEQ of SpecTr, Sun et al. 2310.15141, algorithm 2.
+
+Shape suffixes: B rows, N nodes, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from draftsmith.tree import Draft
+from draftsmith.verify.verdict import Siblings, Verdict, at, drawn_at
+
+LOSSLESS = True
+DRAWN = ("independent",)
+HALVINGS = 60
+
+
+def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
+    """Takes the first of k children for which u rho draft(x) < target(x); all that share its text go on from there.
+
+    With beta = sum min(draft, target / rho), rho is the least in [1, k] for which a = 1 - (1 - beta)^k <= rho beta:
+    within 1 - 1/e of the best chance of acceptance. If none passes the next token follows
+    target - min(draft, target / rho) a / beta.
+    """
+    assert draft.draft_probs_BNV is not None
+    siblings = Siblings(draft)
+    rows_B1 = torch.arange(len(draft.tokens_BN), device=draft.tokens_BN.device)[:, None]
+    end_B = torch.zeros_like(draft.tokens_BN[:, 0])
+    law_BV, goes_on_B = target_probs_BNV[:, 0], torch.ones_like(end_B, dtype=torch.bool)
+    while True:
+        is_child_BN = siblings.of(end_B) & goes_on_B[:, None]
+        num_children_B = is_child_BN.sum(1)
+        if not num_children_B.any():
+            break
+        target_BV = at(target_probs_BNV, end_B)
+        draft_BV = at(draft.draft_probs_BNV, end_B).to(target_BV.dtype)
+        rho_B = least_rho(target_BV, draft_BV, num_children_B)
+        threshold_BN = uniforms_BU[:, :-1] * rho_B[:, None] * draft_BV[rows_B1, draft.tokens_BN]
+        passes_BN = is_child_BN & (threshold_BN < target_BV[rows_B1, draft.tokens_BN])
+        child_B1 = passes_BN.to(torch.uint8).argmax(1, keepdim=True)
+        goes_on_B = passes_BN.any(1)
+        end_B = torch.where(goes_on_B, siblings.first_BN.gather(1, child_B1)[:, 0], end_B)
+        shared_BV = torch.minimum(draft_BV, target_BV / rho_B[:, None])
+        beta_B = shared_BV.sum(-1)
+        chance_B = 1 - (1 - beta_B).clamp(min=0) ** num_children_B
+        share_B = torch.where(beta_B > 0, chance_B / beta_B, 0.0)
+        left_BV = (target_BV - shared_BV * share_B[:, None]).clamp_(min=0)
+        is_over_B1 = (~goes_on_B & (num_children_B > 0))[:, None]
+        law_BV = torch.where(goes_on_B[:, None], at(target_probs_BNV, end_B), torch.where(is_over_B1, left_BV, law_BV))
+    return drawn_at(end_B, law_BV, at(target_probs_BNV, end_B), uniforms_BU[:, -1], draft)
+
+
+def least_rho(target_BV: Tensor, draft_BV: Tensor, num_children_B: Tensor) -> Tensor:
+    """Returns the least rho [B] in [1, k] with 1 - (1 - beta)^k <= rho beta, by halving; beta as in `verify`.
+
+    After one sort of target / draft a beta is two running sums, whatever rho.
+    """
+    ratio_BV = torch.where(draft_BV > 0, target_BV / draft_BV, torch.inf)
+    sorted_BV, order_BV = ratio_BV.sort(dim=-1)
+    below_BV = torch.nn.functional.pad(target_BV.gather(1, order_BV).double().cumsum(-1), (1, 0))
+    drafted_BV = torch.nn.functional.pad(draft_BV.gather(1, order_BV).double().cumsum(-1), (1, 0))
+    above_BV = drafted_BV[:, -1:] - drafted_BV
+    low_B1 = torch.ones_like(below_BV[:, :1])
+    high_B1 = num_children_B.to(below_BV.dtype).clamp(min=1)[:, None]
+    for _ in range(HALVINGS):
+        rho_B1 = (low_B1 + high_B1) / 2
+        place_B1 = torch.searchsorted(sorted_BV, rho_B1.to(sorted_BV.dtype))
+        beta_B1 = below_BV.gather(1, place_B1) / rho_B1 + above_BV.gather(1, place_B1)
+        holds_B1 = 1 - (1 - beta_B1).clamp(min=0) ** num_children_B[:, None] <= rho_B1 * beta_B1
+        high_B1, low_B1 = torch.where(holds_B1, rho_B1, high_B1), torch.where(holds_B1, low_B1, rho_B1)
+    return high_B1[:, 0].to(target_BV.dtype)

@@ -1,0 +1,70 @@
+"""Several independent paths: the best-looking one is chosen, then judged as a block (after 2602.16961).
+
+How the path is chosen is our own; what follows is block verification (2403.10444) with the law of the chosen token.
+
+Shape suffixes: B rows, N nodes, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from draftsmith.tree import Draft
+from draftsmith.verify.verdict import Siblings, Verdict, at, drawn_at, pick
+
+LOSSLESS = True
+DRAWN = ("independent",)
+
+
+def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
+    """Goes down, of k children to the one whose target(x) / draft(x) is largest, and judges that path as a block.
+
+    With F the running sum of the draft's law in ascending order of that ratio, the largest of k drawn tokens follows
+    chosen(x) = F(x)^k - F(before x)^k, which takes the draft's place in the ratios and residuals of `block`.
+    """
+    assert draft.draft_probs_BNV is not None
+    siblings = Siblings(draft)
+    rows_B1 = torch.arange(len(draft.tokens_BN), device=draft.tokens_BN.device)[:, None]
+    node_B = torch.zeros_like(draft.tokens_BN[:, 0])
+    end_B, weight_B = node_B, torch.ones_like(target_probs_BNV[:, 0, 0])
+    law_BV = target_probs_BNV[:, 0]
+    while True:
+        is_child_BN = siblings.of(node_B)
+        num_children_B = is_child_BN.sum(1)
+        target_BV = at(target_probs_BNV, node_B)
+        draft_BV = at(draft.draft_probs_BNV, node_B).to(target_BV.dtype)
+        chosen_BV, rank_BV = law_of_best(target_BV, draft_BV, num_children_B)
+        left_BV = (weight_B[:, None] * target_BV - chosen_BV).clamp_(min=0)
+        left_B = left_BV.sum(-1)
+        rest_B = left_B + 1 - weight_B
+        has_children_B = num_children_B > 0
+        chance_B = torch.where(has_children_B, torch.where(rest_B > 0, left_B / rest_B, 1.0), weight_B)
+        uniform_B = uniforms_BU.gather(1, node_B[:, None])[:, 0]
+        passes_B = (uniform_B < chance_B) | (node_B == 0)
+        end_B = torch.where(passes_B, node_B, end_B)
+        after_BV = torch.where(has_children_B[:, None], left_BV, target_BV)
+        law_BV = torch.where(passes_B[:, None], after_BV, law_BV)
+        if not has_children_B.any():
+            break
+        rank_BN = rank_BV[rows_B1, draft.tokens_BN].masked_fill(~is_child_BN, -1)
+        child_B = rank_BN.argmax(1)
+        token_B = pick(draft.tokens_BN, child_B)
+        ratio_B = pick(target_BV, token_B) / pick(chosen_BV, token_B)
+        weight_B = torch.where(has_children_B, (weight_B * ratio_B).clamp(max=1), weight_B)
+        node_B = torch.where(has_children_B, pick(siblings.first_BN, child_B), node_B)
+    return drawn_at(end_B, law_BV, at(target_probs_BNV, end_B), uniforms_BU[:, -1], draft)
+
+
+def law_of_best(target_BV: Tensor, draft_BV: Tensor, num_drawn_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the law [B, V] of the largest-ratio one of so many tokens drawn from the draft's law, and the ranks.
+
+    Running sums are in float64: their powers differ by less than float32 can tell.
+    """
+    ratio_BV = torch.where(draft_BV > 0, target_BV / draft_BV, -1.0)
+    order_BV = ratio_BV.argsort(dim=-1, stable=True)
+    running_BV = draft_BV.gather(1, order_BV).double().cumsum(-1)
+    power_BV = (running_BV / running_BV[:, -1:]) ** num_drawn_B[:, None]
+    before_BV = torch.nn.functional.pad(power_BV[:, :-1], (1, 0))
+    chosen_BV = torch.empty_like(draft_BV).scatter_(1, order_BV, (power_BV - before_BV).to(draft_BV.dtype))
+    places_V = torch.arange(order_BV.shape[1], device=order_BV.device)
+    rank_BV = torch.empty_like(order_BV).scatter_(1, order_BV, places_V.expand_as(order_BV))
+    return chosen_BV, rank_BV
