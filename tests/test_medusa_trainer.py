@@ -3,9 +3,6 @@
 Shape suffixes: B rows, T positions, K heads, R ranks.
 """
 
-import itertools
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +10,7 @@ from torch import Tensor
 from data.batches import Batch, collate, example
 from data.teacher import complete
 from tests.models import VOCAB_SIZE, tiny_target
-from trainers import medusa, trees
+from trainers import medusa
 
 TARGET = tiny_target("llama")
 SETTINGS = medusa.Settings(num_heads=3, num_blocks=2)
@@ -113,59 +110,6 @@ def test_judgement_by_hand() -> None:
     assert sum(runs) > 0
 
 
-def independent(accuracy_KR: list[list[float]]) -> trees.Children:
-    """Returns the chances of heads that are right independently of each other."""
-    return lambda path: accuracy_KR[len(path)] if len(path) < len(accuracy_KR) else []
-
-
-def test_a_tree_by_hand() -> None:
-    """Head 0 is right with its guesses 0.6, 0.3 and head 1 with 0.5, 0.1: products 0.6, 0.3, 0.3, 0.15, 0.06."""
-    heads = independent([[0.6, 0.3], [0.5, 0.1]])
-    nodes = trees.grow(heads, 5)
-    assert [path for path, _ in nodes] == [(0,), (0, 0), (1,), (1, 0), (0, 1)]
-    assert [chance for _, chance in nodes] == pytest.approx([0.6, 0.3, 0.3, 0.15, 0.06])
-    assert len(trees.grow(heads, 100)) == 6
-    assert trees.grow(independent([[0.0, 0.0]]), 5) == []
-
-
-def test_no_tree_of_its_size_is_better() -> None:
-    """Against all subtrees with 4 of 14 nodes, for chances that depend on the whole path."""
-    generator = torch.Generator().manual_seed(0)
-    paths = [path for depth in range(1, 4) for path in itertools.product(range(2), repeat=depth)]
-    shares = {path: float(torch.rand((), generator=generator)) / 2 for path in paths}
-    chances = {path: math.prod(shares[path[:depth]] for depth in range(1, len(path) + 1)) for path in paths}
-    best = max(
-        sum(chances[path] for path in chosen)
-        for chosen in itertools.combinations(chances, 4)
-        if all(len(path) == 1 or path[:-1] in chosen for path in chosen)
-    )
-    nodes = trees.grow(lambda path: [shares[(*path, rank)] for rank in range(2)] if len(path) < 3 else [], 4)
-    assert sum(chance for _, chance in nodes) == pytest.approx(best)
-
-
-def test_chances_after_a_path_by_hand() -> None:
-    """Of four positions head 0 is right with guess 0 at two; there head 1 is right once; the last has no head 1."""
-    ranks_MK = torch.tensor([[0, 0], [0, 1], [1, 5], [1, -1]])
-    children = trees.observed(ranks_MK, 3)
-    assert children(()) == pytest.approx([0.5, 0.5, 0])
-    everywhere, prior = 1 / 3, trees.PRIOR
-    share = (1 + prior * everywhere) / (2 + prior)
-    assert children((0,)) == pytest.approx([share, share, 0])
-    assert children((1,)) == pytest.approx([prior * everywhere / (1 + prior)] * 2 + [0])
-    assert children((0, 0)) == []
-
-
-def test_rounds_by_hand() -> None:
-    """A tree of (0), (0, 0) and (1) accepts 2, then from place 3 nothing, then 1 of two that are left."""
-    nodes = [((0,), 0.5), ((0, 0), 0.3), ((1,), 0.2)]
-    ranks_TK = torch.tensor([[0, 0], [7, 7], [7, 7], [0, 4], [1, -1]])
-    assert trees.tokens_a_round(nodes, [ranks_TK]) == pytest.approx((3 + 2) / 2)
-    assert trees.tokens_a_round(nodes[:1], [ranks_TK, ranks_TK[3:]]) == pytest.approx((2 + 1 + 2 + 2) / (1 + 1 + 1 + 1))
-    # 1 node: 2, 1 and 2 tokens; 2 nodes: 3 and 2 tokens in twice the time.
-    assert trees.best_size(nodes, [ranks_TK], {1: 1.0, 2: 1.2}) == 2
-    assert trees.best_size(nodes, [ranks_TK], {1: 1.0, 2: 2.0}) == 1
-
-
 def test_the_finished_drafter_has_the_same_heads_and_a_measured_tree() -> None:
     drafter, given = shaken(), batch()
     for b, t in places(given, 0):
@@ -177,8 +121,6 @@ def test_the_finished_drafter_has_the_same_heads_and_a_measured_tree() -> None:
         assert len(finished.config.tree) == 3 or not tree_nodes
         for name, weight in drafter.state_dict().items():
             assert torch.equal(finished.state_dict()[name], weight)
-    costs = trees.verify_ms(TARGET, sizes=(1, 4, 16))
-    assert list(costs.values()) == sorted(costs.values())
 
 
 def test_what_is_refused() -> None:

@@ -91,6 +91,43 @@ def best_size(nodes: list[tuple[Path, float]], rows: list[Tensor], cost_ms: dict
     return max(sizes, key=lambda size: tokens_a_round(nodes[:size], rows) / cost_ms[size])
 
 
+def best_tree(
+    acceptance: list[float], cost_ms: Callable[[int, int], float], *, max_nodes: int, max_depth: int
+) -> list[Path]:
+    """Returns the nodes of the tree that brings most tokens a millisecond: Sequoia's dynamic program, 2402.12374.
+
+    `acceptance[r]` is the chance that child r of an accepted node is the one accepted next, the same at every node;
+    `cost_ms(n, d)` what a round with n nodes, d deep, takes. The most expected tokens of a subtree of m nodes (its root
+    among them), at most l levels and b children at its root is T(m, l, b) = max_y T(y, l, b - 1) + acceptance[b - 1]
+    max_c T(m - y, l - 1, c), and T(1, l, 0) = 1.
+    """
+    most: dict[tuple[int, int], tuple[float, list[Path]]] = {}
+    # best[b] of a level: for m nodes, (expected tokens, paths) with exactly b children at the root.
+    for level in range(max_depth + 1):
+        with_children = {(1, 0): (1.0, [()])}
+        for branch in range(1, len(acceptance) + 1 if level else 1):
+            for size in range(branch + 1, max_nodes + 2):
+                found = None
+                for before in range(branch, size):
+                    left, below = with_children.get((before, branch - 1)), most.get((size - before, level - 1))
+                    if left is None or below is None:
+                        continue
+                    tokens = left[0] + acceptance[branch - 1] * below[0]
+                    if found is None or tokens > found[0]:
+                        found = (tokens, left[1] + [(branch - 1, *path) for path in below[1]])
+                if found is not None:
+                    with_children[size, branch] = found
+        for (size, _), found in with_children.items():
+            if found[0] > most.get((size, level), (0.0, []))[0]:
+                most[size, level] = found
+
+    def rate(key: tuple[int, int]) -> float:
+        size, level = key
+        return most[key][0] / cost_ms(size - 1, level)
+
+    return sorted(most[max(most, key=rate)][1][1:], key=lambda path: (len(path), path))
+
+
 @torch.inference_mode()
 def verify_ms(target: Target, sizes: tuple[int, ...] = SIZES) -> dict[int, float]:
     """Returns the milliseconds the target takes for a root and so many nodes after a context of `CONTEXT` tokens.
