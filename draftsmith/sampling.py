@@ -36,7 +36,9 @@ class Sampling:
         """Returns probabilities [..., V] in float32 (float64 for float64 logits); one-hot when greedy."""
         if self.is_greedy:
             return torch.nn.functional.one_hot(logits_V.argmax(-1), logits_V.shape[-1]).to(torch.float32)
-        scores_V = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32)) / self.temperature
+        scores_V = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32))
+        if self.temperature != 1:
+            scores_V = scores_V / self.temperature
         if 0 < self.top_k < scores_V.shape[-1]:
             smallest_kept = scores_V.topk(self.top_k, dim=-1).values[..., -1:]
             scores_V = scores_V.masked_fill(scores_V < smallest_kept, float("-inf"))

@@ -113,6 +113,9 @@ def fillings(shape: Shape, laws: Laws) -> Iterator[tuple[list[Text], list[bool],
             law_V[siblings] = 0
         if shape.drawn == "top_and_drawn" and num_later:
             law_V = torch.nn.functional.one_hot(law_V.argmax(), VOCAB_SIZE).double()
+        if law_V.sum() == 0:  # no token is left to draw, and one that has no chance takes the place
+            excluded = int((laws[texts[parent]] == 0).nonzero()[0])
+            yield from grow([*texts, (*texts[parent], excluded)], [*used, True], weight)
         for one in TOKENS:
             if law_V[one] > 0:
                 share = float(law_V[one] / law_V.sum())

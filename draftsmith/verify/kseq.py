@@ -11,7 +11,7 @@ from draftsmith.verify.verdict import Siblings, Verdict, at, drawn_at
 
 LOSSLESS = True
 DRAWN = ("independent",)
-HALVINGS = 60
+HALVINGS = 12
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
@@ -50,21 +50,15 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
 
 
 def least_rho(target_BV: Tensor, draft_BV: Tensor, num_children_B: Tensor) -> Tensor:
-    """Returns the least rho [B] in [1, k] with 1 - (1 - beta)^k <= rho beta, by halving; beta as in `verify`.
+    """Returns about the least rho [B] in [1, k] with 1 - (1 - beta)^k <= rho beta, never less; beta as in `verify`.
 
-    After one sort of target / draft a beta is two running sums, whatever rho.
+    Any rho for which that holds keeps the law; halving stops where acceptance no longer gains.
     """
-    ratio_BV = torch.where(draft_BV > 0, target_BV / draft_BV, torch.inf)
-    sorted_BV, order_BV = ratio_BV.sort(dim=-1)
-    below_BV = torch.nn.functional.pad(target_BV.gather(1, order_BV).double().cumsum(-1), (1, 0))
-    drafted_BV = torch.nn.functional.pad(draft_BV.gather(1, order_BV).double().cumsum(-1), (1, 0))
-    above_BV = drafted_BV[:, -1:] - drafted_BV
-    low_B1 = torch.ones_like(below_BV[:, :1])
-    high_B1 = num_children_B.to(below_BV.dtype).clamp(min=1)[:, None]
+    low_B = torch.ones_like(target_BV[:, 0])
+    high_B = num_children_B.to(target_BV.dtype).clamp(min=1)
     for _ in range(HALVINGS):
-        rho_B1 = (low_B1 + high_B1) / 2
-        place_B1 = torch.searchsorted(sorted_BV, rho_B1.to(sorted_BV.dtype))
-        beta_B1 = below_BV.gather(1, place_B1) / rho_B1 + above_BV.gather(1, place_B1)
-        holds_B1 = 1 - (1 - beta_B1).clamp(min=0) ** num_children_B[:, None] <= rho_B1 * beta_B1
-        high_B1, low_B1 = torch.where(holds_B1, rho_B1, high_B1), torch.where(holds_B1, low_B1, rho_B1)
-    return high_B1[:, 0].to(target_BV.dtype)
+        rho_B = (low_B + high_B) / 2
+        beta_B = torch.minimum(draft_BV, target_BV / rho_B[:, None]).sum(-1)
+        holds_B = 1 - (1 - beta_B).clamp(min=0) ** num_children_B <= rho_B * beta_B
+        high_B, low_B = torch.where(holds_B, rho_B, high_B), torch.where(holds_B, low_B, rho_B)
+    return high_B

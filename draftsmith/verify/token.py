@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from draftsmith.sampling import draw
 from draftsmith.tree import Draft
-from draftsmith.verify.verdict import Verdict, follow
+from draftsmith.verify.verdict import Verdict, at, drawn_at, follow
 
 LOSSLESS = True
 DRAWN = ("independent", "deterministic")
@@ -34,19 +33,9 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
         is_accepted_BN &= is_real_BN
     verdict = follow(is_accepted_BN, draft, draft.tokens_BN)
 
-    end_B11 = verdict.num_accepted_B[:, None, None].expand(-1, 1, target_probs_BNV.shape[-1])
-    law_BV = target_probs_BNV.gather(1, end_B11)[:, 0]
-    # Past the last drafted token there is no draft law to subtract; a padded zero row says so.
-    padded_BNV = torch.nn.functional.pad(draft_probs_BNV, (0, 0, 0, 1))
-    if is_real_BN is not None:
-        has_child_BN = torch.nn.functional.pad(is_real_BN[:, 1:], (0, 1))
-        padded_BNV = padded_BNV * has_child_BN[..., None]
-    residual_BV = (law_BV - padded_BNV.gather(1, end_B11)[:, 0]).clamp(min=0)
-    # Equal laws leave no residual; then a rejection has probability zero but for rounding.
-    residual_BV = torch.where(residual_BV.sum(-1, keepdim=True) > 0, residual_BV, law_BV)
-    return Verdict(
-        path_BP=verdict.path_BP,
-        num_accepted_B=verdict.num_accepted_B,
-        next_token_B=draw(residual_BV, uniforms_BU[:, -1]),
-        law_BV=residual_BV,
-    )
+    end_B = verdict.num_accepted_B
+    law_BV = at(target_probs_BNV, end_B)
+    num_used_B = num_drafted if is_real_BN is None else is_real_BN.sum(1) - 1
+    # Past the last drafted token there is no draft law to subtract.
+    taken_BV = at(draft_probs_BNV, end_B) * (end_B < num_used_B)[:, None] if num_drafted else 0.0
+    return drawn_at(end_B, (law_BV - taken_BV).clamp(min=0), law_BV, uniforms_BU[:, -1], draft)

@@ -69,12 +69,13 @@ def follow(is_accepted_BN: Tensor, draft: Draft, next_BN: Tensor) -> Verdict:
 def same_text(draft: Draft) -> Tensor:
     """Returns, for each node [B, N], the first node that stands for the same text, itself if there is none before it.
 
-    Siblings drawn independently may agree; they then share one text, whose children are those of all of them.
+    Siblings may agree unless they were drawn without replacement; they then share one text, whose children are those of
+    all of them.
     """
     tokens_BN, num_nodes = draft.tokens_BN, draft.tree.num_nodes
     parents_BN = draft.tree.parents_RN.clamp(min=0).expand_as(tokens_BN)
     first_BN = torch.arange(num_nodes, device=tokens_BN.device).expand_as(tokens_BN)
-    if draft.drawn != "independent" or draft.tree.is_chain:
+    if draft.drawn in ("without_replacement", "top_and_drawn") or draft.tree.is_chain:
         return first_BN
     agree_BNN = tokens_BN[:, :, None] == tokens_BN[:, None]
     agree_BNN[:, :, 0] = agree_BNN[:, 0] = False
@@ -97,15 +98,19 @@ class Siblings:
         parents_BN = draft.tree.parents_RN.clamp(min=0).expand_as(tokens_BN)
         self.first_BN = same_text(draft)
         self._tokens_BN = tokens_BN
-        self._above_BN = self.first_BN.gather(1, parents_BN)
+        self.above_BN = self.first_BN.gather(1, parents_BN)
         self._is_left_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
         if (valid_BN := draft.valid_BN()) is not None:
             self._is_left_BN &= valid_BN
+        if draft.draft_probs_BNV is not None:
+            # A law with fewer tokens than children wanted of it has filled the rest with what it excludes.
+            rows_B1 = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None]
+            self._is_left_BN &= draft.draft_probs_BNV[rows_B1, parents_BN, tokens_BN] > 0
         self._is_left_BN[:, 0] = False
 
     def of(self, text_B: Tensor) -> Tensor:
         """Returns which nodes [B, N] are children of each row's text and not removed."""
-        return self._is_left_BN & (self._above_BN == text_B[:, None])
+        return self._is_left_BN & (self.above_BN == text_B[:, None])
 
     def next(self, text_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns each row's first child that is left, its token, and whether there is one (else node 0's), all [B]."""
