@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="keep this many tokens; 0 keeps all")
     generate.add_argument("--seed", type=int, help="the same seed gives the same text")
     generate.add_argument("--verifier", default="auto", help="how drafts are judged (default: the best lossless way)")
+    generate.add_argument(
+        "--length", default="auto", help="how much is drafted, as fixed=4 (default: the drafter's own)"
+    )
     generate.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
     generate.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
     generate.set_defaults(run=_generate)
@@ -75,7 +78,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     # Imported late, so that --help and mistakes in flags answer at once.
     from transformers.utils.logging import disable_progress_bar
 
-    from draftsmith import Target, load, verify
+    from draftsmith import Target, length, load, verify
     from draftsmith.artifact import check_fits, read_manifest
     from draftsmith.facts import read_facts
     from draftsmith.loop import generate
@@ -84,8 +87,10 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     disable_progress_bar()
     Sampling(temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k)
-    if arguments.verifier not in ("auto", *verify.names()):
-        raise ValueError(f"unknown verifier {arguments.verifier!r}; there are auto, {', '.join(verify.names())}")
+    if arguments.verifier != "auto":
+        verify.find(arguments.verifier)
+    if arguments.length != "auto":
+        length.make(arguments.length)
     if arguments.target is None and not CHECKOUT_TARGET.is_dir():
         raise ValueError("name a target with --target: a transformers folder or hub name")
     path = arguments.target or str(CHECKOUT_TARGET)
@@ -113,6 +118,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         top_k=arguments.top_k,
         seed=arguments.seed,
         verifier=arguments.verifier,
+        length=arguments.length,
         streamer=printer,
     )
     seconds = time.perf_counter() - began

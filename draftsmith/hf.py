@@ -8,6 +8,7 @@ from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria
 
 from draftsmith.drafters import Drafter
+from draftsmith.length import Policy
 from draftsmith.loop import generate
 from draftsmith.target import Target
 
@@ -23,6 +24,7 @@ def custom_generate(
     generation_config: Any = None,
     drafter: Drafter | None = None,
     verifier: str = "auto",
+    length: str | Policy = "auto",
     seed: int | None = None,
     inputs_tensor: Tensor | None = None,
     **model_kwargs: Any,
@@ -54,6 +56,7 @@ def custom_generate(
         max_new_tokens=generation_config.max_length - input_ids.shape[1],
         eos_token_id=() if eos is None else eos,
         verifier=verifier,
+        length=length,
         seed=seed,
         **law,
     )
@@ -61,12 +64,12 @@ def custom_generate(
         return out.sequences
     # transformers keeps the prompts as they were given, padding included.
     num_prompt = _prompt_lengths(input_ids, model_kwargs.get("attention_mask"))
-    longest = max(int(length) - prompt for length, prompt in zip(out.lengths, num_prompt, strict=True))
+    longest = max(int(end) - prompt for end, prompt in zip(out.lengths, num_prompt, strict=True))
     pad = generation_config.pad_token_id
     fill = pad if pad is not None else (target.eos_token_ids or (0,))[0]
     new = torch.full((len(input_ids), longest), fill, device=input_ids.device)
-    for row, (length, prompt) in enumerate(zip(out.lengths.tolist(), num_prompt, strict=True)):
-        new[row, : length - prompt] = out.sequences[row, prompt:length]
+    for row, (end, prompt) in enumerate(zip(out.lengths.tolist(), num_prompt, strict=True)):
+        new[row, : end - prompt] = out.sequences[row, prompt:end]
     return torch.cat([input_ids, new], dim=1)
 
 

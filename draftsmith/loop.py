@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from draftsmith.drafters import Drafter, Session, Step
+from draftsmith.length import Policy
+from draftsmith.pace import paced
 from draftsmith.prompt import check_lengths, eos_ids, pack, start_rows, until_end
 from draftsmith.sampling import Sampling
 from draftsmith.stats import GenerationStats, Stopwatch
 from draftsmith.target import Target
-from draftsmith.tree import Draft, chain
+from draftsmith.tree import Draft
 from draftsmith.verify import choose
 from draftsmith.verify.verdict import Verdict
 
@@ -45,20 +47,23 @@ def generate(
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     verifier: str = "auto",
+    length: str | Policy = "auto",
     streamer: Any = None,
 ) -> Generation:
     """Continues `input_ids` [B, T] as the target would; with a drafter sooner, and by the same law.
 
     Prompts may be padded left or right, as `attention_mask` [B, T] says, and their lengths may differ. For an
     encoder-decoder `input_ids` are the sources. `eos_token_id` defaults to the model's own; an empty sequence turns
-    it off. The same `seed` gives the same tokens; without one, torch's global generator gives it. A `streamer` is put
-    the prompt, then each step's tokens. Raises ValueError for settings or prompts that do not fit.
+    it off. The same `seed` gives the same tokens; without one, torch's global generator gives it. `length` says how
+    much is drafted: a policy of draftsmith/length.py or its name, "auto" for the drafter's own. A `streamer` is put the
+    prompt, then each step's tokens. Raises ValueError for settings or prompts that do not fit.
     """
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
     rows, source = start_rows(target, input_ids, attention_mask)
     check_lengths(target, rows, max_new_tokens)
     if drafter is not None and drafter.target is not target:
         raise ValueError("the drafter was loaded for another Target object; load it with this one")
+    drafter = paced(drafter, length) if drafter is not None else None
     if streamer is not None and len(rows) > 1:
         raise ValueError(f"a streamer prints one row, and there are {len(rows)}; stream with batch size 1")
     limits = [len(row) + max_new_tokens for row in rows]
@@ -81,14 +86,14 @@ def generate(
 
     while any(is_running):
         budget = max(limit - len(row) for limit, row, runs in zip(limits, rows, is_running, strict=True) if runs) - 1
-        draft = drafter.propose(budget) if drafter is not None and budget > 0 else _only_pending(session)
-        stats.draft_ms += watch.lap_ms()
+        draft = drafter.propose(budget) if drafter is not None and budget > 0 else session.only_pending()
+        stats.draft_ms += (draft_ms := watch.lap_ms())
 
         out = target.forward(draft.tokens_BN, draft.tree, cache, layers=wanted)
         logits_BNV = target.logits(out.hidden_BND)
         verdict = _verify(logits_BNV, draft, sampling, verifier, generator)
         paths, next_tokens = _to_host(verdict)
-        stats.verify_ms += watch.lap_ms()
+        stats.verify_ms += (verify_ms := watch.lap_ms())
 
         tokens = draft.tokens_BN.tolist()
         for row, path in enumerate(paths):
@@ -104,7 +109,15 @@ def generate(
                 streamer.put(torch.tensor(kept))
         cache.commit(paths)
         if drafter is not None and any(is_running):
-            drafter.observe(Step(draft=draft, logits_BNV=logits_BNV, hidden=out.layers, verdict=verdict, paths=paths))
+            step = Step(
+                draft=draft,
+                logits_BNV=logits_BNV,
+                hidden=out.layers,
+                verdict=verdict,
+                paths=paths,
+                cost_ms=draft_ms + verify_ms,
+            )
+            drafter.observe(step)
         stats.commit_ms += watch.lap_ms()
     if streamer is not None:
         streamer.end()
@@ -112,10 +125,6 @@ def generate(
     with torch.inference_mode(False):
         sequences, lengths = pack(target, rows)
     return Generation(sequences=sequences, lengths=lengths, stats=stats)
-
-
-def _only_pending(session: Session) -> Draft:
-    return Draft(tokens_BN=session.pending()[:, None], tree=chain(1, session.target.device))
 
 
 def _verify(logits_BNV: Tensor, draft: Draft, sampling: Sampling, name: str, generator: torch.Generator) -> Verdict:

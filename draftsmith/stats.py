@@ -38,14 +38,23 @@ class GenerationStats:
 
     def count(self, draft: Draft, row: int, *, num_accepted: int, num_kept: int) -> None:
         """Adds one row's verified draft."""
-        num_nodes = draft.tree.num_nodes if draft.num_nodes is None else draft.num_nodes[row]
-        depth = num_nodes - 1 if draft.tree.is_chain else draft.tree.depth
+        depth = drafted_depth(draft, row)
         self.steps += 1
         self.new_tokens += num_kept
         for counts, reached in ((self.drafted, depth), (self.accepted, min(num_accepted, depth))):
             counts.extend([0] * (max(depth, len(self.drafted)) - len(counts)))
             for level in range(reached):
                 counts[level] += 1
+
+
+def drafted_depth(draft: Draft, row: int) -> int:
+    """Returns how deep the row's nodes in use reach."""
+    if draft.num_nodes is None:
+        return draft.tree.depth
+    if draft.tree.is_chain:
+        return draft.num_nodes[row] - 1
+    depths_RN = draft.tree.depths_RN
+    return int(depths_RN[row % len(depths_RN), : draft.num_nodes[row]].max())
 
 
 class Stopwatch:

@@ -1,8 +1,7 @@
 """The bake-off: drafters, plain decoding and transformers' own `generate` on the same prompts, in one table."""
 
-import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from tqdm import tqdm
 import draftsmith
 from data.prompts import Prompt
 from data.shards import hash_files
-from draftsmith import Target, verify
+from draftsmith import Target, length, verify
 from draftsmith.artifact import read_manifest
+from draftsmith.gate import Gated
 from eval import machine
 from eval.measure import Ask, Contender, Tally, add_up, measure, own_loop, transformers_loop, warm_up
 from eval.plots import draw
@@ -41,6 +41,10 @@ class Settings:
     """After each prompt."""
     verifiers: tuple[str, ...] = ()
     """Further rows for each drafter, with these verifiers in place of the default lossless ones."""
+    lengths: tuple[str, ...] = ()
+    """Further rows for each drafter, with these policies of draftsmith/length.py in place of its own."""
+    gates: tuple[float, ...] = ()
+    """Further rows for each drafter, which drafts nothing where the target is less confident than this."""
     seed: int = 0
     """Of what is sampled."""
     threads: int = 1
@@ -57,8 +61,12 @@ class Settings:
         if self.threads < 0:
             raise ValueError(f"threads is {self.threads}; it must be 0 or more")
         for name in self.verifiers:
-            if name not in verify.names():
-                raise ValueError(f"unknown verifier {name!r}; there are {', '.join(verify.names())}")
+            verify.find(name)
+        for name in self.lengths:
+            length.make(name)
+        for threshold in self.gates:
+            if not 0 < threshold < 1:
+                raise ValueError(f"gates are {list(self.gates)}; each must lie between 0 and 1")
 
     def check_prompts(self, num_prompts: int) -> None:
         """Raises ValueError if there are too few for a batch."""
@@ -74,6 +82,8 @@ class Entry:
     family: str | None = None
     """None where nothing drafts."""
     verifier: str = "auto"
+    length: str = "auto"
+    gate: float | None = None
     is_lossless: bool = True
     num_parameters: int = 0
     artifact_mb: float = 0.0
@@ -83,6 +93,11 @@ class Entry:
     def competes_at(self, temperature: float) -> bool:
         """At temperature 0 the law is one-hot, and every verifier keeps what "auto" does."""
         return temperature > 0 or self.verifier == "auto"
+
+    @property
+    def is_ablation(self) -> bool:
+        """Whether its drafter has a row of its own, decoded otherwise."""
+        return (self.verifier, self.length, self.gate) != ("auto", "auto", None)
 
 
 def compare(
@@ -130,17 +145,27 @@ def _entries(target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path
             "train_s": manifest.get("train_s"),
         }
         entries.append(Entry(contender=Contender(name=name, decode=own_loop(target, drafter)), **facts))
-        for verifier in settings.verifiers:
-            decode = own_loop(target, drafter, verifier=verifier)
-            contender = Contender(name=f"{name} ({verifier})", decode=decode)
-            is_lossless = importlib.import_module(f"draftsmith.verify.{verifier}").LOSSLESS
-            entry = Entry(contender=contender, verifier=verifier, is_lossless=is_lossless, **facts)
+        for entry in _ablations(target, name, drafter, facts, settings):
             try:
-                warm_up(contender, [prompts[0].ids], temperature=1.0)
+                warm_up(entry.contender, [prompts[0].ids], temperature=1.0)
                 entries.append(entry)
             except ValueError as error:
-                print(f"{contender.name} is left out: {error}")
+                print(f"{entry.contender.name} is left out: {error}")
     return entries
+
+
+def _ablations(target: Target, name: str, drafter: Any, facts: dict[str, Any], settings: Settings) -> Iterator[Entry]:
+    """Yields the drafter with each other verifier, policy of lengths and gate."""
+    for verifier in settings.verifiers:
+        contender = Contender(name=f"{name} ({verifier})", decode=own_loop(target, drafter, verifier=verifier))
+        is_lossless = verify.find(verifier)[0].LOSSLESS
+        yield Entry(contender=contender, verifier=verifier, is_lossless=is_lossless, **facts)
+    for policy in settings.lengths:
+        contender = Contender(name=f"{name} ({policy})", decode=own_loop(target, drafter, policy=policy))
+        yield Entry(contender=contender, length=policy, **facts)
+    for gate in settings.gates:
+        contender = Contender(name=f"{name} (gate {gate:g})", decode=own_loop(target, Gated(drafter, gate)))
+        yield Entry(contender=contender, gate=gate, **facts)
 
 
 def _names(artifacts: Sequence[Path]) -> list[str]:
@@ -255,4 +280,7 @@ def _row(entry: Entry, temperature: float, batch_size: int, rounds: Sequence[dic
         "train_s": entry.train_s,
         "family": entry.family,
         "verifier": entry.verifier,
+        "length": entry.length,
+        "gate": entry.gate,
+        "is_ablation": entry.is_ablation,
     }

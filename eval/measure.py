@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 import draftsmith
-from draftsmith import Target
+from draftsmith import Target, length
 from draftsmith.stats import GenerationStats
 
 Rows = list[list[int]]
@@ -84,12 +84,19 @@ def add_up(counts: Iterable[Sequence[int]]) -> list[int]:
     return [sum(one[at] for one in lists if at < len(one)) for at in range(max(map(len, lists), default=0))]
 
 
-def own_loop(target: Target, drafter: Any = None, *, verifier: str = "auto") -> Callable[[Ask], Decoded]:
-    """Returns decoding by `draftsmith.generate`, plain without a drafter."""
-    return partial(_own_loop, target, drafter, verifier)
+def own_loop(
+    target: Target, drafter: Any = None, *, verifier: str = "auto", policy: str = "auto"
+) -> Callable[[Ask], Decoded]:
+    """Returns decoding by `draftsmith.generate`, plain without a drafter.
+
+    A `policy` of lengths other than "auto" keeps what it learns, as on a server; each temperature and batch size has
+    one of its own.
+    """
+    policy_of = cache(lambda temperature, num_rows: "auto" if policy == "auto" else length.make(policy))
+    return partial(_own_loop, target, drafter, verifier, policy_of)
 
 
-def _own_loop(target: Target, drafter: Any, verifier: str, ask: Ask) -> Decoded:
+def _own_loop(target: Target, drafter: Any, verifier: str, policy_of: Callable[..., Any], ask: Ask) -> Decoded:
     tokens_BT, mask_BT = _padded(ask.prompts, target.device, side="right")
     out = draftsmith.generate(
         target,
@@ -100,6 +107,7 @@ def _own_loop(target: Target, drafter: Any, verifier: str, ask: Ask) -> Decoded:
         temperature=ask.temperature,
         seed=ask.seed,
         verifier=verifier,
+        length=policy_of(ask.temperature, len(ask.prompts)),
     )
     starts = [1 if target.is_encoder_decoder else len(prompt) for prompt in ask.prompts]
     found = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)

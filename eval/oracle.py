@@ -1,10 +1,13 @@
 """How often any rule could accept one of several drafted tokens: what a verifier is measured against.
 
-Shape suffixes: V vocabulary; `...` any leading dimensions.
+Shape suffixes: B rows, N nodes, V vocabulary; `...` any leading dimensions.
 """
 
 import torch
 from torch import Tensor
+
+from draftsmith.drafters import Drafter, Step
+from draftsmith.sampling import Sampling
 
 
 def optimal_acceptance(target_probs_V: Tensor, draft_probs_V: Tensor, num_drafts: Tensor | int) -> Tensor:
@@ -20,3 +23,24 @@ def optimal_acceptance(target_probs_V: Tensor, draft_probs_V: Tensor, num_drafts
     )
     powers = torch.as_tensor(num_drafts, device=target_probs_V.device)[..., None]
     return 1 + (target_mass_V - draft_mass_V.clamp(max=1) ** powers).amin(-1).clamp(max=0)
+
+
+class Watched:
+    """A drafter of which is noted how often its first tokens were accepted, and how often they could have been."""
+
+    def __init__(self, drafter: Drafter, sampling: Sampling) -> None:
+        self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
+        self._drafter, self._sampling = drafter, sampling
+        self.num_steps, self.num_accepted, self.optimum = 0, 0, 0.0
+        self.start, self.propose = drafter.start, drafter.propose
+
+    def observe(self, step: Step) -> None:
+        """Adds up the steps whose first siblings were drawn independently; one sibling always is."""
+        draft, running = step.draft, [row for row, path in enumerate(step.paths) if path]
+        num_first = int((draft.tree.depths_RN[0] == 1).sum())
+        if draft.draft_probs_BNV is not None and (draft.drawn == "independent" or num_first == 1):
+            target_BV, draft_BV = self._sampling.law(step.logits_BNV[:, 0]), draft.draft_probs_BNV[:, 0]
+            self.optimum += float(optimal_acceptance(target_BV, draft_BV, num_first)[running].sum())
+            self.num_accepted += int((step.verdict.num_accepted_B[running] > 0).sum())
+            self.num_steps += len(running)
+        self._drafter.observe(step)

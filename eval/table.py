@@ -33,7 +33,7 @@ def table(rows: Sequence[Row], style: Style) -> list[str]:
         title = f"temperature {temperature:g}, batch {batch_size}"
         lines += ["", f"## {title}" if style == "markdown" else title, ""]
         lines += _grid([COLUMNS, *map(_cells, group)], style)
-    sizes = {row["drafter"]: row for row in rows if row["family"] is not None and row["verifier"] == "auto"}
+    sizes = {row["drafter"]: row for row in rows if row["family"] is not None and not row["is_ablation"]}
     if sizes:
         lines += ["", "## Drafters", ""] if style == "markdown" else [""]
         lines += _grid([FACTS, *map(_fact_cells, sizes.values())], style)

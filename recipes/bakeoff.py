@@ -3,6 +3,7 @@
     ./launch.sh bakeoff --drafts runs/medusa runs/distill           # pocket target, held-out source, into runs/bakeoff
     ./launch.sh bakeoff --target T --data prompts.jsonl --drafts runs/mine --num-prompts 64 --max-new-tokens 256
     ./launch.sh bakeoff --drafts runs/medusa --temperatures 0,0.7 --batch-sizes 1,4,16 --verifiers typical
+    ./launch.sh bakeoff --drafts runs/distill --lengths fixed=4,heuristic,expected_gain --gates 0.5
 
 Every round decodes the same prompts by each contender in turn; speed-ups are medians over rounds. A run that was killed
 is continued by the same command. Pocket target, two drafters, one CPU core: about 5 minutes.
@@ -56,6 +57,10 @@ class RunSettings:
     """With commas."""
     verifiers: str = ""
     """With commas: a further row for each drafter with this verifier, as typical, which is lossy."""
+    lengths: str = ""
+    """With commas: a further row for each drafter with this policy of draftsmith/length.py, as fixed=4 or heuristic."""
+    gates: str = ""
+    """With commas: a further row for each drafter that drafts nothing where the target is less sure, as 0.5."""
     seed: int = 0
     """Of the choice of prompts and of what is sampled."""
     threads: int = 1
@@ -71,6 +76,8 @@ class RunSettings:
             temperatures=tuple(_numbers("temperatures", self.temperatures, float)),
             batch_sizes=tuple(_numbers("batch_sizes", self.batch_sizes, int)),
             verifiers=tuple(filter(None, self.verifiers.split(","))),
+            lengths=tuple(filter(None, self.lengths.split(","))),
+            gates=tuple(_numbers("gates", self.gates, float)) if self.gates else (),
             rounds=self.rounds,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,

@@ -5,7 +5,9 @@
     ./launch.sh medusa --target T --data runs/mine --num-heads 5 --max-steps 2000 --bf16
     torchrun --nproc-per-node 2 recipes/medusa.py --deepspeed zero2
 
-Two CPU cores, pocket target: NUMBER.
+One CPU core, pocket target, `--num-blocks 3 --learning-rate 5e-3 --max-steps 3000` on the 1.27 M tokens of
+`./launch.sh pseudo_data --max-prompts 10000`: 37 minutes; heads right 55, 40, 31 and 27 times in 100, held-out
+acceptance 1.25. The preset, on two cores and 94 k tokens: a minute and a half; 38, 31, 20 and 20; acceptance 0.78.
 """
 
 import sys

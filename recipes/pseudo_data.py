@@ -5,7 +5,8 @@
     ./launch.sh pseudo_data --target T --server http://localhost:8000    # T gives the tokenizer, the server the text
 
 Prompts: JSONL, Parquet, a `datasets` folder or hub name, text files, conversations; see data/sources.py. A run that was
-killed is continued by the same command. The first line: 38,000 tokens at about 1,500 tokens/s on one CPU core.
+killed is continued by the same command. Pocket target in float32: 1,400 tokens/s on one CPU core with batches of 40,
+1,800 with 120, and 2,100 on two cores.
 """
 
 import sys

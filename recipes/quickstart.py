@@ -64,7 +64,7 @@ class QuickstartSettings:
     """Steps of each training, 0 for what its preset says."""
     seed: int = 0
     """Of everything."""
-    num_texts: int = 480
+    num_texts: int = 840
     """Prompts that the target continues."""
     text_tokens: int = 112
     """Tokens written after each."""
@@ -93,10 +93,10 @@ def main(run: QuickstartSettings) -> None:
         streamer = transformers.TextStreamer(target.tokenizer, skip_prompt=True)
         ids = torch.tensor([judged[0].ids], device=target.device)
         draftsmith.generate(target, ids, max_new_tokens=run.max_new_tokens, streamer=streamer)
-        _say(f"It continues {len(learnt)} prompts, for drafters to learn from")
-        wanted = PseudoDataSettings(max_new_tokens=run.text_tokens, batch_size=40, seed=run.seed)
-        write_pseudo_data(LocalTarget(target), learnt, output / "pseudo-data", wanted)
     with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
+        _say(f"It continues {len(learnt)} prompts, for drafters to learn from")
+        wanted = PseudoDataSettings(max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed)
+        write_pseudo_data(LocalTarget(target), learnt, output / "pseudo-data", wanted)
         artifacts = [_make(preset, run, target) for preset in sorted(PRESETS.glob("quickstart-*.yaml"))]
     _say(f"All are compared on {len(judged)} prompts that nothing was trained on")
     rows = compare(target, judged, artifacts, output, settings)

@@ -84,6 +84,7 @@ def test_inspect_shows_the_manifest(folders: tuple[str, str], capsys: pytest.Cap
         (["--top-p", "1.5"], "top_p is 1.5"),
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--verifier", "gredy"], "unknown verifier 'gredy'"),
+        (["--length", "long"], "unknown length policy 'long'"),
         (["--draft", "nowhere"], "artifact nowhere: no such folder"),
         (["--target", "nowhere"], "'nowhere' is no local folder"),
         (["--max-new-tokens", str(CONTEXT)], f"context of {CONTEXT}"),

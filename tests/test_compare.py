@@ -129,6 +129,38 @@ def test_picture_is_not_blank(compared: tuple[list[dict[str, Any]], Path]) -> No
     assert 0.02 < 1 - counts.max() / counts.sum() < 0.6  # neither an empty page nor a filled one
 
 
+def test_lengths_and_gates_have_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunSettings(
+        batch_sizes="2", rounds=2, max_new_tokens=8, lengths="fixed=1,refit,expected_gain", gates="0.3,0.5"
+    )
+    target = tiny_target("llama")
+    rows = compare(target, some_prompts(), make_artifacts(target, tmp_path), tmp_path / "out", run.comparison())
+    kinds = ("", " (fixed=1)", " (expected_gain)", " (gate 0.3)", " (gate 0.5)")
+    expected = ["plain", "transformers", *(f"{name}{kind}" for name in ("medusa", "lookup") for kind in kinds)]
+    assert [row["drafter"] for row in rows] == expected * 2
+    told = capsys.readouterr().out
+    for name in ("medusa", "lookup"):
+        assert f"{name} (refit) is left out: length 'refit' goes by the draft's confidence" in told
+    for row in rows:
+        assert row["lossless"] and row["identical"] is (True if row["temperature"] == 0 else None)
+        assert row["is_ablation"] is ("(" in row["drafter"])
+        assert "fixed" not in row["drafter"] or len(row["accepted_per_depth"]) == 1
+        assert (row["length"], row["gate"]) == {
+            "fixed=1": ("fixed=1", None),
+            "expected_gain": ("expected_gain", None),
+            "gate 0.3": ("auto", 0.3),
+            "gate 0.5": ("auto", 0.5),
+        }.get(row["drafter"].partition(" (")[2].rstrip(")"), ("auto", None))
+    drafter = draftsmith.load(tmp_path / "medusa", target)
+    (gated,) = bakeoff._ablations(target, "mine", drafter, {}, Settings(gates=(0.999,)))
+    ask = Ask(prompts=prompts(2), temperature=0.0, max_new_tokens=12, seed=0)
+    drafted = [decode(ask).stats.drafted[0] for decode in (gated.contender.decode, own_loop(target, drafter))]
+    assert drafted[0] < drafted[1], "a gate that hardly opens"
+    lines = table(rows, "terminal")
+    sizes = lines[next(at for at, line in enumerate(lines) if "parameters" in line) + 1 :]
+    assert [line.split()[0] for line in sizes[:2]] == ["medusa", "lookup"] and not sizes[2]
+
+
 def test_what_was_measured_is_kept_when_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, output = tiny_target("llama"), tmp_path / "out"
     artifacts = make_artifacts(target, tmp_path)
@@ -227,6 +259,8 @@ def test_duel_says_both_speeds_and_their_ratio() -> None:
         ({"temperatures": (-1.0,)}, "temperatures are"),
         ({"batch_sizes": ()}, "batch sizes are"),
         ({"verifiers": ("best",)}, "unknown verifier 'best'"),
+        ({"lengths": ("long",)}, "unknown length policy 'long'"),
+        ({"gates": (0.5, 1.5)}, "gates are"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -158,3 +158,15 @@ def test_what_is_refused() -> None:
         distill.build(distill.Settings(start="layers", num_layers=4), TARGET)
     with pytest.raises(ValueError, match="multiple of twice num_heads"):
         distill.build(distill.Settings(hidden_size=20, num_heads=4), TARGET)
+
+
+@pytest.mark.parametrize(("shape", "temperature"), [("tree", 0.0), ("tree", 1.0), ("grown", 0.0)])
+def test_the_shape_of_its_drafts(shape: str, temperature: float) -> None:
+    settings = distill.Settings(**SMALL, shape=shape, tree_temperature=temperature, width=2, tree_nodes=5)
+    drafter, given = distill.build(settings, TARGET), batch(settings)
+    finished = distill.finish(drafter, settings, TARGET, [given])
+    if shape == "tree":
+        assert 1 <= len(finished.config.tree) <= 5 and not finished.config.width
+    else:
+        assert (finished.config.width, finished.config.num_nodes) == (2, 5)
+    assert all(torch.equal(finished.state_dict()[name], weight) for name, weight in drafter.state_dict().items())

@@ -29,7 +29,7 @@ from tests.models import (
 
 NUM_NEW = 20
 HEADS = medusa.Config(num_heads=3, tree=((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
-SMALL = lm.Config(model=tiny_config("llama", num_hidden_layers=1).to_dict(), num_draft=4, confidence=0.1)
+SMALL = lm.Config(model=tiny_config("llama", num_hidden_layers=1).to_dict(), num_draft=4, length="refit=0.1")
 
 
 class Scripted:
@@ -99,7 +99,7 @@ def drafter_of(name: str, architecture: str) -> Any:
         return built(lm, SMALL, target)
     if name == "lookup":
         return lookup.Drafter(lookup.Config(), target)
-    copied = lm.Drafter(lm.Config(model=target.model.config.to_dict(), num_draft=5, confidence=0.2), target)
+    copied = lm.Drafter(lm.Config(model=target.model.config.to_dict(), num_draft=5, length="refit=0.2"), target)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for own, theirs in zip(copied.model.parameters(), target.model.parameters(), strict=True):
@@ -377,7 +377,7 @@ def test_the_draft_model_may_have_a_shorter_context() -> None:
     """Beyond it the small model drafts no more, or drafts badly; the text stays the target's."""
     target = tiny_target("llama")
     small = tiny_config("gpt2", n_positions=16, n_layer=1).to_dict()
-    drafter = built(lm, lm.Config(model=small, num_draft=4, confidence=0.0), target)
+    drafter = built(lm, lm.Config(model=small, num_draft=4, length="fixed"), target)
     for num_rows in (1, 5):
         assert texts(run(target, num_rows, drafter)) == greedy_by_transformers("llama", num_rows, NUM_NEW)
 
@@ -385,7 +385,7 @@ def test_the_draft_model_may_have_a_shorter_context() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
 def test_a_target_may_be_in_bfloat16(architecture: str) -> None:
     target = Target(tiny_model(architecture).to(torch.bfloat16))
-    small = lm.Config(model=tiny_config("llama", num_hidden_layers=1).to_dict(), confidence=0.0)
+    small = lm.Config(model=tiny_config("llama", num_hidden_layers=1).to_dict(), length="fixed")
     for drafter in (built(medusa, HEADS, target), built(lm, small, target)):
         assert {weight.dtype for weight in drafter.parameters()} == {torch.bfloat16}
         for temperature in (0.0, 1.0):

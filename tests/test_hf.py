@@ -142,7 +142,7 @@ def test_the_drafter_of_another_model_is_refused() -> None:
         both(tiny_target("llama"), drafter_for(other), prompts(1))
 
 
-def test_a_verifier_can_be_named() -> None:
+def test_a_verifier_and_a_length_can_be_named() -> None:
     target = tiny_target("llama")
     own, ours = both(target, drafter_for(target), prompts(1))
     given = {"custom_generate": draftsmith.custom_generate, "drafter": drafter_for(target), "max_new_tokens": NUM_NEW}
@@ -150,4 +150,6 @@ def test_a_verifier_can_be_named() -> None:
     assert typical.tolist() == own == ours
     with pytest.raises(ValueError, match="unknown verifier 'nosuch'"):
         target.model.generate(torch.tensor(prompts(1)), verifier="nosuch", **given)
+    with pytest.raises(ValueError, match="unknown length policy 'nosuch'"):
+        target.model.generate(torch.tensor(prompts(1)), length="nosuch", **given)
     assert max(own[0]) < VOCAB_SIZE

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.drafters import lm, lookup, medusa
-from draftsmith.sampling import draw
+from draftsmith.sampling import Sampling, draw
 from draftsmith.tree import Draft
 from draftsmith.verify.verdict import Verdict, follow
 from tests.family import built
@@ -31,7 +31,7 @@ def drafter_of(name: str) -> Any:
     if name == "medusa":
         return built(medusa, medusa.Config(num_heads=3, tree=TREE), target)
     if name == "lm":  # stops after unlikely tokens, so that rows draft unequal lengths
-        return built(lm, lm.Config(model=SMALL, num_draft=3, confidence=0.3), target)
+        return built(lm, lm.Config(model=SMALL, num_draft=3, length="refit=0.3"), target)
     return lookup.Drafter(lookup.Config(), target)
 
 
@@ -87,7 +87,7 @@ def one_uniform_for_all(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Ten
     [("lm", accept_by_the_targets_chance), ("medusa", draw_for_each_child), ("lm", one_uniform_for_all)],
 )
 def test_a_biased_verifier_is_seen(name: str, verify: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch) -> None:
-    biased = SimpleNamespace(LOSSLESS=True, DRAWN=(), verify=verify)
+    biased = SimpleNamespace(name="biased", law=Sampling(temperature=1.0), verify=verify)
     monkeypatch.setattr("draftsmith.loop.choose", lambda *_: biased)
     assert judge(drafter_of(name), law_target(), num_samples=NUM_SAMPLES // 4) < FALSE_ALARM
 

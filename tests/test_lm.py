@@ -1,6 +1,5 @@
 """The draft LM: its cache follows the target's text, its laws are those it drew from, and it stops when in doubt."""
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import draftsmith
 from draftsmith import Target
 from draftsmith.drafters import lm
-from draftsmith.drafters.lm import Config, Drafter, _ConfidenceStop
+from draftsmith.drafters.lm import Config, Drafter
 from draftsmith.sampling import Sampling
 from draftsmith.tree import Draft
 from tests.family import Watched, built, check_family, texts
@@ -23,7 +22,7 @@ NUM_NEW = 20
 def small(target: Target, architecture: str = "llama", **settings: Any) -> Config:
     """Returns the configuration of a small model with the target's vocabulary."""
     model = tiny_config(architecture, vocab_size=target.vocab_size, num_hidden_layers=1).to_dict()
-    return Config(**{"model": model, "num_draft": 4, "confidence": 0.1} | settings)
+    return Config(**{"model": model, "num_draft": 4, "length": "refit=0.1"} | settings)
 
 
 def copy_of(target: Target, **settings: Any) -> Drafter:
@@ -44,7 +43,7 @@ def test_the_draft_model_may_be_of_another_architecture(architecture: str) -> No
     layers = {"gpt2": "n_layer", "gemma2": "layer_types"}.get(architecture)
     changes = {layers: ["full_attention"] if layers == "layer_types" else 1} if layers else {}
     model = tiny_config(architecture, **{"num_hidden_layers": 1} | changes).to_dict()
-    drafter = Watched(built(lm, Config(model=model, num_draft=3, confidence=0.0), target))
+    drafter = Watched(built(lm, Config(model=model, num_draft=3, length="fixed"), target))
     ids, mask = padded(prompts(5), side="left")
     out = draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=NUM_NEW)
     assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
@@ -55,7 +54,7 @@ def test_a_copy_of_the_target_is_always_accepted(architecture: str) -> None:
     """The loop feeds it what it lacks after each acceptance of all, one token or two."""
     target = tiny_target(architecture)
     ids, mask = padded(prompts(5))
-    drafter, given = copy_of(target, confidence=0.0), {"attention_mask": mask, "max_new_tokens": NUM_NEW}
+    drafter, given = copy_of(target, length="fixed"), {"attention_mask": mask, "max_new_tokens": NUM_NEW}
     out = draftsmith.generate(target, ids, drafter, **given)
     assert texts(out) == greedy_by_transformers(architecture, 5, NUM_NEW)
     assert out.stats.accepted_per_depth == [1, 1, 1, 1] and out.stats.tau == 5
@@ -67,9 +66,9 @@ def test_a_copy_of_the_target_is_always_accepted(architecture: str) -> None:
 class Compared(Watched):
     """Checks each draft's law against the draft model run afresh on the whole text, without a cache."""
 
-    def __init__(self, inner: Drafter, sampling: Sampling) -> None:
+    def __init__(self, inner: Drafter, sampling: Sampling, threshold: float) -> None:
         super().__init__(inner)
-        self.sampling, self.num_compared = sampling, 0
+        self.sampling, self.threshold, self.num_compared = sampling, threshold, 0
 
     def propose(self, budget: int) -> Draft:
         draft = super().propose(budget)
@@ -87,8 +86,8 @@ class Compared(Watched):
                 # A row goes on after a token only if it was likely enough.
                 confidence = float(logits_TV[at].softmax(-1)[drafted[at]])
                 goes_on = at + 1 < used - 1
-                assert not goes_on or confidence > self.config.confidence - 1e-4
-                assert goes_on or used - 1 == draft.tree.depth or confidence < self.config.confidence + 1e-4
+                assert not goes_on or confidence > self.threshold - 1e-4
+                assert goes_on or used - 1 == draft.tree.depth or confidence < self.threshold + 1e-4
                 self.num_compared += 1
         return draft
 
@@ -98,9 +97,9 @@ class Compared(Watched):
 def test_drafts_follow_the_draft_models_own_law(sampling: Sampling, accepts: bool) -> None:
     """Ragged rows that are often cut back, and rows that finish before others."""
     target = tiny_target("llama")
-    fixed = {"confidence": 0.25, "adapts": False}
-    drafter = copy_of(target, **fixed) if accepts else built(lm, small(target, **fixed), target)
-    compared = Compared(drafter, sampling)
+    given = {"length": "confidence=0.25"}
+    drafter = copy_of(target, **given) if accepts else built(lm, small(target, **given), target)
+    compared = Compared(drafter, sampling, 0.25)
     ids, mask = padded(prompts(5))
     settings = vars(sampling) | {"max_new_tokens": 14, "eos_token_id": (10, 11, 12), "seed": 1}
     draftsmith.generate(target, ids, compared, attention_mask=mask, **settings)
@@ -110,54 +109,15 @@ def test_drafts_follow_the_draft_models_own_law(sampling: Sampling, accepts: boo
 def test_it_drafts_until_a_token_it_doubts() -> None:
     target = tiny_target("llama")
     ids = torch.tensor(prompts(1))
-    lengths = {}
-    for confidence in (0.0, 0.5, 0.999999):
-        watched = Watched(copy_of(target, confidence=confidence, adapts=False))
+    found = []
+    for policy in ("fixed", "confidence=0.5", "confidence=0.999999"):
+        watched = Watched(copy_of(target, length=policy))
         draftsmith.generate(target, ids, watched, max_new_tokens=NUM_NEW)
-        lengths[confidence] = [len(draft[0]) - 1 for draft in watched.drafts]
-    assert set(lengths[0.0]) == {4} or lengths[0.0][:-1] == [4] * (len(lengths[0.0]) - 1)
-    assert set(lengths[0.999999]) == {1}
-    assert 1 < sum(lengths[0.5]) / len(lengths[0.5]) < 4
-
-
-def slow_error(samples: list[tuple[float, bool]], threshold: float) -> float:
-    """Returns the share of wrong tokens drafted on from, and three times that of right ones stopped at."""
-    wrong = [confidence for confidence, matched in samples if not matched]
-    right = [confidence for confidence, matched in samples if matched]
-    kept_wrong = sum(confidence >= threshold for confidence in wrong) / len(wrong)
-    return kept_wrong + 3 * sum(confidence < threshold for confidence in right) / len(right)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_the_threshold_is_refit_where_the_error_is_least(seed: int) -> None:
-    rng = random.Random(seed)
-    stop = _ConfidenceStop(Config(model={}, confidence=0.4))
-    samples = []
-    for _ in range(rng.randint(6, 60)):
-        confidence = rng.random()
-        samples.append((confidence, rng.random() < confidence**2))
-        stop.judge(samples[-1][0], matched=samples[-1][1])
-    assert stop.threshold == 0.4
-    stop.refit()
-    if len({matched for _, matched in samples}) == 2:
-        best = min(slow_error(samples, threshold) for threshold in [0.0, *(confidence for confidence, _ in samples)])
-        assert slow_error(samples, stop.threshold) == pytest.approx(best)
-
-
-def test_the_threshold_waits_for_samples_of_both_kinds_and_can_be_fixed() -> None:
-    def refit(config: Config, samples: list[tuple[float, bool]]) -> float:
-        stop = _ConfidenceStop(config)
-        for confidence, matched in samples:
-            stop.judge(confidence, matched=matched)
-        stop.refit()
-        return stop.threshold
-
-    mixed = [(0.9, True), (0.8, True), (0.7, True), (0.2, False), (0.1, False), (0.3, False)]
-    assert refit(Config(model={}), mixed) == 0.7
-    assert refit(Config(model={}), mixed[:5]) == 0.4, "too few"
-    assert refit(Config(model={}), mixed[:3] * 4) == 0.4, "of one kind"
-    assert refit(Config(model={}, adapts=False), mixed) == 0.4
-    assert refit(Config(model={}, confidence=0.0), mixed) == 0.0
+        found.append([len(draft[0]) - 1 for draft in watched.drafts])
+    always, sometimes, never = found
+    assert always[:-1] == [4] * (len(always) - 1)
+    assert 1 < sum(sometimes) / len(sometimes) < 4
+    assert set(never) == {1}
 
 
 def test_a_model_that_does_not_fit_is_refused() -> None:
@@ -169,9 +129,8 @@ def test_a_model_that_does_not_fit_is_refused() -> None:
         Drafter(Config(model={"vocab_size": VOCAB_SIZE}), target)
     with pytest.raises(ValueError, match="num_draft is 0"):
         Config(model={}, num_draft=0)
-    for confidence in (-0.1, 1.0):
-        with pytest.raises(ValueError, match=f"confidence is {confidence}; it must be at least 0 and below 1"):
-            Config(model={}, confidence=confidence)
+    with pytest.raises(ValueError, match="unknown length policy 'long'"):
+        Config(model={}, length="long")
 
 
 def test_only_the_draft_model_is_in_its_state() -> None:

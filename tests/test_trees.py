@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from draftsmith.sampling import Sampling
 from tests.models import tiny_target
 from trainers import trees
 
@@ -107,3 +108,20 @@ def test_dynamic_programming_finds_what_greed_finds_where_depth_is_free() -> Non
 def test_a_round_with_more_nodes_never_costs_less() -> None:
     costs = trees.verify_ms(tiny_target("llama"), sizes=(1, 4, 16))
     assert list(costs.values()) == sorted(costs.values())
+
+
+def test_which_sibling_is_accepted_greedily() -> None:
+    """The target's best is the draft's third, first, and none of its three best."""
+    draft_NV = torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 3)
+    target_NV = torch.eye(4)[[2, 0, 3]]
+    ranks_NR = trees.accepted_ranks(target_NV, draft_NV, Sampling(), 3)
+    assert ranks_NR.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 0]]
+
+
+def test_which_sibling_is_accepted_when_sampled() -> None:
+    """Laws (0.6, 0.3, 0.1) and (0.2, 0.3, 0.5): the first is accepted with the sum of the smaller chances, 0.6."""
+    target_NV = torch.tensor([0.6, 0.3, 0.1]).log().expand(20_000, 3)
+    draft_NV = torch.tensor([0.2, 0.3, 0.5]).log().expand(20_000, 3)
+    ranks_NR = trees.accepted_ranks(target_NV, draft_NV, Sampling(temperature=1.0), 3)
+    assert ranks_NR[:, 0].mean().item() == pytest.approx(0.6, abs=0.02)
+    assert ranks_NR.sum(1).max() == 1 and ranks_NR.sum(1).mean() > 0.9

@@ -4,18 +4,23 @@ Shape suffixes: B rows, T positions, N supervised positions, D hidden width, K l
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from data.batches import Batch
-from draftsmith import Target
+from draftsmith import Target, length
 from draftsmith.drafters.lm import Config, Drafter
 from draftsmith.facts import TargetFacts, read_facts
-from trainers import Metrics, Needs
+from draftsmith.sampling import Sampling
+from trainers import Metrics, Needs, trees
 from trainers.losses import DIVERGENCES, Teacher, acceptance, chunked, cross_entropy, divergence, laws
+
+NUM_RANKS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +50,23 @@ class Settings:
     """A divergence sees so many of the target's largest logits and the rest as one, 0 for all of them."""
     num_draft: int = 8
     """Most tokens drafted at a time."""
-    confidence: float = 0.4
-    """Drafting stops after a token less probable than this; refit while drafting."""
+    length: str = "refit=0.4"
+    """How long its chains are, unless told otherwise: a policy of draftsmith/length.py, and its number."""
+    shape: str = field(default="chain", metadata={"choices": ["chain", "tree", "grown"]})
+    """Of its drafts: a chain; a fixed tree computed from held-out acceptance and measured costs; or a tree that grows
+    where the draft model is confident, `width` nodes a level with as many children each."""
+    tree_temperature: float = 0.0
+    """What the fixed tree is computed for; 0 is greedy."""
+    width: int = 4
+    """Of trees that grow."""
+    tree_nodes: int = 16
+    """Nodes of a tree: most of a fixed one, all of one that grows."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "num_draft"):
+        for name in ("num_layers", "num_heads", "num_draft", "width", "tree_nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        length.make(self.length)
         for name in ("hidden_size", "ffn_size", "teacher_top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
@@ -137,6 +152,36 @@ def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) ->
     return {"acceptance": (sums_2[0], count), "greedy_agreement": (sums_2[1], count)}
 
 
+@torch.no_grad()
+def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[Batch]) -> Drafter:
+    """Returns the drafter with drafts of the shape asked for, a fixed tree computed for this machine."""
+    if settings.shape == "chain":
+        return drafter
+    changes: dict[str, Any] = {"width": settings.width, "num_nodes": settings.tree_nodes}
+    if settings.shape == "tree":
+        changes = {"tree": _tree(drafter, settings, target, held_out)}
+        print(f"tree of {len(changes['tree'])} nodes, {max(map(len, changes['tree']))} deep")
+    finished = Drafter(dataclasses.replace(drafter.config, length="fixed", **changes), target)
+    finished.load_state_dict(drafter.state_dict())
+    return finished.eval()
+
+
+def _tree(drafter: Drafter, settings: Settings, target: Target, held_out: list[Batch]) -> tuple[trees.Path, ...]:
+    sampling, counts_R, total = Sampling(temperature=settings.tree_temperature), torch.zeros(NUM_RANKS), 0
+
+    def ranks(normed_ND: Tensor, theirs_ND: Tensor) -> Tensor:
+        return trees.accepted_ranks(target.logits(theirs_ND[None])[0], _head(drafter, normed_ND), sampling, NUM_RANKS)
+
+    for batch in held_out:
+        mask_BT = batch.loss_mask_BT[:, 1:]
+        theirs_ND = batch.hidden[target.num_layers][:, :-1][mask_BT]
+        sums_R, count = chunked(ranks, _normed(drafter, batch, mask_BT), theirs_ND, vocab_size=target.vocab_size)
+        counts_R, total = counts_R + sums_R.cpu(), total + count
+    cost_ms = trees.round_ms(target, drafter.engine)
+    sizes = {"max_nodes": settings.tree_nodes, "max_depth": settings.num_draft}
+    return tuple(trees.best_tree((counts_R / max(total, 1)).tolist(), cost_ms, **sizes)) or ((0,),)
+
+
 def _normed(drafter: Drafter, batch: Batch, mask_BT: Tensor) -> Tensor:
     """Returns the draft model's last normed hidden state [N, D] at the positions before supervised tokens.
 
@@ -168,7 +213,7 @@ def _drafter(settings: Settings, config: PreTrainedConfig, target: Target) -> Dr
     """Returns a drafter with a model of this configuration and random weights."""
     values = {"model_type": config.model_type, **config.to_diff_dict()}
     model = {key: value for key, value in values.items() if key not in ("transformers_version", "dtype")}
-    return Drafter(Config(model=model, num_draft=settings.num_draft, confidence=settings.confidence), target).float()
+    return Drafter(Config(model=model, num_draft=settings.num_draft, length=settings.length), target).float()
 
 
 def _small_llama(settings: Settings, target: Target) -> PreTrainedConfig:

@@ -1,17 +1,21 @@
 """Static draft trees: grown from how often each guess is right, cut where another node costs more than it brings.
 
-Shape suffixes: M positions, T positions of one row, K heads (depths), R ranks of a head's guesses.
+Shape suffixes: M, N positions, T positions of one row, K heads (depths), R ranks of a head's guesses.
 """
 
 import heapq
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from draftsmith import Target
-from draftsmith.tree import Tree
+from draftsmith.growth import draw_siblings
+from draftsmith.sampling import Sampling
+from draftsmith.tree import Draft, Tree
+from draftsmith.verify import recursive
 
 Path = tuple[int, ...]
 Children = Callable[[Path], list[float]]
@@ -101,22 +105,22 @@ def best_tree(
     among them), at most l levels and b children at its root is T(m, l, b) = max_y T(y, l, b - 1) + acceptance[b - 1]
     max_c T(m - y, l - 1, c), and T(1, l, 0) = 1.
     """
-    most: dict[tuple[int, int], tuple[float, list[Path]]] = {}
-    # best[b] of a level: for m nodes, (expected tokens, paths) with exactly b children at the root.
+    Found = tuple[float, list[Path]]  # expected tokens and the nodes that bring them, the root first
+    most: dict[tuple[int, int], Found] = {}
     for level in range(max_depth + 1):
-        with_children = {(1, 0): (1.0, [()])}
+        with_children: dict[tuple[int, int], Found] = {(1, 0): (1.0, [()])}
         for branch in range(1, len(acceptance) + 1 if level else 1):
             for size in range(branch + 1, max_nodes + 2):
-                found = None
+                best: Found | None = None
                 for before in range(branch, size):
                     left, below = with_children.get((before, branch - 1)), most.get((size - before, level - 1))
                     if left is None or below is None:
                         continue
                     tokens = left[0] + acceptance[branch - 1] * below[0]
-                    if found is None or tokens > found[0]:
-                        found = (tokens, left[1] + [(branch - 1, *path) for path in below[1]])
-                if found is not None:
-                    with_children[size, branch] = found
+                    if best is None or tokens > best[0]:
+                        best = (tokens, left[1] + [(branch - 1, *path) for path in below[1]])
+                if best is not None:
+                    with_children[size, branch] = best
         for (size, _), found in with_children.items():
             if found[0] > most.get((size, level), (0.0, []))[0]:
                 most[size, level] = found
@@ -126,6 +130,30 @@ def best_tree(
         return most[key][0] / cost_ms(size - 1, level)
 
     return sorted(most[max(most, key=rate)][1][1:], key=lambda path: (len(path), path))
+
+
+def accepted_ranks(target_logits_NV: Tensor, draft_logits_NV: Tensor, sampling: Sampling, num_ranks: int) -> Tensor:
+    """Returns which child [N, R] is accepted of so many siblings drafted at each position, ones and zeros.
+
+    Greedily they are the draft's best; sampled they are drawn without replacement and judged by recursive rejection.
+    """
+    if sampling.is_greedy:
+        chosen_N1 = target_logits_NV.argmax(-1, keepdim=True)
+        ranks_N1 = (draft_logits_NV > draft_logits_NV.gather(1, chosen_N1)).sum(1, keepdim=True)
+        return (ranks_N1 == torch.arange(num_ranks, device=ranks_N1.device)).float()
+    law_N1V, generator = sampling.law(draft_logits_NV)[:, None], torch.Generator().manual_seed(0)
+    children_NR = draw_siblings(law_N1V, num_ranks, "without_replacement", generator)[:, 0]
+    draft = Draft(
+        tokens_BN=torch.nn.functional.pad(children_NR, (1, 0)),
+        tree=Tree.from_parents([[-1] + [0] * num_ranks], children_NR.device),
+        draft_probs_BNV=law_N1V,
+        drawn="without_replacement",
+    )
+    uniforms_NU = torch.rand(len(children_NR), num_ranks + 2, generator=generator, dtype=torch.float64)
+    target_N1V = sampling.law(target_logits_NV)[:, None]
+    verdict = recursive.verify(target_N1V, draft, uniforms_NU.to(children_NR.device))
+    ends_N = verdict.path_BP.gather(1, verdict.num_accepted_B[:, None])
+    return (ends_N == 1 + torch.arange(num_ranks, device=ends_N.device)).float()
 
 
 @torch.inference_mode()
@@ -149,6 +177,12 @@ def verify_ms(target: Target, sizes: tuple[int, ...] = SIZES) -> dict[int, float
     for size, cost in found.items():
         costs[size] = highest = max(highest, cost)
     return costs
+
+
+def round_ms(target: Target, draft: Target) -> Callable[[int, int], float]:
+    """Returns what a round takes, as measured: `draft` run once a level, and the target over all nodes."""
+    level_ms, costs = verify_ms(draft, sizes=(8,))[8], verify_ms(target)
+    return lambda num_nodes, depth: depth * level_ms + float(np.interp(num_nodes, list(costs), list(costs.values())))
 
 
 def quickest_ms(work: Callable[[], object]) -> float:

@@ -8,6 +8,7 @@ module that trains is the module that drafts.
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Protocol
@@ -18,10 +19,14 @@ from torch import Tensor
 from draftsmith.cache import KVCache
 from draftsmith.sampling import Sampling
 from draftsmith.target import Source, Target
-from draftsmith.tree import Draft
+from draftsmith.tree import Draft, chain
 from draftsmith.verify.verdict import Verdict
 
 NOT_FAMILIES = {"blocks"}
+
+
+def _always(row: int, confidence: float) -> bool:
+    return True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,10 +45,18 @@ class Session:
     """The drafter's hidden layers over the prompt [B, T, D], the pending token not included, right-padded."""
     source: Source | None = None
     """What an encoder-decoder target reads."""
+    goes_on: Callable[[int, float], bool] = _always
+    """Asked by a drafter that drafts token by token, of each row still drafting, after each token: whether the row goes
+    on after one of this probability by the draft model. The `Config` of such a drafter says so by `asks_length`, and
+    names the policy of draftsmith/length.py that it is to be asked by, `length`."""
 
     def pending(self) -> Tensor:
         """Returns each row's pending token [B]."""
         return torch.tensor([row[-1] for row in self.rows], device=self.target.device)
+
+    def only_pending(self) -> Draft:
+        """Returns the draft of a plain step."""
+        return Draft(tokens_BN=self.pending()[:, None], tree=chain(1, self.target.device))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +71,8 @@ class Step:
     verdict: Verdict
     paths: list[list[int]]
     """The nodes of each row that were committed, node 0 first; none for a row that had finished before."""
+    cost_ms: float
+    """What drafting and verifying took."""
 
 
 class Drafter(Protocol):
@@ -76,7 +91,10 @@ class Drafter(Protocol):
         ...
 
     def observe(self, step: Step) -> None:
-        """Learns what became of the draft; `session.rows` already holds the new tokens."""
+        """Learns what became of the draft; `session.rows` already holds the new tokens.
+
+        Rows may have been cut to fewer nodes than were proposed, or the step been a plain one that nobody proposed.
+        """
 
 
 def names() -> list[str]:

@@ -1,7 +1,4 @@
-"""A small causal LM with the target's vocabulary, drafting chains (2211.17192; 2302.01318).
-
-The draft's length adapts as in transformers' assisted generation: drafting stops after a token whose probability is
-below a threshold, which is refit online (Mamou et al. 2405.04304).
+"""A small causal LM with the target's vocabulary, drafting chains (2211.17192; 2302.01318) or trees (`growth`).
 
 Shape suffixes: B rows, N nodes, V vocabulary.
 """
@@ -9,16 +6,18 @@ Shape suffixes: B rows, N nodes, V vocabulary.
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from draftsmith import growth, length
 from draftsmith.cache import KVCache
 from draftsmith.drafters import Session, Step
 from draftsmith.sampling import draw
 from draftsmith.target import Target
-from draftsmith.tree import Draft, chain
+from draftsmith.tree import Draft, Tree, chain
+
+SIBLINGS = ("without_replacement", "independent", "top_and_drawn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +28,33 @@ class Config:
     """The transformers configuration of the draft model, `model_type` included."""
     num_draft: int = 8
     """Most tokens drafted at a time."""
-    confidence: float = 0.4
-    """Drafting stops after a token less probable than this; 0 always drafts `num_draft`."""
-    adapts: bool = True
-    """Whether the threshold is refit to what has been accepted."""
+    length: str = "refit=0.4"
+    """How long its chains are: a policy of draftsmith/length.py, and its number."""
+    tree: tuple[tuple[int, ...], ...] = ()
+    """Each node of a fixed tree as the ranks along its path, empty for chains: ((0,), (1,), (0, 0), (1, 0)) is two
+    paths of two tokens."""
+    siblings: str = "without_replacement"
+    """How siblings in that tree are drawn: without_replacement, independent or top_and_drawn; greedily the best."""
+    width: int = 0
+    """If not 0, trees grow where the draft model is confident: so many nodes a level are given so many children."""
+    num_nodes: int = 16
+    """Nodes kept of such a tree."""
 
     def __post_init__(self) -> None:
+        growth.check_paths(self.tree)
+        if self.siblings not in SIBLINGS:
+            raise ValueError(f"siblings is {self.siblings!r}; there are {', '.join(SIBLINGS)}")
+        if self.width < 0 or self.num_nodes < 1:
+            raise ValueError(f"width {self.width} must not be negative and num_nodes {self.num_nodes} at least 1")
+        if self.width and self.tree:
+            raise ValueError("a fixed tree and width, for trees that grow, exclude each other")
         if self.num_draft < 1:
             raise ValueError(f"num_draft is {self.num_draft}; it must be at least 1")
-        if not 0 <= self.confidence < 1:
-            raise ValueError(f"confidence is {self.confidence}; it must be at least 0 and below 1")
+        length.make(self.length)
+
+    @property
+    def asks_length(self) -> bool:
+        return not (self.tree or self.width)
 
 
 class Drafter(nn.Module):
@@ -71,13 +87,14 @@ class Drafter(nn.Module):
         prompts = [row[:-1] for row in session.rows]
         if max(map(len, prompts)) > 0:
             self.engine.prefill(prompts, self._cache)
-        self._stop = _ConfidenceStop(self.config)
 
     def propose(self, budget: int) -> Draft:
         rows, sampling = self._session.rows, self._session.sampling
         device = self.engine.device
         num_draft = min(budget, self.config.num_draft, self.engine.context_length - max(map(len, rows)))
-        tokens, laws, confidences = [self._session.pending()], [], []
+        if num_draft > 0 and (self.config.tree or self.config.width):
+            return self._tree(num_draft)
+        tokens, laws = [self._session.pending()], []
         num_nodes = [1] * len(rows)
         is_drafting = [True] * len(rows)
         logits_BV = self._catch_up() if num_draft > 0 else None
@@ -89,18 +106,16 @@ class Drafter(nn.Module):
                 laws.append(sampling.law(logits_BV))
                 uniforms_B = torch.rand(len(rows), generator=self._session.generator, dtype=torch.float64)
                 token_B = draw(laws[-1], uniforms_B.to(device))
-            confidence = logits_BV.float().softmax(-1).gather(1, token_B[:, None])[:, 0].tolist()
+            confidences = logits_BV.float().softmax(-1).gather(1, token_B[:, None])[:, 0].tolist()
             tokens.append(token_B)
-            confidences.append(confidence)
             for row, is_row_drafting in enumerate(is_drafting):
                 num_nodes[row] += is_row_drafting
-                is_drafting[row] = is_row_drafting and confidence[row] >= self._stop.threshold
+                is_drafting[row] = is_row_drafting and self._session.goes_on(row, confidences[row])
             if depth == num_draft or not any(is_drafting):
                 break
             out = self.engine.forward(token_B[:, None], chain(1, device), self._cache)
             self._cache.commit([[0] for _ in rows])
             logits_BV = self.engine.logits(out.hidden_BND)[:, 0]
-        self._confidences = confidences
         return Draft(
             tokens_BN=torch.stack(tokens, dim=1),
             tree=chain(len(tokens), device),
@@ -109,55 +124,35 @@ class Drafter(nn.Module):
             drawn="independent" if laws else "deterministic",
         )
 
+    def _tree(self, depth: int) -> Draft:
+        """Returns a tree; its nodes, the pending ones among them, are fed anew at each level and never kept."""
+        config = self.config
+        if any(len(row) - length > 1 for row, length in zip(self._session.rows, self._cache.lengths, strict=True)):
+            self._feed([row[:-1] for row in self._session.rows])
+        if config.width:
+            width, num_nodes = config.width, config.num_nodes
+            return growth.grow(self._logits, self._session, width=width, num_nodes=num_nodes, depth=depth)
+        return growth.fill(self._logits, self._session, config.tree, config.siblings, depth)  # type: ignore[arg-type]
+
+    def _logits(self, tokens_BN: Tensor, tree: Tree) -> Tensor:
+        return self.engine.logits(self.engine.forward(tokens_BN, tree, self._cache).hidden_BND)
+
     def observe(self, step: Step) -> None:
-        for row, (ids, path) in enumerate(zip(self._session.rows, step.paths, strict=True)):
-            # What was fed beyond the accepted tokens is overwritten; the last accepted one may not have been fed.
+        # What was fed beyond the accepted tokens is overwritten; the last accepted one may not have been fed.
+        for row, ids in enumerate(self._session.rows):
             self._cache.lengths[row] = min(self._cache.lengths[row], len(ids) - 1)
-            num_drafted = (step.draft.num_nodes[row] if step.draft.num_nodes else step.draft.tree.num_nodes) - 1
-            for depth in range(min(len(path), num_drafted)):
-                self._stop.judge(self._confidences[depth][row], matched=depth < len(path) - 1)
-        self._stop.refit()
 
     def _catch_up(self) -> Tensor:
         """Feeds each row's committed tokens that the draft model has not read; returns the logits [B, V] after them."""
-        missing = [row[length:] for row, length in zip(self._session.rows, self._cache.lengths, strict=True)]
-        longest = max(map(len, missing))
-        device = self.engine.device
+        hidden_BND, counts = self._feed(self._session.rows)
+        last_B = torch.tensor(counts, device=self.engine.device) - 1
+        return self.engine.logits(hidden_BND[torch.arange(len(counts), device=last_B.device), last_B][:, None])[:, 0]
+
+    def _feed(self, rows: list[list[int]]) -> tuple[Tensor, list[int]]:
+        """Feeds and keeps what is missing of `rows`; returns hidden states [B, N, D] and how many are each row's."""
+        missing = [row[length:] for row, length in zip(rows, self._cache.lengths, strict=True)]
+        longest, device = max(map(len, missing)), self.engine.device
         tokens_BN = torch.tensor([ids + [0] * (longest - len(ids)) for ids in missing], device=device)
         out = self.engine.forward(tokens_BN, chain(longest, device), self._cache)
         self._cache.commit([list(range(len(ids))) for ids in missing])
-        last_B = torch.tensor([len(ids) - 1 for ids in missing], device=device)
-        last_B1D = out.hidden_BND[torch.arange(len(missing), device=device), last_B][:, None]
-        return self.engine.logits(last_B1D)[:, 0]
-
-
-class _ConfidenceStop:
-    """The threshold below which a drafted token ends the draft, refit to minimise FPR + 3 FNR on recent tokens."""
-
-    MIN_SAMPLES, MAX_SAMPLES, MISS_WEIGHT = 6, 256, 3.0
-
-    def __init__(self, config: Config) -> None:
-        self.threshold = config.confidence
-        self._adapts = config.adapts and config.confidence > 0
-        self._samples: list[tuple[float, bool]] = []
-
-    def judge(self, confidence: float, *, matched: bool) -> None:
-        """Notes whether a drafted token of this probability was accepted."""
-        self._samples.append((confidence, matched))
-
-    def refit(self) -> None:
-        """Sets the threshold between two observed probabilities where the weighted error is least."""
-        del self._samples[: -self.MAX_SAMPLES]
-        if not self._adapts or len(self._samples) < self.MIN_SAMPLES:
-            return
-        confidence = np.array([sample[0] for sample in self._samples])
-        matched = np.array([sample[1] for sample in self._samples])
-        if matched.all() or not matched.any():
-            return
-        order = confidence.argsort()
-        confidence, matched = confidence[order], matched[order]
-        # Cutting before entry i stops after the i least probable tokens.
-        missed = np.concatenate([[0], matched.cumsum()]) / matched.sum()
-        kept_wrong = 1 - np.concatenate([[0], (~matched).cumsum()]) / (~matched).sum()
-        cut = int((kept_wrong + self.MISS_WEIGHT * missed).argmin())
-        self.threshold = 0.0 if cut == 0 else float(confidence[min(cut, len(confidence) - 1)])
+        return out.hidden_BND, [len(ids) for ids in missing]

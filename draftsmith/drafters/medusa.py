@@ -61,10 +61,10 @@ class Drafter(nn.Module):
         self.to(device=target.device, dtype=target.dtype)
         self._plan_tree()
 
-    def heads(self, normed_BTD: Tensor) -> list[Tensor]:
-        """Returns, for each head, its features [B, T, D] before the output matrix."""
+    def heads(self, normed_BTD: Tensor, number: int | None = None) -> list[Tensor]:
+        """Returns, for each of the first `number` heads or all, its features [B, T, D] before the output matrix."""
         features = []
-        for blocks in self.blocks:
+        for blocks in self.blocks[:number]:
             z_BTD = normed_BTD
             for linear in blocks:  # type: ignore[attr-defined]
                 z_BTD = z_BTD + nn.functional.silu(linear(z_BTD))
@@ -90,7 +90,7 @@ class Drafter(nn.Module):
             return Draft(tokens_BN=pending_B1, tree=self._trees[0])
         depth = min(budget, self._tree_depth)
         normed_B1D = self.target.norm(self._last_BD[:, None])
-        features_BKD = torch.cat(self.heads(normed_B1D)[:depth], dim=1)
+        features_BKD = torch.cat(self.heads(normed_B1D, depth), dim=1)
         if self.config.own_head:
             parts = [self.head(k, features_BKD[:, k : k + 1]) for k in range(depth)]
             logits_BKV = torch.cat(parts, dim=1)

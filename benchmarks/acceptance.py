@@ -1,0 +1,111 @@
+"""Tokens a step of each verifier, on the same prompts with the same draft model; and how near it comes to the optimum.
+
+    ./launch.sh quickstart                                    # once: trains the draft model
+    .venv/bin/python benchmarks/acceptance.py                 # pocket target, temperature 1, 200 prompts
+
+NUMBER
+"""
+
+import dataclasses
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import draftsmith
+from data import POCKET
+from data.prompts import load_prompts
+from draftsmith import Target
+from draftsmith.artifact import read_manifest
+from draftsmith.sampling import Sampling
+from eval.machine import commit, hardware, num_threads
+from eval.oracle import Watched
+from trainers.settings import parse_settings
+
+TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
+PATHS = ((0,), (1,), (2,), (0, 0), (1, 0), (2, 0), (0, 0, 0), (1, 0, 0), (2, 0, 0))
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("chain of 3", "token", {}),
+    ("chain of 3", "block", {}),
+    ("tree of 7, without replacement", "recursive", {"tree": TREE}),
+    ("tree of 7, without replacement", "traversal", {"tree": TREE}),
+    ("tree of 7, top and drawn", "greedy_drafting", {"tree": TREE, "siblings": "top_and_drawn"}),
+    ("3 paths of 3, independent", "recursive", {"tree": PATHS, "siblings": "independent"}),
+    ("3 paths of 3, independent", "kseq", {"tree": PATHS, "siblings": "independent"}),
+    ("3 paths of 3, independent", "traversal", {"tree": PATHS, "siblings": "independent"}),
+    ("3 paths of 3, independent", "multipath", {"tree": PATHS, "siblings": "independent"}),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """What is decoded, and under which law."""
+
+    target: str = str(POCKET)
+    """A transformers folder or hub name."""
+    draft: str = "runs/quickstart/distill"
+    """Artifact of a draft model that drafts chains."""
+    data: str = "python-source"
+    """Where the prompts come from."""
+    num_prompts: int = 200
+    """Prompts."""
+    max_new_tokens: int = 64
+    """Tokens after each."""
+    temperature: float = 1.0
+    """Above 0."""
+    batch_size: int = 20
+    """Prompts decoded at once."""
+    threads: int = 1
+    """CPU threads, 0 for torch's own choice."""
+
+
+def main(run: BenchmarkSettings) -> None:
+    read_manifest(run.draft)
+    target = Target.from_pretrained(run.target, dtype="float32")
+    given: Any = draftsmith.load(run.draft, target)
+    if not hasattr(given.config, "siblings"):
+        raise ValueError(f"{run.draft} is no draft model whose siblings are drawn from laws")
+    sampling = Sampling(temperature=run.temperature)
+    prompts = [prompt.ids for prompt in load_prompts(run.data, target.tokenizer, max_prompts=run.num_prompts)]
+    batches = [prompts[begin : begin + run.batch_size] for begin in range(0, len(prompts), run.batch_size)]
+    print(f"{hardware(target.device)}; {len(prompts)} prompts, {run.max_new_tokens} new tokens, temperature "
+          f"{run.temperature:g}; commit {commit()}")  # fmt: skip
+    print(f"{'draft':31} {'verifier':16} tokens a step      first token accepted, at best")
+    with num_threads(run.threads), tqdm(total=len(CASES) * len(batches), unit="batch", leave=False) as bar:
+        for shape, verifier, changes in CASES:
+            config = dataclasses.replace(given.config, num_draft=3, length="fixed", **changes)
+            drafter = type(given)(config, target)
+            drafter.load_state_dict(given.state_dict())
+            watched, taus = Watched(drafter.eval(), sampling), []
+            for number, rows in enumerate(batches):
+                ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+                mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True)
+                out = draftsmith.generate(
+                    target,
+                    ids,
+                    watched,
+                    attention_mask=mask,
+                    max_new_tokens=run.max_new_tokens,
+                    temperature=run.temperature,
+                    seed=number,
+                    verifier=verifier,
+                )
+                taus.append(out.stats.tau)
+                bar.update()
+            spread = statistics.stdev(taus) / math.sqrt(len(taus)) if len(taus) > 1 else math.nan
+            known = ""
+            if watched.num_steps:
+                known = f"{watched.num_accepted / watched.num_steps:.3f}, {watched.optimum / watched.num_steps:.3f}"
+            tqdm.write(f"{shape:31} {verifier:16} {statistics.mean(taus):.3f} +- {spread:.3f}     {known}")
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_settings(BenchmarkSettings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
