@@ -64,7 +64,7 @@ class QuickstartSettings:
     """Steps of each training, 0 for what its preset says."""
     seed: int = 0
     """Of everything."""
-    num_texts: int = 840
+    num_texts: int = 720
     """Prompts that the target continues."""
     text_tokens: int = 112
     """Tokens written after each."""

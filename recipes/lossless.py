@@ -1,0 +1,95 @@
+"""Certifies that drafters keep a target's output: greedy text token for token, sampled text in law.
+
+    ./launch.sh lossless --draft runs/medusa                        # pocket target, held-out source, into runs/lossless
+    ./launch.sh lossless --target T --data prompts.jsonl --draft runs/mine runs/other --num-rows 8000
+    ./launch.sh lossless --draft runs/distill --verifier typical    # tested, and refused a certificate
+
+What is tested, what such a test sees and what it does not: eval/lossless.py, which `python -m eval.lossless` also runs.
+The status is 1 unless everything passed. Pocket target, one drafter, one CPU core: NUMBER.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from data import POCKET
+from data.prompts import load_prompts
+from draftsmith import Target
+from draftsmith.artifact import check_fits, read_manifest
+from draftsmith.facts import read_facts
+from eval.identity import GreedySettings
+from eval.lossless import LOSSLESS, certify, check_output, lines, save
+from eval.sampled import BEYOND, LawSettings
+from trainers.settings import parse_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What is certified, and on which prompts."""
+
+    target: str = str(POCKET)
+    """A transformers folder or hub name."""
+    draft: tuple[str, ...] = ()
+    """Folders of the artifacts to certify."""
+    data: str = "python-source"
+    """Where the prompts come from; see data/sources.py."""
+    output: str = "runs/lossless"
+    """Folder for lossless.json and lossless.md."""
+    num_prompts: int = 8
+    """Prompts drawn from the data."""
+    max_steps: int = 0
+    """At most so many batches of draws for each drafter and law, 0 for all: for a quick trial."""
+    prompt_tokens: int = 32
+    """Length of prompts cut from source code or plain text."""
+    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"
+    """What becomes of rows too long for the target's context."""
+    device: str = "auto"
+    """Where the target runs."""
+
+    def __post_init__(self) -> None:
+        if not self.draft:
+            raise ValueError("--draft names no artifact, and without one there is nothing to certify")
+        if len(set(self.draft)) < len(self.draft):
+            raise ValueError(f"drafts are {list(self.draft)}; name each artifact once")
+
+
+def main(run: RunSettings, settings: LawSettings, greedy: GreedySettings) -> int:
+    """Returns the process's status."""
+    output = Path(run.output)
+    check_output(output)
+    manifests = [read_manifest(draft) for draft in run.draft]
+    facts = read_facts(run.target)
+    for draft, manifest in zip(run.draft, manifests, strict=True):
+        check_fits(draft, manifest, facts)
+    if run.max_steps:
+        num_rows = min(settings.num_rows, run.max_steps * settings.rows_at_once)
+        settings = replace(settings, num_rows=num_rows)
+    prompts = load_prompts(
+        run.data,
+        facts.tokenizer,
+        max_prompts=run.num_prompts,
+        max_prompt_tokens=facts.context_length - max(greedy.max_new_tokens, settings.num_tokens + BEYOND),
+        prompt_tokens=run.prompt_tokens,
+        long_prompts=run.long_prompts,
+        seed=settings.seed,
+    )
+    greedy.check_prompts(len(prompts))
+    certificate = certify(
+        lambda dtype: Target.from_pretrained(run.target, dtype=dtype, device=run.device),
+        [Path(draft) for draft in run.draft],
+        prompts,
+        settings,
+        greedy,
+    )
+    save(certificate, output)
+    print("\n".join(lines(certificate, "terminal")))
+    print(f"\nWritten to {output}: lossless.json and lossless.md")
+    return 0 if certificate["verdict"] == LOSSLESS else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(*parse_settings(RunSettings, LawSettings, GreedySettings, description=__doc__)))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
