@@ -3,7 +3,8 @@
     ./launch.sh quickstart                                    # once: trains the draft model
     .venv/bin/python benchmarks/acceptance.py                 # pocket target, temperature 1, 200 prompts
 
-NUMBER
+Pocket target, the quickstart's draft model: token 1.54, block 1.59; recursive 1.77, traversal 1.81; on three paths
+recursive 1.73, K-SEQ 1.76, traversal 1.79, multi-path 1.84; standard errors 0.02 to 0.03 (LOG.md has the whole table).
 """
 
 import dataclasses

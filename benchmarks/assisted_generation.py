@@ -3,7 +3,9 @@
     ./launch.sh quickstart                                    # once: trains the small LM
     .venv/bin/python benchmarks/assisted_generation.py        # pocket target
 
-Both decode the same prompts in turn, in this process; ratios are of tokens/s within a round. NUMBER.
+Both decode the same prompts in turn, in this process; ratios are of tokens/s within a round.
+One core of an AMD EPYC: 1.39 (1.37 to 1.68) with the length policy that transformers uses (`refit`), 1.74 (1.68 to
+2.56) with the quickstart's `expected_gain`; plain decoding 0.95 (0.94 to 0.98). Output identical.
 """
 
 import sys

@@ -184,7 +184,7 @@ class ExpectedGain:
     it are accepted; for a constant a and ms(n) = 1 + c n that is the formula of Leviathan et al. (2211.17192, theorem
     3.8). The best n is the length where the drafter tells no confidences. Where it tells them, that n says whether to
     draft at all, and then another token is drafted while its chance, by the confidences so far, is above what its time
-    would bring at the best n's rate. The number is c, a drafted token's cost in target steps; 0 measures ms(n), the line
+    would bring at the best n's rate. The number is c, a drafted token's cost in target steps; 0 measures ms(n), a line
     through the quickest rounds of each n, and then the same seed may give another text, of the same law.
     """
 

@@ -17,7 +17,7 @@ from torch import Tensor
 MIN_EXPECTED = 5.0
 """What every cell of a group expects."""
 MANY = 50.0
-"""What a cell expects, or a sum varies, where the statistic is a chi-square only in the limit."""
+"""What a cell of ranks expects, whose statistic is a chi-square in the limit; drafts are no further from it."""
 RANK_ENDS = (1, 2, 4, 8)
 """Ranks are told apart as 0, 1, 2 to 3, 4 to 7, and those from 8 on."""
 CERTAINTY = 0.9
@@ -171,28 +171,34 @@ class _Favour:
     """How much what came was favoured by the draft, what the laws expect of that, and how much it varies."""
 
     def __init__(self) -> None:
-        self._excess = self._variance = self._gain = self._heaviest = 0.0
+        self._excess = self._gain = 0.0
+        self._cumulants = torch.zeros(3, dtype=torch.float64)
         self._num_samples = 0
 
     def add(self, token: int, law_V: Tensor, drafted_K: Tensor, weights_K: Tensor) -> None:
         """Takes up one token, the law [V] before it, and what the draft favoured there [K]."""
         law_K, weights_K = law_V[drafted_K.to(law_V.device)].cpu(), weights_K.double()
-        expected, square = float(law_K @ weights_K), float(law_K @ weights_K.square())
-        self._excess += float(weights_K[drafted_K == token].sum()) - expected
-        self._variance += square - expected**2
-        self._gain += float(weights_K.square().sum() / weights_K.sum()) - expected
-        self._heaviest = max(self._heaviest, float(weights_K.max()))
+        mean = float(law_K @ weights_K)
+        self._excess += float(weights_K[drafted_K == token].sum()) - mean
+        self._gain += float(weights_K.square().sum() / weights_K.sum()) - mean
+        # Of a token that is not drafted the weight is 0.
+        second, third, fourth = (
+            float(law_K @ (weights_K - mean) ** power + (1 - law_K.sum()) * (-mean) ** power) for power in (2, 3, 4)
+        )
+        self._cumulants += torch.tensor([second, third, fourth - 3 * second**2], dtype=torch.float64)
         self._num_samples += 1
 
     def evidence(self) -> Evidence:
-        """Returns the evidence; none if hardly anything of what was drafted had a chance."""
-        if self._variance <= MANY * self._heaviest**2:
+        """Returns the evidence; none where too little of what was drafted had a chance."""
+        variance, third, fourth = self._cumulants.tolist()
+        # A count that expects MANY is as far from a normal law.
+        if variance <= 0 or MANY * third**2 > variance**3 or MANY * fourth > variance**2:
             return Evidence()
         return Evidence(
-            statistic=self._excess**2 / self._variance,
+            statistic=self._excess**2 / variance,
             freedom=1,
             num_samples=self._num_samples,
-            leverage=self._gain**2 / self._variance,
+            leverage=self._gain**2 / variance,
         )
 
 

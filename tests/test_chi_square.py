@@ -70,15 +70,15 @@ def toy_chances(laws_VV: Tensor, num_rows: int, times: int) -> tuple[Tensor, Jud
 
 
 def test_p_values_are_uniform_under_the_law() -> None:
-    chances, judged = toy_chances(toy_laws(), num_rows=150, times=120)
+    chances, judged = toy_chances(toy_laws(), num_rows=400, times=80)
     for chance in chances.T:
-        assert chance.mean().item() == pytest.approx(0.5, abs=0.09)
-        assert (chance < 0.1).float().mean().item() == pytest.approx(0.1, abs=0.09)
+        assert chance.mean().item() == pytest.approx(0.5, abs=0.11)
+        assert (chance < 0.1).float().mean().item() == pytest.approx(0.1, abs=0.11)
         assert chance.min() > 1e-4
     by_prefix = sum(judged.by_prefix, Evidence())
     assert by_prefix.num_unclear > 0
-    assert by_prefix.num_samples < judged.by_rank.num_samples < 600
-    assert judged.by_draft.num_samples < judged.by_rank.num_samples * 3 / 4 + 20
+    assert by_prefix.num_samples < judged.by_rank.num_samples < 1_600
+    assert judged.by_draft.num_samples < judged.by_rank.num_samples * 0.85
     assert by_prefix.num_excluded == judged.by_rank.num_excluded == 0
 
 
@@ -100,7 +100,7 @@ def test_a_shift_is_seen_as_often_as_promised(way: int) -> None:
     assert share is not None
     assert 0.03 < share < 0.3
     chances, _ = toy_chances(moved(share, to_drafted=way == 2), num_rows=400, times=30)
-    assert 0.7 < (chances[:, way] < 1e-3).float().mean() < 1
+    assert (chances[:, way] < 1e-3).float().mean() > 0.7
     chances, _ = toy_chances(moved(share / 4, to_drafted=way == 2), num_rows=400, times=10)
     assert (chances[:, way] < 1e-3).float().mean() < 0.3
 
