@@ -41,7 +41,7 @@ FAVOURED = torch.tensor([3, 1, 5]), torch.tensor([0.5, 0.25, 0.125])
 
 
 def toy_drafts(num_rows: int) -> list[dict[int, tuple[Tensor, Tensor]]]:
-    """Returns drafts that begin at every position of a row, at the first and third of the next, and where no text is."""
+    """Returns drafts that begin at every place of a row, at the first and third of the next, and where no text is."""
     return [
         {0: FAVOURED, 2: FAVOURED, 9: FAVOURED} | ({1: FAVOURED, 3: FAVOURED} if row % 2 else {})
         for row in range(num_rows)
