@@ -347,7 +347,7 @@ def test_what_cannot_be_generated_is_refused() -> None:
     refused(target, ids, "max_new_tokens is 0; it must be at least 1", max_new_tokens=0)
     refused(target, ids, "top_p is 1.5; it must be above 0 and at most 1", temperature=1.0, top_p=1.5)
     refused(target, ids, "temperature is -1; it must be 0", temperature=-1)
-    refused(target, ids, "unknown verifier 'nosuch'; there are auto, greedy", verifier="nosuch")
+    refused(target, ids, "unknown verifier 'nosuch'; there are auto, bild", verifier="nosuch")
     refused(target, ids, "a streamer prints one row, and there are 2", streamer=Pieces())
 
 
