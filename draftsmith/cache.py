@@ -1,6 +1,7 @@
 """Keys and values of one model, preallocated, written in place at each row's own length.
 
-Shape suffixes: L layers, B rows, H key heads, S slots, D head width, N new tokens, P length of the accepted path.
+Shape suffixes: L layers, B rows, H key heads, S slots, D head width, N nodes of a tree or
+new tokens, P length of the accepted path, R is B or 1.
 """
 
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+from draftsmith.tree import Tree
 
 FIRST_CAPACITY = 256
 
@@ -34,12 +37,12 @@ class KVCache(Cache):
         self.cross: Cache | None = None
         self.cross_is_filled: dict[int, bool] = {}
 
-    def prepare(self, num_new: int, device: torch.device) -> None:
-        """Says that the next forward brings `num_new` tokens a row; `num_visible` slots are read then."""
-        self._first_slot = self.lengths[0]
-        self._num_visible = max(self.lengths) + num_new
+    def prepare(self, num_nodes: int, device: torch.device, *, first: int = 0) -> None:
+        """Says that the next forward brings nodes `first` to `num_nodes - 1` of a tree, those before being there."""
+        self._first_slot = self.lengths[0] + first
+        self._num_visible = max(self.lengths) + num_nodes
         if self.is_ragged:
-            order_N = torch.arange(num_new, device=device)
+            order_N = torch.arange(first, num_nodes, device=device)
             self._slots_BN = torch.tensor(self.lengths, device=device)[:, None] + order_N
         else:
             self._slots_BN = None
@@ -110,3 +113,22 @@ class KVCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self._num_visible, 0
+
+
+def visible(tree: Tree, cache: KVCache, *, first: int = 0) -> Tensor:
+    """Returns which slots the nodes from `first` on may see [R, N, S]: what is committed, their ancestors, themselves.
+
+    The cache must have been prepared for them.
+    """
+    ancestors_RNN = tree.ancestors_RNN[:, first:]
+    num_new, device = ancestors_RNN.shape[1], ancestors_RNN.device
+    if not cache.is_ragged:
+        past = ancestors_RNN.new_ones(1, num_new, cache.lengths[0])
+        return torch.cat([past.expand(len(ancestors_RNN), -1, -1), ancestors_RNN], dim=2)
+    batch_size = len(cache.lengths)
+    lengths_B1 = torch.tensor(cache.lengths, device=device)[:, None]
+    committed_BS = torch.arange(cache.num_visible, device=device) < lengths_B1
+    mask_BNS = committed_BS[:, None].repeat(1, num_new, 1)
+    slots_BN = lengths_B1 + torch.arange(tree.num_nodes, device=device)
+    index_BNN = slots_BN[:, None].expand(-1, num_new, -1)
+    return mask_BNS.scatter_(2, index_BNN, ancestors_RNN.expand(batch_size, -1, -1))

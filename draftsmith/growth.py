@@ -1,22 +1,90 @@
-"""Trees filled by a draft model that is asked again at every level: of a fixed shape, or grown where it is confident.
+"""Drafts of a model that is asked again at every level: chains, trees of a fixed shape, or grown where it is confident.
 
-The draft model is a function from the tree so far, tokens [B, N] and shape, to logits [B, N, V] at its nodes.
+The draft model is a function of the draft so far: its tokens [B, N], its shape, and the first node that the model has
+not been given yet, all before that being as they were. It returns logits [B, M, V] at the M new nodes.
 
-Shape suffixes: B rows, N nodes, F nodes that are given children, C children each, V vocabulary.
+Shape suffixes: B rows, N nodes, M new nodes, F nodes that are given children, C children each,
+V vocabulary.
 """
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from draftsmith.drafters import Session
 from draftsmith.sampling import draw
-from draftsmith.tree import Draft, Drawn, Tree
+from draftsmith.tree import Draft, Drawn, Tree, chain
 
 Paths = tuple[tuple[int, ...], ...]
-Model = Callable[[Tensor, Tree], Tensor]
+Model = Callable[[Tensor, Tree, int], Tensor]
+
+
+class Shape(Protocol):
+    """What the configuration of a drafter says of its drafts: chains, or trees that grow."""
+
+    @property
+    def num_draft(self) -> int:
+        """Most levels."""
+
+    @property
+    def width(self) -> int:
+        """If not 0, so many nodes a level are given so many children."""
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes kept of such a tree."""
+
+
+def check_shape(shape: Shape) -> None:
+    """Raises ValueError unless there can be such drafts."""
+    if shape.num_draft < 1:
+        raise ValueError(f"num_draft is {shape.num_draft}; it must be at least 1")
+    if shape.width < 0 or shape.num_nodes < 1:
+        raise ValueError(f"width {shape.width} must not be negative and num_nodes {shape.num_nodes} at least 1")
+
+
+def draft(model: Model, session: Session, shape: Shape, budget: int) -> Draft:
+    """Returns a draft of this shape, no deeper than `budget`."""
+    depth = min(budget, shape.num_draft)
+    if depth < 1:
+        return session.only_pending()
+    if shape.width:
+        return grow(model, session, width=shape.width, num_nodes=shape.num_nodes, depth=depth)
+    return line(model, session, depth)
+
+
+def line(model: Model, session: Session, num_draft: int) -> Draft:
+    """Returns a chain, each token drawn from the model's law after those before it (2211.17192; 2302.01318).
+
+    It ends where the session's length policy says so, which is asked after each token.
+    """
+    device, sampling = session.target.device, session.sampling
+    tokens_BN, laws = session.pending()[:, None], []
+    num_nodes, is_drafting = [1] * len(session.rows), [True] * len(session.rows)
+    while tokens_BN.shape[1] <= num_draft and any(is_drafting):
+        length = tokens_BN.shape[1]
+        logits_BV = model(tokens_BN, chain(length, device), length - 1)[:, -1]
+        if sampling.is_greedy:
+            token_B = logits_BV.argmax(-1)
+        else:
+            laws.append(sampling.law(logits_BV))
+            uniforms_B = torch.rand(len(num_nodes), generator=session.generator, dtype=torch.float64)
+            token_B = draw(laws[-1], uniforms_B.to(device))
+        confidences = logits_BV.float().softmax(-1).gather(1, token_B[:, None])[:, 0].tolist()
+        tokens_BN = torch.cat([tokens_BN, token_B[:, None]], dim=1)
+        for row, is_row_drafting in enumerate(is_drafting):
+            num_nodes[row] += is_row_drafting
+            is_drafting[row] = is_row_drafting and session.goes_on(row, confidences[row])
+    return Draft(
+        tokens_BN=tokens_BN,
+        tree=chain(tokens_BN.shape[1], device),
+        num_nodes=num_nodes if min(num_nodes) < tokens_BN.shape[1] else None,
+        draft_probs_BNV=torch.stack(laws, dim=1) if laws else None,
+        drawn="independent" if laws else "deterministic",
+    )
 
 
 def check_paths(paths: Paths) -> None:
@@ -61,17 +129,17 @@ def fill(model: Model, session: Session, paths: Paths, drawn: Drawn, depth: int)
     laws: list[Tensor] = []
     for level in range(min(depth, len(plan) - 1)):
         tree, by_count = plan[level]
-        logits_BNV = model(tokens_BN, tree)
         first = int((tree.depths_RN[0] < level).sum())
+        logits_BMV = model(tokens_BN, tree, first)
         if not sampling.is_greedy:
-            laws.append(sampling.law(logits_BNV[:, first:]))
+            laws.append(sampling.law(logits_BMV))
         children: dict[int, Tensor] = {}
         for count, nodes in by_count.items():
+            places = [node - first for node in nodes]
             if sampling.is_greedy:
-                drawn_BFC = logits_BNV[:, nodes].topk(count, dim=-1).indices
+                drawn_BFC = logits_BMV[:, places].topk(count, dim=-1).indices
             else:
-                law_BFV = laws[-1][:, [node - first for node in nodes]]
-                drawn_BFC = draw_siblings(law_BFV, count, drawn, session.generator)
+                drawn_BFC = draw_siblings(laws[-1][:, places], count, drawn, session.generator)
             children |= dict(zip(nodes, drawn_BFC.unbind(1), strict=True))
         tokens_BN = torch.cat([tokens_BN, *(children[node] for node in sorted(children))], dim=1)
     tree = plan[min(depth, len(plan) - 1)][0]
@@ -111,7 +179,7 @@ def grow(model: Model, session: Session, *, width: int, num_nodes: int, depth: i
 
     Every level asks for the `width` best children of its `width` best nodes, by the product of probabilities along the
     path, and of all children met the best are kept. A row's tree depends on laws that no token was drawn from: it is
-    deterministic.
+    deterministic. Its nodes are in another order than they were given to the model in, save node 0.
     """
     num_rows, device = len(session.rows), session.target.device
     tokens, parents = [[row[-1]] for row in session.rows], [[-1] for _ in session.rows]
@@ -125,7 +193,7 @@ def grow(model: Model, session: Session, *, width: int, num_nodes: int, depth: i
         )
         fed_BN = torch.tensor([[tokens[row][node] for node in fed[row]] for row in range(num_rows)], device=device)
         num_asked = 1 if level == 0 else width
-        chances_BFV = model(fed_BN, shape)[:, -num_asked:].float().log_softmax(-1)
+        chances_BFV = model(fed_BN, shape, len(fed[0]) - num_asked).float().log_softmax(-1)
         best = chances_BFV.topk(width, dim=-1)
         for row, (logs, ids) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
             asked = fed[row][-num_asked:]

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draftsmith.cache import KVCache
 from draftsmith.drafters import Drafter, Session, Step
 from draftsmith.length import Policy
 from draftsmith.pace import paced
 from draftsmith.prompt import check_lengths, eos_ids, pack, start_rows, until_end
 from draftsmith.sampling import Sampling
 from draftsmith.stats import GenerationStats, Stopwatch
-from draftsmith.target import Target
+from draftsmith.target import Forward, Target
 from draftsmith.tree import Draft
 from draftsmith.verify import choose
 from draftsmith.verify.verdict import Verdict
@@ -63,7 +64,9 @@ def generate(
     rows, source = start_rows(target, input_ids, attention_mask)
     check_lengths(target, rows, max_new_tokens)
     if drafter is not None and drafter.target is not target:
-        raise ValueError("the drafter was loaded for another Target object; load it with this one")
+        raise ValueError(
+            "the drafter drafts for another Target object; load it with this one, or give its own, drafter.target"
+        )
     drafter = paced(drafter, length) if drafter is not None else None
     if streamer is not None and len(rows) > 1:
         raise ValueError(f"a streamer prints one row, and there are {len(rows)}; stream with batch size 1")
@@ -90,7 +93,7 @@ def generate(
         draft = drafter.propose(budget) if drafter is not None and budget > 0 else session.only_pending()
         stats.draft_ms += (draft_ms := watch.lap_ms())
 
-        out = target.forward(draft.tokens_BN, draft.tree, cache, layers=wanted)
+        out = _forward(target, draft, cache, wanted)
         logits_BNV = target.logits(out.hidden_BND)
         verdict = _verify(logits_BNV, draft, sampling, verifier, generator)
         paths, next_tokens = _to_host(verdict)
@@ -126,6 +129,13 @@ def generate(
     with torch.inference_mode(False):
         sequences, lengths = pack(target, rows)
     return Generation(sequences=sequences, lengths=lengths, stats=stats)
+
+
+def _forward(target: Target, draft: Draft, cache: KVCache, wanted: tuple[int, ...]) -> Forward:
+    if draft.entry is None:
+        return target.forward(draft.tokens_BN, draft.tree, cache, layers=wanted)
+    span, hidden_BND = (draft.entry.layer, target.num_layers), draft.entry.hidden_BND
+    return target.forward(draft.tokens_BN, draft.tree, cache, layers=wanted, span=span, entry_BND=hidden_BND)
 
 
 def _verify(logits_BNV: Tensor, draft: Draft, sampling: Sampling, name: str, generator: torch.Generator) -> Verdict:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from draftsmith.cache import KVCache
+from draftsmith.cache import KVCache, visible
 from draftsmith.facts import context_length, read_facts, tokenizer_hash
 from draftsmith.stack import LAYER_LISTS, Frame, final_norm, find_child, head_view, relative_bias, view
 from draftsmith.tree import Tree, chain
@@ -157,22 +157,24 @@ class Target:
         span: tuple[int, int] | None = None,
         entry_BND: Tensor | None = None,
         skipped: frozenset[tuple[str, int]] = frozenset(),
+        first: int = 0,
     ) -> Forward:
         """Runs a tree of new tokens after each row's cached ones, writing their keys and values without committing.
 
         `span` (start, stop) runs only those blocks; with start > 0 `entry_BND` are the hidden states to resume from.
-        `skipped` names sublayers to leave out, as ("attention", i) and ("mlp", i). Raises ValueError for a tree on
-        an encoder-decoder.
+        `skipped` names sublayers to leave out, as ("attention", i) and ("mlp", i). With `first` the tokens are those of
+        the tree's nodes from there on; the nodes before were fed since the last commit. Raises ValueError for a tree
+        on an encoder-decoder.
         """
         if self.is_encoder_decoder and not tree.is_chain:
             raise ValueError(f"{self._architecture} is an encoder-decoder: it verifies chains, not trees")
         start, stop = span or (0, self.num_layers)
-        num_nodes = tree.num_nodes
-        cache.prepare(num_nodes, tokens_BN.device)
+        assert tokens_BN.shape[1] == tree.num_nodes - first
+        cache.prepare(tree.num_nodes, tokens_BN.device, first=first)
         lengths_B1 = torch.tensor(cache.lengths, device=tokens_BN.device)[:, None]
         # A row close to its end may draft past the context; those tokens are never kept.
-        positions_BN = (lengths_B1 + tree.depths_RN).clamp(max=self.context_length - 1)
-        masks = self._masks(tree, cache, positions_BN)
+        positions_BN = (lengths_B1 + tree.depths_RN[:, first:]).clamp(max=self.context_length - 1)
+        masks = self._masks(tree, cache, positions_BN, first)
         frame = self._frame
         frame.positions, frame.entry = positions_BN, entry_BND
         frame.wanted, frame.hidden = frozenset(layers), {}
@@ -317,13 +319,13 @@ class Target:
         both.is_updated = cache.cross_is_filled
         return both
 
-    def _masks(self, tree: Tree, cache: KVCache, positions_BN: Tensor) -> Any:
+    def _masks(self, tree: Tree, cache: KVCache, positions_BN: Tensor, first: int) -> Any:
         """Returns the mask [B, 1, N, S], or one for each kind of layer where a model mixes two."""
         kinds = set(getattr(self._config, "layer_types", None) or ())
         window = getattr(self._config, "sliding_window", None)
         if not kinds:
             kinds = {"sliding_attention"} if window else {"full_attention"}
-        full_RNS = self._visible(tree, cache)
+        full_RNS = visible(tree, cache, first=first)
         masks = {}
         for kind in kinds:
             mask_RNS = full_RNS
@@ -336,20 +338,6 @@ class Target:
                 mask_RNS = full_RNS & (positions_BN[:, :, None] - keys_BS[:, None] < window)
             masks[kind] = self._as_mask(mask_RNS)
         return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def _visible(self, tree: Tree, cache: KVCache) -> Tensor:
-        """Returns True where a node may see a slot: its row's committed tokens, its ancestors and itself."""
-        num_nodes, device = tree.num_nodes, tree.ancestors_RNN.device
-        if not cache.is_ragged:
-            past = tree.ancestors_RNN.new_ones(1, num_nodes, cache.lengths[0])
-            return torch.cat([past.expand(len(tree.ancestors_RNN), -1, -1), tree.ancestors_RNN], dim=2)
-        batch_size = len(cache.lengths)
-        lengths_B1 = torch.tensor(cache.lengths, device=device)[:, None]
-        committed_BS = torch.arange(cache.num_visible, device=device) < lengths_B1
-        mask_BNS = committed_BS[:, None].repeat(1, num_nodes, 1)
-        slots_BN = lengths_B1 + torch.arange(num_nodes, device=device)
-        index_BNN = slots_BN[:, None].expand(-1, num_nodes, -1)
-        return mask_BNS.scatter_(2, index_BNN, tree.ancestors_RNN.expand(batch_size, -1, -1))
 
     def _as_mask(self, visible_RNS: Tensor) -> Tensor:
         if self._config._attn_implementation == "sdpa":

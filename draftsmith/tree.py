@@ -1,6 +1,7 @@
 """The draft tree: what a drafter proposes and the target checks in one forward.
 
-Shape suffixes: B rows of the batch, N nodes of the tree, V vocabulary; R is B, or 1 when all rows share the shape.
+Shape suffixes: B rows of the batch, N nodes of the tree, D hidden width, V vocabulary; R is B, or 1 when all rows share
+the shape.
 """
 
 from dataclasses import dataclass
@@ -74,6 +75,16 @@ def chain(num_nodes: int, device: torch.device | str = "cpu") -> Tree:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Entry:
+    """What the target's first blocks made of a draft's nodes, their keys and values being in the target's cache."""
+
+    layer: int
+    """How many blocks have run."""
+    hidden_BND: Tensor
+    """The last one's output."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Draft:
     """A tree filled with tokens, and the laws that its children were drawn from."""
 
@@ -86,6 +97,8 @@ class Draft:
     """Row i is the law that the children of node i were drawn from; None if the draft is deterministic."""
     drawn: Drawn = "deterministic"
     """How the children of a node were drawn."""
+    entry: Entry | None = None
+    """From where verification goes on, if the drafter ran the target's first blocks over these very nodes."""
 
     def valid_BN(self) -> Tensor | None:
         """Returns which nodes are in use [B, N], or None if all are."""

@@ -107,6 +107,27 @@ def test_each_row_may_have_a_tree_of_its_own(architecture: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_a_tree_fed_in_parts_is_the_whole(architecture: str) -> None:
+    """Ragged and even rows; parts of one node and of several."""
+    target, tree, tokens_BN = tiny_target(architecture), random_tree(7, seed=3), random_tokens(3, 7, seed=4)
+    for rows in (prompts(3), [row[:1] for row in prompts(3)]):
+        whole, parts = target.new_cache(3), target.new_cache(3)
+        for cache in (whole, parts):
+            target.prefill(rows, cache)
+        expected_BND = target.forward(tokens_BN, tree, whole).hidden_BND
+        for first, stop in ((0, 1), (1, 4), (4, 5), (5, 7)):
+            part = Tree.from_parents([tree.parents_RN[0, :stop].tolist()])
+            found = target.forward(tokens_BN[:, first:stop], part, parts, first=first)
+            assert torch.allclose(found.hidden_BND, expected_BND[:, first:stop], atol=2e-5)
+        for cache in (whole, parts):
+            cache.commit([[0, 1], [0], [0, 1]])
+        for row, length in enumerate(whole.lengths):
+            mine, theirs = (cache._store[:, :, row, :, :length] for cache in (parts, whole))
+            assert torch.allclose(mine, theirs, atol=2e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
 def test_an_encoder_decoder_runs_ragged_chains_and_refuses_trees(architecture: str) -> None:
     target, sources, rows = tiny_target(architecture), prompts(3, seed=4), prompts(3)

@@ -1,6 +1,6 @@
 """A small causal LM with the target's vocabulary, drafting chains (2211.17192; 2302.01318) or trees (`growth`).
 
-Shape suffixes: B rows, N nodes, V vocabulary.
+Shape suffixes: B rows, T tokens not yet read, N nodes, M new nodes, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from draftsmith import growth, length
 from draftsmith.cache import KVCache
 from draftsmith.drafters import Session, Step
-from draftsmith.sampling import draw
 from draftsmith.target import Target
 from draftsmith.tree import Draft, Tree, chain
 
@@ -44,12 +43,9 @@ class Config:
         growth.check_paths(self.tree)
         if self.siblings not in SIBLINGS:
             raise ValueError(f"siblings is {self.siblings!r}; there are {', '.join(SIBLINGS)}")
-        if self.width < 0 or self.num_nodes < 1:
-            raise ValueError(f"width {self.width} must not be negative and num_nodes {self.num_nodes} at least 1")
+        growth.check_shape(self)
         if self.width and self.tree:
             raise ValueError("a fixed tree and width, for trees that grow, exclude each other")
-        if self.num_draft < 1:
-            raise ValueError(f"num_draft is {self.num_draft}; it must be at least 1")
         length.make(self.length)
 
     @property
@@ -84,75 +80,40 @@ class Drafter(nn.Module):
     def start(self, session: Session) -> None:
         self._session = session
         self._cache: KVCache = self.engine.new_cache(len(session.rows))
+        self._num_in_place = 0
         prompts = [row[:-1] for row in session.rows]
         if max(map(len, prompts)) > 0:
             self.engine.prefill(prompts, self._cache)
 
     def propose(self, budget: int) -> Draft:
-        rows, sampling = self._session.rows, self._session.sampling
-        device = self.engine.device
-        num_draft = min(budget, self.config.num_draft, self.engine.context_length - max(map(len, rows)))
-        if num_draft > 0 and (self.config.tree or self.config.width):
-            return self._tree(num_draft)
-        tokens, laws = [self._session.pending()], []
-        num_nodes = [1] * len(rows)
-        is_drafting = [True] * len(rows)
-        logits_BV = self._catch_up() if num_draft > 0 else None
-        for depth in range(1, num_draft + 1):
-            assert logits_BV is not None
-            if sampling.is_greedy:
-                token_B = logits_BV.argmax(-1)
-            else:
-                laws.append(sampling.law(logits_BV))
-                uniforms_B = torch.rand(len(rows), generator=self._session.generator, dtype=torch.float64)
-                token_B = draw(laws[-1], uniforms_B.to(device))
-            confidences = logits_BV.float().softmax(-1).gather(1, token_B[:, None])[:, 0].tolist()
-            tokens.append(token_B)
-            for row, is_row_drafting in enumerate(is_drafting):
-                num_nodes[row] += is_row_drafting
-                is_drafting[row] = is_row_drafting and self._session.goes_on(row, confidences[row])
-            if depth == num_draft or not any(is_drafting):
-                break
-            out = self.engine.forward(token_B[:, None], chain(1, device), self._cache)
-            self._cache.commit([[0] for _ in rows])
-            logits_BV = self.engine.logits(out.hidden_BND)[:, 0]
-        return Draft(
-            tokens_BN=torch.stack(tokens, dim=1),
-            tree=chain(len(tokens), device),
-            num_nodes=num_nodes if len(set(num_nodes)) > 1 or num_nodes[0] < len(tokens) else None,
-            draft_probs_BNV=torch.stack(laws, dim=1) if laws else None,
-            drawn="independent" if laws else "deterministic",
-        )
-
-    def _tree(self, depth: int) -> Draft:
-        """Returns a tree; its nodes, the pending ones among them, are fed anew at each level and never kept."""
-        config = self.config
-        if any(len(row) - length > 1 for row, length in zip(self._session.rows, self._cache.lengths, strict=True)):
-            self._feed([row[:-1] for row in self._session.rows])
-        if config.width:
-            width, num_nodes = config.width, config.num_nodes
-            return growth.grow(self._logits, self._session, width=width, num_nodes=num_nodes, depth=depth)
-        return growth.fill(self._logits, self._session, config.tree, config.siblings, depth)  # type: ignore[arg-type]
-
-    def _logits(self, tokens_BN: Tensor, tree: Tree) -> Tensor:
-        return self.engine.logits(self.engine.forward(tokens_BN, tree, self._cache).hidden_BND)
+        config, session = self.config, self._session
+        budget = min(budget, self.engine.context_length - max(map(len, session.rows)))
+        if config.tree and budget > 0:
+            depth = min(budget, config.num_draft)
+            return growth.fill(self._logits, session, config.tree, config.siblings, depth)  # type: ignore[arg-type]
+        draft = growth.draft(self._logits, session, config, budget)
+        # The nodes of a tree that grew have been put in another order.
+        self._num_in_place = min(self._num_in_place, 1) if config.width else self._num_in_place
+        return draft
 
     def observe(self, step: Step) -> None:
-        # What was fed beyond the accepted tokens is overwritten; the last accepted one may not have been fed.
+        self._cache.commit([[node for node in path if node < self._num_in_place] for path in step.paths])
+        self._num_in_place = 0
+        # A row that ended within its path holds less than was accepted.
         for row, ids in enumerate(self._session.rows):
             self._cache.lengths[row] = min(self._cache.lengths[row], len(ids) - 1)
 
-    def _catch_up(self) -> Tensor:
-        """Feeds each row's committed tokens that the draft model has not read; returns the logits [B, V] after them."""
-        hidden_BND, counts = self._feed(self._session.rows)
-        last_B = torch.tensor(counts, device=self.engine.device) - 1
-        return self.engine.logits(hidden_BND[torch.arange(len(counts), device=last_B.device), last_B][:, None])[:, 0]
-
-    def _feed(self, rows: list[list[int]]) -> tuple[Tensor, list[int]]:
-        """Feeds and keeps what is missing of `rows`; returns hidden states [B, N, D] and how many are each row's."""
-        missing = [row[length:] for row, length in zip(rows, self._cache.lengths, strict=True)]
+    def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
+        """Returns the logits [B, M, V] after the nodes from `first` on."""
+        self._num_in_place = tree.num_nodes
+        if first > 0:
+            out = self.engine.forward(tokens_BN[:, first:], tree, self._cache, first=first)
+            return self.engine.logits(out.hidden_BND)
+        # The pending token comes after whatever was committed and not yet read: none, the last one, or a tree's path.
+        missing = [row[length:] for row, length in zip(self._session.rows, self._cache.lengths, strict=True)]
         longest, device = max(map(len, missing)), self.engine.device
-        tokens_BN = torch.tensor([ids + [0] * (longest - len(ids)) for ids in missing], device=device)
-        out = self.engine.forward(tokens_BN, chain(longest, device), self._cache)
-        self._cache.commit([list(range(len(ids))) for ids in missing])
-        return out.hidden_BND, [len(ids) for ids in missing]
+        missing_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids in missing], device=device)
+        out = self.engine.forward(missing_BT, chain(longest, device), self._cache)
+        self._cache.commit([list(range(len(ids) - 1)) for ids in missing])
+        last_B = torch.tensor([len(ids) - 1 for ids in missing], device=device)
+        return self.engine.logits(out.hidden_BND[torch.arange(len(missing), device=device), last_B][:, None])

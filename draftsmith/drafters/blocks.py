@@ -1,0 +1,140 @@
+"""Parts that drafters with layers of their own are built from: attention with rotary positions, blocks, their caches.
+
+The same modules run over whole texts in training and, with a cache, over the nodes of a draft.
+
+Shape suffixes: B rows, N tokens or nodes, M new nodes, P length of the longest accepted path, E width of the input,
+D hidden width, H heads, S cache slots, R is B or 1.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from draftsmith.cache import KVCache, visible
+from draftsmith.tree import Tree
+from draftsmith.verify.verdict import Verdict
+
+
+def rotate(x_BHND: Tensor, positions_RN: Tensor, theta: float) -> Tensor:
+    """Turns each half-split pair (x[i], x[i + D/2]) by position * theta^(-2i/D) (RoFormer, 2104.09864)."""
+    half = x_BHND.shape[-1] // 2
+    powers = torch.arange(half, device=x_BHND.device, dtype=torch.float32) / half
+    angles_RND = positions_RN[:, None, :, None].float() * theta**-powers
+    cos, sin = angles_RND.cos(), angles_RND.sin()
+    first, second = x_BHND.float().split(half, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BHND.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention without biases, rotary positions, keys and values shared by groups of heads."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_width: int | None = None,
+        input_width: int | None = None,
+        theta: float = 10_000.0,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        head_width = head_width or width // num_heads
+        if num_heads % num_kv_heads or head_width % 2:
+            raise ValueError(
+                f"{num_heads} heads of width {head_width} with {num_kv_heads} of keys: the width must be even, and the"
+                " first number a multiple of the last"
+            )
+        self.num_heads, self.num_kv_heads, self.head_width, self.theta = num_heads, num_kv_heads, head_width, theta
+        input_width = input_width or width
+        self.query = nn.Linear(input_width, num_heads * head_width, bias=False)
+        self.key = nn.Linear(input_width, num_kv_heads * head_width, bias=False)
+        self.value = nn.Linear(input_width, num_kv_heads * head_width, bias=False)
+        self.output = nn.Linear(num_heads * head_width, width, bias=False)
+
+    def forward(
+        self,
+        x_BNE: Tensor,
+        positions_RN: Tensor,
+        *,
+        mask_R1NS: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """Returns [B, N, D]; causal without a mask. With a cache, new keys and values are written as `layer`'s."""
+        query_BHND, key_BHND, value_BHND = self.project(x_BNE, positions_RN)
+        if cache is not None:
+            key_BHND, value_BHND = cache.update(key_BHND, value_BHND, layer)
+        out_BHND = nn.functional.scaled_dot_product_attention(
+            query_BHND,
+            key_BHND,
+            value_BHND,
+            attn_mask=mask_R1NS,
+            is_causal=mask_R1NS is None,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return self.output(out_BHND.transpose(1, 2).flatten(2))
+
+    def project(self, x_BNE: Tensor, positions_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries, keys (both rotated) and values, each [B, H, N, D]."""
+        query_BHND, key_BHND, value_BHND = (
+            part.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for part in (self.query(x_BNE), self.key(x_BNE), self.value(x_BNE))
+        )
+        return (
+            rotate(query_BHND, positions_RN, self.theta),
+            rotate(key_BHND, positions_RN, self.theta),
+            value_BHND,
+        )
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases (SwiGLU, 2002.05202)."""
+
+    def __init__(self, width: int, inner_width: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, inner_width, bias=False)
+        self.up = nn.Linear(width, inner_width, bias=False)
+        self.down = nn.Linear(inner_width, width, bias=False)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x_BND)) * self.up(x_BND))
+
+
+class Block(nn.Module):
+    """A pre-norm decoder block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, width: int, *, num_heads: int, inner_width: int, eps: float = 1e-6, theta: float = 1e4) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(width, eps=eps)
+        self.attention = Attention(width, num_heads=num_heads, theta=theta)
+        self.feed_forward_norm = nn.RMSNorm(width, eps=eps)
+        self.feed_forward = FeedForward(width, inner_width)
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        positions_RN: Tensor,
+        *,
+        mask_R1NS: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """Returns [B, N, D]; arguments as `Attention.forward`'s."""
+        normed_BND = self.attention_norm(x_BND)
+        x_BND = x_BND + self.attention(normed_BND, positions_RN, mask_R1NS=mask_R1NS, cache=cache, layer=layer)
+        return x_BND + self.feed_forward(self.feed_forward_norm(x_BND))
+
+
+def place(tree: Tree, cache: KVCache, *, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Prepares `cache` for a tree's nodes from `first` on; returns their positions [B, M] and mask [R, 1, M, S]."""
+    device = tree.depths_RN.device
+    cache.prepare(tree.num_nodes, device, first=first)
+    lengths_B1 = torch.tensor(cache.lengths, device=device)[:, None]
+    return lengths_B1 + tree.depths_RN[:, first:], visible(tree, cache, first=first)[:, None]
+
+
+def along(values_BND: Tensor, verdict: Verdict) -> Tensor:
+    """Returns what stands at each row's accepted nodes [B, P, D], node 0 first; the last one repeats to fill P."""
+    index_BP1 = verdict.path_BP[..., None].expand(-1, -1, values_BND.shape[-1])
+    return values_BND.gather(1, index_BP1)
