@@ -20,6 +20,7 @@ from draftsmith.artifact import read_manifest
 from draftsmith.gate import Gated
 from eval import machine
 from eval.measure import Ask, Contender, Tally, add_up, measure, own_loop, transformers_loop, warm_up
+from eval.oracle import first_token
 from eval.plots import draw
 from eval.results import Cell, Results, claim, publish
 from eval.table import header, table, to_csv
@@ -81,6 +82,7 @@ class Entry:
     contender: Contender
     family: str | None = None
     """None where nothing drafts."""
+    drafter: Any = None
     verifier: str = "auto"
     length: str = "auto"
     gate: float | None = None
@@ -117,13 +119,16 @@ def compare(
         claim(output)
         results = Results(output, identity)
         _measure(target, prompts, entries, results, settings)
+        best = _optima(prompts, entries, settings)
     rows = []
     for temperature in settings.temperatures:
         for batch_size in settings.batch_sizes:
             rounds = [results.cells[cell] for cell in _cells(settings) if cell[1:] == (temperature, batch_size)]
             for entry in entries:
                 if entry.competes_at(temperature):
-                    rows.append(_row(entry, temperature, batch_size, rounds) | facts)
+                    accepted, optimum = best.get((entry.contender.name, temperature)) or (None, None)
+                    first = {"first_accepted": accepted, "first_optimum": optimum}
+                    rows.append(_row(entry, temperature, batch_size, rounds) | first | facts)
     markdown = "\n".join([header(rows, "markdown"), *table(rows, "markdown"), "", "![speed-up](bakeoff.png)", ""])
     publish(output, rows, markdown=markdown, csv=to_csv(rows), picture=lambda path: draw(rows, path))
     return rows
@@ -140,6 +145,7 @@ def _entries(target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path
         parameters = drafter.parameters() if isinstance(drafter, nn.Module) else ()
         facts: dict[str, Any] = {
             "family": manifest["family"],
+            "drafter": drafter,
             "num_parameters": sum(parameter.numel() for parameter in parameters),
             "artifact_mb": sum(file.stat().st_size for file in _files(path)) / 1e6,
             "train_s": manifest.get("train_s"),
@@ -245,6 +251,23 @@ def _measure(
                 warm_up(contender, asks[0].prompts, temperature)
             tallies = measure(contenders, asks, target.device, first=number, done=bar.update)
             results.add((number, temperature, batch_size), tallies)
+
+
+def _optima(
+    prompts: Sequence[Prompt], entries: Sequence[Entry], settings: Settings
+) -> dict[tuple[str, float], tuple[float, float] | None]:
+    """Returns, untimed, how close each verifier comes to the best that any could do, by contender and temperature."""
+    ids = [prompt.ids for prompt in prompts[: max(settings.batch_sizes)]]
+    sampled = [temperature for temperature in settings.temperatures if temperature > 0]
+    given = {"max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
+    return {
+        (entry.contender.name, temperature): first_token(
+            entry.drafter, ids, verifier=entry.verifier, temperature=temperature, **given
+        )
+        for entry in entries
+        for temperature in sampled
+        if entry.drafter is not None and entry.is_lossless and entry.length == "auto" and entry.gate is None
+    }
 
 
 def _row(entry: Entry, temperature: float, batch_size: int, rounds: Sequence[dict[str, Tally]]) -> dict[str, Any]:

@@ -3,9 +3,13 @@
 Shape suffixes: B rows, N nodes, V vocabulary; `...` any leading dimensions.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+import draftsmith
 from draftsmith.drafters import Drafter, Step
 from draftsmith.sampling import Sampling
 
@@ -44,3 +48,25 @@ class Watched:
             self.num_accepted += int((step.verdict.num_accepted_B[running] > 0).sum())
             self.num_steps += len(running)
         self._drafter.observe(step)
+
+
+def first_token(
+    drafter: Drafter, prompts: list[list[int]], *, verifier: str, **settings: Any
+) -> tuple[float, float] | None:
+    """Returns how often a draft's first token was accepted by `verifier`, and by the best rule could have been.
+
+    Decodes `prompts` at once; `settings` are of `draftsmith.generate`. None if no first tokens were drawn from a law.
+    """
+    rows = [torch.tensor(prompt, device=drafter.target.device) for prompt in prompts]
+    watched = Watched(drafter, Sampling(temperature=settings["temperature"]))
+    draftsmith.generate(
+        drafter.target,
+        pad_sequence(rows, batch_first=True),
+        watched,
+        attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        verifier=verifier,
+        **settings,
+    )
+    if not watched.num_steps:
+        return None
+    return watched.num_accepted / watched.num_steps, watched.optimum / watched.num_steps

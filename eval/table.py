@@ -5,13 +5,24 @@ import io
 import json
 import textwrap
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import compress, groupby
 from typing import Any, Literal
 
 Row = dict[str, Any]
 Style = Literal["markdown", "terminal"]
 MAX_NAME, MAX_DEPTHS = 26, 5
-COLUMNS = ("drafter", "tau", "tokens/s", "speed-up", "quartiles", "output", "draft ms", "verify ms", "accepted, %")
+COLUMNS = (
+    "drafter",
+    "tau",
+    "tokens/s",
+    "speed-up",
+    "quartiles",
+    "output",
+    "draft ms",
+    "verify ms",
+    "accepted, %",
+    "first, best",
+)
 FACTS = ("drafter", "parameters", "artifact MB", "training s")
 
 
@@ -32,7 +43,7 @@ def table(rows: Sequence[Row], style: Style) -> list[str]:
     for (temperature, batch_size), group in groupby(rows, key=lambda row: (row["temperature"], row["batch_size"])):
         title = f"temperature {temperature:g}, batch {batch_size}"
         lines += ["", f"## {title}" if style == "markdown" else title, ""]
-        lines += _grid([COLUMNS, *map(_cells, group)], style)
+        lines += _grid(_without_empty([COLUMNS, *map(_cells, group)]), style)
     sizes = {row["drafter"]: row for row in rows if row["family"] is not None and not row["is_ablation"]}
     if sizes:
         lines += ["", "## Drafters", ""] if style == "markdown" else [""]
@@ -42,6 +53,10 @@ def table(rows: Sequence[Row], style: Style) -> list[str]:
         "tau: tokens a target forward. Speed-up: over plain decoding in the same round; median, quartiles of rounds.",
         "Draft and verify ms: a row's share of one step. Accepted: % of the drafts that reached depth 1, 2, ...",
     ]
+    if any(row["first_optimum"] is not None for row in rows):
+        lines += [
+            "First, best: how often a drawn first token was accepted, and would be by the best rule there can be."
+        ]
     return lines
 
 
@@ -73,7 +88,14 @@ def _cells(row: Row) -> list[str]:
         _number(row["draft_ms"], 2),
         _number(row["verify_ms"], 2),
         " ".join(f"{100 * share:.0f}" for share in row["accepted_per_depth"][:MAX_DEPTHS]),
+        "" if row["first_optimum"] is None else f"{row['first_accepted']:.2f} of {row['first_optimum']:.2f}",
     ]
+
+
+def _without_empty(cells: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Returns the table without columns that say nothing in any row."""
+    kept = [any(column) for column in zip(*cells[1:], strict=True)]
+    return [list(compress(line, kept)) for line in cells]
 
 
 def _output(row: Row) -> str:

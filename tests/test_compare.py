@@ -90,6 +90,27 @@ def test_rows_say_what_each_contender_is(compared: tuple[list[dict[str, Any]], P
     assert [by_name[name]["train_s"] for name in ("medusa", "lookup", "plain")] == [12.5, None, 0.0]
 
 
+def test_a_row_says_how_close_its_verifier_comes_to_the_best(tmp_path: Path) -> None:
+    """Of one sibling the token rule is the best there is; a copy of the target is always accepted."""
+    target, family = tiny_target("llama"), find("lm")
+    drafter = family.Drafter(family.Config(model=target.model.config.to_dict(), length="fixed", num_draft=2), target)
+    drafter.model.load_state_dict(target.model.state_dict())
+    draftsmith.save(drafter, tmp_path / "copy", target=target)
+    torch.manual_seed(0)
+    draftsmith.save(family.Drafter(drafter.config, target), tmp_path / "other", target=target)
+    settings = Settings(rounds=1, max_new_tokens=24, batch_sizes=(4,), verifiers=("token",))
+    rows = compare(target, some_prompts(), [tmp_path / "copy", tmp_path / "other"], tmp_path / "out", settings)
+    found = {row["drafter"]: row for row in rows if row["temperature"] == 1}
+    assert found["plain"]["first_optimum"] is found["transformers"]["first_optimum"] is None
+    assert found["copy"]["first_accepted"] == 1 and found["copy"]["first_optimum"] == pytest.approx(1, abs=1e-5)
+    other = found["other (token)"]
+    assert 0.02 < other["first_optimum"] < 0.9
+    assert other["first_accepted"] == pytest.approx(other["first_optimum"], abs=0.2)
+    assert all(row["first_optimum"] is None for row in rows if row["temperature"] == 0)
+    text = (tmp_path / "out" / "bakeoff.md").read_text()
+    assert f"{other['first_accepted']:.2f} of {other['first_optimum']:.2f}" in text and "First, best:" in text
+
+
 def test_files_hold_the_rows(compared: tuple[list[dict[str, Any]], Path]) -> None:
     rows, folder = compared
     assert {file.name for file in folder.iterdir()} == {f"bakeoff.{kind}" for kind in ("json", "md", "csv", "png")}
