@@ -1,17 +1,22 @@
-"""Parts that drafters with layers of their own are built from: attention with rotary positions, blocks, their caches.
+"""Parts that drafters with layers of their own are built from: attention with rotary positions, blocks, their caches;
+heads for tokens further on, and the static tree that their guesses fill.
 
 The same modules run over whole texts in training and, with a cache, over the nodes of a draft.
 
 Shape suffixes: B rows, N tokens or nodes, M new nodes, P length of the longest accepted path, E width of the input,
-D hidden width, H heads, S cache slots, R is B or 1.
+D hidden width, V vocabulary, H attention heads, K token heads, S cache slots, R is B or 1.
 """
 
 import torch
 from torch import Tensor, nn
 
 from draftsmith.cache import KVCache, visible
-from draftsmith.tree import Tree
+from draftsmith.drafters import Session, Step
+from draftsmith.target import Target
+from draftsmith.tree import Draft, Tree
 from draftsmith.verify.verdict import Verdict
+
+Paths = tuple[tuple[int, ...], ...]
 
 
 def rotate(x_BHND: Tensor, positions_RN: Tensor, theta: float) -> Tensor:
@@ -138,3 +143,89 @@ def along(values_BND: Tensor, verdict: Verdict) -> Tensor:
     """Returns what stands at each row's accepted nodes [B, P, D], node 0 first; the last one repeats to fill P."""
     index_BP1 = verdict.path_BP[..., None].expand(-1, -1, values_BND.shape[-1])
     return values_BND.gather(1, index_BP1)
+
+
+# --- Heads for tokens further on -----------------------------------------------------------------------------------
+
+
+class Residual(nn.ModuleList):
+    """A token head before its output matrix: z = z + SiLU(W z + b) for each block, which start with W and b zero."""
+
+    def __init__(self, width: int, num_blocks: int) -> None:
+        super().__init__(nn.Linear(width, width) for _ in range(num_blocks))
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, z_BND: Tensor) -> Tensor:
+        for linear in self:
+            z_BND = z_BND + nn.functional.silu(linear(z_BND))
+        return z_BND
+
+
+def own_outputs(target: Target, num_heads: int) -> nn.ModuleList:
+    """Returns an output matrix for each head, started as a copy of the target's."""
+    weight = target.model.get_output_embeddings().weight.detach()
+    outputs = nn.ModuleList(nn.Linear(weight.shape[1], weight.shape[0], bias=False) for _ in range(num_heads))
+    for output in outputs:
+        output.weight = nn.Parameter(weight.clone())
+    return outputs
+
+
+def last_of_prompt(session: Session, layer: int) -> Tensor | None:
+    """Returns a hidden layer at each row's last token before the pending one [B, D], None if no row has any.
+
+    A row of one token has none while others do; it is given what stands at the first position.
+    """
+    if layer not in session.hidden:
+        return None
+    hidden_BND = session.hidden[layer]
+    last_B = torch.tensor([max(len(row) - 2, 0) for row in session.rows], device=hidden_BND.device)
+    return hidden_BND[torch.arange(len(last_B), device=hidden_BND.device), last_B]
+
+
+def last_of_path(step: Step, layer: int) -> Tensor:
+    """Returns a hidden layer at each row's last accepted node [B, D]."""
+    ends_B = step.verdict.path_BP.gather(1, step.verdict.num_accepted_B[:, None])[:, 0]
+    return step.hidden[layer][torch.arange(len(ends_B), device=ends_B.device), ends_B]
+
+
+def check_tree(paths: Paths, num_heads: int) -> None:
+    """Raises ValueError unless these are the nodes of a tree no deeper than there are heads."""
+    nodes = {tuple(path) for path in paths}
+    if not nodes or len(nodes) != len(paths):
+        raise ValueError("tree must list at least one node, and none twice")
+    for path in paths:
+        if not 1 <= len(path) <= num_heads or min(path) < 0:
+            raise ValueError(f"tree node {list(path)} needs 1 to num_heads={num_heads} ranks from 0 up")
+        if len(path) > 1 and tuple(path[:-1]) not in nodes:
+            raise ValueError(f"tree node {list(path)} has no parent {list(path[:-1])} in the tree")
+
+
+class StaticTree:
+    """A tree whose node (0, 2) is the third guess of head 1 after the first of head 0, cut to any depth."""
+
+    def __init__(self, paths: Paths, target: Target) -> None:
+        ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+        self.depth = max(map(len, ordered))
+        self.num_ranks = 1 + max(map(max, ordered))
+        if self.num_ranks > target.vocab_size:
+            raise ValueError(
+                f"a tree node has rank {self.num_ranks - 1}; the vocabulary of {target.vocab_size} has ranks below"
+                f" {target.vocab_size}"
+            )
+        self._trees: dict[int, Tree] = {}
+        self._flat_index: dict[int, Tensor] = {}
+        for depth in range(1, self.depth + 1):
+            kept = [path for path in ordered if len(path) <= depth]
+            number = {(): 0} | {path: 1 + at for at, path in enumerate(kept)}
+            parents = [-1] + [number[path[:-1]] for path in kept]
+            self._trees[depth] = Tree.from_parents([parents], target.device)
+            flat = [(len(path) - 1) * self.num_ranks + path[-1] for path in kept]
+            self._flat_index[depth] = torch.tensor(flat, dtype=torch.long, device=target.device)
+
+    def fill(self, pending_B: Tensor, logits_BKV: Tensor) -> Draft:
+        """Returns the tree as deep as there are heads in `logits_BKV`, of each head's likeliest tokens."""
+        depth = logits_BKV.shape[1]
+        guesses_BKR = logits_BKV.topk(self.num_ranks, dim=-1).indices
+        drafted_BN = guesses_BKR.flatten(1)[:, self._flat_index[depth]]
+        return Draft(tokens_BN=torch.cat([pending_B[:, None], drafted_BN], dim=1), tree=self._trees[depth])
