@@ -123,9 +123,9 @@ def scramble(model: torch.nn.Module, *, seed: int, sharpness: float = 2.0) -> No
 
 
 @cache
-def tiny_target(architecture: str, attention: str | None = None) -> Target:
+def tiny_target(architecture: str, attention: str | None = None, dtype: torch.dtype = torch.float32) -> Target:
     """Returns the target of the architecture's tiny model, the same object to all tests."""
-    return Target(tiny_model(architecture, attn_implementation=attention))
+    return Target(tiny_model(architecture, attn_implementation=attention).to(dtype))
 
 
 def tiny_tokenizer(vocab_size: int = VOCAB_SIZE, *, prefix: str = "w") -> PreTrainedTokenizerFast:
@@ -157,9 +157,11 @@ def padded(rows: list[list[int]], *, side: str = "right") -> tuple[Tensor, Tenso
 
 
 @cache
-def greedy_by_transformers(architecture: str, num_rows: int, num_new: int) -> list[list[int]]:
+def greedy_by_transformers(
+    architecture: str, num_rows: int, num_new: int, dtype: torch.dtype = torch.float32
+) -> list[list[int]]:
     """Returns what transformers' own `generate` makes of `prompts(num_rows)`, prompts included, row by row."""
-    model = tiny_target(architecture).model
+    model = tiny_target(architecture, dtype=dtype).model
     texts = []
     for row in prompts(num_rows):
         given = {"inputs": torch.tensor([row]), "attention_mask": torch.ones(1, len(row))}

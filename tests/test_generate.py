@@ -115,7 +115,7 @@ def run(target: Target, num_rows: int, drafter: Any = None, *, side: str = "righ
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)
-@pytest.mark.parametrize("drafter", ["none", "medusa", "lm", "copy", "lookup", "scripted"])
+@pytest.mark.parametrize("drafter", ["none", "copy", "scripted"])
 def test_greedy_is_transformers_own(architecture: str, drafter: str) -> None:
     target = tiny_target(architecture)
     for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
@@ -126,10 +126,8 @@ def test_greedy_is_transformers_own(architecture: str, drafter: str) -> None:
             out = run(target, num_rows, Watched(Scripted(target, expected, trees=True, wrong_every=7)), side=side)
             assert out.stats.tau > 2, "paths of several nodes must have been gathered"
         else:
-            watched = Watched(drafter_of(drafter, architecture))
-            out = run(target, num_rows, watched, side=side)
-            assert watched.num_drafted > 0
-            assert drafter != "copy" or out.stats.tau > 1.5, "drafts of a near copy must often be accepted"
+            out = run(target, num_rows, Watched(drafter_of("copy", architecture)), side=side)
+            assert out.stats.tau > 1.5, "drafts of a near copy must often be accepted"
         assert texts(out) == expected, (num_rows, side)
         assert out.lengths.tolist() == [len(row) for row in expected]
 

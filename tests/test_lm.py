@@ -25,6 +25,9 @@ def small(target: Target, architecture: str = "llama", **settings: Any) -> Confi
     return Config(**{"model": model, "num_draft": 4, "length": "refit=0.1"} | settings)
 
 
+EXAMPLE = small
+
+
 def copy_of(target: Target, **settings: Any) -> Drafter:
     """Returns a draft model that is the target's own copy."""
     drafter = Drafter(Config(**{"model": target.model.config.to_dict(), "num_draft": 4} | settings), target)

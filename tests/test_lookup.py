@@ -13,6 +13,8 @@ from draftsmith.tree import Draft
 from tests.family import Watched, check_family, texts
 from tests.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_target
 
+EXAMPLE = Config()
+
 
 def test_family(tmp_path: Path) -> None:
     check_family(lookup, Config(), tmp_path)

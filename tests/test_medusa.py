@@ -16,6 +16,7 @@ from tests.models import VOCAB_SIZE, WIDTH, greedy_by_transformers, padded, prom
 from trainers import medusa as trainer
 
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
+EXAMPLE = Config(num_heads=3, tree=TREE)
 
 
 @pytest.mark.parametrize("own_head", [False, True])

@@ -1,0 +1,41 @@
+"""Every family with every architecture: greedy output is transformers' own, in float32 and in float64.
+
+A family's own test names a configuration to try, `EXAMPLE`, or a function of the target that returns one.
+"""
+
+import importlib
+
+import pytest
+import torch
+
+import draftsmith
+from draftsmith.drafters import find, names
+from tests.family import Watched, built, texts
+from tests.models import CAUSAL, greedy_by_transformers, padded, prompts, tiny_target
+
+NUM_NEW = 20
+
+
+def check(family: str, architecture: str, dtype: torch.dtype, *batches: tuple[int, str]) -> None:
+    target = tiny_target(architecture, dtype=dtype)
+    drafter = built(find(family), importlib.import_module(f"tests.test_{family}").EXAMPLE, target)
+    for num_rows, side in batches:
+        ids, mask = padded(prompts(num_rows), side=side)
+        watched = Watched(drafter)
+        out = draftsmith.generate(target, ids, watched, attention_mask=mask, max_new_tokens=NUM_NEW)
+        assert texts(out) == greedy_by_transformers(architecture, num_rows, NUM_NEW, dtype), (num_rows, side)
+        assert watched.num_drafted > 0, "nothing was drafted"
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("family", names())
+def test_greedy_output_is_transformers_own(family: str, architecture: str) -> None:
+    check(family, architecture, torch.float32, (1, "right"), (5, "left"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("family", names())
+def test_and_so_it_is_in_either_precision_and_padding(family: str, architecture: str, dtype: torch.dtype) -> None:
+    check(family, architecture, dtype, (1, "right"), (5, "left"), (5, "right"))
