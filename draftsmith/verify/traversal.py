@@ -1,6 +1,6 @@
 """Sampled trees, from the leaves up: traversal verification, 2505.12398. On a chain it is block verification.
 
-Shape suffixes: B rows, N nodes, L levels of the path from node 0, V vocabulary; X and N some of the rows.
+Shape suffixes: B rows, N nodes, L levels of the path from node 0, V vocabulary; X some of the rows.
 """
 
 import torch
@@ -21,19 +21,13 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
     parent's target becomes max(w target - draft, 0) / S, its weight S / (S + 1 - w), and a draft law without
     replacement loses x. A node without children is a leaf. The next token follows the target's law as it then stands.
     """
-    assert draft.draft_probs_BNV is not None
-    tokens_BN, draft_probs_BNV = draft.tokens_BN, draft.draft_probs_BNV
-    num_rows, num_levels = len(tokens_BN), draft.tree.depth + 1
+    tokens_BN = draft.tokens_BN
     siblings = Siblings(draft)
-    rows_B = torch.arange(num_rows, device=tokens_BN.device)
+    rows_B = torch.arange(len(tokens_BN), device=tokens_BN.device)
     level_B = torch.zeros_like(rows_B)
-    node_BL = torch.zeros(num_rows, num_levels, dtype=torch.long, device=tokens_BN.device)
-    weight_BL = target_probs_BNV.new_ones(num_rows, num_levels)
-    # Once something is taken from a level's law it is copied there; laws are kept with their sums, not normalised.
-    is_changed_BL = torch.zeros_like(node_BL, dtype=torch.bool)
-    left_BLV = target_probs_BNV.new_empty(num_rows, num_levels, target_probs_BNV.shape[-1])
-    mass_BL, draft_mass_BL = torch.ones_like(weight_BL), torch.ones_like(weight_BL)
-    is_gone_BN = torch.zeros_like(tokens_BN, dtype=torch.bool)
+    node_BL = torch.zeros(len(tokens_BN), draft.tree.depth + 1, dtype=torch.long, device=tokens_BN.device)
+    weight_BL = target_probs_BNV.new_ones(node_BL.shape)
+    left = _Left(target_probs_BNV, draft, siblings, node_BL)
     is_done_B = torch.zeros_like(rows_B, dtype=torch.bool)
 
     while not is_done_B.all():
@@ -45,17 +39,10 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
         fails_B = is_leaf_B & ~passes_B
 
         X = rows_B[has_child_B & ~is_done_B]
-        above_X, token_X = level_B[X], token_B[X]
-        wanted_X = torch.where(
-            is_changed_BL[X, above_X], left_BLV[X, above_X, token_X], target_probs_BNV[X, node_B[X], token_X]
-        )
-        ratio_X = wanted_X / mass_BL[X, above_X] * draft_mass_BL[X, above_X]
-        ratio_X = ratio_X / draft_probs_BNV[X, node_B[X], token_X]
+        weight_BL[X, level_B[X] + 1] = (weight_B[X] * left.ratio(X, level_B[X], token_B[X])).clamp(max=1)
         level_B[X] += 1
-        node_BL[X, above_X + 1] = child_B[X]
-        weight_BL[X, above_X + 1] = (weight_B[X] * ratio_X).clamp(max=1)
-        is_changed_BL[X, above_X + 1] = False
-        mass_BL[X, above_X + 1] = draft_mass_BL[X, above_X + 1] = 1
+        node_BL[X, level_B[X]] = child_B[X]
+        left.begin(X, level_B[X])
 
         is_done_B = is_done_B | passes_B
         siblings.remove(node_B, fails_B)
@@ -67,31 +54,76 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
 
         X = rows_B[fails_B & is_open_B]
         if len(X):
-            level_X, parent_X, weight_X = level_B[X], parent_B[X], weight_BL[X, level_B[X]]
-            N = X[~is_changed_BL[X, level_X]]
-            left_BLV[N, level_B[N]] = target_probs_BNV[N, parent_B[N]]
-            is_changed_BL[X, level_X] = True
-            draft_XV = draft_probs_BNV[X, parent_X].to(left_BLV.dtype)
-            if draft.drawn == "without_replacement":
-                _forget(draft_XV, tokens_BN[X], is_gone_BN[X] & (siblings.above_BN[X] == parent_X[:, None]))
-            left_XV = left_BLV[X, level_X].mul_((weight_X / mass_BL[X, level_X])[:, None])
-            left_XV = left_XV.addcmul_(draft_XV, -1 / draft_mass_BL[X, level_X][:, None]).clamp_(min=0)
-            left_X = left_XV.sum(-1)
+            weight_X = weight_BL[X, level_B[X]]
+            left_X = left.take(X, level_B[X], weight_X, node_B[X])
             rest_X = left_X + 1 - weight_X
-            weight_BL[X, level_X] = torch.where(rest_X > 0, left_X / rest_X, 1.0)
-            left_BLV[X, level_X] = left_XV
-            mass_BL[X, level_X] = left_X.clamp(min=torch.finfo(left_X.dtype).tiny)
-            if draft.drawn == "without_replacement":
-                is_gone_BN[X, node_B[X]] = True
-                draft_mass_BL[X, level_X] = draft_XV.scatter_(1, tokens_BN[X, node_B[X]][:, None], 0.0).sum(-1)
+            weight_BL[X, level_B[X]] = torch.where(rest_X > 0, left_X / rest_X, 1.0)
 
     end_B = node_BL[rows_B, level_B]
-    target_BV = at(target_probs_BNV, end_B)
-    law_BV = torch.where(is_changed_BL[rows_B, level_B][:, None], left_BLV[rows_B, level_B], target_BV)
-    return drawn_at(end_B, law_BV, target_BV, uniforms_BU[:, -1], draft)
+    return drawn_at(end_B, left.law(level_B), at(target_probs_BNV, end_B), uniforms_BU[:, -1], draft)
 
 
-def _forget(law_XV: Tensor, tokens_XN: Tensor, is_gone_XN: Tensor) -> None:
-    """Gives the tokens that are gone no chance."""
-    rows, nodes = is_gone_XN.nonzero(as_tuple=True)
-    law_XV[rows, tokens_XN[rows, nodes]] = 0.0
+class _Left:
+    """The laws that stand at each level of each row's path, two numbers and a few tokens each.
+
+    However often w target - draft has been taken and cut at zero, the target's law is (a target - b draft)+ / mass, as
+    ((a x - b y)+ - c y)+ = (a x - (b + c) y)+ for y >= 0. Only tokens drawn without replacement and taken away keep a
+    value of their own, as they have left the draft's law.
+    """
+
+    def __init__(self, target_probs_BNV: Tensor, draft: Draft, siblings: Siblings, node_BL: Tensor) -> None:
+        assert draft.draft_probs_BNV is not None
+        self._target_BNV, self._draft_BNV, self._tokens_BN = target_probs_BNV, draft.draft_probs_BNV, draft.tokens_BN
+        self._above_BN, self._node_BL = siblings.above_BN, node_BL
+        self._is_replaced = draft.drawn == "independent"
+        self._a_BL, self._mass_BL, self._draft_mass_BL = (target_probs_BNV.new_ones(node_BL.shape) for _ in range(3))
+        self._b_BL = torch.zeros_like(self._a_BL)
+        self._is_gone_BN = torch.zeros_like(draft.tokens_BN, dtype=torch.bool)
+        self._gone_BN = target_probs_BNV.new_zeros(draft.tokens_BN.shape)
+
+    def begin(self, X: Tensor, level_X: Tensor) -> None:
+        """Lays the untouched laws down at a level."""
+        self._a_BL[X, level_X] = self._mass_BL[X, level_X] = self._draft_mass_BL[X, level_X] = 1
+        self._b_BL[X, level_X] = 0
+
+    def ratio(self, X: Tensor, level_X: Tensor, token_X: Tensor) -> Tensor:
+        """Returns target(x) / draft(x) of a token that has not been taken away, by the laws as they stand."""
+        node_X = self._node_BL[X, level_X]
+        draft_X = self._draft_BNV[X, node_X, token_X].to(self._a_BL.dtype)
+        wanted_X = self._a_BL[X, level_X] * self._target_BNV[X, node_X, token_X] - self._b_BL[X, level_X] * draft_X
+        return wanted_X.clamp(min=0) / self._mass_BL[X, level_X] * self._draft_mass_BL[X, level_X] / draft_X
+
+    def take(self, X: Tensor, level_X: Tensor, weight_X: Tensor, child_X: Tensor) -> Tensor:
+        """Takes a child away from the laws at its parent's level; returns S [X], the mass that is left."""
+        node_X = self._node_BL[X, level_X]
+        factor_X = weight_X / self._mass_BL[X, level_X]
+        self._a_BL[X, level_X] *= factor_X
+        self._b_BL[X, level_X] = self._b_BL[X, level_X] * factor_X + 1 / self._draft_mass_BL[X, level_X]
+        if not self._is_replaced:
+            is_gone_XN = self._is_gone_BN[X] & (self._above_BN[X] == node_X[:, None])
+            self._gone_BN[X] *= torch.where(is_gone_XN, factor_X[:, None], 1.0)
+        left_XV, draft_XV = self._laws(X, level_X)
+        left_X = left_XV.sum(-1)
+        if not self._is_replaced:
+            token_X1 = self._tokens_BN[X, child_X][:, None]
+            self._is_gone_BN[X, child_X] = True
+            self._gone_BN[X, child_X] = left_XV.gather(1, token_X1)[:, 0]
+            self._draft_mass_BL[X, level_X] = draft_XV.scatter_(1, token_X1, 0.0).sum(-1)
+        self._mass_BL[X, level_X] = left_X.clamp(min=torch.finfo(left_X.dtype).tiny)
+        return left_X
+
+    def law(self, level_B: Tensor) -> Tensor:
+        """Returns the target's law [B, V] as it stands at each row's level, not normalised."""
+        return self._laws(torch.arange(len(level_B), device=level_B.device), level_B)[0]
+
+    def _laws(self, X: Tensor, level_X: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what is left of the target's law and of the draft's, neither normalised [X, V]."""
+        node_X, place = self._node_BL[X, level_X], (X, level_X)
+        draft_XV = at(self._draft_BNV, node_X, X).to(self._a_BL.dtype)
+        left_XV = at(self._target_BNV, node_X, X).mul_(self._a_BL[place][:, None])
+        left_XV.addcmul_(draft_XV, self._b_BL[place][:, None], value=-1).clamp_(min=0)
+        if not self._is_replaced:
+            row, node = (self._is_gone_BN[X] & (self._above_BN[X] == node_X[:, None])).nonzero(as_tuple=True)
+            token = self._tokens_BN[X[row], node]
+            left_XV[row, token], draft_XV[row, token] = self._gone_BN[X[row], node], 0.0
+        return left_XV, draft_XV

@@ -1,6 +1,6 @@
 """What every verifier returns, and what several share: walks down a tree, sets of siblings, what a rejection leaves.
 
-Shape suffixes: B rows, N nodes, V vocabulary, P length of the longest accepted path.
+Shape suffixes: B rows, N nodes, V vocabulary, P length of the longest accepted path, X some of the rows.
 """
 
 from dataclasses import dataclass
@@ -124,10 +124,16 @@ class Siblings:
         self._is_left_BN.scatter_(1, node_B[:, None], is_left_B1)
 
 
-def at(values_BNV: Tensor, node_B: Tensor) -> Tensor:
-    """Returns each row's law [B, V] at its node; nodes past the last law have no children, and any will do."""
-    rows_B = torch.arange(len(values_BNV), device=values_BNV.device)
-    return values_BNV[rows_B, node_B.clamp(max=values_BNV.shape[1] - 1)]
+def at(values_BNV: Tensor, node_X: Tensor, row_X: Tensor | None = None) -> Tensor:
+    """Returns the law [X, V] at a node of each row, or of those that `row_X` names.
+
+    Nodes past the last law have no children, and any law will do.
+    """
+    num_rows, num_laws, size = values_BNV.shape
+    row_X = torch.arange(num_rows, device=node_X.device) if row_X is None else row_X
+    # Whole rows are copied several times as fast as by indices of two dimensions.
+    place_X = row_X * num_laws + node_X.clamp(max=num_laws - 1)
+    return values_BNV.reshape(num_rows * num_laws, size).index_select(0, place_X)
 
 
 def pick(values_BX: Tensor, index_B: Tensor) -> Tensor:
