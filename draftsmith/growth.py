@@ -20,6 +20,7 @@ from draftsmith.tree import Draft, Drawn, Tree, chain
 
 Paths = tuple[tuple[int, ...], ...]
 Model = Callable[[Tensor, Tree, int], Tensor]
+SIBLINGS = ("without_replacement", "independent", "top_and_drawn", "deterministic")
 
 
 class Shape(Protocol):
@@ -100,6 +101,12 @@ def check_paths(paths: Paths) -> None:
         raise ValueError("the tree lists a node twice")
 
 
+def check_siblings(drawn: str) -> None:
+    """Raises ValueError unless siblings can be drawn so."""
+    if drawn not in SIBLINGS:
+        raise ValueError(f"siblings is {drawn!r}; there are {', '.join(SIBLINGS)}")
+
+
 @lru_cache(maxsize=64)
 def levels(paths: Paths, device: torch.device) -> list[tuple[Tree, dict[int, list[int]]]]:
     """Returns, for each level from node 0 on, the tree down to it and which of its nodes get how many children."""
@@ -119,27 +126,29 @@ def levels(paths: Paths, device: torch.device) -> list[tuple[Tree, dict[int, lis
 
 
 def fill(model: Model, session: Session, paths: Paths, drawn: Drawn, depth: int) -> Draft:
-    """Returns a tree of a fixed shape cut to `depth` levels, its siblings drawn as `drawn` says; greedily, the best.
+    """Returns a tree of a fixed shape cut to `depth` levels, its siblings drawn as `drawn` says.
 
-    A node's children come in the order in which they were drawn.
+    Greedily, and where they are to be deterministic, they are their parent's likeliest. A node's children come in the
+    order in which they were drawn.
     """
     device, sampling = session.target.device, session.sampling
     plan = levels(paths, device)
+    is_drawn = drawn != "deterministic" and not sampling.is_greedy
     tokens_BN = session.pending()[:, None]
     laws: list[Tensor] = []
     for level in range(min(depth, len(plan) - 1)):
         tree, by_count = plan[level]
         first = int((tree.depths_RN[0] < level).sum())
         logits_BMV = model(tokens_BN, tree, first)
-        if not sampling.is_greedy:
+        if is_drawn:
             laws.append(sampling.law(logits_BMV))
         children: dict[int, Tensor] = {}
         for count, nodes in by_count.items():
             places = [node - first for node in nodes]
-            if sampling.is_greedy:
-                drawn_BFC = logits_BMV[:, places].topk(count, dim=-1).indices
-            else:
+            if is_drawn:
                 drawn_BFC = draw_siblings(laws[-1][:, places], count, drawn, session.generator)
+            else:
+                drawn_BFC = logits_BMV[:, places].topk(count, dim=-1).indices
             children |= dict(zip(nodes, drawn_BFC.unbind(1), strict=True))
         tokens_BN = torch.cat([tokens_BN, *(children[node] for node in sorted(children))], dim=1)
     tree = plan[min(depth, len(plan) - 1)][0]

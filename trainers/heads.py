@@ -102,17 +102,32 @@ def best_tree(
 
     With `num_nodes` 0 it is as large as gives most tokens a second at the target's measured cost.
     """
-    rows = [row_TK for ranks_KBT in of_batches for row_TK in _rows(ranks_KBT)]
-    nodes = trees.grow(trees.observed(torch.cat(rows), NUM_RANKS), num_nodes or trees.SIZES[-1]) or [((0,), 0.0)]
+    rows = rows_of(of_batches)
+    draft_ms = 0.0 if num_nodes else trees.quickest_ms(draft)
+    return planned(trees.observed(torch.cat(rows), NUM_RANKS), rows, lambda _: draft_ms, target, num_nodes)
+
+
+def planned(
+    children: trees.Children,
+    rows: list[Tensor],
+    draft_ms: Callable[[tuple[trees.Path, ...]], float],
+    target: Target,
+    num_nodes: int,
+) -> tuple[trees.Path, ...]:
+    """Returns the tree grown from the chances of `children`, as large as decodes `rows`, ranks [T, K], soonest.
+
+    `draft_ms` is what drafting a tree takes; the target's cost is measured. `num_nodes` other than 0 settles the size.
+    """
+    nodes = trees.grow(children, num_nodes or trees.SIZES[-1]) or [((0,), 0.0)]
+    paths = tuple(path for path, _ in nodes)
     if not num_nodes:
-        draft_ms = trees.quickest_ms(draft)
-        cost_ms = {size: draft_ms + cost for size, cost in trees.verify_ms(target).items()}
+        cost_ms = {size: draft_ms(paths[:size]) + cost for size, cost in trees.verify_ms(target).items()}
         nodes = nodes[: trees.best_size(nodes, rows, cost_ms)]
     print(f"tree of {len(nodes)} nodes: {trees.tokens_a_round(nodes, rows):.2f} tokens a round on held-out text")
-    return tuple(path for path, _ in nodes)
+    return paths[: len(nodes)]
 
 
-def _rows(ranks_KBT: Tensor) -> list[Tensor]:
+def rows_of(of_batches: Iterable[Tensor]) -> list[Tensor]:
     """Returns each row's ranks [T, K], on the host, where at least the first head's token is supervised."""
-    ranks_BTK = ranks_KBT.permute(1, 2, 0).cpu()
-    return [ranks_TK[ranks_TK[:, 0] >= 0] for ranks_TK in ranks_BTK]
+    rows = [ranks_TK for ranks_KBT in of_batches for ranks_TK in ranks_KBT.permute(1, 2, 0).cpu()]
+    return [ranks_TK[ranks_TK[:, 0] >= 0] for ranks_TK in rows]

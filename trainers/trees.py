@@ -6,6 +6,7 @@ Shape suffixes: M, N positions, T positions of one row, K heads (depths), R rank
 import heapq
 import time
 from collections.abc import Callable
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -67,6 +68,11 @@ def observed(ranks_MK: Tensor, num_ranks: int) -> Children:
         return (right_R / (is_there_M.sum() + PRIOR)).tolist()
 
     return children
+
+
+def in_turn(children: Children) -> Children:
+    """Returns these chances with none above that of the guess before it: a tree then holds guesses in turn, from 0."""
+    return lambda path: list(accumulate(children(path), min))
 
 
 def tokens_a_round(nodes: list[tuple[Path, float]], rows: list[Tensor]) -> float:

@@ -16,8 +16,6 @@ from draftsmith.drafters import Session, Step
 from draftsmith.target import Target
 from draftsmith.tree import Draft, Tree, chain
 
-SIBLINGS = ("without_replacement", "independent", "top_and_drawn")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -33,7 +31,8 @@ class Config:
     """Each node of a fixed tree as the ranks along its path, empty for chains: ((0,), (1,), (0, 0), (1, 0)) is two
     paths of two tokens."""
     siblings: str = "without_replacement"
-    """How siblings in that tree are drawn: without_replacement, independent or top_and_drawn; greedily the best."""
+    """How siblings in that tree are drawn: without_replacement, independent or top_and_drawn; greedily, or if
+    deterministic, they are the best."""
     width: int = 0
     """If not 0, trees grow where the draft model is confident: so many nodes a level are given so many children."""
     num_nodes: int = 16
@@ -41,8 +40,7 @@ class Config:
 
     def __post_init__(self) -> None:
         growth.check_paths(self.tree)
-        if self.siblings not in SIBLINGS:
-            raise ValueError(f"siblings is {self.siblings!r}; there are {', '.join(SIBLINGS)}")
+        growth.check_siblings(self.siblings)
         growth.check_shape(self)
         if self.width and self.tree:
             raise ValueError("a fixed tree and width, for trees that grow, exclude each other")
