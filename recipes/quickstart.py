@@ -70,7 +70,7 @@ class QuickstartSettings:
     """Tokens written after each."""
     num_prompts: int = 8
     """Prompts to compare on."""
-    max_new_tokens: int = 40
+    max_new_tokens: int = 32
     """Tokens decoded after each of them."""
     rounds: int = 3
     """Times that all of them are decoded."""

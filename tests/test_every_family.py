@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import draftsmith
+from draftsmith import Target
 from draftsmith.drafters import find, names
 from tests.family import Watched, built, texts
-from tests.models import CAUSAL, greedy_by_transformers, padded, prompts, tiny_target
+from tests.models import CAUSAL, greedy_by_transformers, padded, prompts, tiny_model, tiny_target
 
 NUM_NEW = 20
 
@@ -39,3 +40,17 @@ def test_greedy_output_is_transformers_own(family: str, architecture: str) -> No
 @pytest.mark.parametrize("family", names())
 def test_and_so_it_is_in_either_precision_and_padding(family: str, architecture: str, dtype: torch.dtype) -> None:
     check(family, architecture, dtype, (1, "right"), (5, "left"), (5, "right"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", names())
+def test_and_so_it_is_on_a_gpu(family: str) -> None:
+    target = Target(tiny_model("llama").to("cuda"))
+    drafter = built(find(family), importlib.import_module(f"tests.test_{family}").EXAMPLE, target)
+    for num_rows in (1, 5):
+        ids, mask = (tensor.cuda() for tensor in padded(prompts(num_rows), side="left"))
+        given = {"attention_mask": mask, "max_new_tokens": NUM_NEW}
+        out = draftsmith.generate(target, ids, Watched(drafter), **given)
+        expected = target.model.generate(ids, do_sample=False, **given)
+        assert [row[-NUM_NEW:] for row in texts(out)] == expected[:, -NUM_NEW:].tolist()
+        draftsmith.generate(target, ids, Watched(drafter), **given, temperature=1.0, seed=0)
