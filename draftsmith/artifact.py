@@ -24,6 +24,7 @@ from draftsmith.drafters import find, names
 from draftsmith.facts import TargetFacts
 from draftsmith.files import atomic_folder
 from draftsmith.target import Target
+from draftsmith.tuned import has_tuned
 
 FORMAT_VERSION = 1
 MANIFEST = "draft_config.json"
@@ -35,8 +36,10 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
     """Writes `drafter` to the folder `path`, replacing an artifact there; `record` is added to the manifest.
 
     A drafter with a store of its own defines `save_store(folder)` and, on its class, `load_store(folder, config,
-    target)`. Raises ValueError if `path` holds something else.
+    target)`. One that has tuned its target is bound to the target as it was before. Raises ValueError if `path` holds
+    something else.
     """
+    target = target.base if has_tuned(drafter) and target is drafter.target else target
     family = type(drafter).__module__.rsplit(".", 1)[-1]
     assert family in names()
     manifest = {
@@ -48,6 +51,7 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
         "vocab_size": target.vocab_size,
         "layer_index": LAYER_INDEX,
         "acceptance_mode": "lossless",
+        "tunes_target": has_tuned(drafter),
         "command": shlex.join(sys.argv),
         "commit": _commit(),
         "versions": {
@@ -67,7 +71,7 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
 
 
 def load(path: str | Path, target: Target) -> Any:
-    """Returns the drafter saved at `path`, ready to draft for `target`.
+    """Returns the drafter saved at `path`, ready to draft for `target`, or for `drafter.target` if it has tuned that.
 
     Raises ValueError if it was made for another target or tokenizer, or if a file is missing, truncated or odd.
     """
@@ -82,6 +86,7 @@ def load(path: str | Path, target: Target) -> Any:
     if isinstance(drafter, nn.Module):
         _load_weights(drafter, folder / WEIGHTS)
         drafter.eval().requires_grad_(False)
+        getattr(drafter, "loaded", lambda: None)()
     return drafter
 
 

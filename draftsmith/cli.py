@@ -106,6 +106,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     check_lengths(facts, prompt_ids.tolist(), arguments.max_new_tokens)
     target = Target.from_pretrained(path, dtype=arguments.dtype, device=arguments.device)
     drafter = load(arguments.draft, target) if arguments.draft is not None else None
+    if drafter is not None and drafter.target is not target:
+        print("draftsmith: this drafter has tuned its target, whose text may differ from the target's", file=sys.stderr)
+        target = drafter.target
     printer = _Printer(target.tokenizer, marks=arguments.show_drafts and drafter is not None)
     began = time.perf_counter()
     out = generate(
@@ -169,7 +172,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     folder = Path(arguments.artifact)
     manifest = read_manifest(folder)
-    print(f"{folder}: a drafter of family {manifest['family']} for target {manifest['target']['name']}")
+    tuned = ", which it tunes" if manifest.get("tunes_target") else ""
+    print(f"{folder}: a drafter of family {manifest['family']} for target {manifest['target']['name']}{tuned}")
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"  {file.stat().st_size / 1e6:8.2f} MB  {file.relative_to(folder)}")
     if (folder / "model.safetensors").is_file():

@@ -36,7 +36,10 @@ def custom_generate(
     """
     target = drafter.target if drafter is not None else Target(model)
     if target.model is not model:
-        raise ValueError("the drafter was loaded for another model object; load it with Target(model) of this one")
+        raise ValueError(
+            "the drafter was loaded for another model object; load it with Target(model) of this one, or call"
+            " drafter.target.model.generate if it has tuned its target"
+        )
     if (generation_config.num_beams or 1) > 1:
         raise ValueError("draftsmith decodes greedily or by sampling; num_beams must be 1")
     if generation_config.return_dict_in_generate:

@@ -65,7 +65,8 @@ def generate(
     check_lengths(target, rows, max_new_tokens)
     if drafter is not None and drafter.target is not target:
         raise ValueError(
-            "the drafter drafts for another Target object; load it with this one, or give its own, drafter.target"
+            "the drafter drafts for another Target object; load it with this one or, as one that has tuned its target"
+            " asks for, give its own, drafter.target"
         )
     drafter = paced(drafter, length) if drafter is not None else None
     if streamer is not None and len(rows) > 1:

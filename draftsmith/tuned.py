@@ -1,15 +1,32 @@
 """Targets that a drafter has changed: they share with the user's model every weight that is not changed."""
 
 import copy
+from collections.abc import Collection
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from draftsmith.stack import LAYER_LISTS, find_child
 from draftsmith.target import Target
 
 
+class Tuned(Target):
+    """A target changed by a drafter, and the user's own that it was made from."""
+
+    def __init__(self, model: Any, base: Target) -> None:
+        super().__init__(model, base.tokenizer)
+        self.base = base
+
+
+def has_tuned(drafter: Any) -> bool:
+    """Returns whether the drafter drafts for a target that it has changed, and not for the one it was loaded with."""
+    return hasattr(drafter, "loaded") and isinstance(drafter.target, Tuned)
+
+
 @torch.no_grad()
-def tuned(target: Target, weights: dict[str, Tensor]) -> Target:
+def tuned(target: Target, weights: dict[str, Tensor]) -> Tuned:
     """Returns a target of its own whose parameters called so, by the model's names for them, have these values.
 
     All other parameters are the very ones of `target`, which stays as it is. Raises ValueError for names or shapes
@@ -21,10 +38,43 @@ def tuned(target: Target, weights: dict[str, Tensor]) -> Target:
             raise ValueError(f"{target.name} has no parameter {name!r} to be tuned")
         if parameters[name].shape != weight.shape:
             raise ValueError(f"{name} is {tuple(parameters[name].shape)} in {target.name}, not {tuple(weight.shape)}")
-    kept = [parameter for name, parameter in parameters.items() if name not in weights]
-    # deepcopy takes what its memo holds as copied already.
-    model = copy.deepcopy(target.model, {id(parameter): parameter for parameter in [*kept, *target.model.buffers()]})
+    model = twin(target.model, own=weights)
     changed = dict(model.named_parameters())
     for name, weight in weights.items():
         changed[name].copy_(weight)
-    return Target(model, target.tokenizer)
+    return Tuned(model, target)
+
+
+def twin(model: Any, *, own: Collection[str] = ()) -> Any:
+    """Returns a copy whose modules are its own and whose parameters and buffers, save those called so, the model's."""
+    shared = [parameter for name, parameter in model.named_parameters() if name not in own]
+    # deepcopy takes what its memo holds as copied already.
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*shared, *model.buffers()]})
+
+
+def matrices(target: Target, called: Collection[str] = ()) -> dict[str, nn.Module]:
+    """Returns the linear layers of the decoder's blocks and the output head, unless tied, by the model's names.
+
+    With `called` only those whose name ends so, as in ("q_proj", "v_proj"). Raises ValueError if there is none.
+    """
+    decoder = target.model.get_decoder()
+    decoder = getattr(decoder, "decoder", decoder)
+    blocks = getattr(decoder, find_child(decoder, LAYER_LISTS, "list of blocks"))
+    head = target.model.get_output_embeddings()
+    inside = {*blocks.modules(), *([head] if head is not None and not has_tied_head(target) else [])}
+    found = {
+        name: module
+        for name, module in target.model.named_modules()
+        if module in inside and isinstance(module, nn.Linear | Conv1D)
+    }
+    kept = {name: module for name, module in found.items() if not called or name.rpartition(".")[2] in called}
+    if not kept:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in found}))
+        raise ValueError(f"{target.name} has no linear layer called {', '.join(called)}; there are {known}")
+    return kept
+
+
+def has_tied_head(target: Target) -> bool:
+    """Returns whether the output head is the embedding, so that one cannot be changed without the other."""
+    head = target.model.get_output_embeddings()
+    return head is not None and head.weight is target.model.get_input_embeddings().weight

@@ -161,7 +161,11 @@ def greedy_by_transformers(
     architecture: str, num_rows: int, num_new: int, dtype: torch.dtype = torch.float32
 ) -> list[list[int]]:
     """Returns what transformers' own `generate` makes of `prompts(num_rows)`, prompts included, row by row."""
-    model = tiny_target(architecture, dtype=dtype).model
+    return greedy_by_model(tiny_target(architecture, dtype=dtype).model, num_rows, num_new)
+
+
+def greedy_by_model(model: Any, num_rows: int, num_new: int) -> list[list[int]]:
+    """Returns the same of any model."""
     texts = []
     for row in prompts(num_rows):
         given = {"inputs": torch.tensor([row]), "attention_mask": torch.ones(1, len(row))}

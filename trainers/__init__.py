@@ -7,6 +7,8 @@ A family's file is a module with these names; the loop knows no family by name.
     build(settings, target) -> drafter     a new drafter, its weights in float32
     needs(settings, target) -> Needs       what batches must hold of the target
     loss(drafter, batch, settings, target) -> (sum, metrics)     the loss summed over the batch's supervised tokens
+    begin_step(drafter, settings, step, num_steps)               optional: told before each step how many are done
+    rate_factors(settings) -> {prefix: step -> factor}           optional: of the learning rate of weights called so
     judge(drafter, batch, settings, target) -> metrics           on held-out rows: "acceptance", the larger the better
     finish(drafter, settings, target, held_out) -> drafter       optional: a last touch after training
     fit(settings, target, rows) -> drafter                       in place of `loss` and `build`: without gradient

@@ -39,6 +39,17 @@ class Step(nn.Module):
         part = self._family.judge if is_held_out else self._family.loss
         return part(self.drafter, batch, self._settings, self._target)
 
+    def begin(self, step: int, num_steps: int) -> None:
+        """Tells the family how many of the optimiser's steps are done."""
+        if hasattr(self._family, "begin_step"):
+            self._family.begin_step(self.drafter, self._settings, step, num_steps)
+
+    def rate_factors(self) -> dict[str, Callable[[int], float]]:
+        """Returns the family's factors of the learning rate by prefix of its weights' names, none if it has none."""
+        given = self._family.rate_factors(self._settings) if hasattr(self._family, "rate_factors") else {}
+        return {f"drafter.{prefix}": factor for prefix, factor in given.items()}
+
+
 
 class Sums:
     """Adds up (sum, count) pairs; divided once, by `means`."""
@@ -85,16 +96,48 @@ class DraftTrainer(Trainer):
     ) -> None:
         super().__init__(step, arguments, callbacks=[Progress(), JsonLines(output / "log.jsonl"), Rhythm()], **options)
         self.remove_callback(PrinterCallback)
-        self._target, self._needs, self._held_out = target, needs, held_out
+        self._step, self._target, self._needs, self._held_out = step, target, needs, held_out
         self._output, self._facts = output, facts
         self._sums, self._num_tokens = Sums(), 0
         self._began = self._logged = time.perf_counter()
         self._spent_s = spent_s
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Splits the groups of weights by the prefixes that the family has factors for; the longest counts."""
+        optimizer = super().create_optimizer(model)
+        prefix_of: dict[int, str] = {}
+        for prefix in sorted(self._step.rate_factors(), key=len):
+            prefix_of |= {id(one): prefix for name, one in self._step.named_parameters() if name.startswith(prefix)}
+        if prefix_of:
+            optimizer.param_groups = [
+                group
+                | {"params": [one for one in group["params"] if prefix_of.get(id(one)) == prefix], "prefix": prefix}
+                for group in optimizer.param_groups
+                for prefix in dict.fromkeys(prefix_of.get(id(one)) for one in group["params"])
+            ]
+        return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Has each group follow the schedule times the factor of its prefix."""
+        is_new, factors = self.lr_scheduler is None, self._step.rate_factors()
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if factors and is_new:
+            groups = scheduler.optimizer.param_groups
+            scheduler.lr_lambdas = [
+                _product(rate, factors.get(group["prefix"]))
+                for group, rate in zip(groups, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, base, rate in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                group["lr"] = base * rate(0)
+        return scheduler
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         batch = complete(inputs["batch"], self._target, self._needs.layers, self._needs.top_k)
+        self._step.begin(self.state.global_step, self.state.max_steps)
         total, metrics = model(batch)
         if not torch.isfinite(total):
             raise ValueError(
@@ -217,6 +260,10 @@ def arguments_of(run: RunSettings, output: Path, deepspeed: str | None) -> Train
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
+
+
+def _product(rate: Callable[[int], float], factor: Callable[[int], float] | None) -> Callable[[int], float]:
+    return rate if factor is None else lambda step: rate(step) * factor(step)
 
 
 def _num_supervised(batch: Batch) -> int:

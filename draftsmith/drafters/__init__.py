@@ -3,6 +3,9 @@
 A family's module defines `Config`, a frozen dataclass of what its artifact must remember, and
 `Drafter(config, target)`. A drafter with weights is an `nn.Module` that hides the target from its state dict: the
 module that trains is the module that drafts.
+
+A drafter that changes its target defines `loaded()`, called once its weights are there: it sets `drafter.target` to the
+tuned target (draftsmith/tuned.py), which is the one to be given to `generate`, and leaves the user's as it is.
 """
 
 import difflib
