@@ -16,10 +16,11 @@ import draftsmith
 from data.batches import collate, example
 from data.teacher import complete
 from draftsmith import Target
+from draftsmith.artifact import read_manifest
 from draftsmith.drafters import prophet
 from draftsmith.drafters.prophet import Config, Drafter
 from draftsmith.tree import Tree
-from tests.family import built, check_family, check_greedy, check_training, texts
+from tests.family import built, check_family, check_greedy, check_round_trip, check_training, texts
 from tests.models import greedy_by_transformers, padded, prompts, tiny_model, tiny_target
 from trainers import prophet as trainer
 
@@ -35,6 +36,32 @@ def test_family(tmp_path: Path) -> None:
 def test_grown_trees_an_own_head_and_another_width() -> None:
     check_greedy(built(prophet, GROWN, tiny_target("mistral")), "mistral")
     check_training(trainer, trainer.Settings(hidden_size=24, own_head=True, num_states=3, loss="forward_kl"))
+
+
+def test_it_may_come_with_a_changed_target(tmp_path: Path) -> None:
+    """The artifact brings it along; the user's stays as it is, and is not the one to be decoded with."""
+    target = tiny_target("llama")
+    before = {name: weight.clone() for name, weight in target.model.named_parameters()}
+    drafter = built(prophet, Config(num_layers=1, own_head=True, joint=True), target)
+    check_greedy(drafter, "llama")
+    check_round_trip(drafter, target, tmp_path)
+    assert read_manifest(tmp_path)["tunes_target"]
+    loaded = draftsmith.load(tmp_path, target)
+    own = dict(loaded.target.model.named_parameters())
+    assert own.keys() == before.keys() and loaded.target.base is target
+    for name, weight in target.model.named_parameters():
+        assert torch.equal(weight, before[name])
+        assert not torch.equal(weight, own[name])
+        assert torch.equal(own[name], drafter.target.model.get_parameter(name))
+    with pytest.raises(ValueError, match=r"drafter\.target"):
+        draftsmith.generate(target, torch.tensor(prompts(1)), loaded, max_new_tokens=2)
+
+
+def test_the_changed_target_keeps_its_buffers() -> None:
+    """Rotary frequencies stay in float32 whatever the weights are."""
+    drafter = Drafter(Config(joint=True), Target(tiny_model("llama"))).to(torch.bfloat16)
+    assert {weight.dtype for weight in drafter.changed.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in drafter.changed.buffers()} == {torch.float32}
 
 
 # --- What a window says ------------------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith import Target
+from tests.family import check_training
 from tests.models import VOCAB_SIZE, tiny_model, tiny_target
 from tests.runs import SMALL, make_data, make_target, weights
 from tests.test_prophet import naive_logits
@@ -155,6 +157,40 @@ def test_four_steps() -> None:
     assert losses == pytest.approx([92.084282, 33.278282, 13.625697, 7.000509], rel=1e-4)
 
 
+def test_joint_training_adds_the_loss_of_the_copy() -> None:
+    """The copy begins as the target: both losses are what they are apart; detached, its gradient is its own loss's."""
+    target = Target(tiny_model("llama"))
+    given = batch(target)
+    alone = prophet.Settings(num_layers=1, num_draft=NUM_DRAFT, windows=99, own_head=True)
+    joint, detached = (dataclasses.replace(alone, joint=True, detach=detach) for detach in (False, True))
+    torch.manual_seed(0)
+    frozen = prophet.build(alone, target)
+    expected, _ = prophet.loss(frozen, given, alone, target)
+    logits_BTV, mask_BT = target.model(given.tokens_BT).logits[:, :-1], given.loss_mask_BT[:, 1:]
+    main = cross_entropy(logits_BTV[mask_BT], given.tokens_BT[:, 1:][mask_BT], reduction="sum")
+    parameters = list(target.model.parameters())
+    main_gradient = torch.autograd.grad(main, parameters)
+    reaches = []
+    for settings in (joint, detached):
+        torch.manual_seed(0)
+        drafter = prophet.build(settings, target)
+        assert drafter.target is not target and drafter.base is target
+        found, metrics = prophet.loss(drafter, dataclasses.replace(given, hidden={}), settings, target)
+        torch.testing.assert_close(found, main + expected)
+        torch.testing.assert_close(metrics["main_loss"][0], main.detach())
+        judged = prophet.judge(drafter, given, settings, target)
+        assert float(judged["main_loss"][0]) == pytest.approx(main.item(), rel=1e-5)
+        gradient = torch.autograd.grad(found, list(drafter.weights))
+        pairs = zip(gradient, main_gradient, strict=True)
+        reaches.append(not all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in pairs))
+    assert reaches == [True, False]
+
+
+def test_joint_training_leaves_the_target_alone() -> None:
+    for kind in ("ce", "forward_kl"):
+        check_training(trainer=prophet, settings=prophet.Settings(num_layers=1, joint=True, loss=kind))
+
+
 def test_a_stopped_run_goes_on_with_the_same_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows are chosen at random; a run stopped past its checkpoint learns what an unbroken one does."""
     data = make_data(make_target(tmp_path / "target"), tmp_path / "data")
@@ -182,6 +218,6 @@ def test_a_stopped_run_goes_on_with_the_same_windows(tmp_path: Path, monkeypatch
 
 
 def test_what_is_refused() -> None:
-    for changes in ({"windows": 0}, {"num_draft": 0}, {"num_layers": 0}):
+    for changes in ({"windows": 0}, {"num_draft": 0}, {"num_layers": 0}, {"detach": True}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             prophet.Settings(**changes)

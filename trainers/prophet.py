@@ -43,8 +43,15 @@ class Settings:
     """If not 0, it drafts trees that grow where it is confident: so many nodes a level with as many children each."""
     num_nodes: int = 16
     """Nodes kept of such a tree."""
+    joint: bool = False
+    """Train a copy of the target too, on the text beside the prophet's loss. It is a changed target that is drafted for
+    then: the artifact holds it, and its texts are its own."""
+    detach: bool = False
+    """In joint training, keep the prophet's loss from the target, which then learns from the text alone."""
 
     def __post_init__(self) -> None:
+        if self.detach and not (self.joint and self.own_head):
+            raise ValueError("detach belongs to joint training with own_head: a head that is shared learns from both")
         if self.windows < 1:
             raise ValueError(f"windows is {self.windows}; it must be at least 1")
         self.config()
@@ -61,6 +68,7 @@ class Settings:
             length=self.length,
             width=self.width,
             num_nodes=self.num_nodes,
+            joint=self.joint,
         )
 
 
@@ -83,20 +91,25 @@ class Windows:
 
 
 def build(settings: Settings, target: Target) -> Drafter:
-    return Drafter(settings.config(), target).float()
+    """Returns a new prophet; in joint training its target is a copy whose weights are the drafter's own."""
+    drafter = Drafter(settings.config(), target).float()
+    drafter.loaded()
+    return drafter.requires_grad_()
 
 
 def needs(settings: Settings, target: Target) -> Needs:
-    return Needs(layers=(target.num_layers,))
+    return Needs(layers=() if settings.joint else (target.num_layers,))
 
 
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the loss of the P predictions of every window, summed and divided by P: each token counts about once.
 
     The windows, where they are not all taken, begin at a random one: torch's generator, which a resumed run restores.
+    In joint training the copy's own loss on the text is added.
     """
-    normed_BTD = target.norm(batch.hidden[target.num_layers])
-    chosen = choose(drafter, batch, normed_BTD, settings.windows, float(torch.rand(())))
+    normed_BTD = _read(drafter, batch)
+    states_BTD = normed_BTD.detach() if settings.detach else normed_BTD
+    chosen = choose(drafter, batch, states_BTD, settings.windows, float(torch.rand(())))
     z_NE, labels_N = chosen.z_WPE[chosen.mask_WP], chosen.labels_WP[chosen.mask_WP]
     if settings.loss == "ce":
         total, _ = chunked(
@@ -108,25 +121,29 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     else:
         compare = divergence(settings.loss)
         total, _ = chunked(
-            lambda z, theirs: compare(drafter.head(z[None])[0], Teacher(logits=target.head(theirs[None])[0])),
+            lambda z, theirs: compare(drafter.head(z[None])[0], _teacher(drafter, theirs)),
             z_NE,
-            _theirs(chosen, normed_BTD),
+            _theirs(chosen, normed_BTD.detach()),
             vocab_size=target.vocab_size,
         )
-    return total * chosen.share / settings.num_draft, {}
+    total = total * chosen.share / settings.num_draft
+    if not settings.joint:
+        return total, {}
+    main, count = _main_loss(drafter, batch, normed_BTD)
+    return main + total, {"main_loss": (main.detach(), count), "prophet_loss": (total.detach(), count)}
 
 
 def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns as acceptance how many tokens are right before the first wrong one, in windows supervised throughout.
 
-    And, of the first token, how often it is right and sum_x min(p, q), the chance that it is accepted when sampled.
+    And, of the first token, how often it is right and sum_x min(p, q), the chance that it is accepted when sampled;
+    in joint training also what the changed target has learnt of the text.
     """
-    normed_BTD = target.norm(batch.hidden[target.num_layers])
+    normed_BTD = _read(drafter, batch)
     chosen = choose(drafter, batch, normed_BTD, settings.windows, 0.0)
 
     def first(z_NE: Tensor, theirs_ND: Tensor) -> Tensor:
-        teacher = Teacher(logits=target.head(theirs_ND[None])[0])
-        return acceptance(*laws(drafter.head(z_NE[None])[0], teacher))
+        return acceptance(*laws(drafter.head(z_NE[None])[0], _teacher(drafter, theirs_ND)))
 
     def run(z_NPE: Tensor, labels_NP: Tensor, mask_NP: Tensor) -> Tensor:
         is_right_NP = drafter.head(z_NPE).argmax(-1) == labels_NP
@@ -142,6 +159,7 @@ def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) ->
         "acceptance": (run_length, int(num_whole)),
         "first_acceptance": (accepted, count),
         "first_accuracy": (right, count),
+        **({"main_loss": _main_loss(drafter, batch, normed_BTD)} if settings.joint else {}),
     }
 
 
@@ -171,6 +189,28 @@ def choose(drafter: Drafter, batch: Batch, normed_BTD: Tensor, windows: int, pha
         mask_WP=batch.loss_mask_BT[rows_W1, ahead_WP.clamp(max=last)] & (ahead_WP <= last),
         share=num_found / num_taken,
     )
+
+
+def _read(drafter: Drafter, batch: Batch) -> Tensor:
+    """Returns the last hidden states, normed [B, T, D], of the target or, in joint training, of its copy as it is."""
+    own, last = drafter.target, drafter.target.num_layers
+    return own.norm(own.read(batch.tokens_BT, (last,))[last] if drafter.config.joint else batch.hidden[last])
+
+
+def _main_loss(drafter: Drafter, batch: Batch, normed_BTD: Tensor) -> tuple[Tensor, int]:
+    """Returns the cross-entropy of the drafter's target on the text, summed, and the number of tokens."""
+    mask_BT = batch.loss_mask_BT[:, 1:]
+    return chunked(
+        lambda normed, labels: cross_entropy(drafter.target.head(normed[None])[0], labels),
+        normed_BTD[:, :-1][mask_BT],
+        batch.tokens_BT[:, 1:][mask_BT],
+        vocab_size=drafter.target.vocab_size,
+    )
+
+
+@torch.no_grad()
+def _teacher(drafter: Drafter, normed_ND: Tensor) -> Teacher:
+    return Teacher(logits=drafter.target.head(normed_ND[None])[0])
 
 
 def _theirs(chosen: Windows, normed_BTD: Tensor) -> Tensor:

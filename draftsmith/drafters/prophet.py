@@ -17,6 +17,7 @@ or 1.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from draftsmith.drafters import Session, Step
 from draftsmith.drafters.blocks import Block, along, own_outputs, place
 from draftsmith.target import Target
 from draftsmith.tree import Draft, Tree, chain
+from draftsmith.tuned import Tuned, twin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class Config:
     """If not 0, trees grow where the prophet is confident: so many nodes a level are given so many children."""
     num_nodes: int = 16
     """Nodes kept of such a tree."""
+    joint: bool = False
+    """Whether it comes with a changed target: a copy of the user's that was trained with it, and that it drafts for."""
 
     def __post_init__(self) -> None:
         for name in ("num_states", "num_layers", "num_heads"):
@@ -71,10 +75,13 @@ class Drafter(nn.Module):
     """The decoder, with maps from the target's width into its own and back; its cache is filled anew every round."""
 
     target: Target
+    base: Target
+    changed: Any
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
         self.config = config
+        object.__setattr__(self, "base", target)
         object.__setattr__(self, "target", target)
         self.hidden_layers = (target.num_layers,)
         width = config.hidden_size or target.hidden_size
@@ -88,7 +95,16 @@ class Drafter(nn.Module):
         self.output_map = _map(width, target.hidden_size)
         if config.own_head:
             self.outputs = own_outputs(target, 1)
+        if config.joint:
+            # Of the copy only the parameters are the drafter's: a change of dtype must not touch its buffers.
+            object.__setattr__(self, "changed", twin(target.model, own=dict(target.model.named_parameters())))
+            self.weights = nn.ParameterList(self.changed.parameters())
         self.to(device=target.device, dtype=target.dtype)
+
+    def loaded(self) -> None:
+        """Makes `target` the changed one, if it comes with one."""
+        if self.config.joint:
+            object.__setattr__(self, "target", Tuned(self.changed, self.base))
 
     def forward(self, normed_BSD: Tensor, tokens_BT: Tensor, is_there_BZ: Tensor) -> Tensor:
         """Returns what `head` reads at every slot from the pending token on [B, T - S + 1, E], of windows of a text.
@@ -102,8 +118,8 @@ class Drafter(nn.Module):
         return self._run(x_BWE, tree.depths_RN, mask_B1WW)[:, num_before:]
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        """Returns the prophet's inputs [B, T, E] for tokens."""
-        return self.token_map(self.target.model.get_input_embeddings()(tokens_BT))
+        """Returns the prophet's inputs [B, T, E] for tokens; the target's embedding learns nothing from them."""
+        return self.token_map(self.target.model.get_input_embeddings()(tokens_BT).detach())
 
     def head(self, z_BNE: Tensor) -> Tensor:
         """Returns logits [B, N, V]."""
