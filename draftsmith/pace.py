@@ -23,7 +23,8 @@ def paced(drafter: Drafter, length: str | Policy) -> Drafter:
     """
     is_asking = getattr(drafter.config, "asks_length", False)
     if length == "auto":
-        length = drafter.config.length if is_asking else "fixed"
+        # A drafter may have a policy that it keeps from call to call.
+        length = getattr(drafter, "policy", None) or (drafter.config.length if is_asking else "fixed")
     policy = make(length) if isinstance(length, str) else length
     if policy.needs_confidence and not is_asking:
         name = type(policy).__name__.lower()

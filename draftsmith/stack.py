@@ -125,8 +125,10 @@ def view(
     list_name, norm_name = find_child(stack, LAYER_LISTS, "list of blocks"), final_norm(stack)
     layers = []
     for index, layer in enumerate(getattr(stack, list_name)):
-        inner = _without(layer, {kind for kind, at in skipped if at == index}, width)
-        layers.append(_Layer(inner, frame, index, runs=start <= index < stop, is_entry=index == start))
+        kinds = {kind for kind, at in skipped if at == index}
+        # Without both sublayers a block's norms would be computed for nothing.
+        runs = start <= index < stop and kinds < {"attention", "mlp"}
+        layers.append(_Layer(_without(layer, kinds, width), frame, index, runs=runs, is_entry=index == start))
     twin._modules[list_name] = nn.ModuleList(layers)
     if norm_name is not None:
         twin._modules[norm_name] = nn.Identity()

@@ -24,6 +24,7 @@ from draftsmith.tree import Tree, chain
 LAYER_KINDS = {"full_attention", "sliding_attention"}
 ATTENTION_KINDS = {"sdpa", "eager"}
 PREFILL_CHUNK = 512
+MAX_VIEWS = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -308,6 +309,9 @@ class Target:
     def _view(self, start: int, stop: int, skipped: frozenset[tuple[str, int]]) -> Any:
         key = (start, stop, skipped)
         if key not in self._views:
+            # A search leaves out thousands of different choices of sublayers.
+            while len(self._views) >= MAX_VIEWS:
+                del self._views[next(iter(self._views))]
             if self.is_encoder_decoder and key != (0, self.num_layers, frozenset()):
                 raise ValueError(f"{self._architecture} is an encoder-decoder: spans of layers are not supported")
             base = relative_bias(self._stack, self._frame) if hasattr(self._stack, "block") else self._stack

@@ -240,7 +240,7 @@ def test_a_family_without_gradient_runs_by_the_same_entry(folder: Path) -> None:
     """`fit` is given the rows to train on; judgement, record and artifact are the same."""
     seen = []
 
-    def fit(settings: Any, target: draftsmith.Target, rows: Any) -> lookup.Drafter:
+    def fit(settings: Any, target: draftsmith.Target, rows: Any, run: RunSettings, output: Path) -> lookup.Drafter:
         seen.append(len(rows))
         return lookup.Drafter(lookup.Config(max_ngram=2), target)
 

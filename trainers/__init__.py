@@ -11,7 +11,8 @@ A family's file is a module with these names; the loop knows no family by name.
     rate_factors(settings) -> {prefix: step -> factor}           optional: of the learning rate of weights called so
     judge(drafter, batch, settings, target) -> metrics           on held-out rows: "acceptance", the larger the better
     finish(drafter, settings, target, held_out) -> drafter       optional: a last touch after training
-    fit(settings, target, rows) -> drafter                       in place of `loss` and `build`: without gradient
+    fit(settings, target, rows, run, output) -> drafter          in place of `loss` and `build`: without gradient; what
+                                                                 it needs to be continued it keeps in `output`
 
 Metrics are (sum, count) pairs, added over micro-batches and ranks and divided once, when they are logged.
 """

@@ -1,12 +1,17 @@
 """What a run tells: a progress bar on rank 0 and `log.jsonl` in its folder."""
 
 import json
+import os
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trainers.run import RunSettings
 
 HELD_OUT = "eval_"
 
@@ -60,6 +65,16 @@ class JsonLines(TrainerCallback):
         if state.is_world_process_zero:
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def reporter(run: RunSettings, output: Path) -> Callable[[dict[str, Any]], None]:
+    """Returns what passes lines of a run without gradient, each with its "step", on to wandb, if that is asked for."""
+    if run.report_to != "wandb":
+        return lambda line: None
+    import wandb
+
+    reported = wandb.init(project=os.environ["WANDB_PROJECT"], name=output.name, dir=output, config=asdict(run))
+    return lambda line: reported.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
 
 
 def _step(line: str) -> float:

@@ -55,7 +55,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     train_on, held_out = _split(examples, run, min(run.max_length, target.context_length))
     spent_s = 0.0
     if hasattr(family, "fit"):
-        drafter = family.fit(settings, target, train_on) if launch.rank() == 0 else None
+        drafter = family.fit(settings, target, train_on, run, output) if launch.rank() == 0 else None
     else:
         facts = {"data_fingerprint": examples.fingerprint, "target_fingerprint": target.fingerprint}
         drafter, spent_s = _descend(family, settings, run, target, train_on, list(held_out), output, deepspeed, facts)

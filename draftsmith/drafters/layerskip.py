@@ -1,0 +1,191 @@
+"""The target drafting for itself with sublayers left out (Draft & Verify, 2309.08168), in its own cache.
+
+Nothing is trained and nothing kept between steps: drafts read the exact keys and values of what is committed, write
+their own behind them, and verification overwrites these. Which sublayers to leave out is searched beforehand, or
+`online` while text is generated (SWIFT, 2410.06916).
+
+Shape suffixes: B rows, T tokens of a text, N nodes, M new nodes, D hidden width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from draftsmith import growth, length
+from draftsmith.drafters import Session, Step
+from draftsmith.skipping import Sublayers, reread, sublayers
+from draftsmith.target import Target
+from draftsmith.tree import Draft, Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is left out, how it drafts, and how it looks for something better while it does."""
+
+    attention: tuple[int, ...] = ()
+    """Blocks, from 0, whose attention is left out."""
+    mlp: tuple[int, ...] = ()
+    """Blocks whose feed-forward layer is left out."""
+    num_draft: int = 8
+    """Most tokens drafted at a time."""
+    length: str = "adaptive=0.6"
+    """How long its chains are: a policy of draftsmith/length.py, and its number; it learns from call to call."""
+    width: int = 0
+    """If not 0, trees grow where the drafter is confident: so many nodes a level are given so many children."""
+    num_nodes: int = 16
+    """Nodes kept of such a tree."""
+    online: bool = False
+    """Whether each step tries another choice of as many sublayers on what was generated, and the best is kept."""
+    window: int = 32
+    """Tokens generated before that begins, on which choices are then compared until the call ends."""
+    guided_every: int = 25
+    """Of so many choices tried one is the most promising by a Gaussian process, the others are random."""
+    good_enough: float = 0.93
+    """Share of those tokens guessed right at which no more is tried."""
+    patience: int = 300
+    """Choices in turn that were no better, after which no more is tried."""
+    max_trials: int = 1000
+    """Choices tried in one call at most."""
+
+    def __post_init__(self) -> None:
+        growth.check_shape(self)
+        length.make(self.length)
+        for name in ("attention", "mlp"):
+            blocks = getattr(self, name)
+            if len(set(blocks)) < len(blocks) or min(blocks, default=0) < 0:
+                raise ValueError(f"{name} is {list(blocks)}; it must list blocks from 0 up, none twice")
+        for name in ("window", "guided_every", "patience", "max_trials"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.good_enough <= 1:
+            raise ValueError(f"good_enough is {self.good_enough}; it must be above 0 and at most 1")
+
+    @property
+    def asks_length(self) -> bool:
+        return not self.width
+
+
+class Drafter:
+    """The target without the sublayers that `skipped` names."""
+
+    hidden_layers: tuple[int, ...] = ()
+
+    def __init__(self, config: Config, target: Target) -> None:
+        last = max((*config.attention, *config.mlp), default=0)
+        if last >= target.num_layers:
+            raise ValueError(f"block {last} is to be left out; {target.name} has blocks 0 to {target.num_layers - 1}")
+        if target.is_encoder_decoder:
+            raise ValueError(f"{target.name} is an encoder-decoder, whose sublayers cannot be left out")
+        self.config = config
+        self.target = target
+        self.policy = length.make("fixed" if config.width else config.length)
+        self.skipped = sublayers(config.attention, config.mlp)
+
+    def start(self, session: Session) -> None:
+        self._session = session
+        self._num_given = [len(row) for row in session.rows]
+        self._is_running = [True] * len(session.rows)
+        self._trials: _Trials | None = None
+
+    def propose(self, budget: int) -> Draft:
+        if self.config.online:
+            self._try_another()
+        return growth.draft(self._logits, self._session, self.config, budget)
+
+    def observe(self, step: Step) -> None:
+        self._is_running = [len(path) > 0 for path in step.paths]
+
+    def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
+        """Returns the logits [B, M, V] after the nodes from `first` on."""
+        cache, skipped = self._session.cache, self.skipped
+        out = self.target.forward(tokens_BN[:, first:], tree, cache, skipped=skipped, first=first)
+        return self.target.logits(out.hidden_BND)
+
+    def _try_another(self) -> None:
+        """Goes a step on in the search, which begins once every row still running has a window of new text."""
+        session, window = self._session, self.config.window
+        if self._trials is None:
+            rows = [row for row, runs in zip(session.rows, self._is_running, strict=True) if runs]
+            given = [num for num, runs in zip(self._num_given, self._is_running, strict=True) if runs]
+            if any(len(row) - num <= window for row, num in zip(rows, given, strict=True)):
+                return
+            self._trials = _Trials(self.target, rows, self.config, self.skipped)
+        if self._trials.goes_on:
+            self.skipped = self._trials.next(session.generator)
+
+
+class _Trials:
+    """One call's search: choices of equally many sublayers, scored on the last tokens of its rows.
+
+    The first and the last block are never touched, and a choice made beforehand that does is scored as it is.
+    """
+
+    NUM_CANDIDATES, OPTIMISM, NOISE = 256, 2.5, 1e-2
+
+    def __init__(self, target: Target, rows: list[list[int]], config: Config, skipped: Sublayers) -> None:
+        self._target, self._config = target, config
+        self._rows_BT = torch.tensor([row[-config.window - 2 :] for row in rows], device=target.device)
+        # The pending token is the last label; all before it is read once, into a cache that ends where the window is.
+        self._cache = target.new_cache(len(rows))
+        target.prefill([row[:-1] for row in rows], self._cache)
+        self._cache.lengths = [number - config.window - 1 for number in self._cache.lengths]
+        self._bits = [(kind, block) for kind in ("attention", "mlp") for block in range(1, target.num_layers - 1)]
+        self._num_skipped = min(len(skipped), len(self._bits))
+        self._masks: list[np.ndarray] = []
+        self._scores: list[float] = []
+        self._num_worse = 0
+        self.best, self.best_score = skipped, self._score(skipped)
+        self._note(skipped, self.best_score)
+
+    @property
+    def goes_on(self) -> bool:
+        config = self._config
+        is_tired = self._num_worse > config.patience or len(self._scores) > config.max_trials
+        return 0 < self._num_skipped < len(self._bits) and self.best_score <= config.good_enough and not is_tired
+
+    def next(self, generator: torch.Generator) -> Sublayers:
+        """Tries one more choice and returns the best so far."""
+        is_guided = len(self._scores) % self._config.guided_every == 0
+        candidates = [self._random(generator) for _ in range(self.NUM_CANDIDATES if is_guided else 1)]
+        skipped = candidates[self._most_promising(candidates) if is_guided else 0]
+        score = self._score(skipped)
+        self._note(skipped, score)
+        if score > self.best_score:
+            self.best, self.best_score, self._num_worse = skipped, score, 0
+        else:
+            self._num_worse += 1
+        return self.best
+
+    def _random(self, generator: torch.Generator) -> Sublayers:
+        order = torch.randperm(len(self._bits), generator=generator)[: self._num_skipped]
+        return frozenset(self._bits[place] for place in order.tolist())
+
+    def _score(self, skipped: Sublayers) -> float:
+        """Returns the share of the window's tokens that drafting would have guessed."""
+        hidden_BTD = reread(self._target, self._rows_BT[:, :-1], self._cache, skipped, self._config.num_draft)
+        guesses_BT = self._target.logits(hidden_BTD).argmax(-1)
+        return (guesses_BT == self._rows_BT[:, 2:]).float().mean().item()
+
+    def _note(self, skipped: Sublayers, score: float) -> None:
+        self._masks.append(np.array([bit in skipped for bit in self._bits], dtype=float))
+        self._scores.append(score)
+
+    def _most_promising(self, candidates: list[Sublayers]) -> int:
+        """Returns which candidate has the largest mean + `OPTIMISM` deviations under a Gaussian process.
+
+        Its kernel is exp(-differing bits / mean number of bits set), its observations the scores, standardised.
+        """
+        tried, scores = np.array(self._masks), np.array(self._scores)
+        new = np.array([[bit in one for bit in self._bits] for one in candidates], dtype=float)
+
+        def kernel(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+            return np.exp(-np.abs(one[:, None] - other).sum(-1) / self._num_skipped)
+
+        observed = kernel(tried, tried) + self.NOISE * np.eye(len(tried))
+        across = kernel(new, tried)
+        weights = np.linalg.solve(observed, across.T)
+        mean = weights.T @ ((scores - scores.mean()) / (scores.std() + 1e-9))
+        variance = 1 - (across * weights.T).sum(1)
+        return int((mean + self.OPTIMISM * np.sqrt(variance.clip(0))).argmax())

@@ -1,0 +1,213 @@
+"""Searches for the sublayers that a target drafts best without (Draft & Verify, 2309.08168; SWIFT, 2410.06916).
+
+Shape suffixes: B rows, T positions, N supervised positions.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import draftsmith
+from data.batches import Batch, Example, collate, example, order
+from data.shards import write_whole
+from draftsmith import Target, growth, length
+from draftsmith.drafters.layerskip import Config, Drafter
+from draftsmith.skipping import sublayers
+from trainers import Metrics, Needs
+from trainers.logs import reporter
+from trainers.run import RunSettings
+from trainers.search import METHODS, Bits, Space, search
+from trainers.sublayers import Costs, Texts, influence, measure, simulate, speed_up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is searched for, how, and how the drafter drafts; `--max-steps` says how many choices are scored."""
+
+    objective: str = field(default="modelled", metadata={"choices": ["modelled", "acceptance", "speed"]})
+    """Speed-up by measured costs and the drafts that the text's own tokens show; share of tokens guessed right, at a
+    fixed skip_ratio; or tokens a second of decoding for real, which depends on what else the machine does."""
+    search: str = field(default="gp", metadata={"choices": list(METHODS)})
+    """A Gaussian process of the scores, the best choice's neighbours in turn, or chance."""
+    skip_ratio: float = 0.0
+    """Share of all sublayers that is left out, rounded down to a whole number; 0 for any."""
+    num_texts: int = 8
+    """Rows of the data that choices are scored on."""
+    text_tokens: int = 256
+    """Tokens of each that are read."""
+    new_tokens: int = 32
+    """Tokens decoded after each prompt where the objective is speed."""
+    num_draft: int = 8
+    """Most tokens drafted at a time."""
+    length: str = "adaptive=0.6"
+    """How long its chains are: a policy of draftsmith/length.py, and its number."""
+    width: int = 0
+    """If not 0, trees grow where the drafter is confident: so many nodes a level are given so many children."""
+    num_nodes: int = 16
+    """Nodes kept of such a tree."""
+    online: bool = False
+    """Whether the drafter goes on searching while it generates, among choices of as many sublayers."""
+
+    def __post_init__(self) -> None:
+        growth.check_shape(self)
+        length.make(self.length)
+        for name, least in (("num_texts", 1), ("text_tokens", 3), ("new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.skip_ratio <= 1:
+            raise ValueError(f"skip_ratio is {self.skip_ratio}; it must lie between 0 and 1")
+        if self.objective == "acceptance" and not self.skip_ratio:
+            raise ValueError("acceptance alone is best with nothing left out: give a skip_ratio, such as 0.45")
+
+
+def needs(settings: Settings, target: Target) -> Needs:
+    return Needs()
+
+
+def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
+    """Returns the drafter of the best choice found; `evaluations.jsonl` in `output` holds all that were scored."""
+    num_layers = target.num_layers
+    num_ones = int(settings.skip_ratio * 2 * num_layers) if settings.skip_ratio else None
+    space = Space(num_bits=2 * num_layers, num_ones=num_ones)
+    picked = _picked(rows, settings, run.seed)
+    texts = Texts(target, collate(picked), settings.num_draft)
+    starts = probes(influence(target, picked), num_ones)
+    evaluate = _objective(settings, target, texts, picked, output)
+    best = search(
+        settings.search,
+        space,
+        evaluate,
+        starts,
+        num_evaluations=run.max_steps,
+        seed=run.seed,
+        path=output / "evaluations.jsonl",
+        report=reporter(run, output),
+    )
+    decoded = _decoded(Drafter(_config(settings, best), target), _prompts(picked, target), settings)
+    print(
+        f"best: {sum(best[:num_layers])} attentions and {sum(best[num_layers:])} feed-forward layers of {num_layers}"
+        f" left out; {decoded['tau']:.2f} tokens a round in decoding {settings.new_tokens} after each text's prompt"
+    )
+    return Drafter(_config(settings, best), target)
+
+
+def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+    """Returns the share of the target's own tokens that drafts guess, and what greedy decoding of the rows would do."""
+    texts, config = Texts(target, batch, drafter.config.num_draft), drafter.config
+    right_N, confidence_N = texts.right(drafter.skipped)
+    policy = length.make("fixed" if config.width else config.length)
+    rounds = simulate(texts.stretches(right_N, confidence_N), policy, config.num_draft)
+    num_drafted, num_tokens = (sum(drafted for drafted, _ in rounds), sum(matched + 1 for _, matched in rounds))
+    return {
+        "acceptance": (right_N.sum(), len(right_N)),
+        "tau": (torch.tensor(num_tokens), len(rounds)),
+        "drafted": (torch.tensor(num_drafted), len(rounds)),
+    }
+
+
+def probes(influences: Sequence[float], num_ones: int | None) -> list[Bits]:
+    """Returns the choices to begin with: every second block, attention alone, and what has least influence.
+
+    Each is an order in which to leave sublayers out, followed to a quarter, half or three quarters of what it holds, or
+    to `num_ones`.
+    """
+    num_layers = len(influences) // 2
+    space = Space(num_bits=2 * num_layers, num_ones=num_ones)
+    second = [*range(1, num_layers, 2), *range(0, num_layers, 2)]
+    by_influence = sorted(range(2 * num_layers), key=influences.__getitem__)
+    attention_by_influence = [bit for bit in by_influence if bit < num_layers]
+    rest = [bit for bit in by_influence if bit >= num_layers]
+    half, quarter = num_layers, num_layers // 2
+    orders: list[tuple[list[int], list[int]]] = [
+        ([bit for block in second for bit in (block, num_layers + block)], [half]),
+        ([*second, *(num_layers + block for block in second)], [quarter]),
+        ([*attention_by_influence, *rest], [quarter]),
+        (by_influence, [quarter, half, half + quarter]),
+    ]
+    chosen = [order[:size] for order, sizes in orders for size in (sizes if num_ones is None else [num_ones])]
+    return list(dict.fromkeys(space.ones(one) for one in chosen))
+
+
+def _objective(
+    settings: Settings, target: Target, texts: Texts, rows: Sequence[Example], output: Path
+) -> Callable[[Bits], dict[str, float]]:
+    if settings.objective == "speed":
+        prompts = _prompts(rows, target)
+        _decoded(Drafter(_config(settings, (0,) * 2 * target.num_layers), target), prompts[:1], settings)
+        return lambda bits: _decoded(Drafter(_config(settings, bits), target), prompts, settings)
+    is_modelled = settings.objective == "modelled"
+    costs = _measured_once(target, settings.num_draft, output / "costs.json") if is_modelled else None
+
+    def evaluate(bits: Bits) -> dict[str, float]:
+        config = _config(settings, bits)
+        right_N, confidence_N = texts.right(sublayers(config.attention, config.mlp))
+        share = right_N.float().mean().item()
+        if costs is None:
+            return {"score": share}
+        policy = length.make("fixed" if config.width else config.length)
+        rounds = simulate(texts.stretches(right_N, confidence_N), policy, config.num_draft)
+        return {
+            "score": speed_up(rounds, bits, costs),
+            "acceptance": share,
+            "tau": 1 + sum(num_matched for _, num_matched in rounds) / len(rounds),
+            "draft_cost": costs.draft(bits) / costs.whole,
+        }
+
+    return evaluate
+
+
+def _decoded(drafter: Drafter, prompts: Sequence[Tensor], settings: Settings) -> dict[str, float]:
+    """Returns the speed of greedy decoding, prefill included, one prompt after another."""
+    began, tokens, steps = time.perf_counter(), 0, 0
+    for prompt_1T in prompts:
+        num_new = min(settings.new_tokens, drafter.target.context_length - prompt_1T.shape[1])
+        stats = draftsmith.generate(drafter.target, prompt_1T, drafter, max_new_tokens=num_new).stats
+        tokens, steps = tokens + stats.new_tokens, steps + stats.steps
+    return {"score": tokens / (time.perf_counter() - began), "tau": tokens / steps}
+
+
+def _measured_once(target: Target, num_draft: int, path: Path) -> Costs:
+    """Returns what `path` holds, which is measured and written if it is not there."""
+    if not path.exists():
+        costs = measure(target, num_draft)
+        write_whole(path, lambda staging: staging.write_text(json.dumps(dataclasses.asdict(costs), indent=1)))
+    return Costs(**json.loads(path.read_text()))
+
+
+def _config(settings: Settings, bits: Bits) -> Config:
+    blocks = range(len(bits) // 2)
+    return Config(
+        attention=tuple(block for block in blocks if bits[block]),
+        mlp=tuple(block for block in blocks if bits[len(blocks) + block]),
+        num_draft=settings.num_draft,
+        length=settings.length,
+        width=settings.width,
+        num_nodes=settings.num_nodes,
+        online=settings.online,
+    )
+
+
+def _picked(rows: Sequence[Example], settings: Settings, seed: int) -> list[Example]:
+    """Returns the first tokens of rows in which something of that is supervised, without what a store holds of them."""
+    found: list[Example] = []
+    for index in order(len(rows), seed=seed, epoch=0):
+        if len(found) == settings.num_texts:
+            break
+        row = rows[index]
+        tokens_T, mask_T = row.tokens_T[: settings.text_tokens], row.loss_mask_T[: settings.text_tokens]
+        if mask_T[2:].any():
+            found.append(example(tokens_T.tolist(), mask_T.tolist(), row.key))
+    if not found:
+        raise ValueError(f"no row has anything to learn from among its first {settings.text_tokens} tokens")
+    return found
+
+
+def _prompts(rows: Sequence[Example], target: Target) -> list[Tensor]:
+    """Returns what stands in each row before its first supervised token, at least one token [1, T]."""
+    return [row.tokens_T[None, : max(1, int(row.loss_mask_T.int().argmax()))].to(target.device) for row in rows]
