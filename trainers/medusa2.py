@@ -196,12 +196,11 @@ def _with_adapters(drafter: Drafter, dropout: float) -> Tuned:
         fan_in_fan_out=is_transposed,
     )
     model = inject_adapter_in_model(lora, twin(base.model), "default")
-    head = base.model.get_output_embeddings()
     for name, adapter in zip(layers, drafter.adapters, strict=True):
         layer = model.get_submodule(name)
         layer.lora_A["default"], layer.lora_B["default"] = adapter.down, adapter.up
         # The drafter tells its dropout when it trains. The head runs again in the backward pass: no other mask there.
-        adapter.dropout = torch.nn.Dropout(0.0 if layer.base_layer is head else dropout)
+        adapter.dropout = torch.nn.Dropout(0.0 if layer is model.get_output_embeddings() else dropout)
         layer.lora_dropout["default"] = adapter.dropout
     return Tuned(model.eval(), base)
 
