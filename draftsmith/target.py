@@ -6,13 +6,14 @@ Layer index: hidden 0 is the embedding output, hidden i the output of the i-th b
 Shape suffixes: B rows, T positions, N nodes of a tree, R is B or 1, S cache slots, D hidden width, V vocabulary.
 """
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
@@ -170,6 +171,9 @@ class Target:
         if self.is_encoder_decoder and not tree.is_chain:
             raise ValueError(f"{self._architecture} is an encoder-decoder: it verifies chains, not trees")
         start, stop = span or (0, self.num_layers)
+        if start == self.num_layers:
+            assert entry_BND is not None, "past the last block nothing is left to run"
+            return Forward(hidden_BND=entry_BND, layers=dict.fromkeys(layers, entry_BND))
         assert tokens_BN.shape[1] == tree.num_nodes - first
         cache.prepare(tree.num_nodes, tokens_BN.device, first=first)
         lengths_B1 = torch.tensor(cache.lengths, device=tokens_BN.device)[:, None]
@@ -224,6 +228,11 @@ class Target:
     def norm(self, hidden_BTD: Tensor) -> Tensor:
         """Applies the model's own final norm."""
         return getattr(self._stack, self._norm_name)(hidden_BTD) if self._norm_name else hidden_BTD
+
+    def copy_norm(self) -> nn.Module:
+        """Returns a copy of the model's own final norm, to be trained."""
+        norm = copy.deepcopy(getattr(self._stack, self._norm_name)) if self._norm_name else nn.Identity()
+        return norm.requires_grad_(True)
 
     def head(self, normed_BTD: Tensor) -> Tensor:
         """Returns logits [..., V] by the model's own head, scaling and soft-capping included."""

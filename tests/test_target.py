@@ -156,7 +156,7 @@ def test_two_spans_are_the_whole(architecture: str) -> None:
     for cache in (whole, parts):
         target.prefill(rows, cache)
     expected = target.forward(tokens_BN, tree, whole, layers=(0, 1, 2, 3))
-    for split in (1, 2):
+    for split in (1, 2, 3):
         below = target.forward(tokens_BN, tree, parts, span=(0, split), layers=(split,))
         assert torch.equal(below.hidden_BND, below.layers[split])
         entry_BND, span = below.hidden_BND, (split, NUM_LAYERS)
