@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from draftsmith.cache import KVCache
-from draftsmith.drafters.blocks import Attention, Block, FeedForward, along, place, rotate
+from draftsmith.drafters.blocks import Attention, Block, FeedForward, Residual, Together, along, place, rotate
 from draftsmith.tree import Tree, chain
 from draftsmith.verify.verdict import Verdict
 from tests.models import scramble
@@ -61,6 +63,18 @@ def test_rotation_by_hand() -> None:
     """Position 2 turns the first pair by two radians and the second by 2 / 100."""
     turned = rotate(torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4), torch.tensor([[2]]), 10_000.0).flatten()
     assert torch.allclose(turned, torch.tensor([math.cos(2), math.cos(0.02), math.sin(2), math.sin(0.02)]))
+
+
+def test_rotation_stretched_for_long_texts_is_llama_3s() -> None:
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=64)
+    config.rope_parameters = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
+    config.rope_parameters |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor([[0, 3, 50]]))
+    x_1HND = random(1, 2, 3, 16)
+    expected, _ = apply_rotary_pos_emb(x_1HND, x_1HND, cos, sin)
+    found = rotate(x_1HND, torch.tensor([[0, 3, 50]]), 1e4, (8.0, 1.0, 4.0, 16.0))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, rotate(x_1HND, torch.tensor([[0, 3, 50]]), 1e4), atol=1e-2)
 
 
 @torch.no_grad()
@@ -131,3 +145,15 @@ def test_heads_that_cannot_be_are_refused() -> None:
 
 def test_feed_forward_has_no_bias() -> None:
     assert torch.equal(FeedForward(4, 6)(torch.zeros(1, 1, 4)), torch.zeros(1, 1, 4))
+
+
+@torch.no_grad()
+def test_heads_together_are_each_alone() -> None:
+    heads = nn.ModuleList(Residual(WIDTH, 2) for _ in range(3))
+    scramble(heads, seed=3)
+    z_BD = random(5, WIDTH)
+    for number in (1, 3):
+        found_BKD = Together(heads)(z_BD, number)
+        assert found_BKD.shape == (5, number, WIDTH)
+        for k in range(number):
+            assert torch.allclose(found_BKD[:, k], heads[k](z_BD), atol=1e-5)

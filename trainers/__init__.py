@@ -5,6 +5,7 @@ A family's file is a module with these names; the loop knows no family by name.
     Settings                               a frozen, keyword-only dataclass
     check(settings, facts)                 optional: refuses what is wrong before the target's weights load
     build(settings, target) -> drafter     a new drafter, its weights in float32
+    prepare(drafter, settings, target, rows)     optional: what a new drafter takes from the rows before training
     needs(settings, target) -> Needs       what batches must hold of the target
     loss(drafter, batch, settings, target) -> (sum, metrics)     the loss summed over the batch's supervised tokens
     begin_step(drafter, settings, step, num_steps)               optional: told before each step how many are done

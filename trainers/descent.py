@@ -50,7 +50,6 @@ class Step(nn.Module):
         return {f"drafter.{prefix}": factor for prefix, factor in given.items()}
 
 
-
 class Sums:
     """Adds up (sum, count) pairs; divided once, by `means`."""
 
@@ -183,10 +182,9 @@ class DraftTrainer(Trainer):
     def _judged(self, index: int) -> Batch:
         """Returns a held-out batch with what the target says of it, which is asked once."""
         wanted = self._needs.layers + self._needs.held_out_layers
-        batch = self._held_out[index]
-        if set(wanted) - set(batch.hidden) or (self._needs.top_k and batch.top_ids_BTK is None):
-            batch = complete(batch, self._target, wanted, self._needs.top_k)
-            self._held_out[index] = batch
+        # What a store holds is in another precision, and on another device perhaps, than what is asked of the target.
+        batch = complete(self._held_out[index], self._target, wanted, self._needs.top_k)
+        self._held_out[index] = batch
         return batch
 
     def _reduce(self, tensor: Tensor) -> Tensor:

@@ -101,8 +101,14 @@ def _descend(
         raise ValueError(f"{output} cannot be continued ({'; '.join(changed)}); name another --output")
     if step < run.max_steps:
         torch.manual_seed(run.seed)
+        drafter = family.build(settings, target)
+        if next(drafter.parameters(), None) is None:
+            print(f"{output}: these settings leave nothing to train")
+            return drafter.eval(), 0.0
+        if hasattr(family, "prepare"):
+            family.prepare(drafter, settings, target, train_on)
         trainer = DraftTrainer(
-            Step(family.build(settings, target), family, settings, target),
+            Step(drafter, family, settings, target),
             arguments_of(run, output, deepspeed),
             target=target,
             needs=family.needs(settings, target),

@@ -7,6 +7,9 @@ Shape suffixes: B rows, N tokens or nodes, M new nodes, P length of the longest 
 D hidden width, V vocabulary, H attention heads, K token heads, S cache slots, R is B or 1.
 """
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -19,11 +22,20 @@ from draftsmith.verify.verdict import Verdict
 Paths = tuple[tuple[int, ...], ...]
 
 
-def rotate(x_BHND: Tensor, positions_RN: Tensor, theta: float) -> Tensor:
-    """Turns each half-split pair (x[i], x[i + D/2]) by position * theta^(-2i/D) (RoFormer, 2104.09864)."""
+def rotate(x_BHND: Tensor, positions_RN: Tensor, theta: float, stretch: tuple[float, ...] = ()) -> Tensor:
+    """Turns each half-split pair (x[i], x[i + D/2]) by position * theta^(-2i/D) (RoFormer, 2104.09864).
+
+    With `stretch` = (factor, low, high, length), as of Llama 3.1, pairs that turn less than `low` times in `length`
+    positions turn `factor` times slower, those that turn more than `high` times as before, and others in between.
+    """
     half = x_BHND.shape[-1] // 2
     powers = torch.arange(half, device=x_BHND.device, dtype=torch.float32) / half
-    angles_RND = positions_RN[:, None, :, None].float() * theta**-powers
+    speeds = theta**-powers
+    if stretch:
+        factor, low, high, length = stretch
+        kept = ((length * speeds / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        speeds = speeds * (kept + (1 - kept) / factor)
+    angles_RND = positions_RN[:, None, :, None].float() * speeds
     cos, sin = angles_RND.cos(), angles_RND.sin()
     first, second = x_BHND.float().split(half, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BHND.dtype)
@@ -41,6 +53,7 @@ class Attention(nn.Module):
         head_width: int | None = None,
         input_width: int | None = None,
         theta: float = 10_000.0,
+        stretch: tuple[float, ...] = (),
     ) -> None:
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
@@ -50,7 +63,8 @@ class Attention(nn.Module):
                 f"{num_heads} heads of width {head_width} with {num_kv_heads} of keys: the width must be even, and the"
                 " first number a multiple of the last"
             )
-        self.num_heads, self.num_kv_heads, self.head_width, self.theta = num_heads, num_kv_heads, head_width, theta
+        self.num_heads, self.num_kv_heads, self.head_width = num_heads, num_kv_heads, head_width
+        self.theta, self.stretch = theta, stretch
         input_width = input_width or width
         self.query = nn.Linear(input_width, num_heads * head_width, bias=False)
         self.key = nn.Linear(input_width, num_kv_heads * head_width, bias=False)
@@ -87,8 +101,8 @@ class Attention(nn.Module):
             for part in (self.query(x_BNE), self.key(x_BNE), self.value(x_BNE))
         )
         return (
-            rotate(query_BHND, positions_RN, self.theta),
-            rotate(key_BHND, positions_RN, self.theta),
+            rotate(query_BHND, positions_RN, self.theta, self.stretch),
+            rotate(key_BHND, positions_RN, self.theta, self.stretch),
             value_BHND,
         )
 
@@ -160,6 +174,25 @@ class Residual(nn.ModuleList):
         for linear in self:
             z_BND = z_BND + nn.functional.silu(linear(z_BND))
         return z_BND
+
+
+class Together:
+    """Residual heads run at once over one position of each row, by copies of their weights as they are now.
+
+    A few small products cost more in calls than in arithmetic.
+    """
+
+    def __init__(self, heads: Iterable[nn.Module]) -> None:
+        linears = [list(head.children()) for head in heads]
+        self._weights = [torch.stack([linear.weight.T for linear in level]) for level in zip(*linears, strict=True)]
+        self._biases = [torch.stack([linear.bias for linear in level])[:, None] for level in zip(*linears, strict=True)]
+
+    def __call__(self, z_BD: Tensor, number: int) -> Tensor:
+        """Returns what the first `number` heads make of z [B, K, D]."""
+        z_KBD = z_BD.expand(number, -1, -1)
+        for weight_KDD, bias_K1D in zip(self._weights, self._biases, strict=True):
+            z_KBD = z_KBD + nn.functional.silu(torch.baddbmm(bias_K1D[:number], z_KBD, weight_KDD[:number]))
+        return z_KBD.transpose(0, 1)
 
 
 def own_outputs(target: Target, num_heads: int) -> nn.ModuleList:

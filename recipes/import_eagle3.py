@@ -1,0 +1,23 @@
+"""Makes an artifact of a published EAGLE-3 head, judged on held-out text, to stand in the same table as others.
+
+    ./launch.sh import_eagle3 --head downloads/EAGLE3-LLaMA3.1-Instruct-8B --target T --data runs/mine
+    ./launch.sh import_eagle3 --head H --width 0 --num-draft 3                  # drafts chains
+
+A head is a folder with config.json and weights, as the EAGLE repository, SpecForge (SGLang) or speculators write it,
+for instance by `hf download`. Nothing is trained: settings of the optimiser have no effect, and the artifact is there
+as soon as the held-out rows have been judged.
+"""
+
+import sys
+from pathlib import Path
+
+from trainers import import_eagle3
+from trainers.loop import train
+from trainers.run import RunSettings
+from trainers.settings import parse_settings
+
+if __name__ == "__main__":
+    try:
+        train(import_eagle3, *parse_settings(import_eagle3.Settings, RunSettings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

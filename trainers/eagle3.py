@@ -1,0 +1,222 @@
+"""EAGLE-3's training-time test (2503.01840, section 3.2): drafts from every position, fed their own features as in use.
+
+Step s of the draft that begins at position t reads token t + 1 + s and is to say what the target says at t + 1 + s.
+
+Shape suffixes: B rows, T positions, N supervised positions, S steps, H heads, D hidden width, E width of the layer's
+input, V vocabulary, W draft vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data.batches import Batch, Example
+from draftsmith import Target, length
+from draftsmith.drafters.blocks import Attention
+from draftsmith.drafters.eagle3 import FUSION_NORMS, Config, Drafter
+from draftsmith.facts import TargetFacts
+from trainers import Metrics, Needs, heads
+from trainers.heads import ahead
+from trainers.losses import chunked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The layer, its vocabulary, its loss, and the drafts to be made with it."""
+
+    layers: tuple[int, ...] = ()
+    """Hidden layers of the target to be fused; if none are named 2, L / 2 and L - 3 of L, or others if L is small."""
+    num_heads: int = 4
+    """Attention heads."""
+    num_kv_heads: int = 0
+    """Heads of keys and values, 0 for as many."""
+    ffn_size: int = 0
+    """Width of the feed-forward layer, 0 for 8/3 of the target's width."""
+    draft_vocab: int = 0
+    """Draft only so many tokens, those most often supervised in the training data; 0 for all."""
+    fusion_norm: str = field(default="none", metadata={"choices": FUSION_NORMS})
+    """Norm the layers before they are fused: each by itself (EAGLE-3.1), or side by side, whole."""
+    norm_output: bool = False
+    """Feed the layer its own output normed (EAGLE-3.1)."""
+    num_steps: int = 7
+    """Steps of each draft in training."""
+    decay: float = 0.8
+    """Step s counts `decay` to the power s."""
+    num_draft: int = 5
+    """Most tokens drafted one after the other."""
+    width: int = 4
+    """Of trees that grow where the layer is confident; 0 drafts chains."""
+    tree_nodes: int = 16
+    """Nodes of such a tree."""
+    length: str = "fixed"
+    """How long chains are, unless told otherwise: a policy of draftsmith/length.py, and its number."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_steps", "num_draft", "tree_nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_kv_heads", "ffn_size", "draft_vocab", "width"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if not self.decay > 0:
+            raise ValueError(f"decay is {self.decay}; it must be positive")
+        length.make(self.length)
+
+
+def check(settings: Settings, target: TargetFacts) -> None:
+    """Raises ValueError for layers or tokens that the target does not have, from its folder alone."""
+    if target.is_encoder_decoder:
+        raise ValueError(f"target {target.name} is an encoder-decoder; features are fused of causal targets")
+    if max(settings.layers, default=0) > target.num_layers:
+        raise ValueError(f"layers are {list(settings.layers)}; {target.name} has {target.num_layers}")
+    if settings.draft_vocab > target.vocab_size:
+        raise ValueError(f"draft_vocab is {settings.draft_vocab}; {target.name} has {target.vocab_size} tokens")
+    if target.hidden_size % (2 * settings.num_heads):
+        raise ValueError(f"num_heads is {settings.num_heads}; twice that must divide the width {target.hidden_size}")
+
+
+def build(settings: Settings, target: Target) -> Drafter:
+    """Returns a new layer whose head is the target's; until `prepare` it drafts the vocabulary's first tokens."""
+    width = target.hidden_size
+    config = Config(
+        layers=settings.layers or default_layers(target.num_layers),
+        num_heads=settings.num_heads,
+        num_kv_heads=settings.num_kv_heads or settings.num_heads,
+        head_width=width // settings.num_heads,
+        inner_width=settings.ffn_size or (width * 8 // 3 + 31) // 32 * 32,
+        draft_vocab=settings.draft_vocab,
+        fusion_norm=settings.fusion_norm,
+        norm_output=settings.norm_output,
+        num_draft=settings.num_draft,
+        width=settings.width,
+        num_nodes=settings.tree_nodes,
+        length=settings.length,
+    )
+    drafter = Drafter(config, target).float()
+    _take_from_target(drafter, drafter.vocabulary())
+    return drafter
+
+
+def default_layers(num_layers: int) -> tuple[int, ...]:
+    """Returns the published choice, which are what blocks 2, L / 2 and L - 3 read, or the ends and middle of few."""
+    layers = (2, num_layers // 2, num_layers - 3) if num_layers > 6 else (1, (num_layers + 1) // 2, num_layers)
+    return tuple(sorted(set(layers)))
+
+
+def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
+    """Gives the drafter the tokens most often supervised in `rows` as its vocabulary, ties going to lower ids."""
+    if not settings.draft_vocab:
+        return
+    counts_V = torch.zeros(target.vocab_size, dtype=torch.long)
+    for index in range(len(rows)):
+        row = rows[index]
+        learnt_N = row.tokens_T[row.loss_mask_T]
+        counts_V.index_add_(0, learnt_N, torch.ones_like(learnt_N))
+    ids_W = counts_V.argsort(descending=True, stable=True)[: settings.draft_vocab].sort().values
+    _take_from_target(drafter, ids_W.to(target.device))
+
+
+@torch.no_grad()
+def _take_from_target(drafter: Drafter, ids_W: Tensor) -> None:
+    """Sets the vocabulary, and the head to the target's for it."""
+    drafter.set_vocabulary(ids_W)
+    drafter.head.weight.copy_(drafter.target.model.get_output_embeddings().weight[ids_W])
+
+
+def needs(settings: Settings, target: Target) -> Needs:
+    fused = settings.layers or default_layers(target.num_layers)
+    return Needs(layers=tuple(sorted({*fused, target.num_layers})))
+
+
+def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
+    """Returns the sum over steps s and supervised positions of decay^s CE(the target's law, what step s says).
+
+    The law is that over the draft vocabulary, at positions where the target's likeliest token is one of it.
+    """
+    num_positions, device = batch.tokens_BT.shape[1], batch.tokens_BT.device
+    steps_S = torch.arange(settings.num_steps, device=device)
+    outputs = unrolled(drafter, batch, settings.num_steps)
+    # What all steps say at one position lies side by side, for the target's law there is the same to all.
+    by_position = [functional.pad(output, (0, 0, 1 + s, 0))[:, :num_positions] for s, output in enumerate(outputs)]
+    mask_BT = ahead(batch.loss_mask_BT, 1)
+    places_N = torch.arange(num_positions, device=device).expand_as(mask_BT)[mask_BT]
+
+    def compare(theirs_ND: Tensor, outputs_NSD: Tensor, places_N: Tensor) -> Tensor:
+        logits_NV = target.logits(theirs_ND[None])[0]
+        law_N1W = logits_NV[:, drafter.vocabulary()].float().softmax(-1)[:, None]
+        losses_NS = -(law_N1W * drafter.head(outputs_NSD).float().log_softmax(-1)).sum(-1)
+        counts_NS = drafter.t2d[logits_NV.argmax(-1)][:, None] & (steps_S < places_N[:, None])
+        return torch.stack([losses_NS * counts_NS, counts_NS.float()], dim=1)
+
+    sums_2S, _ = chunked(
+        compare,
+        batch.hidden[target.num_layers][mask_BT],
+        torch.stack(by_position, dim=2)[mask_BT],
+        places_N,
+        vocab_size=target.vocab_size + settings.num_steps * len(drafter.d2t),
+    )
+    losses_S, counts = sums_2S[0], sums_2S[1].tolist()
+    metrics = {f"step{s}_loss": (losses_S[s].detach(), int(count)) for s, count in enumerate(counts)}
+    return (settings.decay**steps_S * losses_S).sum(), metrics
+
+
+def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+    """Returns how often each step says the text's token, and as acceptance how many do before the first that does not.
+
+    The tokens read are the text's own, which are those drafted up to there; greedy drafts of greedy text would be
+    accepted so.
+    """
+    return judged(drafter, batch, settings.num_steps)
+
+
+def judged(drafter: Drafter, batch: Batch, num_steps: int) -> Metrics:
+    """As `judge`, for so many steps."""
+
+    def steps() -> Iterator[heads.Part]:
+        for s, output_BTD in enumerate(unrolled(drafter, batch, num_steps)):
+            mask_BT = ahead(batch.loss_mask_BT, 2 + s)
+            labels_N = ahead(batch.tokens_BT, 2 + s)[mask_BT]
+            yield heads.Part(z_ND=output_BTD[mask_BT], labels_N=labels_N, mask_BT=mask_BT)
+
+    return heads.judged(heads.ranks(steps(), lambda _, normed: drafter.logits(normed), batch))
+
+
+def unrolled(drafter: Drafter, batch: Batch, num_steps: int) -> list[Tensor]:
+    """Returns the normed outputs [B, T, D] of each step of the drafts that begin at all positions."""
+    features_BTD = drafter.fuse(drafter.join(batch.hidden))
+    outputs: list[Tensor] = []
+    past: list[tuple[Tensor, Tensor]] = []
+    for step in range(num_steps):
+        tokens_BT = ahead(batch.tokens_BT, 1 + step)
+        features_BTD, normed_BTD = drafter(
+            tokens_BT, features_BTD, lambda x_BTE: attention_in_step(drafter.attention, x_BTE, past)
+        )
+        outputs.append(normed_BTD)
+    return outputs
+
+
+def attention_in_step(attention: Attention, x_BTE: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Returns the attention [B, T, D] of the next step of the drafts that begin at all positions.
+
+    Each sees the keys of step 0, which come of the target's features, up to where it begins, and those of its own
+    later steps. `past` holds the keys and values [B, H, T, D] of earlier steps; this step's are added.
+    """
+    step, num_positions, device = len(past), x_BTE.shape[1], x_BTE.device
+    order_T = torch.arange(num_positions, device=device)
+    query_BHTD, *both = attention.project(x_BTE, (order_T + step)[None])
+    group = attention.num_heads // attention.num_kv_heads
+    key_BHTD, value_BHTD = (part.repeat_interleave(group, dim=1) for part in both)
+    past.append((key_BHTD, value_BHTD))
+    scaled_BHTD = query_BHTD / attention.head_width**0.5
+    first_key_BHTD, first_value_BHTD = past[0]
+    scores_BHTT = scaled_BHTD @ first_key_BHTD.transpose(-1, -2)
+    scores_BHTT = scores_BHTT.masked_fill(order_T[:, None] < order_T, -torch.inf)
+    own_scores = [(scaled_BHTD * key).sum(-1, keepdim=True) for key, _ in past[1:]]
+    weights = torch.cat([scores_BHTT, *own_scores], dim=-1).softmax(-1)
+    out_BHTD = weights[..., :num_positions] @ first_value_BHTD
+    for place, (_, value) in enumerate(past[1:], start=num_positions):
+        out_BHTD = out_BHTD + weights[..., place, None] * value
+    return attention.output(out_BHTD.transpose(1, 2).flatten(2))
