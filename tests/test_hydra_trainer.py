@@ -16,8 +16,9 @@ from tests.models import VOCAB_SIZE, tiny_target
 from trainers import hydra, losses, trees
 
 TARGET = tiny_target("llama")
-SETTINGS = hydra.Settings(num_heads=3, num_blocks=2)
+PLAIN = hydra.Settings(num_heads=3, num_blocks=2)
 PLUS: dict[str, Any] = {"num_heads": 3, "num_blocks": 2, "prefix_attention": True, "prefix_width": 48}
+SETTINGS = hydra.Settings(**PLUS)
 
 
 def batch(num_rows: int = 3) -> Batch:
@@ -31,7 +32,7 @@ def batch(num_rows: int = 3) -> Batch:
     return complete(collate(rows), TARGET, (TARGET.num_layers,))
 
 
-def shaken(settings: hydra.Settings = SETTINGS) -> hydra.Drafter:
+def shaken(settings: hydra.Settings = PLAIN) -> hydra.Drafter:
     """Returns heads with weights other than those they begin with."""
     drafter = hydra.build(settings, TARGET)
     generator = torch.Generator().manual_seed(0)
@@ -110,7 +111,7 @@ def test_what_heads_are_told_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dropout_is_for_training_alone() -> None:
-    settings, given = dataclasses.replace(SETTINGS, dropout=0.5), batch()
+    settings, given = dataclasses.replace(PLAIN, dropout=0.5), batch()
     drafter = shaken(settings)
     torch.manual_seed(0)
     values = [
@@ -118,17 +119,17 @@ def test_dropout_is_for_training_alone() -> None:
         for is_training in (True, True, False, False)
     ]
     assert values[0] != values[1] and values[1] != values[2] and values[2] == values[3]
-    assert values[2] == hydra.loss(shaken().train(), given, SETTINGS, TARGET)[0].item()
+    assert values[2] == hydra.loss(shaken().train(), given, PLAIN, TARGET)[0].item()
 
 
 def test_four_steps() -> None:
     """The losses of four steps of AdamW, as they were when this was written (to 1e-4: one machine's float32)."""
-    given, drafter = batch(), hydra.build(SETTINGS, TARGET)
+    given, drafter = batch(), hydra.build(PLAIN, TARGET)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-2)
     losses = []
     for _ in range(4):
         optimizer.zero_grad()
-        loss, _ = hydra.loss(drafter, given, SETTINGS, TARGET)
+        loss, _ = hydra.loss(drafter, given, PLAIN, TARGET)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -147,7 +148,7 @@ def test_judgement_by_hand() -> None:
     ]
     whole = [place for place in hits[0] if place in hits[1] and place in hits[2]]
     runs = [next((k for k in range(3) if not hits[k][place]), 3) for place in whole]
-    metrics = hydra.judge(drafter, given, SETTINGS, TARGET)
+    metrics = hydra.judge(drafter, given, PLAIN, TARGET)
     assert [int(part) for part in metrics["acceptance"]] == [sum(runs), len(whole)]
     for k in range(3):
         assert [int(part) for part in metrics[f"head{k}_accuracy"]] == [sum(hits[k].values()), len(hits[k])]
