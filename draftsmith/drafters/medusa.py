@@ -48,9 +48,9 @@ class Drafter(nn.Module):
             self.outputs = blocks.own_outputs(target, config.num_heads)
         self.to(device=target.device, dtype=target.dtype)
 
-    def heads(self, normed_BTD: Tensor, number: int | None = None) -> list[Tensor]:
-        """Returns, for each of the first `number` heads or all, its features [B, T, D] before the output matrix."""
-        return [head(normed_BTD) for head in self.blocks[:number]]
+    def heads(self, normed_BTD: Tensor) -> list[Tensor]:
+        """Returns each head's features [B, T, D] before the output matrix."""
+        return [head(normed_BTD) for head in self.blocks]
 
     def head(self, k: int, z_BTD: Tensor) -> Tensor:
         """Returns head k's logits [B, T, V]."""
@@ -60,16 +60,17 @@ class Drafter(nn.Module):
         self._session = session
         # Rows of one token have no hidden state yet; if all are such, their first step is a plain one.
         self._last_BD = blocks.last_of_prompt(session, self.hidden_layers[0])
+        self._together = blocks.Together(self.blocks)
 
     def propose(self, budget: int) -> Draft:
         if self._last_BD is None:
             return self._session.only_pending()
-        normed_B1D = self.target.norm(self._last_BD[:, None])
-        features = self.heads(normed_B1D, min(budget, self._tree.depth))
+        features_BKD = self._together(self.target.norm(self._last_BD), min(budget, self._tree.depth))
         if self.config.own_head:
-            logits_BKV = torch.cat([self.head(k, z_B1D) for k, z_B1D in enumerate(features)], dim=1)
+            parts = [self.head(k, z_B1D) for k, z_B1D in enumerate(features_BKD.split(1, dim=1))]
+            logits_BKV = torch.cat(parts, dim=1)
         else:
-            logits_BKV = self.target.head(torch.cat(features, dim=1))
+            logits_BKV = self.target.head(features_BKD)
         return self._tree.fill(self._session.pending(), logits_BKV)
 
     def observe(self, step: Step) -> None:
