@@ -15,20 +15,23 @@ from torch import Tensor
 
 import draftsmith
 from data.batches import Example, collate, example
+from draftsmith import Target
 from draftsmith.artifact import read_manifest
 from draftsmith.drafters.layerskip import Config, Drafter
 from draftsmith.length import Confidence, Fixed
 from draftsmith.skipping import sublayers
-from tests.models import greedy_by_transformers, prompts, tiny_target
+from tests.models import greedy_by_transformers, prompts, tiny_model, tiny_target
 from tests.runs import command, environment, make_data, make_target
 from trainers import layerskip
 from trainers.layerskip import Settings, judge, probes
 from trainers.loop import train
 from trainers.run import RunSettings
-from trainers.sublayers import Costs, Texts, influence, simulate, speed_up
+from trainers.sublayers import Costs, Texts, influence, measure, simulate, speed_up
 
 TARGET = tiny_target("llama")
-COSTS = Costs(whole=10.0, no_attention=6.0, no_mlp=7.0, neither=1.0, verify={"1": 11.0, "2": 12.0, "4": 16.0})
+COSTS = Costs(
+    whole=10.0, no_attention=6.0, no_mlp=7.0, neither=1.0, verify={"0": 10.0, "1": 11.0, "2": 12.0, "4": 16.0}
+)
 
 
 def written(num_rows: int = 3, num_new: int = 20) -> list[Example]:
@@ -132,11 +135,18 @@ def test_probes_by_hand() -> None:
     assert found == [[1, 3, 5], [0, 1, 3], [1, 2, 3], [1, 2, 6]]
 
 
+def test_costs_are_measured_where_they_are_paid() -> None:
+    """Less for less: 24 blocks, so that what is left out outweighs what cannot be."""
+    target = Target(tiny_model("llama", num_hidden_layers=24))
+    costs = measure(target, 5)
+    assert costs.neither < min(costs.no_attention, costs.no_mlp) <= max(costs.no_attention, costs.no_mlp) < costs.whole
+    assert list(costs.verify) == ["0", "1", "2", "3", "4", "5"]
+    assert costs.verification(0) == costs.whole and list(costs.verify.values()) == sorted(costs.verify.values())
+
+
 def test_decoding_for_real_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten tokens in two seconds; the clock is read before the first prompt and after the last."""
     clock = iter([1.0, 3.0])
-    rows = written(2)
-    prompts_1T = [row.tokens_T[None, :4] for row in rows]
     drafter = Drafter(Config(num_draft=4, length="fixed"), TARGET)
     generate = draftsmith.generate
     outs = []
@@ -150,7 +160,7 @@ def test_decoding_for_real_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     perf_counter = time.perf_counter
     monkeypatch.setattr(draftsmith, "generate", watched)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    found = layerskip._decoded(drafter, prompts_1T, Settings(new_tokens=5))
+    found = layerskip._decoded(drafter, written(2), 5)
     assert found == {"score": 5.0, "tau": 5.0}
     assert [out.stats.new_tokens for out in outs] == [5, 5]
 

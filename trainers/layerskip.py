@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import draftsmith
 from data.batches import Batch, Example, collate, example, order
@@ -89,10 +88,10 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
         path=output / "evaluations.jsonl",
         report=reporter(run, output),
     )
-    decoded = _decoded(Drafter(_config(settings, best), target), _prompts(picked, target), settings)
+    decoded = _decoded(Drafter(_config(settings, best), target), picked, settings.text_tokens)
     print(
         f"best: {sum(best[:num_layers])} attentions and {sum(best[num_layers:])} feed-forward layers of {num_layers}"
-        f" left out; {decoded['tau']:.2f} tokens a round in decoding {settings.new_tokens} after each text's prompt"
+        f" left out; {decoded['tau']:.2f} tokens a round in decoding these texts"
     )
     return Drafter(_config(settings, best), target)
 
@@ -138,9 +137,8 @@ def _objective(
     settings: Settings, target: Target, texts: Texts, rows: Sequence[Example], output: Path
 ) -> Callable[[Bits], dict[str, float]]:
     if settings.objective == "speed":
-        prompts = _prompts(rows, target)
-        _decoded(Drafter(_config(settings, (0,) * 2 * target.num_layers), target), prompts[:1], settings)
-        return lambda bits: _decoded(Drafter(_config(settings, bits), target), prompts, settings)
+        _decoded(Drafter(_config(settings, (0,) * 2 * target.num_layers), target), rows[:1], settings.new_tokens)
+        return lambda bits: _decoded(Drafter(_config(settings, bits), target), rows, settings.new_tokens)
     is_modelled = settings.objective == "modelled"
     costs = _measured_once(target, settings.num_draft, output / "costs.json") if is_modelled else None
 
@@ -162,12 +160,15 @@ def _objective(
     return evaluate
 
 
-def _decoded(drafter: Drafter, prompts: Sequence[Tensor], settings: Settings) -> dict[str, float]:
-    """Returns the speed of greedy decoding, prefill included, one prompt after another."""
+def _decoded(drafter: Drafter, rows: Sequence[Example], most: int) -> dict[str, float]:
+    """Returns the speed, prefill included, of greedy decoding: of each row from its first supervised token on."""
     began, tokens, steps = time.perf_counter(), 0, 0
-    for prompt_1T in prompts:
-        num_new = min(settings.new_tokens, drafter.target.context_length - prompt_1T.shape[1])
-        stats = draftsmith.generate(drafter.target, prompt_1T, drafter, max_new_tokens=num_new).stats
+    for row in rows:
+        num_given = max(1, int(row.loss_mask_T.int().argmax()))
+        prompt_1T, num_new = row.tokens_T[None, :num_given], min(most, len(row.tokens_T) - num_given)
+        stats = draftsmith.generate(
+            drafter.target, prompt_1T.to(drafter.target.device), drafter, max_new_tokens=num_new
+        ).stats
         tokens, steps = tokens + stats.new_tokens, steps + stats.steps
     return {"score": tokens / (time.perf_counter() - began), "tau": tokens / steps}
 
@@ -206,8 +207,3 @@ def _picked(rows: Sequence[Example], settings: Settings, seed: int) -> list[Exam
     if not found:
         raise ValueError(f"no row has anything to learn from among its first {settings.text_tokens} tokens")
     return found
-
-
-def _prompts(rows: Sequence[Example], target: Target) -> list[Tensor]:
-    """Returns what stands in each row before its first supervised token, at least one token [1, T]."""
-    return [row.tokens_T[None, : max(1, int(row.loss_mask_T.int().argmax()))].to(target.device) for row in rows]
