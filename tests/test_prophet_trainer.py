@@ -179,7 +179,7 @@ def test_joint_training_adds_the_loss_of_the_copy() -> None:
         torch.testing.assert_close(found, main + expected)
         torch.testing.assert_close(metrics["main_loss"][0], main.detach())
         judged = prophet.judge(drafter, given, settings, target)
-        assert float(judged["main_loss"][0]) == pytest.approx(main.item(), rel=1e-5)
+        assert judged["main_loss"][0].item() == pytest.approx(main.item(), rel=1e-5)
         gradient = torch.autograd.grad(found, list(drafter.weights))
         pairs = zip(gradient, main_gradient, strict=True)
         reaches.append(not all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in pairs))
