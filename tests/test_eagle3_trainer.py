@@ -19,6 +19,7 @@ from data.teacher import complete
 from tests.family import texts
 from tests.models import VOCAB_SIZE, greedy_by_transformers, prompts, scramble, tiny_target
 from tests.runs import SMALL, logged, make_data, make_target, weights
+from tests.test_distributed import TORCHRUN, check_same, launch
 from trainers import checkpoints, eagle3
 from trainers.eagle3 import Drafter, Settings
 from trainers.loop import train
@@ -222,6 +223,17 @@ def test_runs_that_count_a_vocabulary(tmp_path: Path, monkeypatch: pytest.Monkey
     for name, weight in weights(live).items():
         assert torch.equal(weights(broken)[name], weight), name
     train(eagle3, SETTINGS, run_settings(tmp_path, "half", "data", bf16=True, max_steps=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["", "zero3"])
+def test_two_ranks_equal_one_process(tmp_path: Path, stage: str) -> None:
+    """With the vocabulary that each rank counts for itself, and a layer called part by part."""
+    make_data(make_target(tmp_path / "target"), tmp_path / "data")
+    given = {"recipe": "eagle3", "num_steps": 3, "draft_vocab": 40}
+    one = launch(tmp_path, "one", batch_size=4, **given)
+    two = launch(tmp_path, "two", *TORCHRUN, batch_size=2, **given | ({"deepspeed": stage} if stage else {}))
+    check_same(two, one)
 
 
 @pytest.mark.parametrize(

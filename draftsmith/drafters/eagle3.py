@@ -177,11 +177,13 @@ class Drafter(nn.Module):
     def start(self, session: Session) -> None:
         self._session = session
         self._cache = KVCache(num_layers=1, batch_size=len(session.rows))
-        self._has_drafted = False
+        self._has_read = False
         # What the target made of each row's places past the cached ones [T, E], up to that of the pending token.
         nothing_BTE = torch.zeros(len(session.rows), 0, self.joined_width, device=self.d2t.device)
         joined_BTE = self.join(session.hidden) if session.hidden else nothing_BTE.to(self.target.dtype)
         self._unread = [joined_TE[: len(ids) - 1] for joined_TE, ids in zip(joined_BTE, session.rows, strict=True)]
+        if any(map(len, self._unread)):
+            self._read()
 
     def propose(self, budget: int) -> Draft:
         # Rows of one token have no feature; the other rows' drafts need no more than that they have some place.
@@ -191,12 +193,12 @@ class Drafter(nn.Module):
 
     def observe(self, step: Step) -> None:
         joined_BPE = along(self.join(step.hidden), step.verdict)
-        if self._has_drafted:
-            # Node 0 stands in its slot, read from the target's own feature: kept where the row has gone on.
+        if self._has_read:
+            # The last place stands in its slot as node 0: kept where the row has gone on.
             read = [path[:1] if len(unread) else [] for path, unread in zip(step.paths, self._unread, strict=True)]
             self._cache.commit(read)
             self._unread = [unread[len(nodes) :] for unread, nodes in zip(self._unread, read, strict=True)]
-            self._has_drafted = False
+            self._has_read = False
         for row, (ids, path) in enumerate(zip(self._session.rows, step.paths, strict=True)):
             unread_TE = torch.cat([self._unread[row], joined_BPE[row, : len(path)]])
             # A row that ended within its path holds less than was accepted.
@@ -213,7 +215,10 @@ class Drafter(nn.Module):
         return self.logits(normed_BMD)
 
     def _read(self) -> tuple[Tensor, Tensor]:
-        """Reads each row's unread places; returns what `forward` does at the last, [B, 1, D], which is node 0."""
+        """Reads each row's unread places; returns what `forward` does at the last, [B, 1, D], which is node 0.
+
+        That one stays unread, and may be read again.
+        """
         device, cache = self.d2t.device, self._cache
         counts = [max(len(unread), 1) for unread in self._unread]
         tokens = [torch.tensor(ids[-n:], device=device) for ids, n in zip(self._session.rows, counts, strict=True)]
@@ -228,12 +233,10 @@ class Drafter(nn.Module):
             cache.commit([list(range(num_new)) for _ in counts])
         cache.lengths = [start + count - 1 for start, count in zip(starts, counts, strict=True)]
         self._unread = [unread[-1:] for unread in self._unread]
-        self._has_drafted = True
-        rows_B1, last_B1 = (
-            torch.arange(len(counts), device=device)[:, None],
-            torch.tensor(counts, device=device)[:, None],
-        )
-        features, normed = (torch.cat(parts, dim=1)[rows_B1, last_B1 - 1] for parts in zip(*found, strict=True))
+        self._has_read = True
+        last_B1 = torch.tensor(counts, device=device)[:, None] - 1
+        rows_B1 = torch.arange(len(counts), device=device)[:, None]
+        features, normed = (torch.cat(parts, dim=1)[rows_B1, last_B1] for parts in zip(*found, strict=True))
         return features, normed
 
     def _run(self, tokens_BM: Tensor, features_BMD: Tensor, tree: Tree, first: int = 0) -> tuple[Tensor, Tensor]:
