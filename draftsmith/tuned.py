@@ -1,7 +1,10 @@
-"""Targets that a drafter has changed: they share with the user's model every weight that is not changed."""
+"""Targets that a drafter has changed: they share with the user's model every weight that is not changed.
+
+Shape suffixes: R rank, I and O a layer's input and output widths.
+"""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -78,3 +81,31 @@ def has_tied_head(target: Target) -> bool:
     """Returns whether the output head is the embedding, so that one cannot be changed without the other."""
     head = target.model.get_output_embeddings()
     return head is not None and head.weight is target.model.get_input_embeddings().weight
+
+
+class Adapter(nn.Module):
+    """The factors of a matrix's change, zero at first: W + alpha / rank up down (LoRA, 2106.09685, equation 3)."""
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        super().__init__()
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        # GPT-2 keeps its matrices the other way round.
+        self.is_transposed = isinstance(layer, Conv1D)
+        num_out, num_in = weight.T.shape if self.is_transposed else weight.shape
+        self.down = nn.Linear(num_in, rank, bias=False)
+        self.up = nn.Linear(rank, num_out, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def change(self) -> Tensor:
+        """Returns up down [O, I], or as the layer keeps it."""
+        product_OI = self.up.weight @ self.down.weight
+        return product_OI.T if self.is_transposed else product_OI
+
+
+@torch.no_grad()
+def merged(target: Target, called: Collection[str], adapters: Iterable[Any], *, scale: float) -> dict[str, Tensor]:
+    """Returns the target's matrices called so with `scale` times their adapters' changes, by the model's names."""
+    weights = {f"{name}.weight": layer.weight for name, layer in matrices(target, called).items()}
+    pairs = zip(weights.items(), adapters, strict=True)
+    return {name: weight + scale * adapter.change() for (name, weight), adapter in pairs}

@@ -52,6 +52,7 @@ def batch(target: Target = TARGET) -> Batch:
 
 def shaken(settings: medusa2.Settings, target: Target = TARGET) -> medusa2.Drafter:
     """Returns a new drafter with weights other than zero."""
+    torch.manual_seed(0)
     drafter, generator = medusa2.build(settings, target), torch.Generator().manual_seed(0)
     for weight in drafter.parameters():
         weight.data += 0.1 * torch.randn(weight.shape, generator=generator)

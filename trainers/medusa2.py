@@ -16,8 +16,8 @@ from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.medusa2 import Config, Drafter
 from draftsmith.facts import TargetFacts
-from draftsmith.tuned import Tuned, has_tied_head, matrices, twin
-from trainers import Metrics, Needs, heads
+from draftsmith.tuned import has_tied_head
+from trainers import Metrics, Needs, adapters, heads
 from trainers.losses import Teacher, chunked, cross_entropy, divergence
 
 SELF_DISTILLED, TWO_STAGE = "self_distilled", "two_stage"
@@ -93,7 +93,9 @@ def build(settings: Settings, target: Target) -> Drafter:
     )
     drafter = Drafter(config, target).float()
     drafter.register_buffer("steps", torch.tensor([0, 1], device=target.device), persistent=False)
-    object.__setattr__(drafter, "target", _with_adapters(drafter, settings.dropout))
+    rank, alpha, dropout = settings.rank, settings.alpha, settings.dropout
+    trained = adapters.attached(target, config.modules, drafter.adapters, rank=rank, alpha=alpha, dropout=dropout)
+    object.__setattr__(drafter, "target", trained)
     return drafter
 
 
@@ -180,29 +182,6 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     tied = "; its output head, tied to the embedding, was left as it is" * has_tied_head(target)
     print(f"{len(finished.adapters)} matrices of {target.name} changed{tied}")
     return finished.eval()
-
-
-def _with_adapters(drafter: Drafter, dropout: float) -> Tuned:
-    """Returns a target with peft's layers around the linear layers that `drafter` changes, using its factors."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    base, config = drafter.base, drafter.config
-    layers = list(matrices(base, config.modules))
-    is_transposed = any(adapter.is_transposed for adapter in drafter.adapters)
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules=layers,
-        fan_in_fan_out=is_transposed,
-    )
-    model = inject_adapter_in_model(lora, twin(base.model), "default")
-    for name, adapter in zip(layers, drafter.adapters, strict=True):
-        layer = model.get_submodule(name)
-        layer.lora_A["default"], layer.lora_B["default"] = adapter.down, adapter.up
-        # The drafter tells its dropout when it trains. The head runs again in the backward pass: no other mask there.
-        adapter.dropout = torch.nn.Dropout(0.0 if layer is model.get_output_embeddings() else dropout)
-        layer.lora_dropout["default"] = adapter.dropout
-    return Tuned(model.eval(), base)
 
 
 def _read(drafter: Drafter, batch: Batch) -> Tensor:

@@ -2,20 +2,18 @@
 
 Heads draft a static tree from the last hidden state of the tuned target; only for that target are they lossless.
 
-Shape suffixes: B rows, T positions, D hidden width, V vocabulary, K heads, R rank, I and O a layer's input and output
-widths.
+Shape suffixes: B rows, T positions, D hidden width, V vocabulary, K heads.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from draftsmith.drafters import Session, Step, blocks
 from draftsmith.target import Target
 from draftsmith.tree import Draft
-from draftsmith.tuned import matrices, tuned
+from draftsmith.tuned import Adapter, matrices, merged, tuned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,26 +41,6 @@ class Config:
             raise ValueError(f"rank {self.rank} must be at least 1 and alpha {self.alpha} positive")
 
 
-class Adapter(nn.Module):
-    """The factors of a matrix's change, zero at first: W + alpha / rank up down (LoRA, 2106.09685, equation 3)."""
-
-    def __init__(self, layer: nn.Module, rank: int) -> None:
-        super().__init__()
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        # GPT-2 keeps its matrices the other way round.
-        self.is_transposed = isinstance(layer, Conv1D)
-        num_out, num_in = weight.T.shape if self.is_transposed else weight.shape
-        self.down = nn.Linear(num_in, rank, bias=False)
-        self.up = nn.Linear(rank, num_out, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def change(self) -> Tensor:
-        """Returns up down [O, I], or as the layer keeps it."""
-        product_OI = self.up.weight @ self.down.weight
-        return product_OI.T if self.is_transposed else product_OI
-
-
 class Drafter(nn.Module):
     """K heads on the last hidden state, normed, of the target with its changes; `target` is that one once loaded."""
 
@@ -81,27 +59,23 @@ class Drafter(nn.Module):
         )
         if config.own_head:
             self.outputs = blocks.own_outputs(target, config.num_heads)
-        changed = matrices(target, config.modules)
-        self._names = [f"{name}.weight" for name in changed]
-        self.adapters = nn.ModuleList(Adapter(layer, config.rank) for layer in changed.values())
+        self.adapters = nn.ModuleList(
+            Adapter(layer, config.rank) for layer in matrices(target, config.modules).values()
+        )
         self.to(device=target.device, dtype=target.dtype)
 
     def loaded(self) -> None:
         """Makes `target` the one that the weights as they are now were trained with."""
         object.__setattr__(self, "target", tuned(self.base, self.merged()))
 
-    @torch.no_grad()
     def merged(self) -> dict[str, Tensor]:
         """Returns the changed matrices by the target's names for them."""
-        parameters, scale = dict(self.base.model.named_parameters()), self.config.alpha / self.config.rank
-        return {
-            name: parameters[name] + scale * adapter.change()  # type: ignore[operator]
-            for name, adapter in zip(self._names, self.adapters, strict=True)
-        }
+        config = self.config
+        return merged(self.base, config.modules, self.adapters, scale=config.alpha / config.rank)
 
-    def heads(self, normed_BTD: Tensor, number: int | None = None) -> list[Tensor]:
-        """Returns, for each of the first `number` heads or all, its features [B, T, D] before the output matrix."""
-        return [head(normed_BTD) for head in self.blocks[:number]]
+    def heads(self, normed_BTD: Tensor) -> list[Tensor]:
+        """Returns each head's features [B, T, D] before the output matrix."""
+        return [head(normed_BTD) for head in self.blocks]
 
     def head(self, k: int, z_BTD: Tensor) -> Tensor:
         """Returns head k's logits [B, T, V]."""
@@ -111,16 +85,17 @@ class Drafter(nn.Module):
         self._session = session
         # Rows of one token have no hidden state yet; if all are such, their first step is a plain one.
         self._last_BD = blocks.last_of_prompt(session, self.hidden_layers[0])
+        self._together = blocks.Together(self.blocks)
 
     def propose(self, budget: int) -> Draft:
         if self._last_BD is None:
             return self._session.only_pending()
-        normed_B1D = self.target.norm(self._last_BD[:, None])
-        features = self.heads(normed_B1D, min(budget, self._tree.depth))
+        features_BKD = self._together(self.target.norm(self._last_BD), min(budget, self._tree.depth))
         if self.config.own_head:
-            logits_BKV = torch.cat([self.head(k, z_B1D) for k, z_B1D in enumerate(features)], dim=1)
+            parts = [self.head(k, z_B1D) for k, z_B1D in enumerate(features_BKD.split(1, dim=1))]
+            logits_BKV = torch.cat(parts, dim=1)
         else:
-            logits_BKV = self.target.head(torch.cat(features, dim=1))
+            logits_BKV = self.target.head(features_BKD)
         return self._tree.fill(self._session.pending(), logits_BKV)
 
     def observe(self, step: Step) -> None:
