@@ -1,0 +1,25 @@
+"""Trains a copy of a target to be left early (LayerSkip); the artifact brings the copy along, and drafts for it.
+
+    ./launch.sh layer_dropout --data runs/pseudo-data                  # all weights of the pocket target
+    ./launch.sh layer_dropout --target T --rank 32 --learning-rate 1e-4     # low-rank changes, by peft
+    ./launch.sh layer_dropout --curriculum gradual --max-dropout 0.2
+    torchrun --nproc-per-node 2 recipes/layer_dropout.py --deepspeed zero2
+
+Its text is its own: decode with `drafter.target`, and compare speeds with that target's own plain decoding.
+
+NUMBERS
+"""
+
+import sys
+from pathlib import Path
+
+from trainers import layer_dropout
+from trainers.loop import train
+from trainers.run import RunSettings
+from trainers.settings import parse_settings
+
+if __name__ == "__main__":
+    try:
+        train(layer_dropout, *parse_settings(layer_dropout.Settings, RunSettings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
