@@ -8,9 +8,10 @@
     torchrun --nproc-per-node 2 recipes/prophet.py --deepspeed zero2
 
 One busy CPU core, pocket target, `--windows 24 --learning-rate 2e-3 --max-steps 500 --max-held-out 16` on the 1.27 M
-tokens of `./launch.sh pseudo_data --max-prompts 10000`: 7 minutes; held-out acceptance 1.81 of 7 tokens, the first right
-51 times in 100. On 8 held-out prompts a target forward gives 1.8 tokens greedily in chains and 2.2 with `--width 4`;
-sampled, 1.5 and 1.4. The pocket's forward costs so little that two blocks and a head for every drafted token are no gain.
+tokens of `./launch.sh pseudo_data --max-prompts 10000`: 7 minutes; held-out acceptance 1.81 of 7 tokens, the first
+right 51 times in 100. On 8 held-out prompts a target forward gives 1.8 tokens greedily in chains and 2.2 with
+`--width 4`; sampled, 1.5 and 1.4. The pocket's forward costs so little that two blocks and a head for every drafted
+token are no gain.
 """
 
 import sys
