@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from draftsmith import growth, length
 from draftsmith.cache import KVCache
 from draftsmith.drafters import Session, Step
-from draftsmith.drafters.blocks import Block, along, last_of_path
+from draftsmith.drafters.blocks import Block, along, last_of_path, own_outputs
 from draftsmith.shallow import Shallow, Trail
 from draftsmith.target import Target
 from draftsmith.tree import Draft, Tree
@@ -106,9 +106,7 @@ class Drafter(nn.Module):
         if config.own_norm:
             self.norm = target.copy_norm()
         if config.own_head:
-            weight_VD = target.model.get_output_embeddings().weight.detach()
-            self.output = nn.Linear(width, len(weight_VD), bias=False)
-            self.output.weight = nn.Parameter(weight_VD.clone())
+            (self.output,) = own_outputs(target, 1)
         if config.tunes and config.rank:
             self.adapters = nn.ModuleList(
                 Adapter(layer, config.rank) for layer in matrices(target, config.modules).values()
