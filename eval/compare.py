@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ class Entry:
     verifier: str = "auto"
     length: str = "auto"
     gate: float | None = None
+    is_tuned: bool = False
+    """Whether it decodes for a target that its drafter has tuned."""
     is_lossless: bool = True
     num_parameters: int = 0
     artifact_mb: float = 0.0
@@ -146,12 +148,20 @@ def _entries(target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path
         facts: dict[str, Any] = {
             "family": manifest["family"],
             "drafter": drafter,
+            "is_tuned": drafter.target is not target,
             "num_parameters": sum(parameter.numel() for parameter in parameters),
             "artifact_mb": sum(file.stat().st_size for file in _files(path)) / 1e6,
             "train_s": manifest.get("train_s"),
         }
-        entries.append(Entry(contender=Contender(name=name, decode=own_loop(target, drafter)), **facts))
-        for entry in _ablations(target, name, drafter, facts, settings):
+        reference = None
+        if facts["is_tuned"]:
+            # What it drafts for is decoded plainly too: its text is another than the target's own.
+            reference = f"{name} ({PLAIN})"
+            decode = own_loop(drafter.target)
+            entries.append(Entry(contender=Contender(name=reference, decode=decode), is_tuned=True))
+        contender = Contender(name=name, decode=own_loop(drafter.target, drafter), reference=reference)
+        entries.append(Entry(contender=contender, **facts))
+        for entry in _ablations(contender, drafter, facts, settings):
             try:
                 warm_up(entry.contender, [prompts[0].ids], temperature=1.0)
                 entries.append(entry)
@@ -160,18 +170,20 @@ def _entries(target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path
     return entries
 
 
-def _ablations(target: Target, name: str, drafter: Any, facts: dict[str, Any], settings: Settings) -> Iterator[Entry]:
-    """Yields the drafter with each other verifier, policy of lengths and gate."""
+def _ablations(own: Contender, drafter: Any, facts: dict[str, Any], settings: Settings) -> Iterator[Entry]:
+    """Yields the drafter, in its own way contender `own`, with each other verifier, policy of lengths and gate."""
+
+    def other(what: str, **options: Any) -> Contender:
+        given = {"drafter": drafter} | options
+        return replace(own, name=f"{own.name} ({what})", decode=own_loop(drafter.target, **given))
+
     for verifier in settings.verifiers:
-        contender = Contender(name=f"{name} ({verifier})", decode=own_loop(target, drafter, verifier=verifier))
         is_lossless = verify.find(verifier)[0].LOSSLESS
-        yield Entry(contender=contender, verifier=verifier, is_lossless=is_lossless, **facts)
+        yield Entry(contender=other(verifier, verifier=verifier), verifier=verifier, is_lossless=is_lossless, **facts)
     for policy in settings.lengths:
-        contender = Contender(name=f"{name} ({policy})", decode=own_loop(target, drafter, policy=policy))
-        yield Entry(contender=contender, length=policy, **facts)
+        yield Entry(contender=other(policy, policy=policy), length=policy, **facts)
     for gate in settings.gates:
-        contender = Contender(name=f"{name} (gate {gate:g})", decode=own_loop(target, Gated(drafter, gate)))
-        yield Entry(contender=contender, gate=gate, **facts)
+        yield Entry(contender=other(f"gate {gate:g}", drafter=Gated(drafter, gate)), gate=gate, **facts)
 
 
 def _names(artifacts: Sequence[Path]) -> list[str]:
@@ -274,7 +286,8 @@ def _row(entry: Entry, temperature: float, batch_size: int, rounds: Sequence[dic
     """Returns a contender's row of the table, from its tally of each round."""
     tallies = [tallies[entry.contender.name] for tallies in rounds]
     speeds = [tally.tokens / tally.seconds for tally in tallies]
-    ratios = [speed / (base[PLAIN].tokens / base[PLAIN].seconds) for speed, base in zip(speeds, rounds, strict=True)]
+    plain = [base[entry.contender.reference or PLAIN] for base in rounds]
+    ratios = [speed / (base.tokens / base.seconds) for speed, base in zip(speeds, plain, strict=True)]
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
     steps = sum(tally.steps for tally in tallies)
     drafted, accepted = (add_up(getattr(tally, name) for tally in tallies) for name in ("drafted", "accepted"))
@@ -294,6 +307,7 @@ def _row(entry: Entry, temperature: float, batch_size: int, rounds: Sequence[dic
         "speedup_high": high,
         "identical": all(tally.is_identical for tally in tallies) if temperature == 0 else None,
         "lossless": entry.is_lossless,
+        "tuned": entry.is_tuned,
         "draft_ms": per_step("draft_ms"),
         "verify_ms": per_step("verify_ms"),
         "commit_ms": per_step("commit_ms"),

@@ -57,17 +57,20 @@ def compare_greedy(
     verifier: str,
     exact: Callable[[], Target],
     done: Callable[[int], Any],
+    tuned_by: str = "",
 ) -> list[dict[str, Any]]:
     """Returns a test for each batch size, drafter, and reference: plain decoding by our loop, and transformers' own.
 
     Plain decoding is itself compared with transformers. `exact()` is the target in float64, asked for where something
-    differs; `done` is called with the number of tokens after each decoding.
+    differs; `done` is called with the number of tokens after each decoding. `tuned_by`
+    is added to the references' names.
     """
     rows = [prompt.ids for prompt in prompts]
     if len(set(map(len, rows))) == 1:
         # Prompts cut from documents are of one length; ragged ones test padding too.
         rows = [row[: max(1, len(row) - 3 * number)] for number, row in enumerate(rows)]
-    decoders = {PLAIN: own_loop(target), TRANSFORMERS: transformers_loop(target)}
+    plain, transformers = PLAIN + tuned_by, TRANSFORMERS + tuned_by
+    decoders = {plain: own_loop(target), transformers: transformers_loop(target)}
     decoders |= {name: own_loop(target, drafter, verifier=verifier) for name, drafter in drafters.items()}
     tests = []
     for batch_size in settings.batch_sizes:
@@ -78,7 +81,7 @@ def compare_greedy(
             for name, decode in decoders.items():
                 found[name] += decode(ask).rows
                 done(len(part) * settings.max_new_tokens)
-        for name, reference in [(PLAIN, TRANSFORMERS), *itertools.product(drafters, (PLAIN, TRANSFORMERS))]:
+        for name, reference in [(plain, transformers), *itertools.product(drafters, (plain, transformers))]:
             differences: list[dict[str, Any]] = [
                 {"prompt": prompt.key, "num_prompt_tokens": len(row)}
                 | explain(target, row, ours, theirs, exact=exact, tie_tolerance=settings.tie_tolerance)
@@ -92,6 +95,7 @@ def compare_greedy(
                 {
                     "kind": KIND,
                     "drafter": name,
+                    "tuned": bool(tuned_by),
                     "verifier": "greedy" if verifier == "auto" else verifier,
                     "reference": reference,
                     "dtype": str(target.dtype).removeprefix("torch."),

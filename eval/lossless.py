@@ -72,13 +72,14 @@ def certify(
     laws = [parse_law(law) for law in settings.laws]
     level = settings.false_alarm / (len(WAYS) * len(artifacts) * len(laws))
     exact = cache(lambda: load("float64"))
+    exact_for = cache(lambda path: draftsmith.load(path, exact()).target)
     verifier = settings.verifier if settings.is_lossy else "auto"
     draw = partial(
         draw_and_judge, prompts=prompts[: settings.law_prompts], level=level, tie_tolerance=greedy.tie_tolerance
     )
     told: dict[str, Any] = {}
     tests, drawn = [], []
-    with machine.num_threads(settings.threads), _progress(len(artifacts), len(prompts), settings, greedy) as bar:
+    with machine.num_threads(settings.threads), _progress(artifacts, len(prompts), settings, greedy) as bar:
         for dtype in dict.fromkeys([settings.law_dtype, *greedy.dtypes]):
             target = exact() if dtype == "float64" else load(dtype)
             drafters = {str(path): draftsmith.load(path, target) for path in artifacts}
@@ -86,24 +87,35 @@ def certify(
                 told = facts(target, artifacts, prompts) | {"settings": asdict(settings) | asdict(greedy)}
                 # What does not fit is refused before anything takes long.
                 for drafter, law in itertools.product(drafters.values(), laws):
-                    draw(target, drafter, law, replace(settings, num_rows=1), done=lambda num_tokens: None)
+                    draw(drafter.target, drafter, law, replace(settings, num_rows=1), done=lambda num_tokens: None)
             if dtype in greedy.dtypes:
-                tests += compare_greedy(
-                    target, drafters, prompts, greedy, verifier=verifier, exact=exact, done=bar.update
-                )
+                given = {"verifier": verifier, "done": bar.update}
+                own = {name: drafter for name, drafter in drafters.items() if drafter.target is target}
+                tests += compare_greedy(target, own, prompts, greedy, exact=exact, **given)
+                for name, drafter in drafters.items():
+                    if drafter.target is not target:
+                        # What has tuned its target is compared with that one, decoded plainly.
+                        alone, tuned_by = {name: drafter}, f", tuned by {Path(name).name}"
+                        exact_of = partial(exact_for, name)
+                        tests += compare_greedy(
+                            drafter.target, alone, prompts, greedy, exact=exact_of, tuned_by=tuned_by, **given
+                        )
             if dtype == settings.law_dtype:
                 for (name, drafter), law in itertools.product(drafters.items(), laws):
                     drawn += [
-                        {"drafter": name} | test for test in draw(target, drafter, law, settings, done=bar.update)
+                        {"drafter": name, "tuned": drafter.target is not target} | test
+                        for test in draw(drafter.target, drafter, law, settings, done=bar.update)
                     ]
     verdicts = {test["verdict"] for test in tests + drawn}
     verdict = NOT_LOSSLESS if FAILED in verdicts else UNSHOWN if TOO_FEW in verdicts else LOSSLESS
     return {"verdict": LOSSY if settings.is_lossy else verdict} | told | {"tests": tests + drawn}
 
 
-def _progress(num_artifacts: int, num_prompts: int, settings: LawSettings, greedy: GreedySettings) -> tqdm:
-    num_greedy = len(greedy.dtypes) * len(greedy.batch_sizes) * (2 + num_artifacts) * num_prompts
-    num_drawn = num_artifacts * len(settings.laws) * settings.num_rows
+def _progress(artifacts: Sequence[Path], num_prompts: int, settings: LawSettings, greedy: GreedySettings) -> tqdm:
+    num_tuned = sum(read_manifest(path).get("tunes_target", False) for path in artifacts)
+    num_decoders = len(artifacts) + 2 * (1 + num_tuned)
+    num_greedy = len(greedy.dtypes) * len(greedy.batch_sizes) * num_decoders * num_prompts
+    num_drawn = len(artifacts) * len(settings.laws) * settings.num_rows
     total = num_greedy * greedy.max_new_tokens + num_drawn * (settings.num_tokens + BEYOND)
     # Where there is no terminal every update is a line of its own.
     interval = 0.5 if sys.stderr.isatty() else 20
@@ -145,7 +157,7 @@ def lines(certificate: dict[str, Any], style: Style) -> list[str]:
         f"target {told['target']['name']}, fingerprint {told['target']['fingerprint']}",
         f"on {told['hardware']}, {told['threads']} thread(s); commit {told['commit'] or 'unknown'}, torch"
         f" {told['versions']['torch']}, transformers {told['versions']['transformers']}",
-        *(f"artifact {artifact['path']}, hash {artifact['hash']}" for artifact in told["artifacts"]),
+        *(f"artifact {artifact['path']}, hash {artifact['hash']}{_tuned(artifact)}" for artifact in told["artifacts"]),
         f"command {told['command']}",
     ]
     is_markdown = style == "markdown"
@@ -162,6 +174,10 @@ def lines(certificate: dict[str, Any], style: Style) -> list[str]:
         "Tokens: compared or judged. Chi-square: over its degrees of freedom; by prefix, Fisher's of all positions.",
         "Sees: the share of probability that, moved to likely or to drafted tokens, would be refused 9 times in 10.",
     ]
+
+
+def _tuned(artifact: dict[str, Any]) -> str:
+    return "; it tunes its target, and is judged for the tuned one" * artifact["manifest"].get("tunes_target", False)
 
 
 def check_output(folder: Path) -> None:

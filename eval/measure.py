@@ -40,10 +40,12 @@ class Decoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One way of decoding; the first of several is what the others are compared with."""
+    """One way of decoding, and the name of the one it is compared with."""
 
     name: str
     decode: Callable[[Ask], Decoded]
+    reference: str | None = None
+    """None is the first of several."""
 
 
 @dataclass(kw_only=True)
@@ -62,7 +64,7 @@ class Tally:
     accepted: list[int] = field(default_factory=list)
     """Entry d counts those accepted to depth d + 1."""
     is_identical: bool = True
-    """Whether every row equals the first contender's."""
+    """Whether every row equals the reference's."""
 
     def add(self, decoded: Decoded, seconds: float, *, is_identical: bool) -> None:
         self.seconds += seconds
@@ -166,9 +168,9 @@ def measure(
             decoded[contender.name] = contender.decode(ask)
             seconds[contender.name] = _now(device) - began
             done(len(ask.prompts))
-        expected = decoded[contenders[0].name].rows
-        for name, tally in tallies.items():
-            tally.add(decoded[name], seconds[name], is_identical=decoded[name].rows == expected)
+        for contender in contenders:
+            name, reference = contender.name, contender.reference or contenders[0].name
+            tallies[name].add(decoded[name], seconds[name], is_identical=decoded[name].rows == decoded[reference].rows)
     return tallies
 
 

@@ -53,6 +53,8 @@ def table(rows: Sequence[Row], style: Style) -> list[str]:
         "tau: tokens a target forward. Speed-up: over plain decoding in the same round; median, quartiles of rounds.",
         "Draft and verify ms: a row's share of one step. Accepted: % of the drafts that reached depth 1, 2, ...",
     ]
+    if any(row["tuned"] for row in rows):
+        lines += ["*: of the target as its drafter has tuned it; the speed-up is over plain decoding of that one too."]
     if any(row["first_optimum"] is not None for row in rows):
         lines += [
             "First, best: how often a drawn first token was accepted, and would be by the best rule there can be."
@@ -99,12 +101,15 @@ def _without_empty(cells: Sequence[Sequence[str]]) -> list[Sequence[str]]:
 
 
 def _output(row: Row) -> str:
-    """Returns what became of the target's own output or law."""
+    """Returns what became of the target's own output or law, or of those of the target that its drafter has tuned."""
+    if row["tuned"] and row["family"] is None:
+        return "tuned*"
+    mark = "*" * row["tuned"]
     if row["identical"]:
-        return "identical"
+        return f"identical{mark}"
     if not row["lossless"]:
         return "lossy"
-    return "same law" if row["identical"] is None else "DIFFERS"
+    return f"same law{mark}" if row["identical"] is None else "DIFFERS"
 
 
 def _fact_cells(row: Row) -> list[str]:

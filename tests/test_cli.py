@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from text import CONTEXT, save_target, text_target
 
 import draftsmith
 from draftsmith.cli import _Printer, main
-from draftsmith.drafters import lookup
+from draftsmith.drafters import lookup, medusa2
+from tests.family import built
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,24 @@ def test_generate_streams_what_generate_returns(folders: tuple[str, str], capsys
     expected = target.tokenizer.decode(draftsmith.generate(target, ids, max_new_tokens=24).sequences[0])
     # Bytes of an unfinished character at the end are held back.
     assert texts[0] == texts[1] == expected.rstrip("\ufffd") + "\n"
+
+
+def test_a_drafter_that_has_tuned_its_target_writes_that_ones_text(
+    folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = draftsmith.Target.from_pretrained(folders[0])
+    drafter = built(medusa2, medusa2.Config(rank=4, alpha=1.0), target)
+    draftsmith.save(drafter, tmp_path / "draft", target=target)
+    main(["generate", "--target", folders[0], "--draft", str(tmp_path / "draft"), "--max-new-tokens", "8", "def read"])
+    printed = capsys.readouterr()
+    ids = target.tokenizer("def read", return_tensors="pt")["input_ids"]
+    expected = drafter.target.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
+    )
+    assert printed.out == target.tokenizer.decode(expected[0], skip_special_tokens=True).rstrip("\ufffd") + "\n"
+    assert "has tuned its target" in printed.err
+    main(["inspect", str(tmp_path / "draft")])
+    assert ", which it tunes\n" in capsys.readouterr().out
 
 
 def test_show_drafts_marks_what_was_accepted() -> None:

@@ -23,6 +23,7 @@ from eval.measure import Ask, Contender, Decoded, Tally, measure, own_loop, tran
 from eval.results import PARTIAL, check_output
 from eval.table import header, table
 from recipes.bakeoff import RunSettings, main
+from tests.family import built
 from tests.models import prompts, tiny_target
 from tests.runs import command, make_target, run
 
@@ -111,6 +112,30 @@ def test_a_row_says_how_close_its_verifier_comes_to_the_best(tmp_path: Path) -> 
     assert f"{other['first_accepted']:.2f} of {other['first_optimum']:.2f}" in text and "First, best:" in text
 
 
+def test_a_drafter_that_tunes_its_target_is_compared_with_that_one(tmp_path: Path) -> None:
+    """Its rows are told apart, stand after the tuned target's plain decoding, and are identical to it."""
+    target, family = tiny_target("llama"), find("medusa2")
+    drafter = built(family, family.Config(rank=4, alpha=1.0), target)
+    draftsmith.save(drafter, tmp_path / "tuner", target=target)
+    settings = Settings(rounds=1, max_new_tokens=12, batch_sizes=(2,), verifiers=("typical",), gates=(0.5,))
+    rows = compare(target, some_prompts(), [tmp_path / "tuner"], tmp_path / "out", settings)
+    greedy = [(row["drafter"], row["tuned"], row["identical"]) for row in rows if row["temperature"] == 0]
+    assert greedy == [
+        ("plain", False, True),
+        ("transformers", False, True),
+        ("tuner (plain)", True, False),
+        ("tuner", True, True),
+        ("tuner (gate 0.5)", True, True),
+    ]
+    text = (tmp_path / "out" / "bakeoff.md").read_text()
+    shown = [line.split("|") for line in text.splitlines() if line.startswith("| tuner")]
+    outputs = [cells[6].strip() for cells in shown if len(cells) > 7]
+    assert outputs[:3] == ["tuned*", "identical*", "identical*"]
+    assert outputs[3:7] == ["tuned*", "same law*", "lossy", "same law*"]
+    assert "*: of the target as its drafter has tuned it" in text
+    assert max(map(len, table(rows, "terminal"))) <= 120
+
+
 def test_files_hold_the_rows(compared: tuple[list[dict[str, Any]], Path]) -> None:
     rows, folder = compared
     assert {file.name for file in folder.iterdir()} == {f"bakeoff.{kind}" for kind in ("json", "md", "csv", "png")}
@@ -173,7 +198,8 @@ def test_lengths_and_gates_have_rows_of_their_own(tmp_path: Path, capsys: pytest
             "gate 0.5": ("auto", 0.5),
         }.get(row["drafter"].partition(" (")[2].rstrip(")"), ("auto", None))
     drafter = draftsmith.load(tmp_path / "medusa", target)
-    (gated,) = bakeoff._ablations(target, "mine", drafter, {}, Settings(gates=(0.999,)))
+    own = Contender(name="mine", decode=own_loop(target, drafter))
+    (gated,) = bakeoff._ablations(own, drafter, {}, Settings(gates=(0.999,)))
     ask = Ask(prompts=prompts(2), temperature=0.0, max_new_tokens=12, seed=0)
     drafted = [decode(ask).stats.drafted[0] for decode in (gated.contender.decode, own_loop(target, drafter))]
     assert drafted[0] < drafted[1], "a gate that hardly opens"

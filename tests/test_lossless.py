@@ -20,14 +20,14 @@ from torch import Tensor
 import draftsmith
 from data.prompts import Prompt
 from draftsmith import Target, verify
-from draftsmith.drafters import find, lm, lookup, medusa
+from draftsmith.drafters import find, lm, lookup, medusa, medusa2
 from draftsmith.sampling import Sampling, draw
 from draftsmith.tree import Draft
 from draftsmith.verify import Verifier, token
 from draftsmith.verify.verdict import Verdict
 from eval.chi_square import p_value
 from eval.identity import GreedySettings
-from eval.lossless import LOSSLESS, LOSSY, NOT_LOSSLESS, UNSHOWN, certify
+from eval.lossless import LOSSLESS, LOSSY, NOT_LOSSLESS, UNSHOWN, certify, lines
 from eval.sampled import WAYS, LawSettings, parse_law
 from recipes.lossless import RunSettings, main
 from tests.family import built
@@ -103,6 +103,20 @@ def test_every_family_is_certified(artifacts: dict[str, Path], name: str, verifi
         (dtype, size, pair) for dtype in ("float32", "float64") for size in (1, 3) for pair in pairs
     ]
     assert all(test["num_samples"] == 3 * 12 and not test["errors"] for test in identities)
+
+
+def test_a_drafter_that_tunes_its_target_is_certified_for_that_one(tmp_path: Path) -> None:
+    """Judged by the tuned target's text and laws, in float64 too; the target's own are others."""
+    target, config = law_target(), medusa2.Config(num_heads=2, tree=((0,), (1,), (0, 0)), rank=2, alpha=1.0)
+    draftsmith.save(built(medusa2, config, target), tmp_path / "tuner", target=target)
+    told = certificate(tmp_path / "tuner", replace(LAWS, laws=("temperature=1",)))
+    assert told["verdict"] == LOSSLESS
+    assert all(test["tuned"] for test in of_law(told))
+    plain = [(test["drafter"], test["tuned"]) for test in of_greedy(told) if test["dtype"] == "float64"]
+    name = str(tmp_path / "tuner")
+    own = [("plain decoding", False), ("plain decoding, tuned by tuner", True), (name, True), (name, True)]
+    assert plain == [own[at] for at in (0, 0, 1, 2, 3, 1, 2, 3)]
+    assert any("it tunes its target, and is judged for the tuned one" in line for line in lines(told, "markdown"))
 
 
 def test_an_encoder_decoder_is_certified(tmp_path: Path) -> None:
