@@ -1,0 +1,105 @@
+"""Prophet against early exit, on the same text for as many steps, and whether a prophet helps its target's own loss.
+
+    ./launch.sh prophet_vs_early_exit                               # into runs/prophet_vs_early_exit
+    ./launch.sh prophet_vs_early_exit --target T --data runs/mine --max-steps 2000 --report-to wandb
+
+The comparison that lucidrains/speculative-decoding set out to make and never published. Both have two blocks of their
+own; the exit is after the target's second block. `curves.png` and `.jsonl` show how likely the target accepts the first
+drafted token, as training goes on; `bakeoff.*` how fast both decode at its end. Then two copies of the target are
+trained on `--text`, each with a prophet, whose loss reaches one of them and not the other.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from data.prompts import load_prompts
+from draftsmith import Target
+from eval.compare import Settings, compare
+from eval.curves import Panel, publish_curves, read_curve
+from eval.results import claim
+from eval.table import header, table
+from trainers import early_exit, launch, prophet
+from trainers.loop import train
+from trainers.run import RunSettings
+from trainers.settings import parse_settings
+
+LOSS = "forward_kl"
+DRAFTERS: dict[str, tuple[ModuleType, Any, str]] = {
+    "prophet": (prophet, prophet.Settings(num_layers=2, loss=LOSS), "eval_first_acceptance"),
+    "early_exit": (early_exit, early_exit.Settings(exit_layer=2, num_blocks=2, loss=LOSS), "eval_acceptance"),
+}
+JOINT = prophet.Settings(num_layers=2, joint=True, own_head=True)
+TARGETS = {"text and prophet": JOINT, "text alone": dataclasses.replace(JOINT, detach=True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings:
+    """What is compared beside the runs' own settings."""
+
+    text: str = "python-source:train"
+    """What copies of the target go on learning from, with a prophet and without; empty leaves this out."""
+    text_steps: int = 100
+    """Optimiser steps of that."""
+    text_rate: float = 1e-4
+    """Its peak learning rate."""
+    held_out: str = "python-source"
+    """Prompts to compare speeds on."""
+    num_prompts: int = 8
+    """Of these."""
+    max_new_tokens: int = 64
+    """Decoded after each."""
+    rounds: int = 3
+    """Times that all of them are decoded."""
+
+
+def main(wanted: ComparisonSettings, run: RunSettings) -> None:
+    if launch.num_ranks() > 1:
+        raise ValueError("the comparison is one process; run the recipes of both to train on several devices")
+    output = Path(run.output or "runs/prophet_vs_early_exit")
+    settings = Settings(rounds=wanted.rounds, max_new_tokens=wanted.max_new_tokens, batch_sizes=(1,), seed=run.seed)
+    claim(output)
+    panels = [Panel(title="First drafted token accepted, held out (sum of min of both laws)")]
+    for name, (family, its_settings, metric) in DRAFTERS.items():
+        folder = _train(family, its_settings, dataclasses.replace(run, output=str(output / name)))
+        panels[0].lines[name] = read_curve(folder, metric)
+    if wanted.text:
+        panels.append(Panel(title="The target's own loss, held out (nats a token)"))
+        changes: dict[str, Any] = {
+            "data": wanted.text,
+            "max_steps": wanted.text_steps,
+            "learning_rate": wanted.text_rate,
+        }
+        for name, its_settings in TARGETS.items():
+            place = str(output / f"target-{name.replace(' ', '-')}")
+            folder = _train(prophet, its_settings, dataclasses.replace(run, output=place, **changes))
+            panels[1].lines[name] = read_curve(folder, "eval_main_loss")
+    publish_curves(panels, output)
+
+    target = Target.from_pretrained(run.target, dtype="float32")
+    prompts = load_prompts(wanted.held_out, target.tokenizer, max_prompts=wanted.num_prompts, seed=run.seed)
+    rows = compare(target, prompts, [output / name for name in DRAFTERS], output, settings)
+    print("\n".join(["", header(rows, "terminal"), *table(rows, "terminal")]))
+    for panel in panels:
+        ends = (f"{name} {points[-1][1]:.4f}" for name, points in panel.lines.items())
+        print(f"{panel.title}: at the end {', '.join(ends)}")
+    print(f"{output}/curves.png and {output}/bakeoff.png are the pictures")
+
+
+def _train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
+    folder = train(family, settings, run)
+    if run.report_to == "wandb":
+        import wandb
+
+        wandb.finish()  # or the next run would go on in this one's
+    return folder
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_settings(ComparisonSettings, RunSettings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
