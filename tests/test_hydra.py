@@ -34,12 +34,8 @@ NUM_NEW, ENDS = 20, (10, 11, 12)
 @pytest.mark.parametrize(
     ("config", "architecture", "settings"),
     [
-        (PLAIN, "gemma2", trainer.Settings(num_heads=3)),
-        (
-            PLUS | {"siblings": "without_replacement"},
-            "llama",
-            trainer.Settings(num_heads=3, num_blocks=4, own_head=True, prefix_attention=True),
-        ),
+        (PLAIN | {"siblings": "deterministic"}, "gemma2", trainer.Settings(num_heads=3)),
+        (PLUS, "llama", trainer.Settings(num_heads=3, num_blocks=4, own_head=True, prefix_attention=True)),
         (GROWN, "gpt2", trainer.Settings(num_heads=3, width=3, loss="ce")),
     ],
     ids=["plain", "plus", "grown"],
@@ -170,8 +166,8 @@ class Compared(Watched):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
     "config",
-    [PLAIN, PLUS, PLUS | {"siblings": "without_replacement"}, PLUS | GROWN],
-    ids=["plain", "plus", "drawn", "grown"],
+    [PLAIN, PLUS, PLUS | {"siblings": "deterministic"}, PLUS | GROWN],
+    ids=["plain", "plus", "likeliest", "grown"],
 )
 def test_drafts_are_those_of_a_fresh_run(config: dict[str, Any], temperature: float) -> None:
     """Ragged rows that advance at different rates, one of a single token, and rows that finish before others."""

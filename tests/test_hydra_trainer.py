@@ -158,14 +158,14 @@ def test_judgement_by_hand() -> None:
 def test_the_finished_drafter_has_the_same_heads_and_a_measured_tree() -> None:
     given = batch()
     for tree_nodes in (3, 0):
-        settings = hydra.Settings(**PLUS, tree_nodes=tree_nodes, siblings="without_replacement")
+        settings = hydra.Settings(**PLUS, tree_nodes=tree_nodes, siblings="independent")
         drafter = shaken(settings)
         # Half of the text is what head 0 would say, so that second guesses are right at times.
         for b, t in places(given, 0)[::2]:
             given.tokens_BT[b, t + 2] = slow_logits(drafter, given, 0, b, t).topk(2).indices[t % 2]
         finished = hydra.finish(drafter, settings, TARGET, [given])
         assert finished.config.tree[0] == (0,) and not finished.training
-        assert finished.config.siblings == "without_replacement"
+        assert finished.config.siblings == "independent"
         assert len(finished.config.tree) == 3 or not tree_nodes
         for name, weight in drafter.state_dict().items():
             assert torch.equal(finished.state_dict()[name], weight)

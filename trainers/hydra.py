@@ -41,8 +41,8 @@ class Settings:
     """Of the Jensen-Shannon divergence (`jsd`)."""
     dropout: float = 0.0
     """Share of each head's input, and of its features before the output matrix, that is dropped in training."""
-    siblings: str = field(default="deterministic", metadata={"choices": list(growth.SIBLINGS)})
-    """How siblings in the tree are drawn where the text is sampled."""
+    siblings: str = field(default="without_replacement", metadata={"choices": list(growth.SIBLINGS)})
+    """How siblings in the tree are drawn where text is sampled; greedily they are the likeliest."""
     tree_nodes: int = 0
     """Nodes in the tree; 0 takes what gives most tokens a second as measured on this machine."""
     width: int = 0

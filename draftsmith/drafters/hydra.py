@@ -33,9 +33,9 @@ class Config:
     """Inner width of that block's feed-forward layer."""
     tree: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0))
     """Each node as the ranks along its path: (0, 2) is the third guess of head 1 after the first guess of head 0."""
-    siblings: str = "deterministic"
-    """How siblings in that tree are drawn where the text is sampled: deterministic, as their parent's likeliest tokens,
-    without_replacement, independent or top_and_drawn."""
+    siblings: str = "without_replacement"
+    """How siblings in that tree are drawn where text is sampled: without_replacement, independent, top_and_drawn or
+    deterministic, as their parent's likeliest tokens."""
     width: int = 0
     """If not 0, in place of `tree`, trees grow where the heads are confident: so many nodes a level are given so many
     children."""
@@ -98,7 +98,7 @@ class Drafter(nn.Module):
             raise ValueError(f"the tree asks for {num_ranks} different tokens of a vocabulary of {target.vocab_size}")
         width = target.hidden_size
         embedding_VE = target.model.get_input_embeddings().weight.detach()
-        # Embeddings are far smaller than hidden states, and would be learnt from as much more slowly.
+        # Embeddings are often far smaller than hidden states; brought to their size, heads learn a little sooner.
         self._scale = float(embedding_VE.float().square().mean().rsqrt())
         self.heads = nn.ModuleList(
             Head(width, width + (k + 1) * embedding_VE.shape[1], config.num_blocks) for k in range(config.num_heads)
