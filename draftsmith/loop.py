@@ -57,8 +57,8 @@ def generate(
     encoder-decoder `input_ids` are the sources. `eos_token_id` defaults to the model's own; an empty sequence turns
     it off. The same `seed` gives the same tokens, unless lengths go by the clock or by earlier calls; without one,
     torch's global generator gives it. `length` says how much is drafted: a policy of draftsmith/length.py or its name,
-    "auto" for the drafter's own. A `streamer` is put the prompt, then each step's tokens. Raises ValueError for settings
-    or prompts that do not fit.
+    "auto" for the drafter's own. A `streamer` is put the prompt, then each step's tokens. Raises ValueError for
+    settings or prompts that do not fit.
     """
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
     rows, source = start_rows(target, input_ids, attention_mask)
