@@ -153,7 +153,8 @@ def test_both_caches_are_those_of_a_fresh_prefill(config: Config, num_rows: int,
     """Rows that are cut back, rows whose drafts are accepted whole, and rows that finish before others."""
     compared = Compared(knowing(tiny_target("llama", dtype=torch.float64), config))
     ids, mask = padded(prompts(num_rows), side="left")
-    settings = vars(sampling) | {"max_new_tokens": 14, "eos_token_id": (10, 11), "seed": 1}
+    ends = (10, 11) if num_rows > 1 else ()
+    settings = vars(sampling) | {"max_new_tokens": 14, "eos_token_id": ends, "seed": 1}
     draftsmith.generate(compared.target, ids, compared, attention_mask=mask, **settings)
     assert compared.num_compared > 10
     assert num_rows == 1 or compared.num_accepted > 3
@@ -162,8 +163,9 @@ def test_both_caches_are_those_of_a_fresh_prefill(config: Config, num_rows: int,
 
 def knowing(target: Target, config: Config) -> Drafter:
     """Returns an adapter that hands the exit layer through to the target's own final norm, with noise in between."""
+    torch.manual_seed(0)
     drafter = Drafter(config, target)
-    nn.init.normal_(drafter.attention.output.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    nn.init.normal_(drafter.attention.output.weight, std=0.1)
     return drafter
 
 
