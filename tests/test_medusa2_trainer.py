@@ -109,7 +109,7 @@ def test_the_loss_against_a_slow_reference(
         else:
             theirs_V = TARGET.model(given.tokens_BT[b : b + 1]).logits[0, t].log_softmax(-1)
             own_sum = own_sum + (theirs_V.exp() * (theirs_V - log_law_V)).sum()
-    ramp = math.sin(math.pi / 2 * 3 / 10)
+    ramp = math.sin(math.pi / 2 * 4 / 10)
     slow = heads_sum if step == 1 else own_sum + (0.2 if method == "two_stage" else 0.01 * ramp) * heads_sum
     expected = torch.autograd.grad(slow, list(drafter.parameters()), allow_unused=True)
     medusa2.begin_step(drafter, settings, step, 10)
@@ -123,9 +123,14 @@ def test_the_loss_against_a_slow_reference(
 
 
 def test_the_ramp_by_hand() -> None:
-    """0, a half of the way sin(45 degrees), and at the end the whole of 0.01, or of what is asked for."""
+    """At a third of the way sin(30 degrees), half-way sin(45), at the last step all of 0.01 or of what is asked for."""
     given = batch()
-    for steps, weight, expected in (((0, 8), 0.0, 0.0), ((4, 8), 0.0, 0.00707107), ((8, 8), 0.0, 0.01), ((8, 8), 3, 3)):
+    for steps, weight, expected in (
+        ((0, 3), 0.0, 0.005),
+        ((3, 8), 0.0, 0.00707107),
+        ((7, 8), 0.0, 0.01),
+        ((7, 8), 3, 3),
+    ):
         settings = settings_of(heads_weight=weight)
         drafter = shaken(settings)
         medusa2.begin_step(drafter, settings, *steps)
@@ -289,7 +294,10 @@ def test_a_broken_run_goes_on_to_the_same_bytes(folder: Path, unbroken: Path, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["self_distilled", "two_stage"])
 def test_two_ranks_equal_one_process(folder: Path, method: str) -> None:
-    """Losses and weights to 1e-4 and 1e-5; one of the two stages has no use for half of the weights."""
+    """Losses to 1e-4, save the divergence of almost equal laws, which is rounding, and weights to 1e-5.
+
+    One of the two stages has no use for half of the weights.
+    """
     flags = {**SMALL, **FACTORS, "method": method, "head_steps": 3, "clip": 0, "tree_nodes": 2, "learning_rate": 1e-3}
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
     for name, words, batch_size in (("one", (), 4), ("two", launcher, 2)):
@@ -298,7 +306,7 @@ def test_two_ranks_equal_one_process(folder: Path, method: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
     one, two = folder / f"{method}-one", folder / f"{method}-two"
     for ours, theirs in zip(logged(two, *LOSSES), logged(one, *LOSSES), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-7)
     for name, weight in weights(one).items():
         torch.testing.assert_close(weights(two)[name], weight, rtol=0, atol=1e-5)
 

@@ -2,7 +2,7 @@
 
 A drafter's heads are told apart by k, from 0; head k at position t predicts token t + 2 + k.
 
-Shape suffixes: B rows, T positions, N supervised positions of one head, D hidden width, V vocabulary, K heads.
+Shape suffixes: B rows, T positions, N supervised positions of one head, D hidden width, V vocabulary, K heads, R ranks.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -93,6 +93,12 @@ def judged(ranks_KBT: Tensor) -> Metrics:
     run_BT = (ranks_KBT == 0).cumprod(0).sum(0)
     is_whole_BT = (ranks_KBT >= 0).all(0)
     return {"acceptance": (run_BT[is_whole_BT].sum(), int(is_whole_BT.sum())), **metrics}
+
+
+def guess(features: Iterable[Tensor], head: Head) -> Tensor:
+    """Returns each head's likeliest tokens [K, T, R] from features [1, T, D], as a draft does with T = 1."""
+    logits_KTV = torch.cat([head(k, z_1TD) for k, z_1TD in enumerate(features)])
+    return logits_KTV.topk(NUM_RANKS, dim=-1).indices
 
 
 def best_tree(

@@ -71,7 +71,7 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     hidden_11D = held_out[0].hidden[target.num_layers][:1, :1]
     tree = heads.best_tree(
         (_ranks(drafter, batch) for batch in held_out),
-        lambda: _guess(drafter, hidden_11D),
+        lambda: heads.guess(drafter.heads(drafter.target.norm(hidden_11D)), drafter.head),
         target,
         settings.tree_nodes,
     )
@@ -87,10 +87,3 @@ def _parts(drafter: Drafter, batch: Batch) -> Iterator[heads.Part]:
 
 def _ranks(drafter: Drafter, batch: Batch) -> Tensor:
     return heads.ranks(_parts(drafter, batch), drafter.head, batch)
-
-
-def _guess(drafter: Drafter, hidden_11D: Tensor) -> Tensor:
-    """Does the work of one draft, to be timed."""
-    features = drafter.heads(drafter.target.norm(hidden_11D))
-    logits_K1V = torch.cat([drafter.head(k, z_11D) for k, z_11D in enumerate(features)])
-    return logits_K1V.topk(heads.NUM_RANKS, dim=-1).indices

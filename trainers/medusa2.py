@@ -145,7 +145,8 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
             vocab_size=target.vocab_size,
         )
     else:
-        weight *= math.sin(math.pi / 2 * step / num_steps)
+        # From 1 on: with no weight at all the first gradient would be rounding, which Adam takes for a direction.
+        weight *= math.sin(math.pi / 2 * (step + 1) / num_steps)
         forward_kl = divergence("forward_kl")
         target_loss, count = chunked(
             lambda own_ND, theirs_ND: forward_kl(
@@ -172,7 +173,7 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     hidden_11D = held_out[0].hidden[target.num_layers][:1, :1]
     tree = heads.best_tree(
         (_ranks(drafter, batch)[0] for batch in held_out),
-        lambda: _guess(drafter, hidden_11D),
+        lambda: heads.guess(drafter.heads(drafter.target.norm(hidden_11D)), drafter.head),
         target,
         settings.tree_nodes,
     )
@@ -209,10 +210,3 @@ def _ranks(drafter: Drafter, batch: Batch) -> tuple[Tensor, Tensor]:
     said_BT = torch.cat([batch.tokens_BT[:, :1], next_BT[:, :-1]], dim=1)
     told = dataclasses.replace(batch, tokens_BT=said_BT)
     return heads.ranks(_parts(drafter, told, normed_BTD), drafter.head, told), said_BT
-
-
-def _guess(drafter: Drafter, hidden_11D: Tensor) -> Tensor:
-    """Does the work of one draft, to be timed."""
-    features = drafter.heads(drafter.target.norm(hidden_11D))
-    logits_K1V = torch.cat([drafter.head(k, z_11D) for k, z_11D in enumerate(features)])
-    return logits_K1V.topk(heads.NUM_RANKS, dim=-1).indices
