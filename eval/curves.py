@@ -47,6 +47,7 @@ def publish_curves(panels: Sequence[Panel], folder: Path) -> None:
 def _draw(panels: Sequence[Panel], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(5.4 * len(panels), 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -56,6 +57,7 @@ def _draw(panels: Sequence[Panel], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=run, **style)
         axes.set_title(panel.title, fontsize=11)
         axes.set_xlabel("optimiser steps", fontsize=9.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=9.5, frameon=False)
