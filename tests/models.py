@@ -108,7 +108,7 @@ def scramble(model: torch.nn.Module, *, seed: int, sharpness: float = 2.0) -> No
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
         if parameter.ndim < 2:
             parameter += 0.2 * noise
         else:
