@@ -23,6 +23,7 @@ from trainers import medusa2 as trainer
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
 SMALL = {"num_heads": 3, "rank": 4, "alpha": 1.0}
 """Changes small enough for the tuned target to go on writing more than one token."""
+EXAMPLE = Config(num_heads=3, rank=4, alpha=1.0, tree=TREE)
 
 
 @pytest.mark.parametrize("own_head", [False, True])
