@@ -7,7 +7,9 @@
 
 Its text is its own: decode with `drafter.target`, and compare speeds with that target's own plain decoding.
 
-NUMBERS
+A shared CPU core, pocket target, `--max-steps 200 --learning-rate 3e-4` on the 1.27 M tokens of its own greedy text
+(`./launch.sh pseudo_data --max-prompts 10000`): 7 minutes; held-out acceptance 0.663 at layer 4 of 8, 0.22 at layer 3;
+2.10 tokens a greedy step on held-out prompts. The copy's likeliest token is the target's 97 times in 100.
 """
 
 import sys

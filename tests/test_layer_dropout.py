@@ -136,6 +136,31 @@ def test_the_loss_against_a_slow_reference(step: int) -> None:
     assert metrics["target_loss"][1] == int(given.loss_mask_BT[:, 1:].sum())
 
 
+def test_judgement_by_hand() -> None:
+    """Exits are judged by what the copy says at its last block; how often that is the text is told beside it."""
+    settings, given = layer_dropout.Settings(exit_layer=2, max_dropout=0.5), batch()
+    drafter = layer_dropout.build(settings, TARGET).eval()
+    with torch.no_grad():
+        for weight in drafter.weights:
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        accepted, agreed, right, count = 0.0, 0, 0, 0
+        for row, length in enumerate(given.lengths_B.tolist()):
+            ids = given.tokens_BT[row : row + 1, :length]
+            out = drafter.target.model(ids, output_hidden_states=True)
+            own_TV = drafter.target.logits(out.hidden_states[2])[0].softmax(-1)
+            theirs_TV = out.logits[0].softmax(-1)
+            for t in range(1, length):
+                if given.loss_mask_BT[row, t]:
+                    accepted += float(torch.minimum(own_TV[t - 1], theirs_TV[t - 1]).sum())
+                    agreed += int(own_TV[t - 1].argmax() == theirs_TV[t - 1].argmax())
+                    right += int(theirs_TV[t - 1].argmax() == ids[0, t])
+                    count += 1
+        metrics = layer_dropout.judge(drafter, given, settings, TARGET)
+    assert float(metrics["acceptance"][0]) == pytest.approx(accepted, rel=1e-4)
+    assert [int(metrics[name][0]) for name in ("greedy_agreement", "target_accuracy")] == [agreed, right]
+    assert {number for _, number in metrics.values()} == {count} and 0 < agreed < count
+
+
 def test_low_rank_changes_begin_as_none_and_touch_what_they_are_told_to() -> None:
     settings = layer_dropout.Settings(exit_layer=1, rank=2, modules=("q_proj", "down_proj"))
     drafter, ids = layer_dropout.build(settings, TARGET).eval(), torch.tensor(prompts(1))
@@ -159,6 +184,7 @@ def test_trained_it_drafts_for_the_copy_and_says_so(tmp_path: Path, rank: int) -
     train(layer_dropout, layer_dropout.Settings(rank=rank, num_draft=3), run)
     drafter = draftsmith.load(tmp_path / "out", target)
     manifest = json.loads((tmp_path / "out" / "draft_config.json").read_text())
+    assert not any(name.startswith("acceptance_") for name in manifest["measured_acceptance"]), "one exit is judged"
     assert manifest["tunes_target"] and manifest["target"]["fingerprint"] == target.fingerprint
     assert drafter.config.tunes and drafter.target is not target
     ids = torch.tensor(prompts(1))

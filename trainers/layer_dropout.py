@@ -132,10 +132,11 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
 def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and how often both laws' likeliest agree.
 
-    Both are of the changed target's exits and its own law; of several exits the mean, and the acceptance of each. And
+    Both are of the changed target's exit and its own law; until one is chosen of several, of each and their mean. And
     how often its likeliest token is the text's: what the change has cost, where the target wrote that.
     """
-    own, layers = drafter.target, _layers(settings, target)
+    own, is_training = drafter.target, "steps" in dict(drafter.named_buffers())
+    layers = _layers(settings, target) if is_training else (drafter.config.exit_layer,)
     mask_BT = batch.loss_mask_BT[:, 1:]
     hidden = own.read(batch.tokens_BT, (*layers, own.num_layers))
     hidden_ND = {layer: states_BTD[:, :-1][mask_BT] for layer, states_BTD in hidden.items()}
