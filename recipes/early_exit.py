@@ -7,9 +7,9 @@
     torchrun --nproc-per-node 2 recipes/early_exit.py --exit-layer 2 --own-head --deepspeed zero2
 
 A shared CPU core, pocket target, `--exit-layer 2 --num-blocks 1 --max-steps 300 --learning-rate 3e-3` on the 1.27 M
-tokens of `./launch.sh pseudo_data --max-prompts 10000`: held-out acceptance 0.510 in 3 minutes, and 0.549 with
-`--recycling` in 7; 1.68 and 1.83 tokens a greedy step on held-out prompts. The sweep over layers 1 to 4 with a norm alone, 100 steps at
-5e-3: 0.19, 0.21, 0.24 and 0.49; layer 4 promises most, 0.9 of plain decoding's speed.
+tokens of `./launch.sh pseudo_data --max-prompts 10000`: 3 minutes, held-out acceptance 0.510, and 0.549 with
+`--recycling`; 1.68 and 1.83 tokens a greedy step on held-out prompts. The sweep over layers 1 to 4 with a norm alone,
+100 steps at 5e-3: 0.19, 0.21, 0.24 and 0.49; layer 4 promises most, 0.9 of plain decoding's speed.
 """
 
 import sys
