@@ -11,7 +11,7 @@ usage() {
 usage: ./launch.sh setup | test | <recipe> [--key value ...]
 
   setup                makes the environment in .venv; every other command does so when there is none
-  test                 ruff, mypy and pytest; what follows is passed on to pytest
+  test                 ruff, mypy and pytest, up to four at once; what follows is passed on to pytest (-n 0: one)
 
 recipes; each has its own --help:
 $(for name in $(recipes); do printf '  %-20s %s\n' "$name" "$(first_docstring_line "$name")"; done)
@@ -186,7 +186,7 @@ case ${1:-} in
     test)
         ensure_environment
         cd "$root"
-        exec "$python" -m pytest -q "${@:2}"
+        exec "$python" -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile "${@:2}"
         ;;
     *)
         name=${1//-/_}

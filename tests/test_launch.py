@@ -151,7 +151,10 @@ def test_the_exit_code_is_the_recipes(house: House) -> None:
 
 def test_tests_are_run_last_and_get_all_arguments(house: House) -> None:
     assert house("test", "tests/test_x.py", "-k", "one or two").returncode == 0
-    assert house.called("")[-1] == "-m pytest -q tests/test_x.py -k one or two"
+    assert (
+        house.called("")[-1]
+        == "-m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile tests/test_x.py -k one or two"
+    )
 
 
 # --- Environments ------------------------------------------------------------------------------------------------
