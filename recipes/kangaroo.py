@@ -1,10 +1,10 @@
 """Trains Kangaroo's adapter on an early exit of a target, or one at each of several layers, and leaves the artifact.
 
-    ./launch.sh kangaroo                                            # pocket target and its own text, into runs/kangaroo
-    ./launch.sh kangaroo --exit-layer 0                             # keeps the layer that promises most tokens a second
-    ./launch.sh kangaroo --target T --data runs/mine --exit-layer 3 --max-steps 2000 --bf16
-    ./launch.sh kangaroo --width 4 --num-nodes 16                   # trees that grow where the adapter is confident
-    torchrun --nproc-per-node 2 recipes/kangaroo.py --deepspeed zero2
+./launch.sh kangaroo                                            # pocket target and its own text, into runs/kangaroo
+./launch.sh kangaroo --exit-layer 0                             # keeps the layer that promises most tokens a second
+./launch.sh kangaroo --target T --data runs/mine --exit-layer 3 --max-steps 2000 --bf16
+./launch.sh kangaroo --width 4 --num-nodes 16                   # trees that grow where the adapter is confident
+torchrun --nproc-per-node 2 recipes/kangaroo.py --deepspeed zero2
 """
 
 import sys

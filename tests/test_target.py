@@ -254,7 +254,7 @@ def test_hidden_layers_are_those_of_transformers(architecture: str) -> None:
 
 
 def test_reading_has_a_gradient_only_when_enabled() -> None:
-    target, ids = tiny_target("llama"), random_tokens(2, 6)
+    target, ids = Target(tiny_model("llama")), random_tokens(2, 6)
     weight = target.model.get_input_embeddings().weight
     assert target.read(ids, (NUM_LAYERS,))[NUM_LAYERS].requires_grad
     with torch.no_grad():
