@@ -19,13 +19,13 @@ from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.tuned import matrices
-from tests.models import VOCAB_SIZE, tiny_model, tiny_target
+from tests.models import VOCAB_SIZE, tiny_model
 from tests.runs import SMALL, command, logged, make_data, make_target, run, weights
 from trainers import checkpoints, descent, medusa2
 from trainers.loop import train
 from trainers.run import RunSettings
 
-TARGET = tiny_target("llama")
+TARGET = Target(tiny_model("llama"))
 FACTORS = {"num_heads": 2, "rank": 3, "alpha": 2.0, "dropout": 0.0}
 LOSSES = ("loss", "target_loss", "head0_loss", "head1_loss", "grad_norm", "learning_rate", "eval_acceptance")
 
