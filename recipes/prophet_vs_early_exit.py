@@ -7,6 +7,14 @@ The comparison that lucidrains/speculative-decoding set out to make and never pu
 own; the exit is after the target's second block. `curves.png` and `.jsonl` show how likely the target accepts the first
 drafted token, as training goes on; `bakeoff.*` how fast both decode at its end. Then two copies of the target are
 trained on `--text`, each with a prophet, whose loss reaches one of them and not the other.
+
+One busy CPU core, pocket target, `--max-steps 150 --learning-rate 2e-3 --eval-steps 30 --max-held-out 16 --max-length
+256 --text-steps 60 --rounds 2` on the 1.27 M tokens of `./launch.sh pseudo_data --max-prompts 10000`: 13 minutes. The
+first drafted token is accepted with chance 0.34 (prophet) and 0.45 (early exit), ever since step 30 in that order. A
+target forward gives 1.46 and 1.47 tokens greedily, 1.48 and 1.43 sampled; both slow the pocket down, to 0.62 and 0.74
+of its speed. The prophet did not help: the target's held-out loss is 1.952 nats with its gradient and 1.928 without,
+and was 1.984 and 1.936 at half time. That is a new prophet on a trained target, one seed; targets trained from
+scratch with one were not measured.
 """
 
 import dataclasses
