@@ -269,7 +269,7 @@ def _optima(
     prompts: Sequence[Prompt], entries: Sequence[Entry], settings: Settings
 ) -> dict[tuple[str, float], tuple[float, float] | None]:
     """Returns, untimed, how close each verifier comes to the best that any could do, by contender and temperature."""
-    ids = [prompt.ids for prompt in prompts[: max(settings.batch_sizes)]]
+    ids = [prompt.ids for prompt in prompts[: max(8, *settings.batch_sizes)]]
     sampled = [temperature for temperature in settings.temperatures if temperature > 0]
     given = {"max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
     return {

@@ -255,6 +255,26 @@ def test_a_family_without_gradient_runs_by_the_same_entry(folder: Path) -> None:
     assert read_manifest(output)["measured_acceptance"]["acceptance"] > 0
 
 
+def test_trees_are_sized_on_as_many_threads_as_decoding_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, finish = [], medusa.finish
+
+    def watched(*given: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return finish(*given)
+
+    monkeypatch.setattr(medusa, "finish", watched)
+    torch.set_num_threads(2)
+    try:
+        for name, threads in (("one-thread", 1), ("own-choice", 0)):
+            train(medusa, HEADS, settings(folder, name, max_steps=1, decode_threads=threads))
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [1, 2]
+    with pytest.raises(ValueError, match="decode_threads is -1"):
+        RunSettings(decode_threads=-1)
+
+
 @pytest.mark.slow
 def test_wandb_offline(folder: Path) -> None:
     """A run reports to wandb without an account; its files lie in the output folder."""

@@ -63,7 +63,11 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
         needs = family.needs(settings, target)
         judged = [complete(batch, target, needs.layers + needs.held_out_layers, needs.top_k) for batch in held_out]
         if hasattr(family, "finish"):
+            # Costs are measured there: training may run on more threads than decoding does.
+            num_threads = torch.get_num_threads()
+            torch.set_num_threads(run.decode_threads or num_threads)
             drafter = family.finish(drafter, settings, target, judged)
+            torch.set_num_threads(num_threads)
         with torch.no_grad():
             acceptance = mean_metrics(family.judge(drafter, batch, settings, target) for batch in judged)
         record = {

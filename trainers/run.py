@@ -57,6 +57,8 @@ class RunSettings:
     """Log to log.jsonl in the output folder alone, or to wandb too ($WANDB_MODE=offline needs no account)."""
     wandb_project: str = "draftsmith"
     """Project in wandb."""
+    decode_threads: int = 1
+    """CPU threads that decoding will have, which the sizes of trees depend on; 0 for torch's own choice."""
     deepspeed: str = ""
     """DeepSpeed config, by path or as zero0, zero1, zero2, zero3; plain data parallelism if empty."""
 
@@ -65,6 +67,8 @@ class RunSettings:
         for name in (*at_least_one, "eval_steps", "save_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.decode_threads < 0:
+            raise ValueError(f"decode_threads is {self.decode_threads}; it must be 0 or more")
         if self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; a row needs at least 2 tokens")
         if not 0 < self.held_out_share < 1:
