@@ -4,9 +4,10 @@
     .venv/bin/python benchmarks/medusa.py        # pocket target; any artifact with --draft
 
 Both decode the same prompts in turn, in this process; ratios are of tokens/s within a round.
-One core of an AMD EPYC, heads of the command in recipes/medusa.py, each with the tree computed for its dtype: 1.14
-(1.12 to 1.15) in float32, output identical; 1.42 (1.39 to 1.47) in bfloat16 and 1.50 (1.49 to 1.55) with
-`--max-new-tokens 256`. In bfloat16 near ties fall otherwise in wider forwards, so that output is not always identical.
+One core of an AMD EPYC, heads of the command in recipes/medusa.py, each with the tree computed for its dtype, in two
+quiet runs: 1.14 and 1.11 in float32, output identical; 1.51 (1.39 to 1.52) and 1.45 (1.42 to 1.48) in bfloat16. With
+`--num-prompts 40`, before heads were drafted together, 1.39. In bfloat16 near ties fall otherwise in wider forwards, so
+that output is not always identical.
 """
 
 import sys
