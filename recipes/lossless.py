@@ -5,7 +5,7 @@
     ./launch.sh lossless --draft runs/distill --verifier typical    # tested, and refused a certificate
 
 What is tested, what such a test sees and what it does not: eval/lossless.py, which `python -m eval.lossless` also runs.
-The status is 1 unless everything passed.
+The status is 1 unless everything passed. Pocket target, one drafter, one CPU core: 3 minutes and 20 seconds.
 """
 
 import sys
