@@ -11,6 +11,7 @@ import torch
 from draftsmith.drafters import Drafter, Session, Step
 from draftsmith.pace import cut
 from draftsmith.tree import Draft
+from draftsmith.verify.verdict import at, pick
 
 
 class Gated:
@@ -38,10 +39,8 @@ class Gated:
         return cut(self._drafter.propose(budget), [0 if shut else budget for shut in self._is_shut])
 
     def observe(self, step: Step) -> None:
-        draft, rows_B = step.draft, torch.arange(len(step.paths), device=step.logits_BNV.device)
-        ends_B = step.verdict.path_BP.gather(1, step.verdict.num_accepted_B[:, None])[:, 0]
-        probs_BV = step.logits_BNV[rows_B, ends_B].float().softmax(-1)
-        chosen_B = probs_BV.gather(1, step.verdict.next_token_B[:, None])[:, 0]
+        draft, ends_B = step.draft, pick(step.verdict.path_BP, step.verdict.num_accepted_B)
+        chosen_B = pick(at(step.logits_BNV, ends_B).float().softmax(-1), step.verdict.next_token_B)
         is_child_BN = (draft.tree.parents_RN == ends_B[:, None]).expand_as(draft.tokens_BN)
         if (valid_BN := draft.valid_BN()) is not None:
             is_child_BN = is_child_BN & valid_BN

@@ -13,11 +13,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from draftsmith import growth
 from draftsmith.cache import KVCache, visible
 from draftsmith.drafters import Session, Step
 from draftsmith.target import Target
 from draftsmith.tree import Draft, Tree
-from draftsmith.verify.verdict import Verdict
+from draftsmith.verify.verdict import Verdict, at, pick
 
 Paths = tuple[tuple[int, ...], ...]
 
@@ -212,14 +213,12 @@ def last_of_prompt(session: Session, layer: int) -> Tensor | None:
     if layer not in session.hidden:
         return None
     hidden_BND = session.hidden[layer]
-    last_B = torch.tensor([max(len(row) - 2, 0) for row in session.rows], device=hidden_BND.device)
-    return hidden_BND[torch.arange(len(last_B), device=hidden_BND.device), last_B]
+    return at(hidden_BND, torch.tensor([max(len(row) - 2, 0) for row in session.rows], device=hidden_BND.device))
 
 
 def last_of_path(step: Step, layer: int) -> Tensor:
     """Returns a hidden layer at each row's last accepted node [B, D]."""
-    ends_B = step.verdict.path_BP.gather(1, step.verdict.num_accepted_B[:, None])[:, 0]
-    return step.hidden[layer][torch.arange(len(ends_B), device=ends_B.device), ends_B]
+    return at(step.hidden[layer], pick(step.verdict.path_BP, step.verdict.num_accepted_B))
 
 
 def check_tree(paths: Paths, num_heads: int) -> None:
@@ -246,19 +245,43 @@ class StaticTree:
                 f"a tree node has rank {self.num_ranks - 1}; the vocabulary of {target.vocab_size} has ranks below"
                 f" {target.vocab_size}"
             )
-        self._trees: dict[int, Tree] = {}
-        self._flat_index: dict[int, Tensor] = {}
-        for depth in range(1, self.depth + 1):
-            kept = [path for path in ordered if len(path) <= depth]
-            number = {(): 0} | {path: 1 + at for at, path in enumerate(kept)}
-            parents = [-1] + [number[path[:-1]] for path in kept]
-            self._trees[depth] = Tree.from_parents([parents], target.device)
-            flat = [(len(path) - 1) * self.num_ranks + path[-1] for path in kept]
-            self._flat_index[depth] = torch.tensor(flat, dtype=torch.long, device=target.device)
+        self._trees = [tree for tree, _ in growth.levels(tuple(ordered), target.device)]
+        flat = [(len(path) - 1) * self.num_ranks + path[-1] for path in ordered]
+        self._flat_index = torch.tensor(flat, dtype=torch.long, device=target.device)
 
     def fill(self, pending_B: Tensor, logits_BKV: Tensor) -> Draft:
         """Returns the tree as deep as there are heads in `logits_BKV`, of each head's likeliest tokens."""
-        depth = logits_BKV.shape[1]
+        tree = self._trees[logits_BKV.shape[1]]
         guesses_BKR = logits_BKV.topk(self.num_ranks, dim=-1).indices
-        drafted_BN = guesses_BKR.flatten(1)[:, self._flat_index[depth]]
-        return Draft(tokens_BN=torch.cat([pending_B[:, None], drafted_BN], dim=1), tree=self._trees[depth])
+        drafted_BN = guesses_BKR.flatten(1)[:, self._flat_index[: tree.num_nodes - 1]]
+        return Draft(tokens_BN=torch.cat([pending_B[:, None], drafted_BN], dim=1), tree=tree)
+
+
+class Guesses:
+    """One call's drafts by heads on the target's last hidden state, which fill a static tree."""
+
+    def __init__(
+        self, session: Session, tree: StaticTree, heads: Iterable[nn.Module], outputs: nn.ModuleList | None
+    ) -> None:
+        self._session, self._tree, self._outputs = session, tree, outputs
+        self._layer = session.target.num_layers
+        self._together = Together(heads)
+        # Rows of one token have no hidden state yet; if all are such, their first step is a plain one.
+        self._last_BD = last_of_prompt(session, self._layer)
+
+    def propose(self, budget: int) -> Draft:
+        """Returns the tree, no deeper than `budget`; heads without an output matrix of their own use the target's."""
+        if self._last_BD is None:
+            return self._session.only_pending()
+        target = self._session.target
+        features_BKD = self._together(target.norm(self._last_BD), min(budget, self._tree.depth))
+        if self._outputs is None:
+            logits_BKV = target.head(features_BKD)
+        else:
+            pairs = zip(self._outputs, features_BKD.unbind(1), strict=False)
+            logits_BKV = torch.stack([output(z_BD) for output, z_BD in pairs], dim=1)
+        return self._tree.fill(self._session.pending(), logits_BKV)
+
+    def observe(self, step: Step) -> None:
+        """Takes in the hidden state at the end of each row's path."""
+        self._last_BD = last_of_path(step, self._layer)

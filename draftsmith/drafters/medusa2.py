@@ -7,7 +7,6 @@ Shape suffixes: B rows, T positions, D hidden width, V vocabulary, K heads.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from draftsmith.drafters import Session, Step, blocks
@@ -82,21 +81,10 @@ class Drafter(nn.Module):
         return self.outputs[k](z_BTD) if self.config.own_head else self.target.head(z_BTD)
 
     def start(self, session: Session) -> None:
-        self._session = session
-        # Rows of one token have no hidden state yet; if all are such, their first step is a plain one.
-        self._last_BD = blocks.last_of_prompt(session, self.hidden_layers[0])
-        self._together = blocks.Together(self.blocks)
+        self._guesses = blocks.Guesses(session, self._tree, self.blocks, self.outputs if self.config.own_head else None)
 
     def propose(self, budget: int) -> Draft:
-        if self._last_BD is None:
-            return self._session.only_pending()
-        features_BKD = self._together(self.target.norm(self._last_BD), min(budget, self._tree.depth))
-        if self.config.own_head:
-            parts = [self.head(k, z_B1D) for k, z_B1D in enumerate(features_BKD.split(1, dim=1))]
-            logits_BKV = torch.cat(parts, dim=1)
-        else:
-            logits_BKV = self.target.head(features_BKD)
-        return self._tree.fill(self._session.pending(), logits_BKV)
+        return self._guesses.propose(budget)
 
     def observe(self, step: Step) -> None:
-        self._last_BD = blocks.last_of_path(step, self.hidden_layers[0])
+        self._guesses.observe(step)

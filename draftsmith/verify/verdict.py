@@ -125,7 +125,7 @@ class Siblings:
 
 
 def at(values_BNV: Tensor, node_X: Tensor, row_X: Tensor | None = None) -> Tensor:
-    """Returns the law [X, V] at a node of each row, or of those that `row_X` names.
+    """Returns the law, or whatever else stands at nodes, [X, V] at a node of each row, or of those `row_X` names.
 
     Nodes past the last law have no children, and any law will do.
     """
