@@ -24,7 +24,8 @@ from data.prompts import load_prompts
 from draftsmith import Target
 from draftsmith.artifact import read_manifest
 from draftsmith.sampling import Sampling
-from eval.machine import commit, hardware, num_threads
+from draftsmith.stats import num_threads
+from eval.machine import commit, hardware
 from eval.oracle import Watched
 from trainers.settings import parse_settings
 

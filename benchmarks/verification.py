@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers.generation.utils import _speculative_sampling
 
 from draftsmith.sampling import Sampling
+from draftsmith.stats import num_threads
 from draftsmith.tree import Draft, Tree, chain
 from draftsmith.verify import block, kseq, multipath, once, recursive, token, traversal
-from eval.machine import hardware, num_threads
+from eval.machine import hardware
 from trainers.settings import parse_settings
 
 

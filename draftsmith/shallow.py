@@ -17,6 +17,7 @@ from draftsmith.drafters import Session
 from draftsmith.drafters.blocks import place
 from draftsmith.target import PREFILL_CHUNK
 from draftsmith.tree import Draft, Entry, Tree, chain
+from draftsmith.verify.verdict import at
 
 Layers = Callable[[Tensor, Tensor, Tensor, KVCache], Tensor]
 """(x_BMD, positions_BM, mask_R1MS, cache) -> [B, M, D], written to the cache as its layers' keys and values."""
@@ -71,7 +72,7 @@ class Trail:
         )
         self.cache.commit([list(range(len(row) - 1)) for row in rows])
         last_B = torch.tensor([len(row) - 1 for row in rows], device=x_BMD.device)
-        return out_BTD[torch.arange(len(rows), device=x_BMD.device), last_B][:, None]
+        return at(out_BTD, last_B)[:, None]
 
     def keep(self, x_BPD: Tensor, paths: list[list[int]], num_in_place: int) -> None:
         """Commits the accepted nodes that were read in their places; of the others the inputs `x_BPD` are kept."""

@@ -1,6 +1,8 @@
-"""What a call of `generate` counts and times."""
+"""What a call of `generate` counts and times, and the threads it is timed on."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -71,3 +73,14 @@ class Stopwatch:
         now = time.perf_counter()
         lap, self._last = 1e3 * (now - self._last), now
         return lap
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Runs a block on `count` CPU threads, 0 for as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

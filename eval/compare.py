@@ -18,6 +18,7 @@ from data.shards import hash_files
 from draftsmith import Target, length, verify
 from draftsmith.artifact import read_manifest
 from draftsmith.gate import Gated
+from draftsmith.stats import num_threads
 from eval import machine
 from eval.measure import Ask, Contender, Tally, add_up, measure, own_loop, transformers_loop, warm_up
 from eval.oracle import first_token
@@ -113,7 +114,7 @@ def compare(
     not fit the target, too few prompts for a batch, or a folder that holds something else.
     """
     settings.check_prompts(len(prompts))
-    with machine.num_threads(settings.threads):
+    with num_threads(settings.threads):
         entries = _entries(target, prompts, artifacts, settings)
         facts = _facts(target, prompts, settings)
         identity = facts | asdict(settings) | {"artifacts": [_fingerprint(path) for path in artifacts]}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from data.prompts import Prompt
 from draftsmith import Target
-from eval.machine import commit, hardware, num_threads
+from draftsmith.stats import num_threads
+from eval.machine import commit, hardware
 from eval.measure import Ask, Contender, measure, warm_up
 
 

@@ -44,6 +44,7 @@ from data.shards import hash_files, write_whole
 from draftsmith import Target
 from draftsmith.artifact import read_manifest
 from draftsmith.files import check_replaceable
+from draftsmith.stats import num_threads
 from eval import machine
 from eval.identity import FAILED, GreedySettings, compare_greedy
 from eval.sampled import BEYOND, TOO_FEW, WAYS, LawSettings, draw_and_judge, parse_law
@@ -79,7 +80,7 @@ def certify(
     )
     told: dict[str, Any] = {}
     tests, drawn = [], []
-    with machine.num_threads(settings.threads), _progress(artifacts, len(prompts), settings, greedy) as bar:
+    with num_threads(settings.threads), _progress(artifacts, len(prompts), settings, greedy) as bar:
         for dtype in dict.fromkeys([settings.law_dtype, *greedy.dtypes]):
             target = exact() if dtype == "float64" else load(dtype)
             drafters = {str(path): draftsmith.load(path, target) for path in artifacts}

@@ -26,8 +26,8 @@ from data.writers import LocalTarget, PseudoDataSettings
 from draftsmith import Target
 from draftsmith.drafters import find
 from draftsmith.facts import read_facts
+from draftsmith.stats import num_threads
 from eval.compare import Settings, compare
-from eval.machine import num_threads
 from eval.results import claim
 from eval.table import header, table
 from trainers import launch

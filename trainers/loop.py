@@ -22,6 +22,7 @@ from data.shards import open_folder
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.facts import read_facts
+from draftsmith.stats import num_threads
 from trainers import checkpoints, launch
 from trainers.descent import BEST, DraftTrainer, Step, arguments_of, mean_metrics
 from trainers.run import RunSettings
@@ -64,10 +65,8 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
         judged = [complete(batch, target, needs.layers + needs.held_out_layers, needs.top_k) for batch in held_out]
         if hasattr(family, "finish"):
             # Costs are measured there: training may run on more threads than decoding does.
-            num_threads = torch.get_num_threads()
-            torch.set_num_threads(run.decode_threads or num_threads)
-            drafter = family.finish(drafter, settings, target, judged)
-            torch.set_num_threads(num_threads)
+            with num_threads(run.decode_threads):
+                drafter = family.finish(drafter, settings, target, judged)
         with torch.no_grad():
             acceptance = mean_metrics(family.judge(drafter, batch, settings, target) for batch in judged)
         record = {

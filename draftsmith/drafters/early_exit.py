@@ -21,6 +21,7 @@ from draftsmith.shallow import Shallow, Trail
 from draftsmith.target import Target
 from draftsmith.tree import Draft, Tree
 from draftsmith.tuned import Adapter, Tuned, matrices, merged, tuned, twin
+from draftsmith.verify.verdict import at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +155,7 @@ class Drafter(nn.Module):
             no_hidden_BTD = self.recycle.weight.new_zeros(len(lengths), 0, self.target.hidden_size)
             before_BTD = nn.functional.pad(session.hidden.get(self.target.num_layers, no_hidden_BTD), (0, 0, 1, 0))
             ends_B = torch.tensor(lengths, device=before_BTD.device) - 1
-            self._recycled_B1D = before_BTD[torch.arange(len(lengths), device=ends_B.device), ends_B][:, None]
+            self._recycled_B1D = at(before_BTD, ends_B)[:, None]
             before_BTD = before_BTD[:, :-1]
         if config.num_blocks and session.hidden:
             x_BTD = self.entrance(session.hidden[config.exit_layer], before_BTD)

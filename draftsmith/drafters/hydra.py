@@ -15,6 +15,7 @@ from draftsmith.cache import KVCache
 from draftsmith.drafters import Session, Step, blocks
 from draftsmith.target import Target
 from draftsmith.tree import Draft, Tree, chain
+from draftsmith.verify.verdict import at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,7 @@ class Drafter(nn.Module):
         if self.config.prefix_heads:
             self._cache.commit([list(range(count)) for count in counts])
         last_B = torch.tensor([max(count - 1, 0) for count in counts], device=state_BTD.device)
-        self._state_B1D = state_BTD[torch.arange(len(counts), device=state_BTD.device), last_B][:, None]
+        self._state_B1D = at(state_BTD, last_B)[:, None]
 
 
 def paths_to(tree: Tree, first: int) -> Tensor:

@@ -15,6 +15,7 @@ from draftsmith.cache import KVCache
 from draftsmith.drafters import Session, Step
 from draftsmith.target import Target
 from draftsmith.tree import Draft, Tree, chain
+from draftsmith.verify.verdict import at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,4 +115,4 @@ class Drafter(nn.Module):
         out = self.engine.forward(missing_BT, chain(longest, device), self._cache)
         self._cache.commit([list(range(len(ids) - 1)) for ids in missing])
         last_B = torch.tensor([len(ids) - 1 for ids in missing], device=device)
-        return self.engine.logits(out.hidden_BND[torch.arange(len(missing), device=device), last_B][:, None])
+        return self.engine.logits(at(out.hidden_BND, last_B)[:, None])
