@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,22 +41,21 @@ class Tree:
         """Builds the tree from one list of parents (shared) or one a row; raises ValueError unless parent < child."""
         num_nodes = len(parents[0])
         depths = []
-        for row in parents:
+        # Filled in numpy: an operation of torch for each node would take longer than many a draft.
+        ancestors_RNN = np.zeros((len(parents), num_nodes, num_nodes), dtype=bool)
+        for row, ancestors_NN in zip(parents, ancestors_RNN, strict=True):
             if len(row) != num_nodes or row[0] != -1 or any(not 0 <= p < i for i, p in enumerate(row) if i):
                 raise ValueError(f"a tree's first parent is -1 and each other parent an earlier node, not {row}")
+            np.fill_diagonal(ancestors_NN, True)
             depth = [0] * num_nodes
             for node in range(1, num_nodes):
                 depth[node] = depth[row[node]] + 1
+                ancestors_NN[node] |= ancestors_NN[row[node]]
             depths.append(depth)
-        parents_RN = torch.tensor(parents, device=device)
-        ancestors_RNN = torch.eye(num_nodes, dtype=torch.bool, device=device).repeat(len(parents), 1, 1)
-        rows = torch.arange(len(parents), device=device)
-        for node in range(1, num_nodes):
-            ancestors_RNN[:, node] |= ancestors_RNN[rows, parents_RN[:, node]]
         return Tree(
-            parents_RN=parents_RN,
+            parents_RN=torch.tensor(parents, device=device),
             depths_RN=torch.tensor(depths, device=device),
-            ancestors_RNN=ancestors_RNN,
+            ancestors_RNN=torch.from_numpy(ancestors_RNN).to(device),
             depth=max(map(max, depths)),
             is_chain=all(row == list(range(-1, num_nodes - 1)) for row in parents),
         )

@@ -1,0 +1,75 @@
+"""Drafts of looked-up text: continuations joined where they begin alike, a tree of its own for every row.
+
+Node 0 is the pending token; `Branches` lists the nodes after it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from draftsmith.drafters import Session
+from draftsmith.tree import Draft, Tree, chain
+
+
+@dataclass(kw_only=True, eq=False)
+class Branches:
+    """One row's tree; entry i is node i + 1, its parent an earlier node."""
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    """What all continuations through a node weigh: never more than its parent's."""
+
+
+def join(continuations: Iterable[tuple[Sequence[int], float]]) -> Branches:
+    """Returns the trie of (tokens, weight) pairs; a node's children come in the order in which they were met."""
+    branches = Branches()
+    number: dict[tuple[int, int], int] = {}
+    for tokens, weight in continuations:
+        node = 0
+        for token in tokens:
+            child = number.get((node, token))
+            if child is None:
+                branches.tokens.append(token)
+                branches.parents.append(node)
+                branches.weights.append(0.0)
+                child = number[node, token] = len(branches.tokens)
+            branches.weights[child - 1] += weight
+            node = child
+    return branches
+
+
+def heaviest(branches: Branches, num_nodes: int) -> Branches:
+    """Returns the tree of its `num_nodes` heaviest nodes, of equal ones the earlier: a parent is always among them."""
+    weights = branches.weights
+    kept = sorted(sorted(range(len(weights)), key=lambda node: (-weights[node], node))[:num_nodes])
+    number = {0: 0} | {node + 1: place for place, node in enumerate(kept, start=1)}
+    return Branches(
+        tokens=[branches.tokens[node] for node in kept],
+        parents=[number[branches.parents[node]] for node in kept],
+        weights=[weights[node] for node in kept],
+    )
+
+
+def as_draft(session: Session, rows: Sequence[Branches]) -> Draft:
+    """Returns the deterministic draft of each row's tree, the shorter ones padded; a chain if none of them branches."""
+    device = session.target.device
+    num_nodes = [len(branches.tokens) + 1 for branches in rows]
+    most = max(num_nodes)
+    tokens = [
+        [row[-1], *branches.tokens, *[0] * (most - 1 - len(branches.tokens))]
+        for row, branches in zip(session.rows, rows, strict=True)
+    ]
+    if all(branches.parents == list(range(len(branches.parents))) for branches in rows):
+        tree = chain(most, device)
+    else:
+        tree = Tree.from_parents(
+            [[-1, *branches.parents, *[0] * (most - used)] for branches, used in zip(rows, num_nodes, strict=True)],
+            device,
+        )
+    return Draft(
+        tokens_BN=torch.tensor(tokens, device=device),
+        tree=tree,
+        num_nodes=num_nodes if min(num_nodes) < most else None,
+    )
