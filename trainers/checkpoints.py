@@ -75,5 +75,6 @@ def publish(staging: Path, output: Path) -> None:
 
 
 def clear(output: Path) -> None:
-    """Removes a finished run's checkpoints."""
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    """Removes a finished run's checkpoints, and the parts of its store."""
+    for name in ("checkpoints", "parts"):
+        shutil.rmtree(output / name, ignore_errors=True)

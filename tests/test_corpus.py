@@ -1,0 +1,154 @@
+"""Text for stores: what is taken of rows and what a budget keeps, against slow references; parts, and judging."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from safetensors.numpy import load_file
+
+import draftsmith
+from data.batches import Example, collate, example
+from draftsmith.drafters import lookup
+from tests.models import greedy_by_transformers, tiny_target
+from trainers import corpus
+from trainers.corpus import documents, judge, keep, parts
+
+ROWS = some.lists(some.lists(some.tuples(some.integers(0, 2), some.booleans()), min_size=1, max_size=9), max_size=6)
+FEW = settings(max_examples=60, deadline=None)
+
+
+def rows_of(texts: Sequence[Sequence[int]]) -> list[Example]:
+    return [example(list(text), None, str(number)) for number, text in enumerate(texts)]
+
+
+def lists(found: Sequence[np.ndarray]) -> list[list[int]]:
+    return [text.tolist() for text in found]
+
+
+def slow_documents(rows: list[list[tuple[int, bool]]], context: int) -> list[list[int]]:
+    """Walks each row token by token."""
+    found: list[list[int]] = []
+    for row in rows:
+        before: list[int] = []
+        text: list[int] | None = None
+        for token, is_learnt in [*row, (0, False)]:
+            if is_learnt:
+                text = [*(before[-context:] if context else []), token] if text is None else [*text, token]
+                before = []
+            else:
+                if text is not None and text not in found:
+                    found.append(text)
+                text = None
+                before.append(token)
+    return found
+
+
+@FEW
+@given(ROWS, some.integers(0, 3))
+def test_documents_are_the_supervised_runs(rows: list[list[tuple[int, bool]]], context: int) -> None:
+    examples = [example([token for token, _ in row], [one for _, one in row], "row") for row in rows]
+    found = list(documents(examples, context))
+    assert lists(found) == slow_documents(rows, context)
+    assert all(text.dtype == np.int64 for text in found)
+
+
+def ngrams(text: Sequence[int]) -> set[tuple[int, ...]]:
+    return {tuple(text[at : at + corpus.NGRAM]) for at in range(len(text) - corpus.NGRAM + 1)}
+
+
+@FEW
+@given(some.lists(some.lists(some.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=12))
+def test_hits_are_n_grams_of_other_texts_set_aside(texts: list[list[int]]) -> None:
+    by_name = {corpus._digest(text): text for text in map(np.array, texts)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "ASIDE", 3)
+        found = corpus._hits(by_name)
+    aside = sorted(by_name)[: max(1, len(by_name) // 3)]
+    for name, text in by_name.items():
+        others: set[tuple[int, ...]] = set().union(*(ngrams(by_name[one].tolist()) for one in aside if one != name))
+        assert found[name] == len(ngrams(text.tolist()) & others)
+
+
+@FEW
+@given(some.lists(some.lists(some.integers(0, 1), min_size=1, max_size=12), max_size=12), some.integers(1, 60))
+def test_a_budget_keeps_the_worthiest(texts: list[list[int]], budget: int) -> None:
+    times = Counter(map(tuple, texts))
+    total = sum(len(text) + 1 for text in times)
+    if all(len(text) + 1 > budget for text in times) and times:
+        with pytest.raises(ValueError, match=f"a budget of {budget} tokens holds no document"):
+            keep(rows_of(texts), budget)
+        return
+    kept = [tuple(text) for text in lists(keep(rows_of(texts), budget))]
+    if total <= budget:
+        assert kept == list(times)
+        return
+    hits = corpus._hits({corpus._digest(text): text for text in map(np.array, times)})
+    worth = {text: times[text] * (hits[corpus._digest(np.array(text))] + 1) / (len(text) + 4) for text in times}
+    num_used = sum(len(text) + 1 for text in kept)
+    assert num_used <= budget
+    assert kept == [text for text in times if text in kept], "in the order in which they came"
+    for text in times:
+        if text not in kept:
+            worthier = sum(len(one) + 1 for one in kept if worth[one] >= worth[text])
+            assert worthier + len(text) + 1 > budget, "it would have had room beside those that are worth as much"
+
+
+def test_frequent_text_and_text_that_recurs_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(corpus, "_digest", lambda text: bytes(text.tolist()))
+    aside, alike, twice, odd = [1, 2, 3, 4, 5], [6, 2, 3, 4, 5], [7, 8, 9, 10, 11], [12, 13, 14, 15, 16]
+    rows = rows_of([odd, twice, alike, twice, aside])
+    assert lists(keep(rows, 12)) == [twice, alike], "what was met twice, and what is like the text set aside"
+    said = capsys.readouterr().out
+    assert "keeps 2 of 4 documents, 12 of 24 tokens" in said and "0% of what recurs" in said
+    assert lists(keep(rows, 24)) == [odd, twice, alike, aside]
+    assert capsys.readouterr().out == "", "nothing was dropped"
+
+
+def sums(rows: Sequence[int]) -> dict[str, np.ndarray]:
+    return {"sum": np.array([sum(rows)]), "rows": np.array(list(rows), np.int32)}
+
+
+def test_parts_are_made_once(tmp_path: Path) -> None:
+    made = []
+
+    def watched(rows: Sequence[int]) -> dict[str, np.ndarray]:
+        made.append(list(rows))
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return sums(rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        parts(range(7), tmp_path / "run", 3, watched)
+    (tmp_path / "run" / "parts" / ".0002.safetensors.part-77").write_bytes(b"cut sh")
+    files = parts(range(7), tmp_path / "run", 3, watched)
+    assert made == [[0, 1, 2], [3, 4, 5], [6], [6]]
+    assert [load_file(file)["sum"].tolist() for file in files] == [[3], [12], [6]]
+    whole = parts(range(7), tmp_path / "whole", 3, sums)
+    assert [file.name for file in files] == ["0000.safetensors", "0001.safetensors", "0002.safetensors"]
+    assert [file.read_bytes() for file in files] == [file.read_bytes() for file in whole]
+    assert {file.name for file in files[0].parent.iterdir()} == {*(file.name for file in files), corpus.MARKER}
+    with pytest.raises(ValueError, match="num_rows was 7, is 8"):
+        parts(range(8), tmp_path / "run", 3, sums)
+    assert parts([], tmp_path / "none", 3, sums) == []
+
+
+def test_judged_by_decoding() -> None:
+    """Rows of unequal length, each continued from its half: as many are accepted as in decoding them one by one."""
+    target = tiny_target("gemma3_text")  # it repeats itself
+    drafter = lookup.Drafter(lookup.Config(), target)
+    rows = [text[:end] for text, end in zip(greedy_by_transformers("gemma3_text", 3, 20), (24, 9, 1), strict=True)]
+    examples = [example(row * 2, None, str(number)) for number, row in enumerate(rows)]
+    metrics = judge(drafter, collate(examples), target, new_tokens=8)
+    num_accepted = num_rounds = 0
+    for row in rows:
+        stats = draftsmith.generate(target, torch.tensor([row]), drafter, max_new_tokens=8).stats
+        num_accepted, num_rounds = num_accepted + sum(stats.accepted), num_rounds + stats.steps
+    assert (int(metrics["acceptance"][0]), metrics["acceptance"][1]) == (num_accepted, num_rounds)
+    assert num_accepted > 0
