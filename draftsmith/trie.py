@@ -43,12 +43,30 @@ def join(continuations: Iterable[tuple[Sequence[int], float]]) -> Branches:
 def heaviest(branches: Branches, num_nodes: int) -> Branches:
     """Returns the tree of its `num_nodes` heaviest nodes, of equal ones the earlier: a parent is always among them."""
     weights = branches.weights
-    kept = sorted(sorted(range(len(weights)), key=lambda node: (-weights[node], node))[:num_nodes])
+    # Sorting in reverse leaves equal ones in their order.
+    kept = sorted(sorted(range(len(weights)), key=weights.__getitem__, reverse=True)[:num_nodes])
     number = {0: 0} | {node + 1: place for place, node in enumerate(kept, start=1)}
     return Branches(
         tokens=[branches.tokens[node] for node in kept],
         parents=[number[branches.parents[node]] for node in kept],
         weights=[weights[node] for node in kept],
+    )
+
+
+def heaviest_path(branches: Branches) -> Branches:
+    """Returns the one branch that takes the heaviest child at every node, of equal ones the first."""
+    best: dict[int, int] = {}
+    for node, parent in enumerate(branches.parents, start=1):
+        if parent not in best or branches.weights[node - 1] > branches.weights[best[parent] - 1]:
+            best[parent] = node
+    path, node = [], 0
+    while node in best:
+        node = best[node]
+        path.append(node - 1)
+    return Branches(
+        tokens=[branches.tokens[node] for node in path],
+        parents=list(range(len(path))),
+        weights=[branches.weights[node] for node in path],
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as some
 
-from draftsmith.trie import Branches, as_draft, heaviest, join
+from draftsmith.trie import Branches, as_draft, heaviest, heaviest_path, join
 
 CONTINUATIONS = some.lists(some.tuples(some.lists(some.integers(0, 3), max_size=5), some.integers(1, 4)), max_size=8)
 
@@ -43,6 +43,18 @@ def test_the_heaviest_are_a_tree(continuations: list[tuple[list[int], int]], num
     assert sorted(kept.weights, reverse=True) == sorted(branches.weights, reverse=True)[:num_nodes]
     weight = dict(zip(texts_of(branches), branches.weights, strict=True))
     assert [weight[text] for text in texts_of(kept)] == kept.weights
+
+
+@given(CONTINUATIONS)
+def test_the_heaviest_path_takes_the_heaviest_child(continuations: list[tuple[list[int], int]]) -> None:
+    branches = join(continuations)
+    weight = dict(zip(texts_of(branches), branches.weights, strict=True))
+    text: tuple[int, ...] = ()
+    while children := [one for one in weight if one[:-1] == text and len(one) == len(text) + 1]:
+        text = max(children, key=weight.__getitem__)
+    path = heaviest_path(branches)
+    assert texts_of(path) == [text[:end] for end in range(1, len(text) + 1)]
+    assert path.weights == [weight[one] for one in texts_of(path)]
 
 
 @given(some.lists(CONTINUATIONS, min_size=1, max_size=3))
