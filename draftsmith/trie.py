@@ -70,22 +70,39 @@ def heaviest_path(branches: Branches) -> Branches:
     )
 
 
+def by_level(branches: Branches) -> Branches:
+    """Returns the same tree level by level, as what is to be cut at a depth must come; siblings keep their order."""
+    depths = [0]
+    for parent in branches.parents:
+        depths.append(depths[parent] + 1)
+    order = sorted(range(len(depths)), key=depths.__getitem__)
+    number = {node: place for place, node in enumerate(order)}
+    return Branches(
+        tokens=[branches.tokens[node - 1] for node in order[1:]],
+        parents=[number[branches.parents[node - 1]] for node in order[1:]],
+        weights=[branches.weights[node - 1] for node in order[1:]],
+    )
+
+
 def as_draft(session: Session, rows: Sequence[Branches]) -> Draft:
-    """Returns the deterministic draft of each row's tree, the shorter ones padded; a chain if none of them branches."""
+    """Returns the deterministic draft of each row's tree, level by level; a chain if none of them branches.
+
+    Shorter rows are padded, with siblings of their last node.
+    """
     device = session.target.device
+    is_chain = all(branches.parents == list(range(len(branches.parents))) for branches in rows)
+    rows = rows if is_chain else [by_level(branches) for branches in rows]
     num_nodes = [len(branches.tokens) + 1 for branches in rows]
     most = max(num_nodes)
     tokens = [
-        [row[-1], *branches.tokens, *[0] * (most - 1 - len(branches.tokens))]
-        for row, branches in zip(session.rows, rows, strict=True)
+        [row[-1], *branches.tokens, *[0] * (most - used)]
+        for row, branches, used in zip(session.rows, rows, num_nodes, strict=True)
     ]
-    if all(branches.parents == list(range(len(branches.parents))) for branches in rows):
+    if is_chain:
         tree = chain(most, device)
     else:
-        tree = Tree.from_parents(
-            [[-1, *branches.parents, *[0] * (most - used)] for branches, used in zip(rows, num_nodes, strict=True)],
-            device,
-        )
+        parents = [[-1, *branches.parents] for branches in rows]
+        tree = Tree.from_parents([one + [max(one[-1], 0)] * (most - len(one)) for one in parents], device)
     return Draft(
         tokens_BN=torch.tensor(tokens, device=device),
         tree=tree,

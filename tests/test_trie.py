@@ -58,12 +58,17 @@ def test_the_heaviest_path_takes_the_heaviest_child(continuations: list[tuple[li
 
 
 @given(some.lists(CONTINUATIONS, min_size=1, max_size=3))
-def test_each_row_has_its_own_tree(rows: list[list[tuple[list[int], int]]]) -> None:
+def test_each_row_has_its_own_tree_level_by_level(rows: list[list[tuple[list[int], int]]]) -> None:
     tries = [join(row) for row in rows]
     draft = as_draft(session([[7, row] for row in range(len(rows))]), tries)
-    for row, trie in enumerate(tries):
-        num_nodes = draft.num_nodes[row] if draft.num_nodes else draft.tree.num_nodes
-        assert draft.tokens_BN[row, :num_nodes].tolist() == [row, *trie.tokens]
-        parents_N = draft.tree.parents_RN[row if len(draft.tree.parents_RN) > 1 else 0]
-        assert parents_N[:num_nodes].tolist() == [-1, *trie.parents]
     assert draft.tree.is_chain == all(trie.parents == list(range(len(trie.parents))) for trie in tries)
+    for row, trie in enumerate(tries):
+        used = draft.num_nodes[row] if draft.num_nodes else draft.tree.num_nodes
+        shared = row if len(draft.tree.parents_RN) > 1 else 0
+        found = Branches(
+            tokens=draft.tokens_BN[row, 1:used].tolist(), parents=draft.tree.parents_RN[shared, 1:used].tolist()
+        )
+        assert draft.tokens_BN[row, 0] == row
+        assert texts_of(found) == sorted(texts_of(trie), key=len)
+        depths = draft.tree.depths_RN[shared].tolist()
+        assert depths == sorted(depths), "its padding too"
