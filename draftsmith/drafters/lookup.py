@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
-
+from draftsmith import trie
 from draftsmith.drafters import Session, Step
 from draftsmith.target import Target
-from draftsmith.tree import Draft, chain
+from draftsmith.tree import Draft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +17,16 @@ class Config:
     min_ngram: int = 1
     """Shortest run that may match."""
     num_draft: int = 10
-    """Most tokens copied."""
+    """Most tokens copied from one place; the second place gives half as many, the third a third."""
+    num_continuations: int = 1
+    """Places copied from at once, each followed by another token; more than one make a tree."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.max_ngram:
             raise ValueError(f"min_ngram {self.min_ngram} must be at least 1 and at most max_ngram {self.max_ngram}")
-        if self.num_draft < 1:
-            raise ValueError(f"num_draft is {self.num_draft}; it must be at least 1")
+        for name in ("num_draft", "num_continuations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 class Drafter:
@@ -48,46 +50,51 @@ class Drafter:
         copied = []
         for index, row in zip(self._rows, self._session.rows, strict=True):
             index.extend(row)
-            copied.append(index.continuation(min(budget, self.config.num_draft)))
-        longest = max(map(len, copied))
-        tokens = [
-            [row[-1], *ids, *[0] * (longest - len(ids))] for row, ids in zip(self._session.rows, copied, strict=True)
-        ]
-        device = self._session.target.device
-        return Draft(
-            tokens_BN=torch.tensor(tokens, device=device),
-            tree=chain(longest + 1, device),
-            num_nodes=[len(ids) + 1 for ids in copied],
-        )
+            found = index.continuations(min(budget, self.config.num_draft))
+            copied.append(found[:1] if self.target.is_encoder_decoder else found)
+        return trie.as_draft(self._session, [trie.join((tokens, 1.0) for tokens in found) for found in copied])
 
     def observe(self, step: Step) -> None:
         """Nothing to learn: the next `propose` reads the new tokens."""
 
 
 class _Index:
-    """One row's text, an encoder's source before it, and where each n-gram in it was last followed by something."""
+    """One row's text, an encoder's source before it, and where each n-gram in it last came before each token."""
 
     def __init__(self, config: Config, source: list[int]) -> None:
         self._config = config
         self._ids = list(source)
         self._num_source = len(source)
-        self._ends: dict[tuple[int, ...], int] = {}
+        # Of the tokens that followed an n-gram the latest `num_continuations`, in the order in which they last did.
+        self._ends: dict[tuple[int, ...], dict[int, int]] = {}
         self._num_indexed = 0
 
     def extend(self, row: list[int]) -> None:
         """Takes up the row's new tokens; n-grams that end before the last token become known."""
-        self._ids += row[len(self._ids) - self._num_source :]
-        for end in range(self._num_indexed + 1, len(self._ids)):
-            for size in range(self._config.min_ngram, min(self._config.max_ngram, end) + 1):
-                self._ends[tuple(self._ids[end - size : end])] = end
-        self._num_indexed = max(self._num_indexed, len(self._ids) - 1)
+        ids, config = self._ids, self._config
+        ids += row[len(ids) - self._num_source :]
+        for end in range(self._num_indexed + 1, len(ids)):
+            for size in range(config.min_ngram, min(config.max_ngram, end) + 1):
+                ends = self._ends.setdefault(tuple(ids[end - size : end]), {})
+                ends.pop(ids[end], None)
+                ends[ids[end]] = end
+                if len(ends) > config.num_continuations:
+                    del ends[next(iter(ends))]
+        self._num_indexed = max(self._num_indexed, len(ids) - 1)
 
-    def continuation(self, num_tokens: int) -> list[int]:
-        """Returns what followed the longest matching n-gram's latest occurrence, going round if it meets the end."""
-        ids = self._ids
-        for size in range(min(self._config.max_ngram, len(ids) - 1), self._config.min_ngram - 1, -1):
-            end = self._ends.get(tuple(ids[len(ids) - size :]))
-            if end is not None:
-                period = len(ids) - end
-                return [ids[end + offset % period] for offset in range(num_tokens)]
-        return []
+    def continuations(self, num_tokens: int) -> list[list[int]]:
+        """Returns what followed the longest matches, of equal ones the latest, no two beginning alike.
+
+        A copy that meets the end of the text goes round.
+        """
+        ids, config = self._ids, self._config
+        found: dict[int, int] = {}
+        for size in range(min(config.max_ngram, len(ids) - 1), config.min_ngram - 1, -1):
+            ends = self._ends.get(tuple(ids[len(ids) - size :]), {})
+            for token, end in reversed(ends.items()):
+                if len(found) < config.num_continuations:
+                    found.setdefault(token, end)
+        return [
+            [ids[end + offset % (len(ids) - end)] for offset in range(num_tokens // place)]
+            for place, end in enumerate(found.values(), start=1)
+        ]
