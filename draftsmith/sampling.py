@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BLOCK = 512
+"""Tokens that `draw` adds up at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -58,8 +61,24 @@ def draw(weights_V: Tensor, uniforms: Tensor) -> Tensor:
 
     Weights need not be normalised; a token of weight zero is never returned while any is positive.
     """
-    running_V = weights_V.cumsum(-1)
-    total = running_V[..., -1]
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    threshold = torch.minimum(uniforms.to(total.dtype) * total, below_total)
-    return torch.searchsorted(running_V, threshold[..., None], right=True)[..., 0].clamp(max=weights_V.shape[-1] - 1)
+    vocab_size = weights_V.shape[-1]
+    if vocab_size < 8 * BLOCK:
+        running_V = weights_V.cumsum(-1)
+        return _first_above(running_V, uniforms.to(running_V.dtype) * running_V[..., -1])
+    # Running sums of large vocabularies take several times as long as sums: first the block is found, then the token.
+    whole = vocab_size - vocab_size % BLOCK
+    sums = [weights_V[..., :whole].unflatten(-1, (-1, BLOCK)).sum(-1), weights_V[..., whole:].sum(-1, keepdim=True)]
+    running = torch.cat(sums, dim=-1).cumsum(-1)
+    threshold = uniforms.to(running.dtype) * running[..., -1]
+    block = _first_above(running, threshold)[..., None]
+    places = block * BLOCK + torch.arange(BLOCK, device=weights_V.device)
+    inner = weights_V.gather(-1, places.clamp(max=vocab_size - 1)).masked_fill(places >= vocab_size, 0.0).cumsum(-1)
+    before = torch.nn.functional.pad(running, (1, 0)).gather(-1, block)[..., 0]
+    return block[..., 0] * BLOCK + _first_above(inner, threshold - before)
+
+
+def _first_above(running: Tensor, threshold: Tensor) -> Tensor:
+    """Returns where the running sums [..., K] first exceed the threshold [...], or reach their end if none does."""
+    total = running[..., -1]
+    threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(running, threshold[..., None], right=True)[..., 0].clamp(max=running.shape[-1] - 1)

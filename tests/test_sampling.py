@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from draftsmith.sampling import Sampling, draw
+from draftsmith.sampling import BLOCK, Sampling, draw
 
 JUST_BELOW_ONE = math.nextafter(1.0, 0.0)
 
@@ -86,11 +86,23 @@ def test_drawing_inverts_the_running_sum(dtype: torch.dtype) -> None:
     assert draw(8 * weights_V.expand(7, -1), uniforms_B).tolist() == expected, "weights need no normalising"
 
 
+@pytest.mark.parametrize("vocab_size", [8 * BLOCK, 10 * BLOCK + 7])
+def test_blocks_of_a_large_vocabulary_change_nothing(vocab_size: int) -> None:
+    weights_BV = random_logits(400, vocab_size, dtype=torch.float64).softmax(-1)
+    weights_BV[torch.rand(weights_BV.shape, generator=torch.Generator().manual_seed(1)) < 0.6] = 0
+    weights_BV[::5, : BLOCK + 1], weights_BV[1::5, -BLOCK - 1 :] = 0, 0
+    uniforms_B = torch.rand(400, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    running_BV = weights_BV.cumsum(-1)
+    expected_B = (running_BV <= uniforms_B[:, None] * running_BV[:, -1:]).sum(-1)
+    assert draw(weights_BV, uniforms_B).tolist() == expected_B.tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [1_000, 10 * BLOCK + 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("uniform", [0.0, 1e-300, 0.5, 1 - 1e-9, JUST_BELOW_ONE])
-def test_no_token_of_probability_zero_is_ever_drawn(dtype: torch.dtype, uniform: float) -> None:
+def test_no_token_of_probability_zero_is_ever_drawn(dtype: torch.dtype, uniform: float, vocab_size: int) -> None:
     """At the edges of the uniform too, over a vocabulary where sums round, with zeros first, last and between."""
-    weights_BV = random_logits(300, 1_000, dtype=dtype).softmax(-1)
+    weights_BV = random_logits(300, vocab_size, dtype=dtype).softmax(-1)
     weights_BV[torch.rand(weights_BV.shape, generator=torch.Generator().manual_seed(1)) < 0.6] = 0
     weights_BV[::2, :3], weights_BV[1::2, -3:] = 0, 0
     weights_BV[:10, 1:] = 0

@@ -22,6 +22,7 @@ from draftsmith.verify.verdict import Verdict
 
 __all__ = ["Verdict", "Verifier", "choose", "names"]
 
+SHARED = ("rejection", "verdict")
 AUTO = {
     "deterministic": ("once", "once"),
     "independent": ("block", "traversal"),
@@ -45,7 +46,7 @@ class Verifier:
 @cache
 def names() -> tuple[str, ...]:
     """Returns the names that `generate(verifier=...)` takes beside "auto"."""
-    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "verdict"))
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name not in SHARED))
 
 
 def find(name: str) -> tuple[ModuleType, float | None]:

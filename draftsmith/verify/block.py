@@ -56,4 +56,4 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
     taken_BV = torch.where(is_last_B[:, None], 0.0, at(draft_probs_BNV, end_B))
     end_weight_B = torch.where(is_last_B, 1.0, end_weight_B)
     law_BV = (end_weight_B[:, None] * target_BV - taken_BV).clamp_(min=0)
-    return drawn_at(end_B, law_BV, target_BV, uniforms_BU[:, -1], draft)
+    return drawn_at(end_B, law_BV, target_probs_BNV, uniforms_BU[:, -1], draft)

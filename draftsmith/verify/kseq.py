@@ -11,7 +11,7 @@ from draftsmith.verify.verdict import Siblings, Verdict, at, drawn_at
 
 LOSSLESS = True
 DRAWN = ("independent",)
-HALVINGS = 12
+HALVINGS = 10
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
@@ -22,43 +22,52 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
     target - min(draft, target / rho) a / beta.
     """
     assert draft.draft_probs_BNV is not None
-    siblings = Siblings(draft)
-    rows_B1 = torch.arange(len(draft.tokens_BN), device=draft.tokens_BN.device)[:, None]
-    end_B = torch.zeros_like(draft.tokens_BN[:, 0])
-    law_BV, goes_on_B = target_probs_BNV[:, 0], torch.ones_like(end_B, dtype=torch.bool)
+    siblings, tokens_BN = Siblings(draft), draft.tokens_BN
+    rows_B1 = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None]
+    end_B = torch.zeros_like(tokens_BN[:, 0])
+    goes_on_B = torch.ones_like(end_B, dtype=torch.bool)
+    end_rho_B, end_share_B = torch.ones_like(target_probs_BNV[:, 0, 0]), torch.zeros_like(target_probs_BNV[:, 0, 0])
+    draft_probs_BNV = draft.draft_probs_BNV.to(target_probs_BNV.dtype)
     while True:
         is_child_BN = siblings.of(end_B) & goes_on_B[:, None]
         num_children_B = is_child_BN.sum(1)
         if not num_children_B.any():
             break
-        target_BV = at(target_probs_BNV, end_B)
-        draft_BV = at(draft.draft_probs_BNV, end_B).to(target_BV.dtype)
-        rho_B = least_rho(target_BV, draft_BV, num_children_B)
-        threshold_BN = uniforms_BU[:, :-1] * rho_B[:, None] * draft_BV[rows_B1, draft.tokens_BN]
-        passes_BN = is_child_BN & (threshold_BN < target_BV[rows_B1, draft.tokens_BN])
+        target_BV, draft_BV = at(target_probs_BNV, end_B), at(draft_probs_BNV, end_B)
+        rho_B, beta_B = least_rho(target_BV, draft_BV, num_children_B)
+        threshold_BN = uniforms_BU[:, :-1] * rho_B[:, None] * draft_BV[rows_B1, tokens_BN]
+        passes_BN = is_child_BN & (threshold_BN < target_BV[rows_B1, tokens_BN])
         child_B1 = passes_BN.to(torch.uint8).argmax(1, keepdim=True)
         goes_on_B = passes_BN.any(1)
-        end_B = torch.where(goes_on_B, siblings.first_BN.gather(1, child_B1)[:, 0], end_B)
-        shared_BV = torch.minimum(draft_BV, target_BV / rho_B[:, None])
-        beta_B = shared_BV.sum(-1)
+        is_over_B = ~goes_on_B & (num_children_B > 0)
         chance_B = 1 - (1 - beta_B).clamp(min=0) ** num_children_B
-        share_B = torch.where(beta_B > 0, chance_B / beta_B, 0.0)
-        left_BV = (target_BV - shared_BV * share_B[:, None]).clamp_(min=0)
-        is_over_B1 = (~goes_on_B & (num_children_B > 0))[:, None]
-        law_BV = torch.where(goes_on_B[:, None], at(target_probs_BNV, end_B), torch.where(is_over_B1, left_BV, law_BV))
-    return drawn_at(end_B, law_BV, at(target_probs_BNV, end_B), uniforms_BU[:, -1], draft)
+        end_rho_B = torch.where(is_over_B, rho_B, end_rho_B)
+        end_share_B = torch.where(is_over_B & (beta_B > 0), chance_B / beta_B, end_share_B)
+        end_B = torch.where(goes_on_B, siblings.first_BN.gather(1, child_B1)[:, 0], end_B)
+    target_BV = at(target_probs_BNV, end_B)
+    shared_BV = (target_BV / end_rho_B[:, None]).minimum(at(draft_probs_BNV, end_B))
+    law_BV = target_BV.addcmul_(shared_BV, end_share_B[:, None], value=-1).clamp_(min=0)
+    return drawn_at(end_B, law_BV, target_probs_BNV, uniforms_BU[:, -1], draft)
 
 
-def least_rho(target_BV: Tensor, draft_BV: Tensor, num_children_B: Tensor) -> Tensor:
-    """Returns about the least rho [B] in [1, k] with 1 - (1 - beta)^k <= rho beta, never less; beta as in `verify`.
+def least_rho(target_BV: Tensor, draft_BV: Tensor, num_children_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns about the least rho [B] in [1, k] with 1 - (1 - beta)^k <= rho beta, never less, and its beta [B].
 
     Any rho for which that holds keeps the law; halving stops where acceptance no longer gains.
     """
+    memory_BV = torch.empty_like(target_BV)
+
+    def beta_of(rho_B: Tensor) -> Tensor:
+        shared_BV = torch.div(target_BV, rho_B[:, None], out=memory_BV)
+        return torch.minimum(shared_BV, draft_BV, out=memory_BV).sum(-1)
+
     low_B = torch.ones_like(target_BV[:, 0])
     high_B = num_children_B.to(target_BV.dtype).clamp(min=1)
+    high_beta_B = beta_of(high_B)
     for _ in range(HALVINGS):
         rho_B = (low_B + high_B) / 2
-        beta_B = torch.minimum(draft_BV, target_BV / rho_B[:, None]).sum(-1)
+        beta_B = beta_of(rho_B)
         holds_B = 1 - (1 - beta_B).clamp(min=0) ** num_children_B <= rho_B * beta_B
         high_B, low_B = torch.where(holds_B, rho_B, high_B), torch.where(holds_B, low_B, rho_B)
-    return high_B
+        high_beta_B = torch.where(holds_B, beta_B, high_beta_B)
+    return high_B, high_beta_B

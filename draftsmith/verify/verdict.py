@@ -91,37 +91,32 @@ def same_text(draft: Draft) -> Tensor:
 
 
 class Siblings:
-    """The children of each text in a tree, in node order, for rows that walk down at their own pace."""
+    """The children of each text in a tree, in node order."""
 
     def __init__(self, draft: Draft) -> None:
         tokens_BN = draft.tokens_BN
-        parents_BN = draft.tree.parents_RN.clamp(min=0).expand_as(tokens_BN)
-        self.first_BN = same_text(draft)
+        self._parents_BN = draft.tree.parents_RN.clamp(min=0).expand_as(tokens_BN)
         self._tokens_BN = tokens_BN
-        self.above_BN = self.first_BN.gather(1, parents_BN)
-        self._is_left_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
+        self.first_BN = same_text(draft)
+        self.above_BN = self.first_BN.gather(1, self._parents_BN)
+        """The text that each node goes on."""
+        self.is_child_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
+        """Whether it may be accepted."""
         if (valid_BN := draft.valid_BN()) is not None:
-            self._is_left_BN &= valid_BN
+            self.is_child_BN &= valid_BN
         if draft.draft_probs_BNV is not None:
             # A law with fewer tokens than children wanted of it has filled the rest with what it excludes.
-            rows_B1 = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None]
-            self._is_left_BN &= draft.draft_probs_BNV[rows_B1, parents_BN, tokens_BN] > 0
-        self._is_left_BN[:, 0] = False
+            self.is_child_BN &= self.chances(draft.draft_probs_BNV) > 0
+        self.is_child_BN[:, 0] = False
+
+    def chances(self, law_BNV: Tensor) -> Tensor:
+        """Returns what the law after each node's parent gives its token [B, N]."""
+        rows_B1 = torch.arange(len(self._tokens_BN), device=self._tokens_BN.device)[:, None]
+        return law_BNV[rows_B1, self._parents_BN, self._tokens_BN]
 
     def of(self, text_B: Tensor) -> Tensor:
-        """Returns which nodes [B, N] are children of each row's text and not removed."""
-        return self._is_left_BN & (self.above_BN == text_B[:, None])
-
-    def next(self, text_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns each row's first child that is left, its token, and whether there is one (else node 0's), all [B]."""
-        is_child_BN = self.of(text_B)
-        child_B1 = is_child_BN.to(torch.uint8).argmax(1, keepdim=True)
-        return child_B1[:, 0], self._tokens_BN.gather(1, child_B1)[:, 0], is_child_BN.any(1)
-
-    def remove(self, node_B: Tensor, where_B: Tensor) -> None:
-        """Takes away each row's node where `where_B` holds."""
-        is_left_B1 = self._is_left_BN.gather(1, node_B[:, None]) & ~where_B[:, None]
-        self._is_left_BN.scatter_(1, node_B[:, None], is_left_B1)
+        """Returns which nodes [B, N] are children of each row's text."""
+        return self.is_child_BN & (self.above_BN == text_B[:, None])
 
 
 def at(values_BNV: Tensor, node_X: Tensor, row_X: Tensor | None = None) -> Tensor:
@@ -154,11 +149,13 @@ def path_to(end_B: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
     return torch.cat(climb, dim=1).gather(1, steps_BP.clamp(min=0)), num_accepted_B
 
 
-def drawn_at(end_B: Tensor, law_BV: Tensor, spare_BV: Tensor, uniform_B: Tensor, draft: Draft) -> Verdict:
+def drawn_at(end_B: Tensor, law_BV: Tensor, target_probs_BNV: Tensor, uniform_B: Tensor, draft: Draft) -> Verdict:
     """Returns the verdict of a path that ends at `end_B`, the next token drawn from `law_BV`, not normalised.
 
-    Where rounding has left nothing of that law, `spare_BV` takes its place: two equal laws leave no residual.
+    Where rounding has left nothing of that law the target's own takes its place: two equal laws leave no residual.
     """
-    law_BV = torch.where(law_BV.sum(-1, keepdim=True) > 0, law_BV, spare_BV)
+    is_empty_B = law_BV.sum(-1) <= 0
+    if is_empty_B.any():
+        law_BV = torch.where(is_empty_B[:, None], at(target_probs_BNV, end_B), law_BV)
     path_BP, num_accepted_B = path_to(end_B, draft)
     return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=draw(law_BV, uniform_B), law_BV=law_BV)
