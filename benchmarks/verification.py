@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/verification.py
 
 One core of an AMD EPYC, 128,000 tokens, the process's own time: on a chain of 8 the token rule is 1.2 to 1.9 times as
-fast as transformers', block 1.1 to 1.65, traversal 1.2. Trees of 64 nodes, batch 8, in passes an accepted level: recursive
-rejection 3 to 4, traversal 5 to 6 (it pays for nodes that it rejects on the way), once 6, of which most is memory taken
-anew for its only level, K-SEQ 14 (it searches for rho), multi-path 28 (it grades every token).
+fast as transformers', block 1.1 to 1.65, traversal 1.2. Trees of 64 nodes, batch 8, in passes an accepted level:
+recursive rejection 3 to 4, traversal 5 to 6 (it pays for nodes that it rejects on the way), once 6, most of it for
+memory taken anew at its only level, K-SEQ 14 (it searches for rho), multi-path 28 (it grades every token).
 """
 
 import itertools
