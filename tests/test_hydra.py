@@ -261,6 +261,18 @@ def test_a_draft_of_a_row_without_hidden_states_is_only_pending() -> None:
     assert [len(tokens[0]) for tokens in watched.drafts] == [1, 4]
 
 
+def test_a_long_prompt_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = built(hydra, EXAMPLE, tiny_target("llama"))
+    ids, mask = padded(prompts(5))
+    runs = []
+    for size in (512, 4):
+        monkeypatch.setattr(hydra, "PREFILL_CHUNK", size)
+        watched = Watched(drafter)
+        draftsmith.generate(drafter.target, ids, watched, attention_mask=mask, max_new_tokens=8)
+        runs.append(watched.drafts)
+    assert runs[0] == runs[1]
+
+
 # --- Refusals ------------------------------------------------------------------------------------------------------
 
 

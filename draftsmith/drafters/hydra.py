@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from draftsmith import growth
 from draftsmith.cache import KVCache
 from draftsmith.drafters import Session, Step, blocks
-from draftsmith.target import Target
+from draftsmith.target import PREFILL_CHUNK, Target
 from draftsmith.tree import Draft, Tree, chain
 from draftsmith.verify.verdict import at
 
@@ -165,9 +165,13 @@ class Drafter(nn.Module):
 
     def _advance(self, hidden_BTD: Tensor, counts: list[int]) -> None:
         """Takes in the hidden states of newly committed tokens, so many of each row; the last gives its state."""
-        state_BTD = self.states(hidden_BTD, self._cache)
-        if self.config.prefix_heads:
-            self._cache.commit([list(range(count)) for count in counts])
+        parts, left = [], counts
+        for part_BTD in hidden_BTD.split(PREFILL_CHUNK, dim=1):
+            parts.append(self.states(part_BTD, self._cache))
+            if self.config.prefix_heads:
+                self._cache.commit([list(range(min(count, part_BTD.shape[1]))) for count in left])
+                left = [max(count - part_BTD.shape[1], 0) for count in left]
+        state_BTD = torch.cat(parts, dim=1)
         last_B = torch.tensor([max(count - 1, 0) for count in counts], device=state_BTD.device)
         self._state_B1D = at(state_BTD, last_B)[:, None]
 
