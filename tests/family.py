@@ -43,6 +43,8 @@ def check_family(
 ) -> None:
     """Checks the drafter of `family` with random weights; `config` is one, or a function of the target that gives one.
 
+    Of a family whose drafters have a store it gives the drafter itself.
+
     With `trainer` (a module of `trainers/`) and its `settings` also what training does to it. Fails by assertion.
     """
     for architecture in architectures:
@@ -57,7 +59,8 @@ def check_family(
 
 def built(family: ModuleType, config: ConfigOf, target: Target) -> Any:
     """Returns the family's drafter for the target, its weights, if any, at random."""
-    drafter = family.Drafter(config(target) if callable(config) else config, target)
+    made = config(target) if callable(config) else config
+    drafter = made if hasattr(made, "propose") else family.Drafter(made, target)
     if isinstance(drafter, nn.Module):
         scramble(drafter, seed=1)
         drafter.eval()

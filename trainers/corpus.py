@@ -5,7 +5,7 @@ Shape suffixes: B rows, T positions, N n-grams.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,7 +51,7 @@ def keep(rows: Sequence[Example], budget_tokens: int, context: int = 0) -> list[
     """
     times: Counter[bytes] = Counter()
     texts: dict[bytes, np.ndarray] = {}
-    for text in _runs(rows, context):
+    for text in _runs(tqdm(rows, desc="reading", unit="row"), context):
         digest = _digest(text)
         times[digest] += 1
         texts.setdefault(digest, text)
@@ -117,9 +117,8 @@ def judge(drafter: Any, batch: Batch, target: Target, new_tokens: int = 48) -> M
     return {"acceptance": (torch.tensor(stats.new_tokens - stats.steps), stats.steps)}
 
 
-def _runs(rows: Sequence[Example], context: int) -> Iterator[np.ndarray]:
-    for index in range(len(rows)):
-        row = rows[index]
+def _runs(rows: Iterable[Example], context: int) -> Iterator[np.ndarray]:
+    for row in rows:
         tokens_T, mask_T = row.tokens_T.numpy(), row.loss_mask_T.numpy()
         edges = np.flatnonzero(np.diff(mask_T, prepend=False, append=False)).tolist()
         last = 0

@@ -1,0 +1,109 @@
+"""A datastore of text: copies what followed the text's last tokens there, as a tree (REST, 2311.08252).
+
+Of what followed the longest match the likeliest beginnings are kept. The tree has no law: at any temperature each of
+its nodes is judged once by a token drawn from the target's own law, where the paper's code draws anew for every branch.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from draftsmith.drafters import Session, Step
+from draftsmith.suffix_array import SuffixArray
+from draftsmith.target import Target
+from draftsmith.tree import Draft
+from draftsmith.trie import Branches, as_draft, heaviest, heaviest_path, join
+
+UNSEEN = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is looked for, and how much of what followed it is drafted."""
+
+    max_match: int = 16
+    """Most last tokens looked for."""
+    min_match: int = 2
+    """Fewest that may match."""
+    max_matches: int = 64
+    """Most places whose continuation is read, evenly spread over those found."""
+    num_draft: int = 10
+    """Most tokens of each continuation."""
+    num_nodes: int = 16
+    """Most tokens drafted: the likeliest beginnings of the continuations."""
+    min_chance: float = 0.05
+    """Least chance of being right that a token drafted may have, as far as its frequency tells."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_match <= self.max_match:
+            raise ValueError(f"min_match {self.min_match} must be at least 1 and at most max_match {self.max_match}")
+        for name in ("max_matches", "num_draft", "num_nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.min_chance < 1:
+            raise ValueError(f"min_chance is {self.min_chance}; it must be at least 0 and less than 1")
+
+
+class Drafter:
+    """Looks up each row's last tokens in every shard of its store; nothing is kept between steps."""
+
+    hidden_layers: tuple[int, ...] = ()
+
+    def __init__(self, config: Config, target: Target, shards: tuple[SuffixArray, ...] = ()) -> None:
+        self.config = config
+        self.target = target
+        self.shards = shards
+
+    def start(self, session: Session) -> None:
+        self._session = session
+        self._is_running = [True] * len(session.rows)
+
+    def propose(self, budget: int) -> Draft:
+        rows = zip(self._session.rows, self._is_running, strict=True)
+        return as_draft(self._session, [self._branches(row, budget) if runs else Branches() for row, runs in rows])
+
+    def observe(self, step: Step) -> None:
+        self._is_running = [len(path) > 0 for path in step.paths]
+
+    def _branches(self, text: list[int], budget: int) -> Branches:
+        config = self.config
+        matches = [shard.match(text, config.max_match, config.min_match) for shard in self.shards]
+        longest = max((length for length, _ in matches), default=0)
+        found = [(shard, matches[at][1]) for at, shard in enumerate(self.shards) if matches[at][0] == longest]
+        step = -(-sum(len(places) for _, places in found) // config.max_matches) or 1
+        num_tokens = min(budget, config.num_draft)
+        times = Counter(tokens for shard, places in found for tokens in shard.continuations(places[::step], num_tokens))
+        branches = by_chance(join(times.items()), times.total())
+        num_likely = sum(chance >= config.min_chance for chance in branches.weights)
+        kept = heaviest(branches, min(num_likely, config.num_nodes))
+        return heaviest_path(kept) if self.target.is_encoder_decoder else kept
+
+    def save_store(self, folder: Path) -> None:
+        for number, shard in enumerate(self.shards):
+            shard.write(folder / _file_name(number, len(self.shards)))
+
+    @staticmethod
+    def load_store(folder: Path, config: Config, target: Target) -> "Drafter":
+        """Returns the drafter whose shards lie in `folder`; raises ValueError if one is missing, truncated or odd."""
+        named = sorted(path.name for path in folder.glob("shard-*-of-*.safetensors"))
+        if not named:
+            raise ValueError(f"{folder} holds no shard of a store; the artifact must be made again")
+        number = int(named[0].removesuffix(".safetensors").rpartition("-")[2])
+        files = [folder / _file_name(at, number) for at in range(number)]
+        return Drafter(config, target, tuple(SuffixArray.read(file, target.vocab_size) for file in files))
+
+
+def by_chance(branches: Branches, times: int) -> Branches:
+    """Returns the tree weighed by each node's chance: its parent's, times t / (s + 2).
+
+    The token came t times and its parent s times, node 0 `times` times; the 2 stand for what was not met yet.
+    """
+    chances: list[float] = []
+    for parent, weight in zip(branches.parents, branches.weights, strict=True):
+        before, chance = (branches.weights[parent - 1], chances[parent - 1]) if parent else (times, 1.0)
+        chances.append(chance * weight / (before + UNSEEN))
+    return Branches(tokens=branches.tokens, parents=branches.parents, weights=chances)
+
+
+def _file_name(number: int, num_shards: int) -> str:
+    return f"shard-{number:04d}-of-{num_shards:04d}.safetensors"
