@@ -39,8 +39,7 @@ class Rejections:
         )
         self._c_BN = np.zeros(self._tokens_BN.shape)
         self._mass_BN, self._draft_mass_BN = np.ones_like(self._c_BN), np.ones_like(self._c_BN)
-        # What was drawn without replacement and rejected has left the draft's law: its target keeps its own value.
-        self._is_gone_BN, self._gone_BN = np.zeros(self._tokens_BN.shape, dtype=bool), np.zeros_like(self._c_BN)
+        self._is_rejected_BN = np.zeros(self._tokens_BN.shape, dtype=bool)
         # Memory taken anew costs more than the arithmetic done in it.
         num_rows, _, vocab_size = target_probs_BNV.shape
         self._left_BV, self._drafted_BV = (target_probs_BNV.new_empty(num_rows, vocab_size) for _ in range(2))
@@ -71,11 +70,11 @@ class Rejections:
         left_XV, drafted_XV = self._laws(X, text_X)
         self._mass_BN[place] = left_XV.sum(-1).double().cpu().numpy()
         if not self._is_replaced:
-            token_X1 = torch.from_numpy(self._tokens_BN[X, child_X]).to(left_XV.device)[:, None]
-            self._is_gone_BN[X, child_X] = True
-            self._gone_BN[X, child_X] = left_XV.gather(1, token_X1)[:, 0].double().cpu().numpy()
-            mass_X = drafted_XV.scatter_(1, token_X1, 0.0).sum(-1)
-            self._draft_mass_BN[place] = np.maximum(mass_X.double().cpu().numpy(), TINY)
+            # Of what is rejected nothing is left in the target's law: only the draft's has to lose it.
+            self._is_rejected_BN[X, child_X] = True
+            row, node = np.nonzero(self._is_rejected_BN[X] & (self.above_BN[X] == text_X[:, None]))
+            drafted_XV[torch.from_numpy(row), torch.from_numpy(self._tokens_BN[X[row], node])] = 0.0
+            self._draft_mass_BN[place] = np.maximum(drafted_XV.sum(-1).double().cpu().numpy(), TINY)
         return weight_X * self._mass_BN[place] / np.maximum(before_X, TINY)
 
     def drop(self, X: Array, child_X: Array) -> None:
@@ -98,9 +97,4 @@ class Rejections:
         left_XV, drafted_XV = laws
         c_X1 = torch.from_numpy(self._c_BN[X, text_X]).to(device, dtype)[:, None]
         left_XV.addcmul_(drafted_XV, c_X1, value=-1).clamp_(min=0)
-        row, node = np.nonzero(self._is_gone_BN[X] & (self.above_BN[X] == text_X[:, None]))
-        if len(row):
-            place = torch.from_numpy(row).to(device), torch.from_numpy(self._tokens_BN[X[row], node]).to(device)
-            left_XV[place] = torch.from_numpy(self._gone_BN[X[row], node]).to(device, dtype)
-            drafted_XV[place] = 0.0
         return left_XV, drafted_XV
