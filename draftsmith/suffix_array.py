@@ -44,7 +44,7 @@ class SuffixArray:
         place = bisect_left(self._ends, wanted, low, high, key=lambda end: self._before(end, longest))
         # Nothing has more of it in common than one of the two that it would stand between.
         beside = [one for one in (place - 1, place) if low <= one < high]
-        length = max((_num_common(self._before(self._ends[one], longest), wanted) for one in beside), default=0)
+        length = max((num_common(self._before(self._ends[one], longest), wanted) for one in beside), default=0)
         if length < shortest:
             return 0, range(0)
         shared = wanted[:length]
@@ -88,6 +88,21 @@ class SuffixArray:
         return SuffixArray(arrays["tokens"], arrays["ends"], arrays["firsts"])
 
 
+def write_shards(folder: Path, shards: Sequence[SuffixArray]) -> None:
+    """Writes each to a file of its own, whose name says how many there are."""
+    for number, shard in enumerate(shards):
+        shard.write(folder / _file_name(number, len(shards)))
+
+
+def read_shards(folder: Path, vocab_size: int) -> tuple[SuffixArray, ...]:
+    """Returns all that `write_shards` wrote; raises ValueError if one is missing, truncated or odd."""
+    named = sorted(path.name for path in folder.glob("shard-*-of-*.safetensors"))
+    if not named:
+        raise ValueError(f"{folder} holds no shard of a store; the artifact must be made again")
+    number = int(named[0].removesuffix(".safetensors").rpartition("-")[2])
+    return tuple(SuffixArray.read(folder / _file_name(at, number), vocab_size) for at in range(number))
+
+
 def token_type(vocab_size: int) -> np.dtype:
     """Returns the smallest type that holds every id and the one that parts documents."""
     return np.dtype(np.uint16 if vocab_size < 2**16 else np.uint32)
@@ -101,6 +116,10 @@ def _fit(arrays: dict[str, np.ndarray], vocab_size: int) -> bool:
     return bool(firsts_V1[0] == 0 and firsts_V1[-1] == len(ends_P) <= len(tokens_S))
 
 
-def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
+def num_common(one: Sequence[int], other: Sequence[int]) -> int:
     """Returns how many tokens both begin with."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _file_name(number: int, num_shards: int) -> str:
+    return f"shard-{number:04d}-of-{num_shards:04d}.safetensors"

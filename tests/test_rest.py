@@ -33,11 +33,12 @@ from tests.runs import command, environment, make_data, make_target
 from tests.test_suffix_array import DOCUMENTS, TOKENS, slow_match
 from tests.test_suffix_array import VOCAB_SIZE as FEW_TOKENS
 from tests.test_trie import texts_of
-from trainers import corpus
+from trainers import corpus, suffix_arrays
 from trainers import rest as trainer
 from trainers.loop import train
-from trainers.rest import Settings, build, grouped
+from trainers.rest import Settings
 from trainers.run import RunSettings
+from trainers.suffix_arrays import build, grouped
 
 
 def stored(target: Target) -> Drafter:
@@ -73,7 +74,7 @@ def slow_branches(config: Config, documents: list[list[int]], text: list[int], b
 
 
 def branches_of(drafter: Drafter, text: list[int], budget: int) -> tuple[Branches, dict[tuple, float]]:
-    branches = drafter._branches(text, budget)
+    branches = drafter.branches(text, budget)
     return branches, dict(zip(texts_of(branches), branches.weights, strict=True))
 
 
@@ -137,9 +138,9 @@ def test_rows_that_have_finished_are_not_looked_up(monkeypatch: pytest.MonkeyPat
     target = tiny_target("llama")
     drafter, rows = Watched(stored(target)), prompts(2)
     looked_up = []
-    inner = drafter.inner._branches
+    inner = drafter.inner.branches
     monkeypatch.setattr(
-        drafter.inner, "_branches", lambda text, budget: looked_up.append(text[0]) or inner(text, budget)
+        drafter.inner, "branches", lambda text, budget: looked_up.append(text[0]) or inner(text, budget)
     )
     ids, mask = padded(rows)
     plain = texts(draftsmith.generate(target, ids, attention_mask=mask, max_new_tokens=20))
@@ -234,14 +235,14 @@ def test_a_build_that_was_stopped_ends_as_an_unbroken_one(folder: Path, monkeypa
         built.append(len(texts))
         return build(texts, vocab_size)
 
-    monkeypatch.setattr(trainer, "build", stopping)
+    monkeypatch.setattr(suffix_arrays, "build", stopping)
     with pytest.raises(KeyboardInterrupt):
         train(trainer, Settings(shard_tokens=60), run_settings(folder, "broken"))
     monkeypatch.undo()
     kept = sorted((folder / "broken" / "parts").glob("*.safetensors"))
     times = [path.stat().st_mtime_ns for path in kept]
     watched = []
-    monkeypatch.setattr(trainer, "build", lambda texts, size: watched.append(texts) or build(texts, size))
+    monkeypatch.setattr(suffix_arrays, "build", lambda texts, size: watched.append(texts) or build(texts, size))
     broken = train(trainer, Settings(shard_tokens=60), run_settings(folder, "broken"))
     assert len(times) == 2 and len(watched) == len(shards_of(whole)) - 2
     assert shards_of(broken) == shards_of(whole)

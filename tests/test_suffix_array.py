@@ -10,7 +10,7 @@ from hypothesis import strategies as some
 from safetensors.numpy import load_file, save_file
 
 from draftsmith.suffix_array import SuffixArray, token_type
-from trainers.rest import build
+from trainers.suffix_arrays import build
 
 VOCAB_SIZE = 3
 TOKENS = some.integers(0, VOCAB_SIZE - 1)

@@ -1,25 +1,15 @@
-"""Builds a datastore (REST, 2311.08252): documents, a suffix array of each shard of them, and nothing learnt.
-
-Shape suffixes: S tokens of a shard, P places in it, V vocabulary.
-"""
+"""Builds a datastore (REST, 2311.08252): documents, a suffix array of each shard of them, and nothing learnt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from pydivsufsort import divsufsort
-
 from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.rest import Config, Drafter
-from draftsmith.suffix_array import SuffixArray, token_type
 from trainers import Metrics, Needs, corpus
 from trainers.run import RunSettings
-
-MEGABYTE = 10**6
-LARGEST_SHARD = 2**29 - 1
-"""Places are sorted by bytes, up to four of a token, whose number is an int32."""
+from trainers.suffix_arrays import check_store, stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +37,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         _config(self)
-        for name in ("budget_mb", "context"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not 2 <= self.shard_tokens <= LARGEST_SHARD:
-            raise ValueError(f"shard_tokens is {self.shard_tokens}; it must lie between 2 and {LARGEST_SHARD}")
+        check_store(self)
 
 
 def needs(settings: Settings, target: Target) -> Needs:
@@ -60,52 +46,12 @@ def needs(settings: Settings, target: Target) -> Needs:
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
     """Returns the drafter of a store of the rows' text, its shards kept in `output` until the run is finished."""
-    bytes_per_token = token_type(target.vocab_size).itemsize + np.dtype(np.int32).itemsize
-    budget = int(settings.budget_mb * MEGABYTE / bytes_per_token) if settings.budget_mb else 2**63
-    groups = grouped(corpus.keep(rows, budget, settings.context), settings.shard_tokens)
-    if not groups:
-        raise ValueError(f"{run.data} holds nothing to learn from")
-    files = corpus.parts(groups, output, 1, lambda group: build(group[0], target.vocab_size).arrays())
-    return Drafter(_config(settings), target, tuple(SuffixArray.read(file, target.vocab_size) for file in files))
+    shards = stored(settings, rows, target.vocab_size, run, output)
+    return Drafter(_config(settings), target, shards)
 
 
 def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     return corpus.judge(drafter, batch, target)
-
-
-def grouped(texts: Sequence[np.ndarray], shard_tokens: int) -> list[list[np.ndarray]]:
-    """Returns the texts in turn, as many to a group as it holds with a separator after each; longer ones are cut."""
-    groups: list[list[np.ndarray]] = []
-    num_left = 0
-    for text in texts:
-        for begin in range(0, len(text), shard_tokens - 1):
-            piece = text[begin : begin + shard_tokens - 1]
-            if len(piece) >= num_left:
-                groups.append([])
-                num_left = shard_tokens
-            groups[-1].append(piece)
-            num_left -= len(piece) + 1
-    return groups
-
-
-def build(texts: Sequence[np.ndarray], vocab_size: int) -> SuffixArray:
-    """Returns the texts sorted; raises ValueError for a token outside the vocabulary."""
-    highest = max((int(text.max(initial=0)) for text in texts), default=0)
-    if highest >= vocab_size:
-        raise ValueError(f"token id {highest} is outside the vocabulary of {vocab_size}")
-    tokens_S = np.full(sum(len(text) + 1 for text in texts), vocab_size, token_type(vocab_size))
-    place = 0
-    for text in texts:
-        tokens_S[place : place + len(text)] = text
-        place += len(text) + 1
-    is_text_S = tokens_S < vocab_size
-    is_between_S1 = np.zeros(len(tokens_S) + 1, dtype=bool)
-    is_between_S1[1:-1] = is_text_S[:-1] & is_text_S[1:]
-    # A place of the reversed text, from which it is sorted on, is as far from its end as from the text's beginning.
-    ends_S = len(tokens_S) - divsufsort(tokens_S[::-1].copy()) if len(tokens_S) else np.zeros(0, int)
-    ends_P = ends_S[is_between_S1[ends_S]].astype(np.int32)
-    times_V = np.bincount(tokens_S[ends_P - 1], minlength=vocab_size)
-    return SuffixArray(tokens_S, ends_P, np.concatenate([[0], np.cumsum(times_V)]))
 
 
 def _config(settings: Settings) -> Config:

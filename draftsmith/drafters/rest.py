@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftsmith.drafters import Session, Step
-from draftsmith.suffix_array import SuffixArray
+from draftsmith.suffix_array import SuffixArray, read_shards, write_shards
 from draftsmith.target import Target
 from draftsmith.tree import Draft
 from draftsmith.trie import Branches, as_draft, heaviest, heaviest_path, join
@@ -60,12 +60,12 @@ class Drafter:
 
     def propose(self, budget: int) -> Draft:
         rows = zip(self._session.rows, self._is_running, strict=True)
-        return as_draft(self._session, [self._branches(row, budget) if runs else Branches() for row, runs in rows])
+        return as_draft(self._session, [self.branches(row, budget) if runs else Branches() for row, runs in rows])
 
     def observe(self, step: Step) -> None:
         self._is_running = [len(path) > 0 for path in step.paths]
 
-    def _branches(self, text: list[int], budget: int) -> Branches:
+    def branches(self, text: list[int], budget: int) -> Branches:
         config = self.config
         matches = [shard.match(text, config.max_match, config.min_match) for shard in self.shards]
         longest = max((length for length, _ in matches), default=0)
@@ -79,18 +79,12 @@ class Drafter:
         return heaviest_path(kept) if self.target.is_encoder_decoder else kept
 
     def save_store(self, folder: Path) -> None:
-        for number, shard in enumerate(self.shards):
-            shard.write(folder / _file_name(number, len(self.shards)))
+        write_shards(folder, self.shards)
 
     @staticmethod
     def load_store(folder: Path, config: Config, target: Target) -> "Drafter":
         """Returns the drafter whose shards lie in `folder`; raises ValueError if one is missing, truncated or odd."""
-        named = sorted(path.name for path in folder.glob("shard-*-of-*.safetensors"))
-        if not named:
-            raise ValueError(f"{folder} holds no shard of a store; the artifact must be made again")
-        number = int(named[0].removesuffix(".safetensors").rpartition("-")[2])
-        files = [folder / _file_name(at, number) for at in range(number)]
-        return Drafter(config, target, tuple(SuffixArray.read(file, target.vocab_size) for file in files))
+        return Drafter(config, target, read_shards(folder, target.vocab_size))
 
 
 def by_chance(branches: Branches, times: int) -> Branches:
@@ -103,7 +97,3 @@ def by_chance(branches: Branches, times: int) -> Branches:
         before, chance = (branches.weights[parent - 1], chances[parent - 1]) if parent else (times, 1.0)
         chances.append(chance * weight / (before + UNSEEN))
     return Branches(tokens=branches.tokens, parents=branches.parents, weights=chances)
-
-
-def _file_name(number: int, num_shards: int) -> str:
-    return f"shard-{number:04d}-of-{num_shards:04d}.safetensors"
