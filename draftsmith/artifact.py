@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from draftsmith.drafters import find, names
+from draftsmith.drafters import find, name_of, names
 from draftsmith.facts import TargetFacts
 from draftsmith.files import atomic_folder
 from draftsmith.target import Target
@@ -36,11 +36,11 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
     """Writes `drafter` to the folder `path`, replacing an artifact there; `record` is added to the manifest.
 
     A drafter with a store of its own defines `save_store(folder)` and, on its class, `load_store(folder, config,
-    target)`. One that has tuned its target is bound to the target as it was before. Raises ValueError if `path` holds
-    something else.
+    target)`, after which its weights are read, if it has any. One that has tuned its target is bound to the target as
+    it was before. Raises ValueError if `path` holds something else.
     """
     target = target.base if has_tuned(drafter) and target is drafter.target else target
-    family = type(drafter).__module__.rsplit(".", 1)[-1]
+    family = name_of(drafter)
     assert family in names()
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -70,19 +70,19 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def load(path: str | Path, target: Target) -> Any:
+def load(path: str | Path, target: Target, *, made_for: Target | None = None) -> Any:
     """Returns the drafter saved at `path`, ready to draft for `target`, or for `drafter.target` if it has tuned that.
 
-    Raises ValueError if it was made for another target or tokenizer, or if a file is missing, truncated or odd.
+    With `made_for` it was made for that one, and `target` is another of the same vocabulary. Raises ValueError if it
+    was made for another target or tokenizer, or if a file is missing, truncated or odd.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    check_fits(folder, manifest, target)
+    check_fits(folder, manifest, made_for or target)
     module = find(manifest["family"])
-    config = _config(module.Config, manifest["config"], folder)
-    if hasattr(module.Drafter, "load_store"):
-        return module.Drafter.load_store(folder, config, target)
-    drafter = module.Drafter(config, target)
+    config = make_config(module.Config, manifest["config"], folder / MANIFEST)
+    made = getattr(module.Drafter, "load_store", None)
+    drafter = made(folder, config, target) if made is not None else module.Drafter(config, target)
     if isinstance(drafter, nn.Module):
         _load_weights(drafter, folder / WEIGHTS)
         drafter.eval().requires_grad_(False)
@@ -162,13 +162,14 @@ def check_fits(folder: str | Path, manifest: dict[str, Any], target: Target | Ta
         )
 
 
-def _config(kind: Any, values: dict[str, Any], folder: Path) -> Any:
+def make_config(kind: Any, values: dict[str, Any], source: str | Path) -> Any:
+    """Returns a family's configuration from what JSON holds of it; raises ValueError for what the family lacks."""
     known = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{folder / MANIFEST}: unknown setting {key!r}{hint}")
+            raise ValueError(f"{source}: unknown setting {key!r}{hint}")
     # JSON has no tuples.
     return kind(**{key: _tuples(value) if isinstance(value, list) else value for key, value in values.items()})
 

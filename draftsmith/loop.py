@@ -94,10 +94,10 @@ def generate(
         draft = drafter.propose(budget) if drafter is not None and budget > 0 else session.only_pending()
         stats.draft_ms += (draft_ms := watch.lap_ms())
 
-        out = _forward(target, draft, cache, wanted)
+        out = forward(target, draft, cache, wanted)
         logits_BNV = target.logits(out.hidden_BND)
-        verdict = _verify(logits_BNV, draft, sampling, verifier, generator)
-        paths, next_tokens = _to_host(verdict)
+        verdict = judge(logits_BNV, draft, sampling, verifier, generator)
+        paths, next_tokens = to_host(verdict)
         stats.verify_ms += (verify_ms := watch.lap_ms())
 
         tokens = draft.tokens_BN.tolist()
@@ -132,14 +132,16 @@ def generate(
     return Generation(sequences=sequences, lengths=lengths, stats=stats)
 
 
-def _forward(target: Target, draft: Draft, cache: KVCache, wanted: tuple[int, ...]) -> Forward:
+def forward(target: Target, draft: Draft, cache: KVCache, wanted: tuple[int, ...]) -> Forward:
+    """Runs the target over a draft, from where the drafter has left it if it has run the first blocks."""
     if draft.entry is None:
         return target.forward(draft.tokens_BN, draft.tree, cache, layers=wanted)
     span, hidden_BND = (draft.entry.layer, target.num_layers), draft.entry.hidden_BND
     return target.forward(draft.tokens_BN, draft.tree, cache, layers=wanted, span=span, entry_BND=hidden_BND)
 
 
-def _verify(logits_BNV: Tensor, draft: Draft, sampling: Sampling, name: str, generator: torch.Generator) -> Verdict:
+def judge(logits_BNV: Tensor, draft: Draft, sampling: Sampling, name: str, generator: torch.Generator) -> Verdict:
+    """Returns the verdict on a draft of the verifier called `name`."""
     verifier = choose(name, sampling, draft)
     if verifier.name == "greedy":
         return verifier.verify(logits_BNV, draft, logits_BNV)
@@ -147,7 +149,7 @@ def _verify(logits_BNV: Tensor, draft: Draft, sampling: Sampling, name: str, gen
     return verifier.verify(verifier.law.law(logits_BNV), draft, uniforms_BU.to(logits_BNV.device))
 
 
-def _to_host(verdict: Verdict) -> tuple[list[list[int]], list[int]]:
+def to_host(verdict: Verdict) -> tuple[list[list[int]], list[int]]:
     """Returns each row's accepted nodes and next token, in a single transfer."""
     numbers = torch.cat([verdict.num_accepted_B[:, None], verdict.next_token_B[:, None], verdict.path_BP], 1).tolist()
     return [row[2 : row[0] + 3] for row in numbers], [row[1] for row in numbers]

@@ -45,6 +45,7 @@ class Paced:
     def start(self, session: Session) -> None:
         self._session = session
         self._is_running = [True] * len(session.rows)
+        self._draft: Draft | None = None
         self._policy.start(len(session.rows), self._num_draft)
         self._drafter.start(dataclasses.replace(session, goes_on=self._goes_on))
 
@@ -54,19 +55,25 @@ class Paced:
         self._limits = [self._limit(row, most) if runs else 0 for row, runs in enumerate(self._is_running)]
         if not any(self._limits):
             return self._session.only_pending()
-        return cut(self._drafter.propose(max(self._limits)), self._limits)
+        self._draft = cut(self._drafter.propose(max(self._limits)), self._limits)
+        return self._draft
 
     def observe(self, step: Step) -> None:
-        outcomes = []
-        for row, path in enumerate(step.paths):
-            num_drafted = drafted_depth(step.draft, row)
-            if path and num_drafted:
-                told = self._confidences[row]
-                one = Outcome(row=row, num_drafted=num_drafted, num_matched=len(path) - 1, confidences=told)
-                outcomes.append(one)
-        self._policy.learn(outcomes, step.draft.tree.depth, step.cost_ms)
+        if step.is_of(self._draft) or step.draft.tree.depth == 0:
+            outcomes = []
+            for row, path in enumerate(step.paths):
+                num_drafted = drafted_depth(step.draft, row)
+                if path and num_drafted:
+                    told = self._confidences[row]
+                    one = Outcome(row=row, num_drafted=num_drafted, num_matched=len(path) - 1, confidences=told)
+                    outcomes.append(one)
+            self._policy.learn(outcomes, step.draft.tree.depth, step.cost_ms)
         self._is_running = [len(path) > 0 for path in step.paths]
         self._drafter.observe(step)
+
+    def go_on(self) -> None:
+        """Lets rows that had finished draft again."""
+        self._is_running = [True] * len(self._is_running)
 
     def _limit(self, row: int, most: int) -> int:
         """Returns the row's budget: all or nothing if the drafter asks again after each token."""

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import nn
 from tqdm import tqdm
 
 import draftsmith
@@ -145,7 +144,7 @@ def _entries(target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path
     for name, path in zip(_names(artifacts), artifacts, strict=True):
         manifest = read_manifest(path)
         drafter = draftsmith.load(path, target)
-        parameters = drafter.parameters() if isinstance(drafter, nn.Module) else ()
+        parameters = getattr(drafter, "parameters", tuple)()
         facts: dict[str, Any] = {
             "family": manifest["family"],
             "drafter": drafter,

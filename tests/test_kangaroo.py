@@ -243,7 +243,7 @@ def test_verification_runs_the_deeper_blocks_alone(config: Config) -> None:
         assert fed == dict.fromkeys(range(config.exit_layer), num_fed)
         fed.clear()
         with torch.inference_mode():
-            loop._forward(target, draft, session.cache, drafter.hidden_layers)
+            loop.forward(target, draft, session.cache, drafter.hidden_layers)
         assert fed == dict.fromkeys(range(config.exit_layer, NUM_LAYERS), num_nodes)
     finally:
         for handle in handles:

@@ -14,6 +14,7 @@ A family's file is a module with these names; the loop knows no family by name.
     finish(drafter, settings, target, held_out) -> drafter       optional: a last touch after training
     fit(settings, target, rows, run, output) -> drafter          in place of `loss` and `build`: without gradient; what
                                                                  it needs to be continued it keeps in `output`
+    spent_s(settings) -> seconds           optional, beside `fit`: of training that went into what it is made from
 
 Metrics are (sum, count) pairs, added over micro-batches and ranks and divided once, when they are logged.
 """

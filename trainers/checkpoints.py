@@ -69,6 +69,9 @@ def _files(checkpoint: Path) -> list[Path]:
 def publish(staging: Path, output: Path) -> None:
     """Moves a finished artifact into the run's folder, its manifest last, and removes what training left behind."""
     for path in sorted(staging.iterdir(), key=lambda path: path.name == ARTIFACT):
+        if path.is_dir():
+            # What a run killed right here had moved already.
+            shutil.rmtree(output / path.name, ignore_errors=True)
         path.replace(output / path.name)
     staging.rmdir()
     clear(output)

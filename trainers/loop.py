@@ -57,6 +57,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     spent_s = 0.0
     if hasattr(family, "fit"):
         drafter = family.fit(settings, target, train_on, run, output) if launch.rank() == 0 else None
+        spent_s = family.spent_s(settings) if hasattr(family, "spent_s") else 0.0
     else:
         facts = {"data_fingerprint": examples.fingerprint, "target_fingerprint": target.fingerprint}
         drafter, spent_s = _descend(family, settings, run, target, train_on, list(held_out), output, deepspeed, facts)

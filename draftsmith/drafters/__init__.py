@@ -6,6 +6,9 @@ module that trains is the module that drafts.
 
 A drafter that changes its target defines `loaded()`, called once its weights are there: it sets `drafter.target` to the
 tuned target (draftsmith/tuned.py), which is the one to be given to `generate`, and leaves the user's as it is.
+
+One that drafts for a drafter sees text that may be taken back. If it can forget what came after so many tokens of each
+row, it defines `rewind(lengths)`; if not, it is begun anew.
 """
 
 import difflib
@@ -77,6 +80,10 @@ class Step:
     cost_ms: float
     """What drafting and verifying took."""
 
+    def is_of(self, draft: Draft | None) -> bool:
+        """Returns whether this draft was verified, whole or cut, and not that of another drafter or a plain step's."""
+        return draft is not None and self.draft.tokens_BN is draft.tokens_BN
+
 
 class Drafter(Protocol):
     """What the loop asks of a drafter."""
@@ -96,8 +103,13 @@ class Drafter(Protocol):
     def observe(self, step: Step) -> None:
         """Learns what became of the draft; `session.rows` already holds the new tokens.
 
-        Rows may have been cut to fewer nodes than were proposed, or the step been a plain one that nobody proposed.
+        Rows may have been cut to fewer nodes than were proposed, or the draft been another drafter's, or none at all.
         """
+
+
+def name_of(drafter: Any) -> str:
+    """Returns the family that a drafter is of."""
+    return type(drafter).__module__.rsplit(".", 1)[-1]
 
 
 def names() -> list[str]:

@@ -148,6 +148,7 @@ class Drafter(nn.Module):
         config, lengths = self.config, [len(row) for row in session.rows]
         self._session, self._shallow = session, Shallow(session, config.exit_layer)
         self._trail = Trail(self._extra, config.num_blocks, len(lengths))
+        self._draft: Draft | None = None
         self._num_in_place = 0
         before_BTD, self._recycled_B1D = None, None
         if config.recycling:
@@ -165,12 +166,15 @@ class Drafter(nn.Module):
         draft = growth.draft(self._logits, self._session, self.config, budget)
         # The last token of a chain has not been run yet; the nodes of a tree have been put in another order.
         self._num_in_place = 1 if self.config.width else draft.tree.num_nodes - 1
-        return self._shallow.entered(draft, self._num_in_place)
+        self._draft = self._shallow.entered(draft, self._num_in_place)
+        return self._draft
 
     def observe(self, step: Step) -> None:
         if self.config.num_blocks:
             hidden_BPD = along(step.hidden[self.config.exit_layer], step.verdict)
-            self._trail.keep(self.entrance(hidden_BPD, self._recycled_B1D), step.paths, self._num_in_place)
+            # Of another drafter's draft only node 0 is the same.
+            in_place = self._num_in_place if step.is_of(self._draft) else min(self._num_in_place, 1)
+            self._trail.keep(self.entrance(hidden_BPD, self._recycled_B1D), step.paths, in_place)
         if self.config.recycling:
             self._recycled_B1D = last_of_path(step, self.target.num_layers)[:, None]
         self._num_in_place = 0

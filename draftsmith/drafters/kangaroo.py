@@ -81,6 +81,7 @@ class Drafter(nn.Module):
         layer, lengths = self.config.exit_layer, [len(row) - 1 for row in session.rows]
         self._session, self._shallow = session, Shallow(session, layer)
         self._trail = Trail(self._adapted, num_layers=1, num_rows=len(lengths))
+        self._draft: Draft | None = None
         self._num_in_place = 0
         if session.hidden:
             self._trail.read(session.hidden[layer], lengths)
@@ -89,11 +90,14 @@ class Drafter(nn.Module):
         draft = growth.draft(self._logits, self._session, self.config, budget)
         # The last token of a chain has not been run yet; the nodes of a tree have been put in another order.
         self._num_in_place = 1 if self.config.width else draft.tree.num_nodes - 1
-        return self._shallow.entered(draft, self._num_in_place)
+        self._draft = self._shallow.entered(draft, self._num_in_place)
+        return self._draft
 
     def observe(self, step: Step) -> None:
         hidden_BPD = along(step.hidden[self.config.exit_layer], step.verdict)
-        self._trail.keep(hidden_BPD, step.paths, self._num_in_place)
+        # Of another drafter's draft only node 0 is the same.
+        in_place = self._num_in_place if step.is_of(self._draft) else min(self._num_in_place, 1)
+        self._trail.keep(hidden_BPD, step.paths, in_place)
         self._num_in_place = 0
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:

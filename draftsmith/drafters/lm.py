@@ -79,6 +79,7 @@ class Drafter(nn.Module):
     def start(self, session: Session) -> None:
         self._session = session
         self._cache: KVCache = self.engine.new_cache(len(session.rows))
+        self._draft: Draft | None = None
         self._num_in_place = 0
         prompts = [row[:-1] for row in session.rows]
         if max(map(len, prompts)) > 0:
@@ -89,18 +90,27 @@ class Drafter(nn.Module):
         budget = min(budget, self.engine.context_length - max(map(len, session.rows)))
         if config.tree and budget > 0:
             depth = min(budget, config.num_draft)
-            return growth.fill(self._logits, session, config.tree, config.siblings, depth)  # type: ignore[arg-type]
-        draft = growth.draft(self._logits, session, config, budget)
+            draft = growth.fill(self._logits, session, config.tree, config.siblings, depth)  # type: ignore[arg-type]
+        else:
+            draft = growth.draft(self._logits, session, config, budget)
+        self._draft = draft
         # The nodes of a tree that grew have been put in another order.
         self._num_in_place = min(self._num_in_place, 1) if config.width else self._num_in_place
         return draft
 
     def observe(self, step: Step) -> None:
-        self._cache.commit([[node for node in path if node < self._num_in_place] for path in step.paths])
+        # Of another drafter's draft only node 0 is the same.
+        in_place = self._num_in_place if step.is_of(self._draft) else min(self._num_in_place, 1)
+        self._cache.commit([[node for node in path if node < in_place] for path in step.paths])
         self._num_in_place = 0
         # A row that ended within its path holds less than was accepted.
         for row, ids in enumerate(self._session.rows):
             self._cache.lengths[row] = min(self._cache.lengths[row], len(ids) - 1)
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Forgets what it read of each row past so many tokens, which were taken back."""
+        self._num_in_place = 0
+        self._cache.lengths = [min(pair) for pair in zip(self._cache.lengths, lengths, strict=True)]
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
         """Returns the logits [B, M, V] after the nodes from `first` on."""
