@@ -10,6 +10,7 @@ import torch
 
 from draftsmith.verify import block, kseq, lenience, multipath, recursive, token, traversal
 from eval.oracle import optimal_acceptance
+from tests import exact
 from tests.exact import (
     EXACT,
     VOCAB_SIZE,
@@ -81,6 +82,14 @@ def test_the_law_is_kept(verifier: ModuleType, shape: Shape) -> None:
 @pytest.mark.parametrize(("verifier", "shape"), LARGE_CASES, ids=name)
 def test_the_law_is_kept_on_larger_trees(verifier: ModuleType, shape: Shape) -> None:
     check(verifier, shape, seed=2, zeros=False)
+
+
+@pytest.mark.parametrize("verifier", ON_DISTINCT, ids=name)
+def test_siblings_leave_the_drafts_law_for_good(verifier: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With three tokens the third sibling is all that is left of both laws, whatever became of the draft's mass."""
+    monkeypatch.setattr(exact, "TOKENS", range(4))
+    monkeypatch.setattr(exact, "VOCAB_SIZE", 4)
+    check(verifier, full(3, drawn=W), seed=4, zeros=False)
 
 
 @pytest.mark.parametrize("drafted", [(0,), (2, 1), (1, 1, 0)])

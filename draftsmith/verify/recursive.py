@@ -30,7 +30,8 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
             break
         child_X = child_B[X]
         passes_X = uniforms_BN[X, child_X] < left.ratio(X, child_X)
-        text_B[X[passes_X]] = left.first_BN[X, child_X][passes_X]
+        # Of siblings that agree only the first can pass: a rejection leaves nothing of its token.
+        text_B[X[passes_X]] = child_X[passes_X]
         left.reject(X[~passes_X], child_X[~passes_X], np.ones((~passes_X).sum()))
     end_B = torch.from_numpy(text_B).to(draft.tokens_BN.device)
     return drawn_at(end_B, left.law(text_B), target_probs_BNV, uniforms_BU[:, -1], draft)
