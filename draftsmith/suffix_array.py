@@ -103,6 +103,12 @@ def read_shards(folder: Path, vocab_size: int) -> tuple[SuffixArray, ...]:
     return tuple(SuffixArray.read(folder / _file_name(at, number), vocab_size) for at in range(number))
 
 
+def empty(vocab_size: int) -> SuffixArray:
+    """Returns one of no text."""
+    tokens_S, ends_P = np.zeros(0, token_type(vocab_size)), np.zeros(0, np.int32)
+    return SuffixArray(tokens_S, ends_P, np.zeros(vocab_size + 1, np.int64))
+
+
 def token_type(vocab_size: int) -> np.dtype:
     """Returns the smallest type that holds every id and the one that parts documents."""
     return np.dtype(np.uint16 if vocab_size < 2**16 else np.uint32)
@@ -118,7 +124,12 @@ def _fit(arrays: dict[str, np.ndarray], vocab_size: int) -> bool:
 
 def num_common(one: Sequence[int], other: Sequence[int]) -> int:
     """Returns how many tokens both begin with."""
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    num_tokens = 0
+    for token, its in zip(one, other, strict=False):
+        if token != its:
+            break
+        num_tokens += 1
+    return num_tokens
 
 
 def _file_name(number: int, num_shards: int) -> str:

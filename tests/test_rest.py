@@ -48,7 +48,7 @@ def stored(target: Target) -> Drafter:
     noise = torch.randint(target.vocab_size, (8, 60), generator=torch.Generator().manual_seed(0)).tolist()
     shards = (own[:3], own[3:] + noise)
     built = tuple(build([np.array(row) for row in rows], target.vocab_size) for rows in shards)
-    return Drafter(Config(min_match=1, max_matches=8), target, built)
+    return Drafter(Config(min_match=1, max_match=6, max_matches=8, num_draft=5, num_nodes=8), target, built)
 
 
 EXAMPLE = stored
@@ -118,12 +118,16 @@ def test_a_case_by_hand() -> None:
 
 def test_of_many_places_some_are_read_evenly() -> None:
     """Ninety places, sorted by the token before the match, on which depends what follows: a third of each is read."""
-    documents = [[before, 9, 9, before] for before in (1, 2, 3) for _ in range(30)]
-    shard = build([np.array(one) for one in documents], VOCAB_SIZE)
-    for shards in ((shard,), tuple(build([np.array(one) for one in documents[at::2]], VOCAB_SIZE) for at in (0, 1))):
+    documents = [np.array([before, 9, 9, before]) for before in (1, 2, 3) for _ in range(30)]
+    whole, halves = (build(documents, VOCAB_SIZE),), [documents[at::2] for at in (0, 1)]
+    for shards in (whole, tuple(build(half, VOCAB_SIZE) for half in halves)):
         drafter = Drafter(Config(max_matches=30), tiny_target("llama"), shards)
         _, chances = branches_of(drafter, [9, 9], 10)
         assert chances == pytest.approx(dict.fromkeys([(1,), (2,), (3,)], 10 / 32))
+    nine = tuple(build(documents[at : at + 10], VOCAB_SIZE) for at in range(0, 90, 10))
+    _, chances = branches_of(Drafter(Config(max_matches=4), tiny_target("llama"), nine), [9, 9], 10)
+    # Places 0, 23, 46 and 69 of the ninety.
+    assert chances == pytest.approx({(1,): 2 / 6, (2,): 1 / 6, (3,): 1 / 6})
 
 
 def test_text_that_is_stored_is_drafted_in_whole() -> None:

@@ -15,7 +15,7 @@ from trainers.suffix_arrays import build
 VOCAB_SIZE = 3
 TOKENS = some.integers(0, VOCAB_SIZE - 1)
 DOCUMENTS = some.lists(some.lists(TOKENS, max_size=12), max_size=6)
-FEW = settings(max_examples=150, deadline=None)
+FEW = settings(max_examples=60, deadline=None)
 
 
 def sorted_text(documents: list[list[int]], vocab_size: int = VOCAB_SIZE) -> SuffixArray:

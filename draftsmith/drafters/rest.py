@@ -66,13 +66,19 @@ class Drafter:
         self._is_running = [len(path) > 0 for path in step.paths]
 
     def branches(self, text: list[int], budget: int) -> Branches:
+        """Returns the tree of what followed the text's last tokens, at most `budget` deep, weighed by chance."""
         config = self.config
         matches = [shard.match(text, config.max_match, config.min_match) for shard in self.shards]
         longest = max((length for length, _ in matches), default=0)
         found = [(shard, matches[at][1]) for at, shard in enumerate(self.shards) if matches[at][0] == longest]
         step = -(-sum(len(places) for _, places in found) // config.max_matches) or 1
-        num_tokens = min(budget, config.num_draft)
-        times = Counter(tokens for shard, places in found for tokens in shard.continuations(places[::step], num_tokens))
+        times: Counter[tuple[int, ...]] = Counter()
+        num_passed = 0
+        for shard, places in found:
+            # Every step-th place, counted on from shard to shard.
+            read = places[-num_passed % step :: step]
+            times.update(shard.continuations(read, min(budget, config.num_draft)))
+            num_passed += len(places)
         branches = by_chance(join(times.items()), times.total())
         num_likely = sum(chance >= config.min_chance for chance in branches.weights)
         kept = heaviest(branches, min(num_likely, config.num_nodes))

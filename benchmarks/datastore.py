@@ -1,0 +1,105 @@
+"""What a datastore costs: tokens a second of sorting, and microseconds of a look-up.
+
+    .venv/bin/python benchmarks/datastore.py                       # ten million tokens made of the pocket target's text
+    .venv/bin/python benchmarks/datastore.py --num-shards 4
+
+The text is what `--data` holds, its documents drawn again and again with every tenth token another one, so that matches
+are of all lengths; look-ups are of places in documents drawn so afterwards.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import POCKET
+from data.examples import open_examples
+from draftsmith import Target
+from draftsmith.drafters.rest import Config, Drafter
+from draftsmith.stats import num_threads
+from eval.machine import commit, hardware
+from trainers.corpus import documents
+from trainers.run import DEFAULT_DATA
+from trainers.settings import parse_settings
+from trainers.suffix_arrays import build
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """How much is sorted, and how often something is looked up in it."""
+
+    target: str = str(POCKET)
+    """A transformers folder or hub name, for its tokenizer."""
+    data: str = DEFAULT_DATA
+    """Text that the store is made of."""
+    num_tokens: int = 10_000_000
+    """Tokens stored, to the nearest document."""
+    num_shards: int = 1
+    """Files that they are parted into."""
+    changed: float = 0.1
+    """Share of tokens that are drawn anew."""
+    num_queries: int = 3_000
+    """Look-ups timed."""
+    seed: int = 0
+    """Of what is drawn."""
+
+
+def main(run: BenchmarkSettings, config: Config) -> None:
+    target = Target.from_pretrained(run.target)
+    texts = list(documents(open_examples(run.data, target)))
+    draw = np.random.default_rng(run.seed)
+    known = np.concatenate(texts)
+    groups = [drawn(texts, known, run.num_tokens // run.num_shards, run.changed, draw) for _ in range(run.num_shards)]
+    num_tokens = sum(len(text) + 1 for group in groups for text in group)
+    with num_threads(1):
+        print(f"{hardware(torch.device('cpu'))}, 1 thread; {num_tokens:,} tokens; commit {commit() or 'unknown'}")
+        began = time.process_time()
+        shards = tuple(build(group, target.vocab_size) for group in groups)
+        seconds = time.process_time() - began
+        num_bytes = sum(array.nbytes for shard in shards for array in shard.arrays().values())
+        print(f"sorted: {num_tokens / seconds / 1e6:.2f} million tokens/s; {num_bytes / 1e6:.0f} MB")
+        look_up(
+            Drafter(config, target, shards), drawn(texts, known, 200 * run.num_queries, run.changed, draw), run, draw
+        )
+
+
+def drawn(
+    texts: list[np.ndarray], known: np.ndarray, num_tokens: int, changed: float, draw: np.random.Generator
+) -> list[np.ndarray]:
+    """Returns documents drawn with replacement, of so many tokens, some of these drawn from all the text's."""
+    found: list[np.ndarray] = []
+    while num_tokens > 0:
+        text = texts[draw.integers(len(texts))]
+        others = known[draw.integers(len(known), size=len(text))]
+        found.append(np.where(draw.random(len(text)) < changed, others, text))
+        num_tokens -= len(text) + 1
+    return found
+
+
+def look_up(drafter: Drafter, texts: list[np.ndarray], run: BenchmarkSettings, draw: np.random.Generator) -> None:
+    """Prints the time, median and 99th percentile, of finding the longest match and of making the tree from it."""
+    config = drafter.config
+    lengths, matching_us, drafting_us = [], [], []
+    for _ in range(run.num_queries):
+        text = texts[draw.integers(len(texts))]
+        given = text[: draw.integers(1, len(text) + 1)].tolist()
+        began = time.thread_time()
+        matches = [shard.match(given, config.max_match, config.min_match) for shard in drafter.shards]
+        matching_us.append(1e6 * (time.thread_time() - began))
+        drafter.branches(given, config.num_draft)
+        drafting_us.append(1e6 * (time.thread_time() - began) - matching_us[-1])
+        lengths.append(max(length for length, _ in matches))
+    for name, times in (("longest match", matching_us), ("match and tree", drafting_us)):
+        print(f"{name}: {statistics.median(times):.0f} us, {np.percentile(times, 99):.0f} us at the 99th percentile")
+    print(f"longest matches: {statistics.mean(lengths):.1f} tokens, none {lengths.count(0) / len(lengths):.0%}")
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_settings(BenchmarkSettings, Config, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
