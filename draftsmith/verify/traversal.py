@@ -34,7 +34,7 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
         child_B, has_child_B = left.next(rows_B, left.first_BN[rows_B, node_B])
         # Weights only fall on the way down: below one of zero nothing can pass.
         is_leaf_B = ~is_done_B & (~has_child_B | (weight_B == 0))
-        passes_B = is_leaf_B & ((uniform_B < weight_B) | (node_B == 0))
+        passes_B = is_leaf_B & (uniform_B < weight_B)
 
         X = rows_B[~is_done_B & ~is_leaf_B]
         weight_BN[X, child_B[X]] = np.minimum(weight_B[X] * left.ratio(X, child_B[X]), 1)
@@ -44,9 +44,10 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
         weight_F = weight_BN[F, parent_F]
         left.drop(F, node_F)
         # A parent left without children is tested next, with less than its weight as S <= w: often that settles it.
-        is_open_F = left.next(F, parent_F)[1] | (parent_F == 0) | (uniforms_BN[F, parent_F] < weight_F)
+        is_open_F = left.next(F, parent_F)[1] | (uniforms_BN[F, parent_F] < weight_F)
         S_F = left.reject(F[is_open_F], node_F[is_open_F], weight_F[is_open_F])
-        rest_F = S_F + 1 - weight_F[is_open_F]
+        # In this order a weight of one, as node 0's, stays one to the last bit.
+        rest_F = 1 - weight_F[is_open_F] + S_F
         weight_BN[F[is_open_F], parent_F[is_open_F]] = np.where(rest_F > 0, S_F / np.where(rest_F > 0, rest_F, 1), 1)
 
         node_B[X], node_B[F] = child_B[X], parent_F
