@@ -246,15 +246,7 @@ def _fit(
 def _tokenizer(files: list[SourceFile], path: Path, context_length: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE of `VOCAB_SIZE` on the training files, or takes the one this run made before."""
     if not path.exists():
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        bpe.post_processor = processors.ByteLevel(trim_offsets=False)
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        special = [PAD, BOS, EOS]
-        trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=special, initial_alphabet=sorted(alphabet))
-        bpe.train_from_iterator((file.text for file in files), trainer)
-        bpe.save(str(path.with_suffix(".part")))
+        byte_pairs((file.text for file in files), VOCAB_SIZE).save(str(path.with_suffix(".part")))
         path.with_suffix(".part").rename(path)
     return PreTrainedTokenizerFast(
         tokenizer_file=str(path),
@@ -264,6 +256,19 @@ def _tokenizer(files: list[SourceFile], path: Path, context_length: int) -> PreT
         model_max_length=context_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+def byte_pairs(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Returns a byte-level BPE trained on the texts, its first three tokens special."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [PAD, BOS, EOS]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(alphabet))
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
 
 
 def _blocks(tokenizer: PreTrainedTokenizerFast, files: list[SourceFile], settings: PocketSettings) -> torch.Tensor:

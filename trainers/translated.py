@@ -1,0 +1,223 @@
+"""Fits a draft LM of another tokenizer to the target: one that is there, or a small one trained on the target's text.
+
+Shape suffixes: N blocks, T positions of one.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import IntervalStrategy
+
+from data.batches import Batch, Example, order
+from draftsmith import Target
+from draftsmith.drafters.translated import Config, Drafter, translation
+from draftsmith.facts import TargetFacts, read_facts, tokenizer_hash
+from draftsmith.files import atomic_folder
+from trainers import Metrics, Needs, checkpoints, corpus, launch
+from trainers.descent import arguments_of
+from trainers.logs import JsonLines
+from trainers.pocket import BOS, EOS, PAD, MuonAndAdamW, byte_pairs
+from trainers.run import RunSettings
+
+NUM_SPECIAL_AND_BYTES = 3 + 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The draft model and how it drafts; where it is given, `--max-steps` and the optimiser's settings mean nothing."""
+
+    draft_model: str = ""
+    """Transformers folder or hub name of a causal LM with a fast tokenizer, taken as it is; else one is trained."""
+    train_vocab: int = 2048
+    """Tokens of the one that is trained: a byte-level BPE of the data, and a small Llama, left in draft-model too."""
+    num_layers: int = 1
+    """Its layers."""
+    hidden_size: int = 256
+    """Its width."""
+    num_heads: int = 4
+    """Its attention heads."""
+    least_shared: int = 100
+    """Tokens that both vocabularies must have, which is all that is drafted where text is sampled."""
+    num_draft: int = 8
+    """Most tokens of its own that the draft model drafts at a time."""
+    confidence: float = 0.4
+    """Drafting ends after a token less likely than this; 0 never ends it."""
+    lookback: int = 10
+    """Tokens before what is new that are put into the other vocabulary again."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "least_shared", "num_draft", "lookback"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.confidence < 1:
+            raise ValueError(f"confidence is {self.confidence}; it must be at least 0 and below 1")
+        if self.train_vocab <= NUM_SPECIAL_AND_BYTES:
+            raise ValueError(f"train_vocab is {self.train_vocab}; a byte-level BPE needs {NUM_SPECIAL_AND_BYTES + 1}")
+        if self.hidden_size < 1 or self.hidden_size % (2 * self.num_heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of twice num_heads, {self.num_heads}")
+
+
+def check(settings: Settings, target: TargetFacts) -> None:
+    """Raises ValueError, from the folders alone, where there is no tokenizer or too little that both have."""
+    if target.tokenizer is None:
+        raise ValueError(f"target {target.name} has no tokenizer, which another vocabulary is compared by")
+    if settings.draft_model:
+        facts = read_facts(settings.draft_model)
+        if facts.tokenizer is None or facts.is_encoder_decoder:
+            raise ValueError(f"--draft-model {settings.draft_model} is no causal LM with a tokenizer")
+        config = {"model_type": "", "vocab_size": facts.vocab_size} | _special(facts.tokenizer)
+        hashed = Config(model=config, tokenizer_hash=str(facts.tokenizer_hash))
+        _check_shared(settings, translation(hashed, facts.tokenizer, target).counterparts(), target.name)
+    elif launch.num_ranks() > 1:
+        raise ValueError("a small draft model is trained by one process; leave torchrun and deepspeed off")
+
+
+def needs(settings: Settings, target: Target) -> Needs:
+    return Needs()
+
+
+def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
+    """Returns the drafter of the given model, or of one trained on the rows' text, which a killed run goes on with."""
+    folder = Path(settings.draft_model or output / "draft-model")
+    if not settings.draft_model and not (folder / "config.json").exists():
+        _train(settings, target, rows, run, output, folder)
+    facts = read_facts(str(folder) if folder.is_dir() else settings.draft_model)
+    given = AutoModelForCausalLM.from_pretrained(facts.name, dtype=torch.float32)
+    drafter = _drafter(settings, given, facts.tokenizer, target)
+    drafter.model.load_state_dict(given.state_dict())
+    counterparts = drafter.counterparts_U.tolist()
+    _check_shared(settings, counterparts, target.name)
+    num_shared = sum(token >= 0 for token in counterparts)
+    print(
+        f"{facts.name} has {num_shared:,} of its {len(counterparts):,} tokens in common with the {target.vocab_size:,}"
+        f" of {target.name}"
+    )
+    return drafter
+
+
+def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+    return corpus.judge(drafter, batch, target)
+
+
+def _check_shared(settings: Settings, counterparts: Sequence[int], name: str) -> None:
+    num_shared = sum(token >= 0 for token in counterparts)
+    if num_shared < settings.least_shared:
+        raise ValueError(
+            f"the draft model's vocabulary has {num_shared} tokens in common with that of {name}, fewer than"
+            f" {settings.least_shared}: where text is sampled nothing else could be drafted"
+        )
+
+
+def _drafter(settings: Settings, model: Any, tokenizer: Any, target: Target) -> Drafter:
+    values = {"model_type": model.config.model_type, **model.config.to_diff_dict()}
+    values = {key: value for key, value in values.items() if key not in ("transformers_version", "dtype")}
+    config = Config(
+        # Sizes that are as the architecture's own are left out of the difference.
+        model=values | {"vocab_size": model.config.vocab_size} | _special(tokenizer),
+        tokenizer_hash=str(tokenizer_hash(tokenizer)),
+        num_draft=settings.num_draft,
+        confidence=settings.confidence,
+        lookback=settings.lookback,
+    )
+    return Drafter(config, target, tokenizer)
+
+
+def _special(tokenizer: Any) -> dict[str, Any]:
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+
+
+# --- A small model of its own -------------------------------------------------------------------------------------
+
+
+def _train(
+    settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path, folder: Path
+) -> None:
+    """Trains tokenizer and model on the rows' text and writes a transformers folder, whole or not at all."""
+    torch.manual_seed(run.seed)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_pairs(_texts(target, rows), settings.train_vocab),
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=(settings.hidden_size * 8 // 3 + 31) // 32 * 32,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_heads,
+        # Smaller vocabularies take more tokens for a text.
+        max_position_embeddings=2 * target.context_length,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    blocks_NT = _blocks(_drafter(settings, model, tokenizer, target), rows, run)
+    print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {blocks_NT.numel():,} tokens of text")
+    arguments = arguments_of(run, output, None)
+    arguments.eval_strategy, arguments.disable_tqdm = IntervalStrategy.NO, False
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": block, "labels": block} for block in blocks_NT],
+        optimizers=(MuonAndAdamW(model.to(arguments.device), learning_rate=run.learning_rate), None),
+        callbacks=[JsonLines(output / "log.jsonl"), _MarkWhole(output)],
+    )
+    resumed = checkpoints.newest_whole(output)
+    trainer.train(resume_from_checkpoint=str(checkpoints.folder(output, resumed[0])) if resumed else None)
+    with atomic_folder(folder, marker="config.json") as staging:
+        model.eval().save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+
+
+class _MarkWhole(TrainerCallback):
+    """Says of each checkpoint that it is whole: a run killed while it writes one goes on from the one before."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        checkpoints.mark_whole(checkpoints.folder(self._output, state.global_step), {})
+        checkpoints.keep_only(self._output, {state.global_step})
+
+
+def _texts(target: Target, rows: Sequence[Example]) -> Iterator[str]:
+    for index in range(len(rows)):
+        yield target.tokenizer.decode(rows[index].tokens_T, skip_special_tokens=True)
+
+
+def _blocks(drafter: Drafter, rows: Sequence[Example], run: RunSettings) -> Tensor:
+    """Packs the rows, as the drafter reads them and in an order of the seed, into blocks [N, T]."""
+    ids = [
+        token
+        for index in order(len(rows), seed=run.seed, epoch=0)
+        for token in drafter.translation.begin(rows[index].tokens_T.tolist())
+    ]
+    num_blocks = len(ids) // run.max_length
+    if num_blocks < run.batch_size:
+        raise ValueError(
+            f"{run.data} holds {len(ids):,} tokens of the draft model's, fewer than the {run.batch_size} blocks of"
+            f" {run.max_length} of one step; give more text, or a smaller --max-length"
+        )
+    return torch.tensor(ids[: num_blocks * run.max_length]).view(num_blocks, run.max_length)
