@@ -1,0 +1,29 @@
+"""Lookahead as an artifact: nothing is learnt, and how well it drafts is measured on held-out rows."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data.batches import Batch, Example
+from draftsmith import Target
+from draftsmith.drafters.lookahead import Config, Drafter
+from trainers import Metrics, Needs, corpus
+from trainers.run import RunSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Config):
+    """How the drafter drafts: all that there is to settle."""
+
+
+def needs(settings: Settings, target: Target) -> Needs:
+    return Needs()
+
+
+def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
+    """Returns the drafter; the rows are not looked at."""
+    return Drafter(Config(**asdict(settings)), target)
+
+
+def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+    return corpus.judge(drafter, batch, target)
