@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from draftsmith import artifact
-from draftsmith.drafters import Drafter, Session, Step, find, name_of
+from draftsmith.drafters import Drafter, Session, Step, always, find, name_of
 from draftsmith.pace import Paced, paced
 from draftsmith.target import Target
 from draftsmith.tree import Draft
@@ -35,7 +35,8 @@ class Part:
         return name_of(self.drafter)
 
     def start(self, session: Session) -> None:
-        self._session = replace(session, hidden=self._own(session.hidden))
+        # What the whole is asked by is no concern of its parts.
+        self._session = replace(session, hidden=self._own(session.hidden), goes_on=always)
         self._paced = paced(self.drafter, "auto")
         self._paced.start(self._session)
 

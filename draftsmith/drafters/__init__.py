@@ -31,7 +31,8 @@ from draftsmith.verify.verdict import Verdict
 NOT_FAMILIES = {"blocks"}
 
 
-def _always(row: int, confidence: float) -> bool:
+def always(row: int, confidence: float) -> bool:
+    """Returns True: a row drafts as far as it may."""
     return True
 
 
@@ -51,7 +52,7 @@ class Session:
     """The drafter's hidden layers over the prompt [B, T, D], the pending token not included, right-padded."""
     source: Source | None = None
     """What an encoder-decoder target reads."""
-    goes_on: Callable[[int, float], bool] = _always
+    goes_on: Callable[[int, float], bool] = always
     """Asked by a drafter that drafts token by token, of each row still drafting, after each token: whether the row goes
     on after one of this probability by the draft model. The `Config` of such a drafter says so by `asks_length`, and
     names the policy of draftsmith/length.py that it is to be asked by, `length`."""
