@@ -1,0 +1,23 @@
+"""Composes trained drafters whose trees are joined into one, as heads and looked-up text, into one artifact.
+
+    ./launch.sh merge --parts runs/medusa runs/trigram               # pocket target, into runs/merge
+    ./launch.sh merge --parts runs/medusa runs/lookup --num-nodes 4 --least-chance 0.1
+    ./launch.sh merge --target T --data runs/mine --parts runs/a runs/b --num-texts 200
+
+Nothing is trained but how often each part's guesses are right, by decoding `--num-texts` rows. At temperatures above 0
+parts must draft deterministically, as heads do; a draft LM with a width, hydra's with `--siblings deterministic`.
+"""
+
+import sys
+from pathlib import Path
+
+from trainers import merge
+from trainers.loop import train
+from trainers.run import RunSettings
+from trainers.settings import parse_settings
+
+if __name__ == "__main__":
+    try:
+        train(merge, *parse_settings(merge.Settings, RunSettings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

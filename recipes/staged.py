@@ -1,0 +1,22 @@
+"""Composes a draft model and a small drafter that speculates for it, so that it drafts sooner, into one artifact.
+
+    ./launch.sh staged --parts runs/distill runs/lookup              # pocket target, into runs/staged
+    ./launch.sh staged --target T --data runs/mine --parts runs/draft runs/ngram --num-draft 12 --length fixed
+
+Nothing is trained. The second part may have been made for the target if it goes by the text alone. Its drafts are
+verified by the draft model, whose own law the chains therefore follow.
+"""
+
+import sys
+from pathlib import Path
+
+from trainers import staged
+from trainers.loop import train
+from trainers.run import RunSettings
+from trainers.settings import parse_settings
+
+if __name__ == "__main__":
+    try:
+        train(staged, *parse_settings(staged.Settings, RunSettings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
