@@ -45,18 +45,18 @@ class Vocabulary:
         backend.no_truncation()
         backend.encode_special_tokens = True  # what looks like a special token in a text is text
         keys: list[bytes | str | None] = [None] * size
-        spell = _speller(json.loads(backend.to_str()))
+        parts = json.loads(backend.to_str())
+        spell, unknown = _speller(parts), _unknown(parts["model"])
         for token, number in backend.get_vocab(with_added_tokens=False).items():
             if number < size:
                 keys[number] = spell(token) or None
         for number, added in backend.get_added_tokens_decoder().items():
             if number < size:
-                is_unknown = added.content == tokenizer.unk_token
-                plain = None if added.special and is_unknown else added.content.encode()
-                keys[number] = added.content if added.special and not is_unknown else plain
-        for number, name in special.items():
+                name = added.content if added.special else added.content.encode()
+                keys[number] = None if added.content == unknown else name
+        for number, part in special.items():
             if number < size:
-                keys[number] = name
+                keys[number] = part
 
         def encode(text: str, begins: bool) -> list[int]:
             if begins:
@@ -132,7 +132,7 @@ class Translation:
 
     def begin(self, row: Sequence[int]) -> list[int]:
         """Returns the draft model's ids for a text, which begin as its texts do; at least one."""
-        ids, bos = _translated(row, self.theirs, self.own, begins=True), self.own.id_of.get(BOS)
+        ids, bos = _carried_over(row, self.theirs, self.own, begins=True), self.own.id_of.get(BOS)
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
         return ids or [0]
@@ -142,8 +142,8 @@ class Translation:
         since, own = num_known - self._lookback, self.own
         if since <= 0:
             return self.begin(row)
-        window = own.text(_translated(row[since:num_known], self.theirs, own))
-        old, new = own.tail(ids, len(window)), _translated(row[since:], self.theirs, own)
+        window = own.text(_carried_over(row[since:num_known], self.theirs, own))
+        old, new = own.tail(ids, len(window)), _carried_over(row[since:], self.theirs, own)
         at_old, at_new, size = longest_run(old, new)
         joined = [*old[: at_old + size], *new[at_new + size :]]
         # Text that repeats itself, or that this vocabulary cannot spell, may have been joined in the wrong place.
@@ -159,7 +159,7 @@ class Translation:
         None if the text goes on otherwise, as it may where a character or a token is still incomplete.
         """
         known = ids[-self._lookback :]
-        new = _translated([*known, *drafted], self.own, self.theirs, begins=len(known) == len(ids))
+        new = _carried_over([*known, *drafted], self.own, self.theirs, begins=len(known) == len(ids))
         # What the draft model cannot spell, as half a character, is in the row alone.
         old = self.theirs.tail(row, max(len(self.own.text(known)), 1))
         at_old, at_new, size = longest_run(old, new)
@@ -176,7 +176,7 @@ def longest_run(old: Sequence[int], new: Sequence[int]) -> tuple[int, int, int]:
     return match.a, match.b, match.size
 
 
-def _translated(ids: Sequence[int], source: Vocabulary, goal: Vocabulary, *, begins: bool = False) -> list[int]:
+def _carried_over(ids: Sequence[int], source: Vocabulary, goal: Vocabulary, *, begins: bool = False) -> list[int]:
     """Returns what stands for `ids`: special tokens for special ones of the same name, or nothing."""
     found: list[int] = []
     for is_special, part in groupby(ids, source.is_special):
@@ -193,7 +193,8 @@ def _speller(parts: dict[str, Any]) -> Callable[[str], bytes]:
     """Returns what spells the tokens of a tokenizer.json."""
     steps = json.dumps([parts[name] for name in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
     if '"ByteLevel"' in steps:
-        return lambda token: bytes(BYTE_OF[character] for character in token)
+        # Some vocabularies hold words beside, which are not spelled in that alphabet.
+        return lambda token: bytes(map(BYTE_OF.__getitem__, token)) if BYTE_OF.keys() >= set(token) else token.encode()
     marks_spaces, has_bytes = "▁" in steps, '"ByteFallback"' in steps
 
     def spell(token: str) -> bytes:
@@ -202,3 +203,8 @@ def _speller(parts: dict[str, Any]) -> Callable[[str], bytes]:
         return (token.replace("▁", " ") if marks_spaces else token).encode()
 
     return spell
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    """Returns the token of what a tokenizer.json's vocabulary does not hold."""
+    return model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")

@@ -1,4 +1,4 @@
-"""Drafters with another vocabulary: text at the edges of windows, greedy output, laws, artifacts, and training."""
+"""Drafters with another vocabulary: greedy output, laws, an exact reference for tiny vocabularies, and artifacts."""
 
 import itertools
 import json
@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as some
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers import trainers as tokenizer_trainers
+from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -19,8 +16,7 @@ import draftsmith
 from draftsmith import Target
 from draftsmith.drafters import translated
 from draftsmith.drafters.translated import Config, Drafter
-from draftsmith.facts import read_facts, tokenizer_hash
-from draftsmith.spelling import BOS, EOS, Translation, Vocabulary, longest_run
+from draftsmith.facts import tokenizer_hash
 from draftsmith.tree import Draft
 from tests.family import Watched, check_family, texts
 from tests.law import PROMPT, check_law, law_target
@@ -33,15 +29,9 @@ from tests.models import (
     tiny_config,
     tiny_target,
 )
-from tests.runs import SMALL, command, make_data, run
-from tests.text import TEXT, text_target, trained_tokenizer
-from trainers import translated as trainer
-from trainers.loop import train
-from trainers.run import RunSettings
+from tests.vocabularies import EXACT, TOKENIZERS, shared_target, tokenizer
 
 NUM_NEW = 20
-LETTERS = "ab \n(é語😀"
-PIECES = [*LETTERS, "def ", "    ", "<eos>", "naïve", "日本語", "👩‍💻", "\x00", "�"]
 
 
 def without_text(target: Target, **changes: Any) -> Config:
@@ -59,74 +49,6 @@ def test_family(tmp_path: Path) -> None:
     check_family(translated, without_text, tmp_path)
 
 
-# --- Tokenizers ---------------------------------------------------------------------------------------------------
-
-
-def marked_bpe() -> Tokenizer:
-    """As Llama 2's: spaces are marked, a text begins with one, and what is unknown falls back to bytes."""
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    letters = ["▁", *sorted(set("abdefinrst(:"))]
-    merges = [("▁", "a"), ("d", "e"), ("de", "f"), ("▁", "def"), ("▁", "▁"), ("▁▁", "▁▁"), ("i", "n")]
-    for token in (*letters, *("".join(pair) for pair in merges)):
-        vocabulary.setdefault(token, len(vocabulary))
-    bpe = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    bpe.decoder = decoders.Sequence(steps)
-    bpe.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return bpe
-
-
-def unigram() -> Tokenizer:
-    """As T5's: spaces are marked, and unknown characters are lost."""
-    made = Tokenizer(models.Unigram())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    special = ["<unk>", "<s>", "</s>"]
-    options = {"vocab_size": 200, "special_tokens": special, "unk_token": "<unk>", "show_progress": False}
-    made.train_from_iterator([TEXT], tokenizer_trainers.UnigramTrainer(**options))
-    return made
-
-
-def characters() -> Tokenizer:
-    """One token a character, unknown ones lost, and none for bytes."""
-    known = ["<unk>", "<s>", "</s>", *sorted(set(TEXT) | set(LETTERS))]
-    made = Tokenizer(models.WordLevel({token: number for number, token in enumerate(known)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    made.decoder = decoders.Fuse()
-    made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return made
-
-
-@cache
-def tokenizer(name: str) -> PreTrainedTokenizerFast:
-    if name.startswith("bytes"):
-        return trained_tokenizer(vocab_size=int(name.removeprefix("bytes-")))
-    made = {"marked": marked_bpe, "unigram": unigram, "characters": characters}[name]()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-TOKENIZERS = ("bytes-259", "bytes-300", "bytes-600", "marked", "unigram", "characters")
-EXACT = ("bytes-259", "bytes-300", "bytes-600", "marked")
-"""Those that can spell every text, and half of one's characters."""
-
-
-@cache
-def shared_target() -> Target:
-    return text_target(seed=3)
-
-
-def vocabulary(name: str) -> Vocabulary:
-    own = tokenizer(name)
-    return Vocabulary.of(own, len(own), {own.bos_token_id: BOS, own.eos_token_id: EOS})
-
-
-@cache
-def between(name: str, lookback: int = 10) -> Translation:
-    theirs = trained_tokenizer()
-    special = {theirs.bos_token_id: BOS, theirs.eos_token_id: EOS}
-    return Translation(vocabulary(name), Vocabulary.of(theirs, len(theirs), special), lookback)
-
-
 def config_for(own: Any, **changes: Any) -> Config:
     special = {"bos_token_id": own.bos_token_id, "eos_token_id": own.eos_token_id}
     sizes = {"vocab_size": len(own), "num_hidden_layers": 1, "max_position_embeddings": 256}
@@ -139,119 +61,6 @@ def drafter_for(target: Target, own: Any, **changes: Any) -> Drafter:
     drafter = Drafter(config_for(own, **changes), target, own)
     scramble(drafter, seed=1)
     return drafter.eval()
-
-
-# --- Text ---------------------------------------------------------------------------------------------------------
-
-
-def slow_longest_run(old: list[int], new: list[int]) -> tuple[int, int, int]:
-    """Returns the same as `longest_run` by trying all places and lengths."""
-    best = (0, 0, 0)
-    for at_old, at_new in itertools.product(range(len(old)), range(len(new))):
-        size = 0
-        while at_old + size < len(old) and at_new + size < len(new) and old[at_old + size] == new[at_new + size]:
-            size += 1
-        best = (at_old, at_new, size) if size > best[2] else best
-    return best
-
-
-@settings(deadline=None, max_examples=50)
-@given(some.lists(some.integers(0, 2), max_size=12), some.lists(some.integers(0, 2), max_size=12))
-def test_the_longest_run_is_found(old: list[int], new: list[int]) -> None:
-    found, expected = longest_run(old, new), slow_longest_run(old, new)
-    assert found[2] == expected[2] and (found == expected or not found[2])
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_tokens_spell_the_text(name: str) -> None:
-    own = vocabulary(name)
-    for text in ("def f(a):\n    return a", "ab é語😀 naïve", "b  a  b\n\n\n"):
-        spelled = own.text(own.ids(text.encode())).decode()
-        known = text if name in EXACT else "".join(character for character in text if character.encode() in own.id_of)
-        assert spelled.removeprefix(" ") == known.removeprefix(" ") or name == "unigram"
-    for half in (b"\xf0\x9f", b"\x98\x80 a", b"a \xe8\xaa"):
-        spelled = own.text(own.ids(half)).lstrip(b" ")
-        assert spelled == half if name in EXACT else half.startswith(spelled) or half.endswith(spelled)
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-@settings(deadline=None, max_examples=15)
-@given(some.data())
-def test_what_follows_a_text_follows_in_the_other_vocabulary(name: str, data: Any) -> None:
-    """Text that grows by any number of tokens, some of them not as the tokenizer would have it, halves of characters
-    among them, is after each step what it would be if spelled from its beginning."""
-    way = between(name, data.draw(some.integers(1, 12)))
-    row = way.theirs.ids("".join(data.draw(some.lists(some.sampled_from(PIECES), max_size=30))).encode())
-    for _ in range(data.draw(some.integers(0, 3))):
-        row.insert(data.draw(some.integers(0, len(row))), data.draw(some.integers(0, len(way.theirs.keys) - 1)))
-    num_known = data.draw(some.integers(0, len(row)))
-    own = way.begin(row[:num_known])
-    while num_known < len(row):
-        now = data.draw(some.integers(num_known + 1, len(row)))
-        own = way.follow(own, row[:now], num_known)
-        num_known = now
-        # A text that begins within a character is not given the space that some put before every text.
-        assert way.own.text(own).removeprefix(b" ") == way.own.text(way.begin(row[:now])).removeprefix(b" ")
-        assert name not in EXACT or way.own.text(own).endswith(way.theirs.text(row[:now]))
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-@settings(deadline=None, max_examples=15)
-@given(some.data())
-def test_a_right_draft_is_the_text_that_follows(name: str, data: Any) -> None:
-    """The target's ids for it begin where its row ends, be that within a character or not."""
-    way = between(name)
-    text = "".join(data.draw(some.lists(some.sampled_from(LETTERS.replace(" ", "")), min_size=2, max_size=20)))
-    row = way.theirs.ids(text.encode())
-    known = data.draw(some.integers(1, len(row)))
-    own = way.begin(row[:known])
-    whole = way.begin(row)
-    drafted = whole[len(own) :] if whole[: len(own)] == own else []
-    ahead = way.ahead(row[:known], own, drafted)
-    if way.own.text(whole).endswith(text.encode()):
-        found = way.theirs.text(row[:known] + ahead)
-        assert found == text.encode() if drafted else text.encode().startswith(found)
-
-
-def test_half_characters_go_on_and_special_tokens_stay_special() -> None:
-    way = between("bytes-300")
-    theirs, emoji = way.theirs, "😀".encode()
-    row = theirs.ids(b"x = " + emoji[:2])
-    own = way.begin(row)
-    assert way.own.text(own) == b"x = " + emoji[:2] and own[0] == way.own.id_of[BOS]
-    ahead = way.ahead(row, own, way.own.ids(emoji[2:] + b" y"))
-    assert theirs.text(row + ahead) == b"x = " + emoji + b" y"
-    # Characters alone: the half is not there until the whole is, and then it is drafted on.
-    spelled = between("characters")
-    own = spelled.begin(row)
-    assert spelled.own.text(own) == b"x = "
-    assert theirs.text(row + spelled.ahead(row, own, spelled.own.ids(emoji + b"y"))) == b"x = " + emoji + b"y"
-    assert spelled.ahead(row, own, spelled.own.ids("語y".encode())) == []
-    row = row + theirs.ids(emoji[2:])
-    assert spelled.own.text(spelled.follow(own, row, len(row) - 1)) == b"x = " + emoji
-    # A text that looks like a special token is none, and special tokens are what they are in the other vocabulary.
-    marked = between("marked")
-    assert theirs.id_of[EOS] not in theirs.ids(b"a<eos>b")
-    ids = marked.begin([theirs.id_of[BOS], *theirs.ids(b"a<eos>b"), theirs.id_of[EOS]])
-    assert ids[0] == marked.own.id_of[BOS] and ids[-1] == marked.own.id_of[EOS]
-    assert marked.own.text(ids) == b" a<eos>b" and ids.count(marked.own.id_of[EOS]) == 1
-    row = theirs.ids(b"a b")
-    assert marked.ahead(row, marked.begin(row), [marked.own.id_of[EOS]]) == [theirs.id_of[EOS]]
-
-
-def test_which_tokens_both_vocabularies_have() -> None:
-    way = between("marked")
-    own, theirs = way.own, way.theirs
-    of = way.counterparts()
-    assert of[own.id_of[BOS]] == theirs.id_of[BOS] and of[own.id_of[EOS]] == theirs.id_of[EOS]
-    assert of[tokenizer("marked").convert_tokens_to_ids("▁def")] == trained_tokenizer().convert_tokens_to_ids("Ġdef")
-    assert of[tokenizer("marked").convert_tokens_to_ids("<0xE2>")] == theirs.id_of[b"\xe2"]
-    assert of[tokenizer("marked").convert_tokens_to_ids("<unk>")] == -1
-    # What a letter and a byte spell alike is one token of the target's.
-    assert of[tokenizer("marked").convert_tokens_to_ids("<0x61>")] == -1
-    assert of[tokenizer("marked").convert_tokens_to_ids("a")] == theirs.id_of[b"a"]
-    known = [token for token in of if token >= 0]
-    assert len(set(known)) == len(known) > 256
 
 
 # --- Drafts -------------------------------------------------------------------------------------------------------
@@ -468,6 +277,7 @@ def test_the_artifact_holds_the_tokenizer_the_map_and_both_hashes(tmp_path: Path
     loaded = draftsmith.load(folder, target)
     assert json.dumps(vars(loaded.config)) == json.dumps(vars(drafter.config)) and not loaded.training
     assert torch.equal(loaded.counterparts_U, drafter.counterparts_U)
+    assert loaded.translation.own.keys == drafter.translation.own.keys
     ids, mask = padded(text_rows(target))
     drafts = []
     for one in (drafter, loaded):
@@ -522,87 +332,3 @@ def test_what_cannot_be_is_refused() -> None:
         Drafter(Config(model=model, counterparts=(0, 1, 64)), target)
     with pytest.raises(ValueError, match="have no token in common"):
         Drafter(Config(model=model, counterparts=(-1, -1, -1)), target)
-    with pytest.raises(ValueError, match="is no fast tokenizer"):
-        Vocabulary.of(object(), 3, {})
-
-
-# --- Training -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny target that has text, its pseudo-data, and a causal LM of another vocabulary."""
-    root = tmp_path_factory.mktemp("other-vocabulary")
-    target = shared_target()
-    target.model.save_pretrained(root / "target")
-    target.tokenizer.save_pretrained(root / "target")
-    make_data(Target.from_pretrained(str(root / "target"), dtype="float32"), root / "data")
-    small = drafter_for(target, tokenizer("bytes-300"))
-    small.model.save_pretrained(root / "small")
-    tokenizer("bytes-300").save_pretrained(root / "small")
-    return root
-
-
-def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
-    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
-    return RunSettings(**{**paths, **SMALL, "max_length": 64, "held_out_share": 0.1, "max_held_out": 4, **changes})
-
-
-def test_a_given_model_is_taken_as_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = train(trainer, trainer.Settings(draft_model=str(folder / "small")), run_settings(folder, "given"))
-    assert "has 300 of its 300 tokens in common with the 384 of" in capsys.readouterr().out
-    target = Target.from_pretrained(str(folder / "target"), dtype="float32")
-    drafter = draftsmith.load(output, target)
-    theirs = drafter_for(shared_target(), tokenizer("bytes-300")).model.state_dict()
-    assert all(torch.equal(weight, theirs[name]) for name, weight in drafter.model.state_dict().items())
-    manifest = json.loads((output / "draft_config.json").read_text())
-    assert manifest["measured_acceptance"]["acceptance"] >= 0
-
-
-def test_too_little_in_common_is_refused_before_weights_are_loaded(folder: Path) -> None:
-    given_settings = trainer.Settings(draft_model=str(folder / "small"), least_shared=301)
-    with pytest.raises(ValueError, match=r"has 300 tokens in common with that of .*, fewer than 301"):
-        trainer.check(given_settings, read_facts(str(folder / "target")))
-    with pytest.raises(ValueError, match="train_vocab is 259"):
-        trainer.Settings(train_vocab=259)
-    with pytest.raises(ValueError, match="smaller --max-length"):
-        train(trainer, trainer.Settings(train_vocab=280), run_settings(folder, "long", max_length=10_000))
-
-
-def test_a_small_model_is_trained_and_a_killed_run_ends_as_an_unbroken_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped while it writes its second checkpoint: the same artifact to the byte."""
-    chosen = trainer.Settings(train_vocab=280, hidden_size=32)
-    mark_whole = trainer.checkpoints.mark_whole
-
-    def stop_at_the_end(checkpoint: Path, facts: dict[str, Any]) -> None:
-        if checkpoint.name == "checkpoint-8":
-            raise KeyboardInterrupt
-        mark_whole(checkpoint, facts)
-
-    whole = train(trainer, chosen, run_settings(folder, "whole"))
-    monkeypatch.setattr(trainer.checkpoints, "mark_whole", stop_at_the_end)
-    with pytest.raises(KeyboardInterrupt):
-        train(trainer, chosen, run_settings(folder, "broken"))
-    monkeypatch.undo()
-    broken = train(trainer, chosen, run_settings(folder, "broken"))
-    for name in ("model.safetensors", "tokenizer.json", "draft-model/model.safetensors"):
-        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
-    assert not (broken / "checkpoints").exists()
-    lines = [json.loads(line) for line in (broken / "log.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 8 and losses[-1] < losses[0]
-    target = Target.from_pretrained(str(folder / "target"), dtype="float32")
-    drafter = draftsmith.load(broken, target)
-    assert len(drafter.counterparts_U) == 280
-    ids = torch.tensor([text_rows(target)[0]])
-    out = draftsmith.generate(target, ids, drafter, max_new_tokens=NUM_NEW)
-    assert texts(out) == target.model.generate(ids, do_sample=False, max_new_tokens=NUM_NEW).tolist()
-
-
-@pytest.mark.slow
-def test_the_recipe_says_what_is_wrong_in_one_line(folder: Path) -> None:
-    flags = {"target": folder / "target", "data": folder / "data", "draft_model": folder / "data"}
-    done = run(command("translated", **flags, output=folder / "wrong"), folder)
-    assert done.returncode == 1 and "has no config.json" in done.stderr and done.stderr.count("\n") == 1

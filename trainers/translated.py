@@ -172,7 +172,9 @@ def _train(
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    blocks_NT = _blocks(_drafter(settings, model, tokenizer, target), rows, run)
+    drafter = _drafter(settings, model, tokenizer, target)
+    _take_embedding(model, drafter.counterparts_U, target)
+    blocks_NT = _blocks(drafter, rows, run)
     print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {blocks_NT.numel():,} tokens of text")
     arguments = arguments_of(run, output, None)
     arguments.eval_strategy, arguments.disable_tqdm = IntervalStrategy.NO, False
@@ -200,6 +202,15 @@ class _MarkWhole(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         checkpoints.mark_whole(checkpoints.folder(self._output, state.global_step), {})
         checkpoints.keep_only(self._output, {state.global_step})
+
+
+@torch.no_grad()
+def _take_embedding(model: LlamaForCausalLM, counterparts_U: Tensor, target: Target) -> None:
+    """Starts the tokens that both vocabularies have from the target's embedding, if the widths are the same."""
+    own, theirs = model.get_input_embeddings().weight, target.model.get_input_embeddings().weight
+    if own.shape[1] == theirs.shape[1]:
+        is_shared_U = (counterparts_U >= 0).to(own.device)
+        own[is_shared_U] = theirs[counterparts_U[counterparts_U >= 0]].to(own)
 
 
 def _texts(target: Target, rows: Sequence[Example]) -> Iterator[str]:
