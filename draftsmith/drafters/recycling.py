@@ -1,0 +1,148 @@
+"""Token Recycling (2408.08696): after a token comes what the target last found likeliest after it.
+
+A matrix holds the likeliest successors of every token, as of the last time that the target was fed the token, in
+whatever node of whatever draft. It fills a static tree whose node (0, 2) is the third successor of the pending token's
+first one, and goes on learning from call to call.
+
+Shape suffixes: B rows, N nodes, M nodes of one level, X nodes fed in all rows, K successors of a token, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from draftsmith import growth
+from draftsmith.drafters import Session, Step
+from draftsmith.target import Target
+from draftsmith.tree import Draft
+from draftsmith.trie import Branches, as_draft
+
+
+def shape(counts: tuple[int, ...], num_successors: int) -> growth.Paths:
+    """Returns a tree with so many nodes a level: of all children of the level before, those of least (r + 1)(s + 1)...
+
+    r, s, ... are the ranks along the path, as if a guess were right with a chance of one by its place.
+    """
+    nodes: list[tuple[int, ...]] = []
+    level: list[tuple[int, ...]] = [()]
+    for count in counts:
+        children = [(*path, rank) for path in level for rank in range(num_successors)]
+        level = sorted(children, key=lambda path: (prod(rank + 1 for rank in path), path))[:count]
+        nodes += level
+    return tuple(nodes)
+
+
+TREE = shape((8, 21, 25, 15, 8, 3), 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How much is kept of each token, and the tree that is filled with it."""
+
+    num_successors: int = 8
+    """Tokens kept after each token, the likeliest first."""
+    tree: growth.Paths = TREE
+    """Each node as the ranks along its path; by default as many nodes a level as in the paper, 80 in all."""
+
+    def __post_init__(self) -> None:
+        if self.num_successors < 1:
+            raise ValueError(f"num_successors is {self.num_successors}; it must be at least 1")
+        growth.check_paths(self.tree)
+        if not self.tree:
+            raise ValueError("the tree has no node; list at least one")
+        highest = max(map(max, self.tree))
+        if highest >= self.num_successors:
+            raise ValueError(
+                f"a tree node has rank {highest}; num_successors {self.num_successors} has ranks below that"
+            )
+
+
+class Drafter(nn.Module):
+    """The matrix of successors, and trees filled with it level by level; an encoder-decoder's are the first chain."""
+
+    target: Target
+    hidden_layers: tuple[int, ...] = ()
+    successors: Tensor
+
+    def __init__(self, config: Config, target: Target) -> None:
+        super().__init__()
+        if config.num_successors > target.vocab_size:
+            raise ValueError(
+                f"num_successors is {config.num_successors}; the target's vocabulary has {target.vocab_size} tokens"
+            )
+        self.config = config
+        object.__setattr__(self, "target", target)
+        # The last row stands for a token not known yet, which is also what comes after it.
+        shape_VK = (target.vocab_size + 1, config.num_successors)
+        unknown_VK = torch.full(shape_VK, target.vocab_size, dtype=torch.int32, device=target.device)
+        self.register_buffer("successors", unknown_VK)
+        paths = tuple(path for path in config.tree if not target.is_encoder_decoder or not any(path))
+        self._trees = [tree for tree, _ in growth.levels(paths, target.device)]
+        ranks = [path[-1] for path in sorted(paths, key=lambda path: (len(path), path))]
+        self._levels: list[tuple[Tensor, Tensor]] = []
+        for before, tree in zip(self._trees, self._trees[1:], strict=False):
+            span = slice(before.num_nodes, tree.num_nodes)
+            ranks_M = torch.tensor(ranks[span.start - 1 : span.stop - 1], device=target.device)
+            self._levels.append((tree.parents_RN[0, span], ranks_M))
+
+    def loaded(self) -> None:
+        """Raises ValueError if what was loaded are no token ids."""
+        vocab_size = self.target.vocab_size
+        if self.successors.min() < 0 or self.successors.max() > vocab_size:
+            raise ValueError(
+                f"the stored successors are not all ids below {vocab_size}; the artifact must be made again"
+            )
+
+    def like(self, tree: growth.Paths) -> "Drafter":
+        """Returns a drafter with a copy of this one's matrix and another tree."""
+        other = Drafter(Config(num_successors=self.config.num_successors, tree=tree), self.target)
+        other.successors.copy_(self.successors)
+        return other
+
+    def start(self, session: Session) -> None:
+        self._session = session
+
+    def propose(self, budget: int) -> Draft:
+        tokens_BN = self._session.pending()[:, None].int()
+        depth = min(budget, len(self._levels))
+        for parents_M, ranks_M in self._levels[:depth]:
+            tokens_BM = self.successors[tokens_BN[:, parents_M], ranks_M]
+            tokens_BN = torch.cat([tokens_BN, tokens_BM], dim=1)
+        if int(tokens_BN.max()) < self.target.vocab_size:
+            return Draft(tokens_BN=tokens_BN.long(), tree=self._trees[depth])
+        parents = self._trees[depth].parents_RN[0].tolist()
+        return as_draft(self._session, [self._known(tokens, parents) for tokens in tokens_BN.tolist()])
+
+    def observe(self, step: Step) -> None:
+        """Replaces the successors of every token fed.
+
+        Of a token fed more than once the deepest node accepted counts, and if none is, the deepest; of equals the last.
+        """
+        draft = step.draft
+        top_BNK = step.logits_BNV.topk(self.config.num_successors, dim=-1).indices.int()
+        is_accepted_BN = torch.zeros_like(draft.tokens_BN).scatter_(1, step.verdict.path_BP, 1)
+        worth_BN = draft.tree.depths_RN + is_accepted_BN * draft.tree.num_nodes
+        is_running_B = torch.tensor([len(path) > 0 for path in step.paths], device=worth_BN.device)
+        is_fed_BN = is_running_B[:, None].expand_as(draft.tokens_BN)
+        if (valid_BN := draft.valid_BN()) is not None:
+            is_fed_BN = is_fed_BN & valid_BN
+        order_X = worth_BN[is_fed_BN].argsort(stable=True)
+        tokens_X, top_XK = draft.tokens_BN[is_fed_BN][order_X], top_BNK[is_fed_BN][order_X]
+        # Which of several writes to one place is kept is left open by torch: all that write there write the same.
+        places_X = torch.arange(len(tokens_X), device=tokens_X.device)
+        last_V = tokens_X.new_zeros(len(self.successors)).scatter_reduce_(0, tokens_X, places_X, "amax")
+        self.successors[tokens_X] = top_XK[last_V[tokens_X]]
+
+    def _known(self, tokens: list[int], parents: list[int]) -> Branches:
+        """Returns the nodes after node 0 whose tokens are known; those of unknown ones are unknown too."""
+        known = Branches()
+        number = {0: 0}
+        for node in range(1, len(tokens)):
+            if tokens[node] < self.target.vocab_size:
+                known.tokens.append(tokens[node])
+                known.parents.append(number[parents[node]])
+                known.weights.append(1.0)
+                number[node] = len(known.tokens)
+        return known

@@ -1,0 +1,23 @@
+"""Stores text in a suffix array and leaves the artifact, which drafts by how often what followed the same tokens.
+
+    ./launch.sh suffix                                       # pocket target, its own text, into runs/suffix
+    ./launch.sh suffix --target T --data runs/mine --budget-mb 500
+    ./launch.sh suffix --no-branches --factor 2 --offset 2   # chains, and longer drafts
+
+Nothing is learnt: `--max-steps` and the settings of an optimiser mean nothing here. A killed build goes on from the
+shards that it had finished.
+"""
+
+import sys
+from pathlib import Path
+
+from trainers import suffix
+from trainers.loop import train
+from trainers.run import RunSettings
+from trainers.settings import parse_settings
+
+if __name__ == "__main__":
+    try:
+        train(suffix, *parse_settings(suffix.Settings, RunSettings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

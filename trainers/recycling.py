@@ -1,0 +1,165 @@
+"""Fills the matrix of successors with what the target finds likeliest in the data (Token Recycling, 2408.08696).
+
+Shape suffixes: B rows, T positions, N pairs of a token and a successor, K successors of a token, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Subset
+
+from data.batches import Batch, Example, collate, order
+from data.teacher import complete
+from draftsmith import Target, growth
+from draftsmith.drafters import Session
+from draftsmith.drafters.recycling import Config, Drafter
+from draftsmith.sampling import Sampling
+from trainers import Metrics, Needs, corpus, heads, trees
+from trainers.run import RunSettings
+
+BATCHES_A_PART, DEPTH = 16, 6
+SPARE = 4
+"""So many times the successors wanted are kept of a token in a part: what counts in all may not be first in each."""
+NAMES = ("codes", "weights")
+Pairs = tuple[np.ndarray, np.ndarray]
+"""codes [N], token * V + successor (int64), and the weight [N] of each (float64)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is kept, and the size of the tree; `--max-steps` says how many batches of the data the target reads."""
+
+    num_successors: int = 8
+    """Tokens kept after each token."""
+    tree_nodes: int = 0
+    """Nodes in the tree; 0 takes what gives most tokens a second as measured on this machine."""
+
+    def __post_init__(self) -> None:
+        if self.num_successors < 1:
+            raise ValueError(f"num_successors is {self.num_successors}; it must be at least 1")
+        if self.tree_nodes < 0:
+            raise ValueError(f"tree_nodes is {self.tree_nodes}; it must not be negative")
+
+
+def needs(settings: Settings, target: Target) -> Needs:
+    return Needs(top_k=settings.num_successors)
+
+
+def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
+    """Returns a drafter whose successors are those of the largest summed probability after each token of the data."""
+    num_rows = min(len(rows), run.max_steps * run.batch_size)
+    indices = order(len(rows), seed=run.seed, epoch=0)[:num_rows]
+    vocab_size, num_kept = target.vocab_size, settings.num_successors
+
+    def read(part: Sequence[Example]) -> dict[str, np.ndarray]:
+        cut = [_cut(part[at], min(run.max_length, target.context_length)) for at in range(len(part))]
+        rows = [row for row in cut if row.loss_mask_T[1:].any()]
+        batches = [rows[begin : begin + run.batch_size] for begin in range(0, len(rows), run.batch_size)]
+        pairs = added(pairs_of(batch, target, num_kept) for batch in batches)
+        return dict(zip(NAMES, likeliest(*pairs, vocab_size, SPARE * num_kept), strict=True))
+
+    files = corpus.parts(Subset(rows, indices), output, BATCHES_A_PART * run.batch_size, read)  # type: ignore[arg-type]
+    parts = [load_file(file) for file in files]
+    codes_N, _ = likeliest(*added((part["codes"], part["weights"]) for part in parts), vocab_size, num_kept)
+    tokens_N = codes_N // vocab_size
+    # How many pairs of the same token come before each.
+    ranks_N = np.arange(len(codes_N)) - np.searchsorted(tokens_N, tokens_N)
+    drafter = Drafter(Config(num_successors=num_kept, tree=((0,),)), target)
+    successors_VK = drafter.successors.cpu()
+    successors_VK[tokens_N, ranks_N] = torch.from_numpy(codes_N % vocab_size).int()
+    drafter.successors.copy_(successors_VK)
+    print(f"successors of {len(np.unique(tokens_N)):,} of {vocab_size:,} tokens, from {num_rows:,} rows")
+    return drafter
+
+
+@torch.no_grad()
+def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[Batch]) -> Drafter:
+    """Returns the drafter with the tree that suits its guesses on held-out text and the target's measured cost."""
+    if target.is_encoder_decoder:
+        return drafter.like(tuple((0,) * depth for depth in range(1, DEPTH + 1)))
+    rows = heads.rows_of(ranks(drafter.successors, batch) for batch in held_out)
+    session = _session(target, int(held_out[0].tokens_BT[0, 0]))
+
+    def draft_ms(tree: growth.Paths) -> float:
+        trial = drafter.like(tree)
+        trial.start(session)
+        return trees.quickest_ms(lambda: trial.propose(DEPTH))
+
+    children = trees.in_turn(trees.observed(torch.cat(rows), settings.num_successors))
+    return drafter.like(heads.planned(children, rows, draft_ms, target, settings.tree_nodes))
+
+
+def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+    """Returns the tokens accepted a round in decoding; what is learnt in doing so is forgotten again."""
+    return corpus.judge(drafter.like(drafter.config.tree), batch, target)
+
+
+def pairs_of(rows: Sequence[Example], target: Target, num_successors: int) -> Pairs:
+    """Returns what the target finds likeliest after each token that comes before a supervised one."""
+    batch = complete(collate(rows), target, top_k=num_successors)
+    assert batch.top_ids_BTK is not None and batch.top_logits_BTK is not None and batch.log_normaliser_BT is not None
+    is_learnt_BT = heads.ahead(batch.loss_mask_BT, 1)
+    codes_BTK = batch.tokens_BT[..., None] * target.vocab_size + batch.top_ids_BTK
+    chances_BTK = (batch.top_logits_BTK - batch.log_normaliser_BT[..., None]).exp()
+    return codes_BTK[is_learnt_BT].flatten().cpu().numpy(), chances_BTK[is_learnt_BT].flatten().double().cpu().numpy()
+
+
+def added(pairs: Iterable[Pairs]) -> Pairs:
+    """Returns each pair once, its weights added up, sorted."""
+    codes, weights = zip((np.zeros(0, np.int64), np.zeros(0)), *pairs, strict=True)
+    codes_N, places_N = np.unique(np.concatenate(codes), return_inverse=True)
+    return codes_N, np.bincount(places_N, weights=np.concatenate(weights), minlength=len(codes_N))
+
+
+def likeliest(codes_N: np.ndarray, weights_N: np.ndarray, vocab_size: int, num_kept: int) -> Pairs:
+    """Returns the heaviest pairs of each token, heaviest first; of equal ones the one of the smaller successor."""
+    order_N = np.lexsort((codes_N, -weights_N, codes_N // vocab_size))
+    tokens_N = codes_N[order_N] // vocab_size
+    kept_N = order_N[np.arange(len(order_N)) - np.searchsorted(tokens_N, tokens_N) < num_kept]
+    return codes_N[kept_N], weights_N[kept_N]
+
+
+def ranks(successors_VK: Tensor, batch: Batch) -> Tensor:
+    """Returns the place [D, B, T] of token t + d + 1 among the successors then kept of token t + d, K if it is none.
+
+    Those are the target's likeliest where the token last stood in the row, else those in `successors_VK`. It is -1
+    where the token is not supervised.
+    """
+    assert batch.top_ids_BTK is not None
+    num_kept, places_BT = successors_VK.shape[1], torch.full_like(batch.tokens_BT, -1)
+    for row, (tokens_T, is_learnt_T, top_TK) in enumerate(
+        zip(batch.tokens_BT.tolist(), batch.loss_mask_BT.tolist(), batch.top_ids_BTK.int(), strict=True)
+    ):
+        last: dict[int, Tensor] = {}
+        for at, (token, following) in enumerate(pairwise(tokens_T)):
+            if is_learnt_T[at + 1]:
+                kept = last.get(token, successors_VK[token]).tolist()
+                places_BT[row, at] = kept.index(following) if following in kept else num_kept
+            last[token] = top_TK[at]
+    return torch.stack([functional.pad(places_BT, (0, depth), value=-1)[:, depth:] for depth in range(DEPTH)])
+
+
+def _session(target: Target, token: int) -> Session:
+    return Session(
+        target=target,
+        rows=[[token]],
+        cache=target.new_cache(1),
+        sampling=Sampling(),
+        generator=torch.Generator(),
+    )
+
+
+def _cut(row: Example, length: int) -> Example:
+    """Returns the row's first tokens with what a store holds of the target's logits there."""
+    tensors = {f.name: value for f in dataclasses.fields(row) if isinstance(value := getattr(row, f.name), Tensor)}
+    cut: dict[str, Any] = {name: value[:length] for name, value in tensors.items()}
+    return dataclasses.replace(row, hidden={}, **cut)
