@@ -6,6 +6,10 @@
 
 Nothing is learnt: `--max-steps` and the settings of an optimiser mean nothing here. A killed build goes on from the
 shards that it had finished.
+
+A share of a CPU core, 1.3 M tokens that the pocket target wrote: 15 s, of which sorting takes 0.4; 8 MB. On 24
+held-out prompts 2.10 tokens a round at temperature 0, 1.35 at temperature 1. With `--budget-mb 1` 1.80 and 1.25, and as
+much text taken by chance 1.60 and 1.22.
 """
 
 import sys

@@ -61,41 +61,47 @@ def ngrams(text: Sequence[int]) -> set[tuple[int, ...]]:
     return {tuple(text[at : at + corpus.NGRAM]) for at in range(len(text) - corpus.NGRAM + 1)}
 
 
+def slow_worth(
+    text: tuple[int, ...], times: Counter, aside: list[tuple[int, ...]], kept: list[tuple[int, ...]]
+) -> float:
+    worth = 0.0
+    for ngram in ngrams(text):
+        num_others = sum(ngram in ngrams(one) for one in aside if one != text)
+        worth += num_others / (sum(ngram in ngrams(one) for one in kept) + 1) ** 2
+    return times[text] * worth / len(text)
+
+
 @FEW
-@given(some.lists(some.lists(some.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=12))
-def test_hits_are_n_grams_of_other_texts_set_aside(texts: list[list[int]]) -> None:
-    by_name = {corpus._digest(text): text for text in map(np.array, texts)}
+@given(
+    some.lists(some.lists(some.integers(0, 1), min_size=1, max_size=12).map(tuple), min_size=1, max_size=12),
+    some.integers(1, 60),
+)
+def test_the_next_one_kept_is_the_worthiest_that_has_room(texts: list[tuple[int, ...]], budget: int) -> None:
+    times = Counter(texts)
+    names = {text: corpus._digest(np.array(text)) for text in times}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "ASIDE", 3)
-        found = corpus._hits(by_name)
-    aside = sorted(by_name)[: max(1, len(by_name) // 3)]
-    for name, text in by_name.items():
-        others: set[tuple[int, ...]] = set().union(*(ngrams(by_name[one].tolist()) for one in aside if one != name))
-        assert found[name] == len(ngrams(text.tolist()) & others)
-
-
-@FEW
-@given(some.lists(some.lists(some.integers(0, 1), min_size=1, max_size=12), max_size=12), some.integers(1, 60))
-def test_a_budget_keeps_the_worthiest(texts: list[list[int]], budget: int) -> None:
-    times = Counter(map(tuple, texts))
-    total = sum(len(text) + 1 for text in times)
-    if all(len(text) + 1 > budget for text in times) and times:
-        with pytest.raises(ValueError, match=f"a budget of {budget} tokens holds no document"):
-            keep(rows_of(texts), budget)
-        return
-    kept = [tuple(text) for text in lists(keep(rows_of(texts), budget))]
-    if total <= budget:
-        assert kept == list(times)
-        return
-    hits = corpus._hits({corpus._digest(text): text for text in map(np.array, times)})
-    worth = {text: times[text] * (hits[corpus._digest(np.array(text))] + 1) / (len(text) + 4) for text in times}
-    num_used = sum(len(text) + 1 for text in kept)
-    assert num_used <= budget
-    assert kept == [text for text in times if text in kept], "in the order in which they came"
-    for text in times:
-        if text not in kept:
-            worthier = sum(len(one) + 1 for one in kept if worth[one] >= worth[text])
-            assert worthier + len(text) + 1 > budget, "it would have had room beside those that are worth as much"
+        chosen, share = corpus._chosen(
+            {names[text]: np.array(text) for text in times}, Counter({names[one]: times[one] for one in times}), budget
+        )
+    text_of = {name: text for text, name in names.items()}
+    aside = [text_of[name] for name in sorted(text_of)[: max(1, len(times) // 3)]]
+    kept: list[tuple[int, ...]] = []
+    left = set(times)
+    for text in (text_of[name] for name in chosen):
+        assert len(text) + 1 <= budget
+        fitting = [one for one in left if len(one) + 1 <= budget]
+        worths = {one: slow_worth(one, times, aside, kept) for one in fitting}
+        assert worths[text] >= max(worths.values()) - 1e-9
+        if worths[text] == 0:
+            assert times[text] == max(times[one] for one in fitting)
+        kept.append(text)
+        left.remove(text)
+        budget -= len(text) + 1
+    assert all(len(one) + 1 > budget for one in left)
+    recurring = [one for text in aside for one in ngrams(text) if sum(one in ngrams(other) for other in times) > 1]
+    found = [one for one in recurring if any(one in ngrams(text) for text in kept)]
+    assert share == pytest.approx(len(found) / len(recurring) if recurring else 1)
 
 
 def test_frequent_text_and_text_that_recurs_is_kept(
@@ -106,9 +112,12 @@ def test_frequent_text_and_text_that_recurs_is_kept(
     rows = rows_of([odd, twice, alike, twice, aside])
     assert lists(keep(rows, 12)) == [twice, alike], "what was met twice, and what is like the text set aside"
     said = capsys.readouterr().out
-    assert "keeps 2 of 4 documents, 12 of 24 tokens" in said and "0% of what recurs" in said
+    assert "keeps 2 of 4 documents, 12 of 24 tokens; 100% of what recurs" in said
     assert lists(keep(rows, 24)) == [odd, twice, alike, aside]
     assert capsys.readouterr().out == "", "nothing was dropped"
+    assert keep([], 5) == []
+    with pytest.raises(ValueError, match="a budget of 5 tokens holds no document"):
+        keep(rows, 5)
 
 
 def sums(rows: Sequence[int]) -> dict[str, np.ndarray]:

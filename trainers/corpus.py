@@ -4,6 +4,7 @@ Shape suffixes: B rows, T positions, N n-grams.
 """
 
 import hashlib
+import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from trainers import Metrics
 MARKER = "parts.json"
 NGRAM = 4
 """Tokens in a row by which two texts are told to be alike."""
-ASIDE = 50
+ASIDE = 10
 """One document of so many is what the others are compared with."""
 Row = TypeVar("Row")
 
@@ -45,9 +46,10 @@ def documents(rows: Sequence[Example], context: int = 0) -> Iterator[np.ndarray]
 def keep(rows: Sequence[Example], budget_tokens: int, context: int = 0) -> list[np.ndarray]:
     """Returns as many of `documents(rows, context)`, in their order, as the budget holds, and prints what it dropped.
 
-    Those are kept for which t * (h + 1) / (l + n) is largest: the text came t times and is l tokens long, and h of its
-    n-grams (n = 4) occur in text set aside, a fiftieth of the documents, which is not compared with itself. One token
-    more is reckoned for each, as a store parts it from the next. Raises ValueError if the budget holds none.
+    The next one kept is always that with the largest t h / l, of equal ones the one that came oftenest: the text came t
+    times and is l tokens long; h is what its n-grams (n = 4) are worth: the number of other texts set aside that hold
+    one, a tenth of all, over (k + 1)^2 where k texts kept before hold it too. One token more is reckoned for each, as a
+    store parts it from the next. Raises ValueError if the budget holds none.
     """
     times: Counter[bytes] = Counter()
     texts: dict[bytes, np.ndarray] = {}
@@ -58,21 +60,15 @@ def keep(rows: Sequence[Example], budget_tokens: int, context: int = 0) -> list[
     num_tokens = sum(len(text) + 1 for text in texts.values())
     if num_tokens <= budget_tokens:
         return list(texts.values())
-    hits = _hits(texts)
-    worth = {name: times[name] * (hits[name] + 1) / (len(text) + NGRAM) for name, text in texts.items()}
-    kept, num_left = set(), budget_tokens
-    for name in sorted(texts, key=worth.__getitem__, reverse=True):
-        if len(texts[name]) < num_left:
-            kept.add(name)
-            num_left -= len(texts[name]) + 1
-    if not kept:
+    chosen, share = _chosen(texts, times, budget_tokens)
+    if not chosen:
         raise ValueError(f"a budget of {budget_tokens:,} tokens holds no document; give a larger one")
-    num_hits = sum(hits.values())
-    lost = sum(hits[name] for name in texts if name not in kept) / num_hits if num_hits else 0
+    num_kept = sum(len(texts[name]) + 1 for name in chosen)
     print(
-        f"the budget keeps {len(kept):,} of {len(texts):,} documents, {budget_tokens - num_left:,} of {num_tokens:,}"
-        f" tokens; dropped with the rest: {lost:.0%} of what recurs in text set aside"
+        f"the budget keeps {len(chosen):,} of {len(texts):,} documents, {num_kept:,} of {num_tokens:,} tokens;"
+        f" {share:.0%} of what recurs in text set aside is among them, the rest was dropped"
     )
+    kept = set(chosen)
     return [text for name, text in texts.items() if name in kept]
 
 
@@ -131,18 +127,48 @@ def _digest(text: np.ndarray) -> bytes:
     return hashlib.blake2b(text.astype("<i8").tobytes(), digest_size=16).digest()
 
 
-def _hits(texts: dict[bytes, np.ndarray]) -> dict[bytes, int]:
-    """Returns for each text how many of its n-grams, each counted once, occur in texts set aside other than itself."""
+def _chosen(texts: dict[bytes, np.ndarray], times: Counter[bytes], budget_tokens: int) -> tuple[list[bytes], float]:
+    """Returns what `keep` keeps, in the order of choice, and the share of recurring n-grams set aside that it holds."""
+    places, weights, recurring_N = _recurring(texts)
+    num_before_N = np.zeros(len(recurring_N))
+
+    def rank(name: bytes) -> tuple[float, int, bytes]:
+        worth = (weights[name] / (num_before_N[places[name]] + 1) ** 2).sum()
+        return -times[name] * float(worth) / len(texts[name]), -times[name], name
+
+    chosen: list[bytes] = []
+    num_left = budget_tokens
+    queue = [rank(name) for name in texts]
+    heapq.heapify(queue)
+    while queue:
+        name = heapq.heappop(queue)[-1]
+        # Ranks only fall while others are kept: one that still comes first need not be compared with the rest.
+        if queue and (now := rank(name)) > queue[0]:
+            heapq.heappush(queue, now)
+        elif len(texts[name]) < num_left:
+            chosen.append(name)
+            num_left -= len(texts[name]) + 1
+            num_before_N[places[name]] += 1
+    total = recurring_N.sum()
+    return chosen, float(recurring_N[num_before_N > 0].sum() / total) if total else 1.0
+
+
+def _recurring(
+    texts: dict[bytes, np.ndarray],
+) -> tuple[dict[bytes, np.ndarray], dict[bytes, np.ndarray], np.ndarray]:
+    """Returns which n-grams of texts set aside each text holds, how many others of these hold each, and, of every
+    such n-gram that more than one text holds, how many of those set aside do.
+    """
     # A digest is as good as chance, and the same wherever the text is met.
     aside = set(sorted(texts)[: max(1, len(texts) // ASIDE)])
     known_N, times_N = np.unique(np.concatenate([_ngrams(texts[name]) for name in aside]), return_counts=True)
-    hits = {}
+    places, weights = {}, {}
+    holders_N = np.zeros(len(known_N), int)
     for name, text in texts.items():
-        own_N = _ngrams(text)
-        places_N = np.searchsorted(known_N, own_N).clip(max=max(len(known_N) - 1, 0))
-        is_known_N = known_N[places_N] == own_N if len(known_N) else np.zeros(len(own_N), bool)
-        hits[name] = int((times_N[places_N[is_known_N]] > (name in aside)).sum())
-    return hits
+        _, at, _ = np.intersect1d(known_N, _ngrams(text), assume_unique=True, return_indices=True)
+        holders_N[at] += 1
+        places[name], weights[name] = at, times_N[at] - (name in aside)
+    return places, weights, np.where(holders_N > 1, times_N, 0)
 
 
 def _ngrams(text: np.ndarray) -> np.ndarray:
