@@ -4,7 +4,11 @@
     .venv/bin/python benchmarks/datastore.py --num-shards 4
 
 The text is what `--data` holds, its documents drawn again and again with every tenth token another one, so that matches
-are of all lengths; look-ups are of places in documents drawn so afterwards.
+are of all lengths; look-ups are of places in documents drawn so afterwards. All times are the thread's own.
+
+A shared core of an AMD EPYC, 10 million tokens: sorted at 4.5 million tokens/s (6.1 in four shards), 59 MB; the longest
+match in 45 us (99 at the 99th percentile), with the tree 116 (451); in four shards 161 and 234. Two threads that share
+eight shards out took longer than one, 0.36 ms against 0.28: Python's lock is held throughout.
 """
 
 import statistics
