@@ -110,6 +110,17 @@ def test_a_budget_drops_what_was_met_most_rarely(folder: Path, texts: list[list[
     assert read(table) == {pair: whole[pair] for pair in sorted(kept)}
 
 
+def test_what_does_not_fit_lets_nothing_smaller_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the pairs met twice, in blocks of their own, the first takes 24 of 54 bytes, the others 32 and 24."""
+    twice = [[0, 0, 1], [1, 1, 2], [1, 1, 3], [2, 2, 3], [0, 0, 1], [2, 2, 3]]
+    often = [*([0, 1, token] for token in range(4)), *([1, 2, token] for token in range(3))]
+    monkeypatch.setattr(trigram, "MERGED_AT_A_TIME", 1)
+    files = written([*twice, *often], tmp_path, 99)
+    assert len(list(trigram.merged(files, 4))) == 4
+    table = build(files, 4, 12, 48 + 40 + 54)
+    assert list(read(table)) == [(0, 0), (0, 1), (1, 2)]
+
+
 def test_what_a_budget_drops_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = written([[0, 1, 2, 0, 1, 2, 0, 1], [3, 3, 3]], tmp_path, 2)
     assert len(build(files, 4, 12, 4 * 24).keys_K) == 4
@@ -117,7 +128,7 @@ def test_what_a_budget_drops_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     table = build(files, 4, 12, 2 * 24 + 23)
     assert read(table) == {(0, 1): [(2, 1.0)], (1, 2): [(0, 1.0)]}
     said = capsys.readouterr().out
-    assert "keeps 2 of 4 pairs of tokens and the 2 likeliest after them; those dropped were met 2 times at most" in said
+    assert "keeps 2 of 4 pairs of tokens, with 2 successors; those dropped were met 2 times at most" in said
 
 
 # --- Runs --------------------------------------------------------------------------------------------------------

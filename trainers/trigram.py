@@ -23,8 +23,8 @@ from trainers.run import RunSettings
 LARGEST_VOCABULARY = 2**21
 """So that three tokens are one int64."""
 KEY_BYTES, SUCCESSOR_BYTES = 16, 8
-MERGED_AT_A_TIME = 2**22
-"""Tri-grams of each part held in memory."""
+MERGED_AT_A_TIME = 2**23
+"""Tri-grams of all parts held in memory."""
 MOST_TIMES = 2**16
 """Pairs met more often are all alike to the budget."""
 
@@ -90,15 +90,16 @@ def build(files: Sequence[Path], vocab_size: int, num_successors: int, budget: i
     for block in _pairs(files, vocab_size, num_successors):
         is_tie_K = block.times_K == least - 1
         is_kept_K = (block.times_K >= least) | (is_tie_K & ((block.bytes_K * is_tie_K).cumsum() <= left))
-        left -= int(block.bytes_K[is_tie_K & is_kept_K].sum())
+        # Once one of them does not fit none does that comes after it.
+        left = left - int(block.bytes_K[is_tie_K & is_kept_K].sum()) if is_kept_K[is_tie_K].all() else 0
         num_pairs += len(is_kept_K)
         most_dropped = max(most_dropped, int(block.totals_K[~is_kept_K].max(initial=0)))
         kept.append(block.only(is_kept_K))
     keys_K, _, sizes_K, tokens_S, weights_S = map(np.concatenate, zip(*kept, strict=True))
     if len(keys_K) < num_pairs:
         print(
-            f"the budget keeps {len(keys_K):,} of {num_pairs:,} pairs of tokens and the {len(tokens_S):,} likeliest"
-            f" after them; those dropped were met {most_dropped} times at most"
+            f"the budget keeps {len(keys_K):,} of {num_pairs:,} pairs of tokens, with {len(tokens_S):,} successors;"
+            f" those dropped were met {most_dropped} times at most"
         )
     begins_K = np.concatenate([[0], sizes_K.cumsum()])
     return Table(keys_K=keys_K, begins_K=begins_K, tokens_S=tokens_S, weights_S=weights_S)
@@ -106,10 +107,10 @@ def build(files: Sequence[Path], vocab_size: int, num_successors: int, budget: i
 
 def merged(files: Sequence[Path], vocab_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the codes and counts of all files added up, in rising order; no block ends amid a pair's successors."""
-    # No pair has more successors than there are tokens: so many codes hold a whole one.
-    size = max(MERGED_AT_A_TIME, vocab_size + 1)
     unread = [part for part in map(_Part, files) if part.num_left]
     while unread:
+        # No pair has more successors than there are tokens: so many codes hold a whole one.
+        size = max(MERGED_AT_A_TIME // len(unread), vocab_size + 1)
         heads = [part.head(size) for part in unread]
         # Where a head breaks off more of its last pair may come.
         broken = [head[-1] // vocab_size for part, head in zip(unread, heads, strict=True) if len(head) < part.num_left]
