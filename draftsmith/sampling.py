@@ -62,10 +62,11 @@ def draw(weights_V: Tensor, uniforms: Tensor) -> Tensor:
     Weights need not be normalised; a token of weight zero is never returned while any is positive.
     """
     vocab_size = weights_V.shape[-1]
-    if vocab_size < 8 * BLOCK:
+    if vocab_size < 8 * BLOCK or weights_V.numel() < 128 * BLOCK:
         running_V = weights_V.cumsum(-1)
         return _first_above(running_V, uniforms.to(running_V.dtype) * running_V[..., -1])
-    # Running sums of large vocabularies take several times as long as sums: first the block is found, then the token.
+    # Running sums of many weights take several times as long as sums: first the block is found, then the token. Of few
+    # they take less than the operations that this needs.
     whole = vocab_size - vocab_size % BLOCK
     sums = [weights_V[..., :whole].unflatten(-1, (-1, BLOCK)).sum(-1), weights_V[..., whole:].sum(-1, keepdim=True)]
     running = torch.cat(sums, dim=-1).cumsum(-1)
