@@ -5,12 +5,12 @@
     ./launch.sh medusa2 --target T --data runs/mine --learning-rate 1e-4 --bf16 --modules q_proj k_proj v_proj o_proj
     torchrun --nproc-per-node 2 recipes/medusa2.py --deepspeed zero2
 
-A third of a CPU core, pocket target, `--max-steps 300 --eval-steps 150` on the 1.27 M tokens of `./launch.sh pseudo_data
---max-prompts 10000`, so self-distilled: 29 minutes (ten of a core); held-out acceptance 0.65; 1.74 tokens a target forward
-greedily with a tree of 12, 1.30 at temperature 1. The tuned target's likeliest token is the target's own 99 times in 100,
-its law 0.003 nats away, and half of its greedy texts are the target's to the 64th token. In two stages (`--method
-two_stage --head-steps 150`): acceptance 0.61, 1.75 and 1.34 tokens with a tree of 16, but the likeliest token is the
-target's 90 times in 100 only and the law 0.17 nats away.
+A third of a CPU core, pocket target, `--max-steps 300 --eval-steps 150` on the 1.27 M tokens of `./launch.sh
+pseudo_data --max-prompts 10000`, so self-distilled: 29 minutes (ten of a core); held-out acceptance 0.65; 1.74 tokens a
+target forward greedily with a tree of 12, 1.30 at temperature 1. The tuned target's likeliest token is the target's own
+99 times in 100, its law 0.003 nats away, and half of its greedy texts are the target's to the 64th token. In two stages
+(`--method two_stage --head-steps 150`): acceptance 0.61, 1.75 and 1.34 tokens with a tree of 16, but the likeliest
+token is the target's 90 times in 100 only and the law 0.17 nats away.
 """
 
 import sys
