@@ -321,7 +321,7 @@ def test_what_is_missing_truncated_or_odd_is_refused(tmp_path: Path) -> None:
         np.save(folder / "recent.npy", odd)
         with pytest.raises(ValueError, match="recent.npy holds no text of a vocabulary of 64"):
             draftsmith.load(folder, target)
-    np.save(folder / "recent.npy", np.array([{}]), allow_pickle=True)
+    np.save(folder / "recent.npy", np.array([{}]))
     with pytest.raises(ValueError, match=r"recent.npy is missing or truncated"):
         draftsmith.load(folder, target)
 
