@@ -26,7 +26,7 @@ COMPILED = {"draftsmith/compiled.py": "numba"}
 NOT_IN_SERVERS = ("deepspeed", "wandb", "datasets", "peft", "matplotlib", "numba")
 EVERYDAY_WORDS = {"lm_head"}
 """Identifiers that hold a family's name and do not mean the family."""
-EVERYDAY_NAMES = {"rest", "suffix", "merge", "staged"}
+EVERYDAY_NAMES = {"ngram", "recycling", "rest", "suffix", "merge", "staged"}
 """Families called by everyday words: they are recognised where they are imported or named whole, as text."""
 
 
