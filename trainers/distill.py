@@ -1,6 +1,6 @@
 """Distils a small causal LM from the target (DistillSpec, 2310.08461): on its text, or on its laws as well.
 
-Shape suffixes: B rows, T positions, N supervised positions, D hidden width, K likeliest tokens.
+Shape suffixes: B rows, T positions, N supervised positions, D hidden width, R ranks.
 """
 
 import copy
@@ -17,8 +17,9 @@ from draftsmith import Target, length
 from draftsmith.drafters.lm import Config, Drafter
 from draftsmith.facts import TargetFacts, read_facts
 from draftsmith.sampling import Sampling
-from trainers import Metrics, Needs, trees
-from trainers.losses import DIVERGENCES, Teacher, acceptance, chunked, cross_entropy, divergence, laws
+from trainers import Metrics, Needs, distillation, trees
+from trainers.distillation import before_supervised
+from trainers.losses import DIVERGENCES, chunked
 
 NUM_RANKS = 6
 
@@ -67,15 +68,10 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         length.make(self.length)
-        for name in ("hidden_size", "ffn_size", "teacher_top_k"):
+        for name in ("hidden_size", "ffn_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if self.loss == "ce" and (self.teacher_top_k or self.loss_temperature != 1):
-            raise ValueError("teacher_top_k and loss_temperature belong to a divergence, and loss is ce: name another")
-        if self.loss != "ce":
-            divergence(self.loss, beta=self.beta, temperature=self.loss_temperature)
-        if self.teacher_top_k and self.loss_temperature != 1:
-            raise ValueError(f"with teacher_top_k, loss_temperature must be 1, not {self.loss_temperature}")
+        distillation.check(self)
 
 
 def check(settings: Settings, target: TargetFacts) -> None:
@@ -110,46 +106,15 @@ def build(settings: Settings, target: Target) -> Drafter:
 
 
 def needs(settings: Settings, target: Target) -> Needs:
-    last = (target.num_layers,)
-    if settings.loss == "ce" or settings.teacher_top_k:
-        return Needs(top_k=settings.teacher_top_k, held_out_layers=last)
-    return Needs(layers=last)
+    return distillation.needs(settings, target)
 
 
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
-    """Returns the loss summed over supervised tokens, each predicted at the position before it."""
-    mask_BT = batch.loss_mask_BT[:, 1:]
-    normed_ND = _normed(drafter, batch, mask_BT)
-    if settings.loss == "ce":
-        total, _ = chunked(
-            lambda normed, labels: cross_entropy(_head(drafter, normed), labels),
-            normed_ND,
-            batch.tokens_BT[:, 1:][mask_BT],
-            vocab_size=target.vocab_size,
-        )
-        return total, {}
-    compare = divergence(settings.loss, beta=settings.beta, temperature=settings.loss_temperature)
-    total, _ = chunked(
-        lambda normed, *theirs: compare(_head(drafter, normed), _teacher(target, *theirs)),
-        normed_ND,
-        *(part[:, :-1][mask_BT] for part in _law(batch, settings, target)),
-        vocab_size=target.vocab_size,
-    )
-    return total, {}
+    return distillation.loss(_normed(drafter, batch), _head(drafter), batch, settings, target)
 
 
 def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and how often both laws' likeliest agree."""
-    mask_BT = batch.loss_mask_BT[:, 1:]
-
-    def compare(normed: Tensor, theirs: Tensor) -> Tensor:
-        student_NV, teacher_NV = laws(_head(drafter, normed), _teacher(target, theirs))
-        agrees_N = student_NV.argmax(-1) == teacher_NV.argmax(-1)
-        return torch.stack([acceptance(student_NV, teacher_NV), agrees_N.float()], dim=1)
-
-    theirs_ND = batch.hidden[target.num_layers][:, :-1][mask_BT]
-    sums_2, count = chunked(compare, _normed(drafter, batch, mask_BT), theirs_ND, vocab_size=target.vocab_size)
-    return {"acceptance": (sums_2[0], count), "greedy_agreement": (sums_2[1], count)}
+    return distillation.judge(_normed(drafter, batch), _head(drafter), batch, target)
 
 
 @torch.no_grad()
@@ -168,45 +133,30 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
 
 def _tree(drafter: Drafter, settings: Settings, target: Target, held_out: list[Batch]) -> tuple[trees.Path, ...]:
     sampling, counts_R, total = Sampling(temperature=settings.tree_temperature), torch.zeros(NUM_RANKS), 0
+    head = _head(drafter)
 
     def ranks(normed_ND: Tensor, theirs_ND: Tensor) -> Tensor:
-        return trees.accepted_ranks(target.logits(theirs_ND[None])[0], _head(drafter, normed_ND), sampling, NUM_RANKS)
+        return trees.accepted_ranks(target.logits(theirs_ND[None])[0], head(normed_ND), sampling, NUM_RANKS)
 
     for batch in held_out:
-        mask_BT = batch.loss_mask_BT[:, 1:]
-        theirs_ND = batch.hidden[target.num_layers][:, :-1][mask_BT]
-        sums_R, count = chunked(ranks, _normed(drafter, batch, mask_BT), theirs_ND, vocab_size=target.vocab_size)
+        both = (before_supervised(part, batch) for part in (_normed(drafter, batch), batch.hidden[target.num_layers]))
+        sums_R, count = chunked(ranks, *both, vocab_size=target.vocab_size)
         counts_R, total = counts_R + sums_R.cpu(), total + count
     cost_ms = trees.round_ms(target, drafter.engine)
     sizes = {"max_nodes": settings.tree_nodes, "max_depth": settings.num_draft}
     return tuple(trees.best_tree((counts_R / max(total, 1)).tolist(), cost_ms, **sizes)) or ((0,),)
 
 
-def _normed(drafter: Drafter, batch: Batch, mask_BT: Tensor) -> Tensor:
-    """Returns the draft model's last normed hidden state [N, D] at the positions before supervised tokens.
+def _normed(drafter: Drafter, batch: Batch) -> Tensor:
+    """Returns the draft model's last normed hidden state [B, T, D].
 
     By the model's own modules: DeepSpeed would not know its engine's views of them.
     """
-    normed_BTD = drafter.model.get_decoder()(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
-    return normed_BTD[:, :-1][mask_BT]
+    return drafter.model.get_decoder()(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
 
 
-def _head(drafter: Drafter, normed_ND: Tensor) -> Tensor:
-    return drafter.engine.head(normed_ND[None])[0]
-
-
-def _law(batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, ...]:
-    """Returns what the batch holds of the target's law [B, T, ...]: last hidden states, or the top of its logits."""
-    if not settings.teacher_top_k:
-        return (batch.hidden[target.num_layers],)
-    assert batch.top_logits_BTK is not None and batch.top_ids_BTK is not None and batch.log_normaliser_BT is not None
-    return batch.top_logits_BTK, batch.top_ids_BTK, batch.log_normaliser_BT
-
-
-def _teacher(target: Target, *law: Tensor) -> Teacher:
-    if len(law) == 1:
-        return Teacher(logits=target.logits(law[0][None])[0])
-    return Teacher(logits=law[0], ids_NK=law[1], log_normaliser_N=law[2])
+def _head(drafter: Drafter) -> distillation.Head:
+    return lambda normed_ND: drafter.engine.head(normed_ND[None])[0]
 
 
 def _drafter(settings: Settings, config: PreTrainedConfig, target: Target) -> Drafter:

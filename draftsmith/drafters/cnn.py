@@ -1,0 +1,145 @@
+"""Causal gated convolutions between the target's embedding and its output matrix, drafting chains or trees.
+
+x = x + (W * x + b) sigmoid(U * x + c) in each layer, over the last `kernel_size` inputs, `dilation` apart (1612.08083,
+equation 1; residual as in its section 2). It goes back to any token by the inputs that each layer then looked back on.
+
+Shape suffixes: B rows, T tokens, C channels, K kernel, S inputs that a layer looks back on, G = 2 C.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from draftsmith import growth, length
+from draftsmith.drafters import Session, Step
+from draftsmith.states import Reading, State
+from draftsmith.target import Target
+from draftsmith.tied import Ends, stamp
+from draftsmith.tree import Draft
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The network's shape, and the drafts made with it."""
+
+    num_channels: int = 256
+    """Width of its layers."""
+    kernel_size: int = 3
+    """Inputs that each output of a layer is made of."""
+    dilations: tuple[int, ...] = (1, 1, 2, 4)
+    """How far apart these lie, layer by layer."""
+    rank: int = 128
+    """Of the map from features to logits; 0 for the width of the target's output matrix."""
+    num_draft: int = 8
+    """Most tokens drafted one after the other."""
+    length: str = "refit=0.4"
+    """How long its chains are: a policy of draftsmith/length.py, and its number."""
+    width: int = 0
+    """If not 0, trees grow where it is confident: so many nodes a level are given so many children."""
+    num_nodes: int = 16
+    """Nodes kept of such a tree."""
+
+    def __post_init__(self) -> None:
+        if self.num_channels < 1:
+            raise ValueError(f"num_channels is {self.num_channels}; it must be at least 1")
+        if self.kernel_size < 2:
+            raise ValueError(f"kernel_size is {self.kernel_size}; it must be at least 2 to see what came before")
+        if not self.dilations or min(self.dilations) < 1:
+            raise ValueError(f"dilations are {list(self.dilations)}; name one of at least 1 for each layer")
+        growth.check_shape(self)
+        length.make(self.length)
+
+    @property
+    def asks_length(self) -> bool:
+        return not self.width
+
+
+class Drafter(nn.Module):
+    """The network; its state is, for each layer, the last inputs [B, S, C], zeros where the text had not begun."""
+
+    target: Target
+    hidden_layers: tuple[int, ...] = ()
+
+    def __init__(self, config: Config, target: Target) -> None:
+        super().__init__()
+        self.config = config
+        object.__setattr__(self, "target", target)
+        size = config.num_channels
+        self.ends = Ends(target, size, config.rank)
+        self.input = nn.Linear(self.ends.input_width, size)
+        # Taps side by side, the earliest first.
+        self.layers = nn.ModuleList(nn.Linear(config.kernel_size * size, 2 * size) for _ in config.dilations)
+        self.to(device=target.device, dtype=target.dtype)
+        self._stamp: list[tuple[int, int]] | None = None
+
+    def forward(self, tokens_BT: Tensor, *, dropout: float = 0.0) -> Tensor:
+        """Returns the features [B, T, C] after each token; in training `dropout` leaves out inputs of layers."""
+        return self._run(tokens_BT, dropout)[0]
+
+    # Drafting
+
+    def start(self, session: Session) -> None:
+        if self._stamp != (now := stamp(self)):
+            self._fold()
+            self._stamp = now
+        self._reading = Reading(self, session, self.config)
+
+    def propose(self, budget: int) -> Draft:
+        return self._reading.propose(budget)
+
+    def observe(self, step: Step) -> None:
+        self._reading.observe(step)
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Forgets what it read of each row past so many tokens, which were taken back."""
+        self._reading.rewind(lengths)
+
+    # What `Reading` asks
+
+    def read(self, tokens_BT: Tensor, lengths: list[int]) -> State:
+        lengths_B1 = torch.tensor(lengths, device=tokens_BT.device)[:, None]
+        rows_B1 = torch.arange(len(lengths), device=tokens_BT.device)[:, None]
+        found = []
+        for inputs_BCT in self._run(tokens_BT)[1]:
+            num_back = inputs_BCT.shape[2] - tokens_BT.shape[1]
+            places_BS = lengths_B1 + torch.arange(num_back, device=tokens_BT.device)
+            found.append(inputs_BCT.transpose(1, 2)[rows_B1, places_BS])
+        return tuple(found)
+
+    def step(self, tokens_B: Tensor, state: State) -> tuple[Tensor, State]:
+        x_BC, found = self._inputs(tokens_B), []
+        for before_BSC, dilation, weight_KCG, bias_G in zip(state, self.config.dilations, *self._weights, strict=True):
+            seen_BSC = torch.cat([before_BSC, x_BC[:, None]], dim=1)
+            taps_BKC = seen_BSC[:, ::dilation].flatten(1)
+            x_BC = x_BC + functional.glu(torch.addmm(bias_G, taps_BKC, weight_KCG), dim=1)
+            found.append(seen_BSC[:, 1:])
+        return x_BC, tuple(found)
+
+    def logits(self, features_BC: Tensor) -> Tensor:
+        return self._head(features_BC)
+
+    def _run(self, tokens_BT: Tensor, dropout: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+        """Returns the features [B, T, C], and each layer's inputs [B, C, S + T], of which the first S are zeros."""
+        x_BCT, inputs = self.input(self.ends.embed(tokens_BT)).transpose(1, 2), []
+        for linear, dilation in zip(self._linears(), self.config.dilations, strict=True):
+            kept_BCT = functional.dropout(x_BCT, dropout) if dropout else x_BCT
+            inputs.append(functional.pad(kept_BCT, ((self.config.kernel_size - 1) * dilation, 0)))
+            weight_GCK = linear.weight.unflatten(1, (self.config.kernel_size, -1)).transpose(1, 2)
+            gates_BGT = functional.conv1d(inputs[-1], weight_GCK, linear.bias, dilation=dilation)
+            x_BCT = x_BCT + functional.glu(gates_BGT, dim=1)
+        return x_BCT.transpose(1, 2), inputs
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Lays the weights out for single steps."""
+        self._inputs = self.ends.folded_input(self.input.weight, self.input.bias)
+        self._weights = (
+            [linear.weight.T.contiguous() for linear in self._linears()],
+            [linear.bias for linear in self._linears()],
+        )
+        self._head = self.ends.folded_head()
+
+    def _linears(self) -> list[nn.Linear]:
+        return list(self.layers)  # type: ignore[arg-type]

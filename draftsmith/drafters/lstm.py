@@ -1,0 +1,156 @@
+"""A small LSTM between the target's embedding and its output matrix, drafting chains or trees (`states`, `tied`).
+
+Its shape is that of AWD-LSTM (1708.02182), without what only training needs (trainers/lstm.py). It goes back to any
+token by the state there.
+
+Shape suffixes: B rows, T tokens, H width, E width of the target's embedding, G = 4 H gates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from draftsmith import growth, length
+from draftsmith.drafters import Session, Step
+from draftsmith.states import Reading, State
+from draftsmith.target import Target
+from draftsmith.tied import Ends, stamp
+from draftsmith.tree import Draft
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The network's shape, and the drafts made with it."""
+
+    hidden_size: int = 512
+    """Width of its layers."""
+    num_layers: int = 1
+    """Layers."""
+    rank: int = 128
+    """Of the map from features to logits; 0 for the width of the target's output matrix."""
+    num_draft: int = 8
+    """Most tokens drafted one after the other."""
+    length: str = "refit=0.4"
+    """How long its chains are: a policy of draftsmith/length.py, and its number."""
+    width: int = 0
+    """If not 0, trees grow where it is confident: so many nodes a level are given so many children."""
+    num_nodes: int = 16
+    """Nodes kept of such a tree."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        growth.check_shape(self)
+        length.make(self.length)
+
+    @property
+    def asks_length(self) -> bool:
+        return not self.width
+
+
+class Drafter(nn.Module):
+    """The network; its state is (h, c) of each layer, each [B, H]."""
+
+    target: Target
+    hidden_layers: tuple[int, ...] = ()
+
+    def __init__(self, config: Config, target: Target) -> None:
+        super().__init__()
+        self.config = config
+        object.__setattr__(self, "target", target)
+        self.ends = Ends(target, config.hidden_size, config.rank)
+        self.layers = nn.LSTM(self.ends.input_width, config.hidden_size, config.num_layers, batch_first=True)
+        self.to(device=target.device, dtype=target.dtype)
+        self._stamp: list[tuple[int, int]] | None = None
+
+    def forward(self, tokens_BT: Tensor, *, dropout: float = 0.0, drop_connect: float = 0.0) -> Tensor:
+        """Returns the features [B, T, H] after each token.
+
+        In training `dropout` leaves out inputs and features, the same ones of a row at all its positions, and
+        `drop_connect` leaves out weights between one position and the next (1708.02182, sections 2 and 4.1).
+        """
+        layers, inputs_BTE = self.layers, dropped(self.ends.embed(tokens_BT), dropout)
+        if not drop_connect:
+            return dropped(layers(inputs_BTE)[0], dropout)
+        left = {
+            name: nn.functional.dropout(weight, drop_connect)
+            for name, weight in layers.named_parameters()
+            if name.startswith("weight_hh")
+        }
+        features_BTH, _ = torch.func.functional_call(layers, left, (inputs_BTE,))
+        return dropped(features_BTH, dropout)
+
+    # Drafting
+
+    def start(self, session: Session) -> None:
+        if self._stamp != (now := stamp(self)):
+            self._fold()
+            self._stamp = now
+        self._reading = Reading(self, session, self.config)
+
+    def propose(self, budget: int) -> Draft:
+        return self._reading.propose(budget)
+
+    def observe(self, step: Step) -> None:
+        self._reading.observe(step)
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Forgets what it read of each row past so many tokens, which were taken back."""
+        self._reading.rewind(lengths)
+
+    # What `Reading` asks
+
+    def read(self, tokens_BT: Tensor, lengths: list[int]) -> State:
+        inputs_BTE = self.ends.embed(tokens_BT)
+        packed = pack_padded_sequence(inputs_BTE, torch.tensor(lengths).clamp(min=1), True, enforce_sorted=False)
+        _, (h_LBH, c_LBH) = self.layers(packed)
+        has_read_B1 = torch.tensor(lengths, device=tokens_BT.device)[:, None] > 0
+        return tuple(part * has_read_B1 for pair in zip(h_LBH, c_LBH, strict=True) for part in pair)
+
+    def step(self, tokens_B: Tensor, state: State) -> tuple[Tensor, State]:
+        found: list[Tensor] = []
+        gates_BG = self._inputs(tokens_B)
+        for layer, (recurrent_HG, next_input) in enumerate(self._weights):
+            h_BH, c_BH = cell(torch.addmm(gates_BG, state[2 * layer], recurrent_HG), state[2 * layer + 1])
+            found += [h_BH, c_BH]
+            if next_input is not None:
+                gates_BG = torch.addmm(next_input[1], h_BH, next_input[0])
+        return found[-2], tuple(found)
+
+    def logits(self, features_BH: Tensor) -> Tensor:
+        return self._head(features_BH)
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Lays the weights out for single steps, the gates as `cell` takes them."""
+        size, layers = self.config.hidden_size, self.layers
+        # PyTorch has them as input, forget, candidate, output.
+        order_G = torch.arange(4 * size, device=self.target.device).view(4, size)[[0, 1, 3, 2]].flatten()
+        inputs, recurrent = [], []
+        for layer in range(self.config.num_layers):
+            from_below, from_before, *biases = (
+                getattr(layers, f"{name}_l{layer}")[order_G]
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
+            inputs.append((from_below.T.contiguous(), biases[0] + biases[1]))
+            recurrent.append(from_before.T.contiguous())
+        first_EG, first_bias_G = inputs[0]
+        self._inputs = self.ends.folded_input(first_EG.T, first_bias_G)
+        self._weights = list(zip(recurrent, [*inputs[1:], None], strict=True))
+        self._head = self.ends.folded_head()
+
+
+def cell(gates_BG: Tensor, c_BH: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns h = o tanh(c') and c' = f c + i tanh(g), the gates given as i, f, o, g before their squashing."""
+    size = c_BH.shape[1]
+    input_BH, forget_BH, output_BH = gates_BG[:, : 3 * size].sigmoid().chunk(3, dim=1)
+    c_BH = torch.addcmul(forget_BH * c_BH, input_BH, gates_BG[:, 3 * size :].tanh())
+    return output_BH * c_BH.tanh(), c_BH
+
+
+def dropped(x_BTE: Tensor, share: float) -> Tensor:
+    """Returns x with the same entries of a row left out at all its positions (1512.05287), the others grown."""
+    return x_BTE * nn.functional.dropout(torch.ones_like(x_BTE[:, :1]), share) if share else x_BTE

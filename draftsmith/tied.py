@@ -1,0 +1,81 @@
+"""The ends of a small drafter, tied to the target's: tokens by its embedding, logits by its output matrix.
+
+The target's matrices are neither trained nor saved. What stands between them and the drafter is linear, so that for
+drafting both are multiplied out once: then a token's part of the first layer is looked up, and the head is as narrow as
+its rank.
+
+Shape suffixes: B rows, V vocabulary, E width of the target's embedding, D width of its output matrix, H the drafter's
+width, R rank of its head, G outputs of its first layer.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from draftsmith.target import Target
+
+MAX_TABLE = 2**26
+"""Numbers of the largest table that is looked up in, 256 MiB in float32."""
+
+
+class Ends(nn.Module):
+    """z = A x of rank R for features x, logits = O P z + b; O is the target's output matrix, P is D x R, or 1 if R = D.
+
+    Tokens are the rows of the target's embedding, each divided by its root mean square.
+    """
+
+    target: Target
+
+    def __init__(self, target: Target, width: int, rank: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "target", target)
+        self.input_width = self._embedding().shape[1]
+        output_width = self._outputs().shape[1]
+        if not 0 <= rank <= output_width:
+            raise ValueError(f"rank is {rank}; it must lie between 0, for the target's width, and {output_width}")
+        self.narrow = nn.Linear(width, rank or output_width, bias=False)
+        self.widen = nn.Linear(rank, output_width, bias=False) if rank else None
+        self.bias = nn.Parameter(torch.zeros(target.vocab_size))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Returns [..., E]."""
+        return self._normed(functional.embedding(tokens, self._embedding()))
+
+    def head(self, features: Tensor) -> Tensor:
+        """Returns logits [..., V] of features [..., H]."""
+        z = self.narrow(features)
+        return functional.linear(z if self.widen is None else self.widen(z), self._outputs(), self.bias)
+
+    def folded_input(self, weight_GE: Tensor, bias_G: Tensor) -> Callable[[Tensor], Tensor]:
+        """Returns tokens [B] -> weight embed(tokens) + bias [B, G], by a table if it is not too large."""
+        if self.target.vocab_size * len(weight_GE) > MAX_TABLE:
+            return lambda tokens_B: functional.linear(self.embed(tokens_B), weight_GE, bias_G)
+        table_VG = functional.linear(self._normed(self._embedding()), weight_GE, bias_G)
+        return lambda tokens_B: table_VG.index_select(0, tokens_B)
+
+    def folded_head(self) -> Callable[[Tensor], Tensor]:
+        """Returns features [B, H] -> logits [B, V]."""
+        if self.widen is None:
+            return self.head
+        # Products with one row are quicker by columns.
+        narrow_HR = self.narrow.weight.T.contiguous()
+        outputs_RV = (self.widen.weight.T @ self._outputs().T).contiguous()
+        return lambda features_BH: torch.addmm(self.bias, features_BH @ narrow_HR, outputs_RV)
+
+    def _embedding(self) -> Tensor:
+        return self.target.model.get_input_embeddings().weight.detach()
+
+    def _outputs(self) -> Tensor:
+        return self.target.model.get_output_embeddings().weight.detach()
+
+    def _normed(self, rows: Tensor) -> Tensor:
+        # Weights in training are wider than the target's may be.
+        return functional.rms_norm(rows.to(self.bias.dtype), rows.shape[-1:])
+
+
+def stamp(module: nn.Module) -> list[tuple[int, int]]:
+    """Returns what changes whenever a weight does, by which it is known whether products of them are still good."""
+    # Tensors made in inference mode count no writes.
+    return [(one.data_ptr(), -1 if one.is_inference() else one._version) for one in module.parameters()]

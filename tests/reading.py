@@ -1,0 +1,162 @@
+"""Checks for drafters that read a text token by token and keep a state (draftsmith/states.py).
+
+Shape suffixes: B rows, T tokens, N nodes, D width of the features, V vocabulary.
+"""
+
+import dataclasses
+import random
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftsmith import Target, growth
+from draftsmith.drafters import Session, Step
+from draftsmith.sampling import Sampling
+from draftsmith.tree import Draft, Tree, chain
+from tests.family import built
+from tests.models import VOCAB_SIZE, prompts, tiny_target
+
+NUM_ROUNDS = 12
+
+
+def check_reading(family: ModuleType, config: Any) -> None:
+    """Checks that a family drafts by its own law after exactly the tokens committed; fails by assertion."""
+    drafter = built(family, config, tiny_target("llama"))
+    with torch.inference_mode():
+        check_steps(drafter)
+        check_that_nothing_is_seen_ahead(drafter)
+        for seed in range(3):
+            check_going_back(drafter, seed)
+        check_trees(built(family, dataclasses.replace(config, width=3, num_nodes=9), drafter.target))
+        check_weights_that_change(drafter)
+
+
+def text_of(num_rows: int, length: int) -> Tensor:
+    return torch.randint(3, VOCAB_SIZE, (num_rows, length), generator=torch.Generator().manual_seed(length))
+
+
+def check_steps(drafter: Any) -> None:
+    """Token by token, from anywhere in ragged rows on, features and logits are those of the whole text at once."""
+    tokens_BT = text_of(4, 40)
+    features_BTD = drafter(tokens_BT)
+    logits_BTV = drafter.ends.head(features_BTD)
+    begin(drafter, [[1]])
+    for lengths in ([0, 0, 0, 0], [0, 1, 7, 20], [3, 40, 2, 1]):
+        state = drafter.read(tokens_BT[:, : max(*lengths, 1)], lengths)
+        for step in range(40 - max(lengths)):
+            at_B = torch.tensor(lengths) + step
+            rows_B = torch.arange(4)
+            features_BD, state = drafter.step(tokens_BT[rows_B, at_B], state)
+            torch.testing.assert_close(features_BD, features_BTD[rows_B, at_B], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(drafter.logits(features_BD), logits_BTV[rows_B, at_B], rtol=1e-4, atol=1e-5)
+
+
+def check_that_nothing_is_seen_ahead(drafter: Any) -> None:
+    tokens_BT = text_of(2, 30)
+    before = drafter(tokens_BT)
+    for place in (1, 13, 29):
+        other = tokens_BT.clone()
+        other[:, place] = (other[:, place] + 1) % VOCAB_SIZE
+        after = drafter(other)
+        torch.testing.assert_close(after[:, :place], before[:, :place], rtol=1e-6, atol=1e-6)
+        assert (after[:, place] - before[:, place]).abs().max() > 1e-3, "what it reads makes no difference"
+
+
+def check_going_back(drafter: Any, seed: int) -> None:
+    """After any acceptance, plain steps, other drafters' drafts and texts taken back, laws are those of a fresh run."""
+    chance, sampling = random.Random(seed), Sampling(temperature=1.0)
+    session = begin(drafter, [list(row) for row in prompts(5, seed=seed)], sampling)
+    rows, ends = session.rows, {4: chance.randrange(3, NUM_ROUNDS)}
+    least = [len(row) - 1 for row in rows]
+    for number in range(NUM_ROUNDS):
+        draft = drafter.propose(chance.choice((1, 3, 9)))
+        assert draft.tree.is_chain and draft.draft_probs_BNV is not None
+        for row, ids in enumerate(rows):
+            text = ids + draft.tokens_BN[row, 1:].tolist()
+            law_NV = sampling.law(fresh_logits(drafter, text)[len(ids) - 1 : -1])
+            torch.testing.assert_close(draft.draft_probs_BNV[row], law_NV, rtol=1e-4, atol=1e-5)
+        kind = chance.choice(("own", "own", "own", "cut", "foreign", "plain", "back"))
+        draft = other_draft(kind, draft, rows)
+        paths = []
+        for row, ids in enumerate(rows):
+            if row in ends and number >= ends[row]:
+                paths.append([])
+                continue
+            deepest = draft.num_nodes[row] - 1 if draft.num_nodes else draft.tree.depth
+            path = list(range(1 + chance.randint(0, deepest)))
+            new = [*(int(draft.tokens_BN[row, node]) for node in path[1:]), chance.randrange(3, VOCAB_SIZE)]
+            # A row that ends may keep less than was accepted.
+            ids += new[:1] if ends.get(row) == number + 1 else new
+            paths.append(path)
+        nothing = torch.zeros(0)
+        given = {"logits_BNV": nothing, "hidden": {}, "verdict": None, "cost_ms": 1.0}
+        drafter.observe(Step(draft=draft, paths=paths, **given))  # type: ignore[arg-type]
+        if kind == "back":
+            lengths = [max(len(ids) - 1 - chance.randrange(6), prompt) for ids, prompt in zip(rows, least, strict=True)]
+            drafter.rewind(lengths)
+            for ids, length in zip(rows, lengths, strict=True):
+                ids[length:] = [chance.randrange(3, VOCAB_SIZE) for _ in range(chance.randrange(1, 4))]
+
+
+def check_trees(drafter: Any) -> None:
+    """Trees that grow are those of a model that reads each node's whole path anew."""
+    for rows in ([[5, 6, 7]], prompts(5)):
+        session = begin(drafter, [list(row) for row in rows])
+
+        def fresh(tokens_BN: Tensor, tree: Tree, first: int, rows: list[list[int]] = session.rows) -> Tensor:
+            logits = []
+            for row, ids in enumerate(rows):
+                ancestors_NN = tree.ancestors_RNN[row % len(tree.ancestors_RNN)]
+                for node in range(first, tree.num_nodes):
+                    path = tokens_BN[row, ancestors_NN[node]].tolist()
+                    logits.append(fresh_logits(drafter, ids[:-1] + path)[-1])
+            return torch.stack(logits).unflatten(0, (len(rows), -1))
+
+        expected = growth.draft(fresh, session, drafter.config, 4)
+        found = drafter.propose(4)
+        assert torch.equal(found.tokens_BN, expected.tokens_BN)
+        assert torch.equal(found.tree.parents_RN, expected.tree.parents_RN)
+
+
+def check_weights_that_change(drafter: Any) -> None:
+    """What is multiplied out for drafting follows the weights."""
+    laws = []
+    for _ in range(2):
+        begin(drafter, [[5, 6, 7]], Sampling(temperature=1.0))
+        laws.append(drafter.propose(1).draft_probs_BNV[0, 0])
+        expected_V = fresh_logits(drafter, [5, 6, 7])[-1].softmax(-1)
+        torch.testing.assert_close(laws[-1], expected_V, rtol=1e-4, atol=1e-5)
+        for weight in drafter.parameters():
+            weight.mul_(0.5)
+    assert (laws[0] - laws[1]).abs().max() > 1e-3
+
+
+def begin(drafter: Any, rows: list[list[int]], sampling: Sampling | None = None) -> Session:
+    target: Target = drafter.target
+    session = Session(
+        target=target,
+        rows=rows,
+        cache=target.new_cache(len(rows)),
+        sampling=sampling or Sampling(),
+        generator=torch.Generator().manual_seed(0),
+    )
+    drafter.start(session)
+    return session
+
+
+def fresh_logits(drafter: Any, ids: list[int]) -> Tensor:
+    """Returns [T, V] of one parallel pass."""
+    return drafter.ends.head(drafter(torch.tensor([ids])))[0]
+
+
+def other_draft(kind: str, draft: Draft, rows: list[list[int]]) -> Draft:
+    """Returns the draft that is verified in place of one proposed."""
+    if kind == "cut":
+        return dataclasses.replace(draft, num_nodes=[1 + row % draft.tree.num_nodes for row in range(len(rows))])
+    if kind not in ("foreign", "plain"):
+        return draft
+    pending_B1 = torch.tensor([[ids[-1]] for ids in rows])
+    tokens_BN = torch.cat([pending_B1, text_of(len(rows), 5)], dim=1) if kind == "foreign" else pending_B1
+    return Draft(tokens_BN=tokens_BN, tree=chain(tokens_BN.shape[1]))
