@@ -6,8 +6,8 @@ turn, through the chat template where the tokenizer has one; {"messages" or "con
 
 import hashlib
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -56,17 +56,22 @@ def load_prompts(
 
     Documents give prompts of `prompt_tokens` tokens that begin where the file, a function or a paragraph begins. A
     row of more than `max_prompt_tokens` (0: no limit) is refused, dropped, or cut to its first tokens. With
-    `keep_answers`, conversations stay whole, with a loss mask, and documents are cut to `max_prompt_tokens`: text to
-    learn from, not prompts. Raises ValueError on anything that cannot be read, with the place named.
+    `keep_answers`, conversations stay whole, with a loss mask, and documents come whole too, in pieces of at most
+    `max_prompt_tokens`: text to learn from, not prompts. Raises ValueError on anything that cannot be read, with the
+    place named.
     """
     if tokenizer is None:
         raise ValueError(f"{source}: prompts need a tokenizer and the target has none")
     found = read_source(source)
     shuffled = random.Random(seed)
+    candidates: Iterable[Prompt]
     if found and isinstance(found[0], Document):
-        length = max_prompt_tokens if keep_answers and max_prompt_tokens else prompt_tokens
         documents = [item for item in found if isinstance(item, Document)]
-        candidates = _cut(documents, tokenizer, length, shuffled, only_beginnings=keep_answers)
+        if keep_answers:
+            texts = ((one.name, _begun(_encode(tokenizer, one.text), tokenizer), one.text) for one in documents)
+            candidates = (_prompt(ids, text, name) for name, ids, text in texts if ids)
+        else:
+            candidates = _cut(documents, tokenizer, prompt_tokens, shuffled)
     else:
         rows = [item for item in found if isinstance(item, Row)]
         for row in rows:
@@ -78,19 +83,24 @@ def load_prompts(
     prompts: dict[str, Prompt] = {}
     num_repeated = num_dropped = 0
     for prompt in tqdm(candidates, desc="prompts", total=max_prompts or None, leave=False, delay=2):
+        pieces = [prompt]
         if max_prompt_tokens and len(prompt.ids) > max_prompt_tokens:
-            if long_prompts == "refuse":
+            if keep_answers and prompt.loss_mask is None:
+                pieces = _pieces(prompt, tokenizer, max_prompt_tokens)
+            elif long_prompts == "refuse":
                 raise ValueError(
                     f"{prompt.source} has {len(prompt.ids):,} tokens and at most {max_prompt_tokens:,} fit in the "
                     "target's context beside what is generated; set --long-prompts to drop or cut, or write less"
                 )
-            prompt = _shortened(prompt, max_prompt_tokens)
-            if long_prompts == "drop" or (prompt.loss_mask is not None and not any(prompt.loss_mask)):
-                num_dropped += 1
-                continue
+            else:
+                pieces = [_shortened(prompt, max_prompt_tokens)]
+                if long_prompts == "drop" or (prompt.loss_mask is not None and not any(pieces[0].loss_mask or ())):
+                    num_dropped += 1
+                    continue
         num_repeated += prompt.key in prompts
-        prompts.setdefault(prompt.key, prompt)
-        if len(prompts) == max_prompts:
+        for piece in pieces:
+            prompts.setdefault(piece.key, piece)
+        if max_prompts and len(prompts) >= max_prompts:
             break
     if num_repeated or num_dropped:
         print(f"{source}: {num_repeated} repeated and {num_dropped} too long prompts left out")
@@ -157,8 +167,6 @@ def _cut(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     shuffled: random.Random,
-    *,
-    only_beginnings: bool,
 ) -> Iterator[Prompt]:
     """Yields one prompt of every document in turn, then a second of each, at most `length` tokens long.
 
@@ -171,15 +179,15 @@ def _cut(
         still = []
         for document in waiting:
             if document.name not in left:
-                starts = [0] if only_beginnings else document.starts()
+                starts = document.starts()
                 left[document.name] = shuffled.sample(starts, len(starts))
             if not left[document.name]:
                 continue
             start = left[document.name].pop()
             still.append(document)
             ids = _encode(tokenizer, document.text[start : start + length * CHARACTERS_PER_TOKEN])
-            if start == 0 and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
-                ids = [tokenizer.bos_token_id, *ids]
+            if start == 0:
+                ids = _begun(ids, tokenizer)
             if len(ids) >= length or (start == 0 and ids):
                 line = document.text.count("\n", 0, start) + 1
                 text = tokenizer.decode(ids[:length], skip_special_tokens=True)
@@ -189,6 +197,23 @@ def _cut(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, verbose=False)["input_ids"]
+
+
+def _pieces(whole: Prompt, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Prompt]:
+    """Returns a text in pieces of `length` tokens, whose keys say that they belong together."""
+    pieces = []
+    for number, begin in enumerate(range(0, len(whole.ids), length)):
+        ids = whole.ids[begin : begin + length]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        key = f"{whole.key}.{number}" if number else whole.key
+        pieces.append(replace(whole, ids=ids, text=text, key=key, source=f"{whole.source}, token {begin}"))
+    return pieces
+
+
+def _begun(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns a document's first ids with the token that texts begin with, if there is one."""
+    begin = tokenizer.bos_token_id
+    return ids if begin is None or not ids or ids[0] == begin else [begin, *ids]
 
 
 def _shortened(prompt: Prompt, length: int) -> Prompt:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 from tqdm import tqdm
 
 import draftsmith
@@ -144,7 +145,7 @@ def _entries(target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path
     for name, path in zip(_names(artifacts), artifacts, strict=True):
         manifest = read_manifest(path)
         drafter = draftsmith.load(path, target)
-        parameters = getattr(drafter, "parameters", tuple)()
+        parameters: list[Tensor] = list(getattr(drafter, "parameters", list)())
         facts: dict[str, Any] = {
             "family": manifest["family"],
             "drafter": drafter,

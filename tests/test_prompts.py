@@ -8,6 +8,7 @@ import datasets
 import pytest
 from text import CHAT_TEMPLATE, EOS_ID, MARKED_TEMPLATE, TEXT, trained_tokenizer
 
+from data.batches import split
 from data.prompts import Prompt, load_prompts
 from data.python_source import source_files, split_files
 from data.sources import Document
@@ -125,6 +126,22 @@ def test_long_prompts_are_refused_dropped_or_cut(tmp_path):
     assert len(load_prompts(source, TOKENIZER, max_prompt_tokens=20, long_prompts="drop")) == 1
     cut = load_prompts(source, TOKENIZER, max_prompt_tokens=20, long_prompts="cut")
     assert cut[1].ids == TOKENIZER(TEXT[:2000])["input_ids"][:20]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "a.txt"])
+def test_text_to_learn_from_comes_whole_in_pieces(tmp_path, name):
+    """Rows and documents alike; what belongs together is held out together."""
+    (tmp_path / name).write_text(json.dumps({"text": TEXT[:2000]}) if name.endswith("jsonl") else TEXT[:2000])
+    (whole,) = load_prompts(str(tmp_path / name), TOKENIZER, keep_answers=True)
+    pieces = load_prompts(str(tmp_path / name), TOKENIZER, max_prompt_tokens=20, keep_answers=True)
+    assert {len(piece.ids) for piece in pieces[:-1]} == {20}
+    assert [token for piece in pieces for token in piece.ids] == whole.ids
+    keys = [piece.key for piece in pieces]
+    assert len(set(keys)) == len(keys) > 5
+    others = [str(number) for number in range(20)]
+    for seed in range(8):
+        train, _ = split([*keys, *others], held_out_share=0.5, seed=seed)
+        assert len({place in train for place in range(len(keys))}) == 1
 
 
 # --- Conversations -----------------------------------------------------------------------------------------------

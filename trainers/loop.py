@@ -45,6 +45,8 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     examples = open_examples(run.data, target_facts)
     if launch.rank() == 0:
         identity = {"family": name, **asdict(settings), **run.identity()}
+        if hasattr(family, "fit"):
+            identity["data_fingerprint"] = examples.fingerprint
         open_folder(output, checkpoints.MARKER, identity, notes={"command": command})
     if checkpoints.is_finished(output):
         print(f"{output} holds the finished run of these very settings: nothing is left to do")
