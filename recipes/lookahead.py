@@ -5,6 +5,13 @@
 
 Nothing is learnt: `--max-steps` and the settings of an optimiser mean nothing here. The data are what acceptance is
 measured on.
+
+One CPU core, pocket target, 8 prompts of `python-source`, 64 new tokens: 1.89 tokens a step greedily and 1.17 at
+temperature 1. A proposal and what is learnt of it take 0.31 ms, 4.2 % of a plain step; but a draft has 9.7 nodes, so
+that a token costs five times the arithmetic of plain decoding: it pays where arithmetic is to spare. By the pocket's
+measured costs, which let 10 nodes take 1.5 plain steps, that is 1.24 times plain decoding greedily and 0.8 at
+temperature 1. The default is the best of 25 shapes by those costs; (W, N, G) = (15, 5, 15) has 2.30 tokens a step and
+58 nodes.
 """
 
 import sys

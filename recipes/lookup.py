@@ -6,6 +6,10 @@
 
 Nothing is learnt: `--max-steps` and the settings of an optimiser mean nothing here. The data are what acceptance is
 measured on.
+
+One CPU core, pocket target, 8 prompts of `python-source`, 64 new tokens: 2.52 tokens a step greedily and 1.10 at
+temperature 1; from three places 2.57 and 1.17, which the 30 in 100 more nodes take back, so that one is the default. A
+proposal takes 0.09 ms, 1.3 % of a plain step.
 """
 
 import sys

@@ -31,7 +31,7 @@ def test_family(tmp_path: Path) -> None:
 
 
 def test_family_that_copies_from_several_places(tmp_path: Path) -> None:
-    check_family(lookup, Config(num_draft=6, num_continuations=3), tmp_path, architectures=("llama", "gemma2"))
+    check_family(lookup, Config(num_draft=6, num_continuations=3), tmp_path, architectures=("llama",))
 
 
 def slow_continuations(config: Config, text: list[int], num_tokens: int) -> list[list[int]]:
