@@ -16,6 +16,8 @@ Drawn = Literal["deterministic", "independent", "without_replacement", "top_and_
 """How siblings came to be, in node order: given without a law; each from their parent's law; each from that law less
 the siblings before it; the likeliest tokens, then a last one from the law without them."""
 
+REFUSAL = "a tree's first parent is -1 and each other parent an earlier node, not "
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tree:
@@ -40,18 +42,22 @@ class Tree:
     def from_parents(parents: list[list[int]], device: torch.device | str = "cpu") -> "Tree":
         """Builds the tree from one list of parents (shared) or one a row; raises ValueError unless parent < child."""
         num_nodes = len(parents[0])
-        depths = []
-        # Filled in numpy: an operation of torch for each node would take longer than many a draft.
-        ancestors_RNN = np.zeros((len(parents), num_nodes, num_nodes), dtype=bool)
-        for row, ancestors_NN in zip(parents, ancestors_RNN, strict=True):
-            if len(row) != num_nodes or row[0] != -1 or any(not 0 <= p < i for i, p in enumerate(row) if i):
-                raise ValueError(f"a tree's first parent is -1 and each other parent an earlier node, not {row}")
-            np.fill_diagonal(ancestors_NN, True)
-            depth = [0] * num_nodes
+        depths, bits = [], []
+        # A node's ancestors are the bits of a number: an operation of torch or numpy for each would take longer.
+        for row in parents:
+            if len(row) != num_nodes or row[0] != -1:
+                raise ValueError(f"{REFUSAL}{row}")
+            depth, ancestors = [0], [1]
             for node in range(1, num_nodes):
-                depth[node] = depth[row[node]] + 1
-                ancestors_NN[node] |= ancestors_NN[row[node]]
+                parent = row[node]
+                if not 0 <= parent < node:
+                    raise ValueError(f"{REFUSAL}{row}")
+                depth.append(depth[parent] + 1)
+                ancestors.append(ancestors[parent] | 1 << node)
             depths.append(depth)
+            bits += [number.to_bytes((num_nodes + 7) // 8, "little") for number in ancestors]
+        bytes_RNK = np.frombuffer(b"".join(bits), dtype=np.uint8).reshape(len(parents), num_nodes, -1)
+        ancestors_RNN = np.unpackbits(bytes_RNK, axis=2, count=num_nodes, bitorder="little").view(bool)
         return Tree(
             parents_RN=torch.tensor(parents, device=device),
             depths_RN=torch.tensor(depths, device=device),
