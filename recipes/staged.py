@@ -5,6 +5,9 @@
 
 Nothing is trained. The second part may have been made for the target if it goes by the text alone. Its drafts are
 verified by the draft model, whose own law the chains therefore follow.
+
+It pays where the draft model's own text is easily guessed and several of its tokens cost hardly more than one. Pocket
+target: 1.65 tokens a round, as the draft model alone; a drafted token takes 4.5 ms of a share of a core instead of 3.3.
 """
 
 import sys

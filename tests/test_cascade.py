@@ -111,10 +111,10 @@ def test_the_one_that_brings_most_is_asked_first_and_the_other_now_and_then() ->
     for _ in range(3 * Drafter.TRIAL_EVERY):
         draft = drafter.propose(9)
         turns.append(draft.tree.depth)
-        # 3 tokens in 10 ms against 4 in 20.
-        drafter.observe(ended(draft, 3, 10.0) if draft.tree.depth == 2 else ended(draft, 4, 20.0))
-    assert turns[:3] == [2, 5, 2], "both are tried first"
-    assert turns.count(5) == 3 and turns.count(2) == len(turns) - 3
+        # 3 tokens in 10 ms against 4 in 20, and 1 in 8.
+        drafter.observe(ended(draft, *{2: (3, 10.0), 5: (4, 20.0), 0: (1, 8.0)}[draft.tree.depth]))
+    assert turns[:4] == [2, 5, 0, 2], "all are tried first"
+    assert turns.count(5) == turns.count(0) == 3 and turns.count(2) == len(turns) - 6
     start(drafter)
     assert drafter.propose(9).tree.depth == 2, "what was learnt holds for the next call"
     start(drafter, num_rows=8)
@@ -129,12 +129,22 @@ def test_the_one_that_brings_most_is_asked_first_and_the_other_now_and_then() ->
 def test_a_part_that_finds_nothing_leaves_the_turn_to_the_next_and_learns_nothing_of_it() -> None:
     first, second = Scripted(0, 3, 0), Scripted(2, 2)
     drafter = begun([first, second])
-    for tokens, ms, depth in ((2, 1.0, 2), (4, 1.0, 3), (2, 1.0, 2)):
+    for tokens, ms, depth in ((2, 1.0, 2), (4, 1.0, 3), (1, 1.0, 0), (2, 1.0, 2)):
         draft = drafter.propose(9)
         assert draft.tree.depth == depth
         drafter.observe(ended(draft, tokens, ms))
     found = [round(one.tokens_per_ms(), 6) for one in drafter._estimates]
-    assert found == [4.0, 2.0]
+    assert found == [4.0, 2.0, 1.0]
+
+
+def test_nothing_is_drafted_where_plain_steps_bring_more() -> None:
+    drafter = begun([Scripted(*[2] * 99), Scripted(*[5] * 99)])
+    turns = []
+    for _ in range(Drafter.TRIAL_EVERY):
+        draft = drafter.propose(9)
+        turns.append(draft.tree.depth)
+        drafter.observe(ended(draft, *{2: (1, 10.0), 5: (2, 20.0), 0: (1, 8.0)}[draft.tree.depth]))
+    assert turns == [2, 5, *[0] * (len(turns) - 2)]
 
 
 def test_estimates_are_means_at_first_and_then_follow_what_is_new() -> None:

@@ -1,6 +1,7 @@
 """Several drafters of which one drafts at each step: as a look-up, and heads where it finds nothing.
 
 Which one is asked first is settled by what each has brought: tokens a millisecond, drafting and verification included.
+A plain step is one of the choices, so that nothing is drafted where that does not pay.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,8 @@ class Config:
     parts: Names
     """Each part's family and configuration."""
     adaptive: bool = True
-    """Whether the part that has brought most tokens a millisecond is asked first, which depends on the clock and on
-    earlier calls; else they are asked in the order in which they stand."""
+    """Whether the part that has brought most tokens a millisecond is asked first, and none that has brought less than
+    plain steps: this goes by the clock and by earlier calls. Else all are asked in the order given."""
     min_tokens: int = 1
     """A part has found something if its draft, of some row, is at least so many tokens deep; else the next is asked. A
     draft of tokens drawn from a law counts if it has any, as it must not be judged by what was drawn."""
@@ -40,7 +41,7 @@ class Drafter:
     """One part proposes for the whole batch, as a step is one forward; all of them see what becomes of it."""
 
     TRIAL_EVERY = 32
-    """Steps after which a part that has not drafted is asked first: its estimate may have come to be wrong."""
+    """Steps after which a choice that was not made comes first: its estimate may have come to be wrong."""
 
     def __init__(self, config: Config, target: Target, parts: Sequence[Part] | None = None) -> None:
         self.config = config
@@ -60,18 +61,21 @@ class Drafter:
         return parameters(self.parts)
 
     def start(self, session: Session) -> None:
+        self._session = session
         self._is_running = [True] * len(session.rows)
         self._draft: Draft | None = None
-        # What was learnt holds for calls like this one.
+        # What was learnt holds for calls like this one; the last estimate is that of plain steps.
         key = (len(session.rows), session.sampling)
-        self._estimates = self._known.setdefault(key, [Estimate() for _ in self.parts])
+        self._estimates = self._known.setdefault(key, [Estimate() for _ in range(len(self.parts) + 1)])
         for part in self.parts:
             part.start(session)
 
     def propose(self, budget: int) -> Draft:
         for place in self._order():
-            self._place, self._draft = place, self.parts[place].propose(budget)
-            if self._has_found(self._draft):
+            is_plain = place == len(self.parts)
+            self._place = place
+            self._draft = self._session.only_pending() if is_plain else self.parts[place].propose(budget)
+            if is_plain or self._has_found(self._draft):
                 break
         assert self._draft is not None
         return self._draft
@@ -80,7 +84,7 @@ class Drafter:
         self._is_running = [len(path) > 0 for path in step.paths]
         for estimate in self._estimates:
             estimate.num_since += 1
-        if step.is_of(self._draft) and step.draft.tree.depth > 0:
+        if step.is_of(self._draft) and (step.draft.tree.depth > 0 or self._place == len(self.parts)):
             tokens = sum(map(len, step.paths)) / max(sum(self._is_running), 1)
             self._estimates[self._place].add(tokens, step.cost_ms)
         self._draft = None
@@ -88,13 +92,13 @@ class Drafter:
             part.observe(step)
 
     def _order(self) -> list[int]:
-        """Returns the parts in the order in which they are asked; of equal ones the earlier first."""
-        places = list(range(len(self.parts)))
+        """Returns the order in which parts are asked, and where among them a plain step stands."""
         if not self.config.adaptive:
-            return places
+            return list(range(len(self.parts)))
         estimates = self._estimates
         return sorted(
-            places, key=lambda at: (estimates[at].num_since < self.TRIAL_EVERY, -estimates[at].tokens_per_ms())
+            range(len(estimates)),
+            key=lambda at: (estimates[at].num_since < self.TRIAL_EVERY, -estimates[at].tokens_per_ms()),
         )
 
     def _has_found(self, draft: Draft) -> bool:

@@ -128,8 +128,8 @@ class Drafter:
     def _advance(self, ends: list[int], laws: list[list[Tensor]]) -> None:
         """Drafts for the larger one, verifies, and takes each row's tokens up to its entry of `ends`.
 
-        A row that its policy stops has its end set to where it is. What comes after an end is dropped, which no token
-        after it has a say in.
+        A row that its policy stops has its end set to where it is. What was drawn past an end is dropped: where the end
+        is depends on the tokens before it alone, so that these keep their law.
         """
         session, rows, cache = self._session, self._rows, self._cache
         watch = Stopwatch(self.engine.device)
