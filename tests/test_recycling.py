@@ -48,12 +48,29 @@ def test_the_papers_tree() -> None:
 
 
 class Kept(Watched):
-    """Keeps the same in a dictionary, token by token, and compares after every step; drafts are as it says."""
+    """Keeps the same in dictionaries, token by token, and compares after every step; drafts are as they say."""
 
     def start(self, session: Session) -> None:
-        super().start(session)
         matrix = self.inner.successors.tolist()
-        self.known = {token: row for token, row in enumerate(matrix[:VOCAB_SIZE]) if row[0] < VOCAB_SIZE}
+        self.later = {token: row for token, row in enumerate(matrix[:VOCAB_SIZE]) if row[0] < VOCAB_SIZE}
+        self.own = [dict(self.later) for _ in session.rows]
+        super().start(session)
+        for row, ids in enumerate(session.rows):
+            if len(ids) > 1:
+                for token, logits_V in zip(ids, self.target.model(torch.tensor([ids[:-1]])).logits[0], strict=False):
+                    self.learn(row, token, logits_V)
+        self.compare()
+
+    def learn(self, row: int, token: int, logits_V: Tensor) -> None:
+        best = logits_V.argsort(descending=True)[: self.config.num_successors].tolist()
+        self.own[row][token] = self.later[token] = best
+
+    def compare(self) -> None:
+        for known, matrix_VK in zip(
+            [self.later, *self.own], [self.inner.successors, *self.inner._own_BVK], strict=True
+        ):
+            unknown = [VOCAB_SIZE] * self.config.num_successors
+            assert matrix_VK.tolist() == [known.get(token, unknown) for token in range(VOCAB_SIZE + 1)]
 
     def propose(self, budget: int) -> Draft:
         draft = super().propose(budget)
@@ -62,8 +79,8 @@ class Kept(Watched):
             expected: dict[tuple[int, ...], int] = {(): pending}
             for path in sorted(paths, key=lambda path: (len(path), path)):
                 above = expected.get(path[:-1])
-                if above in self.known:
-                    expected[path] = self.known[above][path[-1]]
+                if above in self.own[row]:
+                    expected[path] = self.own[row][above][path[-1]]
             assert sorted(drafted_paths(draft, row)) == sorted(
                 tuple(expected[path[:end]] for end in range(1, len(path) + 1)) for path in expected if path
             )
@@ -78,13 +95,8 @@ class Kept(Watched):
             depths = step.draft.tree.depths_RN.expand(len(step.paths), -1)[row].tolist()
             fed += [(node in accepted, depths[node], row, node) for node in range(used) if path]
         for _, _, row, node in sorted(fed):
-            token = int(step.draft.tokens_BN[row, node])
-            logits_V = step.logits_BNV[row, node]
-            self.known[token] = logits_V.argsort(descending=True)[: self.config.num_successors].tolist()
-        matrix = self.inner.successors.tolist()
-        for token in range(VOCAB_SIZE):
-            assert matrix[token] == self.known.get(token, [VOCAB_SIZE] * self.config.num_successors)
-        assert matrix[VOCAB_SIZE] == [VOCAB_SIZE] * self.config.num_successors
+            self.learn(row, int(step.draft.tokens_BN[row, node]), step.logits_BNV[row, node])
+        self.compare()
 
 
 def drafted_paths(draft: Draft, row: int) -> list[tuple[int, ...]]:
@@ -149,6 +161,7 @@ def test_of_nodes_with_the_same_token_the_deepest_accepted_counts() -> None:
         tokens: list[list[int]], paths: list[list[int]], num_nodes: list[int] | None = None
     ) -> list[list[int]]:
         drafter.successors.fill_(VOCAB_SIZE)
+        drafter.start(fake_session(target, [[9], [9]]))
         draft = Draft(tokens_BN=torch.tensor(tokens), tree=tree, num_nodes=num_nodes)
         drafter.observe(Step(draft=draft, logits_BNV=logits_BNV, hidden={}, verdict=verdict, paths=paths, cost_ms=0.0))
         return [drafter.successors[token].tolist() for token in (5, 6)]
@@ -160,6 +173,13 @@ def test_of_nodes_with_the_same_token_the_deepest_accepted_counts() -> None:
     assert observed([[6, 6, 6, 5], [6] * 4], [[0, 1, 2], []], [3, 4]) == [none, [2, 22]], "padding is not"
 
 
+def fake_session(target: Target, rows: list[list[int]]) -> Any:
+    """Returns a session of which no prompt was read."""
+    session: Any = type("Rows", (), {"target": target, "rows": rows, "hidden": {}})()
+    session.pending = lambda: Session.pending(session)
+    return session
+
+
 # --- Drafts --------------------------------------------------------------------------------------------------------
 
 
@@ -168,8 +188,7 @@ def test_nothing_known_is_a_plain_step_and_what_is_unknown_is_left_out() -> None
     drafter = Drafter(Config(num_successors=2, tree=((0,), (1,), (0, 0), (1, 0), (1, 1))), target)
     drafter.successors[3] = torch.tensor([0, 4])
     drafter.successors[4] = torch.tensor([3, 0])
-    session: Any = type("Rows", (), {"target": target, "rows": [[9, 3], [4], [8]]})()
-    session.pending = lambda: Session.pending(session)
+    session = fake_session(target, [[9, 3], [4], [8]])
     drafter.start(session)
     draft = drafter.propose(5)
     assert draft.num_nodes == [5, 4, 1]
@@ -179,7 +198,7 @@ def test_nothing_known_is_a_plain_step_and_what_is_unknown_is_left_out() -> None
         [],
     ]
     assert drafter.propose(1).num_nodes == [3, 3, 1]
-    session.rows = [[8], [7]]
+    drafter.start(fake_session(target, [[8], [7]]))
     assert drafter.propose(5).tree.num_nodes == 1
 
 
@@ -272,14 +291,16 @@ def test_sums_and_the_likeliest_of_each_token(parts: list[list[tuple[int, int, i
 
 
 def slow_ranks(successors_VK: Tensor, tokens: list[int], mask: list[bool], top_TK: Tensor) -> list[list[int]]:
-    places = []
-    for at in range(len(tokens) - 1):
-        before = [place for place in range(at) if tokens[place] == tokens[at]]
-        kept = top_TK[before[-1]] if before else successors_VK[tokens[at]]
-        right = (kept == tokens[at + 1]).nonzero()
-        places.append(-1 if not mask[at + 1] else int(right[0]) if len(right) else len(kept))
-    places += [-1] * trainer.DEPTH
-    return [places[at : at + trainer.DEPTH] for at in range(len(tokens))]
+    """Returns the ranks [T, D], each by a look at the whole text before the pending token."""
+    ranks = [[-1] * trainer.DEPTH for _ in tokens]
+    for at in range(len(tokens)):
+        for place in range(at, min(at + trainer.DEPTH, len(tokens) - 1)):
+            before = [one for one in range(at) if tokens[one] == tokens[place]]
+            kept = top_TK[before[-1]] if before else successors_VK[tokens[place]]
+            right = (kept == tokens[place + 1]).nonzero()
+            if mask[place + 1]:
+                ranks[at][place - at] = int(right[0]) if len(right) else len(kept)
+    return ranks
 
 
 def test_ranks_are_of_what_is_kept_when_the_token_comes() -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import Subset
 
 from data.batches import Batch, Example, collate, order
@@ -129,23 +128,25 @@ def likeliest(codes_N: np.ndarray, weights_N: np.ndarray, vocab_size: int, num_k
 
 
 def ranks(successors_VK: Tensor, batch: Batch) -> Tensor:
-    """Returns the place [D, B, T] of token t + d + 1 among the successors then kept of token t + d, K if it is none.
+    """Returns the place [D, B, T] of token t + d + 1 among the successors of token t + d, K if it is none of them.
 
-    Those are the target's likeliest where the token last stood in the row, else those in `successors_VK`. It is -1
-    where the token is not supervised.
+    They are what is kept of that token when token t is pending: the target's likeliest where it last stood in the row
+    before t, else those in `successors_VK`. The place is -1 where token t + d + 1 is not supervised.
     """
     assert batch.top_ids_BTK is not None
-    num_kept, places_BT = successors_VK.shape[1], torch.full_like(batch.tokens_BT, -1)
-    for row, (tokens_T, is_learnt_T, top_TK) in enumerate(
-        zip(batch.tokens_BT.tolist(), batch.loss_mask_BT.tolist(), batch.top_ids_BTK.int(), strict=True)
+    num_kept, places_DBT = successors_VK.shape[1], batch.tokens_BT.new_full((DEPTH, *batch.tokens_BT.shape), -1)
+    kept_before: list[list[int]] = successors_VK.tolist()
+    for row, (tokens, is_learnt, top) in enumerate(
+        zip(batch.tokens_BT.tolist(), batch.loss_mask_BT.tolist(), batch.top_ids_BTK.tolist(), strict=True)
     ):
-        last: dict[int, Tensor] = {}
-        for at, (token, following) in enumerate(pairwise(tokens_T)):
-            if is_learnt_T[at + 1]:
-                kept = last.get(token, successors_VK[token]).tolist()
-                places_BT[row, at] = kept.index(following) if following in kept else num_kept
-            last[token] = top_TK[at]
-    return torch.stack([functional.pad(places_BT, (0, depth), value=-1)[:, depth:] for depth in range(DEPTH)])
+        last: dict[int, list[int]] = {}
+        for at, pending in enumerate(tokens):
+            for depth, (token, following) in enumerate(pairwise(tokens[at : at + DEPTH + 1])):
+                if is_learnt[at + depth + 1]:
+                    kept = last.get(token, kept_before[token])
+                    places_DBT[depth, row, at] = kept.index(following) if following in kept else num_kept
+            last[pending] = top[at]
+    return places_DBT
 
 
 def _session(target: Target, token: int) -> Session:

@@ -2,9 +2,11 @@
 
 A matrix holds the likeliest successors of every token, as of the last time that the target was fed the token, in
 whatever node of whatever draft. It fills a static tree whose node (0, 2) is the third successor of the pending token's
-first one, and goes on learning from call to call.
+first one. Rows of a batch keep one each, as texts differ in what comes after a token; the next call begins with all
+that they have learnt.
 
-Shape suffixes: B rows, N nodes, M nodes of one level, X nodes fed in all rows, K successors of a token, V vocabulary.
+Shape suffixes: B rows, T tokens of a prompt, N nodes, M nodes of one level, X nodes or tokens of any rows, P length of
+the longest accepted path, K successors of a token, D hidden width, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ def shape(counts: tuple[int, ...], num_successors: int) -> growth.Paths:
     return tuple(nodes)
 
 
+AT_ONCE = 512
+"""Tokens of a prompt whose logits are made at a time."""
 TREE = shape((8, 21, 25, 15, 8, 3), 8)
 
 
@@ -63,7 +67,6 @@ class Drafter(nn.Module):
     """The matrix of successors, and trees filled with it level by level; an encoder-decoder's are the first chain."""
 
     target: Target
-    hidden_layers: tuple[int, ...] = ()
     successors: Tensor
 
     def __init__(self, config: Config, target: Target) -> None:
@@ -74,6 +77,7 @@ class Drafter(nn.Module):
             )
         self.config = config
         object.__setattr__(self, "target", target)
+        self.hidden_layers: tuple[int, ...] = (target.num_layers,)
         # The last row stands for a token not known yet, which is also what comes after it.
         shape_VK = (target.vocab_size + 1, config.num_successors)
         unknown_VK = torch.full(shape_VK, target.vocab_size, dtype=torch.int32, device=target.device)
@@ -101,14 +105,24 @@ class Drafter(nn.Module):
         other.successors.copy_(self.successors)
         return other
 
+    @torch.no_grad()
     def start(self, session: Session) -> None:
+        """Begins with what is known from earlier calls, and what the target finds likeliest along each prompt."""
         self._session = session
+        self._own_BVK = self.successors.repeat(len(session.rows), 1, 1)
+        for row, ids in enumerate(session.rows if session.hidden else ()):
+            tokens_T = torch.tensor(ids[:-1], dtype=torch.long, device=self.target.device)
+            hidden_TD = session.hidden[self.target.num_layers][row, : len(tokens_T)]
+            for part_X, hidden_XD in zip(tokens_T.split(AT_ONCE), hidden_TD.split(AT_ONCE), strict=True):
+                logits_XV = self.target.head(self.target.norm(hidden_XD[None]))[0]
+                self._learn(torch.full_like(part_X, row), part_X, self._likeliest(logits_XV))
 
     def propose(self, budget: int) -> Draft:
         tokens_BN = self._session.pending()[:, None].int()
+        rows_B1 = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None]
         depth = min(budget, len(self._levels))
         for parents_M, ranks_M in self._levels[:depth]:
-            tokens_BM = self.successors[tokens_BN[:, parents_M], ranks_M]
+            tokens_BM = self._own_BVK[rows_B1, tokens_BN[:, parents_M], ranks_M]
             tokens_BN = torch.cat([tokens_BN, tokens_BM], dim=1)
         if int(tokens_BN.max()) < self.target.vocab_size:
             return Draft(tokens_BN=tokens_BN.long(), tree=self._trees[depth])
@@ -116,24 +130,33 @@ class Drafter(nn.Module):
         return as_draft(self._session, [self._known(tokens, parents) for tokens in tokens_BN.tolist()])
 
     def observe(self, step: Step) -> None:
-        """Replaces the successors of every token fed.
+        """Learns the successors of every token fed.
 
         Of a token fed more than once the deepest node accepted counts, and if none is, the deepest; of equals the last.
         """
         draft = step.draft
-        top_BNK = step.logits_BNV.topk(self.config.num_successors, dim=-1).indices.int()
         is_accepted_BN = torch.zeros_like(draft.tokens_BN).scatter_(1, step.verdict.path_BP, 1)
         worth_BN = draft.tree.depths_RN + is_accepted_BN * draft.tree.num_nodes
         is_running_B = torch.tensor([len(path) > 0 for path in step.paths], device=worth_BN.device)
         is_fed_BN = is_running_B[:, None].expand_as(draft.tokens_BN)
         if (valid_BN := draft.valid_BN()) is not None:
             is_fed_BN = is_fed_BN & valid_BN
-        order_X = worth_BN[is_fed_BN].argsort(stable=True)
-        tokens_X, top_XK = draft.tokens_BN[is_fed_BN][order_X], top_BNK[is_fed_BN][order_X]
-        # Which of several writes to one place is kept is left open by torch: all that write there write the same.
-        places_X = torch.arange(len(tokens_X), device=tokens_X.device)
-        last_V = tokens_X.new_zeros(len(self.successors)).scatter_reduce_(0, tokens_X, places_X, "amax")
-        self.successors[tokens_X] = top_XK[last_V[tokens_X]]
+        rows_X, nodes_X = is_fed_BN.nonzero().unbind(1)
+        order_X = worth_BN[rows_X, nodes_X].argsort(stable=True)
+        rows_X, nodes_X = rows_X[order_X], nodes_X[order_X]
+        self._learn(rows_X, draft.tokens_BN[rows_X, nodes_X], self._likeliest(step.logits_BNV)[rows_X, nodes_X])
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Goes on: of text that is taken back what the target said after each token holds still."""
+
+    def _likeliest(self, logits_V: Tensor) -> Tensor:
+        return logits_V.topk(self.config.num_successors, dim=-1).indices.int()
+
+    def _learn(self, rows_X: Tensor, tokens_X: Tensor, top_XK: Tensor) -> None:
+        """Keeps the successors of tokens for their rows and for later calls; of a token given twice the last ones."""
+        flat_VK = self._own_BVK.flatten(0, 1)
+        _write(flat_VK, rows_X * len(self.successors) + tokens_X, top_XK)
+        _write(self.successors, tokens_X, top_XK)
 
     def _known(self, tokens: list[int], parents: list[int]) -> Branches:
         """Returns the nodes after node 0 whose tokens are known; those of unknown ones are unknown too."""
@@ -146,3 +169,13 @@ class Drafter(nn.Module):
                 known.weights.append(1.0)
                 number[node] = len(known.tokens)
         return known
+
+
+def _write(matrix_VK: Tensor, places_X: Tensor, values_XK: Tensor) -> None:
+    """Sets rows of a matrix, the last one that is given for each: torch leaves open which it would be."""
+    order_X = places_X.argsort(stable=True)
+    sorted_X = places_X[order_X]
+    is_last_X = torch.ones_like(sorted_X, dtype=torch.bool)
+    is_last_X[:-1] = sorted_X[1:] != sorted_X[:-1]
+    kept_X = order_X[is_last_X]
+    matrix_VK[places_X[kept_X]] = values_XK[kept_X]
