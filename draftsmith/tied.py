@@ -21,7 +21,7 @@ MAX_TABLE = 2**26
 
 
 class Ends(nn.Module):
-    """z = A x of rank R for features x, logits = O P z + b; O is the target's output matrix, P is D x R, or 1 if R = D.
+    """z = A x of rank R for features x, logits = O P z + b; O is the target's output matrix, P is D x R, or 1 if R is D.
 
     Tokens are the rows of the target's embedding, each divided by its root mean square.
     """
@@ -33,11 +33,16 @@ class Ends(nn.Module):
         object.__setattr__(self, "target", target)
         self.input_width = self._embedding().shape[1]
         output_width = self._outputs().shape[1]
-        if not 0 <= rank <= output_width:
-            raise ValueError(f"rank is {rank}; it must lie between 0, for the target's width, and {output_width}")
-        self.narrow = nn.Linear(width, rank or output_width, bias=False)
-        self.widen = nn.Linear(rank, output_width, bias=False) if rank else None
+        self.narrow = nn.Linear(width, min(rank, output_width), bias=False)
+        self.widen = nn.Linear(rank, output_width, bias=False) if rank < output_width else None
         self.bias = nn.Parameter(torch.zeros(target.vocab_size))
+
+    @torch.no_grad()
+    def take_directions(self) -> None:
+        """Starts P as the orthonormal directions in which the target's output rows differ most, for training."""
+        if self.widen is not None:
+            _, directions_DD = torch.linalg.eigh(self._outputs().float().T.cov())
+            self.widen.weight.copy_(directions_DD[:, -self.widen.in_features :])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns [..., E]."""
@@ -57,11 +62,11 @@ class Ends(nn.Module):
 
     def folded_head(self) -> Callable[[Tensor], Tensor]:
         """Returns features [B, H] -> logits [B, V]."""
-        if self.widen is None:
+        if self.target.vocab_size * self.narrow.out_features > MAX_TABLE and self.widen is None:
             return self.head
         # Products with one row are quicker by columns.
-        narrow_HR = self.narrow.weight.T.contiguous()
-        outputs_RV = (self.widen.weight.T @ self._outputs().T).contiguous()
+        narrow_HR, outputs_RV = self.narrow.weight.T.contiguous(), self._outputs().T.to(self.bias.dtype)
+        outputs_RV = (outputs_RV if self.widen is None else self.widen.weight.T @ outputs_RV).contiguous()
         return lambda features_BH: torch.addmm(self.bias, features_BH @ narrow_HR, outputs_RV)
 
     def _embedding(self) -> Tensor:

@@ -14,7 +14,7 @@ from tests.models import SEQ2SEQ, VOCAB_SIZE, tiny_model, tiny_target
 from tests.reading import check_reading
 from trainers import cnn as trainer
 
-SETTINGS = trainer.Settings(num_channels=24, dilations=(1, 2), rank=16, loss="tvd", teacher_top_k=8)
+SETTINGS = trainer.Settings(num_channels=24, rank=16, loss="tvd", teacher_top_k=8)
 EXAMPLE = Config(num_channels=24, rank=8, num_draft=4, length="refit=0.1")
 
 
@@ -28,7 +28,7 @@ def test_the_text_of_an_encoder_decoder(architecture: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [EXAMPLE, Config(num_channels=20, kernel_size=4, dilations=(3, 1), rank=0, num_draft=4)]
+    "config", [EXAMPLE, Config(num_channels=20, kernel_size=4, dilations=(3, 1), rank=32, num_draft=4)]
 )
 def test_it_drafts_by_its_own_law_after_what_was_committed(config: Config) -> None:
     check_reading(cnn, config)
@@ -50,7 +50,7 @@ def test_a_layer_by_hand() -> None:
 
 
 def test_it_sees_as_far_back_as_its_layers_reach() -> None:
-    config = Config(num_channels=12, kernel_size=3, dilations=(1, 2), rank=0)
+    config = Config(num_channels=12, kernel_size=3, dilations=(1, 2), rank=32)
     drafter, tokens_BT = built(cnn, config, tiny_target("llama")), torch.arange(3, 23)[None]
     other = tokens_BT.clone()
     other[:, 4] = 40
@@ -90,6 +90,7 @@ def test_what_is_refused() -> None:
         ("dilations are \\[1, 0\\]", {"dilations": (1, 0)}),
         ("dropout is 1", {"dropout": 1.0}),
         ("loss is ce", {"teacher_top_k": 4}),
+        ("rank is 0", {"rank": 0}),
         ("num_draft is 0", {"num_draft": 0}),
     ]
     for message, changes in cases:

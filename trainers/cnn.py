@@ -21,8 +21,8 @@ class Settings:
     """Inputs that each output of a layer is made of."""
     dilations: tuple[int, ...] = (1, 1, 2, 4)
     """How far apart these lie, layer by layer."""
-    rank: int = 128
-    """Of the map from features to logits; 0 for the width of the target's output matrix."""
+    rank: int = 256
+    """Of the map from features to logits, if the target's output matrix is wider than that."""
     dropout: float = 0.0
     """Share of each layer's inputs left out."""
     loss: str = field(default="ce", metadata={"choices": ["ce", *DIVERGENCES]})
@@ -63,7 +63,9 @@ class Settings:
 
 
 def build(settings: Settings, target: Target) -> Drafter:
-    return Drafter(settings.config(), target).float()
+    drafter = Drafter(settings.config(), target).float()
+    drafter.ends.take_directions()
+    return drafter
 
 
 def needs(settings: Settings, target: Target) -> Needs:

@@ -19,8 +19,8 @@ class Settings:
     """Width of its layers."""
     num_layers: int = 1
     """Layers."""
-    rank: int = 128
-    """Of the map from features to logits; 0 for the width of the target's output matrix."""
+    rank: int = 256
+    """Of the map from features to logits, if the target's output matrix is wider than that."""
     dropout: float = 0.0
     """Share of inputs and features left out, the same ones at all positions of a text."""
     drop_connect: float = 0.0
@@ -63,7 +63,9 @@ class Settings:
 
 
 def build(settings: Settings, target: Target) -> Drafter:
-    return Drafter(settings.config(), target).float()
+    drafter = Drafter(settings.config(), target).float()
+    drafter.ends.take_directions()
+    return drafter
 
 
 def needs(settings: Settings, target: Target) -> Needs:

@@ -30,8 +30,8 @@ class Config:
     """Inputs that each output of a layer is made of."""
     dilations: tuple[int, ...] = (1, 1, 2, 4)
     """How far apart these lie, layer by layer."""
-    rank: int = 128
-    """Of the map from features to logits; 0 for the width of the target's output matrix."""
+    rank: int = 256
+    """Of the map from features to logits, if the target's output matrix is wider than that."""
     num_draft: int = 8
     """Most tokens drafted one after the other."""
     length: str = "refit=0.4"
@@ -42,8 +42,9 @@ class Config:
     """Nodes kept of such a tree."""
 
     def __post_init__(self) -> None:
-        if self.num_channels < 1:
-            raise ValueError(f"num_channels is {self.num_channels}; it must be at least 1")
+        for name in ("num_channels", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.kernel_size < 2:
             raise ValueError(f"kernel_size is {self.kernel_size}; it must be at least 2 to see what came before")
         if not self.dilations or min(self.dilations) < 1:

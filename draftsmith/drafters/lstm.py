@@ -28,8 +28,8 @@ class Config:
     """Width of its layers."""
     num_layers: int = 1
     """Layers."""
-    rank: int = 128
-    """Of the map from features to logits; 0 for the width of the target's output matrix."""
+    rank: int = 256
+    """Of the map from features to logits, if the target's output matrix is wider than that."""
     num_draft: int = 8
     """Most tokens drafted one after the other."""
     length: str = "refit=0.4"
@@ -40,7 +40,7 @@ class Config:
     """Nodes kept of such a tree."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_layers"):
+        for name in ("hidden_size", "num_layers", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         growth.check_shape(self)
