@@ -16,7 +16,7 @@ from draftsmith.drafters import Session, Step
 from draftsmith.tree import Draft, Tree
 
 State = tuple[Tensor, ...]
-MAX_MARKS = 64
+MAX_MARKS = 16
 
 
 class Network(Protocol):

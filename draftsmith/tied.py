@@ -17,11 +17,11 @@ from torch.nn import functional
 from draftsmith.target import Target
 
 MAX_TABLE = 2**26
-"""Numbers of the largest table that is looked up in, 256 MiB in float32."""
+"""Numbers in the largest matrix that is laid out anew for the sake of speed alone, 256 MiB in float32."""
 
 
 class Ends(nn.Module):
-    """z = A x of rank R for features x, logits = O P z + b; O is the target's output matrix, P is D x R, or 1 if R is D.
+    """logits = O P A x + b for features x: O is the target's output matrix, A of rank R, P D x R, or none if R is D.
 
     Tokens are the rows of the target's embedding, each divided by its root mean square.
     """
@@ -62,11 +62,13 @@ class Ends(nn.Module):
 
     def folded_head(self) -> Callable[[Tensor], Tensor]:
         """Returns features [B, H] -> logits [B, V]."""
-        if self.target.vocab_size * self.narrow.out_features > MAX_TABLE and self.widen is None:
+        outputs_VR = self._outputs().to(self.bias.dtype)
+        if self.widen is not None:
+            outputs_VR = outputs_VR @ self.widen.weight
+        elif outputs_VR.numel() > MAX_TABLE:
             return self.head
         # Products with one row are quicker by columns.
-        narrow_HR, outputs_RV = self.narrow.weight.T.contiguous(), self._outputs().T.to(self.bias.dtype)
-        outputs_RV = (outputs_RV if self.widen is None else self.widen.weight.T @ outputs_RV).contiguous()
+        narrow_HR, outputs_RV = self.narrow.weight.T.contiguous(), outputs_VR.T.contiguous()
         return lambda features_BH: torch.addmm(self.bias, features_BH @ narrow_HR, outputs_RV)
 
     def _embedding(self) -> Tensor:
