@@ -1,7 +1,7 @@
 """Lookahead as an artifact: nothing is learnt, and how well it drafts is measured on held-out rows."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.batches import Batch, Example
@@ -9,6 +9,7 @@ from draftsmith import Target
 from draftsmith.drafters.lookahead import Config, Drafter
 from trainers import Metrics, Needs, corpus
 from trainers.run import RunSettings
+from trainers.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ def needs(settings: Settings, target: Target) -> Needs:
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
     """Returns the drafter; the rows are not looked at."""
-    return Drafter(Config(**asdict(settings)), target)
+    return Drafter(part_of(Config, settings), target)
 
 
 def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:

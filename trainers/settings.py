@@ -21,6 +21,7 @@ import yaml
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 NO_DEFAULT = dataclasses.MISSING
+T = typing.TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,11 @@ def _field_docs(kind: type) -> dict[str, str]:
                 text = doc.value.value if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant) else ""
                 docs[field.target.id] = " ".join(str(text).split())
     return docs
+
+
+def part_of(kind: type[T], settings: Any) -> T:
+    """Returns the dataclass `kind` with what `settings` has under the names of its fields."""
+    return kind(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------

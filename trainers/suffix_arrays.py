@@ -4,8 +4,8 @@ Shape suffixes: S tokens of a shard, P places in it, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from pydivsufsort import divsufsort
@@ -20,29 +20,23 @@ LARGEST_SHARD = 2**29 - 1
 """Places are sorted by bytes, up to four of a token, whose number is an int32."""
 
 
-class Store(Protocol):
-    """What the settings of a trainer say of its store."""
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """What goes into a store; `--max-steps` and the optimiser's settings mean nothing."""
 
-    @property
-    def budget_mb(self) -> float:
-        """Megabytes that it may take: the most useful documents are kept; 0 for any."""
+    budget_mb: float = 0.0
+    """Megabytes that it may take: the most useful documents are kept; 0 for any."""
+    context: int = 24
+    """Tokens of a prompt that are stored before what is learnt, so that its beginning is found too."""
+    shard_tokens: int = 50_000_000
+    """Most tokens of a file, which are sorted at once."""
 
-    @property
-    def context(self) -> int:
-        """Tokens of a prompt that are stored before what is learnt."""
-
-    @property
-    def shard_tokens(self) -> int:
-        """Most tokens of a file, which are sorted at once."""
-
-
-def check_store(store: Store) -> None:
-    """Raises ValueError unless there can be such a store."""
-    for name in ("budget_mb", "context"):
-        if getattr(store, name) < 0:
-            raise ValueError(f"{name} is {getattr(store, name)}; it must not be negative")
-    if not 2 <= store.shard_tokens <= LARGEST_SHARD:
-        raise ValueError(f"shard_tokens is {store.shard_tokens}; it must lie between 2 and {LARGEST_SHARD}")
+    def __post_init__(self) -> None:
+        for name in ("budget_mb", "context"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if not 2 <= self.shard_tokens <= LARGEST_SHARD:
+            raise ValueError(f"shard_tokens is {self.shard_tokens}; it must lie between 2 and {LARGEST_SHARD}")
 
 
 def stored(

@@ -5,7 +5,7 @@ successors kept of all pairs.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from draftsmith.compiled import Table
 from draftsmith.drafters.trigram import Config, Drafter
 from trainers import Metrics, Needs, corpus
 from trainers.run import RunSettings
+from trainers.settings import part_of
 
 LARGEST_VOCABULARY = 2**21
 """So that three tokens are one int64."""
@@ -60,7 +61,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     texts = list(corpus.documents(rows, context=2))
     files = corpus.parts(texts, output, settings.part_documents, partial(count, vocab_size=target.vocab_size))
     table = build(files, target.vocab_size, settings.num_successors, int(settings.budget_mb * 1e6))
-    config = Config(**{field.name: getattr(settings, field.name) for field in fields(Config)})
+    config = part_of(Config, settings)
     return Drafter(config, target, table)
 
 
