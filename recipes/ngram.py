@@ -5,7 +5,12 @@
     ./launch.sh ngram --sampled --length fixed
 
 There are no steps: of the run's settings, those of an optimiser mean nothing here. A killed run goes on from the parts
-that it had counted. Nothing need fit into memory but the n-grams of some range of last tokens.
+that it had counted. Nothing need fit into memory but the n-grams that follow some range of last tokens.
+
+A share of a CPU core, 1.2 M tokens that the pocket target wrote: 9 s, of which counting and building take 0.8; 11 MB.
+2.93 nats a held-out token, where adding one to counts gives 4.66 at best and the target itself 0.36; within 6 MB
+2.93 still, within 2 MB 3.37. On 8 prompts 3.82 tokens a round at temperature 0 (1.99 by the store and 2.46 by the text
+at hand alone), and 1.41 at temperature 1 (1.64 with `--length fixed`).
 """
 
 import sys

@@ -112,7 +112,9 @@ def test_the_mixture_is_that_of_the_formula(
         assert drafter._law(0, recent) == pytest.approx(expected_V, abs=1e-12)
         assert expected_V[token] >= expected_V.max() - 1e-12, "greedily the likeliest"
         best, chance = drafter._best(0, recent)
-        assert best == token and chance == pytest.approx(expected_V[token], rel=1e-3)
+        assert best == token and chance <= expected_V[token] * 1.001
+        if chance < expected_V[token] * 0.999:
+            assert chance > np.delete(expected_V, token).max(), "a bound that says that no other is likelier"
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=1), Sampling(temperature=0.7, top_k=4, top_p=0.9)])

@@ -21,8 +21,7 @@ from draftsmith.kneser_ney import KneserNey, discounted, discounts
 
 Range = tuple[np.ndarray, list["Level"]]
 """What a range of h_1 adds to the counts of single tokens [V], and its contexts of 1, 2, ... tokens."""
-
-NGRAMS_AT_ONCE = 2**24
+NGRAMS_AT_ONCE = 2**22
 """N-grams in memory at most, unless more than that follow a single token."""
 NUM_BINS, BINS_A_DOUBLING = 1024, 16
 """How finely pairs are told apart by what the law would lose with them."""
@@ -112,6 +111,20 @@ def build(
         room = budget_mb * 1e6 - root.discounts_OX.nbytes - kinds["begins_X"].itemsize
         least_O, contexts_O, pairs_O = _least(held_OXX, contexts_O, pairs_O, kinds, room)
 
+    _write(folder, ranges(), root, least_O, contexts_O, pairs_O, kinds)
+    return KneserNey.load(folder, vocab_size)
+
+
+def _write(
+    folder: Path,
+    ranges: Iterator[Range],
+    root: KneserNey,
+    least_O: np.ndarray,
+    contexts_O: np.ndarray,
+    pairs_O: np.ndarray,
+    kinds: dict[str, np.dtype],
+) -> None:
+    """Writes the store's arrays, each range's share of every level to its place."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     sizes = {"C": contexts_O.sum(), "E": pairs_O.sum(), "X": contexts_O.sum() + 1}
@@ -122,12 +135,12 @@ def build(
     for name, array in store.items():
         array[: len(getattr(root, name))] = getattr(root, name)
     context_at_O, pair_at_O = contexts_O.cumsum() - contexts_O, pairs_O.cumsum() - pairs_O
-    for _, levels in ranges():
+    for _, levels in ranges:
         parents_at = 0
         for depth, (level, law) in enumerate(_laws(levels, root, least_O), start=1):
             context_at, pair_at = int(context_at_O[depth]), int(pair_at_O[depth])
             new = {
-                "keys_C": (parents_at + level.parents_C) * (vocab_size + 1) + level.farthest_C,
+                "keys_C": (parents_at + level.parents_C) * (root.vocab_size + 1) + level.farthest_C,
                 "begins_X": pair_at + _begins(level.contexts_E),
                 "totals_C": level.totals_C,
                 "weights_C": law.weights_C,
@@ -146,7 +159,6 @@ def build(
     np.save(folder / "discounts_OX.npy", root.discounts_OX, allow_pickle=False)
     for array in store.values():
         array.flush()
-    return KneserNey.load(folder, vocab_size)
 
 
 def _kinds(vocab_size: int, most: int, num_pairs: int) -> dict[str, np.dtype]:

@@ -100,25 +100,31 @@ class Drafter:
         return drafted
 
     def _best(self, row: int, recent: list[int]) -> tuple[int, float]:
-        """Returns the likeliest token and its probability.
+        """Returns the likeliest token and its probability, or a bound below it that already says that it is.
 
-        It is one that followed in the text, or the store's own likeliest: to no other does the text give anything. If
-        what followed most is the store's likeliest too, nothing else comes near.
+        It is one that followed in the text, or the store's own likeliest: to no other does the text give anything.
         """
         path = self.model.path(recent)
         token, chance = self.model.best(path)
         following_S, weights_S, left = self._texts[row].following(recent)
-        if not len(following_S):
+        if len(following_S) == 0:
             return token, chance
-        found_S, places_S = np.unique(following_S, return_inverse=True)
-        weights_S = np.bincount(places_S, weights_S)
-        most = int(weights_S.argmax())
-        if found_S[most] == token:
-            return token, left * chance + float(weights_S[most])
-        found_S, weights_S = np.append(found_S, token), np.append(weights_S, weights_S[found_S == token].sum())
+        most, weight, second = following_S.item(0), weights_S.item(0), 0.0
+        if len(following_S) > 1:
+            following_S, places_S = np.unique(following_S, return_inverse=True)
+            weights_S = np.bincount(places_S, weights_S)
+            order_S = weights_S.argsort()
+            most, weight, second = following_S.item(order_S[-1]), weights_S.item(order_S[-1]), weights_S[order_S[-2]]
+        if most == token:
+            return token, left * chance + weight
+        # The store gives no other token more than `chance`, which is rounded.
+        if weight > 1.001 * left * chance + second:
+            return most, weight
+        found_S = np.append(following_S, token)
+        weights_S = np.append(weights_S, weights_S[following_S == token].sum())
         chances_S = left * self.model.chances(path, found_S) + weights_S
         most = int(chances_S.argmax())
-        return int(found_S[most]), float(chances_S[most])
+        return found_S.item(most), chances_S.item(most)
 
     def _law(self, row: int, recent: list[int]) -> np.ndarray:
         """Returns the law [V] of the next token."""
@@ -177,7 +183,7 @@ class _Text:
     def following(self, recent: list[int]) -> tuple[np.ndarray, np.ndarray, float]:
         """Returns what followed the last tokens of `recent`, the weight of each in the law, and that of the store."""
         ids, kept = self._ids, 1 - self._weight
-        places_S = np.flatnonzero(ids[:-1] == recent[-1]) if self._weight else ids[:0]
+        places_S = (ids[:-1] == recent[-1]).nonzero()[0] if self._weight else ids[:0]
         found = []
         while len(places_S):
             found.append(places_S)
@@ -186,10 +192,9 @@ class _Text:
                 break
             places_S = places_S[ids[places_S - back] == recent[-1 - back]]
         if not found:
-            return ids[:0], np.zeros(0), 1.0
+            return ids[:0], ids[:0], 1.0
+        left, following_S = kept ** len(found), ids[found[0] + 1]
+        if len(following_S) == 1 or (following_S == following_S[0]).all():
+            return following_S[:1], np.array([1 - left]), left
         weights = [self._weight * kept ** (len(found) - number) / len(one) for number, one in enumerate(found, start=1)]
-        return (
-            ids[np.concatenate(found) + 1],
-            np.repeat(weights, [len(one) for one in found]),
-            kept ** len(found),
-        )
+        return ids[np.concatenate(found) + 1], np.repeat(weights, [len(one) for one in found]), left
