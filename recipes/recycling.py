@@ -6,6 +6,11 @@
 
 `--max-steps` is how many batches the target reads; a teacher store that holds its logits saves it that. The settings of
 an optimiser mean nothing here. A killed run goes on from the parts that it had finished.
+
+A share of a CPU core, pocket target, 150 batches of its own text: 105 s, a tree of 8 nodes; held-out acceptance 2.87
+tokens a round. On 8 prompts of `python-source` 2.5 tokens a step greedily and 1.26 at temperature 1, at batch size 1
+and 8 alike. To propose takes 0.15 ms and to learn 0.3, together 7 % of a plain step: a third of it are the likeliest 8
+of 4,096 tokens at 9 nodes, the rest some thirty small operations.
 """
 
 import sys

@@ -109,7 +109,9 @@ class Drafter(nn.Module):
     def start(self, session: Session) -> None:
         """Begins with what is known from earlier calls, and what the target finds likeliest along each prompt."""
         self._session = session
-        self._own_BVK = self.successors.repeat(len(session.rows), 1, 1)
+        # A single row learns for later calls at once.
+        num_rows = len(session.rows)
+        self._own_BVK = self.successors[None] if num_rows == 1 else self.successors.repeat(num_rows, 1, 1)
         for row, ids in enumerate(session.rows if session.hidden else ()):
             tokens_T = torch.tensor(ids[:-1], dtype=torch.long, device=self.target.device)
             hidden_TD = session.hidden[self.target.num_layers][row, : len(tokens_T)]
@@ -118,14 +120,16 @@ class Drafter(nn.Module):
                 self._learn(torch.full_like(part_X, row), part_X, self._likeliest(logits_XV))
 
     def propose(self, budget: int) -> Draft:
-        tokens_BN = self._session.pending()[:, None].int()
-        rows_B1 = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None]
+        num_tokens, num_successors = self.successors.shape
+        tokens_BN = self._session.pending()[:, None]
+        first_B1 = num_tokens * torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None]
         depth = min(budget, len(self._levels))
         for parents_M, ranks_M in self._levels[:depth]:
-            tokens_BM = self._own_BVK[rows_B1, tokens_BN[:, parents_M], ranks_M]
-            tokens_BN = torch.cat([tokens_BN, tokens_BM], dim=1)
+            # By single numbers, in less than half the time that several indices take.
+            places_BM = (first_B1 + tokens_BN.index_select(1, parents_M)) * num_successors + ranks_M
+            tokens_BN = torch.cat([tokens_BN, self._own_BVK.take(places_BM)], dim=1)
         if int(tokens_BN.max()) < self.target.vocab_size:
-            return Draft(tokens_BN=tokens_BN.long(), tree=self._trees[depth])
+            return Draft(tokens_BN=tokens_BN, tree=self._trees[depth])
         parents = self._trees[depth].parents_RN[0].tolist()
         return as_draft(self._session, [self._known(tokens, parents) for tokens in tokens_BN.tolist()])
 
@@ -141,10 +145,11 @@ class Drafter(nn.Module):
         is_fed_BN = is_running_B[:, None].expand_as(draft.tokens_BN)
         if (valid_BN := draft.valid_BN()) is not None:
             is_fed_BN = is_fed_BN & valid_BN
-        rows_X, nodes_X = is_fed_BN.nonzero().unbind(1)
-        order_X = worth_BN[rows_X, nodes_X].argsort(stable=True)
-        rows_X, nodes_X = rows_X[order_X], nodes_X[order_X]
-        self._learn(rows_X, draft.tokens_BN[rows_X, nodes_X], self._likeliest(step.logits_BNV)[rows_X, nodes_X])
+        fed_X = is_fed_BN.flatten().nonzero()[:, 0]
+        fed_X = fed_X[worth_BN.flatten()[fed_X].argsort(stable=True)]
+        tokens_X = draft.tokens_BN.flatten()[fed_X]
+        top_XK = self._likeliest(step.logits_BNV).flatten(0, 1)[fed_X]
+        self._learn(fed_X // draft.tree.num_nodes, tokens_X, top_XK)
 
     def rewind(self, lengths: list[int]) -> None:
         """Goes on: of text that is taken back what the target said after each token holds still."""
@@ -154,9 +159,9 @@ class Drafter(nn.Module):
 
     def _learn(self, rows_X: Tensor, tokens_X: Tensor, top_XK: Tensor) -> None:
         """Keeps the successors of tokens for their rows and for later calls; of a token given twice the last ones."""
-        flat_VK = self._own_BVK.flatten(0, 1)
-        _write(flat_VK, rows_X * len(self.successors) + tokens_X, top_XK)
-        _write(self.successors, tokens_X, top_XK)
+        _write(self._own_BVK.flatten(0, 1), rows_X * len(self.successors) + tokens_X, top_XK)
+        if len(self._own_BVK) > 1:
+            _write(self.successors, tokens_X, top_XK)
 
     def _known(self, tokens: list[int], parents: list[int]) -> Branches:
         """Returns the nodes after node 0 whose tokens are known; those of unknown ones are unknown too."""
@@ -178,4 +183,4 @@ def _write(matrix_VK: Tensor, places_X: Tensor, values_XK: Tensor) -> None:
     is_last_X = torch.ones_like(sorted_X, dtype=torch.bool)
     is_last_X[:-1] = sorted_X[1:] != sorted_X[:-1]
     kept_X = order_X[is_last_X]
-    matrix_VK[places_X[kept_X]] = values_XK[kept_X]
+    matrix_VK.index_copy_(0, places_X[kept_X], values_XK[kept_X])

@@ -41,7 +41,8 @@ class Config:
     max_matches: int = 64
     """Most places whose continuation is read, evenly spread over those that match."""
     recent_tokens: int = 65_536
-    """Tokens of finished calls that are kept for later ones, the oldest dropped first; 0 for none."""
+    """Tokens of finished calls that are kept for later ones, the oldest dropped first; 0 for none, as where the same
+    prompts are decoded again to be timed."""
 
     def __post_init__(self) -> None:
         for name in ("max_match", "num_draft", "max_matches"):
