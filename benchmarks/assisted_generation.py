@@ -47,7 +47,7 @@ def main(run: BenchmarkSettings, settings: DuelSettings) -> None:
         raise ValueError(f"{run.draft} holds no causal LM, which is what transformers can be assisted by")
     print(conditions(target, len(prompts), settings))
     assisted = Contender(name="transformers", decode=transformers_loop(target, drafter.model))
-    ours = Contender(name="ours", decode=own_loop(target, drafter))
+    ours = Contender(name="ours", decode=own_loop(target, drafter), drafter=drafter)
     print("assisted generation:", duel(ours, assisted, target, prompts, settings))
     plain = Contender(name="transformers", decode=transformers_loop(target))
     print("plain decoding:", duel(Contender(name="ours", decode=own_loop(target)), plain, target, prompts, settings))

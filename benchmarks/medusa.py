@@ -46,7 +46,7 @@ def main(run: BenchmarkSettings, settings: DuelSettings) -> None:
     prompts = load_prompts(run.data, target.tokenizer, max_prompts=run.num_prompts)
     drafter = draftsmith.load(run.draft, target)
     print(conditions(target, len(prompts), settings))
-    ours = Contender(name=Path(run.draft).name, decode=own_loop(target, drafter))
+    ours = Contender(name=Path(run.draft).name, decode=own_loop(target, drafter), drafter=drafter)
     print("speed-up:", duel(ours, Contender(name="plain", decode=own_loop(target)), target, prompts, settings))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from draftsmith import artifact
-from draftsmith.drafters import Drafter, Session, Step, always, find, name_of
+from draftsmith.drafters import Drafter, Session, Step, always, find, forget, name_of
 from draftsmith.pace import Paced, paced
 from draftsmith.target import Target
 from draftsmith.tree import Draft
@@ -117,6 +117,12 @@ def load_part(folder: Path, names: Names, place: int, target: Target) -> Part:
     if {key: manifest[key] for key in ("family", "config")} != names[place]:
         raise ValueError(f"{path} holds another drafter than {folder / artifact.MANIFEST} names; make it again")
     return load(path, target)
+
+
+def forget_all(parts: Iterable[Part]) -> None:
+    """Makes parts forget earlier calls."""
+    for part in parts:
+        forget(part.drafter)
 
 
 def layers(parts: Iterable[Part]) -> tuple[int, ...]:

@@ -160,7 +160,7 @@ def _entries(target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path
             reference = f"{name} ({PLAIN})"
             decode = own_loop(drafter.target)
             entries.append(Entry(contender=Contender(name=reference, decode=decode), is_tuned=True))
-        contender = Contender(name=name, decode=own_loop(drafter.target, drafter), reference=reference)
+        contender = Contender(name=name, decode=own_loop(drafter.target, drafter), reference=reference, drafter=drafter)
         entries.append(Entry(contender=contender, **facts))
         for entry in _ablations(contender, drafter, facts, settings):
             try:

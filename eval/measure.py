@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 import draftsmith
 from draftsmith import Target, length
+from draftsmith.drafters import forget
 from draftsmith.stats import GenerationStats
 
 Rows = list[list[int]]
@@ -46,6 +47,8 @@ class Contender:
     decode: Callable[[Ask], Decoded]
     reference: str | None = None
     """None is the first of several."""
+    drafter: Any = None
+    """What is to forget earlier rounds, in which it met the same prompts."""
 
 
 @dataclass(kw_only=True)
@@ -157,13 +160,18 @@ def measure(
     """Returns each contender's tally over `asks`; calls `done` with the number of rows after each decoding.
 
     Contenders take turns at every ask, and another one begins each time (with number `first` at the first ask), so
-    that whatever slows the machine for a while slows them all.
+    that whatever slows the machine for a while slows them all. No drafter knows what it was taught before.
     """
     tallies = {contender.name: Tally() for contender in contenders}
+    drafters = [id(contender.drafter) for contender in contenders]
+    for contender in contenders:
+        forget(contender.drafter)
     for turn, ask in enumerate(asks, start=first):
         decoded, seconds = {}, {}
         for place in range(len(contenders)):
             contender = contenders[(turn + place) % len(contenders)]
+            if drafters.count(id(contender.drafter)) > 1:
+                forget(contender.drafter)  # another contender has told it of these very prompts
             began = _now(device)
             decoded[contender.name] = contender.decode(ask)
             seconds[contender.name] = _now(device) - began

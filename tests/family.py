@@ -23,7 +23,7 @@ import draftsmith
 from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.drafters import Session, Step
+from draftsmith.drafters import Session, Step, forget
 from draftsmith.tree import Draft
 from tests.law import check_law, law_target
 from tests.models import greedy_by_model, greedy_by_transformers, padded, prompts, scramble, tiny_model, tiny_target
@@ -51,6 +51,7 @@ def check_family(
         check_greedy(built(family, config, tiny_target(architecture)), architecture)
     target = tiny_target(architectures[0])
     check_round_trip(built(family, config, target), target, folder / "artifact")
+    check_forgetting(built(family, config, target))
     drafter = built(family, config, law_target())
     check_law(drafter, drafter.target, top_p=0.9, num_samples=4_000)
     if trainer is not None:
@@ -108,6 +109,20 @@ def check_round_trip(drafter: Any, target: Target, folder: Path) -> None:
     assert runs[0] == runs[1]
     with pytest.raises(ValueError, match="was made for target"):
         draftsmith.load(folder, Target(tiny_model("llama", seed=77)))
+
+
+def check_forgetting(drafter: Any) -> None:
+    """Having forgotten earlier calls, it drafts as it did in the first."""
+    ids, mask = padded(prompts(5))
+    runs = []
+    for _ in range(2):
+        forget(drafter)
+        watched = Watched(drafter)
+        for row in range(len(ids)):
+            kept = mask[row : row + 1].bool()
+            draftsmith.generate(drafter.target, ids[row : row + 1][kept][None], watched, max_new_tokens=8)
+        runs.append(watched.drafts)
+    assert runs[0] == runs[1]
 
 
 def check_training(trainer: ModuleType, settings: Any) -> None:

@@ -273,6 +273,30 @@ def test_contenders_take_turns_and_are_compared_with_the_first() -> None:
     assert (tallies["a"].drafted, tallies["a"].accepted) == ([4, 2], [2])
 
 
+class Rememberer:
+    """Knows what it has decoded until it is told to forget."""
+
+    def __init__(self) -> None:
+        self.known: list[int] = []
+
+    def forget(self) -> None:
+        self.known = []
+
+    def decode(self, ask: Ask) -> Decoded:
+        known, self.known = list(self.known), [*self.known, *ask.prompts[0]]
+        return Decoded(rows=[known])
+
+
+def test_no_round_knows_of_another_and_no_contender_of_anothers() -> None:
+    asks = [Ask(prompts=[[token]], temperature=0.0, max_new_tokens=3, seed=0) for token in (1, 2, 3)]
+    alone, shared = Rememberer(), Rememberer()
+    for _ in range(2):
+        tallies = measure([Contender(name="a", decode=alone.decode, drafter=alone)], asks, torch.device("cpu"))
+        assert tallies["a"].tokens == 0 + 1 + 2, "within a round it remembers"
+    pair = [Contender(name=name, decode=shared.decode, drafter=shared) for name in "ab"]
+    assert [tally.tokens for tally in measure(pair, asks, torch.device("cpu")).values()] == [0, 0]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_both_loops_return_new_tokens_only(architecture: str, temperature: float) -> None:

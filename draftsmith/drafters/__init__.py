@@ -8,7 +8,8 @@ A drafter that changes its target defines `loaded()`, called once its weights ar
 tuned target (draftsmith/tuned.py), which is the one to be given to `generate`, and leaves the user's as it is.
 
 One that drafts for a drafter sees text that may be taken back. If it can forget what came after so many tokens of each
-row, it defines `rewind(lengths)`; if not, it is begun anew.
+row, it defines `rewind(lengths)`; if not, it is begun anew. One that remembers earlier calls defines `forget()`, after
+which it knows what it knew when it was made: comparisons decode the same prompts again and again.
 """
 
 import difflib
@@ -106,6 +107,11 @@ class Drafter(Protocol):
 
         Rows may have been cut to fewer nodes than were proposed, or the draft been another drafter's, or none at all.
         """
+
+
+def forget(drafter: Any) -> None:
+    """Makes a drafter forget earlier calls, if it remembers any."""
+    getattr(drafter, "forget", lambda: None)()
 
 
 def name_of(drafter: Any) -> str:

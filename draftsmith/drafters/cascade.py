@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from draftsmith.drafters import Session, Step
-from draftsmith.parts import Names, Part, check, layers, load_part, made, parameters, save_parts
+from draftsmith.parts import Names, Part, check, forget_all, layers, load_part, made, parameters, save_parts
 from draftsmith.sampling import Sampling
 from draftsmith.stats import drafted_depth
 from draftsmith.target import Target
@@ -59,6 +59,9 @@ class Drafter:
 
     def parameters(self) -> Iterator[Tensor]:
         return parameters(self.parts)
+
+    def forget(self) -> None:
+        forget_all(self.parts)
 
     def start(self, session: Session) -> None:
         self._session = session

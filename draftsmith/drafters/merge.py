@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from draftsmith.drafters import Session, Step
-from draftsmith.parts import Names, Part, check, layers, load_part, made, parameters, save_parts
+from draftsmith.parts import Names, Part, check, forget_all, layers, load_part, made, parameters, save_parts
 from draftsmith.target import Target
 from draftsmith.tree import Draft
 from draftsmith.trie import Branches, as_draft, heaviest_path
@@ -93,6 +93,9 @@ class Drafter:
 
     def parameters(self) -> Iterator[Tensor]:
         return parameters(self.parts)
+
+    def forget(self) -> None:
+        forget_all(self.parts)
 
     def start(self, session: Session) -> None:
         self._session = session

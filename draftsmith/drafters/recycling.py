@@ -82,6 +82,7 @@ class Drafter(nn.Module):
         shape_VK = (target.vocab_size + 1, config.num_successors)
         unknown_VK = torch.full(shape_VK, target.vocab_size, dtype=torch.int32, device=target.device)
         self.register_buffer("successors", unknown_VK)
+        self._given_VK = unknown_VK.clone()
         paths = tuple(path for path in config.tree if not target.is_encoder_decoder or not any(path))
         self._trees = [tree for tree, _ in growth.levels(paths, target.device)]
         ranks = [path[-1] for path in sorted(paths, key=lambda path: (len(path), path))]
@@ -98,6 +99,11 @@ class Drafter(nn.Module):
             raise ValueError(
                 f"the stored successors are not all ids below {vocab_size}; the artifact must be made again"
             )
+        self._given_VK = self.successors.clone()
+
+    def forget(self) -> None:
+        """Knows the successors that it was loaded with."""
+        self.successors.copy_(self._given_VK)
 
     def like(self, tree: growth.Paths) -> "Drafter":
         """Returns a drafter with a copy of this one's matrix and another tree."""

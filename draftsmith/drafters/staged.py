@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from draftsmith import length
 from draftsmith.drafters import Session, Step
 from draftsmith.loop import forward, judge, to_host
-from draftsmith.parts import Names, Part, check, load_part, made, parameters, save_parts
+from draftsmith.parts import Names, Part, check, forget_all, load_part, made, parameters, save_parts
 from draftsmith.stats import Stopwatch
 from draftsmith.target import Target
 from draftsmith.tree import Draft, chain
@@ -81,6 +81,9 @@ class Drafter:
 
     def parameters(self) -> Iterator[Tensor]:
         return parameters(self.parts)
+
+    def forget(self) -> None:
+        forget_all(self.parts)
 
     def start(self, session: Session) -> None:
         self._session = session

@@ -82,7 +82,12 @@ class Drafter:
     ) -> None:
         self.config, self.target = config, target
         self.shards = shards or (empty(target.vocab_size),)
-        self.recent = GrowingText(config.max_match, target.vocab_size, recent)
+        self._given = recent
+        self.forget()
+
+    def forget(self) -> None:
+        """Knows of recent texts only those that it was given."""
+        self.recent = GrowingText(self.config.max_match, self.target.vocab_size, self._given)
         self._session: Session | None = None
 
     def start(self, session: Session) -> None:
