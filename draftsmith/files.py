@@ -20,8 +20,11 @@ def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
+        # safetensors writes files that nobody else may read; a server often runs as somebody else.
+        mode = staging.stat().st_mode & 0o666
         for file in staging.rglob("*"):
             if file.is_file():
+                file.chmod(mode)
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         if path.exists():

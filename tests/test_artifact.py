@@ -64,6 +64,13 @@ def test_weights_are_the_drafters_alone(folder: Path) -> None:
     assert (loaded.num_heads, [list(path) for path in loaded.tree]) == (2, [list(path) for path in saved.tree])
 
 
+def test_whoever_may_read_the_folder_may_read_its_files(folder: Path) -> None:
+    expected = folder.stat().st_mode & 0o666
+    assert {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()} == {
+        file.name: expected for file in folder.iterdir()
+    }
+
+
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     config = lm.Config(model=tiny_config("llama", tie_word_embeddings=True).to_dict())
     drafter = built(lm, config, tiny_target("llama"))
