@@ -3,12 +3,11 @@
     ./launch.sh quickstart                  # pocket target, into runs/quickstart: under five minutes on two CPU cores
     ./launch.sh quickstart --target T --data prompts.jsonl --output runs/mine
 
-The drafters are those of recipes/configs/quickstart-*.yaml: a preset of a trainer, or the settings of a drafter that
-learns nothing. A run that was stopped is continued by the same command, and nothing is trained twice.
+The drafters are those of recipes/configs/quickstart-*.yaml, presets of trainers. A run that was stopped is continued by
+the same command, and nothing is trained twice.
 """
 
 import importlib
-import importlib.util
 import sys
 import time
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import torch
 import transformers
-import yaml
 
 import draftsmith
 from data import POCKET
@@ -24,7 +22,6 @@ from data.prompts import Prompt, load_prompts
 from data.pseudo_data import write_pseudo_data
 from data.writers import LocalTarget, PseudoDataSettings
 from draftsmith import Target
-from draftsmith.drafters import find
 from draftsmith.facts import read_facts
 from draftsmith.stats import num_threads
 from eval.compare import Settings, compare
@@ -123,16 +120,10 @@ def _prompts(run: QuickstartSettings) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def _make(preset: Path, run: QuickstartSettings, target: Target) -> Path:
-    """Trains the drafter of `preset`, or just saves one that learns nothing; returns its artifact."""
+    """Makes the drafter of `preset`; returns its artifact."""
     name = preset.stem.removeprefix("quickstart-")
     output = Path(run.output) / name
     _say(f"{name}, by {preset.name}")
-    if importlib.util.find_spec(f"trainers.{name}") is None:
-        family = find(name)
-        drafter = family.Drafter(family.Config(**yaml.safe_load(preset.read_text())), target)
-        draftsmith.save(drafter, output, target=target, record={"train_s": 0.0})
-        print(f"{output}: nothing to train")
-        return output
     trainer = importlib.import_module(f"trainers.{name}")
     given = {"config": preset, "target": run.target, "data": Path(run.output) / "pseudo-data", "output": output}
     given |= {"seed": run.seed} | ({"max_steps": run.max_steps} if run.max_steps else {})

@@ -11,7 +11,7 @@ from text import CHAT_TEMPLATE, EOS_ID, MARKED_TEMPLATE, TEXT, trained_tokenizer
 from data.batches import split
 from data.prompts import Prompt, load_prompts
 from data.python_source import source_files, split_files
-from data.sources import Document
+from data.sources import BEGINNING, Document, read_source
 
 CHAT = [
     {"role": "user", "content": "Name a colour."},
@@ -102,6 +102,10 @@ def test_python_source_is_held_out_unless_training_files_are_asked_for():
             assert there.startswith(prompt.text)
             assert line == "1" or prompt.text.lstrip().startswith(("def ", "async def ", "@"))
             assert (prompt.ids[0] == TOKENIZER.bos_token_id) == (line == "1")
+    beginnings = {file.text[:BEGINNING] for file in train}
+    documents = read_source("python-source")
+    assert len(documents) > 20
+    assert not [document for document in documents if document.text[:BEGINNING] in beginnings]
 
 
 def test_drawing_is_decided_by_the_seed(tmp_path):
