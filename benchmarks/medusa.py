@@ -6,8 +6,8 @@
 Both decode the same prompts in turn, in this process; ratios are of tokens/s within a round.
 One core of an AMD EPYC, heads of the command in recipes/medusa.py, each with the tree computed for its dtype, in two
 quiet runs: 1.08 and 1.04 in float32, output identical; 1.39 and 1.40 in bfloat16. On the prompts before, of which one
-was known by heart, 1.11 to 1.14 and 1.45 to 1.51. In bfloat16 near ties fall otherwise in wider forwards, so that output
-is not always identical.
+was known by heart, 1.11 to 1.14 and 1.45 to 1.51. In bfloat16 near ties fall otherwise in wider forwards, so that
+output is not always identical.
 """
 
 import sys
