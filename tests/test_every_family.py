@@ -1,4 +1,4 @@
-"""Every family with every architecture: greedy output is transformers' own, in float32 and in float64.
+"""Every family with every architecture: greedy output is transformers' own, and sampled text follows the target's law.
 
 A family's own test names a configuration to try, `EXAMPLE`, or a function of the target that returns one.
 """
@@ -12,9 +12,11 @@ import draftsmith
 from draftsmith import Target
 from draftsmith.drafters import find, names
 from tests.family import Watched, built, texts
+from tests.law import check_law, law_target
 from tests.models import CAUSAL, greedy_by_model, greedy_by_transformers, padded, prompts, tiny_model, tiny_target
 
 NUM_NEW = 20
+NUM_SAMPLES = 20_000
 
 
 def check(family: str, architecture: str, dtype: torch.dtype, *batches: tuple[int, str]) -> None:
@@ -44,6 +46,14 @@ def test_greedy_output_is_transformers_own(family: str, architecture: str) -> No
 @pytest.mark.parametrize("family", names())
 def test_and_so_it_is_in_either_precision_and_padding(family: str, architecture: str, dtype: torch.dtype) -> None:
     check(family, architecture, dtype, (1, "right"), (5, "left"), (5, "right"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 5}], ids=str)
+@pytest.mark.parametrize("family", names())
+def test_sampled_text_follows_the_law(family: str, settings: dict[str, float]) -> None:
+    drafter = built(find(family), importlib.import_module(f"tests.test_{family}").EXAMPLE, law_target())
+    check_law(drafter, drafter.target, num_samples=NUM_SAMPLES, seed=2, **settings)
 
 
 @pytest.mark.gpu
