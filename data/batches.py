@@ -131,12 +131,15 @@ def check_layers(layers: Sequence[int], target: Target | TargetFacts) -> None:
 
 
 def split(keys: Sequence[str], *, held_out_share: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Returns the indices (train, held_out) by a hash of each key: rows of one prompt or document stay on one side.
+    """Returns the indices (train, held_out) by a hash of each key: rows of one prompt stay on one side.
 
+    So do the pieces of one document, unless these are so few that a whole one would be more than the share.
     A row's side depends on nothing but its key and the seed, save that one key at least is held out of a small set.
     Raises ValueError when no row would be left to train on.
     """
-    hashes = [hashlib.sha256(f"{seed}:{key.partition('.')[0]}".encode()).digest() for key in keys]
+    documents = [key.partition(".")[0] for key in keys]
+    grouped = documents if len(set(documents)) * held_out_share >= 1 else keys
+    hashes = [hashlib.sha256(f"{seed}:{key}".encode()).digest() for key in grouped]
     shares = [int.from_bytes(digest[:8], "big") / 2**64 for digest in hashes]
     limit = max(held_out_share, min(shares, default=0.0) + 2**-53) if held_out_share > 0 else 0.0
     train = [index for index, share in enumerate(shares) if share >= limit]

@@ -146,6 +146,8 @@ def test_text_to_learn_from_comes_whole_in_pieces(tmp_path, name):
     for seed in range(8):
         train, _ = split([*keys, *others], held_out_share=0.5, seed=seed)
         assert len({place in train for place in range(len(keys))}) == 1
+    train, held_out = split(keys, held_out_share=0.2, seed=0)
+    assert train and held_out, "a single document is no reason to learn nothing"
 
 
 # --- Conversations -----------------------------------------------------------------------------------------------
