@@ -7,7 +7,7 @@
 
 A share of a CPU core, pocket target, `--max-steps 300 --batch-size 16 --learning-rate 5e-3` on the 1.27 M tokens of
 `./launch.sh pseudo_data --max-prompts 10000`: 525 s; held-out acceptance 0.393. On 40 prompts 1.57 tokens a round
-greedily and 1.61 at temperature 1. A proposal of a token or two takes 1.0 ms, 13 % of a plain step.
+greedily and 1.61 at temperature 1. A drafted token takes 0.27 ms greedily and 0.34 sampled, of a plain step of 5.9.
 """
 
 import sys
