@@ -27,6 +27,8 @@ from trainers.run import RunSettings
 
 TARGET = Target(tiny_model("llama"))
 FACTORS = {"num_heads": 2, "rank": 3, "alpha": 2.0, "dropout": 0.0}
+SETTINGS = medusa2.Settings(**FACTORS)  # type: ignore[arg-type]
+"""Two ranks would not drop what one process does."""
 LOSSES = ("loss", "target_loss", "head0_loss", "head1_loss", "grad_norm", "learning_rate", "eval_acceptance")
 
 
