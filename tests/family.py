@@ -23,7 +23,7 @@ import draftsmith
 from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.drafters import Session, Step, forget
+from draftsmith.drafters import Session, Step, forget, lookup
 from draftsmith.tree import Draft
 from tests.law import check_law, law_target
 from tests.models import greedy_by_model, greedy_by_transformers, padded, prompts, scramble, tiny_model, tiny_target
@@ -204,6 +204,26 @@ class Watched:
         rows_B1 = torch.arange(len(parents_BN))[:, None]
         drawn_BN = probs_BNV[rows_B1, parents_BN, draft.tokens_BN[:, 1:]]
         assert (drawn_BN > 0)[valid_BN[:, 1:] if valid_BN is not None else ...].all(), "drafted what its law excludes"
+
+
+class Alternating:
+    """Proposes what a lookup finds at every second step; the drafter, under watch, sees all of them."""
+
+    def __init__(self, inner: Watched) -> None:
+        self.inner = inner
+        self.config, self.target, self.hidden_layers = inner.config, inner.target, inner.hidden_layers
+
+    def start(self, session: Session) -> None:
+        self.inner.start(session)
+        self.other, self.number = lookup.Drafter(lookup.Config(), self.target), 0
+        self.other.start(session)
+
+    def propose(self, budget: int) -> Draft:
+        self.number += 1
+        return self.other.propose(budget) if self.number % 2 else self.inner.propose(budget)
+
+    def observe(self, step: Step) -> None:
+        self.inner.observe(step)
 
 
 def _batch() -> Batch:

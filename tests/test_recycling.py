@@ -18,10 +18,10 @@ from data.pseudo_data import read_pseudo_data
 from data.shards import write_whole
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.drafters import Session, Step, lookup, recycling
+from draftsmith.drafters import Session, Step, recycling
 from draftsmith.drafters.recycling import TREE, Config, Drafter, shape
 from draftsmith.tree import Draft
-from tests.family import Watched, check_family, texts
+from tests.family import Alternating, Watched, check_family, texts
 from tests.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
 from tests.runs import make_data, make_target
 from trainers import corpus
@@ -122,24 +122,16 @@ def test_drafts_and_what_is_kept_against_a_dictionary(num_rows: int, temperature
         assert watched.num_drafted > 0
 
 
-class Alternating(Kept):
-    """Proposes what a lookup finds at every second step."""
-
-    def start(self, session: Session) -> None:
-        super().start(session)
-        self.other, self.number = lookup.Drafter(lookup.Config(), self.target), 0
-        self.other.start(session)
-
-    def propose(self, budget: int) -> Draft:
-        self.number += 1
-        return self.other.propose(budget) if self.number % 2 else super().propose(budget)
-
-
 def test_it_learns_from_the_drafts_of_others() -> None:
     target = tiny_target("llama")
     ids, mask = padded(prompts(5))
     out = draftsmith.generate(
-        target, ids, Alternating(Drafter(SMALL, target)), attention_mask=mask, max_new_tokens=20, eos_token_id=[9, 30]
+        target,
+        ids,
+        Alternating(Kept(Drafter(SMALL, target))),
+        attention_mask=mask,
+        max_new_tokens=20,
+        eos_token_id=[9, 30],
     )
     plain = draftsmith.generate(target, ids, attention_mask=mask, max_new_tokens=20, eos_token_id=[9, 30])
     assert texts(out) == texts(plain)

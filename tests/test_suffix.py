@@ -15,12 +15,11 @@ from hypothesis import strategies as some
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.drafters import Session, Step, lookup, suffix
+from draftsmith.drafters import Step, suffix
 from draftsmith.drafters.suffix import Config, Drafter
 from draftsmith.growing_text import GrowingText
-from draftsmith.tree import Draft
 from draftsmith.trie import Branches
-from tests.family import Watched, check_family, texts
+from tests.family import Alternating, Watched, check_family, texts
 from tests.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_target
 from tests.runs import make_data, make_target
 from tests.test_suffix_array import DOCUMENTS, TOKENS
@@ -261,24 +260,11 @@ def test_the_oldest_texts_are_forgotten() -> None:
     assert drafter.recent.tokens[-len(written[1]) - 1 : -1] == written[1]
 
 
-class Alternating(Watched):
-    """Proposes what a lookup finds at every second step; the drafter under watch sees all of them."""
-
-    def start(self, session: Session) -> None:
-        super().start(session)
-        self.other, self.number = lookup.Drafter(lookup.Config(), self.target), 0
-        self.other.start(session)
-
-    def propose(self, budget: int) -> Draft:
-        self.number += 1
-        return self.other.propose(budget) if self.number % 2 else super().propose(budget)
-
-
 def test_it_goes_on_from_steps_that_it_did_not_propose() -> None:
     target = tiny_target("llama")
     ids, mask = padded(prompts(5))
     drafter = Drafter(Config(), target)
-    out = draftsmith.generate(target, ids, Alternating(drafter), attention_mask=mask, max_new_tokens=20)
+    out = draftsmith.generate(target, ids, Alternating(Watched(drafter)), attention_mask=mask, max_new_tokens=20)
     assert texts(out) == greedy_by_transformers("llama", 5, 20)
 
 

@@ -11,6 +11,7 @@ from draftsmith.facts import TargetFacts
 from draftsmith.parts import named
 from trainers import Metrics, Needs, composed, corpus
 from trainers.run import RunSettings
+from trainers.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     """Returns the drafter composed of the artifacts."""
     parts = composed.load_parts(settings.parts, target)
     names = tuple(named(part.drafter) for part in parts)
-    return Drafter(Config(parts=names, adaptive=settings.adaptive, min_tokens=settings.min_tokens), target, parts)
+    return Drafter(part_of(Config, settings, parts=names), target, parts)
 
 
 def spent_s(settings: Settings) -> float:

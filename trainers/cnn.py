@@ -1,6 +1,6 @@
 """Distils causal gated convolutions from the target (DistillSpec, 2310.08461; 1612.08083)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -8,11 +8,11 @@ from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.cnn import Config, Drafter
 from trainers import Metrics, Needs, distillation
-from trainers.losses import DIVERGENCES
+from trainers.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(distillation.Loss):
     """The network, its loss, and the drafts to be made with it."""
 
     num_channels: int = 256
@@ -25,14 +25,6 @@ class Settings:
     """Of the map from features to logits, if the target's output matrix is wider than that."""
     dropout: float = 0.0
     """Share of each layer's inputs left out."""
-    loss: str = field(default="ce", metadata={"choices": ["ce", *DIVERGENCES]})
-    """Cross-entropy on the text, or a divergence from the target's law at each of its tokens."""
-    beta: float = 0.5
-    """Of the Jensen-Shannon divergence (`jsd`)."""
-    loss_temperature: float = 1.0
-    """Both laws are taken at this temperature in a divergence."""
-    teacher_top_k: int = 0
-    """A divergence sees so many of the target's largest logits and the rest as one, 0 for all of them."""
     num_draft: int = 8
     """Most tokens drafted at a time."""
     length: str = "refit=0.4"
@@ -45,21 +37,12 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and less than 1")
-        distillation.check(self)
+        super().__post_init__()
         self.config()
 
     def config(self) -> Config:
         """Returns the drafter's own; raises ValueError for one that cannot be."""
-        return Config(
-            num_channels=self.num_channels,
-            kernel_size=self.kernel_size,
-            dilations=self.dilations,
-            rank=self.rank,
-            num_draft=self.num_draft,
-            length=self.length,
-            width=self.width,
-            num_nodes=self.tree_nodes,
-        )
+        return part_of(Config, self, num_nodes=self.tree_nodes)
 
 
 def build(settings: Settings, target: Target) -> Drafter:

@@ -10,22 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from data.batches import Batch
 from draftsmith import Target, length
 from draftsmith.drafters.lm import Config, Drafter
 from draftsmith.facts import TargetFacts, read_facts
 from draftsmith.sampling import Sampling
-from trainers import Metrics, Needs, distillation, trees
+from trainers import Metrics, Needs, distillation, small_models, trees
 from trainers.distillation import before_supervised
-from trainers.losses import DIVERGENCES, chunked
+from trainers.losses import chunked
 
 NUM_RANKS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(distillation.Loss):
     """The draft model, what it starts from, and its loss."""
 
     init: str = ""
@@ -41,14 +41,6 @@ class Settings:
     start: str = field(default="embedding", metadata={"choices": ["random", "embedding", "layers"]})
     """Weights of a new model: random, with the target's embedding where the widths are the same, or, for a model of
     the target's own architecture and width, its embedding, head and first layers."""
-    loss: str = field(default="ce", metadata={"choices": ["ce", *DIVERGENCES]})
-    """Cross-entropy on the text, or a divergence from the target's law at each of its tokens."""
-    beta: float = 0.5
-    """Of the Jensen-Shannon divergence (`jsd`)."""
-    loss_temperature: float = 1.0
-    """Both laws are taken at this temperature in a divergence."""
-    teacher_top_k: int = 0
-    """A divergence sees so many of the target's largest logits and the rest as one, 0 for all of them."""
     num_draft: int = 8
     """Most tokens drafted at a time."""
     length: str = "refit=0.4"
@@ -71,7 +63,7 @@ class Settings:
         for name in ("hidden_size", "ffn_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        distillation.check(self)
+        super().__post_init__()
 
 
 def check(settings: Settings, target: TargetFacts) -> None:
@@ -161,9 +153,9 @@ def _head(drafter: Drafter) -> distillation.Head:
 
 def _drafter(settings: Settings, config: PreTrainedConfig, target: Target) -> Drafter:
     """Returns a drafter with a model of this configuration and random weights."""
-    values = {"model_type": config.model_type, **config.to_diff_dict()}
-    model = {key: value for key, value in values.items() if key not in ("transformers_version", "dtype")}
-    return Drafter(Config(model=model, num_draft=settings.num_draft, length=settings.length), target).float()
+    return Drafter(
+        Config(model=small_models.as_dict(config), num_draft=settings.num_draft, length=settings.length), target
+    ).float()
 
 
 def _small_llama(settings: Settings, target: Target) -> PreTrainedConfig:
@@ -172,15 +164,13 @@ def _small_llama(settings: Settings, target: Target) -> PreTrainedConfig:
         raise ValueError(f"hidden_size {width} must be a multiple of twice num_heads, which is {settings.num_heads}")
     theirs = target.model.config.get_text_config(decoder=True)
     special = {name: getattr(theirs, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return LlamaConfig(
+    return small_models.llama(
         vocab_size=target.vocab_size,
-        hidden_size=width,
-        intermediate_size=settings.ffn_size or (width * 8 // 3 + 31) // 32 * 32,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_heads,
-        max_position_embeddings=target.context_length,
-        tie_word_embeddings=True,
+        width=width,
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
+        context_length=target.context_length,
+        ffn_size=settings.ffn_size,
         **special,
     )
 

@@ -6,7 +6,7 @@ Shape suffixes: B rows, T positions, N supervised positions, D width of the feat
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,42 +14,34 @@ from torch import Tensor
 from data.batches import Batch
 from draftsmith import Target
 from trainers import Metrics, Needs
-from trainers.losses import Teacher, acceptance, chunked, cross_entropy, divergence, laws
+from trainers.losses import DIVERGENCES, Teacher, acceptance, chunked, cross_entropy, divergence, laws
 
 Head = Callable[[Tensor], Tensor]
 """Features [N, D] -> logits [N, V]."""
 
 
-class Loss(Protocol):
-    """What a family's settings say of its loss."""
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What is learnt from the target: its text, or its laws."""
 
-    @property
-    def loss(self) -> str:
-        """Cross-entropy on the text, "ce", or a divergence from the target's law at each of its tokens."""
+    loss: str = field(default="ce", metadata={"choices": ["ce", *DIVERGENCES]})
+    """Cross-entropy on the text, or a divergence from the target's law at each of its tokens."""
+    beta: float = 0.5
+    """Of the Jensen-Shannon divergence (`jsd`)."""
+    loss_temperature: float = 1.0
+    """Both laws are taken at this temperature in a divergence."""
+    teacher_top_k: int = 0
+    """A divergence sees so many of the target's largest logits and the rest as one, 0 for all of them."""
 
-    @property
-    def beta(self) -> float:
-        """Of the Jensen-Shannon divergence."""
-
-    @property
-    def loss_temperature(self) -> float:
-        """Both laws are taken at this temperature in a divergence."""
-
-    @property
-    def teacher_top_k(self) -> int:
-        """A divergence sees so many of the target's largest logits and the rest as one, 0 for all of them."""
-
-
-def check(settings: Loss) -> None:
-    """Raises ValueError for settings of a loss that exclude each other or cannot be."""
-    if settings.teacher_top_k < 0:
-        raise ValueError(f"teacher_top_k is {settings.teacher_top_k}; it must not be negative")
-    if settings.loss == "ce" and (settings.teacher_top_k or settings.loss_temperature != 1):
-        raise ValueError("teacher_top_k and loss_temperature belong to a divergence, and loss is ce: name another")
-    if settings.loss != "ce":
-        divergence(settings.loss, beta=settings.beta, temperature=settings.loss_temperature)
-    if settings.teacher_top_k and settings.loss_temperature != 1:
-        raise ValueError(f"with teacher_top_k, loss_temperature must be 1, not {settings.loss_temperature}")
+    def __post_init__(self) -> None:
+        if self.teacher_top_k < 0:
+            raise ValueError(f"teacher_top_k is {self.teacher_top_k}; it must not be negative")
+        if self.loss == "ce" and (self.teacher_top_k or self.loss_temperature != 1):
+            raise ValueError("teacher_top_k and loss_temperature belong to a divergence, and loss is ce: name another")
+        if self.loss != "ce":
+            divergence(self.loss, beta=self.beta, temperature=self.loss_temperature)
+        if self.teacher_top_k and self.loss_temperature != 1:
+            raise ValueError(f"with teacher_top_k, loss_temperature must be 1, not {self.loss_temperature}")
 
 
 def needs(settings: Loss, target: Target) -> Needs:

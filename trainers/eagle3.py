@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from data.batches import Batch, Example
 from draftsmith import Target, length
-from draftsmith.drafters.blocks import Attention
+from draftsmith.drafters.blocks import Attention, ffn_width
 from draftsmith.drafters.eagle3 import FUSION_NORMS, Config, Drafter
 from draftsmith.facts import TargetFacts
 from trainers import Metrics, Needs, heads
@@ -86,7 +86,7 @@ def build(settings: Settings, target: Target) -> Drafter:
         num_heads=settings.num_heads,
         num_kv_heads=settings.num_kv_heads or settings.num_heads,
         head_width=width // settings.num_heads,
-        inner_width=settings.ffn_size or (width * 8 // 3 + 31) // 32 * 32,
+        inner_width=settings.ffn_size or ffn_width(width),
         draft_vocab=settings.draft_vocab,
         fusion_norm=settings.fusion_norm,
         norm_output=settings.norm_output,

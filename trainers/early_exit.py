@@ -15,6 +15,7 @@ from draftsmith import Target, length
 from draftsmith.drafters.early_exit import Config, Drafter
 from trainers import Metrics, Needs, exits
 from trainers.losses import DIVERGENCES, Teacher, chunked, cross_entropy, divergence
+from trainers.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +129,7 @@ def _layers(settings: Settings, target: Target) -> tuple[int, ...]:
 
 
 def _config(settings: Settings, exit_layer: int, num_heads: int) -> Config:
-    known = {item.name for item in dataclasses.fields(Config)}
-    kept = {name: value for name, value in dataclasses.asdict(settings).items() if name in known}
-    return Config(**kept | {"exit_layer": exit_layer, "num_heads": num_heads})
+    return part_of(Config, settings, exit_layer=exit_layer, num_heads=num_heads)
 
 
 def _read(drafter: Drafter, batch: Batch, recycled_BTD: Tensor | None) -> Tensor:

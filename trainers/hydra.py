@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from data.batches import Batch
 from draftsmith import Target, growth
 from draftsmith.drafters import Session
+from draftsmith.drafters.blocks import ffn_width
 from draftsmith.drafters.hydra import Config, Drafter
 from draftsmith.sampling import Sampling
 from trainers import Metrics, Needs, heads, trees
@@ -67,7 +68,7 @@ class Settings:
 
 def build(settings: Settings, target: Target) -> Drafter:
     """Returns heads that pass the state through unchanged, drafting a chain until `finish`."""
-    width = settings.prefix_width or (target.hidden_size * 8 // 3 + 31) // 32 * 32
+    width = settings.prefix_width or ffn_width(target.hidden_size)
     config = Config(
         num_heads=settings.num_heads,
         num_blocks=settings.num_blocks,

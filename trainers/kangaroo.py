@@ -16,6 +16,7 @@ from draftsmith import Target, length
 from draftsmith.drafters.kangaroo import Config, Drafter
 from trainers import Metrics, Needs, exits
 from trainers.losses import DIVERGENCES, Teacher, chunked, divergence
+from trainers.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +103,7 @@ def _layers(settings: Settings, target: Target) -> tuple[int, ...]:
 
 
 def _config(settings: Settings, exit_layer: int, num_heads: int) -> Config:
-    return Config(
-        exit_layer=exit_layer,
-        num_heads=num_heads,
-        num_draft=settings.num_draft,
-        length=settings.length,
-        width=settings.width,
-        num_nodes=settings.num_nodes,
-    )
+    return part_of(Config, settings, exit_layer=exit_layer, num_heads=num_heads)
 
 
 def _supervised(drafters: Sequence[Drafter], batch: Batch) -> list[Tensor]:

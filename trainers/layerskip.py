@@ -22,6 +22,7 @@ from trainers import Metrics, Needs
 from trainers.logs import reporter
 from trainers.run import RunSettings
 from trainers.search import METHODS, Bits, Space, search
+from trainers.settings import part_of
 from trainers.sublayers import Costs, Texts, influence, measure, simulate, speed_up
 
 
@@ -183,14 +184,11 @@ def _measured_once(target: Target, num_draft: int, path: Path) -> Costs:
 
 def _config(settings: Settings, bits: Bits) -> Config:
     blocks = range(len(bits) // 2)
-    return Config(
+    return part_of(
+        Config,
+        settings,
         attention=tuple(block for block in blocks if bits[block]),
         mlp=tuple(block for block in blocks if bits[len(blocks) + block]),
-        num_draft=settings.num_draft,
-        length=settings.length,
-        width=settings.width,
-        num_nodes=settings.num_nodes,
-        online=settings.online,
     )
 
 

@@ -14,6 +14,7 @@ from draftsmith.facts import TargetFacts
 from draftsmith.parts import named
 from trainers import Metrics, Needs, composed, corpus
 from trainers.run import RunSettings
+from trainers.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     """Returns the drafter composed of the artifacts, which has counted how often the parts were right."""
     parts = composed.load_parts(settings.parts, target)
     names = tuple(named(part.drafter) for part in parts)
-    config = Config(parts=names, num_nodes=settings.num_nodes, least_chance=settings.least_chance)
+    config = part_of(Config, settings, parts=names)
     drafter = Drafter(config, target, parts)
     most = min(run.max_length, target.context_length)
     for index in tqdm(order(len(rows), seed=run.seed, epoch=0)[: settings.num_texts], desc="learning", unit="text"):

@@ -13,6 +13,7 @@ from draftsmith.drafters.ngram import Config, Drafter
 from trainers import Metrics, Needs, corpus
 from trainers.kneser_ney import build, counted
 from trainers.run import RunSettings
+from trainers.settings import part_of
 
 ROWS_A_PART = 8192
 
@@ -41,9 +42,7 @@ class Settings:
 
     def config(self) -> Config:
         """Returns how the drafter drafts."""
-        return Config(
-            order=self.order, num_draft=self.num_draft, length=self.length, sampled=self.sampled, cache=self.cache
-        )
+        return part_of(Config, self)
 
 
 def needs(settings: Settings, target: Target) -> Needs:

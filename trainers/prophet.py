@@ -15,6 +15,7 @@ from draftsmith import Target
 from draftsmith.drafters.prophet import Config, Drafter, places
 from trainers import Metrics, Needs
 from trainers.losses import DIVERGENCES, Teacher, acceptance, chunked, cross_entropy, divergence, laws
+from trainers.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +59,7 @@ class Settings:
 
     def config(self) -> Config:
         """Returns the drafter's configuration; raises ValueError for one that cannot be."""
-        return Config(
-            num_states=self.num_states,
-            num_draft=self.num_draft,
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            num_heads=self.num_heads,
-            own_head=self.own_head,
-            length=self.length,
-            width=self.width,
-            num_nodes=self.num_nodes,
-            joint=self.joint,
-        )
+        return part_of(Config, self)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

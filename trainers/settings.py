@@ -112,9 +112,10 @@ def _field_docs(kind: type) -> dict[str, str]:
     return docs
 
 
-def part_of(kind: type[T], settings: Any) -> T:
-    """Returns the dataclass `kind` with what `settings` has under the names of its fields."""
-    return kind(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+def part_of(kind: type[T], settings: Any, **others: Any) -> T:
+    """Returns the dataclass `kind` with what `settings` has under the names of its fields, and `others`."""
+    names = {field.name for field in dataclasses.fields(kind)} & {field.name for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    return kind(**{name: getattr(settings, name) for name in names} | others)
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from draftsmith.facts import TargetFacts
 from draftsmith.parts import load, named
 from trainers import Metrics, Needs, composed, corpus
 from trainers.run import RunSettings
+from trainers.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     is_for_target = read_manifest(settings.parts[1])["target"]["fingerprint"] == target.fingerprint
     small = load(settings.parts[1], engine, made_for=target if is_for_target else None)
     names = (named(larger.drafter), named(small.drafter))
-    return Drafter(Config(parts=names, num_draft=settings.num_draft, length=settings.length), target, [larger, small])
+    return Drafter(part_of(Config, settings, parts=names), target, [larger, small])
 
 
 def spent_s(settings: Settings) -> float:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
@@ -29,7 +28,7 @@ from draftsmith import Target
 from draftsmith.drafters.translated import Config, Drafter, translation
 from draftsmith.facts import TargetFacts, read_facts, tokenizer_hash
 from draftsmith.files import atomic_folder
-from trainers import Metrics, Needs, checkpoints, corpus, launch
+from trainers import Metrics, Needs, checkpoints, corpus, launch, small_models
 from trainers.descent import arguments_of
 from trainers.logs import JsonLines
 from trainers.pocket import BOS, EOS, PAD, MuonAndAdamW, byte_pairs
@@ -125,11 +124,9 @@ def _check_shared(settings: Settings, counterparts: Sequence[int], name: str) ->
 
 
 def _drafter(settings: Settings, model: Any, tokenizer: Any, target: Target) -> Drafter:
-    values = {"model_type": model.config.model_type, **model.config.to_diff_dict()}
-    values = {key: value for key, value in values.items() if key not in ("transformers_version", "dtype")}
     config = Config(
         # Sizes that are as the architecture's own are left out of the difference.
-        model=values | {"vocab_size": model.config.vocab_size} | _special(tokenizer),
+        model=small_models.as_dict(model.config) | {"vocab_size": model.config.vocab_size} | _special(tokenizer),
         tokenizer_hash=str(tokenizer_hash(tokenizer)),
         num_draft=settings.num_draft,
         confidence=settings.confidence,
@@ -157,16 +154,13 @@ def _train(
         eos_token=EOS,
         clean_up_tokenization_spaces=False,
     )
-    config = LlamaConfig(
+    config = small_models.llama(
         vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=(settings.hidden_size * 8 // 3 + 31) // 32 * 32,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_heads,
+        width=settings.hidden_size,
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
         # Smaller vocabularies take more tokens for a text.
-        max_position_embeddings=2 * target.context_length,
-        tie_word_embeddings=True,
+        context_length=2 * target.context_length,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -108,6 +108,11 @@ class Attention(nn.Module):
         )
 
 
+def ffn_width(width: int) -> int:
+    """Returns the usual inner width of a gated feed-forward layer: 8/3 of its own, rounded up to a multiple of 32."""
+    return (width * 8 // 3 + 31) // 32 * 32
+
+
 class FeedForward(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases (SwiGLU, 2002.05202)."""
 

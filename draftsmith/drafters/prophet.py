@@ -26,7 +26,7 @@ from torch.nn import functional
 from draftsmith import growth, length
 from draftsmith.cache import KVCache
 from draftsmith.drafters import Session, Step
-from draftsmith.drafters.blocks import Block, along, own_outputs, place
+from draftsmith.drafters.blocks import Block, along, ffn_width, own_outputs, place
 from draftsmith.target import Target
 from draftsmith.tree import Draft, Tree, chain
 from draftsmith.tuned import Tuned, twin
@@ -85,11 +85,10 @@ class Drafter(nn.Module):
         object.__setattr__(self, "target", target)
         self.hidden_layers = (target.num_layers,)
         width = config.hidden_size or target.hidden_size
-        inner_width = (width * 8 // 3 + 31) // 32 * 32
         self.state_map = _map(target.hidden_size, width)
         self.token_map = _map(target.hidden_size, width)
         self.blocks = nn.ModuleList(
-            Block(width, num_heads=config.num_heads, inner_width=inner_width) for _ in range(config.num_layers)
+            Block(width, num_heads=config.num_heads, inner_width=ffn_width(width)) for _ in range(config.num_layers)
         )
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.output_map = _map(width, target.hidden_size)
