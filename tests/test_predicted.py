@@ -15,14 +15,14 @@ def test_tokens_are_those_of_a_simulation(acceptance: float) -> None:
     assert predicted.tokens_by_depth(reached) == pytest.approx(simulated)
 
 
-@pytest.mark.parametrize("acceptance, num_draft", [(0.5, 3), (0.8, 7)])
+@pytest.mark.parametrize(("acceptance", "num_draft"), [(0.5, 3), (0.8, 7)])
 def test_tokens_are_the_closed_form(acceptance: float, num_draft: int) -> None:
     closed = (1 - acceptance ** (num_draft + 1)) / (1 - acceptance)
     assert predicted.tokens(acceptance, num_draft) == pytest.approx(closed)
 
 
 @pytest.mark.parametrize(
-    "cost_ratio, acceptance, expected",
+    ("cost_ratio", "acceptance", "expected"),
     [(0.01, 0.5, (5, 1.88)), (0.05, 0.8, (8, 3.09)), (0.1, 0.9, (10, 3.43)), (0.2, 0.6, (2, 1.40))],
 )
 def test_the_best_length(cost_ratio: float, acceptance: float, expected: tuple[int, float]) -> None:
