@@ -12,13 +12,13 @@ from torch import Tensor
 
 from data.batches import Batch
 from draftsmith import Target
+from draftsmith.costs import CONTEXT, quickest_ms
 from draftsmith.drafters import Session
 from draftsmith.length import Policy
 from draftsmith.sampling import Sampling
 from trainers import Metrics
 from trainers.losses import Teacher, acceptance, chunked, laws
 from trainers.sublayers import simulate
-from trainers.trees import CONTEXT, quickest_ms
 
 Text = tuple[list[bool], list[float]]
 """Of a row's supervised tokens, whether draft and target agree, and how likely the draft finds its own."""

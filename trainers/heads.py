@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from data.batches import Batch
 from draftsmith import Target
+from draftsmith.costs import SIZES, quickest_ms, verify_ms
 from trainers import Metrics, trees
 from trainers.losses import chunked, cross_entropy
 
@@ -109,7 +110,7 @@ def best_tree(
     With `num_nodes` 0 it is as large as gives most tokens a second at the target's measured cost.
     """
     rows = rows_of(of_batches)
-    draft_ms = 0.0 if num_nodes else trees.quickest_ms(draft)
+    draft_ms = 0.0 if num_nodes else quickest_ms(draft)
     return planned(trees.observed(torch.cat(rows), NUM_RANKS), rows, lambda _: draft_ms, target, num_nodes)
 
 
@@ -124,10 +125,10 @@ def planned(
 
     `draft_ms` is what drafting a tree takes; the target's cost is measured. `num_nodes` other than 0 settles the size.
     """
-    nodes = trees.grow(children, num_nodes or trees.SIZES[-1]) or [((0,), 0.0)]
+    nodes = trees.grow(children, num_nodes or SIZES[-1]) or [((0,), 0.0)]
     paths = tuple(path for path, _ in nodes)
     if not num_nodes:
-        cost_ms = {size: draft_ms(paths[:size]) + cost for size, cost in trees.verify_ms(target).items()}
+        cost_ms = {size: draft_ms(paths[:size]) + cost for size, cost in verify_ms(target).items()}
         nodes = nodes[: trees.best_size(nodes, rows, cost_ms)]
     print(f"tree of {len(nodes)} nodes: {trees.tokens_a_round(nodes, rows):.2f} tokens a round on held-out text")
     return paths[: len(nodes)]

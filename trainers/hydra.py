@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data.batches import Batch
 from draftsmith import Target, growth
+from draftsmith.costs import quickest_ms
 from draftsmith.drafters import Session
 from draftsmith.drafters.blocks import ffn_width
 from draftsmith.drafters.hydra import Config, Drafter
@@ -147,9 +148,7 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     drafter.start(session)
 
     def draft_ms(tree: growth.Paths) -> float:
-        return trees.quickest_ms(
-            lambda: growth.fill(drafter.logits, session, tree, "deterministic", settings.num_heads)
-        )
+        return quickest_ms(lambda: growth.fill(drafter.logits, session, tree, "deterministic", settings.num_heads))
 
     tree = heads.planned(children, rows, draft_ms, target, settings.tree_nodes)
     finished = Drafter(dataclasses.replace(drafter.config, tree=tree), target)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +15,10 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.utils.data import Subset
 
-from data.batches import Batch, Example, collate, order
+from data.batches import Batch, Example, collate, cut, order
 from data.teacher import complete
 from draftsmith import Target, growth
+from draftsmith.costs import quickest_ms
 from draftsmith.drafters import Session
 from draftsmith.drafters.recycling import Config, Drafter
 from draftsmith.sampling import Sampling
@@ -59,14 +59,15 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     indices = order(len(rows), seed=run.seed, epoch=0)[:num_rows]
     vocab_size, num_kept = target.vocab_size, settings.num_successors
 
-    def read(part: Sequence[Example]) -> dict[str, np.ndarray]:
-        cut = [_cut(part[at], min(run.max_length, target.context_length)) for at in range(len(part))]
-        rows = [row for row in cut if row.loss_mask_T[1:].any()]
+    def found(part: Sequence[Example]) -> dict[str, np.ndarray]:
+        length = min(run.max_length, target.context_length)
+        read = [cut(dataclasses.replace(part[at], hidden={}), length) for at in range(len(part))]
+        rows = [row for row in read if row.loss_mask_T[1:].any()]
         batches = [rows[begin : begin + run.batch_size] for begin in range(0, len(rows), run.batch_size)]
         pairs = added(pairs_of(batch, target, num_kept) for batch in batches)
         return dict(zip(NAMES, likeliest(*pairs, vocab_size, SPARE * num_kept), strict=True))
 
-    files = corpus.parts(Subset(rows, indices), output, BATCHES_A_PART * run.batch_size, read)  # type: ignore[arg-type]
+    files = corpus.parts(Subset(rows, indices), output, BATCHES_A_PART * run.batch_size, found)  # type: ignore[arg-type]
     parts = [load_file(file) for file in files]
     codes_N, _ = likeliest(*added((part["codes"], part["weights"]) for part in parts), vocab_size, num_kept)
     tokens_N = codes_N // vocab_size
@@ -91,7 +92,7 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     def draft_ms(tree: growth.Paths) -> float:
         trial = drafter.like(tree)
         trial.start(session)
-        return trees.quickest_ms(lambda: trial.propose(DEPTH))
+        return quickest_ms(lambda: trial.propose(DEPTH))
 
     children = trees.in_turn(trees.observed(torch.cat(rows), settings.num_successors))
     return drafter.like(heads.planned(children, rows, draft_ms, target, settings.tree_nodes))
@@ -157,10 +158,3 @@ def _session(target: Target, token: int) -> Session:
         sampling=Sampling(),
         generator=torch.Generator(),
     )
-
-
-def _cut(row: Example, length: int) -> Example:
-    """Returns the row's first tokens with what a store holds of the target's logits there."""
-    tensors = {f.name: value for f in dataclasses.fields(row) if isinstance(value := getattr(row, f.name), Tensor)}
-    cut: dict[str, Any] = {name: value[:length] for name, value in tensors.items()}
-    return dataclasses.replace(row, hidden={}, **cut)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from data.batches import Batch, Example
 from draftsmith import Target
+from draftsmith.costs import CONTEXT, SIZES
 from draftsmith.length import Outcome, Policy
 from draftsmith.skipping import Sublayers, reread, sublayers
 from draftsmith.tree import chain
-from trainers import trees
 from trainers.search import Bits
 
 POSITIONS_AT_ONCE = 1024
@@ -149,12 +149,12 @@ def influence(target: Target, rows: Sequence[Example]) -> list[float]:
 
 @torch.inference_mode()
 def measure(target: Target, num_draft: int) -> Costs:
-    """Returns costs after a context of `trees.CONTEXT` tokens, each the least of `ROUNDS` in which all take turns.
+    """Returns costs after a context of `CONTEXT` tokens, each the least of `ROUNDS` in which all take turns.
 
     On a CPU it is the process's own time, to which others on the machine add nothing.
     """
     cache, blocks = target.new_cache(1), tuple(range(target.num_layers))
-    target.prefill([[1] * min(trees.CONTEXT, target.context_length // 2)], cache)
+    target.prefill([[1] * min(CONTEXT, target.context_length // 2)], cache)
     clock = time.process_time if target.device.type == "cpu" else time.perf_counter
 
     def run_ms(num_tokens: int, skipped: Sublayers) -> float:
@@ -166,7 +166,7 @@ def measure(target: Target, num_draft: int) -> Costs:
 
     kinds = {"whole": ((), ()), "no_attention": (blocks, ()), "no_mlp": ((), blocks), "neither": (blocks, blocks)}
     asked = {name: (1, sublayers(*left_out)) for name, left_out in kinds.items()}
-    sizes = sorted({*(size for size in trees.SIZES if size < num_draft), num_draft})
+    sizes = sorted({*(size for size in SIZES if size < num_draft), num_draft})
     asked |= {str(size): (1 + size, sublayers((), ())) for size in sizes}
     rounds = [{name: run_ms(*one) for name, one in asked.items()} for _ in range(ROUNDS)]
     least = {name: min(one[name] for one in rounds) for name in asked}

@@ -4,7 +4,6 @@ Shape suffixes: M, N positions, T positions of one row, K heads (depths), R rank
 """
 
 import heapq
-import time
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from draftsmith import Target
+from draftsmith.costs import verify_ms
 from draftsmith.growth import draw_siblings
 from draftsmith.sampling import Sampling
 from draftsmith.tree import Draft, Tree
@@ -21,8 +21,6 @@ from draftsmith.verify import recursive
 Path = tuple[int, ...]
 Children = Callable[[Path], list[float]]
 """The chance of each next guess, by rank, once a path has been accepted; nothing past the last head."""
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 63)
-CONTEXT, REPEATS = 128, 7
 PRIOR = 16
 
 
@@ -162,47 +160,7 @@ def accepted_ranks(target_logits_NV: Tensor, draft_logits_NV: Tensor, sampling: 
     return (ends_N == 1 + torch.arange(num_ranks, device=ends_N.device)).float()
 
 
-@torch.inference_mode()
-def verify_ms(target: Target, sizes: tuple[int, ...] = SIZES) -> dict[int, float]:
-    """Returns the milliseconds the target takes for a root and so many nodes after a context of `CONTEXT` tokens.
-
-    The quickest of several runs each, and never less than for fewer nodes.
-    """
-    cache = target.new_cache(1)
-    target.prefill([[1] * min(CONTEXT, target.context_length // 2)], cache)
-    found: dict[int, float] = {}
-    for size in sizes:
-        tree = Tree.from_parents([[-1] + [0] * size], target.device)
-        tokens_1N = torch.ones(1, size + 1, dtype=torch.long, device=target.device)
-
-        def verify(tokens_1N: Tensor = tokens_1N, tree: Tree = tree) -> Tensor:
-            return target.logits(target.forward(tokens_1N, tree, cache).hidden_BND)
-
-        found[size] = quickest_ms(verify)
-    costs, highest = {}, 0.0
-    for size, cost in found.items():
-        costs[size] = highest = max(highest, cost)
-    return costs
-
-
 def round_ms(target: Target, draft: Target) -> Callable[[int, int], float]:
     """Returns what a round takes, as measured: `draft` run once a level, and the target over all nodes."""
     level_ms, costs = verify_ms(draft, sizes=(8,))[8], verify_ms(target)
     return lambda num_nodes, depth: depth * level_ms + float(np.interp(num_nodes, list(costs), list(costs.values())))
-
-
-def quickest_ms(work: Callable[[], object]) -> float:
-    """Returns the shortest of several runs of `work`, in milliseconds."""
-    times = []
-    for _ in range(REPEATS):
-        _synchronise()
-        began = time.perf_counter()
-        work()
-        _synchronise()
-        times.append(time.perf_counter() - began)
-    return min(times) * 1e3
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
