@@ -1,8 +1,9 @@
 """What trainers see: `Example`, one text with what the target says of it, and `Batch`, several of them padded right.
 
-Both come with or without the target's features; `data.teacher.complete` fills in what a batch lacks.
+Both come with or without the target's features; `data.teacher.complete` fills in what a batch lacks. For an
+encoder-decoder the tokens are the decoder's, its start token first, and what the encoder reads stands beside them.
 
-Shape suffixes: B rows, T positions, D hidden width, K largest logits kept.
+Shape suffixes: B rows, T positions, S positions of a source, D hidden width, K largest logits kept.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from draftsmith import Target
 from draftsmith.facts import TargetFacts
+from draftsmith.target import Source
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,6 +31,8 @@ class Example:
     """True where the token itself is to be learnt or judged: what the target or the assistant wrote."""
     key: str
     """Names the prompt it grew from; decides whether it is held out."""
+    source_S: Tensor | None = None
+    """Token ids (int64) that an encoder-decoder's encoder reads; None for causal text."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
     """Stored hidden layers [T, D], un-normed; 0 is the embedding output, i the output of the i-th block."""
     top_logits_TK: Tensor | None = None
@@ -51,6 +55,12 @@ class Batch:
     """Tokens of each row, padding not counted."""
     keys: tuple[str, ...] = ()
     """Each row's key, to name it in errors."""
+    source_BS: Tensor | None = None
+    """As Example.source_S; 0 in the padding."""
+    source_lengths_B: Tensor | None = None
+    """Tokens of each source, padding not counted."""
+    source: Source | None = None
+    """The sources once the target's encoder has read them."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
     """Hidden layers [B, T, D]."""
     top_logits_BTK: Tensor | None = None
@@ -67,16 +77,29 @@ class Batch:
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        hidden = {layer: states.to(device, non_blocking=True) for layer, states in self.hidden.items()}
-        return dataclasses.replace(self, hidden=hidden, **moved)
+        moved["hidden"] = {layer: states.to(device, non_blocking=True) for layer, states in self.hidden.items()}
+        if self.source is not None:
+            parts = {name: tensor.to(device, non_blocking=True) for name, tensor in vars(self.source).items()}
+            moved["source"] = Source(**parts)
+        return dataclasses.replace(self, **moved)
 
 
-def example(ids: Sequence[int], loss_mask: Sequence[bool] | None, key: str) -> Example:
+def example(
+    ids: Sequence[int], loss_mask: Sequence[bool] | None, key: str, source: Sequence[int] | None = None
+) -> Example:
     """Returns an example without features; a mask of None means every token is to be learnt."""
     tokens_T = torch.tensor(ids, dtype=torch.long)
     mask_T = torch.ones(len(ids), dtype=torch.bool) if loss_mask is None else torch.tensor(loss_mask, dtype=torch.bool)
     assert len(mask_T) == len(tokens_T)
-    return Example(tokens_T=tokens_T, loss_mask_T=mask_T, key=key)
+    source_S = None if source is None else torch.tensor(source, dtype=torch.long)
+    return Example(tokens_T=tokens_T, loss_mask_T=mask_T, key=key, source_S=source_S)
+
+
+def cut(row: Example, length: int) -> Example:
+    """Returns the row's first `length` tokens; its source stays whole, as the target read it."""
+    tensors = {f.name: value for f in dataclasses.fields(row) if isinstance(value := getattr(row, f.name), Tensor)}
+    parts: dict[str, Any] = {name: value[:length] for name, value in tensors.items() if name != "source_S"}
+    return dataclasses.replace(row, hidden={layer: states[:length] for layer, states in row.hidden.items()}, **parts)
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -88,11 +111,15 @@ def collate(examples: Sequence[Example]) -> Batch:
     first = examples[0]
     layers = [layer for layer in first.hidden if all(layer in one.hidden for one in examples)]
     with_top = all(one.top_ids_TK is not None for one in examples)
+    sources = [one.source_S for one in examples if one.source_S is not None]
+    assert len(sources) in (0, len(examples)), "rows with a source and rows without make no batch"
     return Batch(
         tokens_BT=_padded([one.tokens_T for one in examples]),
         loss_mask_BT=_padded([one.loss_mask_T for one in examples]),
         lengths_B=torch.tensor([len(one.tokens_T) for one in examples]),
         keys=tuple(one.key for one in examples),
+        source_BS=_padded(sources) if sources else None,
+        source_lengths_B=torch.tensor([len(source_S) for source_S in sources]) if sources else None,
         hidden={layer: _padded([one.hidden[layer] for one in examples]) for layer in layers},
         top_logits_BTK=_padded([one.top_logits_TK for one in examples]) if with_top else None,
         top_ids_BTK=_padded([one.top_ids_TK for one in examples]) if with_top else None,
@@ -104,12 +131,19 @@ def check_batch(batch: Batch, target: Target | TargetFacts, *, layers: tuple[int
     """Raises ValueError unless batch, target and what a drafter reads (`layers`, `top_k`) agree with one another."""
     if not batch.loss_mask_BT[:, 1:].any():
         raise ValueError(f"the loss mask is all zero in the batch of rows {', '.join(batch.keys)}")
-    highest = int(batch.tokens_BT.max())
-    if highest >= target.vocab_size:
-        raise ValueError(f"token id {highest} is outside {target.name}'s vocabulary of {target.vocab_size}")
-    longest = int(batch.lengths_B.max())
-    if longest > target.context_length:
-        raise ValueError(f"a row of {longest} tokens is longer than the target's context of {target.context_length}")
+    if target.is_encoder_decoder != (batch.source_BS is not None):
+        kind, has = ("an encoder-decoder", "no") if target.is_encoder_decoder else ("a causal model", "a")
+        raise ValueError(f"target {target.name} is {kind}, and row {batch.keys[0]} has {has} source to be encoded")
+    for tokens, lengths_B in ((batch.tokens_BT, batch.lengths_B), (batch.source_BS, batch.source_lengths_B)):
+        if tokens is None or lengths_B is None:
+            continue
+        highest, longest = int(tokens.max()), int(lengths_B.max())
+        if highest >= target.vocab_size:
+            raise ValueError(f"token id {highest} is outside {target.name}'s vocabulary of {target.vocab_size}")
+        if longest > (limit := target.context_length):
+            raise ValueError(f"a row of {longest} tokens is longer than the target's context of {limit}")
+        if int(lengths_B.min()) < 1:
+            raise ValueError(f"the batch of rows {', '.join(batch.keys)} holds one without a token")
     check_layers(layers, target)
     missing = [layer for layer in layers if layer not in batch.hidden]
     if missing:

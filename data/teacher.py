@@ -1,6 +1,7 @@
 """The live teacher: runs the target over a batch and fills in the features it lacks. The twin of `data.store`.
 
-Shape suffixes: B rows, T positions, N = B * T, D hidden width, K largest logits kept, V vocabulary.
+Shape suffixes: B rows, T positions, S positions of a source, N = B * T, D hidden width, K largest logits kept,
+V vocabulary.
 """
 
 import dataclasses
@@ -18,12 +19,16 @@ def complete(batch: Batch, target: Target, layers: tuple[int, ...] = (), top_k: 
     """Returns `batch` on the target's device with hidden `layers` in its dtype and exactly the `top_k` largest logits.
 
     What the batch already holds (from a store) is kept; only if something lacks is the target run, without gradient.
-    Raises ValueError when batch, target and the features asked for do not agree.
+    Of an encoder-decoder the batch gets `source`, encoded, whatever is asked for. Raises ValueError when batch, target
+    and the features asked for do not agree.
     """
     check_layers(layers, target)
     batch = _narrow(batch, layers, top_k).to(target.device)
     missing = tuple(layer for layer in layers if layer not in batch.hidden)
     lacks_top = top_k > 0 and batch.top_ids_BTK is None
+    if batch.source is None and target.is_encoder_decoder:
+        check_batch(batch, target)
+        batch = _encode(batch, target)
     if missing or lacks_top:
         check_batch(batch, target)
         batch = _run(batch, target, missing, top_k if lacks_top else 0)
@@ -48,9 +53,18 @@ def _narrow(batch: Batch, layers: tuple[int, ...], top_k: int) -> Batch:
 
 
 @torch.no_grad()
+def _encode(batch: Batch, target: Target) -> Batch:
+    assert batch.source_BS is not None and batch.source_lengths_B is not None
+    places_S = torch.arange(batch.source_BS.shape[1], device=batch.source_BS.device)
+    mask_BS = (places_S < batch.source_lengths_B[:, None]).long()
+    return dataclasses.replace(batch, source=target.encode(batch.source_BS, mask_BS))
+
+
+@torch.no_grad()
 def _run(batch: Batch, target: Target, layers: tuple[int, ...], top_k: int) -> Batch:
     last = target.num_layers
-    found = target.read(batch.tokens_BT, layers=(*layers, last) if top_k and last not in layers else layers)
+    wanted = (*layers, last) if top_k and last not in layers else layers
+    found = target.read(batch.tokens_BT, wanted, batch.source)
     hidden = batch.hidden | {layer: found[layer] for layer in layers}
     if not top_k:
         return dataclasses.replace(batch, hidden=hidden)

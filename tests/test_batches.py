@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from models import VOCAB_SIZE, tiny_target
+from models import SEQ2SEQ, VOCAB_SIZE, tiny_target
 
-from data.batches import Example, batches, check_batch, collate, example, order, split
+from data.batches import Example, batches, check_batch, collate, cut, example, order, split
+from data.teacher import complete
 
 ROWS = [example([4, 5, 6, 7], [False, False, True, True], "a"), example([8, 9], None, "b")]
 
@@ -104,3 +105,71 @@ def test_what_does_not_agree_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             check_batch(bad, target, **asked)
+
+
+# --- Sources of encoder-decoders ---------------------------------------------------------------------------------
+
+PAIRS = [
+    example([0, 5, 6, 2], [False, True, True, True], "a", [9, 10, 11, 12, 13, 14]),
+    example([0, 7, 8, 9, 4, 5], [False, True, True, True, True, True], "b", [20, 21]),
+]
+
+
+def test_sources_are_padded_by_themselves_and_moved():
+    batch = collate(PAIRS)
+    assert batch.source_BS.tolist() == [[9, 10, 11, 12, 13, 14], [20, 21, 0, 0, 0, 0]]
+    assert batch.source_lengths_B.tolist() == [6, 2]
+    assert batch.tokens_BT.shape == (2, 6)
+    moved = complete(batch, tiny_target("t5")).to("meta")
+    tensors = [*vars(moved).values(), *vars(moved.source).values()]
+    assert {tensor.device.type for tensor in tensors if isinstance(tensor, torch.Tensor)} == {"meta"}
+    with pytest.raises(AssertionError, match="make no batch"):
+        collate([PAIRS[0], ROWS[0]])
+
+
+def test_a_row_that_is_cut_keeps_its_source():
+    row = cut(dataclasses.replace(PAIRS[1], hidden={1: torch.ones(6, 4)}), 3)
+    assert (row.tokens_T.tolist(), row.loss_mask_T.tolist()) == ([0, 7, 8], [False, True, True])
+    assert row.hidden[1].shape == (3, 4)
+    assert row.source_S.tolist() == [20, 21]
+    assert cut(PAIRS[0], 2).source_S.tolist() == [9, 10, 11, 12, 13, 14], "a source is no shorter for a short text"
+
+
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
+def test_the_teacher_reads_each_text_with_its_own_source(architecture):
+    """Hidden states and logits of a ragged batch are those of transformers' own forward of each row alone."""
+    target = tiny_target(architecture)
+    whole = complete(collate(PAIRS), target, layers=(0, 2, 3), top_k=5)
+    assert torch.equal(whole.source.mask_BT.sum(1), whole.source_lengths_B)
+    for row, pair in enumerate(PAIRS):
+        length = len(pair.tokens_T)
+        given = {"input_ids": pair.source_S[None], "decoder_input_ids": pair.tokens_T[None]}
+        out = target.model(**given, output_hidden_states=True)
+        encoded = out.encoder_last_hidden_state[0]
+        torch.testing.assert_close(whole.source.encoded_BTD[row, : len(encoded)], encoded, rtol=1e-4, atol=1e-5)
+        for layer in (0, 2):
+            states = out.decoder_hidden_states[layer][0]
+            torch.testing.assert_close(whole.hidden[layer][row, :length], states, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(target.logits(whole.hidden[3])[row, :length], out.logits[0], rtol=1e-4, atol=1e-4)
+        top = out.logits[0].topk(5)
+        torch.testing.assert_close(whole.top_logits_BTK[row, :length], top.values, rtol=1e-4, atol=1e-4)
+        assert torch.equal(whole.top_ids_BTK[row, :length], top.indices)
+        assert not torch.isnan(whole.source.encoded_BTD).any()
+    again = complete(dataclasses.replace(whole, source_BS=whole.source_BS + 1), target, layers=(2,))
+    assert torch.equal(again.source.encoded_BTD, whole.source.encoded_BTD), "what was encoded is not encoded again"
+    assert not whole.source.encoded_BTD.requires_grad
+
+
+def test_sources_that_do_not_agree_are_refused():
+    foreign = collate([example([0, 5], None, "x", [VOCAB_SIZE])])
+    long = collate([example([0, 5], None, "x", [5] * 65)])
+    empty = collate([example([0, 5], None, "x", []), PAIRS[0]])
+    for bad, architecture, message in (
+        (collate(ROWS), "t5", "is an encoder-decoder, and row a has no source to be encoded"),
+        (collate(PAIRS), "llama", "is a causal model, and row a has a source to be encoded"),
+        (foreign, "t5", f"token id {VOCAB_SIZE} is outside"),
+        (long, "bart", "a row of 65 tokens is longer than the target's context of 64"),
+        (empty, "t5", "the batch of rows x, a holds one without a token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            complete(bad, tiny_target(architecture), layers=(1,))

@@ -96,7 +96,9 @@ def test_the_target_runs_only_for_what_a_store_lacks(target, rows, tmp_path, mon
     batch = collate([stored[0], stored[1]])
     asked = []
     read = Target.read
-    monkeypatch.setattr(Target, "read", lambda self, ids, layers: asked.append(layers) or read(self, ids, layers))
+    monkeypatch.setattr(
+        Target, "read", lambda self, ids, layers, *more: asked.append(layers) or read(self, ids, layers, *more)
+    )
     fewer = complete(batch, target, (2,), 3)
     assert asked == []
     assert (set(fewer.hidden), fewer.top_ids_BTK.shape[-1]) == ({2}, 3)

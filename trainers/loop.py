@@ -1,6 +1,5 @@
 """The one entry point of all trainers: `train` runs any family under any launcher and leaves an artifact."""
 
-import dataclasses
 import shlex
 import sys
 import time
@@ -12,11 +11,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.utils.data import Subset
 
 import draftsmith
-from data.batches import Batch, Example, collate, split
+from data.batches import Batch, Example, collate, cut, split
 from data.examples import Examples, check_target, open_examples
 from data.shards import open_folder
 from data.teacher import complete
@@ -146,7 +144,7 @@ def _split(examples: Examples, run: RunSettings, max_length: int) -> tuple[Seque
     batch_size = run.batch_size * launch.num_ranks()
     if len(train_on) < batch_size:
         raise ValueError(f"{run.data} has {len(train_on)} rows to train on, fewer than the {batch_size} of one batch")
-    rows = [_cut(examples[index], max_length) for index in held_out[: run.max_held_out]]
+    rows = [cut(examples[index], max_length) for index in held_out[: run.max_held_out]]
     batches = [collate(rows[begin : begin + run.batch_size]) for begin in range(0, len(rows), run.batch_size)]
     return Subset(examples, train_on), batches  # type: ignore[arg-type,return-value]
 
@@ -158,11 +156,4 @@ class _Collate:
         self._max_length = max_length
 
     def __call__(self, rows: Sequence[Example]) -> dict[str, Batch]:
-        return {"batch": collate([_cut(row, self._max_length) for row in rows])}
-
-
-def _cut(row: Example, length: int) -> Example:
-    """Returns the row's first `length` tokens."""
-    tensors = {f.name: value for f in dataclasses.fields(row) if isinstance(value := getattr(row, f.name), Tensor)}
-    parts: dict[str, Any] = {name: value[:length] for name, value in tensors.items()}
-    return dataclasses.replace(row, hidden={layer: states[:length] for layer, states in row.hidden.items()}, **parts)
+        return {"batch": collate([cut(row, self._max_length) for row in rows])}
