@@ -52,10 +52,10 @@ def check_family(
     target = tiny_target(architectures[0])
     check_round_trip(built(family, config, target), target, folder / "artifact")
     check_forgetting(built(family, config, target))
-    drafter = built(family, config, law_target())
+    drafter = built(family, config, law_target("t5" if target.is_encoder_decoder else "llama"))
     check_law(drafter, drafter.target, top_p=0.9, num_samples=4_000)
     if trainer is not None:
-        check_training(trainer, settings)
+        check_training(trainer, settings, architectures[0])
 
 
 def built(family: ModuleType, config: ConfigOf, target: Target) -> Any:
@@ -125,14 +125,14 @@ def check_forgetting(drafter: Any) -> None:
     assert runs[0] == runs[1]
 
 
-def check_training(trainer: ModuleType, settings: Any) -> None:
+def check_training(trainer: ModuleType, settings: Any, architecture: str = "llama") -> None:
     """The loss falls on a batch; every weight of the drafter comes to learn, and the target stays as it was."""
-    target = Target(tiny_model("llama"))
+    target = Target(tiny_model(architecture))
     target.model.requires_grad_(False)  # as the training loop does
     before = {name: weight.detach().clone() for name, weight in target.model.named_parameters()}
     drafter = trainer.build(settings, target).train()
     needs = trainer.needs(settings, target)
-    batch = complete(_batch(), target, layers=needs.layers, top_k=needs.top_k)
+    batch = complete(_batch(target), target, layers=needs.layers, top_k=needs.top_k)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3)
     losses, learning = [], set()
     for step in range(8):
@@ -226,6 +226,9 @@ class Alternating:
         self.inner.observe(step)
 
 
-def _batch() -> Batch:
-    rows = prompts(4, seed=9)
-    return collate([example(ids + ids[::-1] + ids, None, key=str(row)) for row, ids in enumerate(rows)])
+def _batch(target: Target) -> Batch:
+    rows, examples = prompts(4, seed=9), []
+    for row, ids in enumerate(rows):
+        text = ids + ids[::-1] + ids
+        examples.append(example(text, None, key=str(row), source=ids if target.is_encoder_decoder else None))
+    return collate(examples)

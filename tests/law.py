@@ -18,19 +18,20 @@ from transformers.generation.logits_process import (
 import draftsmith
 from draftsmith import Target
 from eval import chi_square
-from tests.models import tiny_model
+from tests.models import SEQ2SEQ, tiny_model
 
 VOCAB_SIZE, NUM_TOKENS = 8, 3
-# A phrase that recurs, so that look-ups find something.
+# A phrase that recurs, so that look-ups find something; an encoder-decoder reads it as its source.
 PROMPT = [1, 4, 2, 7, 4, 1, 4, 2]
 FALSE_ALARM = 1e-4
 ROWS = 1_000
 
 
 @cache
-def law_target() -> Target:
+def law_target(architecture: str = "llama") -> Target:
     """Returns a target of eight tokens whose laws are neither flat nor one-hot."""
-    return Target(tiny_model("llama", seed=5, vocab_size=VOCAB_SIZE, num_hidden_layers=2, sharpness=1.0))
+    changes = {} if architecture in SEQ2SEQ else {"num_hidden_layers": 2}
+    return Target(tiny_model(architecture, seed=5, vocab_size=VOCAB_SIZE, sharpness=1.0, **changes))
 
 
 def check_law(drafter: Any, target: Target, *, num_samples: int, seed: int = 0, **settings: Any) -> None:
@@ -58,7 +59,8 @@ def judge(
             verifier=verifier,
             **settings,
         )
-        new_BT = out.sequences[:, len(PROMPT) : len(PROMPT) + NUM_TOKENS]
+        start = 1 if target.is_encoder_decoder else len(PROMPT)
+        new_BT = out.sequences[:, start : start + NUM_TOKENS]
         counts_C += torch.bincount(cells(new_BT), minlength=len(law_C))
     return p_value(counts_C, law_C)
 
@@ -77,9 +79,12 @@ def exact_law(target: Target, *, temperature: float = 1.0, top_k: int = 0, top_p
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
     law_C = torch.ones(1, dtype=torch.float64)
-    rows = torch.tensor([PROMPT])
+    is_encoder_decoder = target.is_encoder_decoder
+    rows = torch.tensor([[target.model.config.decoder_start_token_id] if is_encoder_decoder else PROMPT])
     for _ in range(NUM_TOKENS):
-        logits_CV = target.model(rows).logits[:, -1].double()
+        sources = torch.tensor([PROMPT] * len(rows))
+        given = {"input_ids": sources, "decoder_input_ids": rows} if is_encoder_decoder else {"input_ids": rows}
+        logits_CV = target.model(**given).logits[:, -1].double()
         law_C = (law_C[:, None] * warpers(rows, logits_CV).softmax(-1)).flatten()
         following = torch.arange(VOCAB_SIZE).repeat(len(rows))[:, None]
         rows = torch.cat([rows.repeat_interleave(VOCAB_SIZE, 0), following], dim=1)

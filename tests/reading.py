@@ -14,19 +14,22 @@ from torch import Tensor
 from draftsmith import Target, growth
 from draftsmith.drafters import Session, Step
 from draftsmith.sampling import Sampling
+from draftsmith.target import Source
 from draftsmith.tree import Draft, Tree, chain
 from tests.family import built
-from tests.models import VOCAB_SIZE, prompts, tiny_target
+from tests.models import VOCAB_SIZE, padded, prompts, tiny_target
 
 NUM_ROUNDS = 12
 
 
-def check_reading(family: ModuleType, config: Any) -> None:
+def check_reading(family: ModuleType, config: Any, architecture: str = "llama") -> None:
     """Checks that a family drafts by its own law after exactly the tokens committed; fails by assertion."""
-    drafter = built(family, config, tiny_target("llama"))
+    drafter = built(family, config, tiny_target(architecture))
     with torch.inference_mode():
         check_steps(drafter)
         check_that_nothing_is_seen_ahead(drafter)
+        if drafter.target.is_encoder_decoder:
+            check_source(drafter)
         for seed in range(3):
             check_going_back(drafter, seed)
         check_trees(built(family, dataclasses.replace(config, width=3, num_nodes=9), drafter.target))
@@ -42,10 +45,10 @@ def check_steps(drafter: Any) -> None:
 
     To a hundred-thousandth of the largest.
     """
-    tokens_BT = text_of(4, 40)
-    features_BTD = drafter(tokens_BT)
-    logits_BTV = drafter.ends.head(features_BTD)
-    begin(drafter, [[1]])
+    tokens_BT, source = text_of(4, 40), source_of(drafter.target, 4)
+    features_BTD = drafter(tokens_BT, source)
+    logits_BTV = drafter.head(source)(features_BTD)
+    begin(drafter, [[1]] * 4)
     for lengths in ([0, 0, 0, 0], [0, 1, 7, 20], [3, 40, 2, 1]):
         state = drafter.read(tokens_BT[:, : max(*lengths, 1)], lengths)
         for step in range(40 - max(lengths)):
@@ -57,14 +60,33 @@ def check_steps(drafter: Any) -> None:
 
 
 def check_that_nothing_is_seen_ahead(drafter: Any) -> None:
-    tokens_BT = text_of(2, 30)
-    before = drafter(tokens_BT)
+    tokens_BT, source = text_of(2, 30), source_of(drafter.target, 2)
+    before = drafter(tokens_BT, source)
     for place in (1, 13, 29):
         other = tokens_BT.clone()
         other[:, place] = (other[:, place] + 1) % VOCAB_SIZE
-        after = drafter(other)
+        after = drafter(other, source)
         torch.testing.assert_close(after[:, :place], before[:, :place], rtol=1e-6, atol=1e-6)
         assert (after[:, place] - before[:, place]).abs().max() > 1e-3, "what it reads makes no difference"
+
+
+def check_source(drafter: Any) -> None:
+    """Every token of a row's source makes a difference to its law, and what pads it none, however long."""
+    tokens_BT, source = text_of(5, 12), source_of(drafter.target, 5)
+    assert source is not None and 0 < int(source.mask_BT.sum()) < source.mask_BT.numel()
+    laws_BTV = drafter.head(source)(drafter(tokens_BT, source)).softmax(-1)
+    for place in range(source.tokens_BT.shape[1]):
+        states_BSD, tokens_BS = source.encoded_BTD.clone(), source.tokens_BT.clone()
+        states_BSD[:, place] = -2 * states_BSD[:, place]
+        tokens_BS[:, place] = (tokens_BS[:, place] + 1) % VOCAB_SIZE
+        other = Source(tokens_BT=tokens_BS, mask_BT=source.mask_BT, encoded_BTD=states_BSD)
+        gaps_B = (drafter.head(other)(drafter(tokens_BT, other)).softmax(-1) - laws_BTV).abs().amax((1, 2))
+        is_text_B = source.mask_BT[:, place] > 0
+        assert (gaps_B[is_text_B] > 1e-3).all(), "what it reads makes no difference"
+        assert (gaps_B[~is_text_B] < 1e-6).all(), "padding makes a difference"
+    longer = Source(**{name: torch.cat([tensor, tensor], dim=1) for name, tensor in vars(source).items()})
+    longer.mask_BT[:, source.mask_BT.shape[1] :] = 0
+    torch.testing.assert_close(drafter.head(longer)(drafter(tokens_BT, longer)).softmax(-1), laws_BTV)
 
 
 def check_going_back(drafter: Any, seed: int) -> None:
@@ -78,7 +100,7 @@ def check_going_back(drafter: Any, seed: int) -> None:
         assert draft.tree.is_chain and draft.draft_probs_BNV is not None
         for row, ids in enumerate(rows):
             text = ids + draft.tokens_BN[row, 1:].tolist()
-            law_NV = sampling.law(fresh_logits(drafter, text)[len(ids) - 1 : -1])
+            law_NV = sampling.law(fresh_logits(drafter, text, row)[len(ids) - 1 : -1])
             torch.testing.assert_close(draft.draft_probs_BNV[row], law_NV, rtol=1e-4, atol=1e-5)
         kind = chance.choice(("own", "own", "own", "cut", "foreign", "plain", "back"))
         draft = other_draft(kind, draft, rows)
@@ -114,7 +136,7 @@ def check_trees(drafter: Any) -> None:
                 ancestors_NN = tree.ancestors_RNN[row % len(tree.ancestors_RNN)]
                 for node in range(first, tree.num_nodes):
                     path = tokens_BN[row, ancestors_NN[node]].tolist()
-                    logits.append(fresh_logits(drafter, ids[:-1] + path)[-1])
+                    logits.append(fresh_logits(drafter, ids[:-1] + path, row)[-1])
             return torch.stack(logits).unflatten(0, (len(rows), -1))
 
         expected = growth.draft(fresh, session, drafter.config, 4)
@@ -144,14 +166,24 @@ def begin(drafter: Any, rows: list[list[int]], sampling: Sampling | None = None)
         cache=target.new_cache(len(rows)),
         sampling=sampling or Sampling(),
         generator=torch.Generator().manual_seed(0),
+        source=source_of(target, len(rows)),
     )
     drafter.start(session)
     return session
 
 
-def fresh_logits(drafter: Any, ids: list[int]) -> Tensor:
-    """Returns [T, V] of one parallel pass."""
-    return drafter.ends.head(drafter(torch.tensor([ids])))[0]
+def fresh_logits(drafter: Any, ids: list[int], row: int = 0) -> Tensor:
+    """Returns [T, V] of one parallel pass, the row's source without padding."""
+    source = source_of(drafter.target, row + 1)
+    if source is not None:
+        length = int(source.mask_BT[row].sum())
+        source = Source(**{name: tensor[row : row + 1, :length] for name, tensor in vars(source).items()})
+    return drafter.head(source)(drafter(torch.tensor([ids]), source))[0]
+
+
+def source_of(target: Target, num_rows: int) -> Source | None:
+    """Returns sources of unequal lengths, row by row the same ones however many, or None for a causal target."""
+    return target.encode(*padded(prompts(num_rows, seed=31))) if target.is_encoder_decoder else None
 
 
 def other_draft(kind: str, draft: Draft, rows: list[list[int]]) -> Draft:

@@ -1,5 +1,6 @@
 """The convolutional drafter and its trainer: what only they have; the rest is checked as any reading drafter is."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from torch.nn import functional
 import draftsmith
 from draftsmith.drafters import cnn
 from draftsmith.drafters.cnn import Config, Drafter
-from tests.family import built, check_family, check_greedy
-from tests.models import SEQ2SEQ, VOCAB_SIZE, tiny_model, tiny_target
+from tests.family import built, check_family
+from tests.models import VOCAB_SIZE, tiny_model, tiny_target
 from tests.reading import check_reading
 from trainers import cnn as trainer
 
@@ -22,9 +23,19 @@ def test_family(tmp_path: Path) -> None:
     check_family(cnn, EXAMPLE, tmp_path, trainer=trainer, settings=SETTINGS)
 
 
-@pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_the_text_of_an_encoder_decoder(architecture: str) -> None:
-    check_greedy(built(cnn, EXAMPLE, tiny_target(architecture)), architecture)
+@pytest.mark.parametrize(
+    ("architecture", "copy"),
+    [
+        ("t5", True),
+        ("bart", False),
+        pytest.param("t5", False, marks=pytest.mark.slow),
+        pytest.param("bart", True, marks=pytest.mark.slow),
+    ],
+)
+def test_the_text_of_an_encoder_decoder(architecture: str, copy: bool, tmp_path: Path) -> None:
+    config, settings = (dataclasses.replace(one, copy=copy) for one in (EXAMPLE, SETTINGS))
+    check_family(cnn, config, tmp_path, architectures=(architecture,), trainer=trainer, settings=settings)
+    check_reading(cnn, config, architecture)
 
 
 @pytest.mark.parametrize(
@@ -96,3 +107,8 @@ def test_what_is_refused() -> None:
     for message, changes in cases:
         with pytest.raises(ValueError, match=message):
             trainer.Settings(**changes)  # type: ignore[arg-type]
+    for refuse in (trainer.check, trainer.build):
+        with pytest.raises(ValueError, match="it has no source to copy from"):
+            refuse(dataclasses.replace(SETTINGS, copy=True), tiny_target("llama"))
+    with pytest.raises(ValueError, match="width is 2, for trees, and .* is an encoder-decoder: it verifies chains"):
+        trainer.check(dataclasses.replace(SETTINGS, width=2), tiny_target("t5"))

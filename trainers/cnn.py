@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data.batches import Batch
-from draftsmith import Target
+from draftsmith import Target, reading_source
 from draftsmith.drafters.cnn import Config, Drafter
+from draftsmith.facts import TargetFacts
 from trainers import Metrics, Needs, distillation
 from trainers.settings import part_of
 
@@ -23,6 +24,8 @@ class Settings(distillation.Loss):
     """How far apart these lie, layer by layer."""
     rank: int = 256
     """Of the map from features to logits, if the target's output matrix is wider than that."""
+    copy: bool = False
+    """Whether tokens may be copied from an encoder-decoder target's source, by a law of their own."""
     dropout: float = 0.0
     """Share of each layer's inputs left out."""
     num_draft: int = 8
@@ -45,6 +48,11 @@ class Settings(distillation.Loss):
         return part_of(Config, self, num_nodes=self.tree_nodes)
 
 
+def check(settings: Settings, target: TargetFacts) -> None:
+    """Raises ValueError for what this kind of target does not have: a source to copy from, or trees."""
+    reading_source.check(target, copies=settings.copy, width=settings.width)
+
+
 def build(settings: Settings, target: Target) -> Drafter:
     drafter = Drafter(settings.config(), target).float()
     drafter.ends.take_directions()
@@ -56,9 +64,14 @@ def needs(settings: Settings, target: Target) -> Needs:
 
 
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
-    features_BTC = drafter(batch.tokens_BT, dropout=settings.dropout)
-    return distillation.loss(features_BTC, drafter.ends.head, batch, settings, target)
+    features_BTC = drafter(batch.tokens_BT, batch.source, dropout=settings.dropout)
+    return distillation.loss(features_BTC, drafter.head(batch.source), batch, settings, target)
 
 
 def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return distillation.judge(drafter(batch.tokens_BT), drafter.ends.head, batch, target)
+    features_BTC, head = drafter(batch.tokens_BT, batch.source), drafter.head(batch.source)
+    return distillation.judge(features_BTC, head, batch, target, num_draft=settings.num_draft)
+
+
+mix, own_text = distillation.mix, distillation.own_text
+measure, conclude, BEST = distillation.measure, distillation.conclude, distillation.BEST

@@ -2,10 +2,13 @@
 
 x = x + (W * x + b) sigmoid(U * x + c) in each layer, over the last `kernel_size` inputs, `dilation` apart (1612.08083,
 equation 1; residual as in its section 2). It goes back to any token by the inputs that each layer then looked back on.
+For an encoder-decoder target the mean of the source is added to each input, and it looks at the source after each token
+(`reading_source`).
 
 Shape suffixes: B rows, T tokens, C channels, K kernel, S inputs that a layer looks back on, G = 2 C.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +17,9 @@ from torch.nn import functional
 
 from draftsmith import growth, length
 from draftsmith.drafters import Session, Step
+from draftsmith.reading_source import Projected, SourceReader
 from draftsmith.states import Reading, State
-from draftsmith.target import Target
+from draftsmith.target import Source, Target
 from draftsmith.tied import Ends, stamp
 from draftsmith.tree import Draft
 
@@ -32,6 +36,8 @@ class Config:
     """How far apart these lie, layer by layer."""
     rank: int = 256
     """Of the map from features to logits, if the target's output matrix is wider than that."""
+    copy: bool = False
+    """Whether tokens may be copied from an encoder-decoder target's source, by a law of their own."""
     num_draft: int = 8
     """Most tokens drafted one after the other."""
     length: str = "refit=0.4"
@@ -72,12 +78,21 @@ class Drafter(nn.Module):
         self.input = nn.Linear(self.ends.input_width, size)
         # Taps side by side, the earliest first.
         self.layers = nn.ModuleList(nn.Linear(config.kernel_size * size, 2 * size) for _ in config.dilations)
+        self.reader = SourceReader(target, size, size, copies=config.copy)
         self.to(device=target.device, dtype=target.dtype)
         self._stamp: list[tuple[int, int]] | None = None
 
-    def forward(self, tokens_BT: Tensor, *, dropout: float = 0.0) -> Tensor:
-        """Returns the features [B, T, C] after each token; in training `dropout` leaves out inputs of layers."""
-        return self._run(tokens_BT, dropout)[0]
+    def forward(self, tokens_BT: Tensor, source: Source | None = None, *, dropout: float = 0.0) -> Tensor:
+        """Returns the features [B, T, ...] after each token, which `head` takes.
+
+        In training `dropout` leaves out inputs of layers.
+        """
+        projected = self.reader.project(source)
+        return self.reader.look(self._run(tokens_BT, projected, dropout)[0], projected)
+
+    def head(self, source: Source | None = None) -> Callable[[Tensor], Tensor]:
+        """Returns the map from features after this source [..., X] to logits [..., V]."""
+        return self.reader.head(self.ends.head, source)
 
     # Drafting
 
@@ -85,6 +100,8 @@ class Drafter(nn.Module):
         if self._stamp != (now := stamp(self)):
             self._fold()
             self._stamp = now
+        self._source = self.reader.project(session.source)
+        self._logits = self.reader.head(self._head, session.source)
         self._reading = Reading(self, session, self.config)
 
     def propose(self, budget: int) -> Draft:
@@ -103,7 +120,7 @@ class Drafter(nn.Module):
         lengths_B1 = torch.tensor(lengths, device=tokens_BT.device)[:, None]
         rows_B1 = torch.arange(len(lengths), device=tokens_BT.device)[:, None]
         found = []
-        for inputs_BCT in self._run(tokens_BT)[1]:
+        for inputs_BCT in self._run(tokens_BT, self._source)[1]:
             num_back = inputs_BCT.shape[2] - tokens_BT.shape[1]
             places_BS = lengths_B1 + torch.arange(num_back, device=tokens_BT.device)
             found.append(inputs_BCT.transpose(1, 2)[rows_B1, places_BS])
@@ -111,19 +128,24 @@ class Drafter(nn.Module):
 
     def step(self, tokens_B: Tensor, state: State) -> tuple[Tensor, State]:
         x_BC, found = self._inputs(tokens_B), []
+        if self._source is not None:
+            x_BC = (
+                x_BC.view(len(self._source.summary_BG), -1, x_BC.shape[1]) + self._source.summary_BG[:, None]
+            ).flatten(0, 1)
         for before_BSC, dilation, weight_KCG, bias_G in zip(state, self.config.dilations, *self._weights, strict=True):
             seen_BSC = torch.cat([before_BSC, x_BC[:, None]], dim=1)
             taps_BKC = seen_BSC[:, ::dilation].flatten(1)
             x_BC = x_BC + functional.glu(torch.addmm(bias_G, taps_BKC, weight_KCG), dim=1)
             found.append(seen_BSC[:, 1:])
-        return x_BC, tuple(found)
+        return self.reader.look(x_BC, self._source), tuple(found)
 
-    def logits(self, features_BC: Tensor) -> Tensor:
-        return self._head(features_BC)
+    def logits(self, features: Tensor) -> Tensor:
+        return self._logits(features)
 
-    def _run(self, tokens_BT: Tensor, dropout: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, tokens_BT: Tensor, source: Projected | None, dropout: float = 0.0) -> tuple[Tensor, list[Tensor]]:
         """Returns the features [B, T, C], and each layer's inputs [B, C, S + T], of which the first S are zeros."""
-        x_BCT, inputs = self.input(self.ends.embed(tokens_BT)).transpose(1, 2), []
+        x_BTC, inputs = self.input(self.ends.embed(tokens_BT)), []
+        x_BCT = (x_BTC if source is None else x_BTC + source.summary_BG[:, None]).transpose(1, 2)
         for linear, dilation in zip(self._linears(), self.config.dilations, strict=True):
             kept_BCT = functional.dropout(x_BCT, dropout) if dropout else x_BCT
             inputs.append(functional.pad(kept_BCT, ((self.config.kernel_size - 1) * dilation, 0)))

@@ -1,11 +1,13 @@
 """A small LSTM between the target's embedding and its output matrix, drafting chains or trees (`states`, `tied`).
 
 Its shape is that of AWD-LSTM (1708.02182), without what only training needs (trainers/lstm.py). It goes back to any
-token by the state there.
+token by the state there. For an encoder-decoder target it begins with the mean of the source and looks at it after each
+token (`reading_source`).
 
-Shape suffixes: B rows, T tokens, H width, E width of the target's embedding, G = 4 H gates.
+Shape suffixes: B rows, T tokens, L layers, H width, E width of the target's embedding, G = 4 H gates.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +16,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from draftsmith import growth, length
 from draftsmith.drafters import Session, Step
+from draftsmith.reading_source import Projected, SourceReader
 from draftsmith.states import Reading, State
-from draftsmith.target import Target
+from draftsmith.target import Source, Target
 from draftsmith.tied import Ends, stamp
 from draftsmith.tree import Draft
 
@@ -30,6 +33,8 @@ class Config:
     """Layers."""
     rank: int = 256
     """Of the map from features to logits, if the target's output matrix is wider than that."""
+    copy: bool = False
+    """Whether tokens may be copied from an encoder-decoder target's source, by a law of their own."""
     num_draft: int = 8
     """Most tokens drafted one after the other."""
     length: str = "refit=0.4"
@@ -63,25 +68,35 @@ class Drafter(nn.Module):
         object.__setattr__(self, "target", target)
         self.ends = Ends(target, config.hidden_size, config.rank)
         self.layers = nn.LSTM(self.ends.input_width, config.hidden_size, config.num_layers, batch_first=True)
+        summary_width = config.num_layers * config.hidden_size
+        self.reader = SourceReader(target, config.hidden_size, summary_width, copies=config.copy)
         self.to(device=target.device, dtype=target.dtype)
         self._stamp: list[tuple[int, int]] | None = None
 
-    def forward(self, tokens_BT: Tensor, *, dropout: float = 0.0, drop_connect: float = 0.0) -> Tensor:
-        """Returns the features [B, T, H] after each token.
+    def forward(
+        self, tokens_BT: Tensor, source: Source | None = None, *, dropout: float = 0.0, drop_connect: float = 0.0
+    ) -> Tensor:
+        """Returns the features [B, T, ...] after each token, which `head` takes.
 
         In training `dropout` leaves out inputs and features, the same ones of a row at all its positions, and
         `drop_connect` leaves out weights between one position and the next (1708.02182, sections 2 and 4.1).
         """
         layers, inputs_BTE = self.layers, dropped(self.ends.embed(tokens_BT), dropout)
+        projected = self.reader.project(source)
+        given = (inputs_BTE, self._first(projected, inputs_BTE))
         if not drop_connect:
-            return dropped(layers(inputs_BTE)[0], dropout)
+            return self.reader.look(dropped(layers(*given)[0], dropout), projected)
         left = {
             name: nn.functional.dropout(weight, drop_connect)
             for name, weight in layers.named_parameters()
             if name.startswith("weight_hh")
         }
-        features_BTH, _ = torch.func.functional_call(layers, left, (inputs_BTE,))
-        return dropped(features_BTH, dropout)
+        features_BTH, _ = torch.func.functional_call(layers, left, given)
+        return self.reader.look(dropped(features_BTH, dropout), projected)
+
+    def head(self, source: Source | None = None) -> Callable[[Tensor], Tensor]:
+        """Returns the map from features after this source [..., X] to logits [..., V]."""
+        return self.reader.head(self.ends.head, source)
 
     # Drafting
 
@@ -89,6 +104,8 @@ class Drafter(nn.Module):
         if self._stamp != (now := stamp(self)):
             self._fold()
             self._stamp = now
+        self._source = self.reader.project(session.source)
+        self._logits = self.reader.head(self._head, session.source)
         self._reading = Reading(self, session, self.config)
 
     def propose(self, budget: int) -> Draft:
@@ -106,9 +123,11 @@ class Drafter(nn.Module):
     def read(self, tokens_BT: Tensor, lengths: list[int]) -> State:
         inputs_BTE = self.ends.embed(tokens_BT)
         packed = pack_padded_sequence(inputs_BTE, torch.tensor(lengths).clamp(min=1), True, enforce_sorted=False)
-        _, (h_LBH, c_LBH) = self.layers(packed)
+        first = self._first(self._source, inputs_BTE)
+        _, (h_LBH, c_LBH) = self.layers(packed, first)
         has_read_B1 = torch.tensor(lengths, device=tokens_BT.device)[:, None] > 0
-        return tuple(part * has_read_B1 for pair in zip(h_LBH, c_LBH, strict=True) for part in pair)
+        found = (torch.where(has_read_B1, now, before) for now, before in zip((h_LBH, c_LBH), first, strict=True))
+        return tuple(part for pair in zip(*found, strict=True) for part in pair)
 
     def step(self, tokens_B: Tensor, state: State) -> tuple[Tensor, State]:
         found: list[Tensor] = []
@@ -118,10 +137,18 @@ class Drafter(nn.Module):
             found += [h_BH, c_BH]
             if next_input is not None:
                 gates_BG = torch.addmm(next_input[1], h_BH, next_input[0])
-        return found[-2], tuple(found)
+        return self.reader.look(found[-2], self._source), tuple(found)
 
-    def logits(self, features_BH: Tensor) -> Tensor:
-        return self._head(features_BH)
+    def logits(self, features: Tensor) -> Tensor:
+        return self._logits(features)
+
+    def _first(self, source: Projected | None, inputs_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the state (h, c) before the text, each [L, B, H]: zeros, or the sources' summaries as c."""
+        if source is None:
+            zeros_LBH = inputs_BTE.new_zeros(self.config.num_layers, len(inputs_BTE), self.config.hidden_size)
+            return zeros_LBH, zeros_LBH
+        c_LBH = source.summary_BG.unflatten(1, (self.config.num_layers, -1)).transpose(0, 1).contiguous()
+        return c_LBH.tanh(), c_LBH
 
     @torch.no_grad()
     def _fold(self) -> None:
