@@ -15,6 +15,8 @@ class GenerationStats:
     """Counts over all rows; times are totals of the call."""
 
     num_rows: int
+    rounds: int = 0
+    """Target forwards over all rows at once, the prefill not counted."""
     steps: int = 0
     """Verified drafts, summed over running rows: a row's target forwards, the prefill not counted."""
     new_tokens: int = 0

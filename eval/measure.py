@@ -102,7 +102,7 @@ def own_loop(
 
 
 def _own_loop(target: Target, drafter: Any, verifier: str, policy_of: Callable[..., Any], ask: Ask) -> Decoded:
-    tokens_BT, mask_BT = _padded(ask.prompts, target.device, side="right")
+    tokens_BT, mask_BT = pad(ask.prompts, target.device, side="right")
     out = draftsmith.generate(
         target,
         tokens_BT,
@@ -125,7 +125,7 @@ def transformers_loop(target: Target, assistant: Any = None) -> Callable[[Ask], 
 
 
 def _transformers_loop(target: Target, assistant: Any, ask: Ask) -> Decoded:
-    tokens_BT, mask_BT = _padded(ask.prompts, target.device, side="right" if target.is_encoder_decoder else "left")
+    tokens_BT, mask_BT = pad(ask.prompts, target.device, side="right" if target.is_encoder_decoder else "left")
     is_sampling = ask.temperature > 0
     config = GenerationConfig(
         do_sample=is_sampling,
@@ -188,7 +188,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _padded(prompts: Rows, device: torch.device, *, side: str) -> tuple[Tensor, Tensor]:
+def pad(prompts: Rows, device: torch.device, *, side: str) -> tuple[Tensor, Tensor]:
     """Returns token ids and mask [B, T]."""
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]
     masks = [torch.ones_like(row) for row in rows]

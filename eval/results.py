@@ -13,8 +13,8 @@ from eval.measure import Tally
 NAME = "bakeoff"
 PARTIAL = f"{NAME}.partial.jsonl"
 
-Cell = tuple[int, float, int]
-"""Round, temperature and batch size."""
+Cell = tuple[int, float, int, str]
+"""Round, temperature, batch size and category of the prompts, "" where they have none."""
 
 
 def check_output(folder: Path) -> None:

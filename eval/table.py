@@ -17,6 +17,7 @@ COLUMNS = (
     "tokens/s",
     "speed-up",
     "quartiles",
+    "predicted",
     "output",
     "draft ms",
     "verify ms",
@@ -48,11 +49,14 @@ def table(rows: Sequence[Row], style: Style) -> list[str]:
     if sizes:
         lines += ["", "## Drafters", ""] if style == "markdown" else [""]
         lines += _grid([FACTS, *map(_fact_cells, sizes.values())], style)
+    lines += _by_category(rows, style) + _break_even(rows, style)
     lines += [
         "",
         "tau: tokens a target forward. Speed-up: over plain decoding in the same round; median, quartiles of rounds.",
         "Draft and verify ms: a row's share of one step. Accepted: % of the drafts that reached depth 1, 2, ...",
     ]
+    if any(row["predicted_speedup"] is not None for row in rows):
+        lines += ["Predicted: by tau, the drafter's time and the target's for so many nodes, each timed apart."]
     if any(row["tuned"] for row in rows):
         lines += ["*: of the target as its drafter has tuned it; the speed-up is over plain decoding of that one too."]
     if any(row["first_optimum"] is not None for row in rows):
@@ -60,6 +64,48 @@ def table(rows: Sequence[Row], style: Style) -> list[str]:
             "First, best: how often a drawn first token was accepted, and would be by the best rule there can be."
         ]
     return lines
+
+
+def _by_category(rows: Sequence[Row], style: Style) -> list[str]:
+    """Returns a table of speed-ups at the first temperature and batch size that has categories, if there is one."""
+    with_some = [row for row in rows if row["speedup_by_category"]]
+    if not with_some:
+        return []
+    law = (with_some[0]["temperature"], with_some[0]["batch_size"])
+    found = [row for row in with_some if (row["temperature"], row["batch_size"]) == law and row["family"] is not None]
+    numbers = [f"{name} ({count})" for name, count in with_some[0]["prompts_by_category"].items()]
+    cells = [[_name(row), *(f"{ratio:.2f}x" for ratio in row["speedup_by_category"].values())] for row in found]
+    title = f"Speed-up by category (prompts), temperature {law[0]:g}, batch {law[1]}"
+    return ["", f"## {title}" if style == "markdown" else title, "", *_grid([["drafter", *numbers], *cells], style)]
+
+
+def _break_even(rows: Sequence[Row], style: Style) -> list[str]:
+    """Returns what is predicted of each drafter as batches grow, and who is predicted to slow the user down."""
+    found = [row for row in rows if row["predicted_by_batch_size"]]
+    lines = []
+    for temperature, group in groupby(found, key=lambda row: row["temperature"]):
+        drafters = list({row["drafter"]: row for row in group}.values())
+        cells = [
+            [_name(row), *(f"{ratio:.2f}x" for ratio in row["predicted_by_batch_size"].values()), _end(row)]
+            for row in drafters
+        ]
+        title = f"Predicted speed-up by batch size, temperature {temperature:g}"
+        heading = ["drafter", *drafters[0]["predicted_by_batch_size"], "stops paying at"]
+        lines += ["", f"## {title}" if style == "markdown" else title, "", *_grid([heading, *cells], style)]
+        slow = [row["drafter"] for row in drafters if row["break_even_batch"] == 1]
+        if slow:
+            told = f"At temperature {temperature:g} these are predicted to slow you down: {', '.join(slow)}."
+            lines += ["", *(textwrap.wrap(told, 120) if style == "terminal" else [told])]
+    return lines
+
+
+def _end(row: Row) -> str:
+    return "-" if row["break_even_batch"] is None else f"batch {row['break_even_batch']}"
+
+
+def is_slower(speedup: float) -> bool:
+    """Returns whether a speed-up, as it is shown, is less than none."""
+    return speedup < 0.995
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -79,13 +125,14 @@ def _csv_value(value: Any) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    speedup = f"{row['speedup']:.2f}x" + " slower" * (row["speedup"] < 0.995)
+    speedup = f"{row['speedup']:.2f}x" + " slower" * is_slower(row["speedup"])
     return [
         _name(row),
         f"{row['tau']:.2f}",
         f"{row['tokens_per_s']:,.0f}",
         speedup,
         f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}",
+        "" if row["predicted_speedup"] is None else f"{row['predicted_speedup']:.2f}x",
         _output(row),
         _number(row["draft_ms"], 2),
         _number(row["verify_ms"], 2),

@@ -21,8 +21,9 @@ from data.prompts import load_prompts
 from draftsmith import Target
 from draftsmith.artifact import check_fits, read_manifest
 from draftsmith.facts import read_facts
-from eval.compare import Settings, compare
+from eval.compare import compare
 from eval.results import check_output
+from eval.settings import Settings
 from eval.table import header, table
 from trainers.settings import parse_settings
 
@@ -59,6 +60,8 @@ class RunSettings:
     """With commas: a further row for each drafter with this verifier, as typical, which is lossy."""
     lengths: str = ""
     """With commas: a further row for each drafter with this policy of draftsmith/length.py, as fixed=4 or heuristic."""
+    forecast_sizes: str = "1,2,4,8,16"
+    """With commas: batch sizes for which speed-ups are predicted beside those measured; empty for no predictions."""
     gates: str = ""
     """With commas: a further row for each drafter that drafts nothing where the target is less sure, as 0.5."""
     seed: int = 0
@@ -77,6 +80,7 @@ class RunSettings:
             batch_sizes=tuple(_numbers("batch_sizes", self.batch_sizes, int)),
             verifiers=tuple(filter(None, self.verifiers.split(","))),
             lengths=tuple(filter(None, self.lengths.split(","))),
+            forecast_sizes=tuple(_numbers("forecast_sizes", self.forecast_sizes, int)) if self.forecast_sizes else (),
             gates=tuple(_numbers("gates", self.gates, float)) if self.gates else (),
             rounds=self.rounds,
             max_new_tokens=self.max_new_tokens,

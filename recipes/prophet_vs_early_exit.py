@@ -26,9 +26,10 @@ from typing import Any
 
 from data.prompts import load_prompts
 from draftsmith import Target
-from eval.compare import Settings, compare
+from eval.compare import compare
 from eval.curves import Panel, publish_curves, read_curve
 from eval.results import claim
+from eval.settings import Settings
 from eval.table import header, table
 from trainers import early_exit, launch, prophet
 from trainers.loop import train

@@ -24,8 +24,9 @@ from data.writers import LocalTarget, PseudoDataSettings
 from draftsmith import Target
 from draftsmith.facts import read_facts
 from draftsmith.stats import num_threads
-from eval.compare import Settings, compare
+from eval.compare import compare
 from eval.results import claim
+from eval.settings import Settings
 from eval.table import header, table
 from trainers import launch
 from trainers.loop import train

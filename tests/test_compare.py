@@ -17,10 +17,13 @@ from draftsmith import Target
 from draftsmith.drafters import find
 from draftsmith.stats import GenerationStats
 from eval import compare as bakeoff
-from eval.compare import Settings, compare
+from eval import entries
+from eval.compare import by_category, compare
 from eval.duel import DuelSettings, duel
 from eval.measure import Ask, Contender, Decoded, Tally, measure, own_loop, transformers_loop
 from eval.results import PARTIAL, check_output
+from eval.rows import row_of
+from eval.settings import Settings
 from eval.table import header, table
 from recipes.bakeoff import RunSettings, main
 from tests.family import built
@@ -31,7 +34,7 @@ KEYS = {
     *("drafter", "temperature", "batch_size", "tau", "tokens_per_s", "speedup", "identical", "lossless", "draft_ms"),
     *("verify_ms", "accepted_per_depth", "num_parameters", "artifact_mb", "train_s"),
 }
-SMALL = Settings(rounds=2, max_new_tokens=8, batch_sizes=(1, 2), verifiers=("typical",))
+SMALL = Settings(rounds=2, max_new_tokens=8, batch_sizes=(1, 2), verifiers=("typical",), forecast_sizes=(1, 4))
 
 
 def some_prompts(number: int = 4) -> list[Prompt]:
@@ -99,7 +102,7 @@ def test_a_row_says_how_close_its_verifier_comes_to_the_best(tmp_path: Path) -> 
     draftsmith.save(drafter, tmp_path / "copy", target=target)
     torch.manual_seed(0)
     draftsmith.save(family.Drafter(drafter.config, target), tmp_path / "other", target=target)
-    settings = Settings(rounds=1, max_new_tokens=24, batch_sizes=(4,), verifiers=("token",))
+    settings = Settings(rounds=1, max_new_tokens=24, batch_sizes=(4,), verifiers=("token",), forecast_sizes=())
     rows = compare(target, some_prompts(), [tmp_path / "copy", tmp_path / "other"], tmp_path / "out", settings)
     found = {row["drafter"]: row for row in rows if row["temperature"] == 1}
     assert found["plain"]["first_optimum"] is found["transformers"]["first_optimum"] is None
@@ -117,7 +120,9 @@ def test_a_drafter_that_tunes_its_target_is_compared_with_that_one(tmp_path: Pat
     target, family = tiny_target("llama"), find("medusa2")
     drafter = built(family, family.Config(rank=4, alpha=1.0), target)
     draftsmith.save(drafter, tmp_path / "tuner", target=target)
-    settings = Settings(rounds=1, max_new_tokens=12, batch_sizes=(2,), verifiers=("typical",), gates=(0.5,))
+    settings = Settings(
+        rounds=1, max_new_tokens=12, batch_sizes=(2,), verifiers=("typical",), gates=(0.5,), forecast_sizes=()
+    )
     rows = compare(target, some_prompts(), [tmp_path / "tuner"], tmp_path / "out", settings)
     greedy = [(row["drafter"], row["tuned"], row["identical"]) for row in rows if row["temperature"] == 0]
     assert greedy == [
@@ -152,11 +157,49 @@ def test_table_in_markdown_and_on_a_terminal(compared: tuple[list[dict[str, Any]
     rows, folder = compared
     markdown = (folder / "bakeoff.md").read_text()
     shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
-    measured = [cells for cells in shown if len(cells) == 9 and cells[0] != "drafter" and "-" not in cells[0]]
+    measured = [cells for cells in shown if len(cells) == 10 and cells[0] != "drafter" and "-" not in cells[0]]
     assert [(cells[0], cells[1]) for cells in measured] == [(row["drafter"], f"{row['tau']:.2f}") for row in rows]
-    assert {cells[5] for cells in measured} == {"identical", "same law", "lossy"}
+    assert {cells[6] for cells in measured} == {"identical", "same law", "lossy"}
     lines = [*header(rows, "terminal").splitlines(), *table(rows, "terminal")]
     assert max(map(len, lines)) <= 120
+
+
+def test_what_is_predicted_stands_beside_what_was_measured(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    rows, folder = compared
+    for row in rows:
+        is_drafter = row["family"] is not None and not row["is_ablation"]
+        assert (row["predicted_speedup"] is not None) == is_drafter
+        if is_drafter:
+            by_size = {int(size): ratio for size, ratio in row["predicted_by_batch_size"].items()}
+            assert list(by_size) == [1, 2, 4] and min(by_size.values()) > 0
+            assert row["predicted_speedup"] == by_size[row["batch_size"]]
+            assert row["break_even_batch"] == next((size for size, ratio in by_size.items() if ratio < 1), None)
+    markdown = (folder / "bakeoff.md").read_text()
+    assert "## Predicted speed-up by batch size, temperature 1" in markdown
+    slow = [row["drafter"] for row in rows if row["break_even_batch"] == 1 and row["temperature"] == 0]
+    assert ("At temperature 0 these are predicted to slow you down" in markdown) == bool(slow)
+
+
+def test_categories_are_told_apart_where_prompts_carry_them(tmp_path: Path) -> None:
+    target = tiny_target("llama")
+    named = [
+        replace(prompt, category=category)
+        for prompt, category in zip(
+            some_prompts(7), ["maths", "code", "maths", "code", "maths", "rare", None], strict=True
+        )
+    ]
+    assert {name: len(group) for name, group in by_category(named, 2).items()} == {"maths": 3, "code": 2, "others": 2}
+    assert {name: len(group) for name, group in by_category(named, 3).items()} == {"maths": 3, "others": 4}
+    assert {name: len(group) for name, group in by_category(named, 4).items()} == {"": 7}
+    assert {name: len(group) for name, group in by_category(some_prompts(2), 1).items()} == {"": 2}
+    settings = Settings(rounds=2, max_new_tokens=6, batch_sizes=(1, 4), temperatures=(0.0,), forecast_sizes=())
+    rows = compare(target, named, make_artifacts(target, tmp_path)[1:], tmp_path / "out", settings)
+    (row, whole) = (row for row in rows if row["drafter"] == "lookup")
+    assert set(row["speedup_by_category"]) == {"maths", "code", "rare", "others"} and not whole["speedup_by_category"]
+    assert row["prompts_by_category"] == {"maths": 3, "code": 2, "rare": 1, "others": 1}
+    assert row["tokens_per_s"] > 0 and row["identical"]
+    text = (tmp_path / "out" / "bakeoff.md").read_text()
+    assert "## Speed-up by category (prompts), temperature 0, batch 1" in text and "maths (3)" in text
 
 
 def test_table_shows_slow_downs_and_differing_output(compared: tuple[list[dict[str, Any]], Path]) -> None:
@@ -177,7 +220,12 @@ def test_picture_is_not_blank(compared: tuple[list[dict[str, Any]], Path]) -> No
 
 def test_lengths_and_gates_have_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunSettings(
-        batch_sizes="2", rounds=2, max_new_tokens=8, lengths="fixed=1,refit,expected_gain", gates="0.3,0.5"
+        batch_sizes="2",
+        rounds=2,
+        max_new_tokens=8,
+        lengths="fixed=1,refit,expected_gain",
+        gates="0.3,0.5",
+        forecast_sizes="",
     )
     target = tiny_target("llama")
     rows = compare(target, some_prompts(), make_artifacts(target, tmp_path), tmp_path / "out", run.comparison())
@@ -199,7 +247,7 @@ def test_lengths_and_gates_have_rows_of_their_own(tmp_path: Path, capsys: pytest
         }.get(row["drafter"].partition(" (")[2].rstrip(")"), ("auto", None))
     drafter = draftsmith.load(tmp_path / "medusa", target)
     own = Contender(name="mine", decode=own_loop(target, drafter))
-    (gated,) = bakeoff._ablations(own, drafter, {}, Settings(gates=(0.999,)))
+    (gated,) = entries._ablations(own, drafter, {}, Settings(gates=(0.999,)))
     ask = Ask(prompts=prompts(2), temperature=0.0, max_new_tokens=12, seed=0)
     drafted = [decode(ask).stats.drafted[0] for decode in (gated.contender.decode, own_loop(target, drafter))]
     assert drafted[0] < drafted[1], "a gate that hardly opens"
@@ -211,7 +259,7 @@ def test_lengths_and_gates_have_rows_of_their_own(tmp_path: Path, capsys: pytest
 def test_what_was_measured_is_kept_when_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, output = tiny_target("llama"), tmp_path / "out"
     artifacts = make_artifacts(target, tmp_path)
-    settings = Settings(rounds=2, max_new_tokens=4, batch_sizes=(1,))
+    settings = Settings(rounds=2, max_new_tokens=4, batch_sizes=(1,), forecast_sizes=())
     calls = 0
 
     def killed_at_the_third(*args: Any, **options: Any) -> dict[str, Tally]:
@@ -239,7 +287,7 @@ def test_what_was_measured_is_kept_when_killed(tmp_path: Path, monkeypatch: pyte
 
 
 def test_speed_up_is_the_median_of_ratios_within_rounds() -> None:
-    entry = bakeoff.Entry(contender=Contender(name="mine", decode=own_loop(tiny_target("llama"))), family="lookup")
+    entry = entries.Entry(contender=Contender(name="mine", decode=own_loop(tiny_target("llama"))), family="lookup")
     seconds = [(1.0, 0.5), (10.0, 4.0), (2.0, 1.9)]  # the second round ran on a busy machine
     rounds = [
         {
@@ -248,7 +296,7 @@ def test_speed_up_is_the_median_of_ratios_within_rounds() -> None:
         }
         for plain, mine in seconds
     ]
-    row = bakeoff._row(entry, 0.0, 1, rounds)
+    row = row_of(entry, 0.0, 1, rounds)
     assert row["speedup"] == 2.0
     assert (row["speedup_low"], row["speedup_high"]) == (pytest.approx((2 + 2 / 1.9) / 2), 2.25)
     assert (row["tau"], row["draft_ms"], row["accepted_per_depth"]) == (2.5, 2.0, [0.75, 0.5])
@@ -353,9 +401,9 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
 
 def test_artifacts_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     names = [tmp_path / "one" / "heads", tmp_path / "two" / "heads", tmp_path / "plain"]
-    assert bakeoff._names(names) == ["one/heads", "two/heads", f"{tmp_path.name}/plain"]
+    assert entries._names(names) == ["one/heads", "two/heads", f"{tmp_path.name}/plain"]
     with pytest.raises(ValueError, match="two artifacts are called"):
-        bakeoff._names([tmp_path / "heads", tmp_path / "heads"])
+        entries._names([tmp_path / "heads", tmp_path / "heads"])
 
 
 def test_recipe_refuses_bad_input_before_the_weights_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +448,14 @@ def test_recipe_from_the_command_line(tmp_path: Path) -> None:
     artifact = make_artifacts(target, tmp_path)[1]
     rows = [{"prompt": " ".join(f"w{token}" for token in ids)} for ids in prompts(6)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"target": "target", "data": "prompts.jsonl", "max_new_tokens": 4, "rounds": 1, "batch_sizes": "1,2"}
+    settings = {
+        "target": "target",
+        "data": "prompts.jsonl",
+        "max_new_tokens": 4,
+        "rounds": 1,
+        "batch_sizes": "1,2",
+        "forecast_sizes": 1,
+    }
     done = run(command("bakeoff", **settings, drafts=artifact, temperatures="0,0.5", max_steps=2), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "temperature 0.5, batch 2" in done.stdout
