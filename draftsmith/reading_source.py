@@ -60,7 +60,7 @@ class SourceReader(nn.Module):
         weights_BS1 = (mask_BS / mask_BS.sum(1, keepdim=True))[:, :, None].to(states_BSE.dtype)
         lowest = torch.finfo(states_BSE.dtype).min
         return Projected(
-            keys_BDS=self.keys(states_BSE).mT.contiguous() * self._width**-0.5,
+            keys_BDS=self.keys(states_BSE).mT,
             values_BSD=self.values(states_BSE),
             padding_B1S=torch.zeros_like(states_BSE[:, None, :, 0]).masked_fill(~mask_BS[:, None], lowest),
             summary_BG=self.summary((states_BSE * weights_BS1).sum(1)),
@@ -75,7 +75,8 @@ class SourceReader(nn.Module):
         if source is None:
             return features
         features_BMD = features.reshape(len(source.keys_BDS), -1, self._width)
-        attention_BMS = torch.baddbmm(source.padding_B1S, features_BMD, source.keys_BDS).softmax(-1)
+        scores_BMS = torch.baddbmm(source.padding_B1S, features_BMD, source.keys_BDS, alpha=self._width**-0.5)
+        attention_BMS = scores_BMS.softmax(-1)
         found_BMD = torch.baddbmm(features_BMD, attention_BMS, source.values_BSD)
         if self.gate is not None:
             rows_BM1 = source.rows_B11.expand(-1, features_BMD.shape[1], -1).float()

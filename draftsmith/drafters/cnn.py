@@ -117,6 +117,9 @@ class Drafter(nn.Module):
     # What `Reading` asks
 
     def read(self, tokens_BT: Tensor, lengths: list[int]) -> State:
+        if not any(lengths):
+            zeros_C = torch.zeros_like(self.input.bias)
+            return tuple(zeros_C.expand(len(lengths), self._span(dilation), -1) for dilation in self.config.dilations)
         lengths_B1 = torch.tensor(lengths, device=tokens_BT.device)[:, None]
         rows_B1 = torch.arange(len(lengths), device=tokens_BT.device)[:, None]
         found = []
@@ -129,9 +132,8 @@ class Drafter(nn.Module):
     def step(self, tokens_B: Tensor, state: State) -> tuple[Tensor, State]:
         x_BC, found = self._inputs(tokens_B), []
         if self._source is not None:
-            x_BC = (
-                x_BC.view(len(self._source.summary_BG), -1, x_BC.shape[1]) + self._source.summary_BG[:, None]
-            ).flatten(0, 1)
+            summary_B1C = self._source.summary_BG[:, None]
+            x_BC = (x_BC.view(len(summary_B1C), -1, x_BC.shape[1]) + summary_B1C).flatten(0, 1)
         for before_BSC, dilation, weight_KCG, bias_G in zip(state, self.config.dilations, *self._weights, strict=True):
             seen_BSC = torch.cat([before_BSC, x_BC[:, None]], dim=1)
             taps_BKC = seen_BSC[:, ::dilation].flatten(1)
@@ -148,7 +150,7 @@ class Drafter(nn.Module):
         x_BCT = (x_BTC if source is None else x_BTC + source.summary_BG[:, None]).transpose(1, 2)
         for linear, dilation in zip(self._linears(), self.config.dilations, strict=True):
             kept_BCT = functional.dropout(x_BCT, dropout) if dropout else x_BCT
-            inputs.append(functional.pad(kept_BCT, ((self.config.kernel_size - 1) * dilation, 0)))
+            inputs.append(functional.pad(kept_BCT, (self._span(dilation), 0)))
             weight_GCK = linear.weight.unflatten(1, (self.config.kernel_size, -1)).transpose(1, 2)
             gates_BGT = functional.conv1d(inputs[-1], weight_GCK, linear.bias, dilation=dilation)
             x_BCT = x_BCT + functional.glu(gates_BGT, dim=1)
@@ -163,6 +165,10 @@ class Drafter(nn.Module):
             [linear.bias for linear in self._linears()],
         )
         self._head = self.ends.folded_head()
+
+    def _span(self, dilation: int) -> int:
+        """Returns how many inputs a layer looks back on."""
+        return (self.config.kernel_size - 1) * dilation
 
     def _linears(self) -> list[nn.Linear]:
         return list(self.layers)  # type: ignore[arg-type]

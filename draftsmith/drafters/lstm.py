@@ -122,11 +122,12 @@ class Drafter(nn.Module):
 
     def read(self, tokens_BT: Tensor, lengths: list[int]) -> State:
         inputs_BTE = self.ends.embed(tokens_BT)
-        packed = pack_padded_sequence(inputs_BTE, torch.tensor(lengths).clamp(min=1), True, enforce_sorted=False)
-        first = self._first(self._source, inputs_BTE)
-        _, (h_LBH, c_LBH) = self.layers(packed, first)
-        has_read_B1 = torch.tensor(lengths, device=tokens_BT.device)[:, None] > 0
-        found = (torch.where(has_read_B1, now, before) for now, before in zip((h_LBH, c_LBH), first, strict=True))
+        found = first = self._first(self._source, inputs_BTE)
+        if any(lengths):
+            packed = pack_padded_sequence(inputs_BTE, torch.tensor(lengths).clamp(min=1), True, enforce_sorted=False)
+            has_read_B1 = torch.tensor(lengths, device=tokens_BT.device)[:, None] > 0
+            both = zip(self.layers(packed, first)[1], first, strict=True)
+            found = tuple(torch.where(has_read_B1, now, before) for now, before in both)
         return tuple(part for pair in zip(*found, strict=True) for part in pair)
 
     def step(self, tokens_B: Tensor, state: State) -> tuple[Tensor, State]:
