@@ -52,16 +52,7 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
         "layer_index": LAYER_INDEX,
         "acceptance_mode": "lossless",
         "tunes_target": has_tuned(drafter),
-        "command": shlex.join(sys.argv),
-        "commit": _commit(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": numpy.__version__,
-            "safetensors": safetensors.__version__,
-        },
-    } | (record or {})
+    } | provenance() | (record or {})
     with atomic_folder(Path(path), marker=MANIFEST) as folder:
         if isinstance(drafter, nn.Module):
             save_file({name: tensor.contiguous() for name, tensor in own_tensors(drafter).items()}, folder / WEIGHTS)
@@ -176,6 +167,21 @@ def make_config(kind: Any, values: dict[str, Any], source: str | Path) -> Any:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+
+
+def provenance() -> dict[str, Any]:
+    """Returns what any folder says of how it was made: command, commit and versions."""
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": numpy.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    }
 
 
 def _commit() -> str | None:

@@ -112,6 +112,12 @@ def find_child(module: nn.Module, names: tuple[str, ...], what: str) -> str:
     raise ValueError(f"{type(module).__name__} has no {what} that draftsmith knows (looked for {', '.join(names)})")
 
 
+def blocks_of(model: Any) -> nn.ModuleList:
+    """Returns the blocks of a model's decoder; raises ValueError naming the architecture if they are not found."""
+    decoder = model.get_decoder()
+    return getattr(decoder, find_child(decoder, LAYER_LISTS, "list of blocks"))
+
+
 def view(
     stack: nn.Module, frame: Frame, *, start: int, stop: int, skipped: frozenset[tuple[str, int]], width: int
 ) -> Any:

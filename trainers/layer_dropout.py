@@ -19,7 +19,7 @@ from data.batches import Batch
 from draftsmith import Target, length
 from draftsmith.drafters.early_exit import Config, Drafter
 from draftsmith.facts import TargetFacts
-from draftsmith.stack import LAYER_LISTS, find_child
+from draftsmith.stack import blocks_of
 from trainers import Metrics, Needs, adapters, exits
 from trainers.losses import chunked, cross_entropy
 
@@ -92,7 +92,7 @@ def build(settings: Settings, target: Target) -> Drafter:
         return rate if drafter.training else 0.0
 
     rates = dropout_rates(target.num_layers, settings.max_dropout)
-    for block, rate in zip(_blocks(drafter.target), rates, strict=True):
+    for block, rate in zip(blocks_of(drafter.target.model), rates, strict=True):
         block.register_forward_hook(partial(_leave_out, partial(now, rate)))
     return drafter.requires_grad_()
 
@@ -207,11 +207,6 @@ def _leave_out(rate: Callable[[], float], block: nn.Module, given: tuple[Any, ..
     is_out_B = (torch.rand(len(given_BTD)) < chance).to(given_BTD.device)
     mixed_BTD = torch.where(is_out_B[:, None, None], given_BTD, out_BTD)
     return (mixed_BTD, *out[1:]) if isinstance(out, tuple) else mixed_BTD
-
-
-def _blocks(target: Target) -> nn.ModuleList:
-    decoder = target.model.get_decoder()
-    return getattr(decoder, find_child(decoder, LAYER_LISTS, "list of blocks"))
 
 
 def _layers(settings: Settings, target: Target) -> tuple[int, ...]:
