@@ -1,4 +1,4 @@
-"""Artifacts: a folder with `draft_config.json` and the drafter's weights or store, bound to one target.
+"""Artifacts: a folder with `draft_config.json`, the drafter's weights or store and a card, bound to one target.
 
 No pickle; written whole or not at all; refused for another target, tokenizer or vocabulary.
 """
@@ -20,6 +20,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from draftsmith import hub
+from draftsmith.card import CARD, WEIGHTS, card, is_hub_name, keep_edited, warn_of_kept
 from draftsmith.drafters import find, name_of, names
 from draftsmith.facts import TargetFacts
 from draftsmith.files import atomic_folder
@@ -28,7 +30,6 @@ from draftsmith.tuned import has_tuned
 
 FORMAT_VERSION = 1
 MANIFEST = "draft_config.json"
-WEIGHTS = "model.safetensors"
 LAYER_INDEX = "hidden[0] is the embedding output, hidden[i] the output of the i-th block, un-normed"
 
 
@@ -37,37 +38,48 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
 
     A drafter with a store of its own defines `save_store(folder)` and, on its class, `load_store(folder, config,
     target)`, after which its weights are read, if it has any. One that has tuned its target is bound to the target as
-    it was before. Raises ValueError if `path` holds something else.
+    it was before. A README.md that was edited by hand is kept beside the new one. Raises ValueError if `path` holds
+    something else.
     """
     target = target.base if has_tuned(drafter) and target is drafter.target else target
     family = name_of(drafter)
     assert family in names()
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "family": family,
-        "config": dataclasses.asdict(drafter.config),
-        "target": {"name": target.name, "fingerprint": target.fingerprint},
-        "tokenizer_hash": target.tokenizer_hash,
-        "vocab_size": target.vocab_size,
-        "layer_index": LAYER_INDEX,
-        "acceptance_mode": "lossless",
-        "tunes_target": has_tuned(drafter),
-    } | provenance() | (record or {})
+    manifest = (
+        {
+            "format_version": FORMAT_VERSION,
+            "family": family,
+            "config": dataclasses.asdict(drafter.config),
+            "target": {"name": target.name, "fingerprint": target.fingerprint},
+            "tokenizer_hash": target.tokenizer_hash,
+            "vocab_size": target.vocab_size,
+            "layer_index": LAYER_INDEX,
+            "acceptance_mode": "lossless",
+            "tunes_target": has_tuned(drafter),
+        }
+        | provenance()
+        | (record or {})
+    )
     with atomic_folder(Path(path), marker=MANIFEST) as folder:
         if isinstance(drafter, nn.Module):
             save_file({name: tensor.contiguous() for name, tensor in own_tensors(drafter).items()}, folder / WEIGHTS)
         if hasattr(drafter, "save_store"):
             drafter.save_store(folder)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        written = (file for file in folder.rglob("*") if file.is_file() and file.name != CARD)
+        files = sorted(str(file.relative_to(folder)) for file in written)
+        (folder / MANIFEST).write_text(json.dumps(manifest | {"files": files}, indent=1) + "\n")
+        kept = keep_edited(Path(path), folder)
+        (folder / CARD).write_text(card(manifest, folder / WEIGHTS))
+    warn_of_kept(Path(path), kept)
 
 
 def load(path: str | Path, target: Target, *, made_for: Target | None = None) -> Any:
     """Returns the drafter saved at `path`, ready to draft for `target`, or for `drafter.target` if it has tuned that.
 
-    With `made_for` it was made for that one, and `target` is another of the same vocabulary. Raises ValueError if it
-    was made for another target or tokenizer, or if a file is missing, truncated or odd.
+    `path` is a folder, or a repository of the hub (owner/name). With `made_for` it was made for that one, and `target`
+    is another of the same vocabulary. Raises ValueError if it was made for another target or tokenizer, or if a file is
+    missing, truncated or odd.
     """
-    folder = Path(path)
+    folder = local_folder(path)
     manifest = read_manifest(folder)
     check_fits(folder, manifest, made_for or target)
     module = find(manifest["family"])
@@ -81,10 +93,16 @@ def load(path: str | Path, target: Target, *, made_for: Target | None = None) ->
     return drafter
 
 
+def local_folder(path: str | Path) -> Path:
+    """Returns the folder, that of a local copy if `path` is no folder but can be a repository of the hub."""
+    return hub.download(path) if isinstance(path, str) and is_hub_name(path) else Path(path)
+
+
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """Returns an artifact's manifest; raises ValueError if there is none or it cannot be understood."""
-    file = Path(path) / MANIFEST
-    if not Path(path).is_dir():
+    folder = local_folder(path)
+    file = folder / MANIFEST
+    if not folder.is_dir():
         raise ValueError(f"artifact {path}: no such folder")
     if not file.is_file():
         raise ValueError(f"{path} is no draftsmith artifact: it has no {MANIFEST}")
@@ -102,6 +120,15 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             f"{file} has format version {manifest['format_version']}, this draftsmith reads {FORMAT_VERSION}"
         )
     return manifest
+
+
+def own_files(folder: Path) -> list[Path]:
+    """Returns an artifact's manifest, weights and store, not its card nor what else lies in its folder."""
+    names = read_manifest(folder).get("files")
+    if names is None:
+        # It was made before manifests named files.
+        return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CARD)
+    return [folder / name for name in sorted([*names, MANIFEST])]
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

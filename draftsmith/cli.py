@@ -1,4 +1,4 @@
-"""The command `draftsmith`: generate text with a drafter, or inspect an artifact."""
+"""The command `draftsmith`: generate text with a drafter; inspect, export, describe or publish an artifact."""
 
 import argparse
 import difflib
@@ -48,7 +48,7 @@ def _fail(message: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="draftsmith", description="Speculative decoding with drafters made by draftsmith.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,inspect}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,inspect,export,card,push}")
     generate = commands.add_parser("generate", help="continue a prompt, streaming", allow_abbrev=False)
     generate.add_argument("prompt", help="the text to continue; - reads standard input")
     generate.add_argument("--target", help="a transformers folder or hub name (default: the pocket target)")
@@ -69,8 +69,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
     generate.set_defaults(run=_generate)
     inspect = commands.add_parser("inspect", help="show what an artifact is and how it measured", allow_abbrev=False)
-    inspect.add_argument("artifact", help="a drafter's folder")
+    inspect.add_argument("artifact", help="a drafter's folder, or owner/name on the hub")
     inspect.set_defaults(run=_inspect)
+    export = commands.add_parser("export", help="write an artifact as a server loads it", allow_abbrev=False)
+    export.add_argument("artifact", help="a drafter's folder")
+    export.add_argument("--to", required=True, metavar="ENGINE", help="transformers, vllm, sglang or speculators")
+    export.add_argument("--target", help="a transformers folder or hub name (default: what the artifact was made for)")
+    export.add_argument("output", metavar="OUT", help="the folder to write")
+    export.set_defaults(run=_export)
+    card = commands.add_parser("card", help="write an artifact's README.md anew", allow_abbrev=False)
+    card.add_argument("artifact", help="a drafter's folder")
+    card.add_argument("--results", metavar="BAKEOFF_JSON", help="a comparison whose figures the card is to show")
+    card.set_defaults(run=_card)
+    push = commands.add_parser("push", help="upload an artifact to the Hugging Face hub", allow_abbrev=False)
+    push.add_argument("artifact", help="a drafter's folder")
+    push.add_argument("repo_id", metavar="OWNER/NAME", help="the repository, made if it is not there")
+    push.add_argument("--private", action="store_true", help="make it a private one")
+    push.set_defaults(run=_push)
     return parser
 
 
@@ -168,28 +183,59 @@ class _Printer:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from draftsmith.artifact import read_manifest
+    from draftsmith.artifact import local_folder, read_manifest
+    from draftsmith.card import num_parameters
 
-    folder = Path(arguments.artifact)
+    folder = local_folder(arguments.artifact)
     manifest = read_manifest(folder)
     tuned = ", which it tunes" if manifest.get("tunes_target") else ""
     print(f"{folder}: a drafter of family {manifest['family']} for target {manifest['target']['name']}{tuned}")
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"  {file.stat().st_size / 1e6:8.2f} MB  {file.relative_to(folder)}")
     if (folder / "model.safetensors").is_file():
-        print(f"  {_num_parameters(folder / 'model.safetensors'):,} parameters")
+        print(f"  {num_parameters(folder / 'model.safetensors'):,} parameters")
     for key, value in manifest.items():
         print(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
 
 
-def _num_parameters(file: Path) -> int:
-    """Counts from the safetensors header, without reading the weights."""
-    from math import prod
+def _card(arguments: argparse.Namespace) -> None:
+    from draftsmith.artifact import read_manifest
+    from draftsmith.card import CARD, measured_section, read_rows, rewrite
 
-    from safetensors import SafetensorError, safe_open
+    folder = Path(arguments.artifact)
+    manifest, measured = read_manifest(folder), ""
+    if arguments.results is not None:
+        name, parent = folder.resolve().name, folder.resolve().parent.name
+        measured = measured_section(read_rows(Path(arguments.results)), (name, f"{parent}/{name}"), manifest["family"])
+    kept = rewrite(folder, manifest, measured)
+    print(f"Written: {folder / CARD}" + (f"; the one before, written by hand, is now {kept}" if kept else ""))
 
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or no safetensors file ({error})") from error
+
+def _push(arguments: argparse.Namespace) -> None:
+    from draftsmith import hub
+    from draftsmith.artifact import own_files, read_manifest
+    from draftsmith.card import CARD, for_hub
+
+    folder = Path(arguments.artifact)
+    manifest = read_manifest(folder)
+    if "files" not in manifest:
+        raise ValueError(f"the manifest of {folder} does not say which files are its own; save it anew to push it")
+    hub.check_may_push(folder)
+    files: dict[str, str | Path] = {str(file.relative_to(folder)): file for file in own_files(folder)}
+    files[CARD] = for_hub(folder, manifest, arguments.repo_id)
+    print(hub.push(folder, files, arguments.repo_id, private=arguments.private))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    from draftsmith.export import export
+    from draftsmith.export.launch import read_launch
+
+    disable_progress_bar()
+    folder = export(arguments.artifact, arguments.to, arguments.output, arguments.target)
+    launch = read_launch(folder)
+    print(f"{folder}: {launch['artifact']['family']} for {launch['checked_with']}")
+    for note in launch["notes"]:
+        print(f"  {note}")
+    print(f"\n{launch['command']}")

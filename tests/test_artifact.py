@@ -52,7 +52,8 @@ def test_the_manifest_says_what_was_made_of_what(folder: Path) -> None:
     assert manifest["acceptance_mode"] == "lossless"
     assert {"python", "torch", "transformers"} <= set(manifest["versions"])
     assert manifest["command"] and manifest["seed"] == 3
-    assert sorted(path.name for path in folder.iterdir()) == ["draft_config.json", "model.safetensors"]
+    assert manifest["files"] == ["model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "draft_config.json", "model.safetensors"]
 
 
 def test_weights_are_the_drafters_alone(folder: Path) -> None:
@@ -97,7 +98,7 @@ def test_weights_that_are_equal_but_not_tied_are_all_stored(tmp_path: Path) -> N
 def test_a_family_without_weights_is_a_manifest(tmp_path: Path) -> None:
     target = tiny_target("gpt2")
     draftsmith.save(lookup.Drafter(lookup.Config(max_ngram=5), target), tmp_path / "copier", target=target)
-    assert [path.name for path in (tmp_path / "copier").iterdir()] == ["draft_config.json"]
+    assert sorted(path.name for path in (tmp_path / "copier").iterdir()) == ["README.md", "draft_config.json"]
     assert draftsmith.load(str(tmp_path / "copier"), target).config == lookup.Config(max_ngram=5)
 
 
@@ -185,7 +186,7 @@ def test_an_artifact_is_replaced_whole(folder: Path) -> None:
     """By one without weights: none of the former's files may stay."""
     target = tiny_target("llama")
     draftsmith.save(lookup.Drafter(lookup.Config(), target), folder, target=target)
-    assert [path.name for path in folder.iterdir()] == ["draft_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "draft_config.json"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 

@@ -47,6 +47,7 @@ def settings(folder: Path, name: str, **changes: Any) -> RunSettings:
 
 def test_a_run_leaves_an_artifact_and_says_how_it_was_made(folder: Path, unbroken: Path) -> None:
     assert {path.name for path in unbroken.iterdir()} == {
+        "README.md",
         "draft_config.json",
         "log.jsonl",
         "model.safetensors",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.shards import write_whole
+from draftsmith.card import keep_edited, warn_of_kept
 
 MARKER = "run.json"
 ARTIFACT = "draft_config.json"
@@ -68,6 +69,7 @@ def _files(checkpoint: Path) -> list[Path]:
 
 def publish(staging: Path, output: Path) -> None:
     """Moves a finished artifact into the run's folder, its manifest last, and removes what training left behind."""
+    warn_of_kept(output, keep_edited(output, output))
     for path in sorted(staging.iterdir(), key=lambda path: path.name == ARTIFACT):
         if path.is_dir():
             # What a run killed right here had moved already.
