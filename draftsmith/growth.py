@@ -72,8 +72,7 @@ def line(model: Model, session: Session, num_draft: int) -> Draft:
             token_B = logits_BV.argmax(-1)
         else:
             laws.append(sampling.law(logits_BV))
-            uniforms_B = torch.rand(len(num_nodes), generator=session.generator, dtype=torch.float64)
-            token_B = draw(laws[-1], uniforms_B.to(device))
+            token_B = draw(laws[-1], session.uniforms())
         confidences = logits_BV.float().softmax(-1).gather(1, token_B[:, None])[:, 0].tolist()
         tokens_BN = torch.cat([tokens_BN, token_B[:, None]], dim=1)
         for row, is_row_drafting in enumerate(is_drafting):

@@ -10,7 +10,14 @@ A family's file is a module with these names; the loop knows no family by name.
     loss(drafter, batch, settings, target) -> (sum, metrics)     the loss summed over the batch's supervised tokens
     begin_step(drafter, settings, step, num_steps)               optional: told before each step how many are done
     rate_factors(settings) -> {prefix: step -> factor}           optional: of the learning rate of weights called so
+    mix(drafter, batch, settings, target, salt) -> batch         optional: a batch as it is to be learnt from, before
+                                                                 the target reads it; chance goes by rows and salt
     judge(drafter, batch, settings, target) -> metrics           on held-out rows: "acceptance", the larger the better
+    own_text(drafter, batch, settings, target) -> batch | None   optional: held-out rows rewritten by the drafter, on
+                                                                 which it is judged too: "acceptance_on_draft_text"
+    measure(drafter, settings, target) -> costs                  optional: of the machine, once before training
+    conclude(means, costs) -> means        optional: further held-out figures, worked out of those of `judge`
+    BEST                                   optional: the held-out figure that names the best step; else "acceptance"
     finish(drafter, settings, target, held_out) -> drafter       optional: a last touch after training
     fit(settings, target, rows, run, output) -> drafter          in place of `loss` and `build`: without gradient; what
                                                                  it needs to be continued it keeps in `output`

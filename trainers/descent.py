@@ -4,9 +4,8 @@ The optimised loss is the sum over all supervised tokens of a step, of every ran
 number; so neither ranks nor gradient accumulation change what is learnt.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,25 +18,39 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from data.batches import Batch
 from data.teacher import complete
 from draftsmith import Target
-from trainers import Metrics, Needs, checkpoints
+from trainers import Needs, checkpoints, judging
+from trainers.judging import ACCEPTANCE, Sums
 from trainers.logs import HELD_OUT, JsonLines, Progress
 from trainers.run import RunSettings
 
-BEST = "acceptance"
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 class Step(nn.Module):
     """What is wrapped for training: a drafter with its family's loss, or judgement, as the forward pass."""
 
-    def __init__(self, drafter: nn.Module, family: ModuleType, settings: Any, target: Target) -> None:
+    def __init__(
+        self, drafter: nn.Module, family: ModuleType, settings: Any, target: Target, costs: dict[str, float]
+    ) -> None:
         super().__init__()
         self.drafter = drafter
-        self._family, self._settings, self._target = family, settings, target
+        self.needs: Needs = family.needs(settings, target)
+        self._family, self._settings, self._target, self._costs = family, settings, target, costs
 
     def forward(self, batch: Batch, is_held_out: bool = False) -> Any:
-        part = self._family.judge if is_held_out else self._family.loss
-        return part(self.drafter, batch, self._settings, self._target)
+        if is_held_out:
+            return judging.judge(self.drafter, batch, self._family, self._settings, self._target, self.needs)
+        return self._family.loss(self.drafter, batch, self._settings, self._target)
+
+    def mixed(self, batch: Batch, salt: str) -> Batch:
+        """Returns the batch as the family wants to learn from it."""
+        if not hasattr(self._family, "mix"):
+            return batch
+        return self._family.mix(self.drafter, batch, self._settings, self._target, salt)
+
+    def conclude(self, means: dict[str, float]) -> dict[str, float]:
+        """Returns the means of a judgement and what the family concludes from them."""
+        return judging.conclude(means, self._costs, self._family)
 
     def begin(self, step: int, num_steps: int) -> None:
         """Tells the family how many of the optimiser's steps are done."""
@@ -48,30 +61,6 @@ class Step(nn.Module):
         """Returns the family's factors of the learning rate by prefix of its weights' names, none if it has none."""
         given = self._family.rate_factors(self._settings) if hasattr(self._family, "rate_factors") else {}
         return {f"drafter.{prefix}": factor for prefix, factor in given.items()}
-
-
-class Sums:
-    """Adds up (sum, count) pairs; divided once, by `means`."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, metrics: Metrics) -> None:
-        for name, (total, count) in metrics.items():
-            self._sums[name] = self._sums.get(name, 0) + total.detach().double()
-            self._counts[name] = self._counts.get(name, 0) + count
-
-    def means(self, reduce: Callable[[Tensor], Tensor] = lambda pairs: pairs) -> dict[str, float]:
-        """Returns sum / count of each metric; `reduce` adds a tensor up over ranks."""
-        names = list(self._sums)
-        pairs = torch.stack([torch.stack([self._sums[name] for name in names]), self._count_tensor(names)])
-        sums, counts = reduce(pairs).tolist()
-        return {name: sums[at] / counts[at] if counts[at] else math.nan for at, name in enumerate(names)}
-
-    def _count_tensor(self, names: list[str]) -> Tensor:
-        device = self._sums[names[0]].device
-        return torch.tensor([self._counts[name] for name in names], dtype=torch.float64, device=device)
 
 
 class DraftTrainer(Trainer):
@@ -86,7 +75,6 @@ class DraftTrainer(Trainer):
         arguments: TrainingArguments,
         *,
         target: Target,
-        needs: Needs,
         held_out: list[Batch],
         output: Path,
         facts: dict[str, Any],
@@ -95,7 +83,7 @@ class DraftTrainer(Trainer):
     ) -> None:
         super().__init__(step, arguments, callbacks=[Progress(), JsonLines(output / "log.jsonl"), Rhythm()], **options)
         self.remove_callback(PrinterCallback)
-        self._step, self._target, self._needs, self._held_out = step, target, needs, held_out
+        self._step, self._target, self._needs, self._held_out = step, target, step.needs, held_out
         self._output, self._facts = output, facts
         self._sums, self._num_tokens = Sums(), 0
         self._began = self._logged = time.perf_counter()
@@ -148,6 +136,14 @@ class DraftTrainer(Trainer):
         # Ranks' gradients are averaged, while the sum is wanted.
         return total * self.accelerator.num_processes / num_items_in_batch
 
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
+        """Has the family change a step's batches before their tokens are counted."""
+        return super().get_batch_samples(map(self._mixed, epoch_iterator), num_batches, device)
+
+    def _mixed(self, inputs: dict[str, Batch]) -> dict[str, Batch]:
+        with self.compute_loss_context_manager():
+            return {"batch": self._step.mixed(inputs["batch"], f"{self.args.seed}:{self.state.global_step}")}
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         count = torch.tensor(sum(_num_supervised(inputs["batch"]) for inputs in batch_samples), device=device)
         return self.accelerator.reduce(count, "sum").clamp(min=1)
@@ -173,7 +169,8 @@ class DraftTrainer(Trainer):
             is_counted = index == begin + self.accelerator.process_index
             metrics = self.model_wrapped(self._judged(index), is_held_out=True)
             sums.add({name: (total * is_counted, count * is_counted) for name, (total, count) in metrics.items()})
-        found = {HELD_OUT + name: value for name, value in sums.means(self._reduce).items()}
+        means = self._step.conclude(sums.means(self._reduce))
+        found = {HELD_OUT + name: value for name, value in means.items()}
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         self._logged += time.perf_counter() - began
@@ -222,8 +219,8 @@ class Rhythm(TrainerCallback):
         control.should_log |= control.should_save
 
 
-def arguments_of(run: RunSettings, output: Path, deepspeed: str | None) -> TrainingArguments:
-    """Returns the run's settings as transformers names them."""
+def arguments_of(run: RunSettings, output: Path, deepspeed: str | None, best: str = ACCEPTANCE) -> TrainingArguments:
+    """Returns the run's settings as transformers names them; `best` is the held-out figure that is to be largest."""
     arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"),
         max_steps=run.max_steps,
@@ -241,7 +238,7 @@ def arguments_of(run: RunSettings, output: Path, deepspeed: str | None) -> Train
         save_strategy="steps",
         save_steps=run.save_steps,
         logging_steps=run.log_steps,
-        metric_for_best_model=BEST,
+        metric_for_best_model=best,
         greater_is_better=True,
         logging_nan_inf_filter=False,
         dataloader_drop_last=True,
@@ -267,11 +264,3 @@ def _product(rate: Callable[[int], float], factor: Callable[[int], float] | None
 def _num_supervised(batch: Batch) -> int:
     """Returns how many tokens are learnt; the first has no context to be predicted from."""
     return int(batch.loss_mask_BT[:, 1:].sum())
-
-
-def mean_metrics(metrics: Iterable[Metrics]) -> dict[str, float]:
-    """Returns the mean of each metric over batches."""
-    sums = Sums()
-    for one in metrics:
-        sums.add(one)
-    return sums.means()

@@ -32,6 +32,14 @@ def device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
+def from_rank_0(found: dict[str, float]) -> dict[str, float]:
+    """Returns what rank 0 found, on every rank; numbers that ranks measure differ."""
+    shared = [found]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(shared)
+    return shared[0]
+
+
 def begin(run: RunSettings) -> str | None:
     """Makes this process ready for its launcher and returns the path of the DeepSpeed config, None without one.
 

@@ -21,8 +21,9 @@ from data.teacher import complete
 from draftsmith import Target
 from draftsmith.facts import read_facts
 from draftsmith.stats import num_threads
-from trainers import checkpoints, launch
-from trainers.descent import BEST, DraftTrainer, Step, arguments_of, mean_metrics
+from trainers import checkpoints, judging, launch
+from trainers.descent import DraftTrainer, Step, arguments_of
+from trainers.judging import ACCEPTANCE
 from trainers.run import RunSettings
 
 
@@ -54,13 +55,15 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     target.model.requires_grad_(False)
     check_target(examples, run.data, target)
     train_on, held_out = _split(examples, run, min(run.max_length, target.context_length))
-    spent_s = 0.0
+    spent_s, costs = 0.0, dict[str, float]()
     if hasattr(family, "fit"):
         drafter = family.fit(settings, target, train_on, run, output) if launch.rank() == 0 else None
         spent_s = family.spent_s(settings) if hasattr(family, "spent_s") else 0.0
     else:
         facts = {"data_fingerprint": examples.fingerprint, "target_fingerprint": target.fingerprint}
-        drafter, spent_s = _descend(family, settings, run, target, train_on, list(held_out), output, deepspeed, facts)
+        drafter, spent_s, costs = _descend(
+            family, settings, run, target, train_on, list(held_out), output, deepspeed, facts
+        )
     if launch.rank() == 0:
         needs = family.needs(settings, target)
         judged = [complete(batch, target, needs.layers + needs.held_out_layers, needs.top_k) for batch in held_out]
@@ -69,7 +72,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
             with num_threads(run.decode_threads):
                 drafter = family.finish(drafter, settings, target, judged)
         with torch.no_grad():
-            acceptance = mean_metrics(family.judge(drafter, batch, settings, target) for batch in judged)
+            acceptance = judging.judge_all(drafter, judged, family, settings, target, needs, costs)
         record = {
             "command": command,
             "seed": run.seed,
@@ -80,7 +83,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
         }
         draftsmith.save(drafter, output / "artifact", target=target, record=record)
         checkpoints.publish(output / "artifact", output)
-        print(f"{output}: trained in {record['train_s']:.0f} s; held-out {BEST} {acceptance[BEST]:.3f}")
+        print(f"{output}: trained in {record['train_s']:.0f} s; held-out {ACCEPTANCE} {acceptance[ACCEPTANCE]:.3f}")
     launch.end()
     return output
 
@@ -95,30 +98,34 @@ def _descend(
     output: Path,
     deepspeed: str | None,
     facts: dict[str, Any],
-) -> tuple[Any, float]:
-    """Trains by gradient; returns the drafter at its best checkpoint and the seconds spent in earlier sessions."""
+) -> tuple[Any, float, dict[str, float]]:
+    """Trains by gradient; returns the drafter at its best checkpoint, the seconds spent in earlier sessions, and what
+    was measured before the first.
+    """
     facts = facts | {"num_ranks": launch.num_ranks()}
     resumed = checkpoints.newest_whole(output)
-    step, found = resumed or (0, {"spent_s": 0.0, "best_step": 0})
+    step, found = resumed or (0, {"spent_s": 0.0, "best_step": 0, "costs": {}})
     changed = [f"{key} was {found[key]}, is {value}" for key, value in facts.items() if resumed and found[key] != value]
     if changed:
         raise ValueError(f"{output} cannot be continued ({'; '.join(changed)}); name another --output")
     if step < run.max_steps:
+        costs = found["costs"] if resumed else _measured(family, settings, run, target)
         torch.manual_seed(run.seed)
         drafter = family.build(settings, target)
         if next(drafter.parameters(), None) is None:
             print(f"{output}: these settings leave nothing to train")
-            return drafter.eval(), 0.0
+            return drafter.eval(), 0.0, {}
         if hasattr(family, "prepare"):
             family.prepare(drafter, settings, target, train_on)
+        arguments = arguments_of(run, output, deepspeed, judging.best_of(family))
+        found["costs"] = launch.from_rank_0(costs)
         trainer = DraftTrainer(
-            Step(drafter, family, settings, target),
-            arguments_of(run, output, deepspeed),
+            Step(drafter, family, settings, target, found["costs"]),
+            arguments,
             target=target,
-            needs=family.needs(settings, target),
             held_out=held_out,
             output=output,
-            facts=facts,
+            facts={**facts, "costs": found["costs"]},
             spent_s=found["spent_s"],
             train_dataset=train_on,
             eval_dataset=held_out,
@@ -135,7 +142,15 @@ def _descend(
     drafter = family.build(settings, target).to(target.dtype).eval()
     weights = load_file(checkpoints.folder(output, found["best_step"]) / checkpoints.WEIGHTS)
     drafter.load_state_dict({name.removeprefix("drafter."): weight for name, weight in weights.items()})
-    return drafter, found["spent_s"]
+    return drafter, found["spent_s"], found["costs"]
+
+
+def _measured(family: ModuleType, settings: Any, run: RunSettings, target: Target) -> dict[str, float]:
+    """Returns what the family wants measured once, of a drafter as it is to decode."""
+    if not hasattr(family, "measure"):
+        return {}
+    with num_threads(run.decode_threads):
+        return family.measure(family.build(settings, target).to(target.dtype).eval(), settings, target)
 
 
 def _split(examples: Examples, run: RunSettings, max_length: int) -> tuple[Sequence[Example], list[Batch]]:

@@ -154,6 +154,13 @@ def chunked(
     return torch.stack(parts).sum(0), num_positions
 
 
+@torch.no_grad()
+def each(compare: Callable[..., Tensor], *inputs: Tensor, vocab_size: int, max_logits: int = MAX_LOGITS) -> Tensor:
+    """Returns `compare(*inputs)` [N, ...] without gradient, computed as `chunked` does."""
+    size = max(1, max_logits // vocab_size)
+    return torch.cat([compare(*chunk) for chunk in zip(*(one.split(size) for one in inputs), strict=True)])
+
+
 def _summed(loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return loss(*inputs).sum(0)
 

@@ -18,7 +18,8 @@ class RunSettings:
     target: str = str(POCKET)
     """Transformers folder or hub name of the frozen target; the pocket target by default."""
     data: str = DEFAULT_DATA
-    """What to learn from: a folder of pseudo-data, a teacher store, or any source of text; written first if default."""
+    """What to learn from: a folder of pseudo-data or a teacher store, which hold the target's own text, or any source
+    of text, answers as they stand; written first if default."""
     output: str = ""
     """Folder for the artifact, runs/<recipe> if empty; an unfinished run found there is continued."""
     max_steps: int = 300

@@ -62,6 +62,10 @@ class Session:
         """Returns each row's pending token [B]."""
         return torch.tensor([row[-1] for row in self.rows], device=self.target.device)
 
+    def uniforms(self) -> Tensor:
+        """Returns what a token of each row is to be drawn by [B], between 0 and 1, in float64."""
+        return torch.rand(len(self.rows), generator=self.generator, dtype=torch.float64).to(self.target.device)
+
     def only_pending(self) -> Draft:
         """Returns the draft of a plain step."""
         return Draft(tokens_BN=self.pending()[:, None], tree=chain(1, self.target.device))
