@@ -155,6 +155,7 @@ class DraftTrainer(Trainer):
             now = time.perf_counter()
             seen = self._reduce(torch.tensor(float(self._num_tokens), device=self.args.device)).item()
             logs |= self._sums.means(self._reduce) | {"tokens_per_s": seen / (now - self._logged)}
+            logs["seconds"] = self._spent_s + now - self._began
             self._sums, self._num_tokens, self._logged = Sums(), 0, now
         super().log(logs, start_time)
 

@@ -1,19 +1,24 @@
-"""What a run tells: a progress bar on rank 0 and `log.jsonl` in its folder."""
+"""What a run tells: a progress bar on rank 0, `log.jsonl` in its folder, and wandb if that is asked for.
+
+Every family's lines hold the same names. While it learns by gradient: `loss`, `tokens_per_s` and `seconds`; of held-out
+rows: `eval_acceptance` and what else is judged; in the last line, whatever the family, both `eval_acceptance` and
+`seconds`, of the artifact itself. wandb shows them, as transformers does, as `train/loss` and `eval/acceptance`.
+"""
 
 import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trainers import launch
 from trainers.run import RunSettings
 
-HELD_OUT = "eval_"
+HELD_OUT, LOG = "eval_", "log.jsonl"
 
 
 class Progress(TrainerCallback):
@@ -67,14 +72,47 @@ class JsonLines(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-def reporter(run: RunSettings, output: Path) -> Callable[[dict[str, Any]], None]:
-    """Returns what passes lines of a run without gradient, each with its "step", on to wandb, if that is asked for."""
-    if run.report_to != "wandb":
-        return lambda line: None
-    import wandb
+def begin(run: RunSettings, config: dict[str, Any], output: Path) -> None:
+    """Opens wandb's run on rank 0, if it is asked for, with every setting in its config."""
+    if run.report_to == "wandb" and launch.rank() == 0:
+        import wandb
 
-    reported = wandb.init(project=os.environ["WANDB_PROJECT"], name=output.name, dir=output, config=asdict(run))
-    return lambda line: reported.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+        wandb.init(project=os.environ["WANDB_PROJECT"], name=output.name, dir=output, config=config)
+
+
+def reporter(run: RunSettings, output: Path) -> Callable[[dict[str, Any]], None]:
+    """Returns what notes lines of a run without gradient, each with its "step"."""
+
+    def report(line: dict[str, Any]) -> None:
+        with (output / LOG).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if run.report_to == "wandb":
+            import wandb
+
+            shown = {wandb_name(name): value for name, value in line.items() if name != "step"}
+            wandb.log(shown | {"train/global_step": line["step"]})
+
+    return report
+
+
+def conclude(run: RunSettings, judged: dict[str, float], seconds: float, output: Path) -> None:
+    """Notes how the artifact itself was judged and what it cost, in place of what a run killed since has noted."""
+    log = output / LOG
+    if log.exists():
+        # The last line of a killed run may be cut short.
+        lines = [line for line in log.read_text().splitlines() if _step(line) < float("inf") and not _concludes(line)]
+        log.write_text("".join(line + "\n" for line in lines))
+    numbers = {HELD_OUT + name: value for name, value in judged.items()}
+    reporter(run, output)({"step": run.max_steps, **numbers, "seconds": seconds})
+
+
+def wandb_name(name: str) -> str:
+    """Returns the name under which wandb shows what the log calls `name`."""
+    return f"eval/{name.removeprefix(HELD_OUT)}" if name.startswith(HELD_OUT) else f"train/{name}"
+
+
+def _concludes(line: str) -> bool:
+    return {HELD_OUT + "acceptance", "seconds"} <= json.loads(line).keys()
 
 
 def _step(line: str) -> float:

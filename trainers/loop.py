@@ -21,7 +21,7 @@ from data.teacher import complete
 from draftsmith import Target
 from draftsmith.facts import read_facts
 from draftsmith.stats import num_threads
-from trainers import checkpoints, judging, launch
+from trainers import checkpoints, judging, launch, logs
 from trainers.descent import DraftTrainer, Step, arguments_of
 from trainers.judging import ACCEPTANCE
 from trainers.run import RunSettings
@@ -35,7 +35,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     """
     started, command = time.perf_counter(), shlex.join(sys.argv)
     name = family.__name__.rpartition(".")[2]
-    output = Path(run.output or f"runs/{name}").resolve()
+    output = run.folder(name).resolve()
     deepspeed = launch.begin(run)
     launch.write_default_data(run)
     target_facts = read_facts(run.target)
@@ -50,6 +50,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     if checkpoints.is_finished(output):
         print(f"{output} holds the finished run of these very settings: nothing is left to do")
         return output
+    logs.begin(run, asdict(settings) | asdict(run), output)
 
     target = Target.from_pretrained(run.target, dtype="bfloat16" if run.bf16 else "float32", device=launch.device())
     target.model.requires_grad_(False)
@@ -73,7 +74,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
                 drafter = family.finish(drafter, settings, target, judged)
         with torch.no_grad():
             acceptance = judging.judge_all(drafter, judged, family, settings, target, needs, costs)
-        record = {
+        record: dict[str, Any] = {
             "command": command,
             "seed": run.seed,
             "settings": asdict(settings) | asdict(run),
@@ -81,6 +82,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
             "measured_acceptance": acceptance,
             "train_s": round(spent_s + time.perf_counter() - started, 1),
         }
+        logs.conclude(run, acceptance, record["train_s"], output)
         draftsmith.save(drafter, output / "artifact", target=target, record=record)
         checkpoints.publish(output / "artifact", output)
         print(f"{output}: trained in {record['train_s']:.0f} s; held-out {ACCEPTANCE} {acceptance[ACCEPTANCE]:.3f}")

@@ -1,5 +1,6 @@
 """What every run can be told, whatever the family."""
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ class RunSettings:
     """What to learn from: a folder of pseudo-data or a teacher store, which hold the target's own text, or any source
     of text, answers as they stand; written first if default."""
     output: str = ""
-    """Folder for the artifact, runs/<recipe> if empty; an unfinished run found there is continued."""
+    """Folder for the artifact, runs/<recipe> if empty; an unfinished run found there is continued. Each trial of
+    a wandb sweep has a folder of its own in it, or in runs/sweeps/<sweep>."""
     max_steps: int = 300
     """Optimiser steps."""
     seed: int = 0
@@ -77,6 +79,13 @@ class RunSettings:
         for name in ("learning_rate", "warmup_steps", "weight_decay", "clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+    def folder(self, recipe: str) -> Path:
+        """Returns the output folder; a trial of a wandb sweep has one of its own in it, called by the id of its run."""
+        sweep, trial = (os.environ.get(f"WANDB_{name}_ID") for name in ("SWEEP", "RUN"))
+        if not sweep or not trial:
+            return Path(self.output or f"runs/{recipe}")
+        return Path(self.output or f"runs/sweeps/{sweep}") / trial
 
     def identity(self) -> dict[str, Any]:
         """Returns what must be the same for a run to be continued, local paths resolved."""
