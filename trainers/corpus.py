@@ -72,6 +72,19 @@ def keep(rows: Sequence[Example], budget_tokens: int, context: int = 0) -> list[
     return [text for name, text in texts.items() if name in kept]
 
 
+def commonest(rows: Sequence[Example], num_tokens: int, vocab_size: int) -> torch.Tensor:
+    """Returns the tokens [num_tokens] most often supervised in `rows`, ascending, ties going to lower ids.
+
+    Prints what share of the text they cover.
+    """
+    counts_V = torch.zeros(vocab_size, dtype=torch.long)
+    for row in tqdm(rows, desc="counting tokens", unit="row"):
+        counts_V += row.tokens_T[row.loss_mask_T].bincount(minlength=vocab_size)
+    ids = counts_V.argsort(descending=True, stable=True)[:num_tokens].sort().values
+    print(f"{num_tokens:,} of {vocab_size:,} tokens cover {counts_V[ids].sum() / counts_V.sum():.2%} of the text")
+    return ids
+
+
 def parts(
     rows: Sequence[Row], output: Path, size: int, make: Callable[[Sequence[Row]], dict[str, np.ndarray]]
 ) -> list[Path]:

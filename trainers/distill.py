@@ -1,25 +1,27 @@
-"""Distils a small causal LM from the target (DistillSpec, 2310.08461): on its text, or on its laws as well.
+"""Distils a small LM from the target (DistillSpec, 2310.08461): on its text, or on its laws as well.
 
 Shape suffixes: B rows, T positions, N supervised positions, D hidden width, R ranks.
 """
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
-from data.batches import Batch
+from data.batches import Batch, Example
 from draftsmith import Target, length
 from draftsmith.drafters.lm import Config, Drafter
 from draftsmith.facts import TargetFacts, read_facts
 from draftsmith.sampling import Sampling
-from trainers import Metrics, Needs, distillation, small_models, trees
+from trainers import Metrics, corpus, distillation, small_models, trees
 from trainers.distillation import before_supervised
 from trainers.losses import chunked
+from trainers.settings import part_of
 
 NUM_RANKS = 6
 
@@ -31,7 +33,9 @@ class Settings(distillation.Loss):
     init: str = ""
     """Transformers folder or hub name of a model with the target's vocabulary to start from, instead of a new one."""
     num_layers: int = 1
-    """Layers of a new model."""
+    """Layers of a new model; for an encoder-decoder target, of its decoder."""
+    encoder_layers: int = 0
+    """Layers of its own encoder for an encoder-decoder target; with 0 it reads what the target's encoder has read."""
     hidden_size: int = 0
     """Width of a new model, 0 for the target's."""
     num_heads: int = 4
@@ -41,6 +45,12 @@ class Settings(distillation.Loss):
     start: str = field(default="embedding", metadata={"choices": ["random", "embedding", "layers"]})
     """Weights of a new model: random, with the target's embedding where the widths are the same, or, for a model of
     the target's own architecture and width, its embedding, head and first layers."""
+    rank: int = 0
+    """If not 0, a new model's embedding and head are the target's own, neither trained nor saved, the head by a map of
+    this rank: less to multiply for each drafted token."""
+    shortlist: int = 0
+    """If not 0, only so many tokens get logits, those most frequent in the training text: less to multiply still, and
+    the others are never drafted."""
     num_draft: int = 8
     """Most tokens drafted at a time."""
     length: str = "refit=0.4"
@@ -60,17 +70,32 @@ class Settings(distillation.Loss):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         length.make(self.length)
-        for name in ("hidden_size", "ffn_size"):
+        for name in ("hidden_size", "ffn_size", "encoder_layers", "rank", "shortlist"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.rank and (self.init or self.start == "layers"):
+            given = "init" if self.init else "start layers"
+            raise ValueError(f"rank ties a new model to the target, and {given} brings an embedding and head: drop one")
+        if self.encoder_layers and (self.init or self.start == "layers"):
+            raise ValueError("encoder_layers is of a new model; init has an encoder, and start layers the target's own")
         super().__post_init__()
 
 
 def check(settings: Settings, target: TargetFacts) -> None:
     """Raises ValueError for a checkpoint of another vocabulary or tokenizer, from its folder alone."""
+    if settings.shortlist > target.vocab_size:
+        raise ValueError(f"shortlist is {settings.shortlist}; {target.name} has {target.vocab_size} tokens")
+    if target.is_encoder_decoder and settings.shape != "chain":
+        raise ValueError(f"shape is {settings.shape}, and {target.name} is an encoder-decoder: it verifies chains only")
+    if settings.encoder_layers and not target.is_encoder_decoder:
+        raise ValueError(f"encoder_layers is {settings.encoder_layers}, and {target.name} is no encoder-decoder")
     if not settings.init:
         return
     facts = read_facts(settings.init)
+    if facts.is_quantised:
+        raise ValueError(f"--init {settings.init} is quantised, and such weights are not trained; heal it before")
+    if facts.is_encoder_decoder and not target.is_encoder_decoder:
+        raise ValueError(f"--init {settings.init} is an encoder-decoder and target {target.name} is not")
     if facts.vocab_size != target.vocab_size:
         raise ValueError(
             f"--init {settings.init} has a vocabulary of {facts.vocab_size} tokens and the target one of"
@@ -83,30 +108,35 @@ def check(settings: Settings, target: TargetFacts) -> None:
 def build(settings: Settings, target: Target) -> Drafter:
     """Returns a draft model in float32; raises ValueError for a shape that cannot be."""
     if settings.init:
-        given = AutoModelForCausalLM.from_pretrained(settings.init, dtype=torch.float32)
-        drafter = _drafter(settings, given.config, target)
-        drafter.model.load_state_dict(given.state_dict())
-        return drafter
+        auto = AutoModelForSeq2SeqLM if read_facts(settings.init).is_encoder_decoder else AutoModelForCausalLM
+        given = auto.from_pretrained(settings.init, dtype=torch.float32)
+        return _with_weights(_drafter(settings, given.config, target), given)
     if settings.start == "layers":
         return _first_layers(settings, target)
-    drafter = _drafter(settings, _small_llama(settings, target), target)
-    theirs = target.model.get_input_embeddings().weight
-    own = drafter.model.get_input_embeddings().weight
-    if settings.start == "embedding" and own.shape == theirs.shape:
-        own.data.copy_(theirs.detach())
+    drafter = _drafter(settings, _small(settings, target), target, target_encoder=not settings.encoder_layers)
+    _take_ends(drafter, settings, target)
     return drafter
 
 
-def needs(settings: Settings, target: Target) -> Needs:
-    return distillation.needs(settings, target)
+def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
+    """Gives the drafter its shortlist."""
+    if settings.shortlist:
+        drafter.shortlist.take(corpus.commonest(rows, settings.shortlist, target.vocab_size).to(target.device))
+
+
+needs = distillation.needs
 
 
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
-    return distillation.loss(_normed(drafter, batch), _head(drafter), batch, settings, target)
+    return distillation.loss(_normed(drafter, batch), _head(drafter), batch, settings, target, drafter.shortlist)
 
 
 def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return distillation.judge(_normed(drafter, batch), _head(drafter), batch, target)
+    return distillation.judge(_normed(drafter, batch), _head(drafter), batch, target, num_draft=settings.num_draft)
+
+
+mix, own_text = distillation.mix, distillation.own_text
+measure, conclude, BEST = distillation.measure, distillation.conclude, distillation.BEST
 
 
 @torch.no_grad()
@@ -144,47 +174,74 @@ def _normed(drafter: Drafter, batch: Batch) -> Tensor:
 
     By the model's own modules: DeepSpeed would not know its engine's views of them.
     """
-    return drafter.model.get_decoder()(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
+    given: dict[str, Any] = {"input_ids": batch.tokens_BT, "use_cache": False}
+    source = None if batch.source is None else drafter.read(batch.source)
+    if source is not None:
+        given |= {"encoder_hidden_states": source.encoded_BTD, "encoder_attention_mask": source.mask_BT}
+    return drafter.model.get_decoder()(**given).last_hidden_state
 
 
 def _head(drafter: Drafter) -> distillation.Head:
     return lambda normed_ND: drafter.engine.head(normed_ND[None])[0]
 
 
-def _drafter(settings: Settings, config: PreTrainedConfig, target: Target) -> Drafter:
+def _drafter(settings: Settings, config: PreTrainedConfig, target: Target, *, target_encoder: bool = False) -> Drafter:
     """Returns a drafter with a model of this configuration and random weights."""
-    return Drafter(
-        Config(model=small_models.as_dict(config), num_draft=settings.num_draft, length=settings.length), target
-    ).float()
+    target_encoder &= target.is_encoder_decoder
+    made = part_of(Config, settings, model=small_models.as_dict(config), target_encoder=target_encoder, width=0)
+    return Drafter(made, target).float()
 
 
-def _small_llama(settings: Settings, target: Target) -> PreTrainedConfig:
+def _small(settings: Settings, target: Target) -> PreTrainedConfig:
+    """Returns the configuration of a Llama, or of a T5 for an encoder-decoder target."""
     width = settings.hidden_size or target.hidden_size
     if width % (2 * settings.num_heads):
         raise ValueError(f"hidden_size {width} must be a multiple of twice num_heads, which is {settings.num_heads}")
-    theirs = target.model.config.get_text_config(decoder=True)
-    special = {name: getattr(theirs, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return small_models.llama(
-        vocab_size=target.vocab_size,
+    return small_models.for_target(
+        target,
         width=width,
         num_layers=settings.num_layers,
         num_heads=settings.num_heads,
-        context_length=target.context_length,
         ffn_size=settings.ffn_size,
-        **special,
+        # An encoder that the target's takes the place of is made all the same.
+        num_encoder_layers=max(settings.encoder_layers, 1),
+        has_own_head=not settings.rank,
     )
 
 
+@torch.no_grad()
+def _take_ends(drafter: Drafter, settings: Settings, target: Target) -> None:
+    """Starts a new model's embedding and head as the settings say."""
+    words, head = drafter.model.get_input_embeddings(), drafter.model.get_output_embeddings()
+    theirs = target.model.get_input_embeddings().weight
+    if settings.rank:
+        head.take_directions()
+        if settings.start == "embedding" and words.map.in_features == words.map.out_features:
+            nn.init.eye_(words.map.weight)
+    elif settings.start == "embedding" and words.weight.shape == theirs.shape:
+        # The entries of a T5's embedding are of size 1.
+        size = theirs.float().square().mean().sqrt() if target.is_encoder_decoder else 1.0
+        words.weight.copy_(theirs.float() / size)
+
+
 def _first_layers(settings: Settings, target: Target) -> Drafter:
-    """Returns a copy of the target cut to its first layers, embedding, final norm and head kept."""
+    """Returns a copy of the target, or of its decoder, cut to its first layers; embedding, final norm and head kept."""
     if settings.num_layers > target.num_layers:
         raise ValueError(f"num_layers is {settings.num_layers}; {target.name} has {target.num_layers} layers to copy")
     config = copy.deepcopy(target.model.config)
     text = config.get_text_config(decoder=True)
-    text.num_hidden_layers = settings.num_layers
+    text.num_hidden_layers = 1 if target.is_encoder_decoder else settings.num_layers
+    for name in ("num_decoder_layers", "decoder_layers"):
+        if target.is_encoder_decoder and hasattr(text, name):
+            setattr(text, name, settings.num_layers)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: settings.num_layers]
-    drafter = _drafter(settings, config, target)
-    theirs = target.model.state_dict()
-    drafter.model.load_state_dict({name: theirs[name] for name in drafter.model.state_dict()})
+    return _with_weights(_drafter(settings, config, target, target_encoder=True), target.model)
+
+
+def _with_weights(drafter: Drafter, model: nn.Module) -> Drafter:
+    """Returns the drafter with the weights of a model that has all of its own, and perhaps more."""
+    own, theirs = drafter.model.state_dict(), model.state_dict()
+    assert all(name in theirs for name, _ in drafter.model.named_parameters())
+    drafter.model.load_state_dict(own | {name: theirs[name] for name in own.keys() & theirs.keys()})
     return drafter

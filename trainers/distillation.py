@@ -16,8 +16,19 @@ from torch import Tensor
 
 from data.batches import Batch
 from draftsmith import Target, predicted
+from draftsmith.shortlist import Shortlist
 from trainers import Metrics, Needs, on_policy
-from trainers.losses import DIVERGENCES, Teacher, acceptance, chunked, cross_entropy, divergence, each, laws
+from trainers.losses import (
+    DIVERGENCES,
+    Teacher,
+    acceptance,
+    chunked,
+    cross_entropy,
+    divergence,
+    each,
+    given_listed,
+    laws,
+)
 
 Head = Callable[[Tensor], Tensor]
 """Features [N, D] -> logits [N, V]."""
@@ -71,25 +82,40 @@ def needs(settings: Loss, target: Target) -> Needs:
     return Needs(layers=last)
 
 
-def loss(features_BTD: Tensor, head: Head, batch: Batch, settings: Loss, target: Target) -> tuple[Tensor, Metrics]:
-    """Returns the loss summed over supervised tokens, each predicted at the position before it."""
+def loss(
+    features_BTD: Tensor,
+    head: Head,
+    batch: Batch,
+    settings: Loss,
+    target: Target,
+    shortlist: Shortlist | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Returns the loss summed over supervised tokens, each predicted at the position before it.
+
+    With a shortlist the cross-entropy leaves out tokens that are not on it, and divergences are from the target's law
+    given that the token is; `outside` is the share that is not.
+    """
+    shortlist = shortlist or Shortlist(0, target.vocab_size)
+    labels_N = batch.tokens_BT[:, 1:][batch.loss_mask_BT[:, 1:]]
+    is_listed_N = shortlist.holds(labels_N)
+    metrics = {} if shortlist.is_whole else {"outside": ((~is_listed_N).sum(), len(labels_N))}
+    features_ND = before_supervised(features_BTD, batch)
     if settings.loss == "ce":
-        labels_N = batch.tokens_BT[:, 1:][batch.loss_mask_BT[:, 1:]]
         total, _ = chunked(
             lambda features, labels: cross_entropy(head(features), labels),
-            before_supervised(features_BTD, batch),
-            labels_N,
+            features_ND[is_listed_N],
+            labels_N[is_listed_N],
             vocab_size=target.vocab_size,
         )
-        return total, {}
+        return total, metrics
     compare = divergence(settings.loss, beta=settings.beta, temperature=settings.loss_temperature)
     total, _ = chunked(
-        lambda features, *theirs: compare(head(features), _teacher(target, *theirs)),
-        before_supervised(features_BTD, batch),
+        lambda features, *theirs: compare(head(features), given_listed(_teacher(target, *theirs), shortlist)),
+        features_ND,
         *(before_supervised(part, batch) for part in _law(batch, settings, target)),
         vocab_size=target.vocab_size,
     )
-    return total, {}
+    return total, metrics
 
 
 def mix(drafter: Any, batch: Batch, settings: Loss, target: Target, salt: str) -> Batch:

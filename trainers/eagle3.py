@@ -18,7 +18,7 @@ from draftsmith import Target, length
 from draftsmith.drafters.blocks import Attention, ffn_width
 from draftsmith.drafters.eagle3 import FUSION_NORMS, Config, Drafter
 from draftsmith.facts import TargetFacts
-from trainers import Metrics, Needs, heads
+from trainers import Metrics, Needs, corpus, heads
 from trainers.heads import ahead
 from trainers.losses import chunked
 
@@ -110,12 +110,7 @@ def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence
     """Gives the drafter the tokens most often supervised in `rows` as its vocabulary, ties going to lower ids."""
     if not settings.draft_vocab:
         return
-    counts_V = torch.zeros(target.vocab_size, dtype=torch.long)
-    for index in range(len(rows)):
-        row = rows[index]
-        learnt_N = row.tokens_T[row.loss_mask_T]
-        counts_V.index_add_(0, learnt_N, torch.ones_like(learnt_N))
-    ids_W = counts_V.argsort(descending=True, stable=True)[: settings.draft_vocab].sort().values
+    ids_W = corpus.commonest(rows, settings.draft_vocab, target.vocab_size)
     _take_from_target(drafter, ids_W.to(target.device))
 
 

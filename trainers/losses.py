@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from draftsmith.shortlist import OUTSIDE, Shortlist
+
 MAX_LOGITS = 2**24
 """Logits computed at once, 64 MiB in float32."""
 
@@ -28,6 +30,28 @@ class Teacher:
     """Token ids of the K largest logits."""
     log_normaliser_N: Tensor | None = None
     """Log of the sum of exponentials of all V logits."""
+
+
+def given_listed(teacher: Teacher, shortlist: Shortlist) -> Teacher:
+    """Returns the teacher's law given that the next token is on the shortlist, p(x) / sum of p over the shortlist.
+
+    Of its K largest logits those outside are taken out of the sum; what lies outside beyond them stays in "any other".
+    """
+    if shortlist.is_whole:
+        return teacher
+    if teacher.ids_NK is None:
+        every_V = torch.arange(teacher.logits.shape[-1], device=teacher.logits.device)
+        return Teacher(logits=teacher.logits.masked_fill(~shortlist.holds(every_V), OUTSIDE))
+    assert teacher.log_normaliser_N is not None
+    is_listed_NK = shortlist.holds(teacher.ids_NK)
+    chances_NK = (_wide(teacher.logits) - teacher.log_normaliser_N[:, None]).exp()
+    # Rounding must not leave less than nothing where almost all the mass is outside.
+    listed_N = (1 - (chances_NK * ~is_listed_NK).sum(-1)).clamp(min=torch.finfo(chances_NK.dtype).eps)
+    return Teacher(
+        logits=teacher.logits.masked_fill(~is_listed_NK, OUTSIDE),
+        ids_NK=teacher.ids_NK,
+        log_normaliser_N=teacher.log_normaliser_N + listed_N.log(),
+    )
 
 
 def laws(student_logits_NV: Tensor, teacher: Teacher, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,10 @@ from torch.nn import functional
 from draftsmith import growth, length
 from draftsmith.drafters import Session, Step
 from draftsmith.reading_source import Projected, SourceReader
+from draftsmith.shortlist import stamp
 from draftsmith.states import Reading, State
 from draftsmith.target import Source, Target
-from draftsmith.tied import Ends, stamp
+from draftsmith.tied import Ends
 from draftsmith.tree import Draft
 
 

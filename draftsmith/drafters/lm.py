@@ -1,6 +1,10 @@
-"""A small causal LM with the target's vocabulary, drafting chains (2211.17192; 2302.01318) or trees (`growth`).
+"""A small LM with the target's vocabulary, drafting chains (2211.17192; 2302.01318) or trees (`growth`).
 
-Shape suffixes: B rows, T tokens not yet read, N nodes, M new nodes, V vocabulary.
+For an encoder-decoder target it may be one too: its decoder reads the source by an encoder of its own, or what the
+target's encoder made of it (`tied`). Those draft chains only.
+
+Shape suffixes: B rows, T tokens not yet read, S positions of the source, D width of the target, N nodes, M new nodes,
+V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -8,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from draftsmith import growth, length
+from draftsmith import growth, length, quantised
 from draftsmith.cache import KVCache
 from draftsmith.drafters import Session, Step
-from draftsmith.target import Target
+from draftsmith.shortlist import OUTSIDE, ShortHead, Shortlist
+from draftsmith.target import Source, Target
+from draftsmith.tied import Encoder, Ends, Words
 from draftsmith.tree import Draft, Tree, chain
 from draftsmith.verify.verdict import at
 
@@ -24,6 +30,14 @@ class Config:
 
     model: dict[str, Any]
     """The transformers configuration of the draft model, `model_type` included."""
+    target_encoder: bool = False
+    """Whether an encoder-decoder has the target's encoder in the place of its own (draftsmith/tied.py)."""
+    rank: int = 0
+    """If not 0, embedding and head are the target's (draftsmith/tied.py), the head by a map of this rank."""
+    shortlist: int = 0
+    """If not 0, logits are of so many tokens only (draftsmith/shortlist.py)."""
+    quantised: str = ""
+    """If not empty, weights of its blocks are held in fewer bits once loaded (draftsmith/quantised.py)."""
     num_draft: int = 8
     """Most tokens drafted at a time."""
     length: str = "refit=0.4"
@@ -43,9 +57,13 @@ class Config:
         growth.check_paths(self.tree)
         growth.check_siblings(self.siblings)
         growth.check_shape(self)
+        if self.rank < 0:
+            raise ValueError(f"rank is {self.rank}; it must be at least 1, or 0 for an embedding and head of its own")
         if self.width and self.tree:
             raise ValueError("a fixed tree and width, for trees that grow, exclude each other")
         length.make(self.length)
+        if self.quantised:
+            quantised.check(self.quantised)
 
     @property
     def asks_length(self) -> bool:
@@ -62,23 +80,42 @@ class Drafter(nn.Module):
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
         self.config = config
-        settings = {key: value for key, value in config.model.items() if key != "model_type"}
-        if "model_type" not in config.model:
-            raise ValueError("the draft model's configuration names no model_type")
-        if settings.get("vocab_size") != target.vocab_size:
-            raise ValueError(
-                f"the draft model's vocabulary has {settings.get('vocab_size')} tokens and the target's"
-                f" {target.vocab_size}; they must be the same"
-            )
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.model["model_type"], **settings))
+        if target.is_encoder_decoder and (config.tree or config.width):
+            raise ValueError(f"{target.name} is an encoder-decoder: it verifies chains, not trees")
+        self.model = _model(config, target)
         self.model.to(device=target.device, dtype=target.dtype).eval()
         object.__setattr__(self, "target", target)
         # The loop's own machinery runs the draft model too; a plain attribute would register its weights twice.
         object.__setattr__(self, "engine", Target(self.model))
+        if not self.shortlist.is_whole:
+            self._check_shortlist()
+
+    @property
+    def shortlist(self) -> Shortlist:
+        """The tokens that it can draft."""
+        head = self.model.get_output_embeddings()
+        return head.shortlist if hasattr(head, "shortlist") else Shortlist(0, self.target.vocab_size)
+
+    def read(self, source: Source) -> Source | None:
+        """Returns the source as the draft model reads it, cut to its encoder's context; None if it reads none."""
+        if not self.engine.is_encoder_decoder:
+            return None
+        if self.config.target_encoder:
+            encoded_BSD = source.encoded_BTD.to(self.engine.dtype)
+            read_BSD = self.model.get_encoder().read(encoded_BSD)
+            return Source(tokens_BT=source.tokens_BT, mask_BT=source.mask_BT, encoded_BTD=read_BSD)
+        most = self.engine.context_length
+        return self.engine.encode(source.tokens_BT[:, :most], source.mask_BT[:, :most])
+
+    def loaded(self) -> None:
+        """Has its weights, once they are there, in as many bits as its configuration says."""
+        if self.config.quantised:
+            quantised.quantise(self.model, self.config.quantised)
 
     def start(self, session: Session) -> None:
         self._session = session
-        self._cache: KVCache = self.engine.new_cache(len(session.rows))
+        source = None if session.source is None else self.read(session.source)
+        self._cache: KVCache = self.engine.new_cache(len(session.rows), source=source)
         self._draft: Draft | None = None
         self._num_in_place = 0
         prompts = [row[:-1] for row in session.rows]
@@ -112,6 +149,13 @@ class Drafter(nn.Module):
         self._num_in_place = 0
         self._cache.lengths = [min(pair) for pair in zip(self._cache.lengths, lengths, strict=True)]
 
+    @torch.no_grad()
+    def _check_shortlist(self) -> None:
+        size = self.model.get_decoder().config.hidden_size
+        logits_V = self.engine.head(torch.zeros(1, 1, size, device=self.engine.device, dtype=self.engine.dtype))[0, 0]
+        if logits_V.max() - logits_V.min() < -OUTSIDE / 10:
+            raise ValueError(f"{type(self.model).__name__} scales or caps its logits, so that it can have no shortlist")
+
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
         """Returns the logits [B, M, V] after the nodes from `first` on."""
         self._num_in_place = tree.num_nodes
@@ -126,3 +170,29 @@ class Drafter(nn.Module):
         self._cache.commit([list(range(len(ids) - 1)) for ids in missing])
         last_B = torch.tensor([len(ids) - 1 for ids in missing], device=device)
         return self.engine.logits(at(out.hidden_BND, last_B)[:, None])
+
+
+def _model(config: Config, target: Target) -> Any:
+    """Returns the draft model with random weights, its parts tied to the target's as the configuration says."""
+    settings = {key: value for key, value in config.model.items() if key != "model_type"}
+    if "model_type" not in config.model:
+        raise ValueError("the draft model's configuration names no model_type")
+    if settings.get("vocab_size") != target.vocab_size:
+        raise ValueError(
+            f"the draft model's vocabulary has {settings.get('vocab_size')} tokens and the target's"
+            f" {target.vocab_size}; they must be the same"
+        )
+    made = AutoConfig.for_model(config.model["model_type"], **settings)
+    if made.is_encoder_decoder and not target.is_encoder_decoder:
+        raise ValueError(f"the draft model is an encoder-decoder and target {target.name} is not")
+    model = (AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM).from_config(made)
+    width = made.get_text_config(decoder=True).hidden_size
+    if config.rank:
+        ends = Ends(target, width, config.rank, shortlist=config.shortlist)
+        model.set_input_embeddings(Words(ends, width))
+        model.set_output_embeddings(ends)
+    elif config.shortlist:
+        model.set_output_embeddings(ShortHead(model.get_output_embeddings(), config.shortlist))
+    if made.is_encoder_decoder and config.target_encoder:
+        model.set_encoder(Encoder(target, width))
+    return model

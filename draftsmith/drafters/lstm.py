@@ -17,9 +17,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from draftsmith import growth, length
 from draftsmith.drafters import Session, Step
 from draftsmith.reading_source import Projected, SourceReader
+from draftsmith.shortlist import stamp
 from draftsmith.states import Reading, State
 from draftsmith.target import Source, Target
-from draftsmith.tied import Ends, stamp
+from draftsmith.tied import Ends
 from draftsmith.tree import Draft
 
 
