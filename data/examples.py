@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 from data import pseudo_data, store
 from data.batches import Example, example
+from data.pairs import split_columns
 from data.prompts import Prompt, load_prompts, print_coverage
 from data.shards import check_origin
 from data.sources import looks_local
 from draftsmith import Target
-from draftsmith.facts import TargetFacts
+from draftsmith.facts import NO_LIMIT, TargetFacts, prompt_room
 
 
 class Examples(Protocol):
@@ -33,20 +34,25 @@ class Examples(Protocol):
 
 
 class Texts(Sequence[Example]):
-    """Conversations or documents as they stand."""
+    """Conversations, documents or labels as they stand; a label begins with `start` and comes with its source."""
 
     manifest = None
 
-    def __init__(self, prompts: list[Prompt]) -> None:
+    def __init__(self, prompts: list[Prompt], start: int | None = None) -> None:
         self.keys = [prompt.key for prompt in prompts]
-        self.fingerprint = hashlib.sha256("".join(self.keys).encode()).hexdigest()[:32]
-        self._prompts = prompts
+        labels = [prompt.label for prompt in prompts if prompt.label is not None]
+        self.fingerprint = hashlib.sha256(("".join(self.keys) + repr(labels) * bool(labels)).encode()).hexdigest()[:32]
+        self._prompts, self._start = prompts, start
 
     def __len__(self) -> int:
         return len(self._prompts)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         prompt = self._prompts[index]
+        if prompt.label is not None:
+            assert self._start is not None
+            mask = [False] + [True] * len(prompt.label)
+            return example([self._start, *prompt.label], mask, prompt.key, source=prompt.ids)
         return example(prompt.ids, prompt.loss_mask, prompt.key)
 
 
@@ -71,10 +77,18 @@ def open_examples(source: str, target: Target | TargetFacts, *, seed: int = 0) -
         written = pseudo_data.read_pseudo_data(folder, target)
         print_coverage(source, written.num_learnt, written.num_tokens)
         return written
-    if not folder.exists() and looks_local(source):
+    if not Path(split_columns(source)[0]).exists() and looks_local(source):
         raise ValueError(f"no such file or folder: {source!r}; recipes/pseudo_data.py makes data to learn from")
-    limit = target.context_length if target.context_length < 2**30 else 0
+    limit = prompt_room(target, 0)
     texts = load_prompts(
-        source, target.tokenizer, max_prompt_tokens=limit, long_prompts="cut", keep_answers=True, seed=seed
+        source,
+        target.tokenizer,
+        max_prompt_tokens=limit if limit < NO_LIMIT else 0,
+        long_prompts="cut",
+        keep_answers=True,
+        is_encoder_decoder=target.is_encoder_decoder,
+        seed=seed,
     )
-    return Texts(texts)
+    if target.is_encoder_decoder and target.decoder_start_token_id is None:
+        raise ValueError(f"target {target.name} names no decoder_start_token_id, with which its text would begin")
+    return Texts(texts, target.decoder_start_token_id)

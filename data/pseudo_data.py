@@ -51,6 +51,8 @@ SCHEMA = pyarrow.schema(
         "is_retokenized": pyarrow.bool_(),
     }
 )
+WITH_SOURCES = SCHEMA.append(pyarrow.field("source_ids", pyarrow.list_(pyarrow.int32())))
+"""Of encoder-decoders, whose `ids` are the decoder's: what the encoder read."""
 
 
 def write_pseudo_data(
@@ -65,7 +67,7 @@ def write_pseudo_data(
     shards = [plan[begin : begin + settings.shard_batches] for begin in range(0, len(plan), settings.shard_batches)]
     names = _shard_names(len(shards))
     keys = hashlib.sha256("".join(prompt.key for prompt in prompts).encode()).hexdigest()[:32]
-    recorded = asdict(writer.origin)
+    recorded = writer.origin.recorded()
     notes = {"target": recorded.pop("target"), "command": shlex.join(sys.argv)}
     manifest = {"format": FORMAT, "num_shards": len(shards), "num_prompts": len(prompts), "prompts": keys}
     manifest |= recorded | asdict(settings) | {"temperature": settings.temperatures}
@@ -83,7 +85,7 @@ def write_pseudo_data(
                 num_tokens += sum(len(completion.ids) for completion in completions)
                 bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started):,.0f} tokens/s")
                 bar.update(len(completions))
-            table = pyarrow.Table.from_pylist(rows, schema=SCHEMA)
+            table = pyarrow.Table.from_pylist(rows, schema=_schema(manifest))
             write_whole(folder / names[index], functools.partial(pyarrow.parquet.write_table, table))
 
 
@@ -109,6 +111,14 @@ def _shard_names(num_shards: int) -> list[str]:
     return [f"part-{index:05d}.parquet" for index in range(num_shards)]
 
 
+def _schema(manifest: dict[str, Any]) -> pyarrow.Schema:
+    return WITH_SOURCES if _has_sources(manifest) else SCHEMA
+
+
+def _has_sources(manifest: dict[str, Any]) -> bool:
+    return manifest.get("decoder_start_token_id") is not None
+
+
 class PseudoData(Sequence[Example]):
     """The rows of a finished folder; the loss mask is True on what the target wrote."""
 
@@ -126,7 +136,9 @@ class PseudoData(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         ids = self.table["ids"][index].as_py()
         num_prompt_tokens = self.table["num_prompt_tokens"][index].as_py()
-        return example(ids, [position >= num_prompt_tokens for position in range(len(ids))], self.keys[index])
+        mask = [position >= num_prompt_tokens for position in range(len(ids))]
+        source = self.table["source_ids"][index].as_py() if _has_sources(self.manifest) else None
+        return example(ids, mask, self.keys[index], source)
 
 
 def read_pseudo_data(folder: Path | str, target: Target | TargetFacts | None = None) -> PseudoData:
@@ -137,10 +149,13 @@ def read_pseudo_data(folder: Path | str, target: Target | TargetFacts | None = N
     check_whole(folder, names, MARKER)
     if target is not None:
         check_origin(folder, manifest, target)
+        if _has_sources(manifest) != target.is_encoder_decoder:
+            kind = "an encoder-decoder" if target.is_encoder_decoder else "a causal model"
+            raise ValueError(f"{folder} was made by another target ({manifest['target']}), and {target.name} is {kind}")
     tables = []
     for name in names:
         try:
-            tables.append(pyarrow.parquet.read_table(folder / name, schema=SCHEMA, memory_map=True))
+            tables.append(pyarrow.parquet.read_table(folder / name, schema=_schema(manifest), memory_map=True))
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{folder / name} is damaged ({reason}); delete it and run the command again") from None
@@ -161,11 +176,12 @@ def _rows(
         "seed": work.seed,
         "batch": work.index,
     }
+    start = writer.origin.decoder_start_token_id
     return [
         {
             "key": prompt.key,
-            "ids": prompt.ids + completion.ids,
-            "num_prompt_tokens": len(prompt.ids),
+            "ids": (prompt.ids if start is None else [start]) + completion.ids,
+            "num_prompt_tokens": len(prompt.ids) if start is None else 1,
             "text": writer.tokenizer.decode(completion.ids),
             "ended": completion.ended,
             "category": prompt.category,
@@ -173,5 +189,6 @@ def _rows(
             "is_retokenized": completion.is_retokenized,
         }
         | shared
+        | ({} if start is None else {"source_ids": prompt.ids})
         for prompt, completion in zip(work.prompts, completions, strict=True)
     ]

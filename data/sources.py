@@ -1,7 +1,8 @@
 """Reads what prompts are made from: rows of JSONL, Parquet and `datasets`, or whole documents of text.
 
 A source is a file, a folder, `python-source` (held-out files of the pocket target), `python-source:train` (the files
-it was trained on), or a name on the hub: `owner/name`, `owner/name:split` or `owner/name/configuration:split`.
+it was trained on), `python-docstrings` or `python-docstrings:train` (their functions, and what these do in a line), or
+a name on the hub: `owner/name`, `owner/name:split` or `owner/name/configuration:split`.
 """
 
 import ast
@@ -16,9 +17,9 @@ import pyarrow
 import pyarrow.parquet
 
 from data import POCKET
-from data.python_source import source_files, split_files
+from data.python_source import SourceFile, docstring_pairs, source_files, split_files
 
-PYTHON_SOURCE = "python-source"
+PYTHON_SOURCE, PYTHON_DOCSTRINGS = "python-source", "python-docstrings"
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 BEGINNING = 160
 """Characters by which two files are told to begin alike."""
@@ -52,6 +53,8 @@ def read_source(source: str) -> list[Row] | list[Document]:
     path = Path(source)
     if source.split(":")[0] == PYTHON_SOURCE:
         return _python_source(source)
+    if source.split(":")[0] == PYTHON_DOCSTRINGS:
+        return _python_docstrings(source)
     if path.is_dir():
         return _read_folder(path)
     if path.is_file():
@@ -69,18 +72,45 @@ def looks_local(source: str) -> bool:
     return source.count("/") > 2 or ("/" in source and path.parent.is_dir())
 
 
+def of_this_machine(part: str, *, is_encoder_decoder: bool) -> str:
+    """Returns the source that needs no file: for an encoder-decoder pairs; `part` is "" (held out) or "train"."""
+    name = PYTHON_DOCSTRINGS if is_encoder_decoder else PYTHON_SOURCE
+    return f"{name}:{part}" if part else name
+
+
 def _python_source(source: str) -> list[Document]:
-    part = source.partition(":")[2] or "held-out"
-    if part not in ("held-out", "train"):
-        raise ValueError(f"unknown part {part!r} in {source!r}; use {PYTHON_SOURCE} or {PYTHON_SOURCE}:train")
-    card = POCKET / "pocket.json"
-    made = json.loads(card.read_text())["settings"] if card.exists() else {}
-    share, seed = made.get("held_out_share", 0.02), made.get("seed", 0)
-    train, held_out = split_files(source_files(), held_out_share=share, seed=seed)
+    train, held_out = _python_files(source)
     # Generated files begin alike: a prompt that a training file begins with would be known by heart.
     known = {file.text[:BEGINNING] for file in train}
     held_out = [file for file in held_out if file.text[:BEGINNING] not in known]
-    return [Document(name=file.name, text=file.text) for file in (train if part == "train" else held_out)]
+    return [Document(name=file.name, text=file.text) for file in (train if _is_train(source) else held_out)]
+
+
+def _python_docstrings(source: str) -> list[Row]:
+    train, held_out = _python_files(source)
+    # A function that was copied from one file to another would be known by heart.
+    known = set() if _is_train(source) else {function for function, _ in docstring_pairs(train)}
+    return [
+        Row(where=f"{file.name}:{number}", fields={"source": function, "target": summary})
+        for file in (train if _is_train(source) else held_out)
+        for number, (function, summary) in enumerate(docstring_pairs([file]), start=1)
+        if function not in known
+    ]
+
+
+def _is_train(source: str) -> bool:
+    return source.endswith(":train")
+
+
+def _python_files(source: str) -> tuple[list[SourceFile], list[SourceFile]]:
+    """Returns the pocket targets' files to train on and those held out."""
+    name, _, part = source.partition(":")
+    if part not in ("", "held-out", "train"):
+        raise ValueError(f"unknown part {part!r} in {source!r}; use {name} or {name}:train")
+    card = POCKET / "pocket.json"
+    made = json.loads(card.read_text())["settings"] if card.exists() else {}
+    share, seed = made.get("held_out_share", 0.02), made.get("seed", 0)
+    return split_files(source_files(), held_out_share=share, seed=seed)
 
 
 def _read_folder(folder: Path) -> list[Row] | list[Document]:

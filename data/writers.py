@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,6 +91,14 @@ class Origin:
     """Hash of the drafter's artifact: at temperature 0 it changes nothing, otherwise the samples are others."""
     server_model: str | None = None
     """What a server calls its model."""
+    decoder_start_token_id: int | None = None
+    """With which an encoder-decoder's text begins; a causal target's begins with the prompt."""
+
+    def recorded(self) -> dict[str, Any]:
+        """Returns what makes a run the same run; of a causal target nothing of decoders."""
+        return {
+            key: value for key, value in asdict(self).items() if key != "decoder_start_token_id" or value is not None
+        }
 
 
 class Writer(Protocol):
@@ -105,15 +113,12 @@ class Writer(Protocol):
 class LocalTarget:
     """Writes with draftsmith's own loop; the drafter in the folder `draft` speeds it up and leaves the law as it is.
 
-    Raises ValueError for a target without a tokenizer, for an encoder-decoder, whose text is no continuation of its
-    prompt, and for a drafter of another target.
+    Raises ValueError for a target without a tokenizer, and for a drafter of another target.
     """
 
     def __init__(self, target: Target, *, draft: str = "") -> None:
         if target.tokenizer is None:
             raise ValueError(f"target {target.name} has no tokenizer, without which pseudo-data cannot be recorded")
-        if target.is_encoder_decoder:
-            raise ValueError(f"target {target.name} is an encoder-decoder; pseudo-data is for causal targets")
         self.target, self.tokenizer = target, target.tokenizer
         self.drafter = draftsmith.load(draft, target) if draft else None
         self.origin = Origin(
@@ -121,6 +126,7 @@ class LocalTarget:
             target_fingerprint=target.fingerprint,
             tokenizer_hash=target.tokenizer_hash,
             draft=hash_files(path for path in sorted(Path(draft).rglob("*")) if path.is_file()) if draft else None,
+            decoder_start_token_id=target.decoder_start_token_id,
         )
 
     def write(self, shard: Sequence[Work], settings: PseudoDataSettings) -> Iterator[list[Completion]]:
@@ -138,10 +144,9 @@ class LocalTarget:
                 top_k=settings.top_k,
                 seed=work.seed,
             )
-            written = [
-                row[len(prompt.ids) : length]
-                for row, prompt, length in zip(out.sequences.tolist(), work.prompts, out.lengths.tolist(), strict=True)
-            ]
+            starts = [1 if self.target.is_encoder_decoder else len(prompt.ids) for prompt in work.prompts]
+            found = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)
+            written = [row[start:length] for row, start, length in found]
             yield [Completion(ids=ids, ended=ids[-1] in self.target.eos_token_ids) for ids in written]
 
 

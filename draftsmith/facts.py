@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 NO_LIMIT = 2**30
 """Context length of a model whose positions have no end."""
@@ -23,6 +23,9 @@ class TargetFacts:
     hidden_size: int
     context_length: int
     is_encoder_decoder: bool
+    decoder_start_token_id: int | None
+    """With which a decoder begins; None of a causal model, or if no config says."""
+    is_quantised: bool
     fingerprint: None = None
     """Only the weights tell."""
 
@@ -58,7 +61,33 @@ def read_facts(path: str) -> TargetFacts:
         hidden_size=config.hidden_size,
         context_length=context_length(config),
         is_encoder_decoder=bool(whole.is_encoder_decoder),
+        is_quantised=getattr(whole, "quantization_config", None) is not None,
+        decoder_start_token_id=decoder_start(whole, _generation_config(path)) if whole.is_encoder_decoder else None,
     )
+
+
+def decoder_start(config: Any, generation_config: Any) -> int | None:
+    """Returns the token with which a decoder begins, None if neither config says."""
+    ids = (getattr(one, "decoder_start_token_id", None) for one in (generation_config, config))
+    return next((int(token) for token in ids if token is not None), None)
+
+
+def prompt_room(target: Any, max_new_tokens: int) -> int:
+    """Returns the most tokens of a prompt for `target` (a `Target` or its facts).
+
+    A causal model writes `max_new_tokens` beside it. An encoder reads what its positions and its tokenizer say it was
+    made for, whatever the decoder writes.
+    """
+    if not target.is_encoder_decoder:
+        return target.context_length - max_new_tokens
+    return min(target.context_length, getattr(target.tokenizer, "model_max_length", None) or NO_LIMIT)
+
+
+def _generation_config(path: str) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return None
 
 
 def context_length(config: Any) -> int:

@@ -39,12 +39,10 @@ def start_rows(
         tokens[row, : len(prompt)] = torch.tensor(prompt, device=target.device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=target.device)
     mask = (torch.arange(longest, device=target.device) < lengths[:, None]).long()
-    start = target.model.generation_config.decoder_start_token_id
-    if start is None:
-        start = target.model.config.decoder_start_token_id
+    start = target.decoder_start_token_id
     if start is None:
         raise ValueError(f"target {target.name} names no decoder_start_token_id in its generation config")
-    return [[int(start)] for _ in prompts], target.encode(tokens, mask)
+    return [[start] for _ in prompts], target.encode(tokens, mask)
 
 
 def check_lengths(target: Target | TargetFacts, rows: list[list[int]], max_new_tokens: int) -> None:

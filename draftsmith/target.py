@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from draftsmith.cache import KVCache, visible
-from draftsmith.facts import context_length, read_facts, tokenizer_hash
+from draftsmith.facts import context_length, decoder_start, read_facts, tokenizer_hash
 from draftsmith.stack import LAYER_LISTS, Frame, final_norm, find_child, head_view, relative_bias, view
 from draftsmith.tree import Tree, chain
 
@@ -134,6 +134,11 @@ class Target:
         """The end-of-sequence ids of the model's generation config, empty if it names none."""
         ids = self.model.generation_config.eos_token_id
         return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (int(ids),)
+
+    @cached_property
+    def decoder_start_token_id(self) -> int | None:
+        """With which an encoder-decoder's text begins; None of a causal model, or if no config says."""
+        return decoder_start(self.model.config, self.model.generation_config) if self.is_encoder_decoder else None
 
     # Running it
 

@@ -11,13 +11,13 @@ The status is 1 unless everything passed. Pocket target, one drafter, one CPU co
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from data import POCKET
-from data.prompts import load_prompts
+from data.prompts import LongPrompts, load_prompts
+from data.sources import of_this_machine
 from draftsmith import Target
 from draftsmith.artifact import check_fits, read_manifest
-from draftsmith.facts import read_facts
+from draftsmith.facts import prompt_room, read_facts
 from eval.identity import GreedySettings
 from eval.lossless import LOSSLESS, certify, check_output, lines, save
 from eval.sampled import BEYOND, LawSettings
@@ -32,8 +32,8 @@ class RunSettings:
     """A transformers folder or hub name."""
     draft: tuple[str, ...] = ()
     """Folders of the artifacts to certify."""
-    data: str = "python-source"
-    """Where the prompts come from; see data/sources.py."""
+    data: str = ""
+    """Where the prompts come from (data/sources.py); if empty python-source, of an encoder-decoder python-docstrings."""
     output: str = "runs/lossless"
     """Folder for lossless.json and lossless.md."""
     num_prompts: int = 8
@@ -42,8 +42,8 @@ class RunSettings:
     """At most so many batches of draws for each drafter and law, 0 for all: for a quick trial."""
     prompt_tokens: int = 32
     """Length of prompts cut from source code or plain text."""
-    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"
-    """What becomes of rows too long for the target's context."""
+    long_prompts: LongPrompts = "auto"
+    """What becomes of rows too long for the target; auto cuts what an encoder reads, and refuses others."""
     device: str = "auto"
     """Where the target runs."""
 
@@ -66,12 +66,13 @@ def main(run: RunSettings, settings: LawSettings, greedy: GreedySettings) -> int
         num_rows = min(settings.num_rows, run.max_steps * settings.rows_at_once)
         settings = replace(settings, num_rows=num_rows)
     prompts = load_prompts(
-        run.data,
+        run.data or of_this_machine("", is_encoder_decoder=facts.is_encoder_decoder),
         facts.tokenizer,
         max_prompts=run.num_prompts,
-        max_prompt_tokens=facts.context_length - max(greedy.max_new_tokens, settings.num_tokens + BEYOND),
+        max_prompt_tokens=prompt_room(facts, max(greedy.max_new_tokens, settings.num_tokens + BEYOND)),
         prompt_tokens=run.prompt_tokens,
         long_prompts=run.long_prompts,
+        is_encoder_decoder=facts.is_encoder_decoder,
         seed=settings.seed,
     )
     greedy.check_prompts(len(prompts))

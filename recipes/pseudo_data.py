@@ -2,6 +2,7 @@
 
     ./launch.sh pseudo_data                                         # pocket target, 300 prompts, into runs/pseudo-data
     ./launch.sh pseudo_data --target T --data prompts.jsonl --temperature 0,1 --output runs/mine
+    ./launch.sh pseudo_data --target data/pocket-seq2seq            # an encoder-decoder reads functions: a line on each
     ./launch.sh pseudo_data --target T --server http://localhost:8000    # T gives the tokenizer, the server the text
 
 Prompts: JSONL, Parquet, a `datasets` folder or hub name, text files, conversations; see data/sources.py. A run that was
@@ -12,16 +13,16 @@ killed is continued by the same command. Pocket target in float32: 1,400 tokens/
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import draftsmith
 from data import POCKET
-from data.prompts import load_prompts
+from data.prompts import LongPrompts, load_prompts
 from data.pseudo_data import MARKER, read_pseudo_data, write_pseudo_data
 from data.server import Server
+from data.sources import of_this_machine
 from data.writers import LocalTarget, PseudoDataSettings, Writer
 from draftsmith.artifact import check_fits, read_manifest
-from draftsmith.facts import read_facts
+from draftsmith.facts import prompt_room, read_facts
 from draftsmith.files import check_replaceable
 from trainers.settings import parse_settings
 
@@ -32,8 +33,8 @@ class RunSettings:
 
     target: str = str(POCKET)
     """A transformers folder or hub name."""
-    data: str = "python-source:train"
-    """Where the prompts come from."""
+    data: str = ""
+    """Where the prompts come from; if empty python-source:train, for an encoder-decoder python-docstrings:train."""
     output: str = "runs/pseudo-data"
     """Folder for the shards."""
     max_prompts: int = 300
@@ -42,8 +43,8 @@ class RunSettings:
     """Batches to write at most, 0 for all: for a quick trial."""
     prompt_tokens: int = 64
     """Length of prompts cut from source code or plain text."""
-    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"
-    """What becomes of rows too long for the target's context."""
+    long_prompts: LongPrompts = "auto"
+    """What becomes of rows too long for the target; auto cuts what an encoder reads, and refuses others."""
     draft: str = ""
     """Artifact of a drafter to write faster with."""
     server: str = ""
@@ -61,18 +62,21 @@ def main(run: RunSettings, settings: PseudoDataSettings) -> None:
         raise ValueError("--draft has no effect with --server; give one of them")
     check_replaceable(Path(run.output), marker=MARKER)
     facts = read_facts(run.target)
+    if run.server and facts.is_encoder_decoder:
+        raise ValueError(f"--server writes for causal targets, and {run.target} is an encoder-decoder; leave it out")
     if settings.max_new_tokens >= facts.context_length:
         raise ValueError(f"--max-new-tokens leaves no room for a prompt in a context of {facts.context_length}")
     if run.draft:
         check_fits(run.draft, read_manifest(run.draft), facts)
     limits = [limit for limit in (run.max_prompts, run.max_steps * settings.batch_size) if limit]
     prompts = load_prompts(
-        run.data,
+        run.data or of_this_machine("train", is_encoder_decoder=facts.is_encoder_decoder),
         facts.tokenizer,
         max_prompts=min(limits, default=0),
-        max_prompt_tokens=facts.context_length - settings.max_new_tokens,
+        max_prompt_tokens=prompt_room(facts, settings.max_new_tokens),
         prompt_tokens=run.prompt_tokens,
         long_prompts=run.long_prompts,
+        is_encoder_decoder=facts.is_encoder_decoder,
         seed=settings.seed,
     )
     writer: Writer

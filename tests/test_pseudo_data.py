@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
+from models import SEQ2SEQ
 from text import (
     CONTEXT,
     EOS_ID,
@@ -30,6 +31,7 @@ from data.pseudo_data import plan_batches, read_pseudo_data, write_pseudo_data
 from data.server import Server
 from data.writers import LocalTarget, PseudoDataSettings
 from draftsmith import Target
+from draftsmith.facts import read_facts
 from trainers.settings import parse_settings
 
 SETTINGS = (recipe.RunSettings, PseudoDataSettings)
@@ -115,6 +117,63 @@ def test_a_drafter_leaves_greedy_text_as_it_is(target, tmp_path):
     write_pseudo_data(target, prompts, tmp_path / "plain", SMALL)
     write_pseudo_data(LocalTarget(target, draft=str(artifact)), prompts, tmp_path / "drafted", SMALL)
     assert rows_of(tmp_path / "plain") == rows_of(tmp_path / "drafted")
+
+
+# --- By an encoder-decoder ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
+def test_an_encoder_decoder_reads_each_prompt_and_writes_from_its_start_token(architecture, tmp_path):
+    target = text_target(architecture)
+    target.model.generation_config.eos_token_id = list(range(3, VOCAB_SIZE, 5))
+    prompts = some_prompts(tmp_path, 8)
+    write_pseudo_data(target, prompts, tmp_path / "out", SMALL)
+    rows = {row["key"]: row for row in rows_of(tmp_path / "out")}
+    written = read_pseudo_data(tmp_path / "out", target)
+    assert len(written) == len(prompts) and {row["ended"] for row in rows.values()} == {True, False}
+    for prompt in prompts:
+        ids = torch.tensor([prompt.ids])
+        expected = target.model.generate(ids, attention_mask=ids.ge(0), do_sample=False, max_new_tokens=12)[0].tolist()
+        assert (rows[prompt.key]["ids"], rows[prompt.key]["num_prompt_tokens"]) == (expected, 1)
+        assert rows[prompt.key]["source_ids"] == prompt.ids
+        one = written[written.keys.index(prompt.key)]
+        assert (one.tokens_T.tolist(), one.source_S.tolist()) == (expected, prompt.ids)
+        assert one.loss_mask_T.tolist() == [False] + [True] * (len(expected) - 1)
+        assert rows[prompt.key]["text"] == target.tokenizer.decode(expected[1:])
+    whole = contents(tmp_path / "out")
+    (tmp_path / "out" / "part-00001.parquet").unlink()
+    write_pseudo_data(target, prompts, tmp_path / "out", SMALL)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_its_rows_are_none_for_a_causal_target(target, tmp_path):
+    """The two have one tokenizer, and behind a server no fingerprint tells them apart."""
+    other = text_target("t5")
+    write_pseudo_data(other, some_prompts(tmp_path, 5), tmp_path / "out", SMALL)
+    write_pseudo_data(target, some_prompts(tmp_path, 5), tmp_path / "causal", SMALL)
+    for folder, wanted in ((tmp_path / "out", "llama"), (tmp_path / "causal", "t5")):
+        facts = read_facts(save_target(tmp_path / wanted, wanted))
+        kind = "an encoder-decoder" if wanted == "t5" else "a causal model"
+        with pytest.raises(ValueError, match=rf"was made by another target .* is {kind}"):
+            read_pseudo_data(folder, facts)
+    assert len(read_pseudo_data(tmp_path / "out", read_facts(str(tmp_path / "t5")))) == 5
+
+
+def test_the_recipe_has_an_encoder_decoder_read_articles_and_no_highlights(tmp_path, monkeypatch, capsys):
+    """Long ones are cut to what the tokenizer says; a server writes for causal targets alone."""
+    monkeypatch.chdir(tmp_path)
+    path = save_target(tmp_path / "target", "bart")
+    pairs = [{"article": f"{number} " * 400, "highlights": "never read"} for number in range(5)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    flags = ["--target", path, "--data", "pairs.jsonl", "--max-new-tokens", "8", "--output", "out"]
+    recipe.main(*parse_settings(*SETTINGS, description="", argv=flags))
+    assert f"5 of 5 sources were cut to {CONTEXT} tokens" in capsys.readouterr().out
+    tokenizer = trained_tokenizer()
+    articles = {tuple(tokenizer(pair["article"])["input_ids"][:CONTEXT]) for pair in pairs}
+    assert {tuple(row["source_ids"]) for row in rows_of(tmp_path / "out")} == articles
+    flags += ["--server", "http://localhost:1"]
+    with pytest.raises(ValueError, match=r"--server writes for causal targets, and .* is an encoder-decoder"):
+        recipe.main(*parse_settings(*SETTINGS, description="", argv=flags))
 
 
 # --- Broken off and continued ------------------------------------------------------------------------------------

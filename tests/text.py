@@ -57,15 +57,15 @@ def trained_tokenizer(chat_template: str | None = None, *, vocab_size: int = VOC
     )
 
 
-def text_target(*, seed: int = 0) -> Target:
-    """Returns a tiny Llama in float32 with the trained tokenizer."""
-    model = tiny_model("llama", seed=seed, vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT)
-    return Target(model, trained_tokenizer())
+def text_target(architecture: str = "llama", *, seed: int = 0) -> Target:
+    """Returns a tiny Llama, or another model, in float32 with the trained tokenizer."""
+    limit = {} if architecture == "t5" else {"max_position_embeddings": CONTEXT}
+    return Target(tiny_model(architecture, seed=seed, vocab_size=VOCAB_SIZE, **limit), trained_tokenizer())
 
 
-def save_target(folder: Path) -> str:
+def save_target(folder: Path, architecture: str = "llama") -> str:
     """Writes `text_target()` as a transformers folder and returns its path."""
-    target = text_target()
+    target = text_target(architecture)
     target.model.save_pretrained(folder)
     target.tokenizer.save_pretrained(folder)
     return str(folder)

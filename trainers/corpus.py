@@ -33,7 +33,8 @@ Row = TypeVar("Row")
 def documents(rows: Sequence[Example], context: int = 0) -> Iterator[np.ndarray]:
     """Yields the text to learn from (int64): each row's supervised runs, each text once.
 
-    A run comes with up to `context` tokens that stand before it, but none of the run before.
+    A run comes with up to `context` tokens that stand before it, but none of the run before; an encoder-decoder's with
+    the token that its decoder begins with, which is what is pending when the first token is drafted.
     """
     seen = set()
     for text in _runs(rows, context):
@@ -112,16 +113,21 @@ def parts(
 def judge(drafter: Any, batch: Batch, target: Target, new_tokens: int = 48) -> Metrics:
     """Returns the tokens accepted a round, the target's own not counted, in greedily continuing each row's first half.
 
-    At most `new_tokens` are written to a row, fewer where the target's context ends.
+    An encoder-decoder reads each row's source and writes from the beginning. At most `new_tokens` are written to a row,
+    fewer where the target's context ends.
     """
-    halves_B = (batch.lengths_B // 2).clamp(min=1)
-    longest = int(halves_B.max())
+    if batch.source_BS is None or batch.source_lengths_B is None:
+        prompts_BT, lengths_B = batch.tokens_BT, (batch.lengths_B // 2).clamp(min=1)
+    else:
+        prompts_BT, lengths_B = batch.source_BS, batch.source_lengths_B
+    longest = int(lengths_B.max())
+    room = target.context_length - (1 if target.is_encoder_decoder else longest)
     stats = draftsmith.generate(
         target,
-        batch.tokens_BT[:, :longest].to(target.device),
+        prompts_BT[:, :longest].to(target.device),
         drafter,
-        attention_mask=(torch.arange(longest) < halves_B[:, None]).to(target.device),
-        max_new_tokens=min(new_tokens, target.context_length - longest),
+        attention_mask=(torch.arange(longest, device=lengths_B.device) < lengths_B[:, None]).to(target.device),
+        max_new_tokens=min(new_tokens, room),
     ).stats
     return {"acceptance": (torch.tensor(stats.new_tokens - stats.steps), stats.steps)}
 
@@ -130,9 +136,9 @@ def _runs(rows: Iterable[Example], context: int) -> Iterator[np.ndarray]:
     for row in rows:
         tokens_T, mask_T = row.tokens_T.numpy(), row.loss_mask_T.numpy()
         edges = np.flatnonzero(np.diff(mask_T, prepend=False, append=False)).tolist()
-        last = 0
+        last, before = 0, context if row.source_S is None else max(context, 1)
         for begin, end in zip(edges[::2], edges[1::2], strict=True):
-            yield tokens_T[max(last, begin - context) : end]
+            yield tokens_T[max(last, begin - before) : end]
             last = end
 
 

@@ -32,6 +32,8 @@ from draftsmith.files import atomic_folder
 
 VOCAB_SIZE = 4096
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+SOURCE_TOKENS, LABEL_TOKENS = 384, 64
+"""Most tokens that the encoder-decoder reads and learns to write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,7 @@ def _train_seq2seq(
     held_out_files: list[SourceFile],
 ) -> None:
     torch.manual_seed(settings.seed)
+    tokenizer.model_max_length = SOURCE_TOKENS  # what its users then cut sources to
     model = T5ForConditionalGeneration(
         T5Config(
             vocab_size=VOCAB_SIZE,
@@ -180,8 +183,8 @@ def _train_seq2seq(
     datasets = []
     for files in (train_files, held_out_files):
         pairs = docstring_pairs([file for file in files if file.name.startswith("stdlib/")])
-        sources = tokenizer([source for source, _ in pairs], truncation=True, max_length=384)["input_ids"]
-        targets = tokenizer([summary + EOS for _, summary in pairs], truncation=True, max_length=64)["input_ids"]
+        sources = tokenizer([source for source, _ in pairs], truncation=True, max_length=SOURCE_TOKENS)["input_ids"]
+        targets = tokenizer([summary + EOS for _, summary in pairs], truncation=True, max_length=LABEL_TOKENS)["input_ids"]
         datasets.append([{"input_ids": s, "labels": t} for s, t in zip(sources, targets, strict=True)])
     collate = DataCollatorForSeq2Seq(tokenizer, model=model)
     work = Path(settings.work) / "seq2seq"
