@@ -33,7 +33,7 @@ class RunSettings:
     draft: tuple[str, ...] = ()
     """Folders of the artifacts to certify."""
     data: str = ""
-    """Where the prompts come from (data/sources.py); if empty python-source, of an encoder-decoder python-docstrings."""
+    """Where the prompts come from (data/sources.py); if empty python-source, of encoder-decoders python-docstrings."""
     output: str = "runs/lossless"
     """Folder for lossless.json and lossless.md."""
     num_prompts: int = 8

@@ -184,7 +184,8 @@ def _train_seq2seq(
     for files in (train_files, held_out_files):
         pairs = docstring_pairs([file for file in files if file.name.startswith("stdlib/")])
         sources = tokenizer([source for source, _ in pairs], truncation=True, max_length=SOURCE_TOKENS)["input_ids"]
-        targets = tokenizer([summary + EOS for _, summary in pairs], truncation=True, max_length=LABEL_TOKENS)["input_ids"]
+        labels = [summary + EOS for _, summary in pairs]
+        targets = tokenizer(labels, truncation=True, max_length=LABEL_TOKENS)["input_ids"]
         datasets.append([{"input_ids": s, "labels": t} for s, t in zip(sources, targets, strict=True)])
     collate = DataCollatorForSeq2Seq(tokenizer, model=model)
     work = Path(settings.work) / "seq2seq"
