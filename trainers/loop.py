@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.data import Subset
 
 import draftsmith
@@ -19,7 +20,9 @@ from data.examples import Examples, check_target, open_examples
 from data.shards import open_folder
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.facts import read_facts
+from draftsmith.artifact import check_fits, read_manifest
+from draftsmith.drafters import find
+from draftsmith.facts import TargetFacts, read_facts
 from draftsmith.stats import num_threads
 from trainers import checkpoints, judging, launch, logs
 from trainers.descent import DraftTrainer, Step, arguments_of
@@ -41,6 +44,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     target_facts = read_facts(run.target)
     if hasattr(family, "check"):
         family.check(settings, target_facts)
+    _check_start(run, family, target_facts)
     examples = open_examples(run.data, target_facts)
     if launch.rank() == 0:
         identity = {"family": name, **asdict(settings), **run.identity()}
@@ -119,6 +123,8 @@ def _descend(
             return drafter.eval(), 0.0, {}
         if hasattr(family, "prepare"):
             family.prepare(drafter, settings, target, train_on)
+        if run.start_from:
+            _take_weights(drafter, run, target)
         arguments = arguments_of(run, output, deepspeed, judging.best_of(family))
         found["costs"] = launch.from_rank_0(costs)
         trainer = DraftTrainer(
@@ -145,6 +151,27 @@ def _descend(
     weights = load_file(checkpoints.folder(output, found["best_step"]) / checkpoints.WEIGHTS)
     drafter.load_state_dict({name.removeprefix("drafter."): weight for name, weight in weights.items()})
     return drafter, found["spent_s"], found["costs"]
+
+
+def _check_start(run: RunSettings, family: ModuleType, target: TargetFacts) -> None:
+    """Raises ValueError for an artifact that no run of this family can start from, by its manifest alone."""
+    if not run.start_from:
+        return
+    manifest = read_manifest(run.start_from)
+    check_fits(run.start_from, manifest, target)
+    if hasattr(family, "fit"):
+        raise ValueError(f"--start-from {run.start_from}: what is made without gradient starts from nothing")
+    if find(manifest["family"]).Drafter is not getattr(family, "Drafter", None):
+        raise ValueError(f"--start-from {run.start_from} is a drafter of another family, {manifest['family']}")
+
+
+def _take_weights(drafter: nn.Module, run: RunSettings, target: Target) -> None:
+    given = draftsmith.load(run.start_from, target).state_dict()
+    own = {name: weight.shape for name, weight in drafter.state_dict().items()}
+    wrong = [name for name in own.keys() | given.keys() if name not in given or given[name].shape != own.get(name)]
+    if wrong:
+        raise ValueError(f"--start-from {run.start_from} is of another shape, as in {min(wrong)}; ask for the same one")
+    drafter.load_state_dict(given)
 
 
 def _measured(family: ModuleType, settings: Any, run: RunSettings, target: Target) -> dict[str, float]:

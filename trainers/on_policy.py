@@ -197,7 +197,7 @@ def _all_accepted(draft: Draft, counts: list[int]) -> Step:
 
 
 def _chosen(source: Source | None, rows: Sequence[int]) -> Source | None:
-    return source and Source(**{name: part[list(rows)] for name, part in vars(source).items()})
+    return None if source is None else Source(**{name: part[list(rows)] for name, part in vars(source).items()})
 
 
 def _number(batch: Batch, row: int, salt: str) -> int:

@@ -24,6 +24,8 @@ class RunSettings:
     output: str = ""
     """Folder for the artifact, runs/<recipe> if empty; an unfinished run found there is continued. Each trial of
     a wandb sweep has a folder of its own in it, or in runs/sweeps/<sweep>."""
+    start_from: str = ""
+    """Artifact of the same family, shape and target whose weights a new run starts from, instead of new ones."""
     max_steps: int = 300
     """Optimiser steps."""
     seed: int = 0
@@ -90,7 +92,7 @@ class RunSettings:
     def identity(self) -> dict[str, Any]:
         """Returns what must be the same for a run to be continued, local paths resolved."""
         kept = {key: value for key, value in asdict(self).items() if key not in REPORTS_ONLY}
-        for key in ("target", "data", "deepspeed"):
+        for key in ("target", "data", "start_from", "deepspeed"):
             if kept[key] and Path(kept[key]).exists():
                 kept[key] = str(Path(kept[key]).resolve())
         return kept

@@ -1,0 +1,243 @@
+"""Learning while serving: a draft model learns where the target has just rejected it (2310.07177).
+
+The target's logits there are at hand from verification, so that it is not run again. Weights change between calls of
+`generate` only: the law a token was drawn from is the one that the verifier is told.
+
+Shape suffixes: B rows, T positions, R rejections, K likeliest tokens kept, V vocabulary.
+"""
+
+import importlib
+import pkgutil
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import draftsmith
+import trainers
+from data.batches import Example, collate
+from data.teacher import complete
+from draftsmith.drafters import Session, Step, name_of
+from draftsmith.tree import Draft
+from trainers import distillation
+from trainers.losses import DIVERGENCES
+
+OPTIMISER = "optimiser.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineSettings:
+    """How often it learns, and from what."""
+
+    every: int = 8
+    """Requests (rows) between one gradient step and the next."""
+    learning_rate: float = 1e-3
+    """Of AdamW, the same throughout."""
+    kept: int = 64
+    """Requests that are kept to learn from at most; older ones are forgotten."""
+    top_k: int = 64
+    """Of the target's logits where it rejected, so many are kept, and the rest as one; 0 keeps all."""
+    loss: str = field(default="forward_kl", metadata={"choices": list(DIVERGENCES)})
+    """Divergence from the target's law there."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "kept"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.every > self.kept:
+            raise ValueError(f"every is {self.every}, and only {self.kept} requests are kept; keep as many at least")
+        for name in ("learning_rate", "top_k"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Rejections:
+    """Where the target has rejected drafts of one request, and its law there; places are of the tokens before."""
+
+    places: list[int] = field(default_factory=list)
+    top_logits: list[Tensor] = field(default_factory=list)
+    top_ids: list[Tensor] = field(default_factory=list)
+    normalisers: list[Tensor] = field(default_factory=list)
+
+
+class Online:
+    """A drafter for `generate` around one with weights, which learns between calls; saved as the one within."""
+
+    def __init__(self, drafter: Any, settings: OnlineSettings | None = None) -> None:
+        """Raises ValueError for a drafter that has no trainer that distils it."""
+        self.settings = settings or OnlineSettings()
+        self.drafter, self.config, self.target = drafter, drafter.config, drafter.target
+        self.hidden_layers: tuple[int, ...] = drafter.hidden_layers
+        self.policy = getattr(drafter, "policy", None)
+        self._trainer = trainer_of(drafter)
+        self._num_kept = min(self.settings.top_k or self.target.vocab_size, self.target.vocab_size)
+        self._loss = self._trainer.Settings(loss=self.settings.loss, teacher_top_k=self._num_kept)
+        self._first = {name: weight.clone() for name, weight in drafter.state_dict().items()}
+        drafter.requires_grad_()
+        self._session: Session | None = None
+        self._draft: Draft | None = None
+        self._begin()
+
+    # What the loop asks
+
+    def start(self, session: Session) -> None:
+        self._take_in()
+        if self._num_new >= self.settings.every:
+            self.learn()
+        self._session = session
+        self._rejections = [_Rejections() for _ in session.rows]
+        self.drafter.start(session)
+
+    def propose(self, budget: int) -> Draft:
+        assert self._session is not None
+        self._draft = self.drafter.propose(budget)
+        self._lengths = [len(row) for row in self._session.rows]
+        return self._draft
+
+    def observe(self, step: Step) -> None:
+        if step.is_of(self._draft):
+            self._note(step)
+        self.drafter.observe(step)
+
+    # Learning
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def learn(self) -> float | None:
+        """Takes one gradient step where the requests since the last one were rejected; returns the mean loss there.
+
+        Between calls of `generate` only; those that come often enough are also learnt from at the start of the next.
+        Returns None where nothing was rejected, and does nothing then.
+        """
+        self._take_in()
+        requests, self._num_new = list(self._requests), 0
+        self._requests.clear()
+        if not requests:
+            return None
+        batch = collate(requests)
+        needs = self._trainer.needs(self._loss, self.target)
+        batch = complete(batch, self.target, needs.layers, needs.top_k)
+        total, _ = self._trainer.loss(self.drafter, batch, self._loss, self.target)
+        mean = total / int(batch.loss_mask_BT.sum())
+        self._optimiser.zero_grad()
+        mean.backward()
+        nn.utils.clip_grad_norm_(self.drafter.parameters(), self.settings.clip)
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self.num_steps += 1
+        return mean.item()
+
+    @torch.inference_mode(False)
+    def forget(self) -> None:
+        """Takes it back to what it was made of."""
+        self.drafter.load_state_dict(self._first)
+        self._begin()
+
+    def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
+        """Learns what is left and writes the drafter within as an artifact, with the optimiser's state beside it."""
+        self.learn()
+        draftsmith.save(self.drafter, folder, target=self.target, record=record)
+        state = {
+            f"{name}.{part}": value
+            for name, weight in self.drafter.named_parameters()
+            for part, value in self._optimiser.state[weight].items()
+        }
+        save_file(state, folder / OPTIMISER)
+
+    def resume(self, folder: Path) -> None:
+        """Takes the optimiser's state from what `save` wrote, the drafter having been loaded from there."""
+        for name, value in load_file(folder / OPTIMISER).items():
+            weight, _, part = name.rpartition(".")
+            self._optimiser.state[self.drafter.get_parameter(weight)][part] = value
+
+    def _begin(self) -> None:
+        self._optimiser = torch.optim.AdamW(self.drafter.parameters(), lr=self.settings.learning_rate, weight_decay=0)
+        self._requests: deque[Example] = deque(maxlen=self.settings.kept)
+        self._session = self._draft = None
+        self._num_new = self.num_steps = 0
+
+    def _note(self, step: Step) -> None:
+        """Keeps the target's law where a row's path ended before its draft did."""
+        ended = [row for row, path in enumerate(step.paths) if path and _goes_on(step.draft, row, path[-1])]
+        if not ended:
+            return
+        logits_RV = step.logits_BNV[ended, [step.paths[row][-1] for row in ended]].float()
+        top, normaliser_R = logits_RV.topk(self._num_kept, dim=-1), logits_RV.logsumexp(-1)
+        # Tensors made in inference mode could not be learnt from.
+        with torch.inference_mode(False):
+            values_RK, ids_RK, normaliser_R = top.values.clone(), top.indices.clone(), normaliser_R.clone()
+        for at, row in enumerate(ended):
+            found = self._rejections[row]
+            found.places.append(self._lengths[row] + len(step.paths[row]) - 2)
+            found.top_logits.append(values_RK[at])
+            found.top_ids.append(ids_RK[at])
+            found.normalisers.append(normaliser_R[at])
+
+    def _take_in(self) -> None:
+        """Makes requests of the last call's rows, which are as long now as they will be."""
+        session, self._session = self._session, None
+        if session is None:
+            return
+        self._num_new += len(session.rows)
+        for row, (ids, found) in enumerate(zip(session.rows, self._rejections, strict=True)):
+            # A row that ended within its path holds less than was accepted.
+            inside = [at for at, place in enumerate(found.places) if place + 1 < len(ids)]
+            if inside:
+                with torch.inference_mode(False):
+                    self._requests.append(_example(ids, found, inside, _source(session, row)))
+
+
+def trainer_of(drafter: Any) -> ModuleType:
+    """Returns the trainer that distils drafters of this kind; raises ValueError if there is none."""
+    for info in pkgutil.iter_modules(trainers.__path__):
+        module = importlib.import_module(f"trainers.{info.name}")
+        is_distilled = issubclass(getattr(module, "Settings", object), distillation.Loss)
+        if is_distilled and getattr(module, "Drafter", None) is type(drafter):
+            return module
+    raise ValueError(f"a drafter of the family {name_of(drafter)} cannot learn while it serves: nothing distils it")
+
+
+def _goes_on(draft: Draft, row: int, node: int) -> bool:
+    """Returns whether a node of the row has children, which were rejected if it is the last one accepted."""
+    used = draft.tree.num_nodes if draft.num_nodes is None else draft.num_nodes[row]
+    parents_RN = draft.tree.parents_RN
+    return bool((parents_RN[row % len(parents_RN), :used] == node).any())
+
+
+def _example(ids: list[int], found: _Rejections, inside: list[int], source_S: Tensor | None) -> Example:
+    """Returns the request as a text of which the tokens after rejections are to be learnt."""
+    places = [found.places[at] for at in inside]
+    tokens_T = torch.tensor(ids)
+    mask_T = torch.zeros(len(ids), dtype=torch.bool)
+    mask_T[[place + 1 for place in places]] = True
+
+    def spread(values: list[Tensor]) -> Tensor:
+        values_R = torch.stack([values[at] for at in inside]).cpu()
+        out_T = values_R.new_zeros(len(ids), *values_R.shape[1:])
+        out_T[places] = values_R
+        return out_T
+
+    return Example(
+        tokens_T=tokens_T,
+        loss_mask_T=mask_T,
+        key="served",
+        source_S=source_S,
+        top_logits_TK=spread(found.top_logits),
+        top_ids_TK=spread(found.top_ids),
+        log_normaliser_T=spread(found.normalisers),
+    )
+
+
+def _source(session: Session, row: int) -> Tensor | None:
+    source = session.source
+    return None if source is None else source.tokens_BT[row][source.mask_BT[row].bool()].clone().cpu()
