@@ -5,15 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import draftsmith
 from draftsmith import Target
+from draftsmith.artifact import read_manifest
 from draftsmith.drafters import cnn, lookup, lstm
 from draftsmith.tree import Draft
+from recipes.online import ServingSettings, main
 from tests.family import Watched, built, check_forgetting, check_greedy
 from tests.law import check_law, law_target
 from tests.models import CONTEXT, padded, prompts, tiny_model, tiny_target
 from tests.test_on_policy import draft_model
+from tests.text import save_target, write_prompts
 from trainers.losses import Teacher, divergence
 from trainers.online import Online, OnlineSettings
 
@@ -162,14 +166,46 @@ def test_saved_and_gone_on_with(tmp_path: Path) -> None:
     online = Online(built(lstm, CONFIGS[lstm], target), OnlineSettings(every=5))
     for _ in range(2):
         call(online)
+    online.learn()
     online.save(tmp_path / "artifact")
+    online.save_state(tmp_path / "state.safetensors")
     other = Online(draftsmith.load(tmp_path / "artifact", target), OnlineSettings(every=5))
-    other.resume(tmp_path / "artifact")
+    other.load_state(tmp_path / "state.safetensors")
     for one in (online, other):
         call(one, temperature=1.0, seed=0)
         one.learn()
     for name, weight in online.drafter.state_dict().items():
         assert torch.equal(weight, other.drafter.state_dict()[name])
+
+
+def test_the_recipe_serves_and_goes_on(tmp_path: Path) -> None:
+    """Stopped after a block it ends with the same weights and figures as in one go; the artifact is an ordinary one."""
+    target = save_target(tmp_path / "target")
+    data = str(write_prompts(tmp_path / "prompts.jsonl", 6))
+    draftsmith.save(
+        built(lstm, CONFIGS[lstm], Target.from_pretrained(target, dtype="float32")),
+        tmp_path / "draft",
+        target=Target.from_pretrained(target, dtype="float32"),
+    )
+    given: dict[str, Any] = {"draft": str(tmp_path / "draft"), "target": target, "data": data, "block": 2}
+    settings, runs = OnlineSettings(every=1, learning_rate=1e-2), {}
+    for name, steps in (("whole", (0,)), ("parts", (1, 2, 0))):
+        for max_steps in steps:
+            output = str(tmp_path / name)
+            main(ServingSettings(**given, output=output, max_steps=max_steps, max_new_tokens=8), settings)
+        manifest = read_manifest(tmp_path / name / "artifact")
+        drafter = draftsmith.load(tmp_path / name / "artifact", Target.from_pretrained(target, dtype="float32"))
+        runs[name] = manifest["served"], {key: weight.tolist() for key, weight in drafter.state_dict().items()}
+    assert runs["whole"] == runs["parts"]
+    served, weights = runs["whole"]
+    assert [block["steps"] for block in served] == sorted({block["steps"] for block in served}) and len(served) == 3
+    assert (
+        weights["layers.weight_hh_l0"]
+        != load_file(tmp_path / "draft" / "model.safetensors")["layers.weight_hh_l0"].tolist()
+    )
+    assert (tmp_path / "whole" / "curves.png").stat().st_size > 1_000
+    with pytest.raises(ValueError, match="block was 2, is 3"):
+        main(ServingSettings(**given | {"block": 3, "output": str(tmp_path / "whole")}, max_new_tokens=8), settings)
 
 
 def test_what_is_refused() -> None:

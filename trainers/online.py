@@ -21,13 +21,12 @@ from torch import Tensor, nn
 import draftsmith
 import trainers
 from data.batches import Example, collate
+from data.shards import write_whole
 from data.teacher import complete
 from draftsmith.drafters import Session, Step, name_of
 from draftsmith.tree import Draft
 from trainers import distillation
 from trainers.losses import DIVERGENCES
-
-OPTIMISER = "optimiser.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,19 +143,21 @@ class Online:
         self._begin()
 
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
-        """Learns what is left and writes the drafter within as an artifact, with the optimiser's state beside it."""
-        self.learn()
+        """Writes the drafter within as an artifact, `record` added to its manifest."""
         draftsmith.save(self.drafter, folder, target=self.target, record=record)
+
+    def save_state(self, path: Path) -> None:
+        """Writes what, beside the weights, it needs to learn on once all requests are learnt from."""
         state = {
             f"{name}.{part}": value
             for name, weight in self.drafter.named_parameters()
             for part, value in self._optimiser.state[weight].items()
         }
-        save_file(state, folder / OPTIMISER)
+        write_whole(path, lambda temporary: save_file(state, temporary))
 
-    def resume(self, folder: Path) -> None:
-        """Takes the optimiser's state from what `save` wrote, the drafter having been loaded from there."""
-        for name, value in load_file(folder / OPTIMISER).items():
+    def load_state(self, path: Path) -> None:
+        """Takes what `save_state` wrote, the drafter being as it was then."""
+        for name, value in load_file(path).items():
             weight, _, part = name.rpartition(".")
             self._optimiser.state[self.drafter.get_parameter(weight)][part] = value
 

@@ -1,0 +1,129 @@
+"""Serves prompts of a new domain with a drafter that learns from them as it goes, beside one that does not.
+
+    ./launch.sh online --draft runs/lstm --data .venv/lib/python3.12/site-packages/networkx/algorithms
+    ./launch.sh online --draft runs/distill --target T --data requests.jsonl --temperature 1 --every 4
+
+Block by block of requests it says how many of the first drafted tokens the target accepted, and how many tokens a round
+gave, of the drafter as it came and of the one that learns (2310.07177). `curves.png` shows both; the artifact in the
+output folder is the drafter as it has become, and what was killed is continued by the same command.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import draftsmith
+from data import POCKET
+from data.prompts import load_prompts
+from data.shards import open_folder
+from draftsmith import Target
+from draftsmith.artifact import MANIFEST, check_fits, read_manifest
+from draftsmith.facts import prompt_room, read_facts
+from draftsmith.stats import GenerationStats
+from eval.curves import Panel, publish_curves
+from trainers.online import Online, OnlineSettings
+from trainers.settings import parse_settings
+
+FIRST, TAU = "First drafted token accepted", "Tokens a target forward"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingSettings:
+    """What is served, and how."""
+
+    draft: str = "runs/lstm"
+    """Artifact of the drafter that is to learn."""
+    target: str = str(POCKET)
+    """Its target: a transformers folder or hub name."""
+    data: str = "python-source"
+    """The requests' prompts: any source of text."""
+    output: str = "runs/online"
+    """Folder for the artifact and the curves."""
+    max_prompts: int = 400
+    """Requests, 0 for all there are."""
+    block: int = 50
+    """Requests whose figures make one point; after each all is saved."""
+    max_steps: int = 0
+    """Blocks at most, 0 for all: for a quick trial."""
+    max_new_tokens: int = 64
+    """Tokens written on each request."""
+    temperature: float = 0.0
+    """At which they are written; 0 is greedy."""
+    seed: int = 0
+    """Draws the prompts, and at a temperature the tokens."""
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ValueError(f"block is {self.block}; it must be at least 1")
+
+
+def main(serving: ServingSettings, settings: OnlineSettings) -> None:
+    output, facts = Path(serving.output), read_facts(serving.target)
+    check_fits(serving.draft, read_manifest(serving.draft), facts)
+    identity = {**asdict(serving), **asdict(settings), "output": None, "max_steps": None}
+    open_folder(output, "online.json", identity, notes={})
+    room = prompt_room(facts, serving.max_new_tokens)
+    prompts = load_prompts(
+        serving.data,
+        facts.tokenizer,
+        max_prompts=serving.max_prompts,
+        max_prompt_tokens=room,
+        is_encoder_decoder=facts.is_encoder_decoder,
+        seed=serving.seed,
+    )
+    target = Target.from_pretrained(serving.target, dtype="float32")
+    saved = output / "artifact" if (output / "artifact" / MANIFEST).is_file() else None
+    served = read_manifest(saved)["served"] if saved else []
+    frozen = draftsmith.load(serving.draft, target)
+    online = Online(draftsmith.load(saved or serving.draft, target), settings)
+    if served:
+        online.load_state(_state(output, len(served)))
+        online.num_steps = served[-1]["steps"]
+    begins = range(0, len(prompts), serving.block)[: serving.max_steps or None]
+    for begin in tqdm(begins[len(served) :], desc="serving", unit="block", initial=len(served), total=len(begins)):
+        found: dict[str, list[GenerationStats]] = {"frozen": [], "online": []}
+        for at, prompt in enumerate(prompts[begin : begin + serving.block], begin):
+            ids = torch.tensor([prompt.ids], device=target.device)
+            for name, drafter in (("frozen", frozen), ("online", online)):
+                out = draftsmith.generate(
+                    target,
+                    ids,
+                    drafter,
+                    max_new_tokens=serving.max_new_tokens,
+                    temperature=serving.temperature,
+                    seed=at,
+                    length="fixed",
+                )
+                found[name].append(out.stats)
+        online.learn()
+        served.append({"steps": online.num_steps, **{name: _figures(stats) for name, stats in found.items()}})
+        online.save_state(_state(output, len(served)))
+        online.save(output / "artifact", record={"served": served, "settings": identity})
+        _state(output, len(served) - 1).unlink(missing_ok=True)
+        tqdm.write("; ".join(f"{name} {one}" for name, one in served[-1].items()))
+    panels = [Panel(title=title) for title in (FIRST, TAU)]
+    for panel in panels:
+        for name in ("frozen", "online"):
+            panel.lines[name] = [(block["steps"], block[name][panel.title]) for block in served]
+    publish_curves(panels, output)
+    print(f"{output}/artifact is the drafter as it is now; {output}/curves.png shows how it came to be so")
+
+
+def _state(output: Path, number: int) -> Path:
+    return output / f"optimiser-{number}.safetensors"
+
+
+def _figures(stats: list[GenerationStats]) -> dict[str, float]:
+    accepted, drafted = (sum(sum(getattr(one, name)[:1]) for one in stats) for name in ("accepted", "drafted"))
+    tau = sum(one.new_tokens for one in stats) / max(sum(one.steps for one in stats), 1)
+    return {FIRST: round(accepted / max(drafted, 1), 4), TAU: round(tau, 4)}
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_settings(ServingSettings, OnlineSettings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
