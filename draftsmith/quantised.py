@@ -38,7 +38,7 @@ def config_of(model: nn.Module, scheme: str) -> Any:
     assert scheme == "int4"
     widths = [one.in_features for one in blocks_of(model).modules() if isinstance(one, nn.Linear)]
     groups = quantization.PerGroup(math.gcd(GROUP, *widths))
-    return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)
+    return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)  # type: ignore[attr-defined]
 
 
 def quantise(model: nn.Module, scheme: str) -> None:

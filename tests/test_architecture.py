@@ -21,7 +21,11 @@ MAY_IMPORT = {
 }
 OWN_FOLDERS = {*MAY_IMPORT, "recipes", "tests", "benchmarks"}
 THIN_NEEDS = {"torch", "transformers", "numpy", "safetensors"}
-MORE_NEEDS = {"draftsmith/compiled.py": "numba", "draftsmith/hub.py": "huggingface_hub"}
+MORE_NEEDS = {
+    "draftsmith/compiled.py": "numba",
+    "draftsmith/hub.py": "huggingface_hub",
+    "draftsmith/quantised.py": "torchao",
+}
 """The one file that may import what: drafters that need the compiler ask for it when they are made, the hub's client
 comes with transformers and is loaded when the hub is asked."""
 NOT_IN_SERVERS = ("deepspeed", "wandb", "datasets", "peft", "matplotlib", "numba")

@@ -18,7 +18,7 @@ from draftsmith import Target, length
 from draftsmith.drafters.lm import Config, Drafter
 from draftsmith.facts import TargetFacts, read_facts
 from draftsmith.sampling import Sampling
-from trainers import Metrics, corpus, distillation, small_models, trees
+from trainers import Metrics, corpus, distillation, healing, small_models, trees
 from trainers.distillation import before_supervised
 from trainers.losses import chunked
 from trainers.settings import part_of
@@ -27,7 +27,7 @@ NUM_RANKS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(distillation.Loss):
+class Settings(distillation.Loss, healing.Restraint):
     """The draft model, what it starts from, and its loss."""
 
     init: str = ""
@@ -119,7 +119,8 @@ def build(settings: Settings, target: Target) -> Drafter:
 
 
 def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
-    """Gives the drafter its shortlist."""
+    """Gives the drafter its shortlist, and what it starts from its restraint."""
+    healing.restrain(drafter.model, settings)
     if settings.shortlist:
         drafter.shortlist.take(corpus.commonest(rows, settings.shortlist, target.vocab_size).to(target.device))
 

@@ -1,8 +1,9 @@
 """Training that heals a compressed model and leaves alone what is to stay as it was."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class Restraint:
     """Whether embedding and head stay as they are at first."""
 
 
-def restrain(model: nn.Module, restraint: Restraint) -> None:
+def restrain(model: Any, restraint: Restraint) -> None:
     """Has a model's weights change no further than `restraint` allows; raises ValueError if they are sharded (ZeRO-3).
 
     A gradient of zero at a weight of zero leaves AdamW nothing to move it by: no moments, nothing to decay.
