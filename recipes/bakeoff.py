@@ -1,6 +1,8 @@
-"""Compares drafters with plain decoding and with transformers' own `generate`: one table and a picture.
+"""Trains every family on one target and compares them all, or compares drafters that are there: one table, one picture.
 
-    ./launch.sh bakeoff --drafts runs/medusa runs/distill           # pocket target, held-out source, into runs/bakeoff
+    ./launch.sh bakeoff                                             # pocket target, all of recipes/configs/bakeoff.yaml
+    ./launch.sh bakeoff --target T --learn-from runs/mine --data prompts.jsonl --line-up mine.yaml --train-steps 2000
+    ./launch.sh bakeoff --drafts runs/medusa runs/distill           # these alone, on held-out source, into runs/bakeoff
     ./launch.sh bakeoff --target T --data prompts.jsonl --drafts runs/mine --num-prompts 64 --max-new-tokens 256
     ./launch.sh bakeoff --drafts runs/medusa --temperatures 0,0.7 --batch-sizes 1,4,16 --verifiers typical
     ./launch.sh bakeoff --drafts runs/distill --lengths fixed=4,heuristic,expected_gain --gates 0.5
@@ -12,20 +14,28 @@ is continued by the same command. Pocket target, two drafters, one CPU core: abo
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
-from data import POCKET
-from data.prompts import load_prompts
+from data import POCKET, pseudo_data, store
+from data.prompts import LongPrompts, load_prompts
+from data.pseudo_data import write_pseudo_data
+from data.sources import of_this_machine
+from data.writers import LocalTarget, PseudoDataSettings
 from draftsmith import Target
 from draftsmith.artifact import check_fits, read_manifest
-from draftsmith.facts import read_facts
+from draftsmith.facts import TargetFacts, prompt_room, read_facts
+from draftsmith.stats import num_threads
 from eval.compare import compare
-from eval.results import check_output
+from eval.results import check_output, claim
 from eval.settings import Settings
 from eval.table import header, table
+from trainers import lineup
 from trainers.settings import parse_settings
+
+LINE_UP = Path(__file__).resolve().parent / "configs" / "bakeoff.yaml"
+MAX_TRAINING_THREADS = 4  # more slow small models down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +45,20 @@ class RunSettings:
     target: str = str(POCKET)
     """A transformers folder or hub name."""
     drafts: tuple[str, ...] = ()
-    """Folders of the artifacts to compare."""
-    data: str = "python-source"
-    """Where the prompts come from; see data/sources.py."""
+    """Folders of the artifacts to compare; if none, those of the line-up are made first."""
+    line_up: str = str(LINE_UP)
+    """YAML table of the drafters to make, all of the same data, seed and budget; see trainers/lineup.py."""
+    learn_from: str = ""
+    """What these learn from: a folder of pseudo-data or a teacher store, or prompts that the target continues first, if
+    empty source code on this machine."""
+    num_texts: int = 720
+    """Prompts that it continues."""
+    text_tokens: int = 112
+    """Tokens written after each."""
+    train_steps: int = 0
+    """Optimiser steps of each training, 0 for what the line-up says."""
+    data: str = ""
+    """Where the prompts come from (data/sources.py); if empty python-source, of encoder-decoders python-docstrings."""
     output: str = "runs/bakeoff"
     """Folder for bakeoff.json, .md, .csv and .png."""
     num_prompts: int = 16
@@ -46,8 +67,8 @@ class RunSettings:
     """At most so many of the largest batches, 0 for all prompts: for a quick trial."""
     prompt_tokens: int = 64
     """Length of prompts cut from source code or plain text."""
-    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"
-    """What becomes of rows too long for the target's context."""
+    long_prompts: LongPrompts = "auto"
+    """What becomes of rows too long for the target; auto cuts what an encoder reads, and refuses others."""
     max_new_tokens: int = 64
     """Tokens decoded after each prompt."""
     rounds: int = 3
@@ -90,8 +111,9 @@ class RunSettings:
 
 
 def main(run: RunSettings) -> None:
-    settings = run.comparison()
-    check_output(Path(run.output))
+    settings, output = run.comparison(), Path(run.output)
+    check_output(output)
+    line_up = [] if run.drafts else lineup.read(Path(run.line_up))
     manifests = [read_manifest(draft) for draft in run.drafts]
     facts = read_facts(run.target)
     for draft, manifest in zip(run.drafts, manifests, strict=True):
@@ -100,20 +122,52 @@ def main(run: RunSettings) -> None:
     if run.max_steps:
         num_prompts = min(num_prompts or sys.maxsize, run.max_steps * max(settings.batch_sizes))
     prompts = load_prompts(
-        run.data,
+        run.data or of_this_machine("", is_encoder_decoder=facts.is_encoder_decoder),
         facts.tokenizer,
         max_prompts=num_prompts,
-        max_prompt_tokens=facts.context_length - run.max_new_tokens,
+        max_prompt_tokens=prompt_room(facts, run.max_new_tokens),
         prompt_tokens=run.prompt_tokens,
         long_prompts=run.long_prompts,
+        is_encoder_decoder=facts.is_encoder_decoder,
         seed=run.seed,
     )
     settings.check_prompts(len(prompts))
     dtype = run.dtype or ("auto" if torch.cuda.is_available() and run.device != "cpu" else "float32")
     target = Target.from_pretrained(run.target, dtype=dtype, device=run.device)
-    rows = compare(target, prompts, [Path(draft) for draft in run.drafts], Path(run.output), settings)
+    artifacts = [Path(draft) for draft in run.drafts] or _made(line_up, target, facts, run)
+    rows = compare(target, prompts, artifacts, output, settings)
     print("\n".join([header(rows, "terminal"), *table(rows, "terminal")]))
     print(f"\nWritten to {run.output}: bakeoff.md, .csv, .json and the picture {Path(run.output) / 'bakeoff.png'}")
+
+
+def _made(line_up: list[lineup.Entry], target: Target, facts: TargetFacts, run: RunSettings) -> list[Path]:
+    """Has the target write the text if it is not there, and makes the drafters; returns their artifacts."""
+    output, data = Path(run.output), Path(run.learn_from)
+    given: dict[str, Any] = {"target": run.target, "seed": run.seed}
+    if run.train_steps:
+        given["max_steps"] = run.train_steps
+    claim(output)
+    with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
+        if not any((data / marker).exists() for marker in (pseudo_data.MARKER, store.MARKER)):
+            learnt = load_prompts(
+                run.learn_from or of_this_machine("train", is_encoder_decoder=facts.is_encoder_decoder),
+                facts.tokenizer,
+                max_prompts=run.num_texts,
+                max_prompt_tokens=prompt_room(facts, run.text_tokens),
+                long_prompts="drop",
+                is_encoder_decoder=facts.is_encoder_decoder,
+                seed=run.seed,
+            )
+            print(f"The target writes what drafters learn from: {len(learnt)} texts")
+            data = output / "pseudo-data"
+            wanted = PseudoDataSettings(max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed)
+            write_pseudo_data(LocalTarget(target), learnt, data, wanted)
+        print(f"{len(line_up)} drafters learn from it; what each says meanwhile is in {output / 'logs'}", flush=True)
+        made = lineup.make(line_up, output, is_quiet=True, data=str(data), **given)
+        artifacts = lineup.say(made, len(line_up))
+    if not artifacts:
+        raise ValueError(f"none of the drafters of {run.line_up} could be made; see above")
+    return artifacts
 
 
 def _numbers(name: str, text: str, kind: type) -> list:
