@@ -18,10 +18,12 @@ from eval.entries import Entry, entries, fingerprint
 from eval.measure import Ask, measure, warm_up
 from eval.oracle import first_token
 from eval.plots import draw
+from eval.report import write_report
 from eval.results import Cell, Results, claim, publish
 from eval.rows import added_up, row_of
 from eval.settings import Settings
 from eval.table import header, table, to_csv
+from eval.texts import write_down
 
 OTHERS = "others"
 
@@ -46,8 +48,11 @@ def compare(
         rows = [row | facts for row in _rows(prompts, competing, results, settings)]
         _add_optima(rows, prompts, competing, settings)
         _add_forecasts(rows, prompts, competing, settings)
+        drafters = {one.contender.name: one.drafter for one in competing if one.family and not one.is_ablation}
+        texts = write_down(target, prompts, drafters, settings.max_new_tokens)
     markdown = "\n".join([header(rows, "markdown"), *table(rows, "markdown"), "", "![speed-up](bakeoff.png)", ""])
-    publish(output, rows, markdown=markdown, csv=to_csv(rows), picture=lambda path: draw(rows, path))
+    publish(output, rows, texts=texts, markdown=markdown, csv=to_csv(rows), picture=lambda path: draw(rows, path))
+    write_report(output)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""A comparison's folder: `bakeoff.json`, `.md`, `.csv`, `.png`, and while it is unfinished what has been measured."""
+"""A comparison's folder: `bakeoff.json`, `.md`, `.csv`, `.png`, its texts, and while unfinished what was measured."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from data.shards import write_whole
 from eval.measure import Tally
 
 NAME = "bakeoff"
-PARTIAL = f"{NAME}.partial.jsonl"
+PARTIAL, TEXTS = f"{NAME}.partial.jsonl", f"{NAME}.texts.json"
 
 Cell = tuple[int, float, int, str]
 """Round, temperature, batch size and category of the prompts, "" where they have none."""
@@ -64,9 +64,16 @@ class Results:
 
 
 def publish(
-    folder: Path, rows: list[dict[str, Any]], *, markdown: str, csv: str, picture: Callable[[Path], None]
+    folder: Path,
+    rows: list[dict[str, Any]],
+    *,
+    texts: dict[str, Any],
+    markdown: str,
+    csv: str,
+    picture: Callable[[Path], None],
 ) -> None:
-    """Writes the four files, each whole or not at all, and removes what they were made from."""
+    """Writes the files, each whole or not at all, and removes what they were made from."""
+    write_whole(folder / TEXTS, lambda path: path.write_text(json.dumps(texts) + "\n"))
     write_whole(folder / f"{NAME}.png", picture)
     write_whole(folder / f"{NAME}.csv", lambda path: path.write_text(csv, newline=""))
     write_whole(folder / f"{NAME}.md", lambda path: path.write_text(markdown))

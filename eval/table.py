@@ -133,7 +133,7 @@ def _cells(row: Row) -> list[str]:
         speedup,
         f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}",
         "" if row["predicted_speedup"] is None else f"{row['predicted_speedup']:.2f}x",
-        _output(row),
+        output_of(row),
         _number(row["draft_ms"], 2),
         _number(row["verify_ms"], 2),
         " ".join(f"{100 * share:.0f}" for share in row["accepted_per_depth"][:MAX_DEPTHS]),
@@ -147,7 +147,7 @@ def _without_empty(cells: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     return [list(compress(line, kept)) for line in cells]
 
 
-def _output(row: Row) -> str:
+def output_of(row: Row) -> str:
     """Returns what became of the target's own output or law, or of those of the target that its drafter has tuned."""
     if row["tuned"] and row["family"] is None:
         return "tuned*"

@@ -143,7 +143,8 @@ def test_a_drafter_that_tunes_its_target_is_compared_with_that_one(tmp_path: Pat
 
 def test_files_hold_the_rows(compared: tuple[list[dict[str, Any]], Path]) -> None:
     rows, folder = compared
-    assert {file.name for file in folder.iterdir()} == {f"bakeoff.{kind}" for kind in ("json", "md", "csv", "png")}
+    kinds = ("json", "md", "csv", "png", "texts.json", "html")
+    assert {file.name for file in folder.iterdir()} == {f"bakeoff.{kind}" for kind in kinds}
     assert json.loads((folder / "bakeoff.json").read_text()) == rows
     with (folder / "bakeoff.csv").open(newline="") as file:
         read = list(csv.DictReader(file))

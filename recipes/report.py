@@ -1,0 +1,20 @@
+"""Makes the HTML page of a comparison anew, from what lies in its folder.
+
+    ./launch.sh report runs/bakeoff                 # writes runs/bakeoff/bakeoff.html; open it in any browser
+
+The bake-off writes the page itself. Nothing is decoded or measured again; a second.
+"""
+
+import sys
+from pathlib import Path
+
+from eval.report import write_report
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    try:
+        print(f"Written: {write_report(Path(sys.argv[1]))}")
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
