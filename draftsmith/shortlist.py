@@ -13,20 +13,20 @@ OUTSIDE = -1e4
 """The logit of any other token, of which no softmax has anything left; finite, as losses multiply it by zero."""
 
 
-class Shortlist(nn.Module):
-    """The tokens that get logits, in ascending order; until `take` the first of the vocabulary. All of them if 0.
+def check_size(num_tokens: int, vocab_size: int) -> None:
+    """Raises ValueError for a shortlist of a number of tokens that is negative or more than the vocabulary."""
+    if not 0 <= num_tokens <= vocab_size:
+        raise ValueError(f"shortlist is {num_tokens}; it must lie between 0, for none, and {vocab_size}, all tokens")
 
-    Raises ValueError for a number of tokens that is negative or more than the vocabulary.
-    """
+
+class Shortlist(nn.Module):
+    """The tokens that get logits, in ascending order; until `take` the first of the vocabulary. All of them if 0."""
 
     ids_W: Tensor
 
     def __init__(self, num_tokens: int, vocab_size: int) -> None:
         super().__init__()
-        if not 0 <= num_tokens <= vocab_size:
-            raise ValueError(
-                f"shortlist is {num_tokens}; it must lie between 0, for none, and {vocab_size}, all tokens"
-            )
+        check_size(num_tokens, vocab_size)
         self.vocab_size = vocab_size
         if num_tokens:
             self.register_buffer("ids_W", torch.arange(num_tokens))

@@ -38,6 +38,14 @@ def test_the_text_of_an_encoder_decoder(architecture: str, copy: bool, tmp_path:
     check_reading(cnn, config, architecture)
 
 
+def test_a_shortlist(tmp_path: Path) -> None:
+    config, settings = (dataclasses.replace(one, shortlist=7) for one in (EXAMPLE, SETTINGS))
+    check_family(cnn, config, tmp_path, architectures=("llama",), trainer=trainer, settings=settings)
+    check_reading(cnn, config)
+    with pytest.raises(ValueError, match="copy and shortlist exclude each other"):
+        dataclasses.replace(config, copy=True)
+
+
 @pytest.mark.parametrize(
     "config", [EXAMPLE, Config(num_channels=20, kernel_size=4, dilations=(3, 1), rank=32, num_draft=4)]
 )

@@ -44,6 +44,14 @@ def test_it_drafts_by_its_own_law_after_what_was_committed(config: Config) -> No
     check_reading(lstm, config)
 
 
+def test_a_shortlist(tmp_path: Path) -> None:
+    config, settings = (dataclasses.replace(one, shortlist=7) for one in (EXAMPLE, SETTINGS))
+    check_family(lstm, config, tmp_path, architectures=("llama",), trainer=trainer, settings=settings)
+    check_reading(lstm, config)
+    with pytest.raises(ValueError, match="copy and shortlist exclude each other"):
+        dataclasses.replace(config, copy=True)
+
+
 def test_large_vocabularies_are_not_looked_up_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tied, "MAX_TABLE", 0)
     with torch.inference_mode():

@@ -1,14 +1,16 @@
 """Distils causal gated convolutions from the target (DistillSpec, 2310.08461; 1612.08083)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from data.batches import Batch
+from data.batches import Batch, Example
 from draftsmith import Target, reading_source
 from draftsmith.drafters.cnn import Config, Drafter
 from draftsmith.facts import TargetFacts
-from trainers import Metrics, Needs, distillation
+from draftsmith.shortlist import check_size
+from trainers import Metrics, Needs, corpus, distillation
 from trainers.settings import part_of
 
 
@@ -24,6 +26,8 @@ class Settings(distillation.Loss):
     """How far apart these lie, layer by layer."""
     rank: int = 256
     """Of the map from features to logits, if the target's output matrix is wider than that."""
+    shortlist: int = 0
+    """If not 0, only so many tokens get logits, those most frequent in the training text; others are not drafted."""
     copy: bool = False
     """Whether tokens may be copied from an encoder-decoder target's source, by a law of their own."""
     dropout: float = 0.0
@@ -49,8 +53,9 @@ class Settings(distillation.Loss):
 
 
 def check(settings: Settings, target: TargetFacts) -> None:
-    """Raises ValueError for what this kind of target does not have: a source to copy from, or trees."""
+    """Raises ValueError for what this target does not have: a source to copy from, trees, or so many tokens."""
     reading_source.check(target, copies=settings.copy, width=settings.width)
+    check_size(settings.shortlist, target.vocab_size)
 
 
 def build(settings: Settings, target: Target) -> Drafter:
@@ -59,13 +64,18 @@ def build(settings: Settings, target: Target) -> Drafter:
     return drafter
 
 
+def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
+    """Gives the drafter its shortlist."""
+    corpus.take_commonest(drafter.ends.shortlist, rows)
+
+
 def needs(settings: Settings, target: Target) -> Needs:
     return distillation.needs(settings, target)
 
 
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     features_BTC = drafter(batch.tokens_BT, batch.source, dropout=settings.dropout)
-    return distillation.loss(features_BTC, drafter.head(batch.source), batch, settings, target)
+    return distillation.loss(features_BTC, drafter.head(batch.source), batch, settings, target, drafter.ends.shortlist)
 
 
 def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:

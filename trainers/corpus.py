@@ -20,6 +20,7 @@ import draftsmith
 from data.batches import Batch, Example
 from data.shards import missing_shards, open_folder, write_whole
 from draftsmith import Target
+from draftsmith.shortlist import Shortlist
 from trainers import Metrics
 
 MARKER = "parts.json"
@@ -84,6 +85,12 @@ def commonest(rows: Sequence[Example], num_tokens: int, vocab_size: int) -> torc
     ids = counts_V.argsort(descending=True, stable=True)[:num_tokens].sort().values
     print(f"{num_tokens:,} of {vocab_size:,} tokens cover {counts_V[ids].sum() / counts_V.sum():.2%} of the text")
     return ids
+
+
+def take_commonest(shortlist: Shortlist, rows: Sequence[Example]) -> None:
+    """Makes a shortlist, unless it is of all tokens, that of the tokens most often supervised in `rows`."""
+    if not shortlist.is_whole:
+        shortlist.take(commonest(rows, len(shortlist), shortlist.vocab_size).to(shortlist.ids_W.device))
 
 
 def parts(

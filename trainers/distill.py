@@ -18,6 +18,7 @@ from draftsmith import Target, length
 from draftsmith.drafters.lm import Config, Drafter
 from draftsmith.facts import TargetFacts, read_facts
 from draftsmith.sampling import Sampling
+from draftsmith.shortlist import check_size
 from trainers import Metrics, corpus, distillation, healing, small_models, trees
 from trainers.distillation import before_supervised
 from trainers.losses import chunked
@@ -83,8 +84,7 @@ class Settings(distillation.Loss, healing.Restraint):
 
 def check(settings: Settings, target: TargetFacts) -> None:
     """Raises ValueError for a checkpoint of another vocabulary or tokenizer, from its folder alone."""
-    if settings.shortlist > target.vocab_size:
-        raise ValueError(f"shortlist is {settings.shortlist}; {target.name} has {target.vocab_size} tokens")
+    check_size(settings.shortlist, target.vocab_size)
     if target.is_encoder_decoder and settings.shape != "chain":
         raise ValueError(f"shape is {settings.shape}, and {target.name} is an encoder-decoder: it verifies chains only")
     if settings.encoder_layers and not target.is_encoder_decoder:
@@ -121,8 +121,7 @@ def build(settings: Settings, target: Target) -> Drafter:
 def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
     """Gives the drafter its shortlist, and what it starts from its restraint."""
     healing.restrain(drafter.model, settings)
-    if settings.shortlist:
-        drafter.shortlist.take(corpus.commonest(rows, settings.shortlist, target.vocab_size).to(target.device))
+    corpus.take_commonest(drafter.shortlist, rows)
 
 
 needs = distillation.needs

@@ -37,6 +37,8 @@ class Config:
     """How far apart these lie, layer by layer."""
     rank: int = 256
     """Of the map from features to logits, if the target's output matrix is wider than that."""
+    shortlist: int = 0
+    """If not 0, logits are of so many tokens only (draftsmith/shortlist.py)."""
     copy: bool = False
     """Whether tokens may be copied from an encoder-decoder target's source, by a law of their own."""
     num_draft: int = 8
@@ -56,6 +58,8 @@ class Config:
             raise ValueError(f"kernel_size is {self.kernel_size}; it must be at least 2 to see what came before")
         if not self.dilations or min(self.dilations) < 1:
             raise ValueError(f"dilations are {list(self.dilations)}; name one of at least 1 for each layer")
+        if self.copy and self.shortlist:
+            raise ValueError("copy and shortlist exclude each other: what is copied need not be on a list")
         growth.check_shape(self)
         length.make(self.length)
 
@@ -75,7 +79,7 @@ class Drafter(nn.Module):
         self.config = config
         object.__setattr__(self, "target", target)
         size = config.num_channels
-        self.ends = Ends(target, size, config.rank)
+        self.ends = Ends(target, size, config.rank, shortlist=config.shortlist)
         self.input = nn.Linear(self.ends.input_width, size)
         # Taps side by side, the earliest first.
         self.layers = nn.ModuleList(nn.Linear(config.kernel_size * size, 2 * size) for _ in config.dilations)

@@ -34,6 +34,8 @@ class Config:
     """Layers."""
     rank: int = 256
     """Of the map from features to logits, if the target's output matrix is wider than that."""
+    shortlist: int = 0
+    """If not 0, logits are of so many tokens only (draftsmith/shortlist.py)."""
     copy: bool = False
     """Whether tokens may be copied from an encoder-decoder target's source, by a law of their own."""
     num_draft: int = 8
@@ -49,6 +51,8 @@ class Config:
         for name in ("hidden_size", "num_layers", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.copy and self.shortlist:
+            raise ValueError("copy and shortlist exclude each other: what is copied need not be on a list")
         growth.check_shape(self)
         length.make(self.length)
 
@@ -67,7 +71,7 @@ class Drafter(nn.Module):
         super().__init__()
         self.config = config
         object.__setattr__(self, "target", target)
-        self.ends = Ends(target, config.hidden_size, config.rank)
+        self.ends = Ends(target, config.hidden_size, config.rank, shortlist=config.shortlist)
         self.layers = nn.LSTM(self.ends.input_width, config.hidden_size, config.num_layers, batch_first=True)
         summary_width = config.num_layers * config.hidden_size
         self.reader = SourceReader(target, config.hidden_size, summary_width, copies=config.copy)
