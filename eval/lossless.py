@@ -42,13 +42,13 @@ import draftsmith
 from data.prompts import Prompt
 from data.shards import hash_files, write_whole
 from draftsmith import Target
-from draftsmith.artifact import read_manifest
+from draftsmith.artifact import own_files, read_manifest
 from draftsmith.files import check_replaceable
 from draftsmith.stats import num_threads
 from eval import machine
 from eval.identity import FAILED, GreedySettings, compare_greedy
 from eval.sampled import BEYOND, TOO_FEW, WAYS, LawSettings, draw_and_judge, parse_law
-from eval.table import Style, _grid
+from eval.table import Style, grid
 
 LOSSLESS, NOT_LOSSLESS, LOSSY, UNSHOWN = "lossless", "not lossless", "lossy by construction", "too few samples to say"
 NAME = "lossless"
@@ -125,7 +125,7 @@ def _progress(artifacts: Sequence[Path], num_prompts: int, settings: LawSettings
 
 def facts(target: Target, artifacts: Sequence[Path], prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Returns what the certificate holds for: software, hardware, target, artifacts, prompts, and the command."""
-    hashes = [hash_files(sorted(file for file in path.rglob("*") if file.is_file())) for path in artifacts]
+    hashes = [hash_files(own_files(path)) for path in artifacts]
     return {
         "command": shlex.join(sys.orig_argv),
         "commit": machine.commit(),
@@ -167,7 +167,7 @@ def lines(certificate: dict[str, Any], style: Style) -> list[str]:
     for kind, tests in groupby(told["tests"], key=lambda test: test["kind"]):
         rows = list(tests)
         columns, cells = (GREEDY_COLUMNS, _greedy_cells) if "ties" in rows[0] else (LAW_COLUMNS, _law_cells)
-        found += ["", f"{'## ' * is_markdown}{kind.capitalize()}", "", *_grid([columns, *map(cells, rows)], style)]
+        found += ["", f"{'## ' * is_markdown}{kind.capitalize()}", "", *grid([columns, *map(cells, rows)], style)]
         found += [line for test in rows for line in _differences(test)]
     return [
         *found,

@@ -44,11 +44,11 @@ def table(rows: Sequence[Row], style: Style) -> list[str]:
     for (temperature, batch_size), group in groupby(rows, key=lambda row: (row["temperature"], row["batch_size"])):
         title = f"temperature {temperature:g}, batch {batch_size}"
         lines += ["", f"## {title}" if style == "markdown" else title, ""]
-        lines += _grid(_without_empty([COLUMNS, *map(_cells, group)]), style)
+        lines += grid(_without_empty([COLUMNS, *map(_cells, group)]), style)
     sizes = {row["drafter"]: row for row in rows if row["family"] is not None and not row["is_ablation"]}
     if sizes:
         lines += ["", "## Drafters", ""] if style == "markdown" else [""]
-        lines += _grid([FACTS, *map(_fact_cells, sizes.values())], style)
+        lines += grid([FACTS, *map(_fact_cells, sizes.values())], style)
     lines += _by_category(rows, style) + _break_even(rows, style)
     lines += [
         "",
@@ -76,7 +76,7 @@ def _by_category(rows: Sequence[Row], style: Style) -> list[str]:
     numbers = [f"{name} ({count})" for name, count in with_some[0]["prompts_by_category"].items()]
     cells = [[_name(row), *(f"{ratio:.2f}x" for ratio in row["speedup_by_category"].values())] for row in found]
     title = f"Speed-up by category (prompts), temperature {law[0]:g}, batch {law[1]}"
-    return ["", f"## {title}" if style == "markdown" else title, "", *_grid([["drafter", *numbers], *cells], style)]
+    return ["", f"## {title}" if style == "markdown" else title, "", *grid([["drafter", *numbers], *cells], style)]
 
 
 def _break_even(rows: Sequence[Row], style: Style) -> list[str]:
@@ -91,7 +91,7 @@ def _break_even(rows: Sequence[Row], style: Style) -> list[str]:
         ]
         title = f"Predicted speed-up by batch size, temperature {temperature:g}"
         heading = ["drafter", *drafters[0]["predicted_by_batch_size"], "stops paying at"]
-        lines += ["", f"## {title}" if style == "markdown" else title, "", *_grid([heading, *cells], style)]
+        lines += ["", f"## {title}" if style == "markdown" else title, "", *grid([heading, *cells], style)]
         slow = [row["drafter"] for row in drafters if row["break_even_batch"] == 1]
         if slow:
             told = f"At temperature {temperature:g} these are predicted to slow you down: {', '.join(slow)}."
@@ -172,7 +172,7 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def _grid(cells: Sequence[Sequence[str]], style: Style) -> list[str]:
+def grid(cells: Sequence[Sequence[str]], style: Style) -> list[str]:
     """Returns aligned lines: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     aligned = []

@@ -1,0 +1,148 @@
+"""Small models that learnt from people's text against those that learnt from the target, on both pocket targets.
+
+    ./launch.sh forgotten_small_models                      # into runs/forgotten_small_models
+    ./launch.sh forgotten_small_models --targets T --train-steps 4000 --num-texts 20000
+
+The comparison of "LLM needs forgotten small LMs" done on one footing: a draft LM, an LSTM, a CNN and an n-gram model,
+each of the original text (baseline) and of what the target wrote after the same prompts or sources (distilled), as the
+two line-ups recipes/configs/forgotten-*.yaml say. Compared is real decoding of held-out prompts. A run that was stopped
+is continued by the same command.
+"""
+
+import json
+import random
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data import POCKET, POCKET_SEQ2SEQ
+from data.prompts import load_prompts
+from data.pseudo_data import write_pseudo_data
+from data.shards import write_whole
+from data.sources import Row, of_this_machine, read_source
+from data.writers import LocalTarget, PseudoDataSettings
+from draftsmith import Target
+from draftsmith.facts import TargetFacts, prompt_room, read_facts
+from draftsmith.stats import num_threads
+from eval.compare import compare
+from eval.pairs import draw_pairs, pair_table, pairs_of
+from eval.results import claim
+from eval.settings import Settings
+from trainers import lineup
+from trainers.settings import parse_settings
+
+WAYS = ("baseline", "distilled")
+LINE_UPS = {way: Path(__file__).resolve().parent / "configs" / f"forgotten-{way}.yaml" for way in WAYS}
+NAME = "forgotten_small_models"
+PROMPT_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings:
+    """What is compared, and how much of everything."""
+
+    targets: tuple[str, ...] = (str(POCKET), str(POCKET_SEQ2SEQ))
+    """Transformers folders or hub names, causal or encoder-decoder."""
+    output: str = f"runs/{NAME}"
+    """Folder for the text, the drafters, the tables and the picture."""
+    num_texts: int = 2400
+    """Prompts that a target continues, or sources that it reads."""
+    text_tokens: int = 112
+    """Tokens that it writes at most after each."""
+    train_steps: int = 0
+    """Optimiser steps of each training, 0 for what the line-ups say."""
+    num_prompts: int = 16
+    """Held-out prompts to compare on."""
+    max_new_tokens: int = 48
+    """Decoded after each."""
+    rounds: int = 3
+    """Times that all of them are decoded."""
+    seed: int = 0
+    """Of everything."""
+
+
+def main(run: ComparisonSettings) -> None:
+    output, line_ups = Path(run.output), {way: lineup.read(path) for way, path in LINE_UPS.items()}
+    rows = [row for target in run.targets for row in _compared(target, output / Path(target).name, line_ups, run)]
+    pairs = pairs_of(rows, WAYS)
+    if not pairs:
+        raise ValueError("no drafter could be made in both ways; see above")
+    text = "\n".join([*pair_table(pairs, WAYS), "", f"![{' against '.join(WAYS)}]({NAME}.png)", ""])
+    write_whole(output / f"{NAME}.json", lambda path: path.write_text(json.dumps(pairs, indent=1) + "\n"))
+    write_whole(output / f"{NAME}.md", lambda path: path.write_text(text))
+    write_whole(output / f"{NAME}.png", lambda path: draw_pairs(pairs, WAYS, path))
+    print(text)
+    print(f"Written to {output}: {NAME}.md, .json and the picture {output / NAME}.png")
+
+
+def _originals(facts: TargetFacts, output: Path, run: ComparisonSettings) -> tuple[Path, Path]:
+    """Writes what people wrote, and what the target is given to write the same itself; returns both files."""
+    source = of_this_machine("train", is_encoder_decoder=facts.is_encoder_decoder)
+    labels, sources = output / "labels.jsonl", output / "sources.jsonl"
+    if facts.is_encoder_decoder:
+        pairs = [row.fields for row in read_source(source) if isinstance(row, Row)]
+        written = random.Random(run.seed).sample(pairs, min(run.num_texts, len(pairs)))
+        given = written
+    else:
+        length, tokenizer = PROMPT_TOKENS + run.text_tokens, facts.tokenizer
+        assert tokenizer is not None
+        texts = load_prompts(source, tokenizer, max_prompts=run.num_texts, prompt_tokens=length, seed=run.seed)
+        written = [{"text": text.text} for text in texts]
+        ids = [text.ids[:PROMPT_TOKENS] for text in texts]
+        given = [{"text": tokenizer.decode(one, skip_special_tokens=True)} for one in ids]
+    for path, rows in ((labels, written), (sources, given)):
+        write_whole(path, partial(_write_rows, rows))
+    return labels, sources
+
+
+def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _compared(
+    name: str, output: Path, line_ups: dict[str, list[lineup.Entry]], run: ComparisonSettings
+) -> list[dict[str, Any]]:
+    """Makes every drafter for one target in both ways; returns the rows of its bake-off."""
+    facts = read_facts(name)
+    is_encoder_decoder = facts.is_encoder_decoder
+    common: dict[str, Any] = {"is_encoder_decoder": is_encoder_decoder, "seed": run.seed}
+    held_out = load_prompts(
+        of_this_machine("", is_encoder_decoder=is_encoder_decoder),
+        facts.tokenizer,
+        max_prompts=run.num_prompts,
+        max_prompt_tokens=prompt_room(facts, run.max_new_tokens),
+        **common,
+    )
+    claim(output)
+    labels, sources = _originals(facts, output, run)
+    learnt = load_prompts(
+        str(sources), facts.tokenizer, max_prompt_tokens=prompt_room(facts, run.text_tokens), **common
+    )
+    target = Target.from_pretrained(name, dtype="float32")
+    given: dict[str, Any] = {"target": name, "seed": run.seed} | (
+        {"max_steps": run.train_steps} if run.train_steps else {}
+    )
+    print(f"\n{Path(name).name} writes {len(learnt)} texts; what trainings say is in {output}/*/logs", flush=True)
+    with num_threads(min(4, torch.get_num_threads())):
+        wanted = PseudoDataSettings(max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed)
+        write_pseudo_data(LocalTarget(target), learnt, output / "pseudo-data", wanted)
+        artifacts = []
+        for way, data in zip(WAYS, (str(labels), str(output / "pseudo-data")), strict=True):
+            print(f"{way}, of {data}", flush=True)
+            made = lineup.make(line_ups[way], output / way, is_quiet=True, data=data, **given)
+            artifacts += lineup.say(made, len(line_ups[way]))
+    settings = Settings(
+        rounds=run.rounds, max_new_tokens=run.max_new_tokens, batch_sizes=(1,), seed=run.seed, forecast_sizes=()
+    )
+    return compare(target, held_out, artifacts, output, settings)
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_settings(ComparisonSettings, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
