@@ -20,16 +20,22 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"batch_size": 4, "max_steps": 8, "eval_steps": 4, "save_steps": 4, "log_steps": 1, "warmup_steps": 2}
 
 
-def make_target(folder: Path, *, seed: int = 0) -> Target:
-    """Writes a tiny Llama and its tokenizer as a transformers folder and returns it as a target."""
-    model = tiny_model("llama", seed=seed)
+def make_target(folder: Path, architecture: str = "llama", *, seed: int = 0) -> Target:
+    """Writes a tiny Llama, or another model, and its tokenizer as a transformers folder; returns it as a target."""
+    model = tiny_model(architecture, seed=seed)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return Target.from_pretrained(str(folder), dtype="float32")
 
 
 def make_data(
-    target: Target, folder: Path, *, num_rows: int = 40, max_new_tokens: int = 16, batch_size: int = 1
+    target: Target,
+    folder: Path,
+    *,
+    num_rows: int = 40,
+    max_new_tokens: int = 16,
+    batch_size: int = 1,
+    temperature: str = "1",
 ) -> Path:
     """Writes pseudo-data whose rows have prompts, and so texts, of many lengths."""
     generator = torch.Generator().manual_seed(1)
@@ -38,7 +44,7 @@ def make_data(
         length = int(torch.randint(2, CONTEXT - max_new_tokens - 1, (1,), generator=generator))
         ids = torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
         rows.append(Prompt(ids=ids, loss_mask=None, text="", category=None, key=f"row-{row}", source="test"))
-    settings = PseudoDataSettings(max_new_tokens=max_new_tokens, temperature="1", batch_size=20)
+    settings = PseudoDataSettings(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=20)
     write_pseudo_data(target, rows, folder, settings)
     return folder
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import draftsmith
 from data.batches import Example, collate, example
 from draftsmith.drafters import lookup
-from tests.models import greedy_by_transformers, tiny_target
+from tests.models import SEQ2SEQ, greedy_by_transformers, prompts, tiny_target
 from trainers import corpus
 from trainers.corpus import documents, judge, keep, parts
 
@@ -55,6 +55,14 @@ def test_documents_are_the_supervised_runs(rows: list[list[tuple[int, bool]]], c
     found = list(documents(examples, context))
     assert lists(found) == slow_documents(rows, context)
     assert all(text.dtype == np.int64 for text in found)
+
+
+def test_a_decoders_text_begins_with_its_start_and_counts_for_every_source() -> None:
+    written = [([0, 5, 6], [7, 8]), ([0, 5, 6], [9]), ([0, 5, 6], [9]), ([0, 4], [5])]
+    rows = [example(ids, [False, *[True] * (len(ids) - 1)], "row", source) for ids, source in written]
+    for context in (0, 1, 3):
+        assert lists([*documents(rows, context)]) == [[0, 5, 6], [0, 5, 6], [0, 4]]
+    assert lists(keep(rows, 100)) == [[0, 5, 6], [0, 4]], "a text is stored once"
 
 
 def ngrams(text: Sequence[int]) -> set[tuple[int, ...]]:
@@ -161,3 +169,19 @@ def test_judged_by_decoding() -> None:
         num_accepted, num_rounds = num_accepted + sum(stats.accepted), num_rounds + stats.steps
     assert (int(metrics["acceptance"][0]), metrics["acceptance"][1]) == (num_accepted, num_rounds)
     assert num_accepted > 0
+
+
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
+def test_an_encoder_decoder_is_judged_from_the_beginning(architecture: str) -> None:
+    """Each row's source is read without the padding, and as much is accepted as when each is decoded alone."""
+    target = tiny_target(architecture)
+    drafter = lookup.Drafter(lookup.Config(), target)
+    sources = prompts(5)
+    batch = collate([example([0, 5], [False, True], str(at), source) for at, source in enumerate(sources)])
+    metrics = judge(drafter, batch, target, new_tokens=12)
+    num_accepted = num_rounds = 0
+    for source in sources:
+        stats = draftsmith.generate(target, torch.tensor([source]), drafter, max_new_tokens=12).stats
+        num_accepted, num_rounds = num_accepted + sum(stats.accepted), num_rounds + stats.steps
+    assert (int(metrics["acceptance"][0]), metrics["acceptance"][1]) == (num_accepted, num_rounds)
+    assert num_accepted > 0 and num_rounds + num_accepted == 12 * 5

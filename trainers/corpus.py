@@ -32,17 +32,19 @@ Row = TypeVar("Row")
 
 
 def documents(rows: Sequence[Example], context: int = 0) -> Iterator[np.ndarray]:
-    """Yields the text to learn from (int64): each row's supervised runs, each text once.
+    """Yields the text to learn from (int64): each row's supervised runs, each text once of each source.
 
     A run comes with up to `context` tokens that stand before it, but none of the run before; an encoder-decoder's with
     the token that its decoder begins with, which is what is pending when the first token is drafted.
     """
     seen = set()
-    for text in _runs(rows, context):
-        digest = _digest(text)
-        if digest not in seen:
-            seen.add(digest)
-            yield text
+    for row in rows:
+        source = np.zeros(0, np.int64) if row.source_S is None else row.source_S.numpy()
+        for text in _runs([row], context):
+            digest = _digest(np.concatenate([source, [-1], text]))
+            if digest not in seen:
+                seen.add(digest)
+                yield text
 
 
 def keep(rows: Sequence[Example], budget_tokens: int, context: int = 0) -> list[np.ndarray]:

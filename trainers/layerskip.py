@@ -17,6 +17,7 @@ from data.batches import Batch, Example, collate, example, order
 from data.shards import write_whole
 from draftsmith import Target, growth, length
 from draftsmith.drafters.layerskip import Config, Drafter
+from draftsmith.facts import TargetFacts
 from draftsmith.skipping import sublayers
 from trainers import Metrics, Needs
 from trainers.logs import reporter
@@ -64,6 +65,12 @@ class Settings:
             raise ValueError(f"skip_ratio is {self.skip_ratio}; it must lie between 0 and 1")
         if self.objective == "acceptance" and not self.skip_ratio:
             raise ValueError("acceptance alone is best with nothing left out: give a skip_ratio, such as 0.45")
+
+
+def check(settings: Settings, facts: TargetFacts) -> None:
+    """Raises ValueError for an encoder-decoder, before its weights load."""
+    if facts.is_encoder_decoder:
+        raise ValueError(f"{facts.name} is an encoder-decoder, whose sublayers cannot be left out")
 
 
 def needs(settings: Settings, target: Target) -> Needs:
