@@ -88,7 +88,7 @@ make_environment() {
         "$new_python" -m venv "$venv"
     fi
     cd "$root"
-    if install_with_uv || install_with_pip; then
+    if { install_with_uv || install_with_pip; } && install_sampler; then
         write_bytecode
         wanted >"$venv/installed"
         rm "$venv.unfinished"
@@ -111,6 +111,11 @@ install_with_uv() {
 install_with_pip() {
     echo "uv did not succeed; trying pip, which takes a few minutes."
     "$python" -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+}
+
+# wandb's sampler, for ./launch.sh sweep: it asks for numpy 1, and works with 2. What else it needs is installed by now.
+install_sampler() {
+    "$python" -m pip install -qq --disable-pip-version-check --constraint constraints.txt --no-deps sweeps
 }
 
 # Where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would else compile torch anew.

@@ -11,7 +11,7 @@ import draftsmith
 from data.prompts import Prompt
 from data.shards import hash_files
 from draftsmith import Target, verify
-from draftsmith.artifact import read_manifest
+from draftsmith.artifact import own_files, read_manifest
 from draftsmith.gate import Gated
 from eval.measure import Contender, own_loop, transformers_loop, warm_up
 from eval.settings import Settings
@@ -68,7 +68,7 @@ def entries(target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path]
             "drafter": drafter,
             "is_tuned": drafter.target is not target,
             "num_parameters": sum(parameter.numel() for parameter in parameters),
-            "artifact_mb": sum(file.stat().st_size for file in _files(path)) / 1e6,
+            "artifact_mb": sum(file.stat().st_size for file in own_files(path)) / 1e6,
             "train_s": manifest.get("train_s"),
         }
         reference = None
@@ -118,9 +118,5 @@ def _names(artifacts: Sequence[Path]) -> list[str]:
     return longer
 
 
-def _files(artifact: Path) -> list[Path]:
-    return sorted(file for file in Path(artifact).rglob("*") if file.is_file())
-
-
 def fingerprint(artifact: Path) -> str:
-    return hash_files(_files(artifact))
+    return hash_files(own_files(artifact))

@@ -14,7 +14,7 @@ is continued by the same command. Pocket target, two drafters, one CPU core: abo
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,7 +31,8 @@ from eval.compare import compare
 from eval.results import check_output, claim
 from eval.settings import Settings
 from eval.table import header, table
-from trainers import lineup
+from eval.track import to_wandb
+from trainers import launch, lineup
 from trainers.settings import parse_settings
 
 LINE_UP = Path(__file__).resolve().parent / "configs" / "bakeoff.yaml"
@@ -93,6 +94,10 @@ class RunSettings:
     """Where the target runs."""
     dtype: str = ""
     """What its weights are loaded as; if empty float32 on a CPU, and on a GPU as they are stored."""
+    report_to: Literal["files", "wandb"] = "files"
+    """Leave the table and pictures in the output alone, or in wandb too ($WANDB_MODE=offline needs no account)."""
+    wandb_project: str = "draftsmith"
+    """Project in wandb."""
 
     def comparison(self) -> Settings:
         """Returns what `compare` wants; raises ValueError for what it cannot be."""
@@ -113,6 +118,7 @@ class RunSettings:
 def main(run: RunSettings) -> None:
     settings, output = run.comparison(), Path(run.output)
     check_output(output)
+    launch.require(run.report_to == "wandb", "wandb", "--report-to wandb")
     line_up = [] if run.drafts else lineup.read(Path(run.line_up))
     manifests = [read_manifest(draft) for draft in run.drafts]
     facts = read_facts(run.target)
@@ -136,6 +142,8 @@ def main(run: RunSettings) -> None:
     target = Target.from_pretrained(run.target, dtype=dtype, device=run.device)
     artifacts = [Path(draft) for draft in run.drafts] or _made(line_up, target, facts, run)
     rows = compare(target, prompts, artifacts, output, settings)
+    if run.report_to == "wandb":
+        to_wandb(rows, output, run.wandb_project)
     print("\n".join([header(rows, "terminal"), *table(rows, "terminal")]))
     print(f"\nWritten to {run.output}: bakeoff.md, .csv, .json and the picture {Path(run.output) / 'bakeoff.png'}")
 

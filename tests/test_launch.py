@@ -166,6 +166,7 @@ def test_an_environment_is_made_once_and_renewed_when_versions_change(house: Hou
     (install,) = house.called("-m uv pip install")
     assert "--constraints constraints.txt" in install
     assert install.endswith("--editable .[train,dev]")
+    assert house.called("-m pip install")[-1].endswith("--constraint constraints.txt --no-deps sweeps")
     assert house("setup").returncode == 0
     assert house.called("") == ["--version"]
     with (house.root / "constraints.txt").open("a") as constraints:

@@ -1,7 +1,6 @@
 """What runs tell: the same names in log.jsonl and in wandb, whatever the family, and once also after a kill."""
 
 import json
-import struct
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,10 +9,11 @@ import pytest
 import torch
 import wandb
 from transformers.integrations.integration_utils import rewrite_logs
-from wandb.proto.wandb_internal_pb2 import Record
 
 from tests.runs import SMALL, make_data, make_target
+from tests.told import read_wandb
 from trainers import layerskip, logs, lookup, medusa
+from trainers.lines import wandb_name
 from trainers.loop import train
 from trainers.run import RunSettings
 
@@ -66,35 +66,13 @@ def test_wandb_is_told_the_same_without_an_account(folder: Path, monkeypatch: py
         told, config = read_wandb(file)
         assert config["num_texts" if family is layerskip else "num_heads"] == 2 and config["max_steps"] == 2
         for line in lines(output):
-            expected = {logs.wandb_name(name): value for name, value in line.items() if name != "step"}
+            expected = {wandb_name(name): value for name, value in line.items() if name != "step"}
             assert any(expected.items() <= one.items() for one in told), line
-
-
-def read_wandb(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Returns what was logged, and the config, by the file's blocks of 32 KiB and its records' headers of 7 bytes."""
-    raw, place, whole = file.read_bytes(), 7, b""
-    told: list[dict[str, Any]] = []
-    config: dict[str, Any] = {}
-    while place + 7 <= len(raw):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
-            continue
-        _, size, kind = struct.unpack("<IHB", raw[place : place + 7])
-        whole += raw[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            record, whole = Record.FromString(whole), b""
-            items = record.history.item
-            if items:
-                told.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
-            for update in (*record.run.config.update, *record.config.update):
-                config[update.key or update.nested_key[0]] = json.loads(update.value_json)
-    return told, config
 
 
 def test_names_are_those_that_transformers_gives_them() -> None:
     line = {"loss": 1.0, "eval_acceptance": 0.5, "tokens_per_s": 3.0}
-    assert {logs.wandb_name(name): value for name, value in line.items()} == rewrite_logs(line)
+    assert {wandb_name(name): value for name, value in line.items()} == rewrite_logs(line)
 
 
 def test_a_run_killed_after_its_last_line_tells_it_once(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from data.teacher import complete
 from draftsmith import Target
 from trainers import Needs, checkpoints, judging
 from trainers.judging import ACCEPTANCE, Sums
-from trainers.logs import HELD_OUT, JsonLines, Progress
+from trainers.lines import HELD_OUT, LOG
+from trainers.logs import JsonLines, Progress
 from trainers.run import RunSettings
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -81,7 +82,7 @@ class DraftTrainer(Trainer):
         spent_s: float,
         **options: Any,
     ) -> None:
-        super().__init__(step, arguments, callbacks=[Progress(), JsonLines(output / "log.jsonl"), Rhythm()], **options)
+        super().__init__(step, arguments, callbacks=[Progress(), JsonLines(output / LOG), Rhythm()], **options)
         self.remove_callback(PrinterCallback)
         self._step, self._target, self._needs, self._held_out = step, target, step.needs, held_out
         self._output, self._facts = output, facts

@@ -50,8 +50,8 @@ def begin(run: RunSettings) -> str | None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, wherever it is installed
     if rank() != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
-    _require(run.report_to == "wandb", "wandb", "--report-to wandb")
-    _require(bool(run.deepspeed), "deepspeed", "--deepspeed")
+    require(run.report_to == "wandb", "wandb", "--report-to wandb")
+    require(bool(run.deepspeed), "deepspeed", "--deepspeed")
     if run.report_to == "wandb":
         os.environ.setdefault("WANDB_PROJECT", run.wandb_project)
     if not run.deepspeed:
@@ -62,6 +62,12 @@ def begin(run: RunSettings) -> str | None:
         raise ValueError(f"--deepspeed {run.deepspeed}: there is no such file, and it is none of {known}")
     _prepare_deepspeed()
     return str(path)
+
+
+def require(is_wanted: bool, package: str, flag: str) -> None:
+    """Raises ValueError if `flag` asks for a package that is not installed."""
+    if is_wanted and importlib.util.find_spec(package) is None:
+        raise ValueError(f"{flag} needs {package}, which is not installed: pip install {package}")
 
 
 def write_default_data(run: RunSettings) -> None:
@@ -98,11 +104,6 @@ def _is_readable(folder: Path) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _require(is_wanted: bool, package: str, flag: str) -> None:
-    if is_wanted and importlib.util.find_spec(package) is None:
-        raise ValueError(f"{flag} needs {package}, which is not installed: pip install {package}")
 
 
 def _prepare_deepspeed() -> None:

@@ -16,9 +16,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainers import launch
+from trainers.lines import HELD_OUT, LOG, wandb_name
 from trainers.run import RunSettings
-
-HELD_OUT, LOG = "eval_", "log.jsonl"
 
 
 class Progress(TrainerCallback):
@@ -104,11 +103,6 @@ def conclude(run: RunSettings, judged: dict[str, float], seconds: float, output:
         log.write_text("".join(line + "\n" for line in lines))
     numbers = {HELD_OUT + name: value for name, value in judged.items()}
     reporter(run, output)({"step": run.max_steps, **numbers, "seconds": seconds})
-
-
-def wandb_name(name: str) -> str:
-    """Returns the name under which wandb shows what the log calls `name`."""
-    return f"eval/{name.removeprefix(HELD_OUT)}" if name.startswith(HELD_OUT) else f"train/{name}"
 
 
 def _concludes(line: str) -> bool:

@@ -4,8 +4,6 @@ What is scored next follows from the seed and the scores so far alone, so that a
 it had not been.
 """
 
-import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,8 @@ from bayes_opt import BayesianOptimization, acquisition
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Matern
 from tqdm import tqdm
+
+from trainers import lines
 
 Bits = tuple[int, ...]
 METHODS = ("gp", "greedy", "random")
@@ -172,15 +172,12 @@ def search(
     `evaluate` returns a "score" and whatever else is to be noted. Each is appended to the log, and safely on disk,
     before the next begins. What it raises ends the search: a choice that cannot be run is no bad choice.
     """
-    lines = _whole_lines(path)
-    scores: dict[Bits, float] = {_parsed(line["bits"]): line["score"] for line in lines}
+    scores: dict[Bits, float] = {_parsed(line["bits"]): line["score"] for line in lines.whole(path)}
     interval = 0.5 if sys.stderr.isatty() else 20
-    with (
-        path.open("a") as file,
-        tqdm(
-            total=num_evaluations, initial=len(scores), desc=f"search ({method})", unit="mask", mininterval=interval
-        ) as bar,
-    ):
+    path.touch()
+    with tqdm(
+        total=num_evaluations, initial=len(scores), desc=f"search ({method})", unit="mask", mininterval=interval
+    ) as bar:
         while len(scores) < num_evaluations and (proposed := propose(method, space, scores, starts, seed)):
             bits, found_by = proposed
             assert bits not in scores
@@ -188,24 +185,11 @@ def search(
             scores[bits] = found["score"]
             line = {"step": len(scores), "bits": "".join(map(str, bits)), "by": found_by, **found}
             line["best"] = max(scores.values())
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            lines.append(path, line)
             report(line)
             bar.set_postfix_str(f"best {line['best']:.3f}", refresh=False)
             bar.update()
     return max(scores, key=scores.__getitem__)
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the log's entries, a last one that was cut short taken off the file as well."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        os.truncate(path, len(whole.encode()))
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _parsed(text: str) -> Bits:
