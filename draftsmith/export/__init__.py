@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 
-from draftsmith.artifact import MANIFEST, read_manifest
+from draftsmith.artifact import MANIFEST, local_folder, read_manifest
 from draftsmith.drafters import find
 from draftsmith.export import custom
 from draftsmith.export.given import Given, read_given
@@ -25,21 +25,24 @@ Writer = Callable[[Given, Path], Launch]
 def export(artifact: str | Path, to: str, output: str | Path, target: str | None = None) -> Path:
     """Writes an artifact as the folder `output` for the engine `to`, and how to launch it as `launch.json` there.
 
-    `target` is a transformers folder or hub name, by default the one that the artifact was made for. A former export at
-    `output` is replaced. Raises ValueError for an engine that does not run such a drafter, an artifact that was made
-    for another target, and an output that holds something else; nothing is written then.
+    The artifact is a folder or owner/name on the hub, `target` a transformers folder or hub name, by default the one
+    that the artifact was made for. A former export at `output` is replaced. Raises ValueError for an engine that does
+    not run such a drafter, an artifact that was made for another target, and an output that holds something else;
+    nothing is written then.
     """
     if to not in ENGINES:
         near = difflib.get_close_matches(to, ENGINES, n=1)
-        raise ValueError(f"unknown engine {to!r}; " + (f"did you mean {near[0]!r}?" if near else _all(ENGINES)))
-    manifest = read_manifest(artifact)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ENGINES)}"
+        raise ValueError(f"unknown engine {to!r}; {hint}")
+    source = local_folder(artifact)
+    manifest = read_manifest(source)
     find(manifest["family"])
     write = _writer(manifest["family"], to)
     path = Path(output).resolve()
     if (path / MANIFEST).exists():
         raise ValueError(f"{output} is an artifact; name another folder to export to")
     check_replaceable(path, marker=LAUNCH)
-    given = read_given(Path(artifact).resolve(), manifest, path, target)
+    given = read_given(source.resolve(), manifest, path, target)
     if given.facts.is_encoder_decoder and write is not custom.write:
         if to != "transformers":
             raise ValueError(
@@ -65,11 +68,6 @@ def _writer(family: str, engine: str) -> Writer:
     others = [name for name in offered if name != "transformers"]
     raise ValueError(
         f"{NAMES[engine]} does not run drafters of family {family!r}; "
-        + (f"export it --to {' or '.join(others)}, " if others else "")
-        + ("or " if others else "")
+        + (f"export it --to {' or '.join(others)}, or " if others else "")
         + "run it with draftsmith, by its own generate or exported --to transformers as a custom_generate folder"
     )
-
-
-def _all(names: tuple[str, ...]) -> str:
-    return f"there are {', '.join(names)}"

@@ -20,6 +20,7 @@ def write(given: Given, folder: Path) -> Launch:
     return in_python(
         given,
         f"model.generate(**inputs, {call}, max_new_tokens=64, do_sample=False)",
+        target=given.target_name,
         notes=tunes if given.manifest.get("tunes_target") else (),
         custom_generate=str(given.output),
     )

@@ -32,6 +32,8 @@ class Launch:
 
     command: str
     """What to run, every path whole."""
+    target: str
+    """The model that is served."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The engine's own settings of speculation, as the command has them."""
     checked_with: str = ""
@@ -48,7 +50,7 @@ def write_launch(folder: Path, given: Given, engine: str, launch: Launch) -> Non
         "settings": launch.settings,
         "checked_with": launch.checked_with or CHECKED_WITH[engine],
         "notes": list(launch.notes),
-        "target": given.served,
+        "target": launch.target,
         "artifact": given.manifest,
     }
     (folder / LAUNCH).write_text(json.dumps(record, indent=1) + "\n")
@@ -59,16 +61,19 @@ def read_launch(folder: Path) -> dict[str, Any]:
     return json.loads((folder / LAUNCH).read_text())
 
 
-def in_python(given: Given, *lines: str, notes: tuple[str, ...] = (), **settings: Any) -> Launch:
-    """Returns how `model.generate` of transformers is called, `model` being the target; `lines` come after it."""
+def in_python(
+    given: Given, *lines: str, target: str | None = None, notes: tuple[str, ...] = (), **settings: Any
+) -> Launch:
+    """Returns how `model.generate` of transformers is called; `lines` come after what loads `target` as `model`."""
+    target = target or given.served
     auto = "AutoModelForSeq2SeqLM" if given.facts.is_encoder_decoder else "AutoModelForCausalLM"
     first = [
         f"from transformers import {auto}, AutoTokenizer, GenerationConfig",
         f"tokenizer = AutoTokenizer.from_pretrained({given.target_name!r})",
-        f"model = {auto}.from_pretrained({given.served!r})",
+        f"model = {auto}.from_pretrained({target!r})",
         'inputs = tokenizer("some text", return_tensors="pt")',
     ]
-    return Launch(command="\n".join([*first, *lines]), settings=settings, notes=notes)
+    return Launch(command="\n".join([*first, *lines]), target=target, settings=settings, notes=notes)
 
 
 def for_vllm(
@@ -84,14 +89,15 @@ def for_vllm(
     told = shlex.quote(json.dumps(settings))
     command = f"{before}vllm serve {shlex.quote(given.served)} --speculative-config {told}"
     limits = ("min_p and logit_bias do not work while vLLM drafts.",)
-    return Launch(command=command, settings=settings, checked_with=checked_with, notes=(*notes, *limits))
+    told_all = (*notes, *limits)
+    return Launch(command=command, target=given.served, settings=settings, checked_with=checked_with, notes=told_all)
 
 
 def for_sglang(given: Given, settings: dict[str, Any], *, notes: tuple[str, ...] = ()) -> Launch:
     """Returns how SGLang is launched with such flags, by their names without `--speculative-`."""
     flags = " ".join(f"--speculative-{name} {shlex.quote(str(value))}" for name, value in settings.items())
     command = f"python -m sglang.launch_server --model-path {shlex.quote(given.served)} {flags}"
-    return Launch(command=command, settings=settings, notes=notes)
+    return Launch(command=command, target=given.served, settings=settings, notes=notes)
 
 
 def check_path(given: Given) -> None:

@@ -1,13 +1,13 @@
-"""The target with whole blocks left out, as a model of its own: a draft model for any server.
-
-It reads keys and values of its own, as they come out without those blocks, where drafts of draftsmith read the
-target's: what it drafts may be a little worse.
-"""
+"""The target with whole blocks left out, as a model of its own: a draft model for any server."""
 
 from typing import Any
 
 from draftsmith.export.given import Given
 from draftsmith.export.models import cut, for_draft_model, for_standalone
+
+OWN_CACHE = (
+    "It reads keys and values of its own where draftsmith's drafts read the target's, and may be right less often."
+)
 
 
 def draft_model(given: Given) -> Any:
@@ -25,4 +25,4 @@ def draft_model(given: Given) -> Any:
     return cut(given.drafter.target, [block for block in range(given.facts.num_layers) if block not in left_out])
 
 
-WRITERS = {"vllm": for_draft_model(draft_model), "sglang": for_standalone(draft_model)}
+WRITERS = {"vllm": for_draft_model(draft_model, OWN_CACHE), "sglang": for_standalone(draft_model, OWN_CACHE)}

@@ -11,12 +11,12 @@ from draftsmith.export.models import for_transformers as as_assistant
 
 
 def draft_model(given: Given) -> Any:
-    """Returns the model; raises ValueError for one whose ends are the target's or short, or whose weights are packed."""
+    """Returns the model; raises ValueError for one with the target's ends, a short head or packed weights."""
     if not _is_whole(given.config):
         raise ValueError(
             "a draft model whose head is the target's (rank), short (shortlist) or whose weights are packed once loaded"
-            " (quantised) is no ordinary model; make one without, or run it with draftsmith or exported --to transformers"
-            " as a custom_generate folder"
+            " (quantised) is no ordinary model; make one without, or run it with draftsmith, or --to transformers as a"
+            " custom_generate folder"
         )
     return given.drafter.model
 

@@ -71,19 +71,21 @@ def for_transformers(make: Maker) -> Callable[[Given, Path], Launch]:
     return write
 
 
-def for_draft_model(make: Maker) -> Callable[[Given, Path], Launch]:
+def for_draft_model(make: Maker, *notes: str) -> Callable[[Given, Path], Launch]:
     """Returns what writes the model that `make` returns as a draft model of vLLM."""
 
     def write(given: Given, folder: Path) -> Launch:
         check_path(given)
         write_model(given, folder, make(given))
         settings: dict[str, Any] = {"method": "draft_model", "model": str(given.output)}
-        return for_vllm(given, settings | {"num_speculative_tokens": given.config.num_draft}, notes=_notes(given))
+        return for_vllm(
+            given, settings | {"num_speculative_tokens": given.config.num_draft}, notes=(*notes, *_notes(given))
+        )
 
     return write
 
 
-def for_standalone(make: Maker) -> Callable[[Given, Path], Launch]:
+def for_standalone(make: Maker, *notes: str) -> Callable[[Given, Path], Launch]:
     """Returns what writes the model that `make` returns as a draft model of SGLang."""
 
     def write(given: Given, folder: Path) -> Launch:
@@ -91,7 +93,7 @@ def for_standalone(make: Maker) -> Callable[[Given, Path], Launch]:
         num_draft = given.config.num_draft
         settings: dict[str, Any] = {"algorithm": "STANDALONE", "draft-model-path": str(given.output)}
         settings |= {"num-steps": num_draft, "eagle-topk": 1, "num-draft-tokens": num_draft + 1}
-        return for_sglang(given, settings, notes=_notes(given))
+        return for_sglang(given, settings, notes=(*notes, *_notes(given)))
 
     return write
 
