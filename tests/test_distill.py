@@ -9,18 +9,25 @@ import pytest
 import torch
 from torch.nn import functional
 
+import draftsmith
 from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.drafters.lm import Drafter
 from draftsmith.facts import read_facts
 from draftsmith.shortlist import Shortlist
+from tests import runs
+from tests.family import check_greedy
 from tests.models import SEQ2SEQ, VOCAB_SIZE, tiny_config, tiny_model, tiny_target, tiny_tokenizer
+from tests.runs import make_data, make_target
 from trainers import distill
+from trainers.loop import train
 from trainers.losses import DIVERGENCES, Teacher, divergence, given_listed, jensen_shannon
+from trainers.run import RunSettings
 
 TARGET = tiny_target("llama")
 SMALL = {"hidden_size": 16, "num_heads": 2}
+SETTINGS = distill.Settings(rank=8, shortlist=40)
 
 
 def batch(settings: distill.Settings) -> Batch:
@@ -260,6 +267,14 @@ def test_a_checkpoint_to_draft_for_an_encoder_decoder(is_causal: bool, tmp_path:
         causal = read_facts(str(tmp_path / "llama"))
         with pytest.raises(ValueError, match="is an encoder-decoder and target .* is not"):
             distill.check(settings, causal)
+
+
+def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
+    """Its own: the loop gives the trainer sources, and what it leaves drafts for the target."""
+    data = make_data(make_target(tmp_path / "target", "t5"), tmp_path / "data", num_rows=24, max_new_tokens=12)
+    paths = {"target": str(tmp_path / "target"), "data": str(data), "output": str(tmp_path / "run")}
+    output = train(distill, dataclasses.replace(SETTINGS, loss="lk"), RunSettings(**paths, **runs.SMALL))
+    check_greedy(draftsmith.load(output, Target.from_pretrained(paths["target"], dtype="float32")), "t5")
 
 
 def test_judgement_by_hand() -> None:
