@@ -1,7 +1,8 @@
-"""Every trainer without gradient on encoder-decoders, end to end: it drafts, or says that it cannot."""
+"""Encoder-decoders end to end: every trainer without gradient drafts, or says that it cannot; the recipes compare."""
 
 import dataclasses
 import importlib
+import json
 import pkgutil
 from pathlib import Path
 
@@ -12,11 +13,16 @@ import trainers
 from data.pseudo_data import read_pseudo_data
 from draftsmith import Target
 from draftsmith.artifact import read_manifest
+from draftsmith.drafters import lookup
+from eval.identity import GreedySettings
+from eval.sampled import LawSettings
+from recipes import bakeoff, lossless
 from tests.family import Watched, texts
-from tests.models import SEQ2SEQ, padded
+from tests.models import padded
 from tests.runs import make_data, make_target
 from trainers.loop import train
 from trainers.run import RunSettings
+from trainers.settings import parse_settings
 
 
 def fitters() -> list[str]:
@@ -36,7 +42,7 @@ def fitters() -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module", params=SEQ2SEQ)
+@pytest.fixture(scope="module", params=["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny encoder-decoder in `target` and its text in `data`."""
     root = tmp_path_factory.mktemp(request.param)
@@ -69,3 +75,28 @@ def test_it_is_trained_and_drafts_or_refuses(folder: Path, name: str) -> None:
     assert texts(drafted) == texts(plain)
     assert drafter.num_drafted > 0
     assert read_manifest(output)["measured_acceptance"]["acceptance"] >= 0
+
+
+@pytest.mark.slow
+def test_drafters_are_compared_and_certified_on_what_an_encoder_reads(tmp_path: Path) -> None:
+    """From articles whose highlights are never looked at: text equals transformers' own, token for token and in law."""
+    target = make_target(tmp_path / "target", "t5")
+    draftsmith.save(lookup.Drafter(lookup.Config(), target), tmp_path / "artifact", target=target)
+    rows = [{"article": f"w{3 + row} w9 w7 w8 " * (1 + row % 3), "highlights": "w5"} for row in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--target", tmp_path / "target", "--data", tmp_path / "pairs.jsonl", "--num-prompts", "8"]
+    wanted = [*given, "--drafts", tmp_path / "artifact", "--output", tmp_path / "bakeoff", "--rounds", "1"]
+    wanted += ["--max-new-tokens", "12", "--batch-sizes", "8"]
+    bakeoff.main(*parse_settings(bakeoff.RunSettings, description="", argv=[*map(str, wanted)]))
+    found = json.loads((tmp_path / "bakeoff" / "bakeoff.json").read_text())
+    greedy = [row for row in found if row["temperature"] == 0]
+    assert {row["drafter"] for row in greedy} == {"plain", "transformers", "artifact"} and len(greedy) == 3
+    assert all(row["identical"] for row in greedy)
+    assert all(row["tau"] > 1 for row in greedy if row["drafter"] == "artifact")
+    wanted = [*given, "--draft", tmp_path / "artifact", "--output", tmp_path / "lossless", "--max-new-tokens", "8"]
+    wanted += ["--laws", "temperature=1", "--num-tokens", "2", "--num-rows", "120", "--dtypes", "float32"]
+    kinds = (lossless.RunSettings, LawSettings, GreedySettings)
+    lossless.main(*parse_settings(*kinds, description="", argv=[*map(str, wanted)]))
+    tests = json.loads((tmp_path / "lossless" / "lossless.json").read_text())["tests"]
+    assert {test["verdict"] for test in tests if test["kind"] == "greedy identity"} == {"passed"}
+    assert len(tests) == 9 and not any(test["verdict"] == "failed" for test in tests)
