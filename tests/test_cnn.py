@@ -1,6 +1,7 @@
 """The convolutional drafter and its trainer: what only they have; the rest is checked as any reading drafter is."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -8,19 +9,31 @@ import torch
 from torch.nn import functional
 
 import draftsmith
+from draftsmith import Target
 from draftsmith.drafters import cnn
 from draftsmith.drafters.cnn import Config, Drafter
-from tests.family import built, check_family
-from tests.models import VOCAB_SIZE, tiny_model, tiny_target
-from tests.reading import check_reading
+from tests.family import built, check_family, check_greedy
+from tests.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
+from tests.reading import check_reading, source_of
+from tests.runs import SMALL, make_data, make_target
 from trainers import cnn as trainer
+from trainers.loop import train
+from trainers.run import RunSettings
 
-SETTINGS = trainer.Settings(num_channels=24, rank=16, loss="tvd", teacher_top_k=8)
+SETTINGS = trainer.Settings(num_channels=24, rank=16, loss="tvd", teacher_top_k=8, on_policy=0.5)
 EXAMPLE = Config(num_channels=24, rank=8, num_draft=4, length="refit=0.1")
 
 
 def test_family(tmp_path: Path) -> None:
     check_family(cnn, EXAMPLE, tmp_path, trainer=trainer, settings=SETTINGS)
+
+
+def test_a_shortlist(tmp_path: Path) -> None:
+    config, settings = (dataclasses.replace(one, shortlist=7) for one in (EXAMPLE, SETTINGS))
+    check_family(cnn, config, tmp_path, architectures=("llama",), trainer=trainer, settings=settings)
+    check_reading(cnn, config)
+    with pytest.raises(ValueError, match="copy and shortlist exclude each other"):
+        dataclasses.replace(config, copy=True)
 
 
 @pytest.mark.parametrize(
@@ -38,12 +51,16 @@ def test_the_text_of_an_encoder_decoder(architecture: str, copy: bool, tmp_path:
     check_reading(cnn, config, architecture)
 
 
-def test_a_shortlist(tmp_path: Path) -> None:
-    config, settings = (dataclasses.replace(one, shortlist=7) for one in (EXAMPLE, SETTINGS))
-    check_family(cnn, config, tmp_path, architectures=("llama",), trainer=trainer, settings=settings)
-    check_reading(cnn, config)
-    with pytest.raises(ValueError, match="copy and shortlist exclude each other"):
-        dataclasses.replace(config, copy=True)
+def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
+    """Its own, and labels: the loop gives the trainer sources, and what it leaves drafts for the target."""
+    own = make_data(make_target(tmp_path / "target", "t5"), tmp_path / "data", num_rows=24, max_new_tokens=12)
+    labels = tmp_path / "labels.jsonl"
+    rows = [{"source": f"w{row} w9 w{row}", "target": f"w{row} w8"} for row in range(3, 27)]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for data in (own, labels):
+        paths = {"target": str(tmp_path / "target"), "data": str(data), "output": str(tmp_path / f"run-{data.stem}")}
+        output = train(trainer, dataclasses.replace(SETTINGS, copy=True), RunSettings(**paths, **SMALL))
+        check_greedy(draftsmith.load(output, Target.from_pretrained(paths["target"], dtype="float32")), "t5")
 
 
 @pytest.mark.parametrize(
@@ -93,12 +110,19 @@ def test_dropout_leaves_out_inputs_of_layers_in_training_alone() -> None:
 
 def test_a_drafter_in_float32_beside_a_target_in_bfloat16() -> None:
     """As training in mixed precision has it."""
-    target = draftsmith.Target(tiny_model("llama").bfloat16())
-    drafter = trainer.build(SETTINGS, target)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits_BTV = drafter.ends.head(drafter(torch.tensor([[5, 6, 7]])))
-        functional.cross_entropy(logits_BTV[0].float(), torch.tensor([6, 7, 8])).backward()
-    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in drafter.parameters())
+    for architecture, copy in (("llama", False), ("t5", True)):
+        target = draftsmith.Target(tiny_model(architecture).bfloat16())
+        drafter = trainer.build(dataclasses.replace(SETTINGS, copy=copy), target)
+        source = source_of(target, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits_BTV = drafter.head(source)(drafter(torch.tensor([[5, 6, 7], [7, 6, 5]]), source))
+            functional.cross_entropy(logits_BTV.flatten(0, 1).float(), torch.tensor([6, 7, 8, 6, 5, 4])).backward()
+        assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in drafter.parameters())
+        # And saved as the target is.
+        again = drafter.to(torch.bfloat16).eval()
+        ids, mask = padded(prompts(5))
+        out = draftsmith.generate(target, ids, again, attention_mask=mask, max_new_tokens=4, temperature=1.0, seed=0)
+        assert out.stats.new_tokens == 20
 
 
 def test_what_is_refused() -> None:

@@ -1,20 +1,25 @@
 """The LSTM drafter and its trainer: what only they have; the rest is checked as any reading drafter is."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import draftsmith
-from draftsmith import tied
+from draftsmith import Target, tied
 from draftsmith.drafters import lstm
 from draftsmith.drafters.lstm import Config, Drafter, dropped
-from tests.family import built, check_family
-from tests.models import VOCAB_SIZE, tiny_model, tiny_target
-from tests.reading import check_reading, check_steps
+from tests.family import built, check_family, check_greedy
+from tests.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
+from tests.reading import check_reading, check_steps, source_of
+from tests.runs import SMALL, make_data, make_target
 from trainers import lstm as trainer
+from trainers.loop import train
+from trainers.run import RunSettings
 
 SETTINGS = trainer.Settings(hidden_size=24, num_layers=2, rank=16, loss="lk_hybrid")
 EXAMPLE = Config(hidden_size=24, num_layers=2, rank=8, num_draft=4, length="refit=0.1")
@@ -37,6 +42,18 @@ def test_the_text_of_an_encoder_decoder(architecture: str, copy: bool, tmp_path:
     config, settings = (dataclasses.replace(one, copy=copy) for one in (EXAMPLE, SETTINGS))
     check_family(lstm, config, tmp_path, architectures=(architecture,), trainer=trainer, settings=settings)
     check_reading(lstm, config, architecture)
+
+
+def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
+    """Its own, and labels: the loop gives the trainer sources, and what it leaves drafts for the target."""
+    own = make_data(make_target(tmp_path / "target", "t5"), tmp_path / "data", num_rows=24, max_new_tokens=12)
+    labels = tmp_path / "labels.jsonl"
+    rows = [{"source": f"w{row} w9 w{row}", "target": f"w{row} w8"} for row in range(3, 27)]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for data in (own, labels):
+        paths = {"target": str(tmp_path / "target"), "data": str(data), "output": str(tmp_path / f"run-{data.stem}")}
+        output = train(trainer, dataclasses.replace(SETTINGS, copy=True), RunSettings(**paths, **SMALL))
+        check_greedy(draftsmith.load(output, Target.from_pretrained(paths["target"], dtype="float32")), "t5")
 
 
 @pytest.mark.parametrize("config", [EXAMPLE, Config(hidden_size=20, num_layers=1, rank=32, num_draft=4)])
@@ -96,12 +113,19 @@ def test_what_training_leaves_out() -> None:
 
 def test_a_drafter_in_float32_beside_a_target_in_bfloat16() -> None:
     """As training in mixed precision has it."""
-    target = draftsmith.Target(tiny_model("llama").bfloat16())
-    drafter = trainer.build(SETTINGS, target)
-    with torch.autocast("cpu", torch.bfloat16):
-        features_BTH = drafter(torch.tensor([[5, 6, 7]]))
-        drafter.ends.head(features_BTH).float().logsumexp(-1).sum().backward()
-    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in drafter.parameters())
+    for architecture, copy in (("llama", False), ("t5", True)):
+        target = draftsmith.Target(tiny_model(architecture).bfloat16())
+        drafter = trainer.build(dataclasses.replace(SETTINGS, copy=copy), target)
+        source = source_of(target, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits_BTV = drafter.head(source)(drafter(torch.tensor([[5, 6, 7], [7, 6, 5]]), source))
+            functional.cross_entropy(logits_BTV.flatten(0, 1).float(), torch.tensor([6, 7, 8, 6, 5, 4])).backward()
+        assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in drafter.parameters())
+        # And saved as the target is.
+        again = drafter.to(torch.bfloat16).eval()
+        ids, mask = padded(prompts(5))
+        out = draftsmith.generate(target, ids, again, attention_mask=mask, max_new_tokens=4, temperature=1.0, seed=0)
+        assert out.stats.new_tokens == 20
 
 
 def test_what_is_refused() -> None:
