@@ -30,7 +30,7 @@ MORE_NEEDS = {
 comes with transformers and is loaded when the hub is asked."""
 NOT_IN_SERVERS = ("deepspeed", "wandb", "datasets", "peft", "matplotlib", "numba")
 FAMILY_FOLDERS = ("draftsmith.drafters", "trainers", "draftsmith.export")
-EVERYDAY_WORDS = {"lm_head"}
+EVERYDAY_WORDS = {"lm_head", "lm_heads", "original_lm_head"}
 """Identifiers that hold a family's name and do not mean the family."""
 EVERYDAY_NAMES = {"ngram", "recycling", "rest", "suffix", "merge", "staged"}
 """Families called by everyday words: they are recognised where they are imported or named whole, as text."""
