@@ -25,6 +25,7 @@ from data.shards import check_origin, check_whole, hash_files, missing_shards, o
 from data.writers import Completion, LocalTarget, PseudoDataSettings, Work, Writer, derive_seed
 from draftsmith import Target
 from draftsmith.facts import TargetFacts
+from draftsmith.made_with import template_hash
 
 __all__ = ["LocalTarget", "PseudoDataSettings", "read_pseudo_data", "write_pseudo_data"]
 
@@ -69,6 +70,7 @@ def write_pseudo_data(
     keys = hashlib.sha256("".join(prompt.key for prompt in prompts).encode()).hexdigest()[:32]
     recorded = writer.origin.recorded()
     notes = {"target": recorded.pop("target"), "command": shlex.join(sys.argv)}
+    notes["template_hash"] = template_hash(writer.tokenizer)
     manifest = {"format": FORMAT, "num_shards": len(shards), "num_prompts": len(prompts), "prompts": keys}
     manifest |= recorded | asdict(settings) | {"temperature": settings.temperatures}
     open_folder(folder, MARKER, manifest, notes=notes)

@@ -25,6 +25,7 @@ from draftsmith.card import CARD, WEIGHTS, card, is_hub_name, keep_edited, warn_
 from draftsmith.drafters import find, name_of, names
 from draftsmith.facts import TargetFacts
 from draftsmith.files import atomic_folder
+from draftsmith.made_with import made_with
 from draftsmith.target import Target
 from draftsmith.tuned import has_tuned
 
@@ -55,6 +56,7 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
             "layer_index": LAYER_INDEX,
             "acceptance_mode": "lossless",
             "tunes_target": has_tuned(drafter),
+            "made_with": made_with(target),
         }
         | provenance()
         | (record or {})

@@ -80,6 +80,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
             acceptance = judging.judge_all(drafter, judged, family, settings, target, needs, costs)
         record: dict[str, Any] = {
             "command": command,
+            "trainer": name,
             "seed": run.seed,
             "settings": asdict(settings) | asdict(run),
             "data_fingerprint": examples.fingerprint,

@@ -1,0 +1,216 @@
+"""Looks why a drafter accepts less than it did in training: position by position, and by checks that name the cause.
+
+    ./launch.sh doctor --draft runs/medusa                       # the target and the data that it was trained with
+    ./launch.sh doctor --draft runs/mine --target T --data runs/mine-data --num-prompts 32
+
+The target continues held-out prompts greedily. Drafts begun afresh at every place of these texts are what training
+promises; beside them stand real decoding and, for a draft model, transformers' assisted generation. Then come checks of
+the chat template, the loss mask, hidden layers, rotary positions, vocabulary map, dtype and positions. The status is 1
+if a fault was found. Pocket target, one CPU core: a minute.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import draftsmith
+from data.batches import Example, collate, example, split
+from data.examples import check_target, open_examples
+from data.shards import write_whole
+from data.teacher import complete
+from draftsmith import Target
+from draftsmith.artifact import check_fits, make_config, read_manifest
+from draftsmith.facts import read_facts
+from draftsmith.stats import num_threads
+from eval import doctor
+from eval.assisted import assistant_of, assisted
+from eval.doctor import Patient
+from eval.forced import Counts, Text, draft_within, places_of
+from eval.measure import Ask, own_loop
+from eval.texts import follow
+from trainers.judging import Sums
+from trainers.settings import parse_settings
+
+FIRST_RIGHT = ("head0_accuracy", "greedy_agreement")
+"""What trainers call how often the first token is right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Who is looked at, on what, and how closely."""
+
+    draft: str
+    """Folder of the artifact."""
+    target: str = ""
+    """A transformers folder or hub name, if empty the one that the artifact was made for."""
+    data: str = ""
+    """What it learnt from, if empty what its manifest says: a folder of pseudo-data, a store, or any source of text."""
+    output: str = "runs/doctor"
+    """Folder for doctor.json."""
+    num_prompts: int = 16
+    """Held-out rows whose prompts are continued."""
+    max_new_tokens: int = 48
+    """Tokens written after each."""
+    num_places: int = 1024
+    """Places at most where drafts are begun afresh."""
+    depth: int = 8
+    """Most tokens of a draft."""
+    threads: int = 1
+    """CPU threads, 0 for torch's own choice."""
+    device: str = "auto"
+    """Where the target runs."""
+    dtype: str = ""
+    """What the target's weights are loaded as, if empty as in training."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "max_new_tokens", "num_places", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def main(run: RunSettings) -> int:
+    """Returns the process's status."""
+    manifest = read_manifest(run.draft)
+    settings = manifest.get("settings") or {}
+    name, source = run.target or manifest["target"]["name"], run.data or settings.get("data")
+    if not source:
+        raise ValueError(f"artifact {run.draft} does not say what it learnt from; name texts with --data")
+    facts = read_facts(name)
+    if facts.is_encoder_decoder:
+        raise ValueError(f"target {name} is an encoder-decoder; the doctor looks at drafters of causal targets")
+    check_fits(run.draft, manifest, facts)
+    examples = open_examples(source, facts)
+    dtype = run.dtype or (manifest.get("made_with") or {}).get("dtype") or "float32"
+    target = Target.from_pretrained(name, dtype=dtype, device=run.device)
+    check_target(examples, source, target)
+    drafter = draftsmith.load(run.draft, target)
+    share, seed = settings.get("held_out_share", 0.05), settings.get("seed", 0)
+    _, held_out = split(examples.keys, held_out_share=share, seed=seed)
+    rows = [examples[index] for index in held_out[: run.num_prompts]]
+    with num_threads(run.threads):
+        report = examine(run, manifest, drafter, rows, examples.manifest)
+    Path(run.output).mkdir(parents=True, exist_ok=True)
+    write_whole(Path(run.output) / "doctor.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+    print("\n".join(lines(report)))
+    return int(any(finding["verdict"] == "fault" for finding in report["findings"]))
+
+
+def examine(
+    run: RunSettings, manifest: dict[str, Any], drafter: Any, rows: list[Example], data: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Returns acceptance position by position, and what each check found."""
+    target = drafter.target
+    texts = _texts(target, rows, run)
+    findings = [
+        doctor.check_template(manifest, data, target.tokenizer),
+        doctor.check_mask(rows, target, data),
+        doctor.check_dtype(Path(run.draft), manifest, target),
+        doctor.check_vocabulary(drafter, texts),
+    ]
+    columns: dict[str, Counts] = {}
+    judged: dict[str, float] = {}
+    if findings[-1].verdict != "fault":  # with a map that leads astray there may be no drafting at all
+        places = places_of(texts, run.num_places)
+        with tqdm(total=len(places), desc="drafts begun afresh", unit="draft", leave=False, delay=2) as bar:
+            forced = draft_within(target, drafter, texts, places, run.depth, done=bar.update)
+        carried, began = _decoded(drafter, texts, run)
+        afresh = draft_within(target, drafter, texts, began, run.depth)
+        columns = {"begun everywhere": forced, "begun where decoding did": afresh, "in decoding": carried}
+        assistant = assistant_of(drafter)
+        if assistant is not None:
+            prompts = [text.ids[: text.num_prompt] for text in texts]
+            columns["by transformers"], _ = assisted(target, assistant, prompts, run.depth, run.max_new_tokens)
+        judged = _judged(manifest, drafter, texts, run)
+        first_right = next((judged[name] for name in FIRST_RIGHT if name in judged), None)
+        patient = Patient(
+            manifest=manifest, drafter=drafter, texts=texts, places=places, depth=run.depth, forced=forced
+        )
+        findings += [
+            doctor.check_layers(patient),
+            doctor.check_rotary(patient),
+            doctor.check_position(patient, first_right),
+            doctor.check_carried(patient, afresh, carried),
+        ]
+    return {
+        "draft": run.draft,
+        "target": target.name,
+        "recorded": manifest.get("measured_acceptance"),
+        "judged": judged,
+        "accepted_per_depth": {name: counts.shares() for name, counts in columns.items()},
+        "num_drafts": {name: counts.num_drafts for name, counts in columns.items()},
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+    }
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """Returns the report for a terminal."""
+    deepest = max(map(len, report["accepted_per_depth"].values()), default=0)
+    found = ["", f"% of drafts accepted to depth{'':9}" + "".join(f"{depth:>6}" for depth in range(1, deepest + 1))]
+    for name, shares in report["accepted_per_depth"].items():
+        number = f"({report['num_drafts'][name]:,})"
+        found.append(f"{name:<26}{number:>10}" + "".join(f"{100 * share:6.1f}" for share in shares))
+    for what, metrics in (("recorded in training", report["recorded"]), ("judged on these texts", report["judged"])):
+        if metrics:
+            found.append(f"{what}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+    found.append("")
+    return found + [f"{one['verdict']:<10}{one['name']:<15}{one['told']}" for one in report["findings"]]
+
+
+def _texts(target: Target, rows: list[Example], run: RunSettings) -> list[Text]:
+    """Returns the rows' prompts, or first halves where all is supervised, with what the target writes after them."""
+    prompts = []
+    for row in rows:
+        first = int(row.loss_mask_T.long().argmax())
+        ids = row.tokens_T[: first if first > 1 else max(2, len(row.tokens_T) // 2)].tolist()
+        prompts.append(ids[-(target.context_length - run.max_new_tokens) :])
+    ask = Ask(prompts=prompts, temperature=0.0, max_new_tokens=run.max_new_tokens, seed=0)
+    written = own_loop(target)(ask).rows
+    return [
+        Text(ids=prompt + text, num_prompt=len(prompt)) for prompt, text in zip(prompts, written, strict=True) if text
+    ]
+
+
+def _decoded(drafter: Any, texts: list[Text], run: RunSettings) -> tuple[Counts, list[tuple[int, int]]]:
+    """Returns what real decoding accepts, and where its drafts began: (text, length of what stands before)."""
+    counts, began = Counts(), []
+    for number, text in enumerate(tqdm(texts, desc="decoding", unit="text", leave=False, delay=2)):
+        end = text.num_prompt
+        for step in follow(drafter, text.ids[:end], run.max_new_tokens, length=f"fixed={run.depth}"):
+            if step.drafted:
+                counts.add(min(max(map(len, step.drafted)), len(text.ids) - end), len(step.path))
+                began.append((number, end))
+            end += len(step.path) + (step.own is not None)
+    return counts, began
+
+
+def _judged(manifest: dict[str, Any], drafter: Any, texts: list[Text], run: RunSettings) -> dict[str, float]:
+    """Returns the trainer's judgement of the texts, nothing if the artifact does not say how it was trained."""
+    kept, name = manifest.get("settings"), f"trainers.{manifest.get('trainer', manifest['family'])}"
+    if not kept or importlib.util.find_spec(name) is None:
+        return {}
+    family = importlib.import_module(name)
+    own = {field.name for field in dataclasses.fields(family.Settings)}
+    settings = make_config(family.Settings, {name: kept[name] for name in kept if name in own}, run.draft)
+    base = getattr(drafter.target, "base", drafter.target)
+    needs, sums = family.needs(settings, base), Sums()
+    for text in texts:
+        mask = [place >= text.num_prompt for place in range(len(text.ids))]
+        batch = collate([example(text.ids, mask, "text")])
+        batch = complete(batch, base, needs.layers + needs.held_out_layers, needs.top_k)
+        with torch.no_grad():
+            sums.add(family.judge(drafter, batch, settings, base))
+    return sums.means()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(*parse_settings(RunSettings, description=__doc__)))
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
