@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,8 @@ def summary(manifest: dict[str, Any]) -> str:
         parts.append(f"layers {', '.join(map(str, manifest['kept_layers']))}")
     if manifest["num_zeros"]:
         parts.append(f"{manifest['num_zeros'] / 1e6:.2f} M of them zero, which saves no time on dense kernels")
+    if manifest["method"] == "int4":
+        parts.append("four bits take a byte each, for torchao packs them for CUDA and XPU alone")
     return f"{'; '.join(parts)}; {manifest['bytes'] / 1e6:.1f} MB"
 
 
@@ -272,6 +275,7 @@ def _manifest(
         "tokenizer_hash": source.tokenizer_hash,
         "calibration": {"data": settings.data, "num_rows": len(lengths), "num_tokens": sum(lengths)},
         "settings": identity,
+        "torchao": version("torchao") if settings.method in quantised.SCHEMES else None,
     } | provenance()
 
 
