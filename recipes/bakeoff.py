@@ -61,7 +61,7 @@ class RunSettings:
     data: str = ""
     """Where the prompts come from (data/sources.py); if empty python-source, of encoder-decoders python-docstrings."""
     output: str = "runs/bakeoff"
-    """Folder for bakeoff.json, .md, .csv and .png."""
+    """Folder for bakeoff.html, .json, .md, .csv and .png."""
     num_prompts: int = 16
     """Prompts drawn from the data, 0 for all."""
     max_steps: int = 0
@@ -145,7 +145,7 @@ def main(run: RunSettings) -> None:
     if run.report_to == "wandb":
         to_wandb(rows, output, run.wandb_project)
     print("\n".join([header(rows, "terminal"), *table(rows, "terminal")]))
-    print(f"\nWritten to {run.output}: bakeoff.md, .csv, .json and the picture {Path(run.output) / 'bakeoff.png'}")
+    print(f"\nWritten to {run.output}: bakeoff.md, .csv, .json, .png and the page {Path(run.output) / 'bakeoff.html'}")
 
 
 def _made(line_up: list[lineup.Entry], target: Target, facts: TargetFacts, run: RunSettings) -> list[Path]:
