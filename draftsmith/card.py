@@ -42,7 +42,7 @@ def card(manifest: dict[str, Any], weights: Path | None = None, *, place: str = 
         front["base_model"] = target["name"]
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---",
-        f"# A drafter of family {family} for {target['name']}",
+        f"# A drafter of family {family} for {target['name'].rstrip('/').rpartition('/')[2]}",
         f"Made by draftsmith for speculative decoding. {_promise(manifest)}",
         "## Where it comes from",
         _grid([("", ""), *_provenance(manifest, weights)]),
@@ -51,8 +51,7 @@ def card(manifest: dict[str, Any], weights: Path | None = None, *, place: str = 
         "## Loading",
         _loading(manifest, place),
         "## Serving",
-        f"```\ndraftsmith export {place} --to ENGINE OUT\n```\n\n"
-        "writes a folder for that engine and the command that starts it, or says why it cannot run this family.",
+        _serving(family, place),
     ]
     return sign("\n\n".join(parts) + "\n")
 
@@ -139,16 +138,17 @@ def measured_section(rows: Sequence[dict[str, Any]], names: Sequence[str], famil
         f" {first['hardware']}, {first['threads']} thread(s); {first['rounds']} rounds, commit {first['commit']},"
         f" torch {first['torch']}, transformers {first['transformers_version']}."
     )
-    head = ("temperature", "batch", "tokens a forward", "tokens/s", "speed-up", "output", "accepted at depth 1, 2, ...")
+    head = ("temperature", "batch", "tokens a forward", "tokens/s", "speed-up", "predicted", "output", "accepted, %")
     return f"## Measured\n\n{facts}\n\n" + _grid([head, *(tuple(_measurements(row)) for row in own)])
 
 
 def _measurements(row: dict[str, Any]) -> Iterator[str]:
     yield from (f"{row['temperature']:g}", str(row["batch_size"]), f"{row['tau']:.2f}", f"{row['tokens_per_s']:,.0f}")
     yield f"{row['speedup']:.2f}x" + " slower" * (row["speedup"] < 0.995)
+    yield f"{row['predicted_speedup']:.2f}x" if row.get("predicted_speedup") else ""
     kept = "identical" if row["identical"] else "same law" if row["identical"] is None else "DIFFERS"
     yield kept if row["lossless"] else "lossy"
-    yield " ".join(f"{share:.0%}" for share in row["accepted_per_depth"][:5])
+    yield " ".join(f"{100 * share:.0f}" for share in row["accepted_per_depth"][:5])
 
 
 def _promise(manifest: dict[str, Any]) -> str:
@@ -200,6 +200,13 @@ print(target.tokenizer.decode(out.sequences[0]))
 ```
 
 or `draftsmith generate --target {manifest["target"]["name"]} --draft {place} "some text"`."""
+
+
+def _serving(family: str, place: str) -> str:
+    from draftsmith.export import writers  # which reads artifacts, whose module writes cards
+
+    commands = "\n".join(f"draftsmith export {place} --to {engine} OUT" for engine in writers(family))
+    return f"```\n{commands}\n```\n\nEach writes a folder for that engine, and prints the command that starts it."
 
 
 def _grid(lines: Table) -> str:

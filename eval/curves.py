@@ -24,12 +24,15 @@ class Panel:
 
 
 def read_curve(run: Path, metric: str) -> Points:
-    """Returns what a run's log says of `metric`; raises ValueError if that is nothing."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    points = [(line["step"], line[metric]) for line in lines if metric in line]
+    """Returns what a run's log says of `metric` at each step; raises ValueError if that is nothing."""
+    points: dict[int, float] = {}
+    for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
+        if metric in line:
+            # The last line is of the artifact, which need not be of the last step.
+            points.setdefault(line["step"], line[metric])
     if not points:
         raise ValueError(f"{run / 'log.jsonl'} says nothing of {metric}")
-    return points
+    return list(points.items())
 
 
 def publish_curves(panels: Sequence[Panel], folder: Path) -> None:

@@ -31,6 +31,7 @@ from eval.curves import Panel, publish_curves, read_curve
 from eval.results import claim
 from eval.settings import Settings
 from eval.table import header, table
+from eval.track import to_wandb
 from trainers import early_exit, launch, prophet
 from trainers.loop import train
 from trainers.run import RunSettings
@@ -91,6 +92,8 @@ def main(wanted: ComparisonSettings, run: RunSettings) -> None:
     target = Target.from_pretrained(run.target, dtype="float32")
     prompts = load_prompts(wanted.held_out, target.tokenizer, max_prompts=wanted.num_prompts, seed=run.seed)
     rows = compare(target, prompts, [output / name for name in DRAFTERS], output, settings)
+    if run.report_to == "wandb":
+        to_wandb(rows, output, run.wandb_project)
     print("\n".join(["", header(rows, "terminal"), *table(rows, "terminal")]))
     for panel in panels:
         ends = (f"{name} {points[-1][1]:.4f}" for name, points in panel.lines.items())

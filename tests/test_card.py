@@ -61,7 +61,7 @@ def test_it_says_where_the_artifact_comes_from_and_how_to_use_it(tmp_path: Path)
         "| acceptance | 1.25 |",
         "It is lossless",
         'draftsmith.load("path/to/this/folder", target)',
-        "draftsmith export path/to/this/folder --to ENGINE OUT",
+        "draftsmith export path/to/this/folder --to vllm OUT\n",
     ):
         assert said in text
     assert card.body(text) is not None
@@ -127,7 +127,7 @@ def test_one_that_nobody_edited_is_written_anew_without_a_word(
 def test_a_comparison_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, results = save(tmp_path / "heads"), tmp_path / "bakeoff.json"
     rows = [
-        row(),
+        row(predicted_speedup=1.2),
         row(temperature=1.0, speedup=0.8, identical=None),
         row(drafter="plain", family=None),
         row(drafter="other", tau=9.9),
@@ -136,8 +136,8 @@ def test_a_comparison_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str
     main(["card", str(folder), "--results", str(results)])
     assert capsys.readouterr().out == f"Written: {folder / 'README.md'}\n"
     text = (folder / "README.md").read_text()
-    assert "| 0 | 1 | 1.50 | 1,234 | 1.25x | identical | 50% 25% |" in text
-    assert "| 1 | 1 | 1.50 | 1,234 | 0.80x slower | same law | 50% 25% |" in text
+    assert "| 0 | 1 | 1.50 | 1,234 | 1.25x | 1.20x | identical | 50 25 |" in text
+    assert "| 1 | 1 | 1.50 | 1,234 | 0.80x slower |  | same law | 50 25 |" in text
     assert "an abacus" in text and "9.9" not in text and text.count("| 1.50 |") == 2
     (folder / "README.md").write_text("by hand")
     main(["card", str(folder)])

@@ -38,6 +38,7 @@ def test_both_are_trained_and_compared(tmp_path: Path, capsys: pytest.CaptureFix
 def test_curves_are_read_from_logs_and_drawn(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(
         '{"step": 1, "loss": 2.5}\n{"step": 2, "eval_x": 0.5}\n{"step": 4, "eval_x": 1}\n'
+        '{"step": 4, "eval_x": 0.5, "seconds": 9}\n'
     )
     points = read_curve(tmp_path, "eval_x")
     assert points == [(2, 0.5), (4, 1)]
