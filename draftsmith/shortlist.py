@@ -5,6 +5,8 @@ Verification needs no more: what the drafter never draws comes from the target's
 Shape suffixes: V vocabulary, W tokens of the shortlist, H width of the features; `...` any leading dimensions.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -65,11 +67,12 @@ class ShortHead(nn.Module):
         super().__init__()
         self.weight, self.bias = whole.weight, whole.bias
         self.shortlist = Shortlist(num_tokens, len(whole.weight))
-        self._stamp: list[tuple[int, int]] | None = None
+        self.trainings = Trainings()
+        self._stamp: list[Any] | None = None
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns logits [..., V] of features [..., H]."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.training:
             return self.shortlist.spread(functional.linear(features, *self._rows()))
         if self._stamp != (now := stamp(self)):
             self._kept, self._stamp = self._rows(), now
@@ -79,8 +82,29 @@ class ShortHead(nn.Module):
         return self.shortlist.rows(self.weight), None if self.bias is None else self.shortlist.rows(self.bias)
 
 
-def stamp(module: nn.Module) -> list[tuple[int, int]]:
-    """Returns what changes whenever a tensor does, by which it is known whether products of them are still good."""
-    # Tensors made in inference mode count no writes.
+class Trainings(nn.Module):
+    """A child of a module that keeps products of its weights: counts how often that began and ended training.
+
+    Fused optimisers count no writes, so that only this tells that weights are others afterwards.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def train(self, mode: bool = True) -> "Trainings":
+        self.number += mode != self.training
+        return super().train(mode)
+
+
+def stamp(module: nn.Module) -> list[Any]:
+    """Returns what changes whenever a weight or buffer does, by which it is known whether products of them are good.
+
+    In training it is never the same. The module needs `Trainings` among its children, or theirs.
+    """
     tensors = [*module.parameters(), *module.buffers()]
-    return [(one.data_ptr(), -1 if one.is_inference() else one._version) for one in tensors]
+    # Tensors made in inference mode count no writes.
+    writes = [(one.data_ptr(), -1 if one.is_inference() else one._version) for one in tensors]
+    trainings = [child.number for child in module.modules() if isinstance(child, Trainings)]
+    assert trainings
+    return [writes, trainings, object() if module.training else None]

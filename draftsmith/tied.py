@@ -10,13 +10,14 @@ embedding, D width of its output matrix, H the drafter's width, R rank of its he
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput
 
-from draftsmith.shortlist import Shortlist, stamp
+from draftsmith.shortlist import Shortlist, Trainings, stamp
 from draftsmith.target import Target
 
 MAX_TABLE = 2**26
@@ -41,7 +42,8 @@ class Ends(nn.Module):
         self.narrow = nn.Linear(width, min(rank, output_width), bias=False)
         self.widen = nn.Linear(rank, output_width, bias=False) if rank < output_width else None
         self.bias = nn.Parameter(torch.zeros(len(self.shortlist)))
-        self._stamp: list[tuple[int, int]] | None = None
+        self.trainings = Trainings()
+        self._stamp: list[Any] | None = None
 
     @torch.no_grad()
     def take_directions(self) -> None:
@@ -58,7 +60,7 @@ class Ends(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns logits [..., V] of features [..., H], as the output layer of a model that this takes the place of."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.training:
             return self.head(features)
         if self._stamp != (now := stamp(self)):
             self._kept, self._stamp = self.folded_head(), now

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from draftsmith import tied
 from draftsmith.sampling import Sampling
 from draftsmith.shortlist import ShortHead, Shortlist, stamp
+from tests.models import tiny_target
 
 
 def test_others_are_never_drawn() -> None:
@@ -54,12 +56,31 @@ def test_a_short_head_gives_the_whole_ones_logits(bias: bool) -> None:
     assert whole.weight.grad.abs().sum(1).gt(0).tolist() == [at in (1, 4, 6) for at in range(7)]
 
 
-def test_the_stamp_changes_with_weights_and_tokens() -> None:
-    head = ShortHead(nn.Linear(5, 7), 3)
+def test_products_are_good_until_something_changes() -> None:
+    head = ShortHead(nn.Linear(5, 7), 3).eval()
     stamps = [stamp(head)]
     with torch.no_grad():
         head.weight.add_(1)
     stamps.append(stamp(head))
     head.shortlist.take(torch.tensor([0, 1, 3]))
     stamps.append(stamp(head))
-    assert stamps[0] != stamps[1] != stamps[2] and stamps[2] == stamp(head)
+    assert stamps[0] != stamps[1] != stamps[2] == stamp(head.eval())
+    assert stamp(head.train()) != stamp(head)
+    assert stamps[2] != stamp(head.eval()) == stamp(head)
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_head_is_the_one_just_trained(is_fused: bool) -> None:
+    """A fused optimiser changes weights behind PyTorch's back."""
+    torch.manual_seed(0)
+    whole, features = nn.Linear(5, 7), torch.randn(2, 5)
+    heads = [ShortHead(whole, 3), tied.Ends(tiny_target("llama"), 5, 4, shortlist=3)]
+    for head in heads:
+        optimiser = torch.optim.AdamW(head.parameters(), lr=0.1, fused=is_fused)
+        for _ in range(3):
+            head.train()(features).sum().backward()
+            optimiser.step()
+            expected = head(features)
+            with torch.no_grad():
+                torch.testing.assert_close(head(features), expected)
+                torch.testing.assert_close(head.eval()(features), expected)

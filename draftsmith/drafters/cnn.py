@@ -10,6 +10,7 @@ Shape suffixes: B rows, T tokens, C channels, K kernel, S inputs that a layer lo
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class Drafter(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(config.kernel_size * size, 2 * size) for _ in config.dilations)
         self.reader = SourceReader(target, size, size, copies=config.copy)
         self.to(device=target.device, dtype=target.dtype)
-        self._stamp: list[tuple[int, int]] | None = None
+        self._stamp: list[Any] | None = None
 
     def forward(self, tokens_BT: Tensor, source: Source | None = None, *, dropout: float = 0.0) -> Tensor:
         """Returns the features [B, T, ...] after each token, which `head` takes.

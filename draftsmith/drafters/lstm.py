@@ -9,6 +9,7 @@ Shape suffixes: B rows, T tokens, L layers, H width, E width of the target's emb
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class Drafter(nn.Module):
         summary_width = config.num_layers * config.hidden_size
         self.reader = SourceReader(target, config.hidden_size, summary_width, copies=config.copy)
         self.to(device=target.device, dtype=target.dtype)
-        self._stamp: list[tuple[int, int]] | None = None
+        self._stamp: list[Any] | None = None
 
     def forward(
         self, tokens_BT: Tensor, source: Source | None = None, *, dropout: float = 0.0, drop_connect: float = 0.0
