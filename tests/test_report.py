@@ -249,7 +249,7 @@ def test_tokens_tell_who_wrote_them_without_colour() -> None:
     assert [found["tabindex"] for found in tokens] == ["0", *["-1"] * 6, "0"]
     style = (Path(charts.__file__).parent / "report.css").read_text()
     assert "underline" in re.search(r"\.accepted \{[^}]*\}", style).group()  # type: ignore[union-attr]
-    assert "inset" in re.search(r"\.corrected \{[^}]*\}", style).group()  # type: ignore[union-attr]
+    assert "wavy" in re.search(r"\.corrected \{[^}]*\}", style).group()  # type: ignore[union-attr]
     assert "italic" in re.search(r"\.alone \{[^}]*\}", style).group()  # type: ignore[union-attr]
 
 
