@@ -18,6 +18,7 @@ from tests.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
 from tests.reading import check_reading, check_steps, source_of
 from tests.runs import SMALL, make_data, make_target
 from trainers import lstm as trainer
+from trainers import on_policy
 from trainers.loop import train
 from trainers.run import RunSettings
 
@@ -42,6 +43,15 @@ def test_the_text_of_an_encoder_decoder(architecture: str, copy: bool, tmp_path:
     config, settings = (dataclasses.replace(one, copy=copy) for one in (EXAMPLE, SETTINGS))
     check_family(lstm, config, tmp_path, architectures=(architecture,), trainer=trainer, settings=settings)
     check_reading(lstm, config, architecture)
+
+
+def test_it_writes_as_often_as_it_is_asked_to() -> None:
+    """As it is judged on its own text, batch after batch: what it multiplied out for one is there for the next."""
+    drafter = built(lstm, dataclasses.replace(EXAMPLE, width=2), tiny_target("t5"))
+    given = {"limits": [6], "seeds": [0], "temperature": 1.0, "source": source_of(drafter.target, 1)}
+    written = [on_policy.write(drafter, drafter.target, [[0]], **given) for _ in range(3)]
+    assert written[0] == written[1] == written[2] and len(written[0][0]) == 7
+    assert drafter.config.width == 2
 
 
 def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:

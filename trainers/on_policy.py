@@ -5,7 +5,6 @@ What a row gets depends on the row, the weights and a salt alone: neither on the
 Shape suffixes: B rows, T positions, N nodes of a draft.
 """
 
-import copy
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -167,16 +166,18 @@ def _session(
 
 @contextmanager
 def _writing(drafter: Any) -> Iterator[Any]:
-    """Gives the drafter, its weights shared, as one that drafts chains and drops nothing out."""
-    writer = copy.copy(drafter)
-    shape = {name: none for name, none in (("width", 0), ("tree", ())) if hasattr(drafter.config, name)}
-    writer.config = dataclasses.replace(drafter.config, **shape)
+    """Gives the drafter as one that drafts chains and drops nothing out, and takes that back."""
+    # Not a copy: what a drafter has multiplied out of its weights would be told of by one and kept by the other.
+    config = drafter.config
+    shape = {name: none for name, none in (("width", 0), ("tree", ())) if hasattr(config, name)}
+    drafter.config = dataclasses.replace(config, **shape)
     was_training = isinstance(drafter, nn.Module) and drafter.training
     if was_training:
         drafter.eval()
     try:
-        yield writer
+        yield drafter
     finally:
+        drafter.config = config
         if was_training:
             drafter.train()
 
