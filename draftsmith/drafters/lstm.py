@@ -128,7 +128,8 @@ class Drafter(nn.Module):
 
     def read(self, tokens_BT: Tensor, lengths: list[int]) -> State:
         inputs_BTE = self.ends.embed(tokens_BT)
-        found = first = self._first(self._source, inputs_BTE)
+        first = self._first(self._source, inputs_BTE)
+        found: State = first
         if any(lengths):
             packed = pack_padded_sequence(inputs_BTE, torch.tensor(lengths).clamp(min=1), True, enforce_sorted=False)
             has_read_B1 = torch.tensor(lengths, device=tokens_BT.device)[:, None] > 0
