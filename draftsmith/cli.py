@@ -227,12 +227,9 @@ def _push(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from transformers.utils.logging import disable_progress_bar
-
     from draftsmith.export import export
     from draftsmith.export.launch import read_launch
 
-    disable_progress_bar()
     folder = export(arguments.artifact, arguments.to, arguments.output, arguments.target)
     launch = read_launch(folder)
     print(f"{folder}: {launch['artifact']['family']} for {launch['checked_with']}")

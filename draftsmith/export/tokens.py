@@ -1,6 +1,6 @@
 """Drafters that go by tokens alone: settings by which vLLM runs draftsmith itself, and corpora for SGLang.
 
-Shape suffixes: S tokens of several texts.
+Shape suffixes: S tokens of one text or several.
 """
 
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils.logging import tqdm
 
 from draftsmith.export.given import Given
 from draftsmith.export.launch import ARTIFACT_VARIABLE, PROPOSER, Launch, for_sglang, for_vllm
@@ -48,15 +49,17 @@ def for_corpus(num_draft: Callable[[Any], int]) -> Callable[[Given, Path], Launc
             raise ValueError(
                 f"{given.target_name} has no tokenizer, and SGLang's corpora are text; save one in its folder"
             )
-        num_tokens = num_texts = num_same = 0
+        texts = list(_texts(given))
+        if not texts:
+            raise ValueError(f"{given.artifact} holds no text; build it from data first")
+        num_tokens = num_same = 0
         with (folder / CORPUS).open("w") as file:
-            for ids in _texts(given):
+            for text_S in tqdm(texts, desc="Writing texts", unit="text"):
+                ids = text_S.tolist()
                 text = tokenizer.decode(ids)
                 again = tokenizer.encode(text, add_special_tokens=False)
-                num_tokens, num_texts, num_same = num_tokens + len(again) + 1, num_texts + 1, num_same + (again == ids)
+                num_tokens, num_same = num_tokens + len(again) + 1, num_same + (again == ids)
                 file.write(json.dumps(text) + "\n")
-        if num_texts == 0:
-            raise ValueError(f"{given.artifact} holds no text; build it from data first")
         most = num_draft(given.config)
         settings = {
             "algorithm": "NGRAM",
@@ -65,17 +68,17 @@ def for_corpus(num_draft: Callable[[Any], int]) -> Callable[[Given, Path], Launc
             "ngram-external-sam-budget": most,
             "ngram-external-corpus-max-tokens": num_tokens,
         }
-        same = f"{num_same} of {num_texts} texts are cut into the very tokens that the store has."
+        same = f"{num_same} of {len(texts)} texts are cut into the very tokens that the store has."
         return for_sglang(given, settings, notes=(same,))
 
     return write
 
 
-def _texts(given: Given) -> Iterator[list[int]]:
+def _texts(given: Given) -> Iterator[np.ndarray]:
     """Yields the ids of each text in the artifact's suffix arrays, where an id outside the vocabulary ends it."""
     vocab_size = given.facts.vocab_size
     for shard in read_shards(given.artifact, vocab_size):
         for part_S in np.split(shard.tokens_S, (shard.tokens_S >= vocab_size).nonzero()[0]):
-            ids = part_S[part_S < vocab_size].tolist()
-            if ids:
-                yield ids
+            text_S = part_S[part_S < vocab_size]
+            if len(text_S):
+                yield text_S
