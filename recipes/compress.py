@@ -8,7 +8,11 @@
     ./launch.sh distill --init runs/compress --loss forward_kl      # heals it; --keep-zeros where it is sparse
 
 `compression.json` says which layers, heads and neurons are left. `artifact/` in the output drafts for the target as
-the model is, unhealed.
+the model is, unhealed. Fewer bits need torchao: pip install -e '.[compress]'.
+
+A share of a CPU core, pocket target: half a minute. Four of eight layers by least influence: 4.0 M of 7.0 M weights, a
+token at 0.59 of a step, held-out acceptance 0.66; healed by 300 steps (`distill --loss forward_kl --learning-rate 1e-3`
+on 1.27 M tokens of the target's text) 0.86, where a new model of that very shape reaches 0.36.
 """
 
 import dataclasses
