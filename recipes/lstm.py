@@ -3,6 +3,7 @@
     ./launch.sh lstm                                                # pocket target and its own text, into runs/lstm
     ./launch.sh lstm --batch-size 16 --learning-rate 5e-3 --loss lk
     ./launch.sh lstm --target T --data runs/mine --hidden-size 1024 --rank 256 --dropout 0.2 --drop-connect 0.2 --bf16
+    ./launch.sh lstm --target data/pocket-seq2seq --data runs/mine --loss forward_kl --copy    # sources
     torchrun --nproc-per-node 2 recipes/lstm.py --deepspeed zero2
 
 A share of a CPU core, pocket target, `--max-steps 300 --batch-size 16 --learning-rate 5e-3` on the 1.27 M tokens of
