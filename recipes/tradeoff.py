@@ -7,10 +7,10 @@
 `tradeoff.png` has weights against acceptance, and against speed-up, measured and predicted from acceptance and cost;
 `.md` and `.json` have the figures, and `bakeoff.*` the comparison they come from. A run that was killed goes on.
 
-A tenth of a busy CPU, pocket target, `--loss forward_kl --max-steps 100 --learning-rate 1e-3`: six minutes a healing.
-Half of the layers, healed, is the best size (1.02 greedily in one round of 8 prompts, predicted 1.29) and the only one
-that does not slow the pocket down; at temperature 1 all do. Acceptance is read off the target's own text, and rounds begin where the last one
-failed: what it predicts is a ceiling.
+A share of a busy CPU, pocket target, `--loss forward_kl --max-steps 100 --learning-rate 1e-3`: three to nine minutes a
+healing. Half of the layers, healed, is the best size (1.02 greedily in one round of 8 prompts, predicted 1.29) and the
+only one that does not slow the pocket down; at temperature 1 all do. Acceptance is read off the target's own text, and
+rounds begin where the last one failed: what it predicts is a ceiling.
 """
 
 import dataclasses
