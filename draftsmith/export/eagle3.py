@@ -80,8 +80,11 @@ def sglang(given: Given, folder: Path) -> Launch:
 
 
 def speculators(given: Given, folder: Path) -> Launch:
-    """Writes a folder of the speculators library, for training on and for vLLM."""
-    _write(given, folder, nested_config(given), "layers.0")
+    """Writes a folder of the speculators library, for training on and for vLLM.
+
+    The embedding is always in it: where it is missing the library starts one at random.
+    """
+    _write(given, folder, nested_config(given), "layers.0", with_embedding=True)
     settings = {"method": "eagle3", "model": str(given.output), "num_speculative_tokens": given.config.num_draft}
     return for_vllm(given, settings | {"draft_tensor_parallel_size": 1})
 
@@ -177,10 +180,12 @@ def check_vocabulary(tensors: dict[str, Tensor]) -> None:
         raise ValueError("d2t and t2d of the head do not name the same tokens in ascending order; train it again")
 
 
-def _write(given: Given, folder: Path, config: dict[str, Any], layer: str) -> None:
+def _write(given: Given, folder: Path, config: dict[str, Any], layer: str, *, with_embedding: bool = False) -> None:
     tensors = tensors_of(given, layer)
+    if with_embedding and not given.config.own_embedding:
+        tensors["embed_tokens.weight"] = given.drafter.target.model.get_input_embeddings().weight
     check_vocabulary(tensors)
-    has_embedding = given.config.own_embedding
+    has_embedding = with_embedding or given.config.own_embedding
     write_tensors(folder, tensors, kinds(config, layer, given.drafter.target.dtype, has_embedding=has_embedding))
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
