@@ -63,8 +63,6 @@ class ServingSettings:
 def main(serving: ServingSettings, settings: OnlineSettings) -> None:
     output, facts = Path(serving.output), read_facts(serving.target)
     check_fits(serving.draft, read_manifest(serving.draft), facts)
-    identity = {**asdict(serving), **asdict(settings), "output": None, "max_steps": None}
-    open_folder(output, "online.json", identity, notes={})
     room = prompt_room(facts, serving.max_new_tokens)
     prompts = load_prompts(
         serving.data,
@@ -74,6 +72,8 @@ def main(serving: ServingSettings, settings: OnlineSettings) -> None:
         is_encoder_decoder=facts.is_encoder_decoder,
         seed=serving.seed,
     )
+    identity = {**asdict(serving), **asdict(settings), "output": None, "max_steps": None}
+    open_folder(output, "online.json", identity, notes={})
     target = Target.from_pretrained(serving.target, dtype="float32")
     saved = output / "artifact" if (output / "artifact" / MANIFEST).is_file() else None
     served = read_manifest(saved)["served"] if saved else []
