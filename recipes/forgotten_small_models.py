@@ -49,7 +49,7 @@ class ComparisonSettings:
     """Transformers folders or hub names, causal or encoder-decoder."""
     output: str = f"runs/{NAME}"
     """Folder for the text, the drafters, the tables and the picture."""
-    num_texts: int = 2400
+    num_texts: int = 1200
     """Prompts that a target continues, or sources that it reads."""
     text_tokens: int = 112
     """Tokens that it writes at most after each."""
@@ -128,7 +128,10 @@ def _compared(
     )
     print(f"\n{Path(name).name} writes {len(learnt)} texts; what trainings say is in {output}/*/logs", flush=True)
     with num_threads(min(4, torch.get_num_threads())):
-        wanted = PseudoDataSettings(max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed)
+        # Greedy text alone would teach greedy drafting alone.
+        wanted = PseudoDataSettings(
+            temperature="0,1", max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed
+        )
         write_pseudo_data(LocalTarget(target), learnt, output / "pseudo-data", wanted)
         artifacts = []
         for way, data in zip(WAYS, (str(labels), str(output / "pseudo-data")), strict=True):
