@@ -90,6 +90,11 @@ class Target:
         return int(self._config.vocab_size)
 
     @property
+    def takes_trees(self) -> bool:
+        """Whether it verifies trees; an encoder-decoder verifies chains alone."""
+        return not self.is_encoder_decoder
+
+    @property
     def num_layers(self) -> int:
         return len(getattr(self._stack, self._layer_list))
 

@@ -137,7 +137,7 @@ def test_drafts_are_those_of_counted_trees(
 
 def few_tokens(config: Config, kept: list[list[int]], recent: list[list[int]]) -> Drafter:
     """Returns a drafter of FEW_TOKENS tokens; what it drafts for is of no account."""
-    target: Any = type("FewTokens", (), {"vocab_size": FEW_TOKENS, "is_encoder_decoder": False})()
+    target: Any = type("FewTokens", (), {"vocab_size": FEW_TOKENS, "takes_trees": True})()
     shard = build([np.array(document, np.int64) for document in kept], FEW_TOKENS)
     tokens = [token for document in recent for token in (*document, FEW_TOKENS)]
     return Drafter(config, target, (shard,), tokens)

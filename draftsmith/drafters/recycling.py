@@ -83,7 +83,7 @@ class Drafter(nn.Module):
         unknown_VK = torch.full(shape_VK, target.vocab_size, dtype=torch.int32, device=target.device)
         self.register_buffer("successors", unknown_VK)
         self._given_VK = unknown_VK.clone()
-        paths = tuple(path for path in config.tree if not target.is_encoder_decoder or not any(path))
+        paths = tuple(path for path in config.tree if target.takes_trees or not any(path))
         self._trees = [tree for tree, _ in growth.levels(paths, target.device)]
         ranks = [path[-1] for path in sorted(paths, key=lambda path: (len(path), path))]
         self._levels: list[tuple[Tensor, Tensor]] = []

@@ -82,7 +82,7 @@ class Drafter:
         branches = by_chance(join(times.items()), times.total())
         num_likely = sum(chance >= config.min_chance for chance in branches.weights)
         kept = heaviest(branches, min(num_likely, config.num_nodes))
-        return heaviest_path(kept) if self.target.is_encoder_decoder else kept
+        return kept if self.target.takes_trees else heaviest_path(kept)
 
     def save_store(self, folder: Path) -> None:
         write_shards(folder, self.shards)

@@ -151,7 +151,7 @@ class Drafter:
         branches = join(Counter(text.continuations(read, num_nodes)).items())
         num_likely = sum(weight >= config.min_chance * len(read) for weight in branches.weights)
         kept = heaviest(branches, num_likely)
-        is_tree = config.branches and not self.target.is_encoder_decoder
+        is_tree = config.branches and self.target.takes_trees
         kept = heaviest(kept, num_nodes) if is_tree else heaviest_path(kept)
         return _Found(score=sum(kept.weights) / len(read), length=length, branches=kept)
 

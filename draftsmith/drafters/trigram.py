@@ -144,7 +144,7 @@ class Drafter:
         widest = max(self._widest, int(overlay.sizes[2]))
         known = compiled.Known(self.table, overlay, self.target.vocab_size, widest)
         depth = min(config.depth, budget)
-        if config.maker == "greedy" or self.target.is_encoder_decoder:
+        if config.maker == "greedy" or not self.target.takes_trees:
             return compiled.chain(known, before, pending, min(depth + 1, budget))
         if config.maker == "full":
             nodes = compiled.likeliest(known, before, pending, depth, config.num_sequences)

@@ -1,0 +1,1 @@
+"""Drafters inside other engines, which run them by classes of ours."""
