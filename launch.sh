@@ -5,13 +5,17 @@ set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 venv=$root/.venv
 python=$venv/bin/python
+pins=constraints.txt
+install=install_draftsmith
+takes='a minute or so and 2 GB'
 
 usage() {
     cat <<EOF
-usage: ./launch.sh setup | test | <recipe> [--key value ...]
+usage: ./launch.sh setup | test | serving-test | <recipe> [--key value ...]
 
   setup                makes the environment in .venv; every other command does so when there is none
   test                 ruff, mypy and pytest, up to four at once; what follows is passed on to pytest (-n 0: one)
+  serving-test         exports run by vLLM and speculators, in an environment of their own, .venv-serving (4 GB)
 
 recipes; each has its own --help:
 $(for name in $(recipes); do printf '  %-20s %s\n' "$name" "$(first_docstring_line "$name")"; done)
@@ -36,7 +40,7 @@ first_docstring_line() { sed -n '/^"""/{s/"""//g;p;q;}' "$root/recipes/$1.py"; }
 unknown_command() {
     local nearest=""
     nearest=$(python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1))' \
-        "$1" setup test $(recipes) 2>/dev/null) || true
+        "$1" setup test serving-test $(recipes) 2>/dev/null) || true
     refuse "unknown command or recipe '$1'; ${nearest:+did you mean '$nearest'? }./launch.sh --help lists them"
 }
 
@@ -58,7 +62,7 @@ find_python() {
 }
 
 # What an environment was made from: when any of this changes, it is brought up to date.
-wanted() { (cd "$root" && pwd -P && cksum constraints.txt && sed '/^\[tool\.ruff/,$d' pyproject.toml | cksum); }
+wanted() { (cd "$root" && pwd -P && cksum "$pins" && sed '/^\[tool\.ruff/,$d' pyproject.toml | cksum); }
 
 is_ready() { [[ -x $python && ! -e $venv.unfinished && $(cat "$venv/installed" 2>/dev/null) == "$(wanted)" ]]; }
 
@@ -84,11 +88,11 @@ make_environment() {
     else
         new_python=$(find_python)
         touch "$venv.unfinished"
-        echo "Making the environment in $venv with $("$new_python" --version); this takes a minute or so and 2 GB."
+        echo "Making the environment in $venv with $("$new_python" --version); this takes $takes."
         "$new_python" -m venv "$venv"
     fi
     cd "$root"
-    if { install_with_uv || install_with_pip; } && install_sampler; then
+    if "$install"; then
         write_bytecode
         wanted >"$venv/installed"
         rm "$venv.unfinished"
@@ -98,14 +102,20 @@ make_environment() {
     fi
 }
 
+install_draftsmith() { { install_with_uv || install_with_pip; } && install_sampler; }
+
 install_with_uv() {
+    uv_install --constraints constraints.txt --build-constraints constraints.txt --editable '.[train,dev]'
+}
+
+uv_install() {
     "$python" -m pip install -qq --disable-pip-version-check --constraint constraints.txt uv || return
-    local uv=("$python" -m uv pip install --python "$python" --constraints constraints.txt)
+    local uv=("$python" -m uv pip install --python "$python")
     # uv does not read pip's settings: it is told where this machine keeps its wheels, and its index.
     local value
     for value in ${PIP_FIND_LINKS:-$(pip_setting find-links)}; do uv+=(--find-links "$value"); done
     for value in ${PIP_INDEX_URL:-$(pip_setting index-url)}; do uv+=(--default-index "$value"); done
-    "${uv[@]}" --build-constraints constraints.txt --editable '.[train,dev]'
+    "${uv[@]}" "$@"
 }
 
 install_with_pip() {
@@ -116,6 +126,16 @@ install_with_pip() {
 # wandb's sampler, for ./launch.sh sweep: it asks for numpy 1, and works with 2. What else it needs is installed by now.
 install_sampler() {
     "$python" -m pip install -qq --disable-pip-version-check --constraint constraints.txt --no-deps sweeps
+}
+
+# vLLM and speculators ask for an older transformers than draftsmith does, which works with it all the same.
+install_serving() {
+    local index=https://download.pytorch.org/whl/cpu
+    uv_install --requirements "$pins" ||
+        uv_install --requirements "$pins" --extra-index-url "$index" --index-strategy unsafe-best-match || return
+    # These are built for CUDA, and beside them transformers can import no model.
+    "$python" -m uv pip uninstall --python "$python" torchaudio torchcodec torchvision || return
+    uv_install --no-deps --editable .
 }
 
 # Where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would else compile torch anew.
@@ -192,6 +212,16 @@ case ${1:-} in
         ensure_environment
         cd "$root"
         exec "$python" -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile "${@:2}"
+        ;;
+    serving-test)
+        venv=$root/.venv-serving
+        python=$venv/bin/python
+        pins=requirements-serving.txt
+        install=install_serving
+        takes='some minutes and 4 GB'
+        ensure_environment
+        cd "$root"
+        exec "$python" -m pytest -q -m "not slow" tests/serving tests/test_export_speculators.py "${@:2}"
         ;;
     *)
         name=${1//-/_}

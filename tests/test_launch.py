@@ -39,7 +39,7 @@ class House:
         self.stand_in.write_text(STAND_IN)
         self.stand_in.chmod(0o755)
         (self.root / "recipes").mkdir(parents=True)
-        for name in ("launch.sh", "constraints.txt", "pyproject.toml"):
+        for name in ("launch.sh", "constraints.txt", "requirements-serving.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, self.root)
         (self.root / "recipes" / "some_recipe.py").write_text('"""Does nothing, in one line.\n\nMore.\n"""\n')
 
@@ -158,6 +158,19 @@ def test_tests_are_run_last_and_get_all_arguments(house: House) -> None:
 
 
 # --- Environments ------------------------------------------------------------------------------------------------
+
+
+def test_servers_have_an_environment_of_their_own(house: House) -> None:
+    """Without what is built for CUDA, and without what draftsmith asks for: the servers ask for other versions."""
+    assert house("serving-test", "-x").returncode == 0
+    assert (house.root / ".venv-serving" / "made").exists() and not (house.root / ".venv").exists()
+    added, removed, own = house.called("-m uv")
+    assert "--requirements requirements-serving.txt" in added and "uninstall" in removed and "torchvision" in removed
+    assert own.endswith("--no-deps --editable .")
+    last = house.called("")[-1]
+    assert last == "-m pytest -q -m not slow tests/serving tests/test_export_speculators.py -x"
+    house("serving-test")
+    assert not house.called("-m uv"), "it is there"
 
 
 def test_an_environment_is_made_once_and_renewed_when_versions_change(house: House) -> None:

@@ -1,0 +1,305 @@
+"""Exports served by vLLM itself: the text is the target's, and as much is accepted as by draftsmith's own loop.
+
+Loaders leave out tensors that they do not know and make up those that they miss; the text stays right then, and only
+acceptance tells. vLLM sums in another order than PyTorch does, so that now and then two tokens that are all but equally
+likely change places: one accepted token in `TOLERANCE` may differ.
+
+Shape suffixes: T tokens, K guesses, E widths of fused layers, W draft vocabulary.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+import draftsmith
+from data import POCKET
+from draftsmith import Target
+from draftsmith.drafters import eagle3, lm, lstm, medusa, ngram
+from draftsmith.export import export
+from draftsmith.export.launch import ARTIFACT_VARIABLE, read_launch
+from draftsmith.export.models import cut
+from tests.serving import engine
+from trainers import kneser_ney
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.serving
+
+NUM_NEW, NUM_DRAFT, TOLERANCE = 32, 3, 40
+PROMPTS = (
+    "def add(a, b):\n    return",
+    "import os\n\n\ndef read(path):\n",
+    "class Stack:\n    def __init__(self):\n        self.",
+    "for name in names:\n    print(",
+    "def is_even(number):\n    if number",
+    "with open(path) as file:\n    for line in",
+    "try:\n    value = int(text)\nexcept",
+    "def mean(values):\n    total = 0\n    for",
+)
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target.from_pretrained(str(POCKET), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def rows(target: Target) -> list[list[int]]:
+    return [target.tokenizer.encode(prompt) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def texts(target: Target, rows: list[list[int]]) -> list[list[int]]:
+    """Returns the target's greedy continuations, prompts included."""
+    found = []
+    for row in rows:
+        out = draftsmith.generate(target, torch.tensor([row]), max_new_tokens=NUM_NEW + NUM_DRAFT, eos_token_id=[])
+        found.append(out.sequences[0].tolist())
+    return found
+
+
+# --- Drafters, made in seconds from the very texts ---------------------------------------------------------------
+
+
+def trained(drafter: Any, loss: Callable[[Tensor], Tensor], texts: list[list[int]], num_steps: int) -> Any:
+    """Returns the drafter after a few steps on the texts, half learnt."""
+    drafter.train().requires_grad_(True)
+    optimiser = torch.optim.Adam(drafter.parameters(), lr=2e-3)
+    for _ in range(num_steps):
+        for text in texts:
+            loss(torch.tensor([text])).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return drafter.eval().requires_grad_(False)
+
+
+def skipping(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    """The target without two of its blocks, as a draft model that has a cache of its own."""
+    small = cut(target, (0, 1, 2, 4, 6, 7))
+    drafter = lm.Drafter(lm.Config(model=small.config.to_dict(), num_draft=NUM_DRAFT, length="fixed"), target)
+    drafter.model.load_state_dict(small.state_dict())
+    return drafter
+
+
+def counting(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    config = ngram.Config(num_draft=NUM_DRAFT, length="fixed", order=3)
+    known = [np.array(text) for text in texts[::2]]
+    save_arrays(kneser_ney.counted(known, config.order, target.vocab_size), folder / "part.safetensors")
+    files = [folder / "part.safetensors"]
+    return ngram.Drafter(config, target, kneser_ney.build(files, config.order, target.vocab_size, folder / "store"))
+
+
+def recurrent(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    torch.manual_seed(0)
+    drafter = lstm.Drafter(lstm.Config(hidden_size=64, rank=32, num_draft=NUM_DRAFT, length="fixed"), target)
+    drafter.ends.take_directions()
+
+    def loss(tokens_1T: Tensor) -> Tensor:
+        return functional.cross_entropy(drafter.head()(drafter(tokens_1T[:, :-1]))[0], tokens_1T[0, 1:])
+
+    return trained(drafter, loss, texts, 60)
+
+
+def heads(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    torch.manual_seed(0)
+    tree = tuple((0,) * depth for depth in range(1, NUM_DRAFT + 1))
+    drafter = medusa.Drafter(medusa.Config(num_heads=NUM_DRAFT, tree=tree), target)
+
+    def loss(tokens_1T: Tensor) -> Tensor:
+        with torch.no_grad():
+            normed_1TD = target.norm(target.read(tokens_1T, drafter.hidden_layers)[target.num_layers])
+        losses = []
+        for number, z_1TD in enumerate(drafter.heads(normed_1TD), start=2):
+            logits_TV = drafter.head(number - 2, z_1TD)[0, :-number]
+            losses.append(functional.cross_entropy(logits_TV, tokens_1T[0, number:]))
+        return torch.stack(losses).sum()
+
+    return trained(drafter, loss, texts, 12)
+
+
+def fused(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    torch.manual_seed(0)
+    config = eagle3.Config(
+        layers=(2, 4, 5),
+        num_heads=4,
+        num_kv_heads=2,
+        head_width=64,
+        inner_width=256,
+        draft_vocab=1024,
+        num_draft=NUM_DRAFT,
+        width=0,
+    )
+    drafter = eagle3.Drafter(config, target)
+    said = {token for text in texts for token in text}
+    others = [token for token in range(7, target.vocab_size, 3) if token not in said]
+    drafter.set_vocabulary(torch.tensor(sorted([*said, *others[: config.draft_vocab - len(said)]])))
+    with torch.no_grad():
+        drafter.head.weight.copy_(target.model.get_output_embeddings().weight[drafter.vocabulary()])
+    place_V = torch.full((target.vocab_size,), -1)
+    place_V[drafter.vocabulary()] = torch.arange(config.draft_vocab)
+
+    def loss(tokens_1T: Tensor) -> Tensor:
+        with torch.no_grad():
+            joined_1TE = drafter.join(target.read(tokens_1T, drafter.hidden_layers))[:, :-2]
+        positions_1T = torch.arange(joined_1TE.shape[1])[None]
+        features_1TD, losses = drafter.fuse(joined_1TE), []
+        # Once from the target's features, and once from its own, as the second token is drafted.
+        for skipped in (0, 1):
+            given_1T = tokens_1T[:, 1 + skipped : -1]
+            positions = positions_1T[:, : given_1T.shape[1]]
+            features_1TD, normed_1TD = drafter(
+                given_1T, features_1TD, lambda x_1TE, at=positions: drafter.attention(x_1TE, at)
+            )
+            wanted_T = place_V[tokens_1T[0, 2 + skipped :]]
+            losses.append(functional.cross_entropy(drafter.head(normed_1TD)[0], wanted_T))
+            features_1TD = features_1TD[:, :-1]
+        return torch.stack(losses).sum()
+
+    return trained(drafter, loss, texts, 24)
+
+
+MAKERS = {"draft_model": skipping, "ngram": counting, "lstm": recurrent, "medusa": heads, "head": fused}
+
+
+# --- What both say -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What came of all prompts."""
+
+    texts: list[list[int]]
+    num_drafts: int
+    num_drafted: int
+    accepted: list[int]
+    """At each place of a draft, how many were."""
+
+
+def served(target: Target, rows: list[list[int]], folder: Path, launch: dict[str, Any] | None = None) -> Served:
+    """Returns what vLLM makes of the prompts, launched as an export says, or without a drafter."""
+    folder.mkdir()
+    asked = {"target": target.name, "prompts": rows, "num_new": NUM_NEW, "settings": (launch or {}).get("settings")}
+    (folder / engine.ASKED).write_text(json.dumps(asked))
+    variables = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for word in shlex.split(launch["command"]) if launch else []:
+        name, _, value = word.partition("=")
+        if name == ARTIFACT_VARIABLE:
+            variables[name] = value
+    done = subprocess.run(
+        [sys.executable, engine.__file__, str(folder)], env=variables, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    answer = json.loads((folder / engine.ANSWER).read_text())
+    counts = {"num_drafts": 0, "num_draft_tokens": 0, "num_accepted_tokens_per_pos": []} | answer["counts"]
+    return Served(
+        texts=answer["texts"],
+        num_drafts=int(counts["num_drafts"]),
+        num_drafted=int(counts["num_draft_tokens"]),
+        accepted=[int(number) for number in counts["num_accepted_tokens_per_pos"]],
+    )
+
+
+class Sizes:
+    """A streamer that notes how many tokens each step gives."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def put(self, tokens: Tensor) -> None:
+        self.sizes.append(len(tokens))
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def decoded(drafter: Any, rows: list[list[int]], texts: list[list[int]]) -> Served:
+    """Returns what draftsmith's own loop makes of the prompts, counted as vLLM counts.
+
+    vLLM drafts once the first token is there, and counts whole the draft with which a text reaches its length.
+    """
+    new, sizes = [], []
+    for row, text in zip(rows, texts, strict=True):
+        watch = Sizes()
+        out = draftsmith.generate(
+            drafter.target,
+            torch.tensor([text[: len(row) + 1]]),
+            drafter,
+            max_new_tokens=NUM_NEW + 2 * NUM_DRAFT,
+            eos_token_id=[],
+            length="fixed",
+            streamer=watch,
+        )
+        new.append(out.sequences[0, len(row) : len(row) + NUM_NEW].tolist())
+        num_done = 1
+        for size in watch.sizes[1:]:
+            if num_done < NUM_NEW:
+                sizes.append(size)
+            num_done += size
+    return Served(
+        texts=new,
+        num_drafts=len(sizes),
+        num_drafted=len(sizes) * NUM_DRAFT,
+        accepted=[sum(size > place + 1 for size in sizes) for place in range(NUM_DRAFT)],
+    )
+
+
+def is_close(found: Served, expected: Served) -> bool:
+    """Returns whether as much was accepted at each place, but for rounding."""
+    pairs = zip(found.accepted, expected.accepted, strict=True)
+    most = 1 + sum(expected.accepted) // TOLERANCE
+    return all(abs(one - other) <= most for one, other in pairs) and abs(found.num_drafts - expected.num_drafts) <= most
+
+
+@pytest.fixture(scope="module")
+def plain(target: Target, rows: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return served(target, rows, tmp_path_factory.mktemp("plain") / "run")
+
+
+def test_plain_text_is_the_same(plain: Served, rows: list[list[int]], texts: list[list[int]]) -> None:
+    assert plain.texts == [text[len(row) : len(row) + NUM_NEW] for row, text in zip(rows, texts, strict=True)]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_vllm_accepts_what_draftsmith_accepts(
+    target: Target, rows: list[list[int]], texts: list[list[int]], plain: Served, tmp_path: Path, name: str
+) -> None:
+    drafter = MAKERS[name](target, texts, tmp_path)
+    expected = decoded(drafter, rows, texts)
+    draftsmith.save(drafter, tmp_path / "artifact", target)
+    launch = read_launch(export(tmp_path / "artifact", "vllm", tmp_path / "out"))
+    found = served(target, rows, tmp_path / "run", launch)
+    print(f"{name}: vLLM {found.num_drafts} {found.accepted}, draftsmith {expected.num_drafts} {expected.accepted}")
+    assert found.texts == plain.texts
+    assert found.num_drafted == NUM_DRAFT * found.num_drafts
+    assert sum(expected.accepted) > 20 and expected.accepted[1] > 0, "nearly nothing is accepted: nothing is shown"
+    assert expected.accepted[0] < expected.num_drafts, "all is accepted: nothing is shown"
+    assert is_close(found, expected), (found, expected)
+
+
+def test_a_tensor_that_is_lost_is_noticed(
+    target: Target, rows: list[list[int]], texts: list[list[int]], plain: Served, tmp_path: Path
+) -> None:
+    """vLLM loads a head that lacks a tensor and says nothing: its text is right, its acceptance is another."""
+    drafter = fused(target, texts, tmp_path)
+    draftsmith.save(drafter, tmp_path / "artifact", target)
+    out = export(tmp_path / "artifact", "vllm", tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    del tensors["midlayer.self_attn.v_proj.weight"]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    found, expected = served(target, rows, tmp_path / "run", read_launch(out)), decoded(drafter, rows, texts)
+    print(f"lost: vLLM {found.num_drafts} {found.accepted}, draftsmith {expected.num_drafts} {expected.accepted}")
+    assert found.texts == plain.texts
+    assert not is_close(found, expected), (found, expected)
