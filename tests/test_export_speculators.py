@@ -1,6 +1,6 @@
 """Exports for the speculators library, by that library: it reads their settings, has their tensors, says what they say.
 
-It runs where the extra `serving` is installed.
+./launch.sh serving-test runs it, where that library is installed.
 
 Shape suffixes: N places, D hidden width, E widths of the fused layers together, W draft vocabulary.
 """

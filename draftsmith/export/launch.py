@@ -14,7 +14,7 @@ NAMES = {"transformers": "transformers", "vllm": "vLLM", "sglang": "SGLang", "sp
 """The engines, and what they call themselves."""
 CHECKED_WITH = {
     "transformers": "transformers 5.23.0",
-    "vllm": "vLLM 0.33.0 and 0.32.0, whose code was read and not run",
+    "vllm": "vLLM 0.32.0 on a CPU (./launch.sh serving-test); the code of 0.33.0 was read and not run",
     "sglang": "SGLang 0.5.23, whose code was read and not run",
     "speculators": "speculators 0.9.0",
 }

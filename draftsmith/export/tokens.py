@@ -30,7 +30,7 @@ def for_proposer(num_draft: Callable[[Any], int], *notes: str) -> Callable[[Give
         environment = {ARTIFACT_VARIABLE: str(given.output / ARTIFACT)}
         own = (
             "vLLM verifies chains: of a tree the first path is drafted.",
-            "draftsmith must be installed beside vLLM.",
+            "draftsmith must be installed beside vLLM, which asks for an older transformers: pip install --no-deps.",
         )
         return for_vllm(given, settings, environment=environment, notes=(*notes, *own))
 

@@ -272,16 +272,18 @@ def test_plain_text_is_the_same(plain: Served, rows: list[list[int]], texts: lis
     assert plain.texts == [text[len(row) : len(row) + NUM_NEW] for row, text in zip(rows, texts, strict=True)]
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(("name", "to"), [*((name, "vllm") for name in MAKERS), ("head", "speculators")])
 def test_vllm_accepts_what_draftsmith_accepts(
-    target: Target, rows: list[list[int]], texts: list[list[int]], plain: Served, tmp_path: Path, name: str
+    target: Target, rows: list[list[int]], texts: list[list[int]], plain: Served, tmp_path: Path, name: str, to: str
 ) -> None:
     drafter = MAKERS[name](target, texts, tmp_path)
     expected = decoded(drafter, rows, texts)
     draftsmith.save(drafter, tmp_path / "artifact", target)
-    launch = read_launch(export(tmp_path / "artifact", "vllm", tmp_path / "out"))
+    launch = read_launch(export(tmp_path / "artifact", to, tmp_path / "out"))
     found = served(target, rows, tmp_path / "run", launch)
-    print(f"{name}: vLLM {found.num_drafts} {found.accepted}, draftsmith {expected.num_drafts} {expected.accepted}")
+    print(
+        f"{name} {to}: vLLM {found.num_drafts} {found.accepted}, draftsmith {expected.num_drafts} {expected.accepted}"
+    )
     assert found.texts == plain.texts
     assert found.num_drafted == NUM_DRAFT * found.num_drafts
     assert sum(expected.accepted) > 20 and expected.accepted[1] > 0, "nearly nothing is accepted: nothing is shown"
