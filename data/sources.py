@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,20 @@ def _python_source(source: str) -> list[Document]:
 
 
 def _python_docstrings(source: str) -> list[Row]:
+    return list(_docstring_rows(source))
+
+
+@cache  # thousands of files are parsed
+def _docstring_rows(source: str) -> tuple[Row, ...]:
     train, held_out = _python_files(source)
     # A function that was copied from one file to another would be known by heart.
     known = set() if _is_train(source) else {function for function, _ in docstring_pairs(train)}
-    return [
+    return tuple(
         Row(where=f"{file.name}:{number}", fields={"source": function, "target": summary})
         for file in (train if _is_train(source) else held_out)
         for number, (function, summary) in enumerate(docstring_pairs([file]), start=1)
         if function not in known
-    ]
+    )
 
 
 def _is_train(source: str) -> bool:

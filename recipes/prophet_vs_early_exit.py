@@ -70,7 +70,13 @@ def main(wanted: ComparisonSettings, run: RunSettings) -> None:
     if launch.num_ranks() > 1:
         raise ValueError("the comparison is one process; run the recipes of both to train on several devices")
     output = Path(run.output or "runs/prophet_vs_early_exit")
-    settings = Settings(rounds=wanted.rounds, max_new_tokens=wanted.max_new_tokens, batch_sizes=(1,), seed=run.seed)
+    settings = Settings(
+        rounds=wanted.rounds,
+        max_new_tokens=wanted.max_new_tokens,
+        batch_sizes=(1,),
+        forecast_sizes=(),
+        seed=run.seed,
+    )
     claim(output)
     panels = [Panel(title="First drafted token accepted, held out (sum of min of both laws)")]
     for name, (family, its_settings, metric) in DRAFTERS.items():

@@ -4,20 +4,27 @@ Shape suffixes: B rows, T tokens, N nodes, D width of the features, V vocabulary
 """
 
 import dataclasses
+import json
 import random
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import draftsmith
 from draftsmith import Target, growth
 from draftsmith.drafters import Session, Step
 from draftsmith.sampling import Sampling
 from draftsmith.target import Source
 from draftsmith.tree import Draft, Tree, chain
-from tests.family import built
+from tests.family import built, check_family, check_greedy
 from tests.models import VOCAB_SIZE, padded, prompts, tiny_target
+from tests.runs import SMALL, make_data, make_target
+from trainers import loop, on_policy
+from trainers.run import RunSettings
 
 NUM_ROUNDS = 12
 
@@ -37,6 +44,36 @@ def check_reading(family: ModuleType, config: Any, architecture: str = "llama") 
             check_going_back(drafter, seed)
         check_trees(built(family, dataclasses.replace(config, width=3, num_nodes=9), drafter.target))
         check_weights_that_change(drafter)
+
+
+def check_shortlist(family: ModuleType, config: Any, trainer: ModuleType, settings: Any, folder: Path) -> None:
+    """Checks the family with logits for few tokens alone, which excludes copies of others."""
+    config, settings = (dataclasses.replace(one, shortlist=7) for one in (config, settings))
+    check_family(family, config, folder, architectures=("llama",), trainer=trainer, settings=settings)
+    check_reading(family, config)
+    with pytest.raises(ValueError, match="copy and shortlist exclude each other"):
+        dataclasses.replace(config, copy=True)
+
+
+def check_writing(family: ModuleType, config: Any) -> None:
+    """As it is judged on its own text, batch after batch: what it multiplied out for one is there for the next."""
+    drafter = built(family, dataclasses.replace(config, width=2), tiny_target("t5"))
+    given = {"limits": [6], "seeds": [0], "temperature": 1.0, "source": source_of(drafter.target, 1)}
+    written = [on_policy.write(drafter, drafter.target, [[0]], **given) for _ in range(3)]
+    assert written[0] == written[1] == written[2] and len(written[0][0]) == 7
+    assert drafter.config.width == 2
+
+
+def check_run_on_pairs(trainer: ModuleType, settings: Any, folder: Path) -> None:
+    """Of an encoder-decoder's own text, and of labels: the loop gives sources, and what it leaves drafts."""
+    own = make_data(make_target(folder / "target", "t5"), folder / "data", num_rows=24, max_new_tokens=12)
+    labels = folder / "labels.jsonl"
+    rows = [{"source": f"w{row} w9 w{row}", "target": f"w{row} w8"} for row in range(3, 27)]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for data in (own, labels):
+        paths = {"target": str(folder / "target"), "data": str(data), "output": str(folder / f"run-{data.stem}")}
+        output = loop.train(trainer, dataclasses.replace(settings, copy=True), RunSettings(**paths, **SMALL))
+        check_greedy(draftsmith.load(output, Target.from_pretrained(paths["target"], dtype="float32")), "t5")
 
 
 def text_of(num_rows: int, length: int) -> Tensor:

@@ -1,7 +1,6 @@
 """The convolutional drafter and its trainer: what only they have; the rest is checked as any reading drafter is."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -9,17 +8,12 @@ import torch
 from torch.nn import functional
 
 import draftsmith
-from draftsmith import Target
 from draftsmith.drafters import cnn
 from draftsmith.drafters.cnn import Config, Drafter
-from tests.family import built, check_family, check_greedy
+from tests.family import built, check_family
 from tests.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
-from tests.reading import check_reading, source_of
-from tests.runs import SMALL, make_data, make_target
+from tests.reading import check_reading, check_run_on_pairs, check_shortlist, check_writing, source_of
 from trainers import cnn as trainer
-from trainers import on_policy
-from trainers.loop import train
-from trainers.run import RunSettings
 
 SETTINGS = trainer.Settings(num_channels=24, rank=16, loss="tvd", teacher_top_k=8, on_policy=0.5)
 EXAMPLE = Config(num_channels=24, rank=8, num_draft=4, length="refit=0.1")
@@ -30,11 +24,15 @@ def test_family(tmp_path: Path) -> None:
 
 
 def test_a_shortlist(tmp_path: Path) -> None:
-    config, settings = (dataclasses.replace(one, shortlist=7) for one in (EXAMPLE, SETTINGS))
-    check_family(cnn, config, tmp_path, architectures=("llama",), trainer=trainer, settings=settings)
-    check_reading(cnn, config)
-    with pytest.raises(ValueError, match="copy and shortlist exclude each other"):
-        dataclasses.replace(config, copy=True)
+    check_shortlist(cnn, EXAMPLE, trainer, SETTINGS, tmp_path)
+
+
+def test_it_writes_as_often_as_it_is_asked_to() -> None:
+    check_writing(cnn, EXAMPLE)
+
+
+def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
+    check_run_on_pairs(trainer, SETTINGS, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -50,27 +48,6 @@ def test_the_text_of_an_encoder_decoder(architecture: str, copy: bool, tmp_path:
     config, settings = (dataclasses.replace(one, copy=copy) for one in (EXAMPLE, SETTINGS))
     check_family(cnn, config, tmp_path, architectures=(architecture,), trainer=trainer, settings=settings)
     check_reading(cnn, config, architecture)
-
-
-def test_it_writes_as_often_as_it_is_asked_to() -> None:
-    """As it is judged on its own text, batch after batch: what it multiplied out for one is there for the next."""
-    drafter = built(cnn, dataclasses.replace(EXAMPLE, width=2), tiny_target("t5"))
-    given = {"limits": [6], "seeds": [0], "temperature": 1.0, "source": source_of(drafter.target, 1)}
-    written = [on_policy.write(drafter, drafter.target, [[0]], **given) for _ in range(3)]
-    assert written[0] == written[1] == written[2] and len(written[0][0]) == 7
-    assert drafter.config.width == 2
-
-
-def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
-    """Its own, and labels: the loop gives the trainer sources, and what it leaves drafts for the target."""
-    own = make_data(make_target(tmp_path / "target", "t5"), tmp_path / "data", num_rows=24, max_new_tokens=12)
-    labels = tmp_path / "labels.jsonl"
-    rows = [{"source": f"w{row} w9 w{row}", "target": f"w{row} w8"} for row in range(3, 27)]
-    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for data in (own, labels):
-        paths = {"target": str(tmp_path / "target"), "data": str(data), "output": str(tmp_path / f"run-{data.stem}")}
-        output = train(trainer, dataclasses.replace(SETTINGS, copy=True), RunSettings(**paths, **SMALL))
-        check_greedy(draftsmith.load(output, Target.from_pretrained(paths["target"], dtype="float32")), "t5")
 
 
 @pytest.mark.parametrize(

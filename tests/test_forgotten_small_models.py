@@ -19,7 +19,7 @@ drafters:
 """
 
 
-@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_both_ways_on_a_target(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = {}
     for way, loss in (("baseline", "ce"), ("distilled", "forward_kl")):

@@ -1,7 +1,6 @@
 """The LSTM drafter and its trainer: what only they have; the rest is checked as any reading drafter is."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,13 @@ from torch import nn
 from torch.nn import functional
 
 import draftsmith
-from draftsmith import Target, tied
+from draftsmith import tied
 from draftsmith.drafters import lstm
 from draftsmith.drafters.lstm import Config, Drafter, dropped
-from tests.family import built, check_family, check_greedy
+from tests.family import built, check_family
 from tests.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
-from tests.reading import check_reading, check_steps, source_of
-from tests.runs import SMALL, make_data, make_target
+from tests.reading import check_reading, check_run_on_pairs, check_shortlist, check_steps, check_writing, source_of
 from trainers import lstm as trainer
-from trainers import on_policy
-from trainers.loop import train
-from trainers.run import RunSettings
 
 SETTINGS = trainer.Settings(hidden_size=24, num_layers=2, rank=16, loss="lk_hybrid")
 EXAMPLE = Config(hidden_size=24, num_layers=2, rank=8, num_draft=4, length="refit=0.1")
@@ -28,6 +23,18 @@ EXAMPLE = Config(hidden_size=24, num_layers=2, rank=8, num_draft=4, length="refi
 
 def test_family(tmp_path: Path) -> None:
     check_family(lstm, EXAMPLE, tmp_path, trainer=trainer, settings=SETTINGS)
+
+
+def test_a_shortlist(tmp_path: Path) -> None:
+    check_shortlist(lstm, EXAMPLE, trainer, SETTINGS, tmp_path)
+
+
+def test_it_writes_as_often_as_it_is_asked_to() -> None:
+    check_writing(lstm, EXAMPLE)
+
+
+def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
+    check_run_on_pairs(trainer, SETTINGS, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -45,38 +52,9 @@ def test_the_text_of_an_encoder_decoder(architecture: str, copy: bool, tmp_path:
     check_reading(lstm, config, architecture)
 
 
-def test_it_writes_as_often_as_it_is_asked_to() -> None:
-    """As it is judged on its own text, batch after batch: what it multiplied out for one is there for the next."""
-    drafter = built(lstm, dataclasses.replace(EXAMPLE, width=2), tiny_target("t5"))
-    given = {"limits": [6], "seeds": [0], "temperature": 1.0, "source": source_of(drafter.target, 1)}
-    written = [on_policy.write(drafter, drafter.target, [[0]], **given) for _ in range(3)]
-    assert written[0] == written[1] == written[2] and len(written[0][0]) == 7
-    assert drafter.config.width == 2
-
-
-def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
-    """Its own, and labels: the loop gives the trainer sources, and what it leaves drafts for the target."""
-    own = make_data(make_target(tmp_path / "target", "t5"), tmp_path / "data", num_rows=24, max_new_tokens=12)
-    labels = tmp_path / "labels.jsonl"
-    rows = [{"source": f"w{row} w9 w{row}", "target": f"w{row} w8"} for row in range(3, 27)]
-    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for data in (own, labels):
-        paths = {"target": str(tmp_path / "target"), "data": str(data), "output": str(tmp_path / f"run-{data.stem}")}
-        output = train(trainer, dataclasses.replace(SETTINGS, copy=True), RunSettings(**paths, **SMALL))
-        check_greedy(draftsmith.load(output, Target.from_pretrained(paths["target"], dtype="float32")), "t5")
-
-
 @pytest.mark.parametrize("config", [EXAMPLE, Config(hidden_size=20, num_layers=1, rank=32, num_draft=4)])
 def test_it_drafts_by_its_own_law_after_what_was_committed(config: Config) -> None:
     check_reading(lstm, config)
-
-
-def test_a_shortlist(tmp_path: Path) -> None:
-    config, settings = (dataclasses.replace(one, shortlist=7) for one in (EXAMPLE, SETTINGS))
-    check_family(lstm, config, tmp_path, architectures=("llama",), trainer=trainer, settings=settings)
-    check_reading(lstm, config)
-    with pytest.raises(ValueError, match="copy and shortlist exclude each other"):
-        dataclasses.replace(config, copy=True)
 
 
 def test_large_vocabularies_are_not_looked_up_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,29 +22,10 @@ from torch import Tensor
 from data.batches import Batch, Example
 from draftsmith import Target, length
 from draftsmith.drafters.eagle3 import Config, Drafter
+from draftsmith.export.eagle3 import LAYER_IDS, NAMES
 from draftsmith.facts import TargetFacts
 from trainers import Metrics, Needs, eagle3
 from trainers.run import RunSettings
-
-LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-NAMES = {
-    "fc": "fusion",
-    "norm": "norm",
-    "lm_head": "head",
-    "embed_tokens": "embedding",
-    "input_norm": "fusion_norms.0",
-    "hidden_norm": "feature_norm",
-    "input_layernorm": "token_norm",
-    "post_attention_layernorm": "feed_forward_norm",
-    "self_attn.q_proj": "attention.query",
-    "self_attn.k_proj": "attention.key",
-    "self_attn.v_proj": "attention.value",
-    "self_attn.o_proj": "attention.output",
-    "mlp.gate_proj": "feed_forward.gate",
-    "mlp.up_proj": "feed_forward.up",
-    "mlp.down_proj": "feed_forward.down",
-}
-"""Published names, less what stands before and `.weight` behind, and ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
