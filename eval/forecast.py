@@ -1,12 +1,12 @@
 """What a drafter's speed-up should be by its parts, measured apart, and the batch size at which it stops paying.
 
-A round takes the drafter's own time, the target's forward over the nodes drafted and what plain decoding spends beside
-its forward; it brings as many tokens as were counted. What this leaves out, such as rows that end before others, is
-what the measured speed-up shows beside it.
+A round takes the drafter's own time and a plain step's, the longer the more nodes are verified at once; it brings as
+many tokens as were counted. Plain decoding is timed beside each drafter, as machines are not always as quick. What this
+leaves out, such as rows that end before others, is what the measured speed-up shows beside it.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from statistics import median
 from typing import Any
@@ -31,7 +31,7 @@ class Parts:
     start_ms: float
     """Reading the prompts, the drafter's start included."""
     round_ms: float
-    """A round's drafting, and learning what became of it; all but the forward in plain decoding."""
+    """A round's drafting, and learning what became of it; in plain decoding a whole step."""
     num_nodes: float = 0.0
     """Drafted a round, over a row's pending token."""
     layer: int = 0
@@ -62,56 +62,53 @@ class Recorded:
 
 
 class Costs:
-    """What the target's forward takes for any batch size and number of nodes, measured when it is first asked for."""
+    """What verification costs in plain steps, for any batch size and number of nodes; measured when first asked for."""
 
     def __init__(self, target: Target) -> None:
-        self._curve = cache(lambda batch_size, layer: verify_ms(target, NUM_NODES, batch_size=batch_size, layer=layer))
+        self._curve = cache(lambda size, layer: verify_ms(target, NUM_NODES, batch_size=size, layer=layer))
 
-    def ms(self, batch_size: int, num_nodes: float = 0.0, layer: int = 0) -> float:
-        """Returns it, between sizes that were measured in proportion."""
+    def ratio(self, batch_size: int, num_nodes: float, layer: int) -> float:
+        """Returns the time of a forward over so many nodes from a block on, over that of a pending token alone.
+
+        Between numbers of nodes that were measured in proportion.
+        """
         curve = self._curve(batch_size, layer)
-        return float(np.interp(num_nodes, list(curve), list(curve.values())))
+        return float(np.interp(num_nodes, list(curve), list(curve.values()))) / self._curve(batch_size, 0)[0]
 
 
-def probe(target: Target, drafter: Any, prompts: Rows, temperature: float, costs: Costs) -> Parts:
-    """Returns the parts of decoding `prompts` at once, plain without a drafter: medians of a few short calls."""
+def probe(target: Target, drafter: Any, prompts: Rows, temperature: float, seed: int) -> Parts:
+    """Returns the parts of a short call that decodes `prompts` at once, plain without a drafter."""
     tokens_BT, mask_BT = pad(prompts, target.device, side="right")
-    found = []
-    for number in range(PROBES):
-        forget(drafter)
-        recorded = Recorded(drafter) if drafter is not None else None
-        stats = draftsmith.generate(
-            target,
-            tokens_BT,
-            recorded,
-            attention_mask=mask_BT,
-            max_new_tokens=PROBE_TOKENS,
-            temperature=temperature,
-            seed=number,
-        ).stats
-        spent_ms = stats.commit_ms + (stats.draft_ms if recorded is not None else stats.verify_ms)
-        parts = Parts(start_ms=stats.prefill_ms, round_ms=spent_ms / stats.rounds)
-        if recorded is None:
-            found.append(replace(parts, round_ms=max(0.0, parts.round_ms - costs.ms(len(prompts)))))
-        else:
-            num_nodes = sum(recorded.num_nodes) / stats.rounds
-            found.append(replace(parts, num_nodes=num_nodes, layer=recorded.layer))
+    forget(drafter)
+    recorded = Recorded(drafter) if drafter is not None else None
+    stats = draftsmith.generate(
+        target,
+        tokens_BT,
+        recorded,
+        attention_mask=mask_BT,
+        max_new_tokens=PROBE_TOKENS,
+        temperature=temperature,
+        seed=seed,
+    ).stats
+    if recorded is None:
+        return Parts(start_ms=stats.prefill_ms, round_ms=(stats.verify_ms + stats.commit_ms) / stats.rounds)
     return Parts(
-        **{name: median(getattr(one, name) for one in found) for name in ("start_ms", "round_ms", "num_nodes")},
-        layer=found[-1].layer,
+        start_ms=stats.prefill_ms,
+        round_ms=(stats.draft_ms + stats.commit_ms) / stats.rounds,
+        num_nodes=sum(recorded.num_nodes) / stats.rounds,
+        layer=recorded.layer,
     )
 
 
 def speedup(plain: Parts, drafted: Parts, tau: float, num_tokens: int, batch_size: int, costs: Costs) -> float:
     """Returns the predicted speed-up of calls of `num_tokens` a row, of which a round brings `tau`.
 
-    (S + T (v(0) + o)) / (S' + T / tau (d + v(n) + o)): S and S' the starts, T the tokens, v(n) the target's forward
-    over a pending token and n drafted ones, o what plain decoding takes beside it, d the drafter's round (2211.17192,
-    theorem 3.8, with drafts of any kind and verification at its cost).
+    (S + T s) / (S' + T / tau (d + s r(n))): S and S' the starts, T the tokens, s a plain step, d the drafter's round,
+    r(n) the cost of a forward over a pending token and n drafted ones in plain forwards (2211.17192, theorem 3.8, with
+    drafts of any kind and verification at its cost).
     """
-    step_ms = costs.ms(batch_size) + plain.round_ms
-    round_ms = drafted.round_ms + costs.ms(batch_size, drafted.num_nodes, drafted.layer) + plain.round_ms
-    return (plain.start_ms + num_tokens * step_ms) / (drafted.start_ms + num_tokens / tau * round_ms)
+    round_ms = drafted.round_ms + plain.round_ms * costs.ratio(batch_size, drafted.num_nodes, drafted.layer)
+    return (plain.start_ms + num_tokens * plain.round_ms) / (drafted.start_ms + num_tokens / tau * round_ms)
 
 
 def break_even(by_batch_size: dict[int, float]) -> int | None:
@@ -125,13 +122,16 @@ def of(
     """Returns what predicts a drafter's speed-up at each batch size, given the tokens a round that it brought."""
     costs = Costs(target)
     batches = {size: [prompts[row % len(prompts)] for row in range(size)] for size in sorted(batch_sizes)}
-    plain = {size: probe(target, None, rows, temperature, costs) for size, rows in batches.items()}
 
     def predict(drafter: Any, tau: float) -> dict[int, float]:
         found = {}
         for size, rows in batches.items():
-            parts = probe(target, drafter, rows, temperature, costs)
-            found[size] = speedup(plain[size], parts, tau, num_tokens, size, costs)
+            in_turn = [
+                (probe(target, None, rows, temperature, seed), probe(target, drafter, rows, temperature, seed))
+                for seed in range(PROBES)
+            ]
+            ratios = [speedup(plain, drafted, tau, num_tokens, size, costs) for plain, drafted in in_turn]
+            found[size] = median(ratios)
         return found
 
     return predict
