@@ -369,7 +369,7 @@ def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     artifact = artifact_of(copy_of(target_of(root)), tmp_path / "artifact")
     main(["export", str(artifact), "--to", "vllm", str(tmp_path / "out"), "--target", str(root / "llama")])
     printed = capsys.readouterr().out
-    assert read_launch(tmp_path / "out")["command"] in printed and "vLLM 0.33.0" in printed
+    assert read_launch(tmp_path / "out")["command"] in printed and "vLLM 0.32.0" in printed
     with pytest.raises(SystemExit) as stop:
         main(["export", str(artifact), "--to", "sglan", str(tmp_path / "other")])
     assert stop.value.code == 2 and "did you mean 'sglang'" in capsys.readouterr().err
