@@ -7,6 +7,10 @@ The comparison of "LLM needs forgotten small LMs" done on one footing: a draft L
 each of the original text (baseline) and of what the target wrote after the same prompts or sources (distilled), as the
 two line-ups recipes/configs/forgotten-*.yaml say. Compared is real decoding of held-out prompts. A run that was stopped
 is continued by the same command.
+
+A busy CPU core, `--rounds 2 --num-prompts 12 --num-texts 1000`: 50 minutes. On the encoder-decoder all four distilled
+drafters are ahead (LSTM 1.72 tokens a forward against 1.34 greedily, n-grams 2.56 against 1.40); on the causal target,
+which was trained on the baseline's text, they are behind. LOG.md has the table and says why.
 """
 
 import json
