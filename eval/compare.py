@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ def _facts(target: Target, prompts: Sequence[Prompt], settings: Settings) -> dic
     }
 
 
+def _interval() -> float:
+    """Returns seconds between updates of a progress bar: where there is no terminal each is a line of its own."""
+    return 0.5 if sys.stderr.isatty() else 20
+
+
 def by_category(prompts: Sequence[Prompt], batch_size: int) -> dict[str, list[Prompt]]:
     """Returns the prompts of each category that fills a batch, those of smaller ones together; "" if there are none."""
     groups: dict[str, list[Prompt]] = {}
@@ -124,9 +130,8 @@ def _measure(
     if num_done:
         print(f"{results.path.parent}: continuing; {len(cells) - len(missing)} of {len(cells)} parts are there")
     total = sum(num_rows.values())
-    # Where there is no terminal every update is a line of its own.
-    interval = 0.5 if sys.stderr.isatty() else 20
-    with tqdm(total=total, initial=num_done, desc="bake-off", unit="prompt", smoothing=0, mininterval=interval) as bar:
+    options = {"desc": "bake-off", "unit": "prompt", "smoothing": 0, "mininterval": _interval()}
+    with tqdm(total=total, initial=num_done, **options) as bar:
         for cell in missing:
             number, temperature, batch_size, category = cell
             where = [f"temperature {temperature:g}", f"batch {batch_size}", *([category] if category else [])]
@@ -187,15 +192,17 @@ def _add_forecasts(
     ids = [prompt.ids for prompt in prompts]
     predicted: dict[tuple[str, float], dict[int, float]] = {}
     sizes = {*settings.batch_sizes, *settings.forecast_sizes} if settings.forecast_sizes else set()
-    drafting = [entry for entry in competing if entry.drafter is not None and not entry.is_ablation]
-    for target in dict.fromkeys(entry.drafter.target for entry in drafting):
-        for temperature in settings.temperatures:
-            ask = forecast.of(target, ids, temperature, settings.max_new_tokens, sizes)
-            for entry in drafting:
-                if entry.drafter.target is target:
-                    key = (entry.contender.name, temperature)
-                    row = next(row for row in rows if (row["drafter"], row["temperature"]) == key)
-                    predicted[key] = ask(entry.drafter, row["tau"])
+    drafting = [entry for entry in competing if sizes and entry.drafter is not None and not entry.is_ablation]
+    num_asked = len(drafting) * len(settings.temperatures)
+    with tqdm(total=num_asked, desc="forecasts", unit="drafter", delay=2, mininterval=_interval()) as bar:
+        for target in dict.fromkeys(entry.drafter.target for entry in drafting):
+            ask = forecast.of(target, ids, settings.max_new_tokens, sizes)
+            theirs = [entry for entry in drafting if entry.drafter.target is target]
+            for entry, temperature in product(theirs, settings.temperatures):
+                key = (entry.contender.name, temperature)
+                row = next(row for row in rows if (row["drafter"], row["temperature"]) == key)
+                predicted[key] = ask(entry.drafter, temperature, row["tau"])
+                bar.update()
     for row in rows:
         found = predicted.get((row["drafter"], row["temperature"]), {})
         row["predicted_speedup"] = found.get(row["batch_size"])

@@ -21,6 +21,7 @@ from draftsmith.artifact import LAYER_INDEX
 from draftsmith.card import WEIGHTS
 from draftsmith.made_with import rotary, template_hash
 from eval.forced import OFFSETS, Counts, Text, draft_within
+from eval.served import Served, is_close
 
 THETAS = (10_000.0, 500_000.0, 1_000_000.0)
 MARGIN, ERRORS = 0.05, 3
@@ -232,6 +233,18 @@ def check_carried(patient: Patient, fresh: Counts, carried: Counts) -> Finding:
         told += ": what it keeps from step to step goes astray"
         return Finding(name="carried state", verdict="fault", told=told)
     return Finding(name="carried state", verdict="sound", told=told)
+
+
+def check_export(served: Served, own: Served, *, is_tree: bool) -> Finding:
+    """Compares what vLLM accepts of the artifact's export with what draftsmith's loop accepts of as long drafts."""
+    told = f"vLLM accepts {served.per_draft:.2f} tokens a draft, draftsmith's loop {own.per_draft:.2f}"
+    if is_tree:
+        return Finding(name="export", verdict="not known", told=f"{told}, of trees: vLLM verifies one token a place")
+    if is_close(served, own):
+        return Finding(name="export", verdict="sound", told=told)
+    same = sum(one == other for one, other in zip(served.texts, own.texts, strict=True))
+    told += f" ({same} of {len(own.texts)} texts are the same): vLLM does not run what was exported"
+    return Finding(name="export", verdict="fault", told=told)
 
 
 def with_base(drafter: Any, theta: float) -> Any:

@@ -21,7 +21,9 @@ from draftsmith.tree import Draft
 from eval.measure import Rows, pad
 
 NUM_NODES = (0, 1, 2, 4, 8, 16, 32, 63)
-PROBE_TOKENS, PROBES = 16, 3
+PROBES = {1: (16, 3), 2: (16, 3)}
+FEWER_PROBES = (8, 2)
+"""Tokens of a call and calls, by batch size: large batches take long, and have many rows to tell from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +78,8 @@ class Costs:
         return float(np.interp(num_nodes, list(curve), list(curve.values()))) / self._curve(batch_size, 0)[0]
 
 
-def probe(target: Target, drafter: Any, prompts: Rows, temperature: float, seed: int) -> Parts:
-    """Returns the parts of a short call that decodes `prompts` at once, plain without a drafter."""
+def probe(target: Target, drafter: Any, prompts: Rows, temperature: float, seed: int, num_tokens: int) -> Parts:
+    """Returns the parts of a call that decodes so many tokens after all `prompts` at once, plain without a drafter."""
     tokens_BT, mask_BT = pad(prompts, target.device, side="right")
     forget(drafter)
     recorded = Recorded(drafter) if drafter is not None else None
@@ -86,7 +88,7 @@ def probe(target: Target, drafter: Any, prompts: Rows, temperature: float, seed:
         tokens_BT,
         recorded,
         attention_mask=mask_BT,
-        max_new_tokens=PROBE_TOKENS,
+        max_new_tokens=num_tokens,
         temperature=temperature,
         seed=seed,
     ).stats
@@ -117,18 +119,19 @@ def break_even(by_batch_size: dict[int, float]) -> int | None:
 
 
 def of(
-    target: Target, prompts: Rows, temperature: float, num_tokens: int, batch_sizes: Collection[int]
-) -> Callable[[Any, float], dict[int, float]]:
-    """Returns what predicts a drafter's speed-up at each batch size, given the tokens a round that it brought."""
+    target: Target, prompts: Rows, num_tokens: int, batch_sizes: Collection[int]
+) -> Callable[[Any, float, float], dict[int, float]]:
+    """Returns what predicts a drafter's speed-up at each batch size by temperature and the tokens a round brought."""
     costs = Costs(target)
     batches = {size: [prompts[row % len(prompts)] for row in range(size)] for size in sorted(batch_sizes)}
 
-    def predict(drafter: Any, tau: float) -> dict[int, float]:
+    def predict(drafter: Any, temperature: float, tau: float) -> dict[int, float]:
         found = {}
         for size, rows in batches.items():
+            probe_tokens, probes = PROBES.get(size, FEWER_PROBES)
             in_turn = [
-                (probe(target, None, rows, temperature, seed), probe(target, drafter, rows, temperature, seed))
-                for seed in range(PROBES)
+                [probe(target, one, rows, temperature, seed, probe_tokens) for one in (None, drafter)]
+                for seed in range(probes)
             ]
             ratios = [speedup(plain, drafted, tau, num_tokens, size, costs) for plain, drafted in in_turn]
             found[size] = median(ratios)

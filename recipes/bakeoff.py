@@ -62,7 +62,7 @@ class RunSettings:
     """Where the prompts come from (data/sources.py); if empty python-source, of encoder-decoders python-docstrings."""
     output: str = "runs/bakeoff"
     """Folder for bakeoff.html, .json, .md, .csv and .png."""
-    num_prompts: int = 16
+    num_prompts: int = 8
     """Prompts drawn from the data, 0 for all."""
     max_steps: int = 0
     """At most so many of the largest batches, 0 for all prompts: for a quick trial."""
@@ -70,7 +70,7 @@ class RunSettings:
     """Length of prompts cut from source code or plain text."""
     long_prompts: LongPrompts = "auto"
     """What becomes of rows too long for the target; auto cuts what an encoder reads, and refuses others."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = 48
     """Tokens decoded after each prompt."""
     rounds: int = 3
     """Times that everything is decoded."""

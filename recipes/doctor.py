@@ -2,17 +2,20 @@
 
     ./launch.sh doctor --draft runs/medusa                       # the target and the data that it was trained with
     ./launch.sh doctor --draft runs/mine --target T --data runs/mine-data --num-prompts 32
+    ./launch.sh doctor --draft runs/medusa --vllm-python .venv-serving/bin/python
 
 The target continues held-out prompts greedily. Drafts begun afresh at every place of these texts are what training
-promises; beside them stand real decoding and, for a draft model, transformers' assisted generation. Then come checks of
-the chat template, the loss mask, hidden layers, rotary positions, vocabulary map, dtype and positions. The status is 1
-if a fault was found. Pocket target, one CPU core: a minute.
+promises; beside them stand real decoding, for a draft model transformers' assisted generation, and if asked vLLM,
+which runs the artifact's export. Then come checks of the chat template, the loss mask, hidden layers, rotary positions,
+vocabulary map, dtype, positions and export. The status is 1 if a fault was found.
+Pocket target, one CPU core: a minute.
 """
 
 import dataclasses
 import importlib.util
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,16 @@ from data.shards import write_whole
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifact import check_fits, make_config, read_manifest
+from draftsmith.export import export
+from draftsmith.export.launch import read_launch
 from draftsmith.facts import read_facts
 from draftsmith.stats import num_threads
 from eval import doctor
 from eval.assisted import assistant_of, assisted
-from eval.doctor import Patient
+from eval.doctor import Finding, Patient
 from eval.forced import Counts, Text, draft_within, places_of
 from eval.measure import Ask, own_loop
+from eval.served import by_own_loop, by_vllm, check_python, drafts_trees
 from eval.texts import follow
 from trainers.judging import Sums
 from trainers.settings import parse_settings
@@ -68,6 +74,9 @@ class RunSettings:
     """Where the target runs."""
     dtype: str = ""
     """What the target's weights are loaded as, if empty as in training."""
+    vllm_python: str = ""
+    """A Python that has vLLM, as .venv-serving/bin/python once ./launch.sh serving-test was run: what vLLM accepts is
+    looked at too."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "max_new_tokens", "num_places", "depth"):
@@ -77,6 +86,8 @@ class RunSettings:
 
 def main(run: RunSettings) -> int:
     """Returns the process's status."""
+    if run.vllm_python:
+        check_python(run.vllm_python)
     manifest = read_manifest(run.draft)
     settings = manifest.get("settings") or {}
     name, source = run.target or manifest["target"]["name"], run.data or settings.get("data")
@@ -138,6 +149,10 @@ def examine(
             doctor.check_position(patient, first_right),
             doctor.check_carried(patient, afresh, carried),
         ]
+        if run.vllm_python:
+            finding, counts = _served(drafter, texts, run)
+            findings.append(finding)
+            columns |= counts
     return {
         "draft": run.draft,
         "target": target.name,
@@ -188,6 +203,25 @@ def _decoded(drafter: Any, texts: list[Text], run: RunSettings) -> tuple[Counts,
                 began.append((number, end))
             end += len(step.path) + (step.own is not None)
     return counts, began
+
+
+def _served(drafter: Any, texts: list[Text], run: RunSettings) -> tuple[Finding, dict[str, Counts]]:
+    """Returns how vLLM does with the artifact's export, beside draftsmith's loop drafting as much."""
+    prompts = [text.ids[: text.num_prompt] for text in texts]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            launch = read_launch(export(run.draft, "vllm", Path(folder) / "out", drafter.target.name))
+        except ValueError as error:
+            return Finding(name="export", verdict="not known", told=str(error)), {}
+        num_draft = launch["settings"]["num_speculative_tokens"]
+        found = by_vllm(run.vllm_python, drafter.target, prompts, run.max_new_tokens, Path(folder) / "run", launch)
+    own = by_own_loop(drafter, prompts, run.max_new_tokens, num_draft)
+    is_tree = drafts_trees(drafter, prompts[0], run.max_new_tokens, num_draft)
+    counts = {
+        name: Counts(drafted=[one.num_drafts] * len(one.accepted), accepted=one.accepted, num_drafts=one.num_drafts)
+        for name, one in (("by vLLM", found), (f"in decoding, drafts of {num_draft}", own))
+    }
+    return doctor.check_export(found, own, is_tree=is_tree), counts
 
 
 def _judged(manifest: dict[str, Any], drafter: Any, texts: list[Text], run: RunSettings) -> dict[str, float]:

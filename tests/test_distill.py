@@ -18,6 +18,7 @@ from draftsmith.facts import read_facts
 from draftsmith.shortlist import Shortlist
 from tests import runs
 from tests.family import check_greedy
+from tests.gaps import with_gaps
 from tests.models import SEQ2SEQ, VOCAB_SIZE, tiny_config, tiny_model, tiny_target, tiny_tokenizer
 from tests.runs import make_data, make_target
 from trainers import distill
@@ -32,14 +33,8 @@ SETTINGS = distill.Settings(rank=8, shortlist=40)
 
 def batch(settings: distill.Settings) -> Batch:
     """Returns rows of 9, 12 and 15 tokens, partly supervised, with what the settings need of the target."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for row in range(3):
-        length = 9 + 3 * row
-        mask = [position >= 2 + row and position != 7 for position in range(length)]
-        rows.append(example(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist(), mask, str(row)))
     needs = distill.needs(settings, TARGET)
-    return complete(collate(rows), TARGET, needs.layers + needs.held_out_layers, needs.top_k)
+    return complete(with_gaps(), TARGET, needs.layers + needs.held_out_layers, needs.top_k)
 
 
 def test_cross_entropy_is_that_of_transformers() -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import draftsmith
-from data.batches import Batch, collate, example
+from data.batches import Batch
 from data.teacher import complete
 from draftsmith.artifact import read_manifest
-from tests.models import VOCAB_SIZE, tiny_target
+from tests.gaps import with_gaps
+from tests.models import tiny_target
 from tests.runs import SMALL, logged, make_data, make_target, weights
 from trainers import checkpoints, cnn, distillation, judging, lstm, ngram
 from trainers.distillation import BEST, accepted_in_a_row, conclude
@@ -40,13 +41,7 @@ def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
 
 def batch() -> Batch:
     """Returns three rows, supervised with gaps, and what the target says of them."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for row in range(3):
-        length = 9 + 3 * row
-        mask = [position >= 2 + row and position != 7 for position in range(length)]
-        rows.append(example(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist(), mask, str(row)))
-    return complete(collate(rows), TARGET, (TARGET.num_layers,))
+    return complete(with_gaps(), TARGET, (TARGET.num_layers,))
 
 
 def test_acceptances_in_a_row() -> None:

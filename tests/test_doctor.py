@@ -6,6 +6,7 @@ that are always right can be written down.
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +23,9 @@ from data.pseudo_data import MARKER
 from draftsmith import Target
 from draftsmith.drafters import find
 from eval.assisted import assisted
-from eval.doctor import Patient, check_position
+from eval.doctor import Patient, check_export, check_position
 from eval.forced import Text, draft_within, places_of
+from eval.served import Served
 from recipes import doctor
 from recipes.doctor import RunSettings
 from tests.models import VOCAB_SIZE, greedy_by_transformers, prompts, scramble, tiny_model, tiny_target, tiny_tokenizer
@@ -346,3 +348,23 @@ def test_manifests_of_old_leave_checks_unknown(planted: Path) -> None:
     status, report = examined(planted, "medusa")
     unknown = {one["name"] for one in report["findings"] if one["verdict"] == "not known"}
     assert status == 0 and {"template", "dtype", "rotary"} <= unknown
+
+
+def test_no_python_with_vllm(made: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere/python is no Python that runs"):
+        examined(made, "lookup", vllm_python="nowhere/python")
+    with pytest.raises(ValueError, match="lacks vLLM or draftsmith; ./launch.sh serving-test makes"):
+        examined(made, "lookup", vllm_python=sys.executable)
+
+
+def served(*accepted: int) -> Served:
+    return Served(texts=[[3, 4]], num_drafts=40, num_drafted=80, accepted=list(accepted))
+
+
+@pytest.mark.parametrize(
+    ("accepted", "is_tree", "verdict"),
+    [((30, 20), False, "sound"), ((20, 9), False, "fault"), ((30,), False, "fault"), ((20, 9), True, "not known")],
+)
+def test_what_vllm_accepts(accepted: tuple[int, ...], is_tree: bool, verdict: str) -> None:
+    finding = check_export(served(*accepted), served(30, 21), is_tree=is_tree)
+    assert finding.verdict == verdict and f"vLLM accepts {sum(accepted) / 40:.2f} tokens a draft" in finding.told

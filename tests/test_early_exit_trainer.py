@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import draftsmith
-from data.batches import Batch, collate, example
+from data.batches import Batch
 from data.teacher import complete
 from draftsmith.drafters.early_exit import Drafter
+from tests.gaps import with_gaps
 from tests.models import NUM_LAYERS, VOCAB_SIZE, scramble, tiny_target
 from tests.runs import SMALL, make_data, make_target
 from trainers import early_exit, exits
@@ -32,13 +33,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def batch(layers: tuple[int, ...] = (1, 2, 3)) -> Batch:
     """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for row in range(3):
-        length = 9 + 3 * row
-        mask = [position >= 2 + row and position != 7 for position in range(length)]
-        rows.append(example(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist(), mask, str(row)))
-    return complete(collate(rows), TARGET, layers)
+    return complete(with_gaps(), TARGET, layers)
 
 
 def shaken(settings: early_exit.Settings) -> torch.nn.ModuleList:

@@ -34,8 +34,8 @@ def test_the_formula_by_hand() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_parts_are_those_of_the_drafter(architecture: str) -> None:
     target, family = tiny_target(architecture), find("lookup")
-    plain = probe(target, None, prompts(2), 0.0, 0)
-    drafted = probe(target, family.Drafter(family.Config(num_draft=3), target), prompts(2), 0.0, 0)
+    plain = probe(target, None, prompts(2), 0.0, 0, 16)
+    drafted = probe(target, family.Drafter(family.Config(num_draft=3), target), prompts(2), 0.0, 0, 16)
     assert plain.num_nodes == plain.layer == 0 and plain.start_ms > 0 and plain.round_ms > 0
     assert 0 < drafted.num_nodes <= 3 and drafted.round_ms > 0
 
@@ -51,12 +51,12 @@ def test_costs_lie_between_those_measured() -> None:
 def test_a_draft_that_left_the_target_midway_pays_for_the_other_blocks_alone() -> None:
     target, family = tiny_target("llama"), find("kangaroo")
     drafter = family.Drafter(family.Config(exit_layer=1), target).eval()
-    found = probe(target, drafter, prompts(1), 0.0, 0)
+    found = probe(target, drafter, prompts(1), 0.0, 0, 16)
     assert found.layer == 1
 
 
 def test_all_batch_sizes_are_predicted_from_few_prompts() -> None:
     target, family = tiny_target("llama"), find("lookup")
     drafter = family.Drafter(family.Config(), target)
-    found = forecast.of(target, prompts(2), 0.0, 8, (1, 3))(drafter, 1.5)
+    found = forecast.of(target, prompts(2), 8, (1, 3))(drafter, 0.0, 1.5)
     assert list(found) == [1, 3] and min(found.values()) > 0

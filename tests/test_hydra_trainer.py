@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.batches import Batch, collate, example
 from data.teacher import complete
+from tests.gaps import with_gaps
 from tests.models import VOCAB_SIZE, tiny_target
 from trainers import hydra, losses, trees
 
@@ -23,13 +24,7 @@ SETTINGS = hydra.Settings(**PLUS)
 
 def batch(num_rows: int = 3) -> Batch:
     """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for row in range(num_rows):
-        length = 9 + 3 * row
-        mask = [position >= 2 + row and position != 7 for position in range(length)]
-        rows.append(example(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist(), mask, str(row)))
-    return complete(collate(rows), TARGET, (TARGET.num_layers,))
+    return complete(with_gaps(num_rows), TARGET, (TARGET.num_layers,))
 
 
 def shaken(settings: hydra.Settings = PLAIN) -> hydra.Drafter:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch, collate, example
+from data.batches import Batch
 from data.teacher import complete
 from draftsmith.drafters.kangaroo import Drafter
-from tests.models import NUM_LAYERS, VOCAB_SIZE, tiny_model, tiny_target
+from tests.gaps import with_gaps
+from tests.models import NUM_LAYERS, tiny_model, tiny_target
 from trainers import exits, kangaroo
 from trainers.losses import DIVERGENCES
 
@@ -23,14 +24,8 @@ SWEEP = kangaroo.Settings(exit_layer=0, num_draft=3)
 
 def batch(settings: kangaroo.Settings = SETTINGS, target: kangaroo.Target = TARGET) -> Batch:
     """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for row in range(3):
-        size = 9 + 3 * row
-        mask = [position >= 2 + row and position != 7 for position in range(size)]
-        rows.append(example(torch.randint(3, VOCAB_SIZE, (size,), generator=generator).tolist(), mask, str(row)))
     needs = kangaroo.needs(settings, target)
-    return complete(collate(rows), target, needs.layers, needs.top_k)
+    return complete(with_gaps(), target, needs.layers, needs.top_k)
 
 
 def built(settings: kangaroo.Settings = SETTINGS, target: kangaroo.Target = TARGET) -> nn.ModuleList:

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import draftsmith
-from data.batches import Batch, collate, example
+from data.batches import Batch
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.drafters import early_exit
 from draftsmith.tuned import matrices
 from tests.family import check_family, texts
-from tests.models import NUM_LAYERS, VOCAB_SIZE, greedy_by_model, prompts, tiny_model, tiny_target
+from tests.gaps import with_gaps
+from tests.models import NUM_LAYERS, greedy_by_model, prompts, tiny_model, tiny_target
 from tests.runs import SMALL, make_data, make_target
 from trainers import layer_dropout
 from trainers.loop import train
@@ -29,13 +30,7 @@ SETTINGS = layer_dropout.Settings(exit_layer=1, curriculum="all", max_dropout=0.
 
 def batch(num_rows: int = 3) -> Batch:
     """Returns rows of unequal lengths whose loss masks begin at different places and have a hole."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for row in range(num_rows):
-        length = 9 + 3 * (row % 3)
-        mask = [position >= 2 + row % 3 and position != 7 for position in range(length)]
-        rows.append(example(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist(), mask, str(row)))
-    return complete(collate(rows), TARGET)
+    return complete(with_gaps(num_rows), TARGET)
 
 
 @pytest.mark.parametrize("rank", [0, 2])

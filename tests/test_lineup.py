@@ -55,6 +55,7 @@ def test_all_are_made_compared_and_made_once(tiny: RunSettings, capsys: pytest.C
     made = {name: (output / name / "draft_config.json").read_bytes() for name in names}
     main(tiny)
     assert {name: (output / name / "draft_config.json").read_bytes() for name in names} == made
+    assert capsys.readouterr().out.count("was there, held-out acceptance") == 3
     main(replace(tiny, train_steps=2, output=f"{output}-2"))
     assert read_manifest(Path(f"{output}-2") / "heads")["settings"]["max_steps"] == 2
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 import trainers
-from draftsmith.artifact import read_manifest
+from draftsmith.artifact import MANIFEST, read_manifest
 from trainers.loop import train
 from trainers.run import RunSettings
 from trainers.settings import parse_settings
@@ -89,6 +89,8 @@ class Made:
     """None if it was left out."""
     reason: str = ""
     """Why it was."""
+    was_there: bool = False
+    """Whether an earlier run had made it."""
 
 
 def make(line_up: list[Entry], output: Path, *, is_quiet: bool, **given: Any) -> Iterator[Made]:
@@ -108,9 +110,10 @@ def make(line_up: list[Entry], output: Path, *, is_quiet: bool, **given: Any) ->
 
 
 def _make(entry: Entry, settings: tuple[Any, RunSettings], output: Path, *, is_quiet: bool) -> Made:
+    was_there = (output / entry.name / MANIFEST).exists()
     with _told_to(output / "logs" / f"{entry.name}.log") if is_quiet else contextlib.nullcontext():
         try:
-            return Made(entry=entry, artifact=train(_module(entry), *settings))
+            return Made(entry=entry, artifact=train(_module(entry), *settings), was_there=was_there)
         except ValueError as error:
             return Made(entry=entry, reason=str(error))
 
@@ -147,7 +150,8 @@ def say(found: Iterator[Made], total: int) -> list[Path]:
             told = f"left out: {made.reason}"
         else:
             acceptance = read_manifest(made.artifact)["measured_acceptance"]["acceptance"]
-            told = f"{time.perf_counter() - began:.0f} s, held-out acceptance {acceptance:.3f}"
+            took = "was there" if made.was_there else f"{time.perf_counter() - began:.0f} s"
+            told = f"{took}, held-out acceptance {acceptance:.3f}"
             artifacts.append(made.artifact)
         print(f"{number:>3} of {total}  {made.entry.name:<20}{told}", flush=True)
     return artifacts

@@ -1,19 +1,14 @@
 """Exports served by vLLM itself: the text is the target's, and as much is accepted as by draftsmith's own loop.
 
 Loaders leave out tensors that they do not know and make up those that they miss; the text stays right then, and only
-acceptance tells. vLLM sums in another order than PyTorch does, so that now and then two tokens that are all but equally
-likely change places: one accepted token in `TOLERANCE` may differ.
+acceptance tells.
 
 Shape suffixes: T tokens, K guesses, E widths of fused layers, W draft vocabulary.
 """
 
 import json
-import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +25,17 @@ from data import POCKET
 from draftsmith import Target
 from draftsmith.drafters import eagle3, lm, lstm, medusa, ngram
 from draftsmith.export import export
-from draftsmith.export.launch import ARTIFACT_VARIABLE, read_launch
+from draftsmith.export.launch import read_launch
 from draftsmith.export.models import cut
-from tests.serving import engine
+from eval.doctor import check_export
+from eval.served import Served, by_own_loop, by_vllm, is_close
+from recipes import doctor
 from trainers import kneser_ney
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.serving
 
-NUM_NEW, NUM_DRAFT, TOLERANCE = 32, 3, 40
+NUM_NEW, NUM_DRAFT = 32, 3
 PROMPTS = (
     "def add(a, b):\n    return",
     "import os\n\n\ndef read(path):\n",
@@ -177,95 +174,9 @@ MAKERS = {"draft_model": skipping, "ngram": counting, "lstm": recurrent, "medusa
 # --- What both say -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Served:
-    """What came of all prompts."""
-
-    texts: list[list[int]]
-    num_drafts: int
-    num_drafted: int
-    accepted: list[int]
-    """At each place of a draft, how many were."""
-
-
-def served(target: Target, rows: list[list[int]], folder: Path, launch: dict[str, Any] | None = None) -> Served:
-    """Returns what vLLM makes of the prompts, launched as an export says, or without a drafter."""
-    folder.mkdir()
-    asked = {"target": target.name, "prompts": rows, "num_new": NUM_NEW, "settings": (launch or {}).get("settings")}
-    (folder / engine.ASKED).write_text(json.dumps(asked))
-    variables = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    for word in shlex.split(launch["command"]) if launch else []:
-        name, _, value = word.partition("=")
-        if name == ARTIFACT_VARIABLE:
-            variables[name] = value
-    done = subprocess.run(
-        [sys.executable, engine.__file__, str(folder)], env=variables, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    answer = json.loads((folder / engine.ANSWER).read_text())
-    counts = {"num_drafts": 0, "num_draft_tokens": 0, "num_accepted_tokens_per_pos": []} | answer["counts"]
-    return Served(
-        texts=answer["texts"],
-        num_drafts=int(counts["num_drafts"]),
-        num_drafted=int(counts["num_draft_tokens"]),
-        accepted=[int(number) for number in counts["num_accepted_tokens_per_pos"]],
-    )
-
-
-class Sizes:
-    """A streamer that notes how many tokens each step gives."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-
-    def put(self, tokens: Tensor) -> None:
-        self.sizes.append(len(tokens))
-
-    def end(self) -> None:
-        """Nothing is held back."""
-
-
-def decoded(drafter: Any, rows: list[list[int]], texts: list[list[int]]) -> Served:
-    """Returns what draftsmith's own loop makes of the prompts, counted as vLLM counts.
-
-    vLLM drafts once the first token is there, and counts whole the draft with which a text reaches its length.
-    """
-    new, sizes = [], []
-    for row, text in zip(rows, texts, strict=True):
-        watch = Sizes()
-        out = draftsmith.generate(
-            drafter.target,
-            torch.tensor([text[: len(row) + 1]]),
-            drafter,
-            max_new_tokens=NUM_NEW + 2 * NUM_DRAFT,
-            eos_token_id=[],
-            length="fixed",
-            streamer=watch,
-        )
-        new.append(out.sequences[0, len(row) : len(row) + NUM_NEW].tolist())
-        num_done = 1
-        for size in watch.sizes[1:]:
-            if num_done < NUM_NEW:
-                sizes.append(size)
-            num_done += size
-    return Served(
-        texts=new,
-        num_drafts=len(sizes),
-        num_drafted=len(sizes) * NUM_DRAFT,
-        accepted=[sum(size > place + 1 for size in sizes) for place in range(NUM_DRAFT)],
-    )
-
-
-def is_close(found: Served, expected: Served) -> bool:
-    """Returns whether as much was accepted at each place, but for rounding."""
-    pairs = zip(found.accepted, expected.accepted, strict=True)
-    most = 1 + sum(expected.accepted) // TOLERANCE
-    return all(abs(one - other) <= most for one, other in pairs) and abs(found.num_drafts - expected.num_drafts) <= most
-
-
 @pytest.fixture(scope="module")
 def plain(target: Target, rows: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return served(target, rows, tmp_path_factory.mktemp("plain") / "run")
+    return by_vllm(sys.executable, target, rows, NUM_NEW, tmp_path_factory.mktemp("plain") / "run")
 
 
 def test_plain_text_is_the_same(plain: Served, rows: list[list[int]], texts: list[list[int]]) -> None:
@@ -277,10 +188,10 @@ def test_vllm_accepts_what_draftsmith_accepts(
     target: Target, rows: list[list[int]], texts: list[list[int]], plain: Served, tmp_path: Path, name: str, to: str
 ) -> None:
     drafter = MAKERS[name](target, texts, tmp_path)
-    expected = decoded(drafter, rows, texts)
+    expected = by_own_loop(drafter, rows, NUM_NEW, NUM_DRAFT)
     draftsmith.save(drafter, tmp_path / "artifact", target)
     launch = read_launch(export(tmp_path / "artifact", to, tmp_path / "out"))
-    found = served(target, rows, tmp_path / "run", launch)
+    found = by_vllm(sys.executable, target, rows, NUM_NEW, tmp_path / "run", launch)
     print(
         f"{name} {to}: vLLM {found.num_drafts} {found.accepted}, draftsmith {expected.num_drafts} {expected.accepted}"
     )
@@ -289,6 +200,19 @@ def test_vllm_accepts_what_draftsmith_accepts(
     assert sum(expected.accepted) > 20 and expected.accepted[1] > 0, "nearly nothing is accepted: nothing is shown"
     assert expected.accepted[0] < expected.num_drafts, "all is accepted: nothing is shown"
     assert is_close(found, expected), (found, expected)
+
+
+def test_the_doctor_looks_at_vllm(target: Target, texts: list[list[int]], tmp_path: Path) -> None:
+    draftsmith.save(skipping(target, texts, tmp_path), tmp_path / "artifact", target)
+    given = {"data": "python-source", "num_prompts": 3, "max_new_tokens": 24, "num_places": 24, "depth": 4}
+    run = doctor.RunSettings(
+        draft=str(tmp_path / "artifact"), output=str(tmp_path / "out"), vllm_python=sys.executable, **given
+    )
+    doctor.main(run)
+    report = json.loads((tmp_path / "out" / "doctor.json").read_text())
+    assert next(one["verdict"] for one in report["findings"] if one["name"] == "export") == "sound"
+    shares = report["accepted_per_depth"]
+    assert shares["by vLLM"] == pytest.approx(shares[f"in decoding, drafts of {NUM_DRAFT}"], abs=0.1)
 
 
 def test_a_tensor_that_is_lost_is_noticed(
@@ -301,7 +225,8 @@ def test_a_tensor_that_is_lost_is_noticed(
     tensors = load_file(out / "model.safetensors")
     del tensors["fc.weight"]
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    found, expected = served(target, rows, tmp_path / "run", read_launch(out)), decoded(drafter, rows, texts)
+    found = by_vllm(sys.executable, target, rows, NUM_NEW, tmp_path / "run", read_launch(out))
+    expected = by_own_loop(drafter, rows, NUM_NEW, NUM_DRAFT)
     print(f"lost: vLLM {found.num_drafts} {found.accepted}, draftsmith {expected.num_drafts} {expected.accepted}")
     assert found.texts == plain.texts
-    assert not is_close(found, expected), (found, expected)
+    assert check_export(found, expected, is_tree=False).verdict == "fault", (found, expected)

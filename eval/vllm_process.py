@@ -1,11 +1,14 @@
-"""Runs vLLM over prompts in a process of its own: reads what is asked from one JSON file, writes another beside it."""
+"""Runs vLLM over prompts in a process of its own: reads what is asked from one JSON file, writes another beside it.
+
+Its Python has vLLM and draftsmith, and need have nothing else of this repository.
+"""
 
 import json
 import os
 import sys
 from pathlib import Path
 
-os.environ |= {
+ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -17,14 +20,15 @@ METRICS = "vllm:spec_decode_"
 
 
 def main(folder: Path) -> None:
+    os.environ |= ENVIRONMENT  # read as vLLM is imported
     from vllm import LLM, SamplingParams
 
     asked = json.loads((folder / ASKED).read_text())
     engine = LLM(
         asked["target"],
-        dtype="float32",
+        dtype=asked["dtype"],
         enforce_eager=True,
-        max_model_len=512,
+        max_model_len=asked["max_tokens"],
         max_num_seqs=3,
         disable_log_stats=False,
         speculative_config=asked["settings"] or None,
