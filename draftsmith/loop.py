@@ -100,7 +100,7 @@ def generate(
         paths, next_tokens = to_host(verdict)
         stats.verify_ms += (verify_ms := watch.lap_ms())
 
-        stats.rounds += 1
+        stats.count_round(draft)
         tokens = draft.tokens_BN.tolist()
         for row, path in enumerate(paths):
             if not is_running[row]:

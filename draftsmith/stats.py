@@ -1,6 +1,7 @@
 """What a call of `generate` counts and times, and the threads it is timed on."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ class GenerationStats:
     """Entry d counts the drafts that reached depth d + 1."""
     accepted: list[int] = field(default_factory=list)
     """Entry d counts the drafts whose accepted path reached depth d + 1."""
+    verified: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Rounds by the block after which the target went on, 0 for all, and by the nodes read after a pending token."""
     prefill_ms: float = 0.0
     draft_ms: float = 0.0
     verify_ms: float = 0.0
@@ -39,6 +42,11 @@ class GenerationStats:
     def accepted_per_depth(self) -> list[float]:
         """Share of drafts reaching each depth (from 1) whose accepted path reached it too."""
         return [accepted / drafted for accepted, drafted in zip(self.accepted, self.drafted, strict=True) if drafted]
+
+    def count_round(self, draft: Draft) -> None:
+        """Adds a forward over a draft."""
+        self.rounds += 1
+        self.verified[draft.entry.layer if draft.entry is not None else 0, draft.tree.num_nodes - 1] += 1
 
     def count(self, draft: Draft, row: int, *, num_accepted: int, num_kept: int) -> None:
         """Adds one row's verified draft."""

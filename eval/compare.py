@@ -1,10 +1,11 @@
 """The bake-off: drafters, plain decoding and transformers' own `generate` on the same prompts, in one table."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from draftsmith import Target
 from draftsmith.stats import num_threads
 from eval import forecast, machine
 from eval.entries import Entry, entries, fingerprint
-from eval.measure import Ask, measure, warm_up
+from eval.measure import Ask, Tally, measure, warm_up
 from eval.oracle import first_token
 from eval.plots import draw
 from eval.report import write_report
@@ -48,7 +49,7 @@ def compare(
         _measure(target, prompts, competing, results, settings)
         rows = [row | facts for row in _rows(prompts, competing, results, settings)]
         _add_optima(rows, prompts, competing, settings)
-        _add_forecasts(rows, prompts, competing, settings)
+        _add_forecasts(rows, prompts, competing, results, settings)
         drafters = {one.contender.name: one.drafter for one in competing if one.family and not one.is_ablation}
         texts = write_down(target, prompts, drafters, settings.max_new_tokens)
     markdown = "\n".join([header(rows, "markdown"), *table(rows, "markdown"), "", "![speed-up](bakeoff.png)", ""])
@@ -143,6 +144,20 @@ def _measure(
             results.add(cell, measure(contenders, asks, target.device, first=number, done=bar.update))
 
 
+def _tallies(
+    groups: Iterable[str], temperature: float, size: int, results: Results, settings: Settings
+) -> dict[str, list[dict[str, Tally]]]:
+    """Returns, of each category, the tallies of all rounds."""
+    return {
+        name: [results.cells[number, temperature, size, name] for number in range(settings.rounds)] for name in groups
+    }
+
+
+def _wholes(*given: Any) -> list[dict[str, Tally]]:
+    """Returns them of all categories together."""
+    return [added_up(parts) for parts in zip(*_tallies(*given).values(), strict=True)]
+
+
 def _rows(
     prompts: Sequence[Prompt], competing: Sequence[Entry], results: Results, settings: Settings
 ) -> list[dict[str, Any]]:
@@ -150,12 +165,8 @@ def _rows(
     for temperature in settings.temperatures:
         for size in settings.batch_sizes:
             groups = by_category(prompts, size)
-            # Of each category, the tallies of all rounds.
-            tallies = {
-                name: [results.cells[number, temperature, size, name] for number in range(settings.rounds)]
-                for name in groups
-            }
-            whole = [added_up(parts) for parts in zip(*tallies.values(), strict=True)]
+            tallies = _tallies(groups, temperature, size, results, settings)
+            whole = _wholes(groups, temperature, size, results, settings)
             for entry in competing:
                 if entry.competes_at(temperature):
                     shares = {name: row_of(entry, temperature, size, found) for name, found in tallies.items() if name}
@@ -186,25 +197,38 @@ def _add_optima(
 
 
 def _add_forecasts(
-    rows: list[dict[str, Any]], prompts: Sequence[Prompt], competing: Sequence[Entry], settings: Settings
+    rows: list[dict[str, Any]],
+    prompts: Sequence[Prompt],
+    competing: Sequence[Entry],
+    results: Results,
+    settings: Settings,
 ) -> None:
     """Adds the speed-ups to expect of each drafter's parts, and where it would stop paying."""
-    ids = [prompt.ids for prompt in prompts]
-    predicted: dict[tuple[str, float], dict[int, float]] = {}
     sizes = {*settings.batch_sizes, *settings.forecast_sizes} if settings.forecast_sizes else set()
-    drafting = [entry for entry in competing if sizes and entry.drafter is not None and not entry.is_ablation]
-    num_asked = len(drafting) * len(settings.temperatures)
-    with tqdm(total=num_asked, desc="forecasts", unit="drafter", delay=2, mininterval=_interval()) as bar:
-        for target in dict.fromkeys(entry.drafter.target for entry in drafting):
-            ask = forecast.of(target, ids, settings.max_new_tokens, sizes)
-            theirs = [entry for entry in drafting if entry.drafter.target is target]
-            for entry, temperature in product(theirs, settings.temperatures):
-                key = (entry.contender.name, temperature)
-                row = next(row for row in rows if (row["drafter"], row["temperature"]) == key)
-                predicted[key] = ask(entry.drafter, temperature, row["tau"])
-                bar.update()
+    drafting = [entry for entry in competing if sizes and entry.drafter is not None]
+    wholes = {
+        (temperature, size): _wholes(by_category(prompts, size), temperature, size, results, settings)
+        for temperature, size in product(settings.temperatures, settings.batch_sizes)
+    }
+    costs = {entry.drafter.target: forecast.Costs(entry.drafter.target) for entry in drafting}
+    found: dict[tuple[str, float], dict[int, float]] = {}
+    measured: dict[tuple[str, float, int], float] = {}
+    asked = [(entry, at) for entry in drafting for at in settings.temperatures if entry.competes_at(at)]
+    for entry, temperature in tqdm(asked, desc="forecasts", unit="drafter", delay=2, mininterval=_interval()):
+        name = entry.contender.name
+        plain, drafted = (
+            {size: [of[one] for of in wholes[temperature, size]] for size in settings.batch_sizes}
+            for one in (entry.reference, name)
+        )
+        priced = costs[entry.drafter.target]
+        for size in settings.batch_sizes:
+            pairs = zip(plain[size], drafted[size], strict=True)
+            measured[name, temperature, size] = median(
+                forecast.as_measured(one, other, size, priced) for one, other in pairs
+            )
+        found[name, temperature] = forecast.by_batch_size(plain, drafted, sizes, priced)
     for row in rows:
-        found = predicted.get((row["drafter"], row["temperature"]), {})
-        row["predicted_speedup"] = found.get(row["batch_size"])
-        row["predicted_by_batch_size"] = {str(size): speedup for size, speedup in found.items()}
-        row["break_even_batch"] = forecast.break_even(found)
+        by_size = found.get((row["drafter"], row["temperature"]), {})
+        row["predicted_speedup"] = measured.get((row["drafter"], row["temperature"], row["batch_size"]))
+        row["predicted_by_batch_size"] = {str(size): speedup for size, speedup in by_size.items()}
+        row["break_even_batch"] = forecast.break_even(by_size)

@@ -1,9 +1,11 @@
 """Decodes the same prompts by several contenders in turn, and counts and times what each did."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,8 +59,14 @@ class Tally:
 
     seconds: float = 0.0
     tokens: int = 0
+    calls: int = 0
+    rounds: int = 0
+    """Target forwards over all rows of a batch at once."""
     steps: int = 0
     """Verified drafts, summed over rows."""
+    verified: list[list[int]] = field(default_factory=list)
+    """Of each kind of round: the block after which the target went on, the nodes drafted, and how many there were."""
+    prefill_ms: float = 0.0
     draft_ms: float = 0.0
     verify_ms: float = 0.0
     commit_ms: float = 0.0
@@ -76,7 +84,11 @@ class Tally:
         stats = decoded.stats
         if stats is None:
             return
+        self.calls += 1
+        self.rounds += stats.rounds
         self.steps += stats.steps
+        self.verified = merged([self.verified, ([*kind, rounds] for kind, rounds in stats.verified.items())])
+        self.prefill_ms += stats.prefill_ms
         self.draft_ms += stats.draft_ms
         self.verify_ms += stats.verify_ms
         self.commit_ms += stats.commit_ms
@@ -87,6 +99,14 @@ def add_up(counts: Iterable[Sequence[int]]) -> list[int]:
     """Returns the sums of lists of counts, short ones taken to end in zeros."""
     lists = list(counts)
     return [sum(one[at] for one in lists if at < len(one)) for at in range(max(map(len, lists), default=0))]
+
+
+def merged(parts: Iterable[Iterable[Sequence[int]]]) -> list[list[int]]:
+    """Returns lists of (layer, nodes, rounds) as one, each kind of round once."""
+    found: Counter[tuple[int, int]] = Counter()
+    for layer, nodes, rounds in chain.from_iterable(parts):
+        found[layer, nodes] += rounds
+    return [[*kind, rounds] for kind, rounds in sorted(found.items())]
 
 
 def own_loop(

@@ -175,7 +175,8 @@ def _tables(laws: Sequence[tuple[str, list[Row]]]) -> str:
         parts.append(_table(title.capitalize(), names, [[line[at] for at in kept] for line in cells]))
     parts.append(
         "<p>Speed-up: over plain decoding in the same round; median and quartiles of rounds. Tau: tokens a target"
-        " forward. Draft and verify ms: a row's share of one step. Predicted: from tau and parts timed apart. First"
+        " forward. Draft and verify ms: a row's share of one step. Predicted: by the rounds"
+        " counted and the drafter's own time, the target's forwards at what they cost alone. First"
         " accepted, at best: how often a drawn first token was accepted, and would be by the best rule there can be."
         " *: compared with the target as its drafter has tuned it.</p>"
     )
@@ -208,7 +209,7 @@ def _batches(rows: Sequence[Row]) -> str:
             for row in drafters
         ]
         names = ["drafter", *(f"batch {size}" for size in sizes), "stops paying at"]
-        parts.append(_table(f"Predicted speed-up, temperature {temperature:g}", names, lines))
+        parts.append(_table(f"Predicted speed-up, batches kept full, temperature {temperature:g}", names, lines))
         slow = [row["drafter"] for row in drafters if row.get("break_even_batch") == 1]
         if slow:
             parts.append(f"<p>Predicted to slow you down, even one prompt at a time: {escape(', '.join(slow))}.</p>")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from eval.entries import Entry
-from eval.measure import Tally, add_up
+from eval.measure import Tally, add_up, merged
 
 
 def added_up(parts: Sequence[dict[str, Tally]]) -> dict[str, Tally]:
@@ -17,9 +17,10 @@ def added_up(parts: Sequence[dict[str, Tally]]) -> dict[str, Tally]:
 
 def sum_of(tallies: Sequence[Tally]) -> Tally:
     """Returns one tally of all that was decoded."""
-    numbers = ("seconds", "tokens", "steps", "draft_ms", "verify_ms", "commit_ms")
+    numbers = ("seconds", "tokens", "calls", "rounds", "steps", "prefill_ms", "draft_ms", "verify_ms", "commit_ms")
     return Tally(
         **{name: sum(getattr(tally, name) for tally in tallies) for name in numbers},
+        verified=merged(tally.verified for tally in tallies),
         drafted=add_up(tally.drafted for tally in tallies),
         accepted=add_up(tally.accepted for tally in tallies),
         is_identical=all(tally.is_identical for tally in tallies),

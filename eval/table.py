@@ -56,7 +56,10 @@ def table(rows: Sequence[Row], style: Style) -> list[str]:
         "Draft and verify ms: a row's share of one step. Accepted: % of the drafts that reached depth 1, 2, ...",
     ]
     if any(row["predicted_speedup"] is not None for row in rows):
-        lines += ["Predicted: by tau, the drafter's time and the target's for so many nodes, each timed apart."]
+        lines += [
+            "Predicted: by rounds as counted and the drafter's own time, forwards of the target at what they cost alone; by",
+            "batch size no row waits for slower ones, as on servers. Measured, the rows of a batch begin and end together.",
+        ]
     if any(row["tuned"] for row in rows):
         lines += ["*: of the target as its drafter has tuned it; the speed-up is over plain decoding of that one too."]
     if any(row["first_optimum"] is not None for row in rows):
@@ -89,7 +92,7 @@ def _break_even(rows: Sequence[Row], style: Style) -> list[str]:
             [_name(row), *(f"{ratio:.2f}x" for ratio in row["predicted_by_batch_size"].values()), _end(row)]
             for row in drafters
         ]
-        title = f"Predicted speed-up by batch size, temperature {temperature:g}"
+        title = f"Predicted speed-up by batch size, batches kept full, temperature {temperature:g}"
         heading = ["drafter", *drafters[0]["predicted_by_batch_size"], "stops paying at"]
         lines += ["", f"## {title}" if style == "markdown" else title, "", *grid([heading, *cells], style)]
         slow = [row["drafter"] for row in drafters if row["break_even_batch"] == 1]

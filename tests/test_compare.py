@@ -168,15 +168,16 @@ def test_table_in_markdown_and_on_a_terminal(compared: tuple[list[dict[str, Any]
 def test_what_is_predicted_stands_beside_what_was_measured(compared: tuple[list[dict[str, Any]], Path]) -> None:
     rows, folder = compared
     for row in rows:
-        is_drafter = row["family"] is not None and not row["is_ablation"]
+        is_drafter = row["family"] is not None
         assert (row["predicted_speedup"] is not None) == is_drafter
         if is_drafter:
             by_size = {int(size): ratio for size, ratio in row["predicted_by_batch_size"].items()}
             assert list(by_size) == [1, 2, 4] and min(by_size.values()) > 0
-            assert row["predicted_speedup"] == by_size[row["batch_size"]]
+            if row["batch_size"] == 1:  # one row waits for no other
+                assert row["predicted_speedup"] == pytest.approx(by_size[1])
             assert row["break_even_batch"] == next((size for size, ratio in by_size.items() if ratio < 1), None)
     markdown = (folder / "bakeoff.md").read_text()
-    assert "## Predicted speed-up by batch size, temperature 1" in markdown
+    assert "## Predicted speed-up by batch size, batches kept full, temperature 1" in markdown
     slow = [row["drafter"] for row in rows if row["break_even_batch"] == 1 and row["temperature"] == 0]
     assert ("At temperature 0 these are predicted to slow you down" in markdown) == bool(slow)
 

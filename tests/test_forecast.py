@@ -1,62 +1,131 @@
-"""eval/forecast.py: the formula by hand, what is taken apart, and where a drafter stops paying."""
+"""eval/forecast.py: both formulas by hand, what is counted for them, and where a drafter stops paying."""
 
 import pytest
 
+import draftsmith
 from draftsmith.drafters import find
 from eval import forecast
-from eval.forecast import Costs, Parts, break_even, probe, speedup
-from tests.models import prompts, tiny_target
+from eval.forecast import Costs, as_measured, break_even, kept_full
+from eval.measure import Ask, Contender, Tally, measure, merged, own_loop
+from tests.models import padded, prompts, tiny_target
 
 
 class ByHand(Costs):
-    """A quarter of a plain step for each node and row more."""
+    """A step of 4 ms and one more for each row over the first; a node of a row costs a quarter of a step."""
 
     def __init__(self) -> None:
-        self.asked: list[int] = []
+        self.asked: set[int] = set()
+
+    def step_ms(self, batch_size: int) -> float:
+        return 3.0 + batch_size
 
     def ratio(self, batch_size: int, num_nodes: float, layer: int) -> float:
-        self.asked.append(layer)
+        self.asked.add(layer)
         return 1 + batch_size * num_nodes / 4
 
 
-def test_the_formula_by_hand() -> None:
-    """Plain: 10 + 40 * 4 = 170 ms. Drafted: 20 + 40 / 2.5 * (1 + 4 * (1 + 3 / 4)) = 148 ms."""
-    plain, drafted = Parts(start_ms=10, round_ms=4), Parts(start_ms=20, round_ms=1, num_nodes=3, layer=2)
+def plain(size: int, slower: float = 1.0) -> Tally:
+    """Two calls of 40 tokens a row."""
+    return Tally(
+        tokens=80 * size,
+        calls=2,
+        rounds=80,
+        steps=80 * size,
+        verified=[[0, 0, 80]],
+        prefill_ms=20.0 * size,
+        commit_ms=80 * 0.5,
+        verify_ms=80 * (3 + size) * slower,
+    )
+
+
+def drafted(size: int, rounds: int = 32) -> Tally:
+    """2.5 tokens a step; as many rounds over 3 nodes as over 1, the former from block 2 on."""
+    return Tally(
+        tokens=80 * size,
+        calls=2,
+        rounds=rounds,
+        steps=32 * size,
+        verified=[[0, 1, rounds // 2], [2, 3, rounds // 2]],
+        prefill_ms=40.0 * size,
+        draft_ms=rounds * (1.0 + size),
+        commit_ms=rounds * 0.5,
+        verify_ms=1e9,  # what forwards took is not looked at
+    )
+
+
+def test_what_was_decoded_side_by_side() -> None:
+    """Plain 20 + 40 + 320 = 380 ms; drafted 40 + 64 + 16 + 32 * 4 * (1.25 + 1.75) / 2 = 312 ms."""
     costs = ByHand()
-    assert speedup(plain, drafted, 2.5, 40, 1, costs) == pytest.approx(170 / 148)
-    assert costs.asked == [2]
-    by_batch_size = {size: speedup(plain, drafted, 2.5, 40, size, costs) for size in (1, 2, 4)}
-    assert by_batch_size[1] > 1 > by_batch_size[2] > by_batch_size[4]
-    assert break_even(by_batch_size) == 2
+    assert as_measured(plain(1), drafted(1), 1, costs) == pytest.approx(380 / 312)
+    assert costs.asked == {0, 2}
+    assert as_measured(plain(1, slower=2), drafted(1), 1, costs) == pytest.approx(700 / (120 + 2 * 192))
+    shorter = drafted(1)
+    shorter.tokens = 60  # the end came sooner
+    assert as_measured(plain(1), shorter, 1, costs) == pytest.approx(0.75 * 380 / 312)
+    assert as_measured(plain(4), drafted(4, rounds=48), 4, costs) < as_measured(plain(4), drafted(4), 4, costs)
+
+
+def test_batches_that_are_kept_full() -> None:
+    """A call at size B: plain 10 B + 40 (0.5 + 3 + B); drafted 20 B + 16 (1 + B + 0.5 + (3 + B) (1 + B / 2))."""
+    costs = ByHand()
+    several = {size: plain(size) for size in (1, 4)}, {1: drafted(1), 4: drafted(4, rounds=48)}
+
+    def by_hand(size: int) -> float:
+        own = 10 * size + 40 * (3.5 + size)
+        return own / (20 * size + 16 * (1.5 + size + (3 + size) * (1 + size / 2)))
+
+    for size in (1, 2, 4, 8):  # rows that end before others, as those in 48 rounds, cost nothing here
+        assert kept_full(*several, size, costs) == pytest.approx(by_hand(size))
+    assert kept_full({1: plain(1)}, {1: drafted(1)}, 1, costs) == pytest.approx(by_hand(1))
+    assert kept_full({1: plain(1)}, {1: drafted(1)}, 1, costs) == pytest.approx(
+        as_measured(plain(1), drafted(1), 1, costs)
+    )
+    # Of one size alone, what is not a forward grows as the step does: by 6 / 4 from one row to three.
+    expected = 1.5 * (10 + 40 * 4.5) / (1.5 * (20 + 16 * 2.5) + 16 * 6 * (1 + 3 / 2))
+    assert kept_full({1: plain(1)}, {1: drafted(1)}, 3, costs) == pytest.approx(expected)
+
+
+def test_medians_and_where_it_stops_paying() -> None:
+    rounds = {1: [plain(1, slower) for slower in (1, 2, 9)]}, {1: [drafted(1)] * 3}
+    found = forecast.by_batch_size(*rounds, {1, 16}, ByHand())
+    assert list(found) == [1, 16]
+    assert found[1] == pytest.approx(as_measured(plain(1, 2), drafted(1), 1, ByHand()))
+    assert break_even({1: 1.2, 2: 1.1, 4: 0.9, 8: 0.8}) == 4
     assert break_even({1: 1.2, 2: 1.1}) is None
 
 
-@pytest.mark.parametrize("architecture", ["llama", "t5"])
-def test_parts_are_those_of_the_drafter(architecture: str) -> None:
-    target, family = tiny_target(architecture), find("lookup")
-    plain = probe(target, None, prompts(2), 0.0, 0, 16)
-    drafted = probe(target, family.Drafter(family.Config(num_draft=3), target), prompts(2), 0.0, 0, 16)
-    assert plain.num_nodes == plain.layer == 0 and plain.start_ms > 0 and plain.round_ms > 0
-    assert 0 < drafted.num_nodes <= 3 and drafted.round_ms > 0
-
-
-def test_costs_lie_between_those_measured() -> None:
+def test_costs_lie_between_those_measured_and_beyond() -> None:
     costs = Costs(tiny_target("llama"))
-    assert costs.ratio(1, 0, 0) == 1
+    assert costs.ratio(1, 0, 0) == 1 and costs.step_ms(1) > 0
     assert costs.ratio(1, 3, 0) == pytest.approx((costs.ratio(1, 2, 0) + costs.ratio(1, 4, 0)) / 2)
     assert costs.ratio(1, 16, 0) >= costs.ratio(1, 1, 0)
+    assert costs.ratio(1, 127, 0) == pytest.approx(2 * costs.ratio(1, 63, 0))
     assert costs.ratio(1, 0, 2) > 0
 
 
-def test_a_draft_that_left_the_target_midway_pays_for_the_other_blocks_alone() -> None:
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_rounds_are_counted_by_what_was_verified(architecture: str) -> None:
+    target, family = tiny_target(architecture), find("lookup")
+    drafter = family.Drafter(family.Config(num_draft=3), target)
+    contenders = [
+        Contender(name="plain", decode=own_loop(target)),
+        Contender(name="x", decode=own_loop(target, drafter)),
+    ]
+    asks = [Ask(prompts=prompts(2, seed=seed), temperature=0.0, max_new_tokens=6, seed=0) for seed in (0, 1)]
+    tallies = measure(contenders, asks, target.device)
+    for tally in tallies.values():
+        assert sum(rounds for _, _, rounds in tally.verified) == tally.rounds and tally.calls == 2
+        assert tally.prefill_ms > 0 and tally.steps <= 2 * tally.rounds
+    assert tallies["plain"].verified == [[0, 0, tallies["plain"].rounds]]
+    assert {layer for layer, _, _ in tallies["x"].verified} == {0}
+    assert 0 < max(nodes for _, nodes, _ in tallies["x"].verified) <= 3
+    again = merged([tallies["x"].verified, tallies["x"].verified])
+    assert again == [[layer, nodes, 2 * rounds] for layer, nodes, rounds in tallies["x"].verified]
+
+
+def test_a_draft_that_left_the_target_midway_is_counted_so() -> None:
     target, family = tiny_target("llama"), find("kangaroo")
     drafter = family.Drafter(family.Config(exit_layer=1), target).eval()
-    found = probe(target, drafter, prompts(1), 0.0, 0, 16)
-    assert found.layer == 1
-
-
-def test_all_batch_sizes_are_predicted_from_few_prompts() -> None:
-    target, family = tiny_target("llama"), find("lookup")
-    drafter = family.Drafter(family.Config(), target)
-    found = forecast.of(target, prompts(2), 8, (1, 3))(drafter, 0.0, 1.5)
-    assert list(found) == [1, 3] and min(found.values()) > 0
+    tokens_BT, mask_BT = padded(prompts(1))
+    stats = draftsmith.generate(target, tokens_BT, drafter, attention_mask=mask_BT, max_new_tokens=6).stats
+    assert {layer for layer, nodes in stats.verified if nodes} == {1}
