@@ -57,8 +57,8 @@ def table(rows: Sequence[Row], style: Style) -> list[str]:
     ]
     if any(row["predicted_speedup"] is not None for row in rows):
         lines += [
-            "Predicted: by rounds as counted and the drafter's own time, forwards of the target at what they cost alone; by",
-            "batch size no row waits for slower ones, as on servers. Measured, the rows of a batch begin and end together.",
+            "Predicted: by the rounds counted and the drafter's own time, the target's forwards at their cost alone.",
+            "Kept full: no row waits for slower ones, as on servers; measured, rows of a batch begin and end together.",
         ]
     if any(row["tuned"] for row in rows):
         lines += ["*: of the target as its drafter has tuned it; the speed-up is over plain decoding of that one too."]
