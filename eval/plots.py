@@ -33,8 +33,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             _bars(panel, found, longest)
             panel.set_title(f"Speed-up at {_law(temperature)}, batch {batch_size}", fontsize=11)
         found = [row for row in rows if (row["temperature"], row["batch_size"]) == (temperature, batch_sizes[0])]
-        _acceptance(panels[-1], found, _styles(rows))
-        panels[-1].set_title(f"Drafts accepted at {_law(temperature)}, batch {batch_sizes[0]}", fontsize=11)
+        _acceptance(panels[-1], found)
+        panels[-1].set_title(f"% accepted, {_law(temperature)}, batch {batch_sizes[0]}", fontsize=11)
     first = rows[0]
     figure.suptitle(f"{first['target']} on {first['hardware']}, {first['threads']} thread(s)", fontsize=12)
     figure.savefig(path, format="png")
@@ -65,42 +65,26 @@ def _bars(panel: Any, rows: Sequence[Row], longest: float) -> None:
         )
     panel.axvline(1.0, color="black", linewidth=1, linestyle="--", zorder=0.5)
     panel.set_yticks(range(len(rows)), [_short(row["drafter"]) for row in rows], fontsize=10)
-    panel.invert_yaxis()
+    panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_xlim(0, 1.45 * longest)  # room for the labels
     panel.set_xlabel("tokens/s over plain decoding", fontsize=9.5)
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _acceptance(panel: Any, rows: Sequence[Row], styles: dict[str, dict[str, Any]]) -> None:
-    """Draws a line for each drafter, with a legend beside the panel where it covers none of them."""
-    deepest = 1
-    for row in rows:
-        shares = [100 * share for share in row["accepted_per_depth"][:MAX_DEPTH]]
-        if shares:
-            deepest = max(deepest, len(shares))
-            panel.plot(range(1, len(shares) + 1), shares, label=_short(row["drafter"]), **styles[row["drafter"]])
-    panel.set_xticks(range(1, deepest + 1))
-    panel.set_ylim(0, 105)
+def _acceptance(panel: Any, rows: Sequence[Row]) -> None:
+    """Draws a line of cells for each bar, a cell a depth, with its per cent: readable of many drafters at once."""
+    shares = [row["accepted_per_depth"][:MAX_DEPTH] for row in rows]
+    deepest = max(1, *map(len, shares))
+    cells = [[*found, *[float("nan")] * (deepest - len(found))] for found in shares]
+    panel.imshow(cells, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")  # black on the darkest is still readable
+    for place, found in enumerate(shares):
+        for depth, share in enumerate(found):
+            panel.text(depth, place, f"{100 * share:.0f}", ha="center", va="center", fontsize=9)
+    panel.set_xticks(range(deepest), range(1, deepest + 1))
+    panel.set_yticks(range(len(rows)), [_short(row["drafter"]) for row in rows], fontsize=10)
     panel.set_xlabel("depth in the draft, tokens", fontsize=9.5)
-    panel.set_ylabel("% accepted to this depth", fontsize=9.5)
-    panel.grid(alpha=0.3)
-    panel.spines[["top", "right"]].set_visible(False)
-    if panel.lines:
-        panel.legend(fontsize=9.5, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False)
-
-
-def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Returns for each drafter a colour, a marker and a dash of its own, the same in every panel."""
-    names = list(dict.fromkeys(row["drafter"] for row in rows if row["family"] is not None))
-    return {
-        name: {
-            "color": COLOURS[at % len(COLOURS)],
-            "marker": MARKERS[at % len(MARKERS)],
-            "linestyle": DASHES[at % len(DASHES)],
-            "markersize": 6,
-        }
-        for at, name in enumerate(names)
-    }
+    panel.spines[["top", "right", "bottom", "left"]].set_visible(False)
+    panel.tick_params(length=0)
 
 
 def _short(name: str) -> str:
