@@ -17,7 +17,6 @@ from data.examples import open_examples
 from data.store import StoreSettings, write_store
 from data.teacher import complete
 from tests.family import texts
-from tests.gaps import with_gaps
 from tests.models import VOCAB_SIZE, greedy_by_transformers, prompts, scramble, tiny_target
 from tests.runs import SMALL, logged, make_data, make_target, weights
 from tests.test_distributed import TORCHRUN, check_same, launch
@@ -31,8 +30,14 @@ SETTINGS = Settings(num_kv_heads=2, num_steps=3, draft_vocab=40)
 
 
 def batch(num_rows: int = 3) -> Batch:
-    """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
-    return complete(with_gaps(num_rows), TARGET, eagle3.needs(SETTINGS, TARGET).layers)
+    """Returns rows of 5, 7 and 9 tokens whose loss masks begin at different places and have a hole."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for row in range(num_rows):
+        length = 5 + 2 * row
+        mask = [position >= 1 + row and position != 4 for position in range(length)]
+        rows.append(example(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist(), mask, str(row)))
+    return complete(collate(rows), TARGET, eagle3.needs(SETTINGS, TARGET).layers)
 
 
 def shaken(settings: Settings = SETTINGS) -> Drafter:

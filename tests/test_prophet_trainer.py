@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from data.batches import Batch
+from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith import Target
 from tests.family import check_training
-from tests.gaps import with_gaps
-from tests.models import tiny_model, tiny_target
+from tests.models import VOCAB_SIZE, tiny_model, tiny_target
 from tests.runs import SMALL, make_data, make_target, weights
 from tests.test_prophet import naive_logits
 from trainers import prophet
@@ -30,8 +29,14 @@ SETTINGS = prophet.Settings(num_layers=1, num_draft=NUM_DRAFT, windows=99)
 
 
 def batch(target: Target) -> Batch:
-    """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
-    return complete(with_gaps(), target, (target.num_layers,))
+    """Returns rows of 7, 9 and 11 tokens whose loss masks begin at different places and have a hole."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for row in range(3):
+        length = 7 + 2 * row
+        mask = [position >= row and position != 5 for position in range(length)]
+        rows.append(example(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist(), mask, str(row)))
+    return complete(collate(rows), target, (target.num_layers,))
 
 
 def shaken(settings: prophet.Settings, target: Target) -> prophet.Drafter:
