@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -161,6 +161,7 @@ def code_words(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
                 yield from ((node, word) for word in identifier.split("."))
 
 
+@lru_cache(None)
 def names_family(word: str, family: str) -> bool:
     camel = family.title().replace("_", "")
     return word not in EVERYDAY_WORDS and (
@@ -171,9 +172,15 @@ def names_family(word: str, family: str) -> bool:
 def naming(tree: ast.Module, family: str) -> Iterator[tuple[ast.AST, str]]:
     """Yields the words of code that mean the family."""
     if family in EVERYDAY_NAMES:
-        yield from ((node, word) for node, word in whole_names(tree) if word == family)
+        yield from ((node, word) for node, word in listed(whole_names, tree) if word == family)
     else:
-        yield from ((node, word) for node, word in code_words(tree) if names_family(word, family))
+        yield from ((node, word) for node, word in listed(code_words, tree) if names_family(word, family))
+
+
+@lru_cache
+def listed(words: Callable[[ast.Module], Iterator[tuple[ast.AST, str]]], tree: ast.Module) -> list[tuple[ast.AST, str]]:
+    """Returns what is asked of a tree for one family after the other."""
+    return list(words(tree))
 
 
 def whole_names(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:

@@ -70,7 +70,7 @@ def toy_chances(laws_VV: Tensor, num_rows: int, times: int) -> tuple[Tensor, Jud
 
 
 def test_p_values_are_uniform_under_the_law() -> None:
-    chances, judged = toy_chances(toy_laws(), num_rows=400, times=80)
+    chances, judged = toy_chances(toy_laws(), num_rows=400, times=50)
     for chance in chances.T:
         assert chance.mean().item() == pytest.approx(0.5, abs=0.11)
         assert (chance < 0.1).float().mean().item() == pytest.approx(0.1, abs=0.11)
@@ -99,7 +99,7 @@ def test_a_shift_is_seen_as_often_as_promised(way: int) -> None:
     share = smallest_shift(evidence, 1e-3)
     assert share is not None
     assert 0.03 < share < 0.3
-    chances, _ = toy_chances(moved(share, to_drafted=way == 2), num_rows=400, times=30)
+    chances, _ = toy_chances(moved(share, to_drafted=way == 2), num_rows=400, times=20)
     assert (chances[:, way] < 1e-3).float().mean() > 0.7
     chances, _ = toy_chances(moved(share / 4, to_drafted=way == 2), num_rows=400, times=10)
     assert (chances[:, way] < 1e-3).float().mean() < 0.3
