@@ -15,20 +15,17 @@ import draftsmith
 from data.prompts import Prompt
 from draftsmith import Target
 from draftsmith.drafters import find
-from draftsmith.stats import GenerationStats
 from eval import compare as bakeoff
 from eval import entries
 from eval.compare import by_category, compare
-from eval.duel import DuelSettings, duel
-from eval.measure import Ask, Contender, Decoded, Tally, measure, own_loop, transformers_loop
+from eval.measure import Ask, Contender, Tally, measure, own_loop
 from eval.results import PARTIAL, check_output
 from eval.rows import row_of
 from eval.settings import Settings
 from eval.table import header, table
-from recipes.bakeoff import RunSettings, main
+from recipes.bakeoff import RunSettings
 from tests.family import built
 from tests.models import prompts, tiny_target
-from tests.runs import command, make_target, run
 
 KEYS = {
     *("drafter", "temperature", "batch_size", "tau", "tokens_per_s", "speedup", "identical", "lossless", "draft_ms"),
@@ -304,75 +301,6 @@ def test_speed_up_is_the_median_of_ratios_within_rounds() -> None:
     assert (row["tau"], row["draft_ms"], row["accepted_per_depth"]) == (2.5, 2.0, [0.75, 0.5])
 
 
-def test_contenders_take_turns_and_are_compared_with_the_first() -> None:
-    said = []
-
-    def decoder(name: str, token: int) -> Contender:
-        def decode(ask: Ask) -> Decoded:
-            said.append(name)
-            stats = GenerationStats(num_rows=1, steps=2, new_tokens=3, drafted=[2, 1], accepted=[1])
-            return Decoded(rows=[[token] * 3 for _ in ask.prompts], stats=stats)
-
-        return Contender(name=name, decode=decode)
-
-    asks = [Ask(prompts=[[1], [2]], temperature=0.0, max_new_tokens=3, seed=0)] * 2
-    tallies = measure([decoder("a", 1), decoder("b", 1), decoder("c", 2)], asks, torch.device("cpu"), first=1)
-    assert said == ["b", "c", "a", "c", "a", "b"]
-    assert [tallies[name].is_identical for name in "abc"] == [True, True, False]
-    assert (tallies["a"].tokens, tallies["a"].steps) == (12, 4)
-    assert (tallies["a"].drafted, tallies["a"].accepted) == ([4, 2], [2])
-
-
-class Rememberer:
-    """Knows what it has decoded until it is told to forget."""
-
-    def __init__(self) -> None:
-        self.known: list[int] = []
-
-    def forget(self) -> None:
-        self.known = []
-
-    def decode(self, ask: Ask) -> Decoded:
-        known, self.known = list(self.known), [*self.known, *ask.prompts[0]]
-        return Decoded(rows=[known])
-
-
-def test_no_round_knows_of_another_and_no_contender_of_anothers() -> None:
-    asks = [Ask(prompts=[[token]], temperature=0.0, max_new_tokens=3, seed=0) for token in (1, 2, 3)]
-    alone, shared = Rememberer(), Rememberer()
-    for _ in range(2):
-        tallies = measure([Contender(name="a", decode=alone.decode, drafter=alone)], asks, torch.device("cpu"))
-        assert tallies["a"].tokens == 0 + 1 + 2, "within a round it remembers"
-    pair = [Contender(name=name, decode=shared.decode, drafter=shared) for name in "ab"]
-    assert [tally.tokens for tally in measure(pair, asks, torch.device("cpu")).values()] == [0, 0]
-
-
-@pytest.mark.parametrize("architecture", ["llama", "t5"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_both_loops_return_new_tokens_only(architecture: str, temperature: float) -> None:
-    target = tiny_target(architecture)
-    ask = Ask(prompts=prompts(3), temperature=temperature, max_new_tokens=5, seed=1)
-    before = torch.get_rng_state()
-    theirs = transformers_loop(target)(ask)
-    assert torch.equal(before, torch.get_rng_state())
-    ours = own_loop(target)(ask)
-    assert [len(row) for row in ours.rows] == [len(row) for row in theirs.rows] == [5, 5, 5]
-    if temperature == 0:
-        assert ours.rows == theirs.rows
-
-
-def test_duel_says_both_speeds_and_their_ratio() -> None:
-    target = tiny_target("llama")
-    contenders = [
-        Contender(name="ours", decode=own_loop(target)),
-        Contender(name="theirs", decode=transformers_loop(target)),
-    ]
-    line = duel(*contenders, target, some_prompts(2), DuelSettings(rounds=2, max_new_tokens=4))
-    assert line.startswith("ours ")
-    assert "theirs" in line
-    assert "in 2 rounds); output identical" in line
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -406,62 +334,3 @@ def test_artifacts_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     assert entries._names(names) == ["one/heads", "two/heads", f"{tmp_path.name}/plain"]
     with pytest.raises(ValueError, match="two artifacts are called"):
         entries._names([tmp_path / "heads", tmp_path / "heads"])
-
-
-def test_recipe_refuses_bad_input_before_the_weights_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = make_target(tmp_path / "target")
-    artifact = make_artifacts(target, tmp_path)[1]
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w3 w4 w5"}\n{"prompt": "w6 w7"}\n')
-    (tmp_path / "empty.jsonl").touch()
-    good = RunSettings(
-        target=str(tmp_path / "target"),
-        data=str(tmp_path / "prompts.jsonl"),
-        drafts=(str(artifact),),
-        output=str(tmp_path / "out"),
-        batch_sizes="1",
-        max_new_tokens=4,
-    )
-    manifest = json.loads((artifact / "draft_config.json").read_text())
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "draft_config.json").write_text(json.dumps(manifest | {"vocab_size": 99}))
-    faults = {
-        "no such folder": {"drafts": (str(tmp_path / "nowhere"),)},
-        "is no draftsmith artifact": {"drafts": (str(tmp_path),)},
-        "was made for a vocabulary of 99": {"drafts": (str(other),)},
-        "is empty": {"data": str(tmp_path / "empty.jsonl")},
-        "holds something else": {"output": str(tmp_path)},
-        "expected numbers with commas": {"temperatures": "cold"},
-        "needs as many prompts": {"batch_sizes": "8"},
-    }
-    with monkeypatch.context() as patched:
-        patched.setattr(Target, "from_pretrained", lambda *_, **__: pytest.fail("the weights were loaded"))
-        for message, change in faults.items():
-            with pytest.raises(ValueError, match=message):
-                main(replace(good, **change))
-    make_target(tmp_path / "target", seed=5)
-    with pytest.raises(ValueError, match="train a drafter for this target"):
-        main(good)
-    assert not (tmp_path / "out").exists()
-
-
-def test_recipe_from_the_command_line(tmp_path: Path) -> None:
-    target = make_target(tmp_path / "target")
-    artifact = make_artifacts(target, tmp_path)[1]
-    rows = [{"prompt": " ".join(f"w{token}" for token in ids)} for ids in prompts(6)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "target": "target",
-        "data": "prompts.jsonl",
-        "max_new_tokens": 4,
-        "rounds": 1,
-        "batch_sizes": "1,2",
-        "forecast_sizes": 1,
-    }
-    done = run(command("bakeoff", **settings, drafts=artifact, temperatures="0,0.5", max_steps=2), tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "temperature 0.5, batch 2" in done.stdout
-    rows = json.loads((tmp_path / "runs" / "bakeoff" / "bakeoff.json").read_text())
-    assert len(rows) == 12
-    assert {row["num_prompts"] for row in rows} == {4}
-    assert all(row["identical"] is not False for row in rows)
