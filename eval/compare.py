@@ -210,7 +210,10 @@ def _add_forecasts(
         (temperature, size): _wholes(by_category(prompts, size), temperature, size, results, settings)
         for temperature, size in product(settings.temperatures, settings.batch_sizes)
     }
-    costs = {entry.drafter.target: forecast.Costs(entry.drafter.target) for entry in drafting}
+    costs = {
+        entry.drafter.target: forecast.Costs(entry.drafter.target, [prompt.ids for prompt in prompts])
+        for entry in drafting
+    }
     found: dict[tuple[str, float], dict[int, float]] = {}
     measured: dict[tuple[str, float, int], float] = {}
     asked = [(entry, at) for entry in drafting for at in settings.temperatures if entry.competes_at(at)]

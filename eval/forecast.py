@@ -1,40 +1,99 @@
 """What a drafter's speed-up should be by its parts, and the batch size at which it stops paying.
 
-What was counted (tokens a round, nodes verified) and the drafter's own time are those of the comparison; the target's
-forwards over drafts are put in at what they cost alone, measured apart for each batch size and number of nodes.
+What was counted (tokens a round, nodes verified) and the drafter's own time are those of the comparison; verification
+is put in at what it costs without any drafter, measured apart for each batch size and number of nodes.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from functools import cache
 from statistics import median
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import torch
 
+import draftsmith
 from draftsmith import Target
-from draftsmith.costs import verify_ms
-from eval.measure import Tally
+from draftsmith.drafters import Session, Step
+from draftsmith.stats import GenerationStats
+from draftsmith.tree import Draft, Entry, Tree, chain
+from eval.measure import Rows, Tally, pad
 
 NUM_NODES = (0, 1, 2, 4, 8, 16, 32, 63)
+ROUNDS, REPEATS = 6, 7
+
+
+class Blind:
+    """A drafter that always drafts so many tokens for the next place, as if it had run the target's first blocks."""
+
+    def __init__(self, target: Target, num_nodes: int, layer: int) -> None:
+        self.config, self.target, self.hidden_layers = SimpleNamespace(length="fixed"), target, ()
+        is_tree = not target.is_encoder_decoder
+        parents = [-1] + [0] * num_nodes
+        self._tree = Tree.from_parents([parents], target.device) if is_tree else chain(1 + num_nodes, target.device)
+        self._layer = layer
+
+    def start(self, session: Session) -> None:
+        self._session = session
+
+    def propose(self, budget: int) -> Draft:
+        pending_B1 = self._session.pending()[:, None]
+        tokens_BN = pending_B1.repeat(1, self._tree.num_nodes)
+        entry = None
+        if self._layer:
+            hidden_BND = torch.zeros(*tokens_BN.shape, self.target.hidden_size, device=self.target.device)
+            entry = Entry(layer=self._layer, hidden_BND=hidden_BND.to(self.target.dtype))
+        return Draft(tokens_BN=tokens_BN, tree=self._tree, entry=entry)
+
+    def observe(self, step: Step) -> None:
+        """Learns nothing."""
 
 
 class Costs:
-    """What forwards of the target take, for any batch size and number of nodes; measured when first asked for."""
+    """What rounds of decoding take the target, by batch size and nodes verified; measured when first asked for."""
 
-    def __init__(self, target: Target) -> None:
-        self._curve = cache(lambda size, layer: verify_ms(target, NUM_NODES, batch_size=size, layer=layer))
+    def __init__(self, target: Target, prompts: Rows) -> None:
+        self._target, self._prompts = target, [ids[: target.context_length - ROUNDS] for ids in prompts]
+        self._pair = cache(self._measured)
 
     def step_ms(self, batch_size: int) -> float:
-        """Returns the milliseconds of a forward over the pending tokens alone."""
-        return self._curve(batch_size, 0)[0]
+        """Returns the milliseconds of verifying nothing but the pending tokens."""
+        return self._pair(batch_size, 1, 0)[0]
 
-    def ratio(self, batch_size: int, num_nodes: float, layer: int) -> float:
-        """Returns the time of a forward over so many nodes from a block on, over that of a pending token alone.
+    def ratio(self, batch_size: int, num_nodes: int, layer: int) -> float:
+        """Returns the time of verifying so many nodes from a block on, over that of the pending tokens alone.
 
-        Between numbers of nodes that were measured, and beyond, in proportion.
+        Between numbers of nodes that are measured, and beyond, in proportion.
         """
-        curve = self._curve(batch_size, layer)
+        if not num_nodes and not layer:
+            return 1.0
+        high = min(bisect_left(NUM_NODES, num_nodes), len(NUM_NODES) - 1)
+        knots = [num_nodes] if NUM_NODES[high] == num_nodes else list(NUM_NODES[max(high - 1, 0) : high + 1])
+        ratios = [self._pair(batch_size, knot, layer)[1] if knot or layer else 1.0 for knot in knots]
         beyond = max(1.0, (num_nodes + 1) / (NUM_NODES[-1] + 1))
-        return beyond * float(np.interp(num_nodes, list(curve), list(curve.values()))) / self.step_ms(batch_size)
+        return beyond * float(np.interp(num_nodes, knots, ratios))
+
+    def _measured(self, batch_size: int, num_nodes: int, layer: int) -> tuple[float, float]:
+        """Returns milliseconds of a plain round, and one over so many nodes in plain ones: medians of several turns."""
+        rows = [self._prompts[row % len(self._prompts)] for row in range(batch_size)]
+        blind = Blind(self._target, num_nodes, layer)
+        turns = []
+        for _ in range(REPEATS):
+            stats = self._decoded(rows, None)
+            plain_ms = stats.verify_ms / stats.rounds
+            stats = self._decoded(rows, blind)
+            num_drafted = stats.verified[layer, num_nodes]
+            # Where one token more may be written nothing is drafted.
+            drafted_ms = (stats.verify_ms - (stats.rounds - num_drafted) * plain_ms) / num_drafted
+            turns.append((plain_ms, drafted_ms / plain_ms))
+        return median(plain_ms for plain_ms, _ in turns), median(ratio for _, ratio in turns)
+
+    def _decoded(self, rows: Rows, drafter: Any) -> GenerationStats:
+        tokens_BT, mask_BT = pad(rows, self._target.device, side="right")
+        given = {"attention_mask": mask_BT, "max_new_tokens": ROUNDS, "eos_token_id": []}
+        return draftsmith.generate(self._target, tokens_BT, drafter, **given).stats
 
     def mean_ratio(self, batch_size: int, tally: Tally) -> float:
         """Returns the mean of it over a tally's rounds."""

@@ -94,13 +94,16 @@ def test_medians_and_where_it_stops_paying() -> None:
     assert break_even({1: 1.2, 2: 1.1}) is None
 
 
-def test_costs_lie_between_those_measured_and_beyond() -> None:
-    costs = Costs(tiny_target("llama"))
-    assert costs.ratio(1, 0, 0) == 1 and costs.step_ms(1) > 0
-    assert costs.ratio(1, 3, 0) == pytest.approx((costs.ratio(1, 2, 0) + costs.ratio(1, 4, 0)) / 2)
-    assert costs.ratio(1, 16, 0) >= costs.ratio(1, 1, 0)
-    assert costs.ratio(1, 127, 0) == pytest.approx(2 * costs.ratio(1, 63, 0))
-    assert costs.ratio(1, 0, 2) > 0
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_costs_lie_between_those_measured_and_beyond(architecture: str) -> None:
+    costs = Costs(tiny_target(architecture), prompts(2))
+    assert costs.ratio(3, 0, 0) == 1 and costs.step_ms(3) > 0
+    assert costs.ratio(3, 3, 0) == pytest.approx((costs.ratio(3, 2, 0) + costs.ratio(3, 4, 0)) / 2)
+    assert costs.ratio(3, 31, 0) == costs.ratio(3, 31, 0), "measured once"
+    if architecture == "llama":
+        assert costs.ratio(1, 127, 0) == pytest.approx(2 * costs.ratio(1, 63, 0))
+        assert costs.ratio(1, 0, 2) > 0
+        assert costs.ratio(1, 1, 1) == pytest.approx(costs.ratio(1, 1, 1))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
