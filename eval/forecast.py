@@ -92,8 +92,9 @@ class Costs:
 
     def _decoded(self, rows: Rows, drafter: Any) -> GenerationStats:
         tokens_BT, mask_BT = pad(rows, self._target.device, side="right")
-        given = {"attention_mask": mask_BT, "max_new_tokens": ROUNDS, "eos_token_id": []}
-        return draftsmith.generate(self._target, tokens_BT, drafter, **given).stats
+        return draftsmith.generate(
+            self._target, tokens_BT, drafter, attention_mask=mask_BT, max_new_tokens=ROUNDS, eos_token_id=[]
+        ).stats
 
     def mean_ratio(self, batch_size: int, tally: Tally) -> float:
         """Returns the mean of it over a tally's rounds."""
