@@ -176,7 +176,8 @@ def _tables(laws: Sequence[tuple[str, list[Row]]]) -> str:
     parts.append(
         "<p>Speed-up: over plain decoding in the same round; median and quartiles of rounds. Tau: tokens a target"
         " forward. Draft and verify ms: a row's share of one step. Predicted: by the rounds"
-        " counted and the drafter's own time, the target's forwards at what they cost alone. First"
+        " counted and the drafter's own time, the target's forwards at what they cost alone. Stops paying:"
+        " in batches of which no row waits for slower ones, as on servers; measured, rows begin and end together. First"
         " accepted, at best: how often a drawn first token was accepted, and would be by the best rule there can be."
         " *: compared with the target as its drafter has tuned it.</p>"
     )
