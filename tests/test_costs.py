@@ -1,8 +1,10 @@
 """What forwards cost: every architecture is timed, and more nodes or layers never take less."""
 
+import time
+
 import pytest
 
-from draftsmith.costs import quickest_ms, verify_ms
+from draftsmith.costs import REPEATS, quickest_ms, verify_ms
 from tests.models import tiny_target
 
 
@@ -28,7 +30,11 @@ def test_verification_from_a_block_on_runs_the_others_alone() -> None:
     assert run.count(0) == 1 and run.count(target.num_layers - 1) > 2
 
 
-def test_the_quickest_of_several_runs_counts() -> None:
-    calls = []
-    assert quickest_ms(lambda: calls.append(1)) < 1
-    assert len(calls) > 1
+def test_the_quickest_of_several_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    clock = iter([0.0, 0.5, 1.0, 1.003, 2.0, 2.001, *([9.0, 9.7] * REPEATS)])
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "perf_counter", lambda: next(clock))
+        found = quickest_ms(lambda: calls.append(1))
+    assert found == pytest.approx(1.0)
+    assert len(calls) == REPEATS

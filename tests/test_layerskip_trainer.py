@@ -15,12 +15,11 @@ from torch import Tensor
 
 import draftsmith
 from data.batches import Example, collate, example
-from draftsmith import Target
 from draftsmith.artifact import read_manifest
 from draftsmith.drafters.layerskip import Config, Drafter
 from draftsmith.length import Confidence, Fixed
 from draftsmith.skipping import sublayers
-from tests.models import greedy_by_transformers, prompts, tiny_model, tiny_target
+from tests.models import greedy_by_transformers, prompts, tiny_target
 from tests.runs import command, environment, make_data, make_target
 from trainers import layerskip
 from trainers.layerskip import Settings, judge, probes
@@ -135,13 +134,27 @@ def test_probes_by_hand() -> None:
     assert found == [[1, 3, 5], [0, 1, 3], [1, 2, 3], [1, 2, 6]]
 
 
-def test_costs_are_measured_where_they_are_paid() -> None:
-    """Less for less: 24 blocks, so that what is left out outweighs what cannot be."""
-    target = Target(tiny_model("llama", num_hidden_layers=24))
-    costs = measure(target, 5)
-    assert costs.neither < min(costs.no_attention, costs.no_mlp) <= max(costs.no_attention, costs.no_mlp) < costs.whole
+def test_costs_are_those_of_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of its own: a forward takes a millisecond for each token and each sublayer that is run."""
+    target, now = tiny_target("llama"), 0.0
+    forward = target.forward
+
+    def timed(tokens_BN: Tensor, *given: Any, skipped: Any) -> Any:
+        nonlocal now
+        now += 1e-3 * (tokens_BN.shape[1] + 2 * target.num_layers - len(skipped))
+        return forward(tokens_BN, *given, skipped=skipped)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(target, "forward", timed)
+        patched.setattr(time, "process_time", lambda: now)
+        patched.setattr(target, "prefill", lambda *_: None)
+        costs = measure(target, 5)
+    num_layers = target.num_layers
+    found = (costs.whole, costs.no_attention, costs.no_mlp, costs.neither)
+    assert found == pytest.approx((1 + 2 * num_layers, 1 + num_layers, 1 + num_layers, 1))
     assert list(costs.verify) == ["0", "1", "2", "3", "4", "5"]
-    assert costs.verification(0) == costs.whole and list(costs.verify.values()) == sorted(costs.verify.values())
+    assert list(costs.verify.values()) == pytest.approx([1 + size + 2 * num_layers for size in range(6)])
+    assert costs.verification(0) == costs.whole
 
 
 def test_decoding_for_real_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
