@@ -229,7 +229,9 @@ def check_carried(patient: Patient, fresh: Counts, carried: Counts) -> Finding:
     told = f"decoding accepts {_mean(carried):.2f} tokens a draft, drafts begun afresh at its places {_mean(fresh):.2f}"
     if hasattr(patient.drafter, "forget") or not isinstance(patient.drafter, nn.Module):
         return Finding(name="carried state", verdict="sound", told=f"{told}; it may learn as it goes")
-    if abs(_mean(carried) - _mean(fresh)) > 0.02 * max(1.0, _mean(fresh)):
+    # At the end of a text less is drafted in decoding, of which a tree may be another: a token a text proves nothing.
+    slack = len(patient.texts) / max(carried.num_drafts, 1)
+    if abs(_mean(carried) - _mean(fresh)) > max(0.02 * max(1.0, _mean(fresh)), slack):
         told += ": what it keeps from step to step goes astray"
         return Finding(name="carried state", verdict="fault", told=told)
     return Finding(name="carried state", verdict="sound", told=told)
