@@ -35,7 +35,6 @@ from trainers.settings import parse_settings
 
 PRESETS = Path(__file__).resolve().parent / "configs"
 LEARNT, HELD_OUT = "python-source:train", "python-source"
-FORECAST_SIZES = (1, 8)
 MAX_TRAINING_THREADS = 4  # more slow small models down
 NEXT = """
 {output}/bakeoff.png is the picture; bakeoff.md, .csv and .json hold the table. What next:
@@ -79,9 +78,7 @@ def main(run: QuickstartSettings) -> None:
     if launch.num_ranks() > 1:
         raise ValueError("the quickstart is one process; run the recipes one by one to train on several devices")
     began, output = time.perf_counter(), Path(run.output)
-    settings = Settings(
-        rounds=run.rounds, max_new_tokens=run.max_new_tokens, forecast_sizes=FORECAST_SIZES, seed=run.seed
-    )
+    settings = Settings(rounds=run.rounds, max_new_tokens=run.max_new_tokens, forecast_sizes=(), seed=run.seed)
     transformers.utils.logging.disable_progress_bar()
     claim(output)
     learnt, judged = _prompts(run)
