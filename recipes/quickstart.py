@@ -1,6 +1,6 @@
 """From a fresh clone to a table: the target writes, drafters learn from that, and all are compared with plain decoding.
 
-    ./launch.sh quickstart                  # pocket target, into runs/quickstart: under five minutes on two CPU cores
+    ./launch.sh quickstart                  # pocket target, into runs/quickstart: five minutes on two CPU cores
     ./launch.sh quickstart --target T --data prompts.jsonl --output runs/mine
 
 The drafters are those of recipes/configs/quickstart-*.yaml, presets of trainers. A run that was stopped is continued by
