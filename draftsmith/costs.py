@@ -1,6 +1,6 @@
 """What a forward of the target costs, as measured on the machine at hand, one core or one GPU.
 
-Shape suffixes: B rows, N nodes, D hidden width.
+Shape suffixes: B rows, T tokens, N nodes.
 """
 
 import time
@@ -17,36 +17,35 @@ CONTEXT, REPEATS = 128, 7
 
 
 @torch.inference_mode()
-def verify_ms(
-    target: Target, sizes: tuple[int, ...] = SIZES, *, batch_size: int = 1, layer: int = 0
-) -> dict[int, float]:
-    """Returns the milliseconds the target takes for a root and so many nodes a row, after `CONTEXT` tokens.
+def verify_ms(target: Target, sizes: tuple[int, ...] = SIZES) -> dict[int, float]:
+    """Returns the milliseconds the target takes for a root and so many nodes, after `CONTEXT` tokens of one row.
 
-    From the output of block `layer` on, where a drafter has run the first ones. The quickest of several runs each, and
-    never less than for fewer nodes.
+    The quickest of several runs each, and never less than for fewer nodes.
     """
     length = min(CONTEXT, target.context_length // 2)
     source = None
     if target.is_encoder_decoder:
-        source_BT = torch.ones(batch_size, length, dtype=torch.long, device=target.device)
+        source_BT = torch.ones(1, length, dtype=torch.long, device=target.device)
         source = target.encode(source_BT, torch.ones_like(source_BT))
-    cache = target.new_cache(batch_size, source=source)
-    target.prefill([[1] * length] * batch_size, cache)
+    cache = target.new_cache(1, source=source)
+    target.prefill([[1] * length], cache)
     costs, highest = {}, 0.0
     for size in sizes:
-        is_tree = not target.is_encoder_decoder
-        tree = Tree.from_parents([[-1] + [0] * size], target.device) if is_tree else chain(size + 1, target.device)
-        tokens_BN = torch.ones(batch_size, size + 1, dtype=torch.long, device=target.device)
-        entry: dict = {}
-        if layer:
-            hidden_BND = torch.zeros(*tokens_BN.shape, target.hidden_size, device=target.device, dtype=target.dtype)
-            entry = {"span": (layer, target.num_layers), "entry_BND": hidden_BND}
+        tree = flat(target, size)
+        tokens_BN = torch.ones(1, tree.num_nodes, dtype=torch.long, device=target.device)
 
-        def verify(tokens_BN: Tensor = tokens_BN, tree: Tree = tree, entry: dict = entry) -> Tensor:
-            return target.logits(target.forward(tokens_BN, tree, cache, **entry).hidden_BND)
+        def verify(tokens_BN: Tensor = tokens_BN, tree: Tree = tree) -> Tensor:
+            return target.logits(target.forward(tokens_BN, tree, cache).hidden_BND)
 
         costs[size] = highest = max(highest, quickest_ms(verify))
     return costs
+
+
+def flat(target: Target, num_nodes: int) -> Tree:
+    """Returns a root with so many children, or where the target takes chains alone a chain as long."""
+    if not target.takes_trees:
+        return chain(1 + num_nodes, target.device)
+    return Tree.from_parents([[-1] + [0] * num_nodes], target.device)
 
 
 def quickest_ms(work: Callable[[], object]) -> float:

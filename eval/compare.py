@@ -153,9 +153,9 @@ def _tallies(
     }
 
 
-def _wholes(*given: Any) -> list[dict[str, Tally]]:
+def _wholes(tallies: dict[str, list[dict[str, Tally]]]) -> list[dict[str, Tally]]:
     """Returns them of all categories together."""
-    return [added_up(parts) for parts in zip(*_tallies(*given).values(), strict=True)]
+    return [added_up(parts) for parts in zip(*tallies.values(), strict=True)]
 
 
 def _rows(
@@ -166,7 +166,7 @@ def _rows(
         for size in settings.batch_sizes:
             groups = by_category(prompts, size)
             tallies = _tallies(groups, temperature, size, results, settings)
-            whole = _wholes(groups, temperature, size, results, settings)
+            whole = _wholes(tallies)
             for entry in competing:
                 if entry.competes_at(temperature):
                     shares = {name: row_of(entry, temperature, size, found) for name, found in tallies.items() if name}
@@ -207,7 +207,7 @@ def _add_forecasts(
     sizes = {*settings.batch_sizes, *settings.forecast_sizes} if settings.forecast_sizes else set()
     drafting = [entry for entry in competing if sizes and entry.drafter is not None]
     wholes = {
-        (temperature, size): _wholes(by_category(prompts, size), temperature, size, results, settings)
+        (temperature, size): _wholes(_tallies(by_category(prompts, size), temperature, size, results, settings))
         for temperature, size in product(settings.temperatures, settings.batch_sizes)
     }
     costs = {

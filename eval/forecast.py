@@ -16,9 +16,10 @@ import torch
 
 import draftsmith
 from draftsmith import Target
+from draftsmith.costs import flat
 from draftsmith.drafters import Session, Step
 from draftsmith.stats import GenerationStats
-from draftsmith.tree import Draft, Entry, Tree, chain
+from draftsmith.tree import Draft, Entry
 from eval.measure import Rows, Tally, pad
 
 NUM_NODES = (0, 1, 2, 4, 8, 16, 32, 63)
@@ -30,10 +31,7 @@ class Blind:
 
     def __init__(self, target: Target, num_nodes: int, layer: int) -> None:
         self.config, self.target, self.hidden_layers = SimpleNamespace(length="fixed"), target, ()
-        is_tree = not target.is_encoder_decoder
-        parents = [-1] + [0] * num_nodes
-        self._tree = Tree.from_parents([parents], target.device) if is_tree else chain(1 + num_nodes, target.device)
-        self._layer = layer
+        self._tree, self._layer = flat(target, num_nodes), layer
 
     def start(self, session: Session) -> None:
         self._session = session

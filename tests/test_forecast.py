@@ -5,7 +5,7 @@ import pytest
 import draftsmith
 from draftsmith.drafters import find
 from eval import forecast
-from eval.forecast import Costs, as_measured, break_even, kept_full
+from eval.forecast import Blind, Costs, as_measured, break_even, kept_full
 from eval.measure import Ask, Contender, Tally, measure, merged, own_loop
 from tests.models import padded, prompts, tiny_target
 
@@ -104,6 +104,23 @@ def test_costs_lie_between_those_measured_and_beyond(architecture: str) -> None:
         assert costs.ratio(1, 127, 0) == pytest.approx(2 * costs.ratio(1, 63, 0))
         assert costs.ratio(1, 0, 2) > 0
         assert costs.ratio(1, 1, 1) == pytest.approx(costs.ratio(1, 1, 1))
+
+
+def test_verification_from_a_block_on_runs_the_others_alone() -> None:
+    target, run = tiny_target("llama"), []
+    last = target.num_layers - 1
+    hooks = [
+        block.register_forward_hook(lambda *_, number=number: run.append(number))
+        for number, block in enumerate(target.model.model.layers)
+    ]
+    run.clear()
+    stats = Costs(target, prompts(1))._decoded(prompts(1), Blind(target, 2, last))
+    for hook in hooks:
+        hook.remove()
+    assert stats.verified[last, 2] > 2
+    # All blocks read the prompt, once, and rounds in which nothing is drafted; else the last runs alone.
+    assert run.count(0) == 1 + stats.rounds - stats.verified[last, 2]
+    assert run.count(last) == 1 + stats.rounds
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
