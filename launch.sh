@@ -221,7 +221,7 @@ case ${1:-} in
         takes='some minutes and 4 GB'
         ensure_environment
         cd "$root"
-        exec "$python" -m pytest -q -m "not slow" tests/serving tests/test_export_speculators.py "${@:2}"
+        exec "$python" -m pytest -q -m "not slow" tests/serving tests/export/test_export_speculators.py "${@:2}"
         ;;
     *)
         name=${1//-/_}

@@ -22,12 +22,12 @@ import draftsmith
 from data import POCKET
 from data.prompts import load_prompts
 from draftsmith import Target
-from draftsmith.artifact import read_manifest
-from draftsmith.sampling import Sampling
-from draftsmith.stats import num_threads
-from eval.machine import commit, hardware
-from eval.oracle import Watched
-from trainers.settings import parse_settings
+from draftsmith.artifacts.artifact import read_manifest
+from draftsmith.core.sampling import Sampling
+from draftsmith.core.stats import num_threads
+from eval.bakeoff.machine import commit, hardware
+from eval.bakeoff.oracle import Watched
+from trainers.training.settings import parse_settings
 
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
 PATHS = ((0,), (1,), (2,), (0, 0), (1, 0), (2, 0), (0, 0, 0), (1, 0, 0), (2, 0, 0))

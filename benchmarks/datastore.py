@@ -23,13 +23,13 @@ import torch
 from data import POCKET
 from data.examples import open_examples
 from draftsmith import Target
+from draftsmith.core.stats import num_threads
 from draftsmith.drafters.rest import Config, Drafter
-from draftsmith.stats import num_threads
-from eval.machine import commit, hardware
-from trainers.corpus import documents
-from trainers.run import DEFAULT_DATA
-from trainers.settings import parse_settings
-from trainers.suffix_arrays import build
+from eval.bakeoff.machine import commit, hardware
+from trainers.corpora.corpus import documents
+from trainers.corpora.suffix_arrays import build
+from trainers.training.run_settings import DEFAULT_DATA
+from trainers.training.settings import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ import draftsmith
 from data import POCKET
 from data.prompts import load_prompts
 from draftsmith import Target
-from draftsmith.artifact import read_manifest
-from eval.duel import DuelSettings, conditions, duel
-from eval.measure import Contender, own_loop
-from trainers.settings import parse_settings
+from draftsmith.artifacts.artifact import read_manifest
+from eval.bakeoff.duel import DuelSettings, conditions, duel
+from eval.bakeoff.measure import Contender, own_loop
+from trainers.training.settings import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,12 +23,12 @@ import draftsmith
 from data import POCKET
 from data.prompts import load_prompts
 from draftsmith import Target
-from draftsmith.artifact import read_manifest
-from draftsmith.drafters import Session, Step
-from draftsmith.stats import num_threads
-from draftsmith.tree import Draft
-from eval.machine import commit, hardware
-from trainers.settings import parse_settings
+from draftsmith.artifacts.artifact import read_manifest
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.stats import num_threads
+from draftsmith.core.tree import Draft
+from eval.bakeoff.machine import commit, hardware
+from trainers.training.settings import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import _speculative_sampling
 
-from draftsmith.sampling import Sampling
-from draftsmith.stats import num_threads
-from draftsmith.tree import Draft, Tree, chain
-from draftsmith.verify import block, kseq, multipath, once, recursive, token, traversal
-from eval.machine import hardware
-from trainers.settings import parse_settings
+from draftsmith.core.sampling import Sampling
+from draftsmith.core.stats import num_threads
+from draftsmith.core.tree import Draft, Tree, chain
+from draftsmith.verify import block, once, traversal
+from draftsmith.verify.research import kseq, multipath, recursive, token
+from eval.bakeoff.machine import hardware
+from trainers.training.settings import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from draftsmith import Target
-from draftsmith.facts import TargetFacts
-from draftsmith.target import Source
+from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.target import Source
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

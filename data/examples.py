@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 from data import pseudo_data, store
 from data.batches import Example, example
-from data.pairs import split_columns
 from data.prompts import Prompt, load_prompts, print_coverage
 from data.shards import check_origin
 from data.sources import looks_local
+from data.sources.pairs import split_columns
 from draftsmith import Target
-from draftsmith.facts import NO_LIMIT, TargetFacts, prompt_room
+from draftsmith.core.model_info import NO_LIMIT, TargetFacts, prompt_room
 
 
 class Examples(Protocol):

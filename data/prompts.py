@@ -3,7 +3,7 @@
 Rows understood: {"prompt" or "text": ...} as it stands; {"question", "instruction" or "turns": [...]} as a user's
 turn, through the chat template where the tokenizer has one; {"messages" or "conversations": [...]} through it always.
 For an encoder-decoder also what it reads beside what it is to write, {"article": ..., "highlights": ...} and the other
-pairs of data/pairs.py; pairs of other names as `data.jsonl@body,title`.
+pairs of data/sources/pairs.py; pairs of other names as `data.jsonl@body,title`.
 """
 
 import hashlib
@@ -16,8 +16,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data import chat, pairs
-from data.sources import Document, Row, read_source
+from data.sources import Document, Row, chat, pairs, read_source
 
 PLAIN_KEYS = ("prompt", "text")
 USER_KEYS = ("question", "instruction", "turns")

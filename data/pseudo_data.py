@@ -24,8 +24,8 @@ from data.prompts import Prompt
 from data.shards import check_origin, check_whole, hash_files, missing_shards, open_folder, read_manifest, write_whole
 from data.writers import Completion, LocalTarget, PseudoDataSettings, Work, Writer, derive_seed
 from draftsmith import Target
-from draftsmith.facts import TargetFacts
-from draftsmith.made_with import template_hash
+from draftsmith.artifacts.provenance import template_hash
+from draftsmith.core.model_info import TargetFacts
 
 __all__ = ["LocalTarget", "PseudoDataSettings", "read_pseudo_data", "write_pseudo_data"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith import Target
-from draftsmith.facts import TargetFacts
-from draftsmith.files import check_replaceable
+from draftsmith.artifacts.files import check_replaceable
+from draftsmith.core.model_info import TargetFacts
 
 
 def open_folder(folder: Path, marker: str, manifest: dict[str, Any], *, notes: dict[str, Any]) -> None:

@@ -32,8 +32,8 @@ from data.batches import Example, check_batch, check_layers, collate
 from data.shards import check_origin, check_whole, missing_shards, open_folder, read_manifest, write_whole
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.facts import TargetFacts
-from draftsmith.files import check_replaceable
+from draftsmith.artifacts.files import check_replaceable
+from draftsmith.core.model_info import TargetFacts
 
 MARKER = "teacher_store.json"
 FORMAT = 1

@@ -93,19 +93,20 @@ def _generate(arguments: argparse.Namespace) -> None:
     # Imported late, so that --help and mistakes in flags answer at once.
     from transformers.utils.logging import disable_progress_bar
 
-    from draftsmith import Target, length, load, verify
-    from draftsmith.artifact import check_fits, read_manifest
-    from draftsmith.facts import read_facts
-    from draftsmith.loop import generate
-    from draftsmith.prompt import check_lengths
-    from draftsmith.sampling import Sampling
+    from draftsmith import Target, load, verify
+    from draftsmith.artifacts.artifact import check_fits, read_manifest
+    from draftsmith.core.batching import check_lengths
+    from draftsmith.core.model_info import read_facts
+    from draftsmith.core.sampling import Sampling
+    from draftsmith.decoding import generate
+    from draftsmith.length import policies
 
     disable_progress_bar()
     Sampling(temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k)
     if arguments.verifier != "auto":
         verify.find(arguments.verifier)
     if arguments.length != "auto":
-        length.make(arguments.length)
+        policies.make(arguments.length)
     if arguments.target is None and not CHECKOUT_TARGET.is_dir():
         raise ValueError("name a target with --target: a transformers folder or hub name")
     path = arguments.target or str(CHECKOUT_TARGET)
@@ -183,8 +184,8 @@ class _Printer:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from draftsmith.artifact import local_folder, read_manifest
-    from draftsmith.card import num_parameters
+    from draftsmith.artifacts.artifact import local_folder, read_manifest
+    from draftsmith.artifacts.model_card import num_parameters
 
     folder = local_folder(arguments.artifact)
     manifest = read_manifest(folder)
@@ -199,8 +200,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _card(arguments: argparse.Namespace) -> None:
-    from draftsmith.artifact import read_manifest
-    from draftsmith.card import CARD, measured_section, read_rows, rewrite
+    from draftsmith.artifacts.artifact import read_manifest
+    from draftsmith.artifacts.model_card import CARD, measured_section, read_rows, rewrite
 
     folder = Path(arguments.artifact)
     manifest, measured = read_manifest(folder), ""
@@ -212,9 +213,9 @@ def _card(arguments: argparse.Namespace) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> None:
-    from draftsmith import hub
-    from draftsmith.artifact import own_files, read_manifest
-    from draftsmith.card import CARD, for_hub
+    from draftsmith.artifacts import hub
+    from draftsmith.artifacts.artifact import own_files, read_manifest
+    from draftsmith.artifacts.model_card import CARD, for_hub
 
     folder = Path(arguments.artifact)
     manifest = read_manifest(folder)

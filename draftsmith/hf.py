@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria
 
-from draftsmith.drafters import Drafter
-from draftsmith.length import Policy
-from draftsmith.loop import generate
-from draftsmith.target import Target
+from draftsmith.core.drafter import Drafter
+from draftsmith.core.target import Target
+from draftsmith.decoding import generate
+from draftsmith.length.policies import Policy
 
 WARPERS = (processors.TemperatureLogitsWarper, processors.TopKLogitsWarper, processors.TopPLogitsWarper)
 CRITERIA = (criteria.MaxLengthCriteria, criteria.EosTokenCriteria)

@@ -14,18 +14,18 @@ from tqdm import tqdm
 
 from data.prompts import Prompt
 from draftsmith import Target
-from draftsmith.stats import num_threads
-from eval import forecast, machine
-from eval.entries import Entry, entries, fingerprint
-from eval.measure import Ask, Tally, measure, warm_up
-from eval.oracle import first_token
-from eval.plots import draw
-from eval.report import write_report
-from eval.results import Cell, Results, claim, publish
-from eval.rows import added_up, row_of
-from eval.settings import Settings
-from eval.table import header, table, to_csv
-from eval.texts import write_down
+from draftsmith.core.stats import num_threads
+from eval.bakeoff import forecast, machine
+from eval.bakeoff.entries import Entry, entries, fingerprint
+from eval.bakeoff.measure import Ask, Tally, measure, warm_up
+from eval.bakeoff.oracle import first_token
+from eval.bakeoff.results import Cell, Results, claim, publish
+from eval.bakeoff.rows import added_up, row_of
+from eval.bakeoff.settings import Settings
+from eval.plots.bakeoff import draw
+from eval.report.page import write_report
+from eval.report.table import header, table, to_csv
+from eval.report.texts import write_down
 
 OTHERS = "others"
 

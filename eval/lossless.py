@@ -3,12 +3,12 @@
     python -m eval.lossless --target T --draft runs/medusa runs/distill          # the same as ./launch.sh lossless
 
 Greedy identity: at temperature 0 every row equals plain decoding by our loop and by transformers' own `generate`. Where
-one does not, the model's own forward tells a numeric tie from an error (eval/identity.py); what follows either is not
+one does not, the model's own forward tells a numeric tie from an error (eval/certificate/identity.py); what follows either is not
 compared.
 
-The sampled law: many continuations of a few prompts are drawn (eval/sampled.py), and judged against the exact laws
-before their tokens, as transformers' own forward and warpers give them (eval/reference.py), in three ways
-(eval/chi_square.py). By prefix: rows that agree in everything so far are a group, whose next tokens follow the law
+The sampled law: many continuations of a few prompts are drawn (eval/certificate/sampled.py), and judged against the exact laws
+before their tokens, as transformers' own forward and warpers give them (eval/certificate/reference.py), in three ways
+(eval/certificate/chi_square.py). By prefix: rows that agree in everything so far are a group, whose next tokens follow the law
 there. By rank: as many tokens are their law's likeliest, second, third or fourth, ... as the laws expect. By draft:
 what was likely to be drafted comes as often as the laws say, as it is what a wrong verifier favours or shuns. The tests
 share the chance of a false alarm by Bonferroni's rule, which holds for settings chosen before the outcome is known, the
@@ -42,13 +42,13 @@ import draftsmith
 from data.prompts import Prompt
 from data.shards import hash_files, write_whole
 from draftsmith import Target
-from draftsmith.artifact import own_files, read_manifest
-from draftsmith.files import check_replaceable
-from draftsmith.stats import num_threads
-from eval import machine
-from eval.identity import FAILED, GreedySettings, compare_greedy
-from eval.sampled import BEYOND, TOO_FEW, WAYS, LawSettings, draw_and_judge, parse_law
-from eval.table import Style, grid
+from draftsmith.artifacts.artifact import own_files, read_manifest
+from draftsmith.artifacts.files import check_replaceable
+from draftsmith.core.stats import num_threads
+from eval.bakeoff import machine
+from eval.certificate.identity import FAILED, GreedySettings, compare_greedy
+from eval.certificate.sampled import BEYOND, TOO_FEW, WAYS, LawSettings, draw_and_judge, parse_law
+from eval.report.table import Style, grid
 
 LOSSLESS, NOT_LOSSLESS, LOSSY, UNSHOWN = "lossless", "not lossless", "lossy by construction", "too few samples to say"
 NAME = "lossless"

@@ -24,16 +24,17 @@ from data.pseudo_data import write_pseudo_data
 from data.sources import of_this_machine
 from data.writers import LocalTarget, PseudoDataSettings
 from draftsmith import Target
-from draftsmith.artifact import check_fits, read_manifest
-from draftsmith.facts import TargetFacts, prompt_room, read_facts
-from draftsmith.stats import num_threads
+from draftsmith.artifacts.artifact import check_fits, read_manifest
+from draftsmith.core.model_info import TargetFacts, prompt_room, read_facts
+from draftsmith.core.stats import num_threads
+from eval.bakeoff.results import check_output, claim
+from eval.bakeoff.settings import Settings
 from eval.compare import compare
-from eval.results import check_output, claim
-from eval.settings import Settings
-from eval.table import header, table
-from eval.track import to_wandb
-from trainers import launch, lineup
-from trainers.settings import parse_settings
+from eval.plots.track import to_wandb
+from eval.report.table import header, table
+from trainers.sweeps import lineup
+from trainers.training import launchers
+from trainers.training.settings import parse_settings
 
 LINE_UP = Path(__file__).resolve().parent / "configs" / "bakeoff.yaml"
 MAX_TRAINING_THREADS = 4  # more slow small models down
@@ -48,7 +49,7 @@ class RunSettings:
     drafts: tuple[str, ...] = ()
     """Folders of the artifacts to compare; if none, those of the line-up are made first."""
     line_up: str = str(LINE_UP)
-    """YAML table of the drafters to make, all of the same data, seed and budget; see trainers/lineup.py."""
+    """YAML table of the drafters to make, all of the same data, seed and budget; see trainers/sweeps/lineup.py."""
     learn_from: str = ""
     """What these learn from: a folder of pseudo-data or a teacher store, or prompts that the target continues first, if
     empty source code on this machine."""
@@ -81,7 +82,7 @@ class RunSettings:
     verifiers: str = ""
     """With commas: a further row for each drafter with this verifier, as typical, which is lossy."""
     lengths: str = ""
-    """With commas: a further row for each drafter with this policy of draftsmith/length.py, as fixed=4 or heuristic."""
+    """With commas: a further row for each drafter with this policy of draftsmith/length/policies.py, as fixed=4 or heuristic."""
     forecast_sizes: str = "1,2,4,8,16"
     """With commas: batch sizes for which speed-ups are predicted beside those measured; empty for no predictions."""
     gates: str = ""
@@ -118,7 +119,7 @@ class RunSettings:
 def main(run: RunSettings) -> None:
     settings, output = run.comparison(), Path(run.output)
     check_output(output)
-    launch.require(run.report_to == "wandb", "wandb", "--report-to wandb")
+    launchers.require(run.report_to == "wandb", "wandb", "--report-to wandb")
     line_up = [] if run.drafts else lineup.read(Path(run.line_up))
     manifests = [read_manifest(draft) for draft in run.drafts]
     facts = read_facts(run.target)

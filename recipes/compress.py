@@ -28,12 +28,13 @@ from data.batches import Batch
 from data.examples import open_examples
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.artifact import MANIFEST
-from draftsmith.quantised import SCHEMES
-from trainers import calibration, distill
+from draftsmith.artifacts.artifact import MANIFEST
+from draftsmith.parts.neural.quantised import SCHEMES
+from trainers import distill
 from trainers.compress import MARKER, CompressSettings, compress
-from trainers.judging import Sums
-from trainers.settings import parse_settings
+from trainers.compression import calibration
+from trainers.training.evaluation import Sums
+from trainers.training.settings import parse_settings
 
 HELD_OUT_BATCHES = 4
 

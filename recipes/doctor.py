@@ -29,20 +29,20 @@ from data.examples import check_target, open_examples
 from data.shards import write_whole
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.artifact import check_fits, make_config, read_manifest
+from draftsmith.artifacts.artifact import check_fits, make_config, read_manifest
+from draftsmith.core.model_info import read_facts
+from draftsmith.core.stats import num_threads
 from draftsmith.export import export
 from draftsmith.export.launch import read_launch
-from draftsmith.facts import read_facts
-from draftsmith.stats import num_threads
-from eval import doctor
-from eval.assisted import assistant_of, assisted
-from eval.doctor import Finding, Patient
-from eval.forced import Counts, Text, draft_within, places_of
-from eval.measure import Ask, own_loop
-from eval.served import by_own_loop, by_vllm, check_python, drafts_trees
-from eval.texts import follow
-from trainers.judging import Sums
-from trainers.settings import parse_settings
+from eval.bakeoff.measure import Ask, own_loop
+from eval.doctor import doctor
+from eval.doctor.assisted import assistant_of, assisted
+from eval.doctor.doctor import Finding, Patient
+from eval.doctor.forced import Counts, Text, draft_within, places_of
+from eval.doctor.served import by_own_loop, by_vllm, check_python, drafts_trees
+from eval.report.texts import follow
+from trainers.training.evaluation import Sums
+from trainers.training.settings import parse_settings
 
 FIRST_RIGHT = ("head0_accuracy", "greedy_agreement")
 """What trainers call how often the first token is right."""

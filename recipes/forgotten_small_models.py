@@ -30,14 +30,14 @@ from data.shards import write_whole
 from data.sources import Row, of_this_machine, read_source
 from data.writers import LocalTarget, PseudoDataSettings
 from draftsmith import Target
-from draftsmith.facts import TargetFacts, prompt_room, read_facts
-from draftsmith.stats import num_threads
+from draftsmith.core.model_info import TargetFacts, prompt_room, read_facts
+from draftsmith.core.stats import num_threads
+from eval.bakeoff.results import claim
+from eval.bakeoff.settings import Settings
 from eval.compare import compare
-from eval.pairs import draw_pairs, pair_table, pairs_of
-from eval.results import claim
-from eval.settings import Settings
-from trainers import lineup
-from trainers.settings import parse_settings
+from eval.plots.pairs import draw_pairs, pair_table, pairs_of
+from trainers.sweeps import lineup
+from trainers.training.settings import parse_settings
 
 WAYS = ("baseline", "distilled")
 LINE_UPS = {way: Path(__file__).resolve().parent / "configs" / f"forgotten-{way}.yaml" for way in WAYS}

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from trainers import import_eagle3
-from trainers.loop import train
-from trainers.run import RunSettings
-from trainers.settings import parse_settings
+from trainers.training.loop import train
+from trainers.training.run_settings import RunSettings
+from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
     try:

@@ -16,12 +16,12 @@ from data import POCKET
 from data.prompts import LongPrompts, load_prompts
 from data.sources import of_this_machine
 from draftsmith import Target
-from draftsmith.artifact import check_fits, read_manifest
-from draftsmith.facts import prompt_room, read_facts
-from eval.identity import GreedySettings
+from draftsmith.artifacts.artifact import check_fits, read_manifest
+from draftsmith.core.model_info import prompt_room, read_facts
+from eval.certificate.identity import GreedySettings
+from eval.certificate.sampled import BEYOND, LawSettings
 from eval.lossless import LOSSLESS, certify, check_output, lines, save
-from eval.sampled import BEYOND, LawSettings
-from trainers.settings import parse_settings
+from trainers.training.settings import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,12 @@ from data import POCKET
 from data.prompts import load_prompts
 from data.shards import open_folder
 from draftsmith import Target
-from draftsmith.artifact import MANIFEST, check_fits, read_manifest
-from draftsmith.facts import prompt_room, read_facts
-from draftsmith.stats import GenerationStats
-from eval.curves import Panel, publish_curves
+from draftsmith.artifacts.artifact import MANIFEST, check_fits, read_manifest
+from draftsmith.core.model_info import prompt_room, read_facts
+from draftsmith.core.stats import GenerationStats
+from eval.plots.curves import Panel, publish_curves
 from trainers.online import Online, OnlineSettings
-from trainers.settings import parse_settings
+from trainers.training.settings import parse_settings
 
 FIRST, TAU = "First drafted token accepted", "Tokens a target forward"
 

@@ -7,7 +7,7 @@ Hardware and numbers: see the cards, `data/pocket/README.md` and `data/pocket-se
 """
 
 from trainers.pocket import PocketSettings, train_pocket
-from trainers.settings import parse_settings
+from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
     (settings,) = parse_settings(PocketSettings, description=__doc__)

@@ -26,16 +26,17 @@ from typing import Any
 
 from data.prompts import load_prompts
 from draftsmith import Target
+from eval.bakeoff.results import claim
+from eval.bakeoff.settings import Settings
 from eval.compare import compare
-from eval.curves import Panel, publish_curves, read_curve
-from eval.results import claim
-from eval.settings import Settings
-from eval.table import header, table
-from eval.track import to_wandb
-from trainers import early_exit, launch, prophet
-from trainers.loop import train
-from trainers.run import RunSettings
-from trainers.settings import parse_settings
+from eval.plots.curves import Panel, publish_curves, read_curve
+from eval.plots.track import to_wandb
+from eval.report.table import header, table
+from trainers import early_exit, prophet
+from trainers.training import launchers
+from trainers.training.loop import train
+from trainers.training.run_settings import RunSettings
+from trainers.training.settings import parse_settings
 
 LOSS = "forward_kl"
 DRAFTERS: dict[str, tuple[ModuleType, Any, str]] = {
@@ -67,7 +68,7 @@ class ComparisonSettings:
 
 
 def main(wanted: ComparisonSettings, run: RunSettings) -> None:
-    if launch.num_ranks() > 1:
+    if launchers.num_ranks() > 1:
         raise ValueError("the comparison is one process; run the recipes of both to train on several devices")
     output = Path(run.output or "runs/prophet_vs_early_exit")
     settings = Settings(

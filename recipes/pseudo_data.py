@@ -18,13 +18,13 @@ import draftsmith
 from data import POCKET
 from data.prompts import LongPrompts, load_prompts
 from data.pseudo_data import MARKER, read_pseudo_data, write_pseudo_data
-from data.server import Server
 from data.sources import of_this_machine
 from data.writers import LocalTarget, PseudoDataSettings, Writer
-from draftsmith.artifact import check_fits, read_manifest
-from draftsmith.facts import prompt_room, read_facts
-from draftsmith.files import check_replaceable
-from trainers.settings import parse_settings
+from data.writers.server import Server
+from draftsmith.artifacts.artifact import check_fits, read_manifest
+from draftsmith.artifacts.files import check_replaceable
+from draftsmith.core.model_info import prompt_room, read_facts
+from trainers.training.settings import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)

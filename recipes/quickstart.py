@@ -22,16 +22,16 @@ from data.prompts import Prompt, load_prompts
 from data.pseudo_data import write_pseudo_data
 from data.writers import LocalTarget, PseudoDataSettings
 from draftsmith import Target
-from draftsmith.facts import read_facts
-from draftsmith.stats import num_threads
+from draftsmith.core.model_info import read_facts
+from draftsmith.core.stats import num_threads
+from eval.bakeoff.results import claim
+from eval.bakeoff.settings import Settings
 from eval.compare import compare
-from eval.results import claim
-from eval.settings import Settings
-from eval.table import header, table
-from trainers import launch
-from trainers.loop import train
-from trainers.run import RunSettings
-from trainers.settings import parse_settings
+from eval.report.table import header, table
+from trainers.training import launchers
+from trainers.training.loop import train
+from trainers.training.run_settings import RunSettings
+from trainers.training.settings import parse_settings
 
 PRESETS = Path(__file__).resolve().parent / "configs"
 LEARNT, HELD_OUT = "python-source:train", "python-source"
@@ -75,7 +75,7 @@ class QuickstartSettings:
 
 
 def main(run: QuickstartSettings) -> None:
-    if launch.num_ranks() > 1:
+    if launchers.num_ranks() > 1:
         raise ValueError("the quickstart is one process; run the recipes one by one to train on several devices")
     began, output = time.perf_counter(), Path(run.output)
     settings = Settings(rounds=run.rounds, max_new_tokens=run.max_new_tokens, forecast_sizes=(), seed=run.seed)

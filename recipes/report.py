@@ -8,7 +8,7 @@ The bake-off writes the page itself. Nothing is decoded or measured again; a sec
 import sys
 from pathlib import Path
 
-from eval.report import write_report
+from eval.report.page import write_report
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainers.settings import parse_settings
-from trainers.sweeping import read_sweep, run_sweep, shown, table, trial_folder
+from trainers.sweeps.sweep import read_sweep, run_sweep, shown, table, trial_folder
+from trainers.training.settings import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ import draftsmith
 from data import POCKET
 from data.examples import check_target, open_examples
 from data.store import StoreSettings, plan_store, write_store
-from draftsmith.facts import read_facts
-from trainers.settings import parse_settings
+from draftsmith.core.model_info import read_facts
+from trainers.training.settings import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,20 +27,20 @@ import draftsmith
 from data.batches import Batch
 from data.prompts import load_prompts
 from draftsmith import Target
-from draftsmith.costs import verify_ms
-from draftsmith.quantised import SCHEMES
-from draftsmith.stats import num_threads
+from draftsmith.core.stats import num_threads
+from draftsmith.length.costs import verify_ms
+from draftsmith.parts.neural.quantised import SCHEMES
+from eval.bakeoff.results import claim
+from eval.bakeoff.settings import Settings
 from eval.compare import compare
-from eval.results import claim
-from eval.settings import Settings
-from eval.tradeoff import Point, publish_tradeoff
+from eval.plots.tradeoff import Point, publish_tradeoff
 from recipes.compress import accepted, draft_with, held_out
 from trainers import distill
-from trainers.checkpoints import WEIGHTS
 from trainers.compress import ZEROS, CompressSettings, compress
-from trainers.loop import train
-from trainers.run import RunSettings
-from trainers.settings import parse_settings
+from trainers.training.checkpoints import WEIGHTS
+from trainers.training.loop import train
+from trainers.training.run_settings import RunSettings
+from trainers.training.settings import parse_settings
 
 CUT, HEALED = "cut", "healed"
 COST_ROUNDS = 5

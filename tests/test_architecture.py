@@ -22,9 +22,9 @@ MAY_IMPORT = {
 OWN_FOLDERS = {*MAY_IMPORT, "recipes", "tests", "benchmarks"}
 THIN_NEEDS = {"torch", "transformers", "numpy", "safetensors"}
 MORE_NEEDS = {
-    "draftsmith/compiled.py": "numba",
-    "draftsmith/hub.py": "huggingface_hub",
-    "draftsmith/quantised.py": "torchao",
+    "draftsmith/drafters/trigram/compiled.py": "numba",
+    "draftsmith/artifacts/hub.py": "huggingface_hub",
+    "draftsmith/parts/neural/quantised.py": "torchao",
 }
 """The one file that may import what: drafters that need the compiler ask for it when they are made, the hub's client
 comes with transformers and is loaded when the hub is asked."""

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from text import CONTEXT, save_target, text_target
 
 import draftsmith
 from draftsmith.cli import _Printer, main
 from draftsmith.drafters import lookup, medusa2
-from tests.family import built
+from tests.support.family import built
+from tests.support.text import CONTEXT, save_target, text_target
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ from transformers import TextStreamer
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.drafters import Session, Step, lm, lookup, medusa
-from draftsmith.tree import Draft, Tree, chain
-from tests.family import Watched, built, texts
-from tests.models import (
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.tree import Draft, Tree, chain
+from draftsmith.drafters import lm, lookup, medusa
+from tests.support.family import Watched, built, texts
+from tests.support.models import (
     CAUSAL,
     CONTEXT,
     SEQ2SEQ,

@@ -9,8 +9,8 @@ from transformers import GenerationConfig
 import draftsmith
 from draftsmith import Target
 from draftsmith.drafters import lm, lookup, medusa
-from tests.family import built
-from tests.models import CAUSAL, SEQ2SEQ, VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
+from tests.support.family import built
+from tests.support.models import CAUSAL, SEQ2SEQ, VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
 
 NUM_NEW = 16
 

@@ -168,7 +168,7 @@ def test_servers_have_an_environment_of_their_own(house: House) -> None:
     assert "--requirements requirements-serving.txt" in added and "uninstall" in removed and "torchvision" in removed
     assert own.endswith("--no-deps --editable .")
     last = house.called("")[-1]
-    assert last == "-m pytest -q -m not slow tests/serving tests/test_export_speculators.py -x"
+    assert last == "-m pytest -q -m not slow tests/serving tests/export/test_export_speculators.py -x"
     house("serving-test")
     assert not house.called("-m uv"), "it is there"
 

@@ -1,4 +1,4 @@
-"""Trainers: one loop (`trainers.loop.train`) and one small file per family, which supplies what is below.
+"""Trainers: one loop (`trainers.training.loop.train`) and one small file per family, which supplies what is below.
 
 A family's file is a module with these names; the loop knows no family by name.
 

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data.batches import Batch, Example
-from draftsmith import Target, reading_source
+from draftsmith import Target
+from draftsmith.core.model_info import TargetFacts
 from draftsmith.drafters.cnn import Config, Drafter
-from draftsmith.facts import TargetFacts
-from draftsmith.shortlist import check_size
-from trainers import Metrics, Needs, corpus, distillation
-from trainers.settings import part_of
+from draftsmith.parts.neural import cross_attention
+from draftsmith.parts.neural.shortlist import check_size
+from trainers import Metrics, Needs
+from trainers.corpora import corpus
+from trainers.parts import distillation
+from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class Settings(distillation.Loss):
     num_draft: int = 8
     """Most tokens drafted at a time."""
     length: str = "refit=0.4"
-    """How long its chains are, unless told otherwise: a policy of draftsmith/length.py, and its number."""
+    """How long its chains are, unless told otherwise: a policy of draftsmith/length/policies.py, and its number."""
     width: int = 0
     """If not 0, draft trees that grow where it is confident: so many nodes a level are given so many children."""
     tree_nodes: int = 16
@@ -54,7 +57,7 @@ class Settings(distillation.Loss):
 
 def check(settings: Settings, target: TargetFacts) -> None:
     """Raises ValueError for what this target does not have: a source to copy from, trees, or so many tokens."""
-    reading_source.check(target, copies=settings.copy, width=settings.width)
+    cross_attention.check(target, copies=settings.copy, width=settings.width)
     check_size(settings.shortlist, target.vocab_size)
 
 

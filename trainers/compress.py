@@ -17,12 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, TorchAoConfig
 from data import POCKET
 from data.batches import Batch
 from data.examples import check_target, open_examples
-from draftsmith import Target, quantised
-from draftsmith.artifact import check_fits, provenance, read_manifest
-from draftsmith.facts import TargetFacts, read_facts
-from draftsmith.files import atomic_folder, check_replaceable
-from trainers import calibration, importance, launch, pruning, sparsity
-from trainers.run import DEFAULT_DATA, RunSettings
+from draftsmith import Target
+from draftsmith.artifacts.artifact import check_fits, provenance, read_manifest
+from draftsmith.artifacts.files import atomic_folder, check_replaceable
+from draftsmith.core.model_info import TargetFacts, read_facts
+from draftsmith.parts.neural import quantised
+from trainers.compression import calibration, importance, pruning, sparsity
+from trainers.training import launchers
+from trainers.training.run_settings import DEFAULT_DATA, RunSettings
 
 MARKER = "compression.json"
 FORMAT_VERSION = 1
@@ -112,7 +114,7 @@ def compress(settings: CompressSettings) -> Path:
     """
     output = Path(settings.output).resolve()
     facts = _check_source(settings)
-    launch.write_default_data(RunSettings(target=settings.target, data=settings.data))
+    launchers.write_default_data(RunSettings(target=settings.target, data=settings.data))
     examples = open_examples(settings.data, facts)
     kept = {key: value for key, value in asdict(settings).items() if key != "output"}
     identity = json.loads(json.dumps(kept | {"data_fingerprint": examples.fingerprint}))

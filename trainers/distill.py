@@ -14,15 +14,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from data.batches import Batch, Example
-from draftsmith import Target, length
+from draftsmith import Target
+from draftsmith.core.model_info import TargetFacts, read_facts
+from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.lm import Config, Drafter
-from draftsmith.facts import TargetFacts, read_facts
-from draftsmith.sampling import Sampling
-from draftsmith.shortlist import check_size
-from trainers import Metrics, corpus, distillation, healing, small_models, trees
-from trainers.distillation import before_supervised
-from trainers.losses import chunked
-from trainers.settings import part_of
+from draftsmith.length import policies
+from draftsmith.parts.neural.shortlist import check_size
+from trainers import Metrics
+from trainers.compression import healing
+from trainers.corpora import corpus
+from trainers.parts import distillation, small_models, trees
+from trainers.parts.distillation import before_supervised
+from trainers.parts.losses import chunked
+from trainers.training.settings import part_of
 
 NUM_RANKS = 6
 
@@ -55,7 +59,7 @@ class Settings(distillation.Loss, healing.Restraint):
     num_draft: int = 8
     """Most tokens drafted at a time."""
     length: str = "refit=0.4"
-    """How long its chains are, unless told otherwise: a policy of draftsmith/length.py, and its number."""
+    """How long its chains are, unless told otherwise: a policy of draftsmith/length/policies.py, and its number."""
     shape: str = field(default="chain", metadata={"choices": ["chain", "tree", "grown"]})
     """Of its drafts: a chain; a fixed tree computed from held-out acceptance and measured costs; or a tree that grows
     where the draft model is confident, `width` nodes a level with as many children each."""
@@ -70,7 +74,7 @@ class Settings(distillation.Loss, healing.Restraint):
         for name in ("num_layers", "num_heads", "num_draft", "width", "tree_nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        length.make(self.length)
+        policies.make(self.length)
         for name in ("hidden_size", "ffn_size", "encoder_layers", "rank", "shortlist"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")

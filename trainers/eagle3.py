@@ -14,13 +14,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from data.batches import Batch, Example
-from draftsmith import Target, length
-from draftsmith.drafters.blocks import Attention, ffn_width
+from draftsmith import Target
+from draftsmith.core.model_info import TargetFacts
 from draftsmith.drafters.eagle3 import FUSION_NORMS, Config, Drafter
-from draftsmith.facts import TargetFacts
-from trainers import Metrics, Needs, corpus, heads
-from trainers.heads import ahead
-from trainers.losses import chunked
+from draftsmith.length import policies
+from draftsmith.parts.neural.layers import Attention, ffn_width
+from trainers import Metrics, Needs
+from trainers.corpora import corpus
+from trainers.parts import heads
+from trainers.parts.heads import ahead
+from trainers.parts.losses import chunked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ class Settings:
     tree_nodes: int = 16
     """Nodes of such a tree."""
     length: str = "fixed"
-    """How long chains are, unless told otherwise: a policy of draftsmith/length.py, and its number."""
+    """How long chains are, unless told otherwise: a policy of draftsmith/length/policies.py, and its number."""
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_steps", "num_draft", "tree_nodes"):
@@ -63,7 +66,7 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not self.decay > 0:
             raise ValueError(f"decay is {self.decay}; it must be positive")
-        length.make(self.length)
+        policies.make(self.length)
 
 
 def check(settings: Settings, target: TargetFacts) -> None:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import Batch
-from draftsmith import Target, length
+from draftsmith import Target
 from draftsmith.drafters.early_exit import Config, Drafter
-from trainers import Metrics, Needs, exits
-from trainers.losses import DIVERGENCES, Teacher, chunked, cross_entropy, divergence
-from trainers.settings import part_of
+from draftsmith.length import policies
+from trainers import Metrics, Needs
+from trainers.parts import exits
+from trainers.parts.losses import DIVERGENCES, Teacher, chunked, cross_entropy, divergence
+from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class Settings:
     num_draft: int = 6
     """Most tokens drafted at a time."""
     length: str = "confidence=0.6"
-    """How long its chains are, unless told otherwise: a policy of draftsmith/length.py, and its number."""
+    """How long its chains are, unless told otherwise: a policy of draftsmith/length/policies.py, and its number."""
     width: int = 0
     """If not 0, trees grow where the exit is confident: so many nodes a level are given so many children."""
     num_nodes: int = 16
@@ -115,7 +117,7 @@ def finish(drafters: nn.ModuleList, settings: Settings, target: Target, held_out
         # Costs are the same whatever the weights are.
         chains = Drafter(dataclasses.replace(drafter.config, width=0), target).eval()
         found.append((chains, exits.texts(drafter.head, outputs, held_out, target)))
-    return each[exits.best(found, partial(length.make, settings.length))]
+    return each[exits.best(found, partial(policies.make, settings.length))]
 
 
 def _exits(drafter: nn.Module) -> list[Drafter]:

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import Batch
-from draftsmith import Target, growth
-from draftsmith.costs import quickest_ms
-from draftsmith.drafters import Session
-from draftsmith.drafters.blocks import ffn_width
+from draftsmith import Target
+from draftsmith.core.drafter import Session
+from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.hydra import Config, Drafter
-from draftsmith.sampling import Sampling
-from trainers import Metrics, Needs, heads, trees
-from trainers.losses import DIVERGENCES, Teacher, chunked, cross_entropy, divergence
+from draftsmith.length.costs import quickest_ms
+from draftsmith.parts import growth
+from draftsmith.parts.neural.layers import ffn_width
+from trainers import Metrics, Needs
+from trainers.parts import heads, trees
+from trainers.parts.losses import DIVERGENCES, Teacher, chunked, cross_entropy, divergence
 
 
 @dataclass(frozen=True, kw_only=True)

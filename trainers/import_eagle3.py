@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.batches import Batch, Example
-from draftsmith import Target, length
+from draftsmith import Target
+from draftsmith.core.model_info import TargetFacts
 from draftsmith.drafters.eagle3 import Config, Drafter
-from draftsmith.export.eagle3 import LAYER_IDS, NAMES
-from draftsmith.facts import TargetFacts
+from draftsmith.export.families.eagle3 import LAYER_IDS, NAMES
+from draftsmith.length import policies
 from trainers import Metrics, Needs, eagle3
-from trainers.run import RunSettings
+from trainers.training.run_settings import RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Settings:
     tree_nodes: int = 16
     """Nodes of such a tree."""
     length: str = "fixed"
-    """How long chains are, unless told otherwise: a policy of draftsmith/length.py, and its number."""
+    """How long chains are, unless told otherwise: a policy of draftsmith/length/policies.py, and its number."""
 
     def __post_init__(self) -> None:
         for name in ("num_draft", "tree_nodes"):
@@ -49,7 +50,7 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.width < 0:
             raise ValueError(f"width is {self.width}; it must not be negative")
-        length.make(self.length)
+        policies.make(self.length)
 
 
 def check(settings: Settings, target: TargetFacts) -> None:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import Batch
-from draftsmith import Target, length
+from draftsmith import Target
 from draftsmith.drafters.kangaroo import Config, Drafter
-from trainers import Metrics, Needs, exits
-from trainers.losses import DIVERGENCES, Teacher, chunked, divergence
-from trainers.settings import part_of
+from draftsmith.length import policies
+from trainers import Metrics, Needs
+from trainers.parts import exits
+from trainers.parts.losses import DIVERGENCES, Teacher, chunked, divergence
+from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Settings:
     num_draft: int = 6
     """Most tokens drafted at a time."""
     length: str = "confidence=0.6"
-    """How long chains are, unless told otherwise: a policy of draftsmith/length.py, and its number."""
+    """How long chains are, unless told otherwise: a policy of draftsmith/length/policies.py, and its number."""
     width: int = 0
     """If not 0, trees grow where the adapter is confident: so many nodes a level are given so many children."""
     num_nodes: int = 16
@@ -95,7 +97,7 @@ def finish(drafters: Sequence[Drafter], settings: Settings, target: Target, held
         told = exits.texts(target.head, [_adapted(drafter, batch) for batch in held_out], held_out, target)
         # Costs are the same whatever the weights are.
         found.append((Drafter(dataclasses.replace(drafter.config, width=0), target).eval(), told))
-    return drafters[exits.best(found, partial(length.make, settings.length))]
+    return drafters[exits.best(found, partial(policies.make, settings.length))]
 
 
 def _layers(settings: Settings, target: Target) -> tuple[int, ...]:

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import Batch
-from draftsmith import Target, length
+from draftsmith import Target
+from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.views import blocks_of
 from draftsmith.drafters.early_exit import Config, Drafter
-from draftsmith.facts import TargetFacts
-from draftsmith.stack import blocks_of
-from trainers import Metrics, Needs, adapters, exits
-from trainers.losses import chunked, cross_entropy
+from draftsmith.length import policies
+from trainers import Metrics, Needs
+from trainers.parts import adapters, exits
+from trainers.parts.losses import chunked, cross_entropy
 
 ROTATIONAL, GRADUAL, ALL = "rotational", "gradual", "all"
 
@@ -54,7 +56,7 @@ class Settings:
     num_draft: int = 6
     """Most tokens drafted at a time."""
     length: str = "confidence=0.6"
-    """How long its chains are, unless told otherwise: a policy of draftsmith/length.py, and its number."""
+    """How long its chains are, unless told otherwise: a policy of draftsmith/length/policies.py, and its number."""
     width: int = 0
     """If not 0, trees grow where the exit is confident: so many nodes a level are given so many children."""
     num_nodes: int = 16
@@ -164,7 +166,7 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
         judged = [dataclasses.replace(one, hidden=states) for one, states in zip(held_out, read, strict=True)]
         chains = Drafter(Config(exit_layer=layer, own_norm=False, num_draft=settings.num_draft, length="fixed"), own)
         found.append((chains, exits.texts(own.logits, [states[layer] for states in read], judged, own)))
-    best = layers[exits.best(found, partial(length.make, settings.length)) if found else 0]
+    best = layers[exits.best(found, partial(policies.make, settings.length)) if found else 0]
     finished.config = dataclasses.replace(finished.config, exit_layer=best)
     return finished.eval()
 

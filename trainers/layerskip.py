@@ -15,16 +15,18 @@ import torch
 import draftsmith
 from data.batches import Batch, Example, collate, example, order
 from data.shards import write_whole
-from draftsmith import Target, growth, length
+from draftsmith import Target
+from draftsmith.core.model_info import TargetFacts
 from draftsmith.drafters.layerskip import Config, Drafter
-from draftsmith.facts import TargetFacts
-from draftsmith.skipping import sublayers
+from draftsmith.length import policies
+from draftsmith.parts import growth
+from draftsmith.parts.self_drafting.sublayers import sublayers
 from trainers import Metrics, Needs
-from trainers.logs import reporter
-from trainers.run import RunSettings
-from trainers.search import METHODS, Bits, Space, search
-from trainers.settings import part_of
-from trainers.sublayers import Costs, Texts, influence, measure, simulate, speed_up
+from trainers.layer_search.search import METHODS, Bits, Space, search
+from trainers.layer_search.sublayers import Costs, Texts, influence, measure, simulate, speed_up
+from trainers.training.logs import reporter
+from trainers.training.run_settings import RunSettings
+from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Settings:
     num_draft: int = 8
     """Most tokens drafted at a time."""
     length: str = "adaptive=0.6"
-    """How long its chains are: a policy of draftsmith/length.py, and its number."""
+    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
     width: int = 0
     """If not 0, trees grow where the drafter is confident: so many nodes a level are given so many children."""
     num_nodes: int = 16
@@ -57,7 +59,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         growth.check_shape(self)
-        length.make(self.length)
+        policies.make(self.length)
         for name, least in (("num_texts", 1), ("text_tokens", 3), ("new_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -108,7 +110,7 @@ def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) ->
     """Returns the share of the target's own tokens that drafts guess, and what greedy decoding of the rows would do."""
     texts, config = Texts(target, batch, drafter.config.num_draft), drafter.config
     right_N, confidence_N = texts.right(drafter.skipped)
-    policy = length.make("fixed" if config.width else config.length)
+    policy = policies.make("fixed" if config.width else config.length)
     rounds = simulate(texts.stretches(right_N, confidence_N), policy, config.num_draft)
     num_drafted, num_tokens = (sum(drafted for drafted, _ in rounds), sum(matched + 1 for _, matched in rounds))
     return {
@@ -156,7 +158,7 @@ def _objective(
         share = right_N.float().mean().item()
         if costs is None:
             return {"score": share}
-        policy = length.make("fixed" if config.width else config.length)
+        policy = policies.make("fixed" if config.width else config.length)
         rounds = simulate(texts.stretches(right_N, confidence_N), policy, config.num_draft)
         return {
             "score": speed_up(rounds, bits, costs),

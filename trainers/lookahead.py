@@ -7,9 +7,10 @@ from pathlib import Path
 from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.lookahead import Config, Drafter
-from trainers import Metrics, Needs, corpus
-from trainers.run import RunSettings
-from trainers.settings import part_of
+from trainers import Metrics, Needs
+from trainers.corpora import corpus
+from trainers.training.run_settings import RunSettings
+from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)

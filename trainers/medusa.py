@@ -13,7 +13,8 @@ from torch import Tensor
 from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.medusa import Config, Drafter
-from trainers import Metrics, Needs, heads
+from trainers import Metrics, Needs
+from trainers.parts import heads
 
 
 @dataclass(frozen=True, kw_only=True)

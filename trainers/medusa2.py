@@ -14,11 +14,12 @@ from torch import Tensor
 
 from data.batches import Batch
 from draftsmith import Target
+from draftsmith.core.model_info import TargetFacts
 from draftsmith.drafters.medusa2 import Config, Drafter
-from draftsmith.facts import TargetFacts
-from draftsmith.tuned import has_tied_head
-from trainers import Metrics, Needs, adapters, heads
-from trainers.losses import Teacher, chunked, cross_entropy, divergence
+from draftsmith.parts.self_drafting.fine_tuned import has_tied_head
+from trainers import Metrics, Needs
+from trainers.parts import adapters, heads
+from trainers.parts.losses import Teacher, chunked, cross_entropy, divergence
 
 SELF_DISTILLED, TWO_STAGE = "self_distilled", "two_stage"
 HEADS_WEIGHT = {SELF_DISTILLED: 0.01, TWO_STAGE: 0.2}

@@ -9,12 +9,14 @@ from tqdm import tqdm
 
 from data.batches import Batch, Example, collate, order
 from draftsmith import Target
+from draftsmith.core.model_info import TargetFacts
 from draftsmith.drafters.merge import Config, Drafter
-from draftsmith.facts import TargetFacts
-from draftsmith.parts import named
-from trainers import Metrics, Needs, composed, corpus
-from trainers.run import RunSettings
-from trainers.settings import part_of
+from draftsmith.parts.composites import named
+from trainers import Metrics, Needs
+from trainers.corpora import corpus
+from trainers.parts import composites
+from trainers.training.run_settings import RunSettings
+from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Settings:
 
 
 def check(settings: Settings, facts: TargetFacts) -> None:
-    composed.check_parts(settings.parts, facts)
+    composites.check_parts(settings.parts, facts)
 
 
 def needs(settings: Settings, target: Target) -> Needs:
@@ -48,7 +50,7 @@ def needs(settings: Settings, target: Target) -> Needs:
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
     """Returns the drafter composed of the artifacts, which has counted how often the parts were right."""
-    parts = composed.load_parts(settings.parts, target)
+    parts = composites.load_parts(settings.parts, target)
     names = tuple(named(part.drafter) for part in parts)
     config = part_of(Config, settings, parts=names)
     drafter = Drafter(config, target, parts)
@@ -63,7 +65,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
 
 
 def spent_s(settings: Settings) -> float:
-    return composed.spent_s(settings.parts)
+    return composites.spent_s(settings.parts)
 
 
 def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:

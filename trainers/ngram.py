@@ -10,10 +10,11 @@ import torch
 from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.ngram import Config, Drafter
-from trainers import Metrics, Needs, corpus
-from trainers.kneser_ney import build, counted
-from trainers.run import RunSettings
-from trainers.settings import part_of
+from trainers import Metrics, Needs
+from trainers.corpora import corpus
+from trainers.corpora.kneser_ney import build, counted
+from trainers.training.run_settings import RunSettings
+from trainers.training.settings import part_of
 
 ROWS_A_PART = 8192
 
@@ -29,7 +30,7 @@ class Settings:
     num_draft: int = Config.num_draft
     """Most tokens drafted at a time."""
     length: str = Config.length
-    """How long its chains are: a policy of draftsmith/length.py, and its number."""
+    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
     sampled: bool = Config.sampled
     """Whether, at a temperature, tokens are drawn from the law; else they are the likeliest, as when greedy."""
     cache: float = Config.cache

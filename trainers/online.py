@@ -23,10 +23,10 @@ import trainers
 from data.batches import Example, collate
 from data.shards import write_whole
 from data.teacher import complete
-from draftsmith.drafters import Session, Step, name_of
-from draftsmith.tree import Draft
-from trainers import distillation
-from trainers.losses import DIVERGENCES
+from draftsmith.core.drafter import Session, Step, name_of
+from draftsmith.core.tree import Draft
+from trainers.parts import distillation
+from trainers.parts.losses import DIVERGENCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +201,8 @@ class Online:
 def trainer_of(drafter: Any) -> ModuleType:
     """Returns the trainer that distils drafters of this kind; raises ValueError if there is none."""
     for info in pkgutil.iter_modules(trainers.__path__):
+        if info.ispkg:
+            continue
         module = importlib.import_module(f"trainers.{info.name}")
         is_distilled = issubclass(getattr(module, "Settings", object), distillation.Loss)
         if is_distilled and getattr(module, "Drafter", None) is type(drafter):

@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from data.python_source import SourceFile, docstring_pairs, source_files, split_files
-from draftsmith.files import atomic_folder
+from data.sources.python_source import SourceFile, docstring_pairs, source_files, split_files
+from draftsmith.artifacts.files import atomic_folder
 
 VOCAB_SIZE = 4096
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -339,7 +339,7 @@ def _card(model: PreTrainedModel, settings: PocketSettings, facts: dict[str, Any
             *lines,
             "",
             "Data: Python files of the standard library (PSF licence) and, for the causal target, of the packages",
-            "named in `data/python_source.py` (Apache-2.0, BSD-3-Clause, MIT), tests left out. Whole files are held",
+            "named in `data/sources/python_source.py` (Apache-2.0, BSD-3-Clause, MIT), tests left out. Whole files are held",
             "out by a hash of their names (listed in `pocket.json`); near repetitions of them are left out too.",
             "",
         ]

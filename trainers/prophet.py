@@ -14,8 +14,8 @@ from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.prophet import Config, Drafter, places
 from trainers import Metrics, Needs
-from trainers.losses import DIVERGENCES, Teacher, acceptance, chunked, cross_entropy, divergence, laws
-from trainers.settings import part_of
+from trainers.parts.losses import DIVERGENCES, Teacher, acceptance, chunked, cross_entropy, divergence, laws
+from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Settings:
     windows: int = 16
     """Windows learnt from and judged by, for each row of a batch; they are spread over the supervised tokens."""
     length: str = "refit=0.4"
-    """How long its chains are, unless told otherwise: a policy of draftsmith/length.py, and its number."""
+    """How long its chains are, unless told otherwise: a policy of draftsmith/length/policies.py, and its number."""
     width: int = 0
     """If not 0, it drafts trees that grow where it is confident: so many nodes a level with as many children each."""
     num_nodes: int = 16

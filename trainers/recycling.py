@@ -17,13 +17,16 @@ from torch.utils.data import Subset
 
 from data.batches import Batch, Example, collate, cut, order
 from data.teacher import complete
-from draftsmith import Target, growth
-from draftsmith.costs import quickest_ms
-from draftsmith.drafters import Session
+from draftsmith import Target
+from draftsmith.core.drafter import Session
+from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.recycling import Config, Drafter
-from draftsmith.sampling import Sampling
-from trainers import Metrics, Needs, corpus, heads, trees
-from trainers.run import RunSettings
+from draftsmith.length.costs import quickest_ms
+from draftsmith.parts import growth
+from trainers import Metrics, Needs
+from trainers.corpora import corpus
+from trainers.parts import heads, trees
+from trainers.training.run_settings import RunSettings
 
 BATCHES_A_PART, DEPTH = 16, 6
 SPARE = 4

@@ -7,10 +7,11 @@ from pathlib import Path
 from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.rest import Config, Drafter
-from trainers import Metrics, Needs, corpus
-from trainers.run import RunSettings
-from trainers.settings import part_of
-from trainers.suffix_arrays import Store, stored
+from trainers import Metrics, Needs
+from trainers.corpora import corpus
+from trainers.corpora.suffix_arrays import Store, stored
+from trainers.training.run_settings import RunSettings
+from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)

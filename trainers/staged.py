@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.batches import Batch, Example
-from draftsmith import Target, length
-from draftsmith.artifact import check_fits, read_manifest
+from draftsmith import Target
+from draftsmith.artifacts.artifact import check_fits, read_manifest
+from draftsmith.core.model_info import TargetFacts
 from draftsmith.drafters.staged import Config, Drafter, engine_of
-from draftsmith.facts import TargetFacts
-from draftsmith.parts import load, named
-from trainers import Metrics, Needs, composed, corpus
-from trainers.run import RunSettings
-from trainers.settings import part_of
+from draftsmith.length import policies
+from draftsmith.parts.composites import load, named
+from trainers import Metrics, Needs
+from trainers.corpora import corpus
+from trainers.parts import composites
+from trainers.training.run_settings import RunSettings
+from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +28,12 @@ class Settings:
     num_draft: int = 8
     """Most tokens that the draft model drafts at a time."""
     length: str = "refit=0.4"
-    """How long its chains are: a policy of draftsmith/length.py, and its number."""
+    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
 
     def __post_init__(self) -> None:
         if self.num_draft < 1:
             raise ValueError(f"num_draft is {self.num_draft}; it must be at least 1")
-        length.make(self.length)
+        policies.make(self.length)
 
 
 def check(settings: Settings, facts: TargetFacts) -> None:
@@ -55,7 +58,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
 
 
 def spent_s(settings: Settings) -> float:
-    return composed.spent_s(settings.parts)
+    return composites.spent_s(settings.parts)
 
 
 def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:

@@ -25,14 +25,17 @@ from transformers.trainer_utils import IntervalStrategy
 
 from data.batches import Batch, Example, order
 from draftsmith import Target
+from draftsmith.artifacts.files import atomic_folder
+from draftsmith.core.model_info import TargetFacts, read_facts, tokenizer_hash
 from draftsmith.drafters.translated import Config, Drafter, translation
-from draftsmith.facts import TargetFacts, read_facts, tokenizer_hash
-from draftsmith.files import atomic_folder
-from trainers import Metrics, Needs, checkpoints, corpus, launch, small_models
-from trainers.descent import arguments_of
-from trainers.logs import JsonLines
+from trainers import Metrics, Needs
+from trainers.corpora import corpus
+from trainers.parts import small_models
 from trainers.pocket import BOS, EOS, PAD, MuonAndAdamW, byte_pairs
-from trainers.run import RunSettings
+from trainers.training import checkpoints, launchers
+from trainers.training.gradient import arguments_of
+from trainers.training.logs import JsonLines
+from trainers.training.run_settings import RunSettings
 
 NUM_SPECIAL_AND_BYTES = 3 + 256
 
@@ -83,7 +86,7 @@ def check(settings: Settings, target: TargetFacts) -> None:
         config = {"model_type": "", "vocab_size": facts.vocab_size} | _special(facts.tokenizer)
         hashed = Config(model=config, tokenizer_hash=str(facts.tokenizer_hash))
         _check_shared(settings, translation(hashed, facts.tokenizer, target).counterparts(), target.name)
-    elif launch.num_ranks() > 1:
+    elif launchers.num_ranks() > 1:
         raise ValueError("a small draft model is trained by one process; leave torchrun and deepspeed off")
 
 

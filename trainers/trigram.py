@@ -15,11 +15,12 @@ from safetensors import safe_open
 
 from data.batches import Batch, Example
 from draftsmith import Target
-from draftsmith.compiled import Table
 from draftsmith.drafters.trigram import Config, Drafter
-from trainers import Metrics, Needs, corpus
-from trainers.run import RunSettings
-from trainers.settings import part_of
+from draftsmith.drafters.trigram.compiled import Table
+from trainers import Metrics, Needs
+from trainers.corpora import corpus
+from trainers.training.run_settings import RunSettings
+from trainers.training.settings import part_of
 
 LARGEST_VOCABULARY = 2**21
 """So that three tokens are one int64."""

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from draftsmith.drafters import Session, Step
-from draftsmith.parts import Names, Part, check, forget_all, layers, load_part, made, parameters, save_parts
-from draftsmith.sampling import Sampling
-from draftsmith.stats import drafted_depth
-from draftsmith.target import Target
-from draftsmith.tree import Draft
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.sampling import Sampling
+from draftsmith.core.stats import drafted_depth
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft
+from draftsmith.parts.composites import Names, Part, check, forget_all, layers, load_part, made, parameters, save_parts
 
 
 @dataclass(frozen=True, kw_only=True)

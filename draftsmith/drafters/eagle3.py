@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from draftsmith import growth, length
-from draftsmith.cache import KVCache
-from draftsmith.drafters import Session, Step
-from draftsmith.drafters.blocks import Attention, FeedForward, along, place
-from draftsmith.target import PREFILL_CHUNK, Target
-from draftsmith.tree import Draft, Tree, chain
+from draftsmith.core.cache import KVCache
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import PREFILL_CHUNK, Target
+from draftsmith.core.tree import Draft, Tree, chain
+from draftsmith.length import policies
+from draftsmith.parts import growth
+from draftsmith.parts.neural.layers import Attention, FeedForward, along, place
 
 FUSION_NORMS = ("none", "each", "whole")
 
@@ -61,7 +62,7 @@ class Config:
     num_nodes: int = 16
     """Nodes kept of such a tree."""
     length: str = "fixed"
-    """How long its chains are: a policy of draftsmith/length.py, and its number."""
+    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
 
     def __post_init__(self) -> None:
         if not self.layers or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
@@ -71,7 +72,7 @@ class Config:
         if len(self.stretch) not in (0, 4):
             raise ValueError(f"stretch is {list(self.stretch)}; it is nothing, or a factor, two bounds and a length")
         growth.check_shape(self)
-        length.make(self.length)
+        policies.make(self.length)
 
     @property
     def asks_length(self) -> bool:

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftsmith import growth, length
-from draftsmith.cache import KVCache
-from draftsmith.drafters import Session, Step
-from draftsmith.drafters.blocks import Block, along, last_of_path, own_outputs
-from draftsmith.shallow import Shallow, Trail
-from draftsmith.target import Target
-from draftsmith.tree import Draft, Tree
-from draftsmith.tuned import Adapter, Tuned, matrices, merged, tuned, twin
-from draftsmith.verify.verdict import at
+from draftsmith.core.cache import KVCache
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft, Tree
+from draftsmith.length import policies
+from draftsmith.parts import growth
+from draftsmith.parts.neural.layers import Block, along, last_of_path, own_outputs
+from draftsmith.parts.self_drafting.early_exit import Shallow, Trail
+from draftsmith.parts.self_drafting.fine_tuned import Adapter, Tuned, matrices, merged, tuned, twin
+from draftsmith.verify.paths import at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Config:
     num_draft: int = 6
     """Most tokens drafted at a time."""
     length: str = "confidence=0.6"
-    """How long chains are: a policy of draftsmith/length.py, and its number."""
+    """How long chains are: a policy of draftsmith/length/policies.py, and its number."""
     width: int = 0
     """If not 0, trees grow where the exit is confident: so many nodes a level are given so many children."""
     num_nodes: int = 16
@@ -71,7 +72,7 @@ class Config:
         if not self.tunes and (self.rank or self.modules):
             raise ValueError("rank and modules say how a target is changed, and it stays as it is without tunes")
         growth.check_shape(self)
-        length.make(self.length)
+        policies.make(self.length)
 
     @property
     def asks_length(self) -> bool:

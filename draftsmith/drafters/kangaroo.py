@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from draftsmith import growth, length
-from draftsmith.cache import KVCache
-from draftsmith.drafters import Session, Step
-from draftsmith.drafters.blocks import Attention, along
-from draftsmith.shallow import Shallow, Trail
-from draftsmith.target import Target
-from draftsmith.tree import Draft, Tree
+from draftsmith.core.cache import KVCache
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft, Tree
+from draftsmith.length import policies
+from draftsmith.parts import growth
+from draftsmith.parts.neural.layers import Attention, along
+from draftsmith.parts.self_drafting.early_exit import Shallow, Trail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Config:
     num_draft: int = 6
     """Most tokens drafted at a time."""
     length: str = "confidence=0.6"
-    """How long chains are, the second exit: a policy of draftsmith/length.py, and its number."""
+    """How long chains are, the second exit: a policy of draftsmith/length/policies.py, and its number."""
     width: int = 0
     """If not 0, trees grow where the adapter is confident: so many nodes a level are given so many children."""
     num_nodes: int = 16
@@ -41,7 +42,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         growth.check_shape(self)
-        length.make(self.length)
+        policies.make(self.length)
 
     @property
     def asks_length(self) -> bool:

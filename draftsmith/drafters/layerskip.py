@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftsmith import growth, length
-from draftsmith.drafters import Session, Step
-from draftsmith.skipping import Sublayers, reread, sublayers
-from draftsmith.target import Target
-from draftsmith.tree import Draft, Tree
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft, Tree
+from draftsmith.length import policies
+from draftsmith.parts import growth
+from draftsmith.parts.self_drafting.sublayers import Sublayers, reread, sublayers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Config:
     num_draft: int = 8
     """Most tokens drafted at a time."""
     length: str = "adaptive=0.6"
-    """How long its chains are: a policy of draftsmith/length.py, and its number; it learns from call to call."""
+    """How long its chains are: a policy of draftsmith/length/policies.py, and its number; it learns from call to call."""
     width: int = 0
     """If not 0, trees grow where the drafter is confident: so many nodes a level are given so many children."""
     num_nodes: int = 16
@@ -51,7 +52,7 @@ class Config:
 
     def __post_init__(self) -> None:
         growth.check_shape(self)
-        length.make(self.length)
+        policies.make(self.length)
         for name in ("attention", "mlp"):
             blocks = getattr(self, name)
             if len(set(blocks)) < len(blocks) or min(blocks, default=0) < 0:
@@ -80,7 +81,7 @@ class Drafter:
             raise ValueError(f"{target.name} is an encoder-decoder, whose sublayers cannot be left out")
         self.config = config
         self.target = target
-        self.policy = length.make("fixed" if config.width else config.length)
+        self.policy = policies.make("fixed" if config.width else config.length)
         self.skipped = sublayers(config.attention, config.mlp)
 
     def start(self, session: Session) -> None:

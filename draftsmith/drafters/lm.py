@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from draftsmith import growth, length, quantised
-from draftsmith.cache import KVCache
-from draftsmith.drafters import Session, Step
-from draftsmith.shortlist import OUTSIDE, ShortHead, Shortlist
-from draftsmith.target import Source, Target
-from draftsmith.tied import Encoder, Ends, Words
-from draftsmith.tree import Draft, Tree, chain
-from draftsmith.verify.verdict import at
+from draftsmith.core.cache import KVCache
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Source, Target
+from draftsmith.core.tree import Draft, Tree, chain
+from draftsmith.length import policies
+from draftsmith.parts import growth
+from draftsmith.parts.neural import quantised
+from draftsmith.parts.neural.shortlist import OUTSIDE, ShortHead, Shortlist
+from draftsmith.parts.neural.tied_heads import Encoder, Ends, Words
+from draftsmith.verify.paths import at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +33,17 @@ class Config:
     model: dict[str, Any]
     """The transformers configuration of the draft model, `model_type` included."""
     target_encoder: bool = False
-    """Whether an encoder-decoder has the target's encoder in the place of its own (draftsmith/tied.py)."""
+    """Whether an encoder-decoder has the target's encoder in the place of its own (draftsmith/parts/neural/tied_heads.py)."""
     rank: int = 0
-    """If not 0, embedding and head are the target's (draftsmith/tied.py), the head by a map of this rank."""
+    """If not 0, embedding and head are the target's (draftsmith/parts/neural/tied_heads.py), the head by a map of this rank."""
     shortlist: int = 0
-    """If not 0, logits are of so many tokens only (draftsmith/shortlist.py)."""
+    """If not 0, logits are of so many tokens only (draftsmith/parts/neural/shortlist.py)."""
     quantised: str = ""
-    """If not empty, weights of its blocks are held in fewer bits once loaded (draftsmith/quantised.py)."""
+    """If not empty, weights of its blocks are held in fewer bits once loaded (draftsmith/parts/neural/quantised.py)."""
     num_draft: int = 8
     """Most tokens drafted at a time."""
     length: str = "refit=0.4"
-    """How long its chains are: a policy of draftsmith/length.py, and its number."""
+    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
     tree: tuple[tuple[int, ...], ...] = ()
     """Each node of a fixed tree as the ranks along its path, empty for chains: ((0,), (1,), (0, 0), (1, 0)) is two
     paths of two tokens."""
@@ -61,7 +63,7 @@ class Config:
             raise ValueError(f"rank is {self.rank}; it must be at least 1, or 0 for an embedding and head of its own")
         if self.width and self.tree:
             raise ValueError("a fixed tree and width, for trees that grow, exclude each other")
-        length.make(self.length)
+        policies.make(self.length)
         if self.quantised:
             quantised.check(self.quantised)
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
-from draftsmith import trie
-from draftsmith.drafters import Session, Step
-from draftsmith.target import Target
-from draftsmith.tree import Draft
-from draftsmith.verify.verdict import at
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft
+from draftsmith.parts import trie
+from draftsmith.verify.paths import at
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from draftsmith import trie
-from draftsmith.drafters import Session, Step
-from draftsmith.target import Target
-from draftsmith.tree import Draft
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft
+from draftsmith.parts import trie
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from draftsmith import growth, length
-from draftsmith.drafters import Session, Step
-from draftsmith.reading_source import Projected, SourceReader
-from draftsmith.shortlist import stamp
-from draftsmith.states import Reading, State
-from draftsmith.target import Source, Target
-from draftsmith.tied import Ends
-from draftsmith.tree import Draft
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Source, Target
+from draftsmith.core.tree import Draft
+from draftsmith.length import policies
+from draftsmith.parts import growth
+from draftsmith.parts.neural.cross_attention import Projected, SourceReader
+from draftsmith.parts.neural.recurrent import Reading, State
+from draftsmith.parts.neural.shortlist import stamp
+from draftsmith.parts.neural.tied_heads import Ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +37,13 @@ class Config:
     rank: int = 256
     """Of the map from features to logits, if the target's output matrix is wider than that."""
     shortlist: int = 0
-    """If not 0, logits are of so many tokens only (draftsmith/shortlist.py)."""
+    """If not 0, logits are of so many tokens only (draftsmith/parts/neural/shortlist.py)."""
     copy: bool = False
     """Whether tokens may be copied from an encoder-decoder target's source, by a law of their own."""
     num_draft: int = 8
     """Most tokens drafted one after the other."""
     length: str = "refit=0.4"
-    """How long its chains are: a policy of draftsmith/length.py, and its number."""
+    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
     width: int = 0
     """If not 0, trees grow where it is confident: so many nodes a level are given so many children."""
     num_nodes: int = 16
@@ -55,7 +56,7 @@ class Config:
         if self.copy and self.shortlist:
             raise ValueError("copy and shortlist exclude each other: what is copied need not be on a list")
         growth.check_shape(self)
-        length.make(self.length)
+        policies.make(self.length)
 
     @property
     def asks_length(self) -> bool:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from draftsmith.drafters import Session, Step, blocks
-from draftsmith.target import Target
-from draftsmith.tree import Draft
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft
+from draftsmith.parts.neural import layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Config:
     """Each node as the ranks along its path: (0, 2) is the third guess of head 1 after the first guess of head 0."""
 
     def __post_init__(self) -> None:
-        blocks.check_tree(self.tree, self.num_heads)
+        layers.check_tree(self.tree, self.num_heads)
 
 
 class Drafter(nn.Module):
@@ -39,12 +40,12 @@ class Drafter(nn.Module):
         self.config = config
         object.__setattr__(self, "target", target)
         self.hidden_layers = (target.num_layers,)
-        self._tree = blocks.StaticTree(config.tree, target)
+        self._tree = layers.StaticTree(config.tree, target)
         self.blocks = nn.ModuleList(
-            blocks.Residual(target.hidden_size, config.num_blocks) for _ in range(config.num_heads)
+            layers.Residual(target.hidden_size, config.num_blocks) for _ in range(config.num_heads)
         )
         if config.own_head:
-            self.outputs = blocks.own_outputs(target, config.num_heads)
+            self.outputs = layers.own_outputs(target, config.num_heads)
         self.to(device=target.device, dtype=target.dtype)
 
     def heads(self, normed_BTD: Tensor) -> list[Tensor]:
@@ -56,7 +57,7 @@ class Drafter(nn.Module):
         return self.outputs[k](z_BTD) if self.config.own_head else self.target.head(z_BTD)
 
     def start(self, session: Session) -> None:
-        self._guesses = blocks.Guesses(session, self._tree, self.blocks, self.outputs if self.config.own_head else None)
+        self._guesses = layers.Guesses(session, self._tree, self.blocks, self.outputs if self.config.own_head else None)
 
     def propose(self, budget: int) -> Draft:
         return self._guesses.propose(budget)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from draftsmith.drafters import Session, Step, blocks
-from draftsmith.target import Target
-from draftsmith.tree import Draft
-from draftsmith.tuned import Adapter, matrices, merged, tuned
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft
+from draftsmith.parts.neural import layers
+from draftsmith.parts.self_drafting.fine_tuned import Adapter, matrices, merged, tuned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Config:
     """Ends of the names of the linear layers changed, as q_proj; all in the target's blocks, and its head, if empty."""
 
     def __post_init__(self) -> None:
-        blocks.check_tree(self.tree, self.num_heads)
+        layers.check_tree(self.tree, self.num_heads)
         if self.rank < 1 or not self.alpha > 0:
             raise ValueError(f"rank {self.rank} must be at least 1 and alpha {self.alpha} positive")
 
@@ -52,12 +53,12 @@ class Drafter(nn.Module):
         object.__setattr__(self, "base", target)
         object.__setattr__(self, "target", target)
         self.hidden_layers = (target.num_layers,)
-        self._tree = blocks.StaticTree(config.tree, target)
+        self._tree = layers.StaticTree(config.tree, target)
         self.blocks = nn.ModuleList(
-            blocks.Residual(target.hidden_size, config.num_blocks) for _ in range(config.num_heads)
+            layers.Residual(target.hidden_size, config.num_blocks) for _ in range(config.num_heads)
         )
         if config.own_head:
-            self.outputs = blocks.own_outputs(target, config.num_heads)
+            self.outputs = layers.own_outputs(target, config.num_heads)
         self.adapters = nn.ModuleList(
             Adapter(layer, config.rank) for layer in matrices(target, config.modules).values()
         )
@@ -81,7 +82,7 @@ class Drafter(nn.Module):
         return self.outputs[k](z_BTD) if self.config.own_head else self.target.head(z_BTD)
 
     def start(self, session: Session) -> None:
-        self._guesses = blocks.Guesses(session, self._tree, self.blocks, self.outputs if self.config.own_head else None)
+        self._guesses = layers.Guesses(session, self._tree, self.blocks, self.outputs if self.config.own_head else None)
 
     def propose(self, budget: int) -> Draft:
         return self._guesses.propose(budget)

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from draftsmith.drafters import Session, Step
-from draftsmith.parts import Names, Part, check, forget_all, layers, load_part, made, parameters, save_parts
-from draftsmith.target import Target
-from draftsmith.tree import Draft
-from draftsmith.trie import Branches, as_draft, heaviest_path
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft
+from draftsmith.parts.composites import Names, Part, check, forget_all, layers, load_part, made, parameters, save_parts
+from draftsmith.parts.trie import Branches, as_draft, heaviest_path
 
 STORE, PRIOR = "counts.npy", 8
 

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from draftsmith import growth, length
-from draftsmith.cache import KVCache
-from draftsmith.drafters import Session, Step
-from draftsmith.drafters.blocks import Block, along, ffn_width, own_outputs, place
-from draftsmith.target import Target
-from draftsmith.tree import Draft, Tree, chain
-from draftsmith.tuned import Tuned, twin
+from draftsmith.core.cache import KVCache
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft, Tree, chain
+from draftsmith.length import policies
+from draftsmith.parts import growth
+from draftsmith.parts.neural.layers import Block, along, ffn_width, own_outputs, place
+from draftsmith.parts.self_drafting.fine_tuned import Tuned, twin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Config:
     own_head: bool = False
     """Whether it has an output matrix of its own, started as a copy of the target's, or uses the target's head."""
     length: str = "refit=0.4"
-    """How long its chains are: a policy of draftsmith/length.py, and its number."""
+    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
     width: int = 0
     """If not 0, trees grow where the prophet is confident: so many nodes a level are given so many children."""
     num_nodes: int = 16
@@ -64,7 +65,7 @@ class Config:
         if self.hidden_size < 0:
             raise ValueError(f"hidden_size is {self.hidden_size}; it must not be negative")
         growth.check_shape(self)
-        length.make(self.length)
+        policies.make(self.length)
 
     @property
     def asks_length(self) -> bool:

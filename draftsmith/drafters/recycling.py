@@ -15,11 +15,11 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from draftsmith import growth
-from draftsmith.drafters import Session, Step
-from draftsmith.target import Target
-from draftsmith.tree import Draft
-from draftsmith.trie import Branches, as_draft
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft
+from draftsmith.parts import growth
+from draftsmith.parts.trie import Branches, as_draft
 
 
 def shape(counts: tuple[int, ...], num_successors: int) -> growth.Paths:

@@ -8,11 +8,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftsmith.drafters import Session, Step
-from draftsmith.suffix_array import SuffixArray, read_shards, write_shards
-from draftsmith.target import Target
-from draftsmith.tree import Draft
-from draftsmith.trie import Branches, as_draft, heaviest, heaviest_path, join
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft
+from draftsmith.parts.suffix_array import SuffixArray, read_shards, write_shards
+from draftsmith.parts.trie import Branches, as_draft, heaviest, heaviest_path, join
 
 UNSEEN = 2
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from draftsmith import length
-from draftsmith.drafters import Session, Step
-from draftsmith.loop import forward, judge, to_host
-from draftsmith.parts import Names, Part, check, forget_all, load_part, made, parameters, save_parts
-from draftsmith.stats import Stopwatch
-from draftsmith.target import Target
-from draftsmith.tree import Draft, chain
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.stats import Stopwatch
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft, chain
+from draftsmith.length import policies
+from draftsmith.parts.composites import Names, Part, check, forget_all, load_part, made, parameters, save_parts
+from draftsmith.verify import verify_draft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Config:
     num_draft: int = 8
     """Most tokens that the larger one drafts at a time."""
     length: str = "refit=0.4"
-    """How long its chains are: a policy of draftsmith/length.py, and its number; the small one keeps its own."""
+    """How long its chains are: a policy of draftsmith/length/policies.py, and its number; the small one keeps its own."""
 
     def __post_init__(self) -> None:
         check(self.parts)
@@ -43,7 +43,7 @@ class Config:
             raise ValueError(f"{len(self.parts)} parts are named; there must be two, the larger one first")
         if self.num_draft < 1:
             raise ValueError(f"num_draft is {self.num_draft}; it must be at least 1")
-        length.make(self.length)
+        policies.make(self.length)
 
     @property
     def asks_length(self) -> bool:
@@ -138,9 +138,9 @@ class Drafter:
         watch = Stopwatch(self.engine.device)
         budget = max(end - len(row) for end, row in zip(ends, rows, strict=True)) - 1
         draft = self._small.propose(budget) if budget > 0 else self._inner.only_pending()
-        logits_BNV = self.engine.logits(forward(self.engine, draft, cache, ()).hidden_BND)
-        verdict = judge(logits_BNV, draft, session.sampling, "auto", session.generator)
-        paths, next_tokens = to_host(verdict)
+        logits_BNV = self.engine.logits(self.engine.forward_draft(draft, cache).hidden_BND)
+        verdict = verify_draft(logits_BNV, draft, session.sampling, "auto", session.generator)
+        paths, next_tokens = verdict.to_host()
         tokens = draft.tokens_BN.tolist()
         for row, path in enumerate(paths):
             if len(rows[row]) >= ends[row]:

@@ -11,12 +11,12 @@ import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 
-from draftsmith.artifact import MANIFEST, local_folder, read_manifest
-from draftsmith.drafters import find
-from draftsmith.export import custom
+from draftsmith.artifacts.artifact import MANIFEST, local_folder, read_manifest
+from draftsmith.artifacts.files import atomic_folder, check_replaceable
+from draftsmith.core.drafter import find
+from draftsmith.export import custom, families
 from draftsmith.export.given import Given, read_given
 from draftsmith.export.launch import LAUNCH, NAMES, Launch, write_launch
-from draftsmith.files import atomic_folder, check_replaceable
 
 ENGINES = tuple(NAMES)
 Writer = Callable[[Given, Path], Launch]
@@ -56,8 +56,8 @@ def export(artifact: str | Path, to: str, output: str | Path, target: str | None
 
 def writers(family: str) -> dict[str, Writer]:
     """Returns what a family can be written for, by engine."""
-    named = {info.name for info in pkgutil.iter_modules(__path__)}
-    own = importlib.import_module(f"draftsmith.export.{family}").WRITERS if family in named else {}
+    named = {info.name for info in pkgutil.iter_modules(families.__path__)}
+    own = importlib.import_module(f"draftsmith.export.families.{family}").WRITERS if family in named else {}
     return {"transformers": custom.write} | own
 
 

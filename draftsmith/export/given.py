@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from draftsmith import artifact
-from draftsmith.drafters import find
-from draftsmith.facts import TargetFacts, read_facts
-from draftsmith.target import Target
+from draftsmith.artifacts import artifact
+from draftsmith.core.drafter import find
+from draftsmith.core.model_info import TargetFacts, read_facts
+from draftsmith.core.target import Target
 
 TARGET = "target"
 """Folder within an export of the target that a drafter has changed."""

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from draftsmith import length
+from draftsmith.core.target import Target
+from draftsmith.core.tree import chain
+from draftsmith.core.views import LAYER_LISTS, final_norm, find_child
 from draftsmith.export.given import Given
 from draftsmith.export.launch import Launch, check_path, for_sglang, for_vllm, in_python
-from draftsmith.skipping import sublayers
-from draftsmith.stack import LAYER_LISTS, final_norm, find_child
-from draftsmith.target import Target
-from draftsmith.tree import chain
+from draftsmith.length import policies
+from draftsmith.parts.self_drafting.sublayers import sublayers
 
 NUM_COMPARED = 8
 CHAINS = "Servers draft chains; the trees that draftsmith drafts with it stay behind."
@@ -37,7 +37,7 @@ def write_model(given: Given, folder: Path, model: Any) -> None:
     model.to(drafter.target.dtype)
     ends = {name: getattr(given.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # Of policies that stop where the draft model is unsure transformers has the one of a threshold.
-    threshold = getattr(length.make(config.length), "threshold", 0.0) if config.asks_length else 0.0
+    threshold = getattr(policies.make(config.length), "threshold", 0.0) if config.asks_length else 0.0
     model.generation_config = GenerationConfig(
         **ends,
         num_assistant_tokens=config.num_draft,

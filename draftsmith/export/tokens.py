@@ -13,7 +13,7 @@ from transformers.utils.logging import tqdm
 
 from draftsmith.export.given import Given
 from draftsmith.export.launch import ARTIFACT_VARIABLE, PROPOSER, Launch, for_sglang, for_vllm
-from draftsmith.suffix_array import read_shards
+from draftsmith.parts.suffix_array import read_shards
 
 ARTIFACT, CORPUS = "artifact", "corpus.jsonl"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
-from draftsmith.facts import read_facts
+from draftsmith.core.model_info import read_facts
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -14,17 +14,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from draftsmith import artifact
-from draftsmith.cache import KVCache
-from draftsmith.drafters import Session, Step, forget
+from draftsmith.artifacts import artifact
+from draftsmith.core.cache import KVCache
+from draftsmith.core.drafter import Session, Step, forget
+from draftsmith.core.sampling import Sampling
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft, Verdict
 from draftsmith.export import tokens, writers
 from draftsmith.export.launch import ARTIFACT_VARIABLE
-from draftsmith.pace import paced
-from draftsmith.sampling import Sampling
+from draftsmith.length.controller import paced
 from draftsmith.serving.tokens import TokenTarget
-from draftsmith.target import Target
-from draftsmith.tree import Draft
-from draftsmith.verify.verdict import Verdict
 
 
 class Proposer:

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from draftsmith.sampling import Sampling
-from draftsmith.tree import Draft
-from draftsmith.verify.verdict import Verdict
+from draftsmith.core.sampling import Sampling
+from draftsmith.core.tree import Draft, Verdict
 
-__all__ = ["Verdict", "Verifier", "choose", "names"]
+__all__ = ["Verdict", "Verifier", "choose", "names", "verify_draft"]
 
-SHARED = ("rejection", "verdict")
+ROOMS = ("draftsmith.verify", "draftsmith.verify.research", "draftsmith.verify.lossy")
+SHARED = ("rejection", "paths")
 AUTO = {
     "deterministic": ("once", "once"),
     "independent": ("block", "traversal"),
@@ -46,7 +47,18 @@ class Verifier:
 @cache
 def names() -> tuple[str, ...]:
     """Returns the names that `generate(verifier=...)` takes beside "auto"."""
-    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name not in SHARED))
+    return tuple(sorted(_rooms()))
+
+
+@cache
+def _rooms() -> dict[str, str]:
+    """Returns the package that each verifier lies in."""
+    return {
+        info.name: room
+        for room in ROOMS
+        for info in pkgutil.iter_modules(importlib.import_module(room).__path__)
+        if not info.ispkg and info.name not in SHARED
+    }
 
 
 def find(name: str) -> tuple[ModuleType, float | None]:
@@ -54,7 +66,7 @@ def find(name: str) -> tuple[ModuleType, float | None]:
     name, _, number = name.partition("=")
     if name not in names():
         raise ValueError(f"unknown verifier {name!r}; there are auto, {', '.join(names())}")
-    module = importlib.import_module(f"draftsmith.verify.{name}")
+    module = importlib.import_module(f"{_rooms()[name]}.{name}")
     if not number:
         return module, None
     if not hasattr(module, "PARAMETER"):
@@ -93,3 +105,14 @@ def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
     if getattr(module, "SHAPE", None) == "chain" and not draft.tree.is_chain:
         raise ValueError(f"verifier {name!r} takes chains, and this drafter proposes trees; use 'auto'")
     return _made(name, sampling)
+
+
+def verify_draft(
+    logits_BNV: Tensor, draft: Draft, sampling: Sampling, name: str, generator: torch.Generator
+) -> Verdict:
+    """Verifies a draft with the verifier called `name`, drawing its uniforms from `generator`."""
+    verifier = choose(name, sampling, draft)
+    if verifier.name == "greedy":
+        return verifier.verify(logits_BNV, draft, logits_BNV)
+    uniforms_BU = torch.rand(len(logits_BNV), draft.tree.num_nodes + 1, generator=generator, dtype=torch.float64)
+    return verifier.verify(verifier.law.law(logits_BNV), draft, uniforms_BU.to(logits_BNV.device))

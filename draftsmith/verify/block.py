@@ -6,8 +6,8 @@ Shape suffixes: B rows, N nodes, V vocabulary.
 import torch
 from torch import Tensor
 
-from draftsmith.tree import Draft
-from draftsmith.verify.verdict import Verdict, at, drawn_at
+from draftsmith.core.tree import Draft, Verdict
+from draftsmith.verify.paths import at, drawn_at
 
 LOSSLESS = True
 DRAWN = ("independent", "without_replacement")

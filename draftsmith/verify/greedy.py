@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from draftsmith.tree import Draft
-from draftsmith.verify.verdict import Verdict, walk
+from draftsmith.core.tree import Draft, Verdict
+from draftsmith.verify.paths import walk
 
 LOSSLESS = True
 DRAWN = ("deterministic", "independent", "without_replacement", "top_and_drawn")

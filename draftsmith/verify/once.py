@@ -9,9 +9,9 @@ Shape suffixes: B rows, N nodes, V vocabulary.
 import torch
 from torch import Tensor
 
-from draftsmith.sampling import draw
-from draftsmith.tree import Draft
-from draftsmith.verify.verdict import Siblings, Verdict, at, path_to, pick
+from draftsmith.core.sampling import draw
+from draftsmith.core.tree import Draft, Verdict
+from draftsmith.verify.paths import Siblings, at, path_to, pick
 
 LOSSLESS = True
 DRAWN = ("deterministic",)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftsmith.tree import Draft
-from draftsmith.verify.verdict import Siblings
+from draftsmith.core.tree import Draft
+from draftsmith.verify.paths import Siblings
 
 Array = np.ndarray[Any, Any]
 TINY = float(np.finfo(np.float64).tiny)

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftsmith.tree import Draft
+from draftsmith.core.tree import Draft, Verdict
+from draftsmith.verify.paths import drawn_at
 from draftsmith.verify.rejection import Rejections
-from draftsmith.verify.verdict import Verdict, drawn_at
 
 LOSSLESS = True
 DRAWN = ("independent", "without_replacement")

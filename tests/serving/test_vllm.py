@@ -27,10 +27,10 @@ from draftsmith.drafters import eagle3, lm, lstm, medusa, ngram
 from draftsmith.export import export
 from draftsmith.export.launch import read_launch
 from draftsmith.export.models import cut
-from eval.doctor import check_export
-from eval.served import Served, by_own_loop, by_vllm, is_close
+from eval.doctor.doctor import check_export
+from eval.doctor.served import Served, by_own_loop, by_vllm, is_close
 from recipes import doctor
-from trainers import kneser_ney
+from trainers.corpora import kneser_ney
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.serving

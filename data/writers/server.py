@@ -1,0 +1,134 @@
+"""A target behind an OpenAI-compatible server (vLLM, SGLang, ...), asked over /v1/completions."""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from data.writers import Completion, Origin, PseudoDataSettings, Work, derive_seed
+from draftsmith.core.model_info import tokenizer_hash
+
+RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
+TIMEOUT_S = 600.0
+FIRST_WAIT_S = 0.5
+
+
+class Server:
+    """Writes completions by HTTP, `num_in_flight` requests at a time, each tried up to `attempts` times.
+
+    Prompts go as token ids, or as text if `as_text`. Completions come back as token ids where the server supports
+    `return_token_ids` (vLLM, SGLang); otherwise their text is tokenized again, which is not always what was sampled.
+    A key for the server is taken from $DRAFTSMITH_SERVER_KEY. Raises ValueError when nobody answers at `url`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        model: str = "",
+        num_in_flight: int = 16,
+        as_text: bool = False,
+        attempts: int = 7,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"--server {url}: expected an address like http://localhost:8000")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.tokenizer = tokenizer
+        self.num_in_flight = num_in_flight
+        self.as_text = as_text
+        self.attempts = attempts
+        self.model = model or self._only_model()
+        self.origin = Origin(
+            target=self.model,
+            target_fingerprint=None,
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            server_model=self.model,
+        )
+
+    def write(self, shard: Sequence[Work], settings: PseudoDataSettings) -> Iterator[list[Completion]]:
+        """Yields the completions of each batch in turn, with the whole shard in flight."""
+        with ThreadPoolExecutor(self.num_in_flight) as pool:
+            waiting = [
+                [pool.submit(self._complete, work, row, settings) for row in range(len(work.prompts))] for work in shard
+            ]
+            try:
+                for batch in waiting:
+                    yield [request.result() for request in batch]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _complete(self, work: Work, row: int, settings: PseudoDataSettings) -> Completion:
+        prompt = work.prompts[row]
+        request = {
+            "model": self.model,
+            "prompt": self._as_text(prompt.ids) if self.as_text else prompt.ids,
+            "max_tokens": settings.max_new_tokens,
+            "temperature": work.temperature,
+            "top_p": settings.top_p,
+            "seed": derive_seed(work.seed, row) % 2**31,
+            "return_token_ids": True,
+        }
+        if settings.top_k:
+            request["top_k"] = settings.top_k
+        answer = self._ask("/v1/completions", request)
+        try:
+            choice = answer["choices"][0]
+            ended = choice["finish_reason"] == "stop"
+            ids = choice.get("token_ids")
+            is_retokenized = ids is None
+            if ids is None:
+                ids = self.tokenizer(choice["text"], add_special_tokens=False, verbose=False)["input_ids"]
+            eos = self.tokenizer.eos_token_id
+            if ended and eos is not None and (is_retokenized or not ids):
+                ids = [*ids, eos]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"{self.url} answered {json.dumps(answer):.200}, which is no completion") from None
+        if not ids:
+            raise ValueError(f"{self.url} returned an empty completion for the prompt {prompt.source}")
+        return Completion(ids=list(ids), ended=ended, is_retokenized=is_retokenized)
+
+    def _as_text(self, ids: list[int]) -> str:
+        """Returns the prompt's text without the special tokens that the server's tokenizer will add itself."""
+        added = self.tokenizer("")["input_ids"]
+        if added and ids[: len(added)] == added:
+            ids = ids[len(added) :]
+        return self.tokenizer.decode(ids)
+
+    def _only_model(self) -> str:
+        models = self._ask("/v1/models", None, attempts=1).get("data") or []
+        if len(models) != 1:
+            names = ", ".join(str(model.get("id")) for model in models) or "none"
+            raise ValueError(f"{self.url} serves these models: {names}; name one with --server-model")
+        return str(models[0]["id"])
+
+    def _ask(self, path: str, body: dict[str, Any] | None, *, attempts: int | None = None) -> dict[str, Any]:
+        """Returns the server's JSON; retries with doubling waits what may pass, raises ValueError for what will not."""
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("DRAFTSMITH_SERVER_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        attempts = attempts or self.attempts
+        reason = ""
+        for attempt in range(attempts):
+            if attempt:
+                time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
+            try:
+                request = urllib.request.Request(self.url + path, data=data, headers=headers)
+                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                    return json.loads(response.read())
+            except urllib.error.HTTPError as error:
+                reason = f"{error.code} {' '.join(error.read().decode(errors='replace').split()):.300}"
+                if error.code not in RETRIED_STATUS:
+                    raise ValueError(f"{self.url}{path} refused the request: {reason}") from None
+            except (OSError, ValueError) as error:  # no connection, one cut short, or JSON cut short
+                reason = str(error)
+        tries = f" after {attempts} attempts" if attempts > 1 else ""
+        raise ValueError(f"no usable answer from {self.url}{path}{tries}: {reason}")

@@ -1,0 +1,1 @@
+"""Artifacts: saving and loading drafters, their model cards, provenance, and the Hugging Face hub."""

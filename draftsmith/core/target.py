@@ -1,0 +1,382 @@
+"""The target: any transformers causal LM or encoder-decoder, run as draftsmith needs it and left untouched.
+
+This is the only file, with `stack.py`, that knows transformers' models.
+Layer index: hidden 0 is the embedding output, hidden i the output of the i-th block, un-normed.
+
+Shape suffixes: B rows, T positions, N nodes of a tree, R is B or 1, S cache slots, D hidden width, V vocabulary.
+"""
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from draftsmith.core.cache import KVCache, visible
+from draftsmith.core.model_info import context_length, decoder_start, read_facts, tokenizer_hash
+from draftsmith.core.tree import Draft, Tree, chain
+from draftsmith.core.views import LAYER_LISTS, Frame, final_norm, find_child, head_view, relative_bias, view
+
+LAYER_KINDS = {"full_attention", "sliding_attention"}
+ATTENTION_KINDS = {"sdpa", "eager"}
+PREFILL_CHUNK = 512
+MAX_VIEWS = 64
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Source:
+    """What an encoder-decoder target reads: token ids, their mask, and the encoder's output, computed once."""
+
+    tokens_BT: Tensor
+    mask_BT: Tensor
+    encoded_BTD: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Forward:
+    """What one forward of a tree returns, hidden states un-normed."""
+
+    hidden_BND: Tensor
+    """Output of the last block of the span."""
+    layers: dict[int, Tensor]
+    """The chosen hidden layers [B, N, D]."""
+
+
+class Target:
+    """A frozen model, run over trees, over spans of its blocks, or with sublayers left out.
+
+    Raises ValueError, naming the architecture, for a model that cannot be run so: the constructor compares one small
+    tree forward with the model's own.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        if model.training:
+            raise ValueError(f"{type(model).__name__} is in training mode; call its eval() before making it a target")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = str(model.config._name_or_path) or type(model).__name__
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self._config = model.config.get_text_config(decoder=True)
+        self._parameter = next(model.parameters())  # transformers' own `device` searches all modules at each call
+        self._frame = Frame()
+        self._views: dict[Any, Any] = {}
+        self._stack = self._find_stack()
+        self._norm_name = final_norm(self._stack)
+        self._head = head_view(model)
+        self._refuse_unfit()
+        self._check_against_model()
+
+    @staticmethod
+    def from_pretrained(path: str, *, dtype: str = "auto", device: str = "auto") -> "Target":
+        """Loads a transformers folder or hub name with its tokenizer; `$DRAFTSMITH_OFFLINE=1` forbids the hub."""
+        facts = read_facts(path)
+        auto = AutoModelForSeq2SeqLM if facts.is_encoder_decoder else AutoModelForCausalLM
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        try:
+            model = auto.from_pretrained(path, dtype=dtype).to(device)
+        except Exception as error:
+            raise ValueError(f"target {path} cannot be loaded: {' '.join(str(error).split())}") from error
+        return Target(model, facts.tokenizer)
+
+    # What it is
+
+    @property
+    def base(self) -> "Target":
+        """The target before a drafter fine-tuned it; itself, if none did."""
+        return self
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._config.vocab_size)
+
+    @property
+    def takes_trees(self) -> bool:
+        """Whether it verifies trees; an encoder-decoder verifies chains alone."""
+        return not self.is_encoder_decoder
+
+    @property
+    def num_layers(self) -> int:
+        return len(getattr(self._stack, self._layer_list))
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._config.hidden_size)
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence its positions allow; models with relative positions alone have no limit (2**30)."""
+        return context_length(self._config)
+
+    @property
+    def device(self) -> torch.device:
+        return self._parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._parameter.dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every weight's name, shape and 64 values in bf16, the same in whatever dtype it is loaded."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.named_parameters()):
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            flat = weight.detach().flatten()
+            num_sampled = min(64, len(flat))
+            # Whole numbers: a linspace in float32 may round otherwise on another device.
+            places = torch.arange(num_sampled, device=flat.device) * (len(flat) - 1) // max(num_sampled - 1, 1)
+            sample = flat[places]
+            digest.update(sample.to("cpu", torch.bfloat16).float().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    @cached_property
+    def tokenizer_hash(self) -> str | None:
+        """A hash of the tokenizer's vocabulary, None without a tokenizer."""
+        return tokenizer_hash(self.tokenizer)
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids of the model's generation config, empty if it names none."""
+        ids = self.model.generation_config.eos_token_id
+        return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (int(ids),)
+
+    @cached_property
+    def decoder_start_token_id(self) -> int | None:
+        """With which an encoder-decoder's text begins; None of a causal model, or if no config says."""
+        return decoder_start(self.model.config, self.model.generation_config) if self.is_encoder_decoder else None
+
+    # Running it
+
+    def new_cache(self, batch_size: int, *, source: Source | None = None) -> KVCache:
+        """Returns an empty cache for `batch_size` rows; an encoder-decoder's also holds its cross-attention."""
+        cache = KVCache(num_layers=self.num_layers, batch_size=batch_size)
+        cache.source = source
+        cache.cross = DynamicCache(config=self.model.config) if self.is_encoder_decoder else None
+        return cache
+
+    def encode(self, tokens_BT: Tensor, mask_BT: Tensor) -> Source:
+        """Runs an encoder-decoder's encoder once over right-padded sources."""
+        encoded = self.model.get_encoder()(input_ids=tokens_BT, attention_mask=mask_BT).last_hidden_state
+        return Source(tokens_BT=tokens_BT, mask_BT=mask_BT, encoded_BTD=encoded)
+
+    def forward(
+        self,
+        tokens_BN: Tensor,
+        tree: Tree,
+        cache: KVCache,
+        *,
+        layers: tuple[int, ...] = (),
+        span: tuple[int, int] | None = None,
+        entry_BND: Tensor | None = None,
+        skipped: frozenset[tuple[str, int]] = frozenset(),
+        first: int = 0,
+    ) -> Forward:
+        """Runs a tree of new tokens after each row's cached ones, writing their keys and values without committing.
+
+        `span` (start, stop) runs only those blocks; with start > 0 `entry_BND` are the hidden states to resume from.
+        `skipped` names sublayers to leave out, as ("attention", i) and ("mlp", i). With `first` the tokens are those of
+        the tree's nodes from there on; the nodes before were fed since the last commit. Raises ValueError for a tree
+        on an encoder-decoder.
+        """
+        if self.is_encoder_decoder and not tree.is_chain:
+            raise ValueError(f"{self._architecture} is an encoder-decoder: it verifies chains, not trees")
+        start, stop = span or (0, self.num_layers)
+        if start == self.num_layers:
+            assert entry_BND is not None, "past the last block nothing is left to run"
+            return Forward(hidden_BND=entry_BND, layers=dict.fromkeys(layers, entry_BND))
+        assert tokens_BN.shape[1] == tree.num_nodes - first
+        cache.prepare(tree.num_nodes, tokens_BN.device, first=first)
+        lengths_B1 = torch.tensor(cache.lengths, device=tokens_BN.device)[:, None]
+        # A row close to its end may draft past the context; those tokens are never kept.
+        positions_BN = (lengths_B1 + tree.depths_RN[:, first:]).clamp(max=self.context_length - 1)
+        masks = self._masks(tree, cache, positions_BN, first)
+        frame = self._frame
+        frame.positions, frame.entry = positions_BN, entry_BND
+        frame.wanted, frame.hidden = frozenset(layers), {}
+        arguments: dict[str, Any] = {"attention_mask": masks, "past_key_values": cache, "use_cache": True}
+        if self.is_encoder_decoder:
+            arguments["past_key_values"] = self._both_caches(cache)
+            arguments["encoder_hidden_states"] = cache.source.encoded_BTD
+            arguments["encoder_attention_mask"] = cache.source.mask_BT
+        else:
+            arguments["position_ids"] = positions_BN
+        out_BND = self._view(start, stop, skipped)(input_ids=tokens_BN, **arguments).last_hidden_state
+        hidden, frame.hidden, frame.entry = frame.hidden, {}, None
+        if self.num_layers in layers and stop == self.num_layers:
+            hidden[self.num_layers] = out_BND
+        return Forward(hidden_BND=out_BND, layers=hidden)
+
+    def forward_draft(self, draft: Draft, cache: KVCache, *, layers: tuple[int, ...] = ()) -> Forward:
+        """Runs a draft's nodes, from the layer at which the drafter stopped if it ran the target's first layers."""
+        if draft.entry is None:
+            return self.forward(draft.tokens_BN, draft.tree, cache, layers=layers)
+        span, hidden_BND = (draft.entry.layer, self.num_layers), draft.entry.hidden_BND
+        return self.forward(draft.tokens_BN, draft.tree, cache, layers=layers, span=span, entry_BND=hidden_BND)
+
+    def prefill(self, rows: list[list[int]], cache: KVCache, *, layers: tuple[int, ...] = ()) -> dict[int, Tensor]:
+        """Feeds and commits `rows` to an empty cache; returns the chosen hidden layers [B, T, D], right-padded."""
+        longest = max(map(len, rows))
+        parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        tokens_BT = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
+        for row, ids in enumerate(rows):
+            tokens_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.long, device=self.device)
+        for begin in range(0, longest, PREFILL_CHUNK):
+            chunk = min(PREFILL_CHUNK, longest - begin)
+            out = self.forward(tokens_BT[:, begin : begin + chunk], chain(chunk, self.device), cache, layers=layers)
+            for layer in layers:
+                parts[layer].append(out.layers[layer])
+            # Shorter rows run along at the same slots and are cut back below.
+            cache.commit([list(range(chunk)) for _ in rows])
+        cache.lengths = [len(ids) for ids in rows]
+        return {layer: torch.cat(chunks, dim=1) for layer, chunks in parts.items() if chunks}
+
+    def read(self, tokens_BT: Tensor, layers: tuple[int, ...], source: Source | None = None) -> dict[int, Tensor]:
+        """Returns the chosen hidden layers [B, T, D] of right-padded rows, in one causal pass without a cache."""
+        frame = self._frame
+        frame.positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        frame.wanted, frame.hidden, frame.entry = frozenset(layers), {}, None
+        arguments: dict[str, Any] = {"use_cache": False}
+        if source is not None:
+            arguments |= {"encoder_hidden_states": source.encoded_BTD, "encoder_attention_mask": source.mask_BT}
+        out_BTD = self._view(0, self.num_layers, frozenset())(input_ids=tokens_BT, **arguments).last_hidden_state
+        hidden, frame.hidden = frame.hidden, {}
+        return {layer: out_BTD if layer == self.num_layers else hidden[layer] for layer in layers}
+
+    def norm(self, hidden_BTD: Tensor) -> Tensor:
+        """Applies the model's own final norm."""
+        return getattr(self._stack, self._norm_name)(hidden_BTD) if self._norm_name else hidden_BTD
+
+    def copy_norm(self) -> nn.Module:
+        """Returns a copy of the model's own final norm, to be trained."""
+        norm = copy.deepcopy(getattr(self._stack, self._norm_name)) if self._norm_name else nn.Identity()
+        return norm.requires_grad_(True)
+
+    def head(self, normed_BTD: Tensor) -> Tensor:
+        """Returns logits [..., V] by the model's own head, scaling and soft-capping included."""
+        if self._head_is_linear:
+            return self._linear_head(normed_BTD)
+        if self.is_encoder_decoder:
+            dummy = (normed_BTD[:, :1],)
+            return self._head(encoder_outputs=dummy, decoder_inputs_embeds=normed_BTD, use_cache=False).logits
+        return self._head(inputs_embeds=normed_BTD, use_cache=False).logits
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Returns logits [B, T, V] from the last block's un-normed output."""
+        return self.head(self.norm(hidden_BTD))
+
+    # How it is run
+
+    @property
+    def _architecture(self) -> str:
+        return type(self.model).__name__
+
+    def _find_stack(self) -> Any:
+        decoder = getattr(self.model, "get_decoder", lambda: None)()
+        if decoder is None or decoder is self.model:
+            raise ValueError(f"{self._architecture} has no decoder stack that draftsmith knows")
+        if self.is_encoder_decoder and hasattr(decoder, "decoder"):
+            decoder = decoder.decoder
+        self._layer_list = find_child(decoder, LAYER_LISTS, "list of blocks")
+        return decoder
+
+    def _refuse_unfit(self) -> None:
+        kinds = set(getattr(self._config, "layer_types", None) or ())
+        if kinds - LAYER_KINDS:
+            odd = ", ".join(sorted(kinds - LAYER_KINDS))
+            raise ValueError(f"{self._architecture} has layers of kind {odd}, whose state cannot be rolled back")
+        if "local" in (getattr(self._config, "attention_layers", None) or ()):
+            raise ValueError(
+                f"{self._architecture} counts its local attention in cache slots, which trees do not follow"
+            )
+        attention = self._config._attn_implementation
+        if attention not in ATTENTION_KINDS:
+            raise ValueError(
+                f"attention {attention!r} takes no tree mask; load the target with attn_implementation='sdpa'"
+            )
+        if any(hasattr(module, "_hf_hook") for module in self.model.modules()):
+            raise ValueError(f"{self._architecture} is spread by device_map; load it on one device")
+        if getattr(self._stack, "project_out", None) is not None:
+            raise ValueError(f"{self._architecture} projects after its final norm, which draftsmith cannot split")
+
+    @torch.inference_mode()
+    def _check_against_model(self) -> None:
+        """Compares a prefill and a tree with the model's own forward on eight tokens, in its own dtype."""
+        ids = torch.arange(8, device=self.device)[None] % self.vocab_size
+        self._linear_head, self._head_is_linear = self.model.get_output_embeddings(), False
+        try:
+            source = self.encode(ids, torch.ones_like(ids)) if self.is_encoder_decoder else None
+            if source is not None:
+                given = {"encoder_outputs": (source.encoded_BTD,), "attention_mask": source.mask_BT}
+                expected = self.model(decoder_input_ids=ids, **given).logits[0]
+            else:
+                expected = self.model(input_ids=ids).logits[0]
+            cache = self.new_cache(1, source=source)
+            self.prefill([ids[0, :4].tolist()], cache)
+            tree = chain(4) if source is not None else Tree.from_parents([[-1, 0, 0, 2, 3]], self.device)
+            fed = ids[:, 4:] if source is not None else ids[:, [4, 0, 5, 6, 7]]
+            path = [0, 1, 2, 3] if source is not None else [0, 2, 3, 4]
+            out = self.forward(fed, tree, cache, layers=(0, 1))
+            if any(hidden.ndim != 3 for hidden in out.layers.values()):
+                raise ValueError("its hidden states are not [batch, length, width]")
+            found = self.logits(out.hidden_BND)[0, path]
+            normed = self.norm(out.hidden_BND)
+            linear = self._linear_head(normed) if self._linear_head is not None else None
+            self._head_is_linear = linear is not None and torch.equal(linear, self.head(normed))
+        except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{self._architecture} cannot be run over a draft tree: {error}") from error
+        tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
+        gap = (found - expected[4:]).abs().max().item() / max(1.0, expected.abs().max().item())
+        if not gap < tolerance:
+            raise ValueError(
+                f"{self._architecture} gives other logits over a draft tree than in its own forward (off by {gap:.2g}):"
+                " draftsmith cannot verify drafts for it"
+            )
+
+    def _view(self, start: int, stop: int, skipped: frozenset[tuple[str, int]]) -> Any:
+        key = (start, stop, skipped)
+        if key not in self._views:
+            # A search leaves out thousands of different choices of sublayers.
+            while len(self._views) >= MAX_VIEWS:
+                del self._views[next(iter(self._views))]
+            if self.is_encoder_decoder and key != (0, self.num_layers, frozenset()):
+                raise ValueError(f"{self._architecture} is an encoder-decoder: spans of layers are not supported")
+            base = relative_bias(self._stack, self._frame) if hasattr(self._stack, "block") else self._stack
+            self._views[key] = view(base, self._frame, start=start, stop=stop, skipped=skipped, width=self.hidden_size)
+        return self._views[key]
+
+    def _both_caches(self, cache: KVCache) -> EncoderDecoderCache:
+        both = EncoderDecoderCache(cache, cache.cross)
+        both.is_updated = cache.cross_is_filled
+        return both
+
+    def _masks(self, tree: Tree, cache: KVCache, positions_BN: Tensor, first: int) -> Any:
+        """Returns the mask [B, 1, N, S], or one for each kind of layer where a model mixes two."""
+        kinds = set(getattr(self._config, "layer_types", None) or ())
+        window = getattr(self._config, "sliding_window", None)
+        if not kinds:
+            kinds = {"sliding_attention"} if window else {"full_attention"}
+        full_RNS = visible(tree, cache, first=first)
+        masks = {}
+        for kind in kinds:
+            mask_RNS = full_RNS
+            if kind == "sliding_attention" and window and cache.num_visible > window:
+                slots_S = torch.arange(cache.num_visible, device=positions_BN.device)
+                lengths_B1 = torch.tensor(cache.lengths, device=positions_BN.device)[:, None]
+                node_BS = (slots_S - lengths_B1).clamp(0, tree.num_nodes - 1)
+                depths_BN = tree.depths_RN.expand(len(cache.lengths), -1)
+                keys_BS = torch.where(slots_S < lengths_B1, slots_S, lengths_B1 + depths_BN.gather(1, node_BS))
+                mask_RNS = full_RNS & (positions_BN[:, :, None] - keys_BS[:, None] < window)
+            masks[kind] = self._as_mask(mask_RNS)
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _as_mask(self, visible_RNS: Tensor) -> Tensor:
+        if self._config._attn_implementation == "sdpa":
+            return visible_RNS[:, None]
+        # Eager attention adds its mask: a boolean one would silently do nothing.
+        lowest = torch.finfo(self.dtype).min
+        return torch.zeros_like(visible_RNS, dtype=self.dtype).masked_fill(~visible_RNS, lowest)[:, None]

@@ -1,0 +1,130 @@
+"""The decoding loop: draft, verify in one forward, commit. Plain decoding is the same loop without a drafter.
+
+Shape suffixes: B rows, T positions, N nodes of a draft, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftsmith.core.batching import check_lengths, eos_ids, pack, start_rows, until_end
+from draftsmith.core.drafter import Drafter, Session, Step
+from draftsmith.core.sampling import Sampling
+from draftsmith.core.stats import GenerationStats, Stopwatch
+from draftsmith.core.target import Target
+from draftsmith.length.controller import paced
+from draftsmith.length.policies import Policy
+from draftsmith.verify import verify_draft
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Generation:
+    """What `generate` returns."""
+
+    sequences: Tensor
+    """[B, longest]: the prompt (causal) or decoder start (encoder-decoder) and what follows it, right-padded."""
+    lengths: Tensor
+    """[B]: ids of each row that are not padding."""
+    stats: GenerationStats
+
+
+@torch.inference_mode()
+def generate(
+    target: Target,
+    input_ids: Tensor,
+    drafter: Drafter | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    verifier: str = "auto",
+    length: str | Policy = "auto",
+    streamer: Any = None,
+) -> Generation:
+    """Continues `input_ids` [B, T] as the target would; with a drafter sooner, and by the same law.
+
+    Prompts may be padded left or right, as `attention_mask` [B, T] says, and their lengths may differ. For an
+    encoder-decoder `input_ids` are the sources. `eos_token_id` defaults to the model's own; an empty sequence turns
+    it off. The same `seed` gives the same tokens, unless lengths go by the clock or by earlier calls; without one,
+    torch's global generator gives it. `length` says how much is drafted: a policy of draftsmith/length/policies.py or its name,
+    "auto" for the drafter's own. A `streamer` is put the prompt, then each step's tokens. Raises ValueError for
+    settings or prompts that do not fit.
+    """
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+    rows, source = start_rows(target, input_ids, attention_mask)
+    check_lengths(target, rows, max_new_tokens)
+    if drafter is not None and drafter.target is not target:
+        raise ValueError(
+            "the drafter drafts for another Target object; load it with this one or, as one that has tuned its target"
+            " asks for, give its own, drafter.target"
+        )
+    drafter = paced(drafter, length) if drafter is not None else None
+    if streamer is not None and len(rows) > 1:
+        raise ValueError(f"a streamer prints one row, and there are {len(rows)}; stream with batch size 1")
+    limits = [len(row) + max_new_tokens for row in rows]
+    eos = eos_ids(target, eos_token_id)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+    stats, watch = GenerationStats(num_rows=len(rows)), Stopwatch(target.device)
+    if streamer is not None:
+        streamer.put(torch.tensor(rows[0]))
+
+    cache = target.new_cache(len(rows), source=source)
+    wanted = drafter.hidden_layers if drafter is not None else ()
+    hidden = target.prefill([row[:-1] for row in rows], cache, layers=wanted) if max(map(len, rows)) > 1 else {}
+    session = Session(
+        target=target, rows=rows, cache=cache, sampling=sampling, generator=generator, hidden=hidden, source=source
+    )
+    if drafter is not None:
+        drafter.start(session)
+    is_running = [True] * len(rows)
+    stats.prefill_ms += watch.lap_ms()
+
+    while any(is_running):
+        budget = max(limit - len(row) for limit, row, runs in zip(limits, rows, is_running, strict=True) if runs) - 1
+        draft = drafter.propose(budget) if drafter is not None and budget > 0 else session.only_pending()
+        stats.draft_ms += (draft_ms := watch.lap_ms())
+
+        out = target.forward_draft(draft, cache, layers=wanted)
+        logits_BNV = target.logits(out.hidden_BND)
+        verdict = verify_draft(logits_BNV, draft, sampling, verifier, generator)
+        paths, next_tokens = verdict.to_host()
+        stats.verify_ms += (verify_ms := watch.lap_ms())
+
+        stats.count_round(draft)
+        tokens = draft.tokens_BN.tolist()
+        for row, path in enumerate(paths):
+            if not is_running[row]:
+                path.clear()  # a finished row stays as it is while others go on
+                continue
+            new = [*(tokens[row][node] for node in path[1:]), next_tokens[row]]
+            kept = until_end(new, limits[row] - len(rows[row]), eos)
+            stats.count(draft, row, num_accepted=len(path) - 1, num_kept=len(kept))
+            rows[row] += kept
+            is_running[row] = len(rows[row]) < limits[row] and kept[-1] not in eos
+            if streamer is not None:
+                streamer.put(torch.tensor(kept))
+        cache.commit(paths)
+        if drafter is not None and any(is_running):
+            step = Step(
+                draft=draft,
+                logits_BNV=logits_BNV,
+                hidden=out.layers,
+                verdict=verdict,
+                paths=paths,
+                cost_ms=draft_ms + verify_ms,
+            )
+            drafter.observe(step)
+        stats.commit_ms += watch.lap_ms()
+    if streamer is not None:
+        streamer.end()
+    # Tensors made in inference mode could not be trained on.
+    with torch.inference_mode(False):
+        sequences, lengths = pack(target, rows)
+    return Generation(sequences=sequences, lengths=lengths, stats=stats)

@@ -1,0 +1,106 @@
+"""Puts a policy of lengths around a drafter.
+
+Shape suffixes: B rows, N nodes.
+"""
+
+import dataclasses
+
+import torch
+
+from draftsmith.core.drafter import Drafter, Session, Step
+from draftsmith.core.stats import drafted_depth
+from draftsmith.core.tree import Draft
+from draftsmith.length.policies import Fixed, Outcome, Policy, make
+
+DEEPEST = 16
+"""Most tokens of a draft whose drafter's configuration names no `num_draft`, as that of a tree."""
+
+
+def paced(drafter: Drafter, length: str | Policy) -> Drafter:
+    """Returns the drafter with drafts as long as `length` says, "auto" being what a drafter that asks has of its own.
+
+    Raises ValueError for an unknown policy, or one that goes by confidences where the drafter tells none.
+    """
+    is_asking = getattr(drafter.config, "asks_length", False)
+    if length == "auto":
+        # A drafter may have a policy that it keeps from call to call.
+        length = getattr(drafter, "policy", None) or (drafter.config.length if is_asking else "fixed")
+    policy = make(length) if isinstance(length, str) else length
+    if policy.needs_confidence and not is_asking:
+        name = type(policy).__name__.lower()
+        raise ValueError(f"length {name!r} goes by the draft's confidence, which this drafter does not tell")
+    if isinstance(policy, Fixed) and policy.num_draft == float("inf"):
+        return drafter
+    return Paced(drafter, policy, is_asking=is_asking)
+
+
+class Paced:
+    """A drafter held to a policy: rows get a budget each before anything is drafted, or are asked token by token."""
+
+    def __init__(self, drafter: Drafter, policy: Policy, *, is_asking: bool) -> None:
+        self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
+        self._drafter, self._policy, self._is_asking = drafter, policy, is_asking
+        self._num_draft = getattr(drafter.config, "num_draft", DEEPEST)
+
+    def start(self, session: Session) -> None:
+        self._session = session
+        self._is_running = [True] * len(session.rows)
+        self._draft: Draft | None = None
+        self._policy.start(len(session.rows), self._num_draft)
+        self._drafter.start(dataclasses.replace(session, goes_on=self._goes_on))
+
+    def propose(self, budget: int) -> Draft:
+        self._confidences: list[list[float]] = [[] for _ in self._session.rows]
+        most = min(budget, self._num_draft)
+        self._limits = [self._limit(row, most) if runs else 0 for row, runs in enumerate(self._is_running)]
+        if not any(self._limits):
+            return self._session.only_pending()
+        self._draft = cut(self._drafter.propose(max(self._limits)), self._limits)
+        return self._draft
+
+    def observe(self, step: Step) -> None:
+        if step.is_of(self._draft) or step.draft.tree.depth == 0:
+            outcomes = []
+            for row, path in enumerate(step.paths):
+                num_drafted = drafted_depth(step.draft, row)
+                if path and num_drafted:
+                    told = self._confidences[row]
+                    one = Outcome(row=row, num_drafted=num_drafted, num_matched=len(path) - 1, confidences=told)
+                    outcomes.append(one)
+            self._policy.learn(outcomes, step.draft.tree.depth, step.cost_ms)
+        self._is_running = [len(path) > 0 for path in step.paths]
+        self._drafter.observe(step)
+
+    def go_on(self) -> None:
+        """Lets rows that had finished draft again."""
+        self._is_running = [True] * len(self._is_running)
+
+    def _limit(self, row: int, most: int) -> int:
+        """Returns the row's budget: all or nothing if the drafter asks again after each token."""
+        if self._is_asking:
+            return most if self._policy.goes_on(row, 0, ()) else 0
+        number = 0
+        while number < most and self._policy.goes_on(row, number, ()):
+            number += 1
+        return number
+
+    def _goes_on(self, row: int, confidence: float) -> bool:
+        told = self._confidences[row]
+        told.append(confidence)
+        return len(told) < self._limits[row] and self._policy.goes_on(row, len(told), told)
+
+
+def cut(draft: Draft, depths: list[int]) -> Draft:
+    """Returns the draft with each row's nodes in use ending before the first that is deeper than its entry of `depths`.
+
+    The depths must not depend on what was drafted: a token is not to be withheld for what it is. A tree's nodes must
+    come level by level, lest siblings be parted, which are judged by how all of them were drawn.
+    """
+    if min(depths) >= draft.tree.depth:
+        return draft
+    depths_RN = draft.tree.depths_RN
+    assert not any(0 < depth < draft.tree.depth for depth in depths) or not (depths_RN.diff(dim=1) < 0).any()
+    num_kept = (depths_RN > torch.tensor(depths, device=depths_RN.device)[:, None]).cumsum(1).eq(0).sum(1).tolist()
+    if draft.num_nodes is not None:
+        num_kept = [min(kept, used) for kept, used in zip(num_kept, draft.num_nodes, strict=True)]
+    return dataclasses.replace(draft, num_nodes=num_kept)

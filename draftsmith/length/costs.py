@@ -1,0 +1,65 @@
+"""What a forward of the target costs, as measured on the machine at hand, one core or one GPU.
+
+Shape suffixes: B rows, T tokens, N nodes.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Tree, chain
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 63)
+CONTEXT, REPEATS = 128, 7
+
+
+@torch.inference_mode()
+def verify_ms(target: Target, sizes: tuple[int, ...] = SIZES) -> dict[int, float]:
+    """Returns the milliseconds the target takes for a root and so many nodes, after `CONTEXT` tokens of one row.
+
+    The quickest of several runs each, and never less than for fewer nodes.
+    """
+    length = min(CONTEXT, target.context_length // 2)
+    source = None
+    if target.is_encoder_decoder:
+        source_BT = torch.ones(1, length, dtype=torch.long, device=target.device)
+        source = target.encode(source_BT, torch.ones_like(source_BT))
+    cache = target.new_cache(1, source=source)
+    target.prefill([[1] * length], cache)
+    costs, highest = {}, 0.0
+    for size in sizes:
+        tree = flat(target, size)
+        tokens_BN = torch.ones(1, tree.num_nodes, dtype=torch.long, device=target.device)
+
+        def verify(tokens_BN: Tensor = tokens_BN, tree: Tree = tree) -> Tensor:
+            return target.logits(target.forward(tokens_BN, tree, cache).hidden_BND)
+
+        costs[size] = highest = max(highest, quickest_ms(verify))
+    return costs
+
+
+def flat(target: Target, num_nodes: int) -> Tree:
+    """Returns a root with so many children, or where the target takes chains alone a chain as long."""
+    if not target.takes_trees:
+        return chain(1 + num_nodes, target.device)
+    return Tree.from_parents([[-1] + [0] * num_nodes], target.device)
+
+
+def quickest_ms(work: Callable[[], object]) -> float:
+    """Returns the shortest of several runs of `work`, in milliseconds."""
+    times = []
+    for _ in range(REPEATS):
+        _synchronise()
+        began = time.perf_counter()
+        work()
+        _synchronise()
+        times.append(time.perf_counter() - began)
+    return min(times) * 1e3
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,1 @@
+"""Layers, recurrent state and LM heads of neural drafters."""

@@ -1,0 +1,1 @@
+"""Lossless verifiers of the literature that `verifier="auto"` does not choose."""

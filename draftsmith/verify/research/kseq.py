@@ -1,0 +1,73 @@
+"""Several independent drafts, level by level: K-SEQ of SpecTr, Sun et al. 2310.15141, algorithm 2.
+
+Shape suffixes: B rows, N nodes, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from draftsmith.core.tree import Draft, Verdict
+from draftsmith.verify.paths import Siblings, at, drawn_at
+
+LOSSLESS = True
+DRAWN = ("independent",)
+HALVINGS = 10
+
+
+def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
+    """Takes the first of k children for which u rho draft(x) < target(x); all that share its text go on from there.
+
+    With beta = sum min(draft, target / rho), rho is the least in [1, k] for which a = 1 - (1 - beta)^k <= rho beta:
+    within 1 - 1/e of the best chance of acceptance. If none passes the next token follows
+    target - min(draft, target / rho) a / beta.
+    """
+    assert draft.draft_probs_BNV is not None
+    siblings, tokens_BN = Siblings(draft), draft.tokens_BN
+    rows_B1 = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None]
+    end_B = torch.zeros_like(tokens_BN[:, 0])
+    goes_on_B = torch.ones_like(end_B, dtype=torch.bool)
+    end_rho_B, end_share_B = torch.ones_like(target_probs_BNV[:, 0, 0]), torch.zeros_like(target_probs_BNV[:, 0, 0])
+    draft_probs_BNV = draft.draft_probs_BNV.to(target_probs_BNV.dtype)
+    while True:
+        is_child_BN = siblings.of(end_B) & goes_on_B[:, None]
+        num_children_B = is_child_BN.sum(1)
+        if not num_children_B.any():
+            break
+        target_BV, draft_BV = at(target_probs_BNV, end_B), at(draft_probs_BNV, end_B)
+        rho_B, beta_B = least_rho(target_BV, draft_BV, num_children_B)
+        threshold_BN = uniforms_BU[:, :-1] * rho_B[:, None] * draft_BV[rows_B1, tokens_BN]
+        passes_BN = is_child_BN & (threshold_BN < target_BV[rows_B1, tokens_BN])
+        child_B1 = passes_BN.to(torch.uint8).argmax(1, keepdim=True)
+        goes_on_B = passes_BN.any(1)
+        is_over_B = ~goes_on_B & (num_children_B > 0)
+        chance_B = 1 - (1 - beta_B).clamp(min=0) ** num_children_B
+        end_rho_B = torch.where(is_over_B, rho_B, end_rho_B)
+        end_share_B = torch.where(is_over_B & (beta_B > 0), chance_B / beta_B, end_share_B)
+        end_B = torch.where(goes_on_B, siblings.first_BN.gather(1, child_B1)[:, 0], end_B)
+    target_BV = at(target_probs_BNV, end_B)
+    shared_BV = (target_BV / end_rho_B[:, None]).minimum(at(draft_probs_BNV, end_B))
+    law_BV = target_BV.addcmul_(shared_BV, end_share_B[:, None], value=-1).clamp_(min=0)
+    return drawn_at(end_B, law_BV, target_probs_BNV, uniforms_BU[:, -1], draft)
+
+
+def least_rho(target_BV: Tensor, draft_BV: Tensor, num_children_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns about the least rho [B] in [1, k] with 1 - (1 - beta)^k <= rho beta, never less, and its beta [B].
+
+    Any rho for which that holds keeps the law; halving stops where acceptance no longer gains.
+    """
+    memory_BV = torch.empty_like(target_BV)
+
+    def beta_of(rho_B: Tensor) -> Tensor:
+        shared_BV = torch.div(target_BV, rho_B[:, None], out=memory_BV)
+        return torch.minimum(shared_BV, draft_BV, out=memory_BV).sum(-1)
+
+    low_B = torch.ones_like(target_BV[:, 0])
+    high_B = num_children_B.to(target_BV.dtype).clamp(min=1)
+    high_beta_B = beta_of(high_B)
+    for _ in range(HALVINGS):
+        rho_B = (low_B + high_B) / 2
+        beta_B = beta_of(rho_B)
+        holds_B = 1 - (1 - beta_B).clamp(min=0) ** num_children_B <= rho_B * beta_B
+        high_B, low_B = torch.where(holds_B, rho_B, high_B), torch.where(holds_B, low_B, rho_B)
+        high_beta_B = torch.where(holds_B, beta_B, high_beta_B)
+    return high_B, high_beta_B

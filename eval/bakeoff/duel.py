@@ -1,0 +1,66 @@
+"""Two ways of decoding side by side: the ratio of their speeds, as benchmarks print it."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data.prompts import Prompt
+from draftsmith import Target
+from draftsmith.core.stats import num_threads
+from eval.bakeoff.machine import commit, hardware
+from eval.bakeoff.measure import Ask, Contender, measure, warm_up
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuelSettings:
+    """How both decode."""
+
+    max_new_tokens: int = 128
+    """Tokens after each prompt."""
+    rounds: int = 5
+    """Times that all prompts are decoded by both."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    batch_size: int = 1
+    """Prompts decoded at once."""
+    threads: int = 1
+    """CPU threads, 0 for torch's own choice."""
+
+
+def duel(ours: Contender, theirs: Contender, target: Target, prompts: Sequence[Prompt], settings: DuelSettings) -> str:
+    """Returns a line with both medians of tokens/s over rounds and the median, least and largest ratio within one."""
+    ids = [prompt.ids for prompt in prompts]
+    ratios, speeds, is_identical = [], [], True
+    with num_threads(settings.threads):
+        for contender in (ours, theirs):
+            warm_up(contender, ids[: settings.batch_size], settings.temperature)
+        for number in range(settings.rounds):
+            asks = [
+                Ask(
+                    prompts=ids[begin : begin + settings.batch_size],
+                    temperature=settings.temperature,
+                    max_new_tokens=settings.max_new_tokens,
+                    seed=number * len(ids) + begin,
+                )
+                for begin in range(0, len(ids), settings.batch_size)
+            ]
+            tallies = measure([ours, theirs], asks, target.device, first=number)
+            own, other = (tallies[contender.name] for contender in (ours, theirs))
+            speeds.append((own.tokens / own.seconds, other.tokens / other.seconds))
+            ratios.append(speeds[-1][0] / speeds[-1][1])
+            is_identical &= other.is_identical
+    own_speed, other_speed = (statistics.median(column) for column in zip(*speeds, strict=True))
+    same = "" if settings.temperature else f"; output {'identical' if is_identical else 'DIFFERENT'}"
+    return (
+        f"{ours.name} {own_speed:.0f} tokens/s, {theirs.name} {other_speed:.0f}: ratio {statistics.median(ratios):.2f}"
+        f" ({min(ratios):.2f} to {max(ratios):.2f} in {settings.rounds} rounds){same}"
+    )
+
+
+def conditions(target: Target, num_prompts: int, settings: DuelSettings) -> str:
+    """Returns what a benchmark's first line says."""
+    return (
+        f"{hardware(target.device)}, {settings.threads} thread(s), {str(target.dtype).removeprefix('torch.')};"
+        f" {num_prompts} prompts, {settings.max_new_tokens} new tokens, temperature {settings.temperature:g},"
+        f" batch {settings.batch_size}; commit {commit() or 'unknown'}"
+    )

@@ -1,0 +1,166 @@
+"""What a drafter's speed-up should be by its parts, and the batch size at which it stops paying.
+
+What was counted (tokens a round, nodes verified) and the drafter's own time are those of the comparison; verification
+is put in at what it costs without any drafter, measured apart for each batch size and number of nodes.
+"""
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from functools import cache
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+import draftsmith
+from draftsmith import Target
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.stats import GenerationStats
+from draftsmith.core.tree import Draft, Entry
+from draftsmith.length.costs import flat
+from eval.bakeoff.measure import Rows, Tally, pad
+
+NUM_NODES = (0, 1, 2, 4, 8, 16, 32, 63)
+ROUNDS, REPEATS = 6, 7
+
+
+class Blind:
+    """A drafter that always drafts so many tokens for the next place, as if it had run the target's first blocks."""
+
+    def __init__(self, target: Target, num_nodes: int, layer: int) -> None:
+        self.config, self.target, self.hidden_layers = SimpleNamespace(length="fixed"), target, ()
+        self._tree, self._layer = flat(target, num_nodes), layer
+
+    def start(self, session: Session) -> None:
+        self._session = session
+
+    def propose(self, budget: int) -> Draft:
+        pending_B1 = self._session.pending()[:, None]
+        tokens_BN = pending_B1.repeat(1, self._tree.num_nodes)
+        entry = None
+        if self._layer:
+            hidden_BND = torch.zeros(*tokens_BN.shape, self.target.hidden_size, device=self.target.device)
+            entry = Entry(layer=self._layer, hidden_BND=hidden_BND.to(self.target.dtype))
+        return Draft(tokens_BN=tokens_BN, tree=self._tree, entry=entry)
+
+    def observe(self, step: Step) -> None:
+        """Learns nothing."""
+
+
+class Costs:
+    """What rounds of decoding take the target, by batch size and nodes verified; measured when first asked for."""
+
+    def __init__(self, target: Target, prompts: Rows) -> None:
+        self._target, self._prompts = target, [ids[: target.context_length - ROUNDS] for ids in prompts]
+        self._pair = cache(self._measured)
+
+    def step_ms(self, batch_size: int) -> float:
+        """Returns the milliseconds of verifying nothing but the pending tokens."""
+        return self._pair(batch_size, 1, 0)[0]
+
+    def ratio(self, batch_size: int, num_nodes: int, layer: int) -> float:
+        """Returns the time of verifying so many nodes from a block on, over that of the pending tokens alone.
+
+        Between numbers of nodes that are measured, and beyond, in proportion.
+        """
+        if not num_nodes and not layer:
+            return 1.0
+        high = min(bisect_left(NUM_NODES, num_nodes), len(NUM_NODES) - 1)
+        knots = [num_nodes] if NUM_NODES[high] == num_nodes else list(NUM_NODES[max(high - 1, 0) : high + 1])
+        ratios = [self._pair(batch_size, knot, layer)[1] if knot or layer else 1.0 for knot in knots]
+        beyond = max(1.0, (num_nodes + 1) / (NUM_NODES[-1] + 1))
+        return beyond * float(np.interp(num_nodes, knots, ratios))
+
+    def _measured(self, batch_size: int, num_nodes: int, layer: int) -> tuple[float, float]:
+        """Returns milliseconds of a plain round, and one over so many nodes in plain ones: medians of several turns."""
+        rows = [self._prompts[row % len(self._prompts)] for row in range(batch_size)]
+        blind = Blind(self._target, num_nodes, layer)
+        turns = []
+        for _ in range(REPEATS):
+            stats = self._decoded(rows, None)
+            plain_ms = stats.verify_ms / stats.rounds
+            stats = self._decoded(rows, blind)
+            num_drafted = stats.verified[layer, num_nodes]
+            # Where one token more may be written nothing is drafted.
+            drafted_ms = (stats.verify_ms - (stats.rounds - num_drafted) * plain_ms) / num_drafted
+            turns.append((plain_ms, drafted_ms / plain_ms))
+        return median(plain_ms for plain_ms, _ in turns), median(ratio for _, ratio in turns)
+
+    def _decoded(self, rows: Rows, drafter: Any) -> GenerationStats:
+        tokens_BT, mask_BT = pad(rows, self._target.device, side="right")
+        return draftsmith.generate(
+            self._target, tokens_BT, drafter, attention_mask=mask_BT, max_new_tokens=ROUNDS, eos_token_id=[]
+        ).stats
+
+    def mean_ratio(self, batch_size: int, tally: Tally) -> float:
+        """Returns the mean of it over a tally's rounds."""
+        found = [(rounds, self.ratio(batch_size, nodes, layer)) for layer, nodes, rounds in tally.verified]
+        return sum(rounds * ratio for rounds, ratio in found) / tally.rounds
+
+
+def as_measured(plain: Tally, drafted: Tally, batch_size: int, costs: Costs) -> float:
+    """Returns the speed-up to expect of what was decoded side by side: rounds counted, forwards at their cost alone.
+
+    (N' / N) (S + R s) / (S' + R' (d + s r)): N the tokens, S the time before the first round, R the rounds, s a plain
+    step, d the drafter's share of a round, r what a forward over a draft costs in plain ones, a ' what is the drafter's
+    (2211.17192, theorem 3.8, with drafts of any kind and verification at its cost).
+    """
+    step_ms = plain.verify_ms / plain.rounds
+    verify_ms = drafted.rounds * step_ms * costs.mean_ratio(batch_size, drafted)
+    drafted_ms = drafted.prefill_ms + drafted.draft_ms + drafted.commit_ms + verify_ms
+    plain_ms = plain.prefill_ms + plain.draft_ms + plain.commit_ms + plain.verify_ms
+    return drafted.tokens / plain.tokens * plain_ms / drafted_ms
+
+
+def kept_full(plain: Mapping[int, Tally], drafted: Mapping[int, Tally], batch_size: int, costs: Costs) -> float:
+    """Returns the speed-up to expect in batches of which no row waits for slower ones, as servers keep them.
+
+    Tallies are by the batch sizes that were measured: of those, the nearest below gives tokens a round and the nodes
+    verified. Times other than a forward's are in a straight line through two sizes; if one alone was measured, they
+    grow as the target's step does.
+    """
+    near = max((size for size in drafted if size <= batch_size), default=min(drafted))
+    is_slower_now = plain[near].verify_ms / plain[near].rounds / costs.step_ms(near)
+    step_ms = costs.step_ms(batch_size) * is_slower_now
+
+    def line(values: dict[int, float]) -> float:
+        if len(values) == 1:
+            return values[near] * costs.step_ms(batch_size) / costs.step_ms(near)
+        low, high = sorted(sorted(values, key=lambda size: abs(size - batch_size))[:2])
+        found = values[low] + (values[high] - values[low]) * (batch_size - low) / (high - low)
+        return max(found, min(values.values()))
+
+    def call_ms(tallies: Mapping[int, Tally], tau: float, ratio: float) -> float:
+        start_ms = line({size: tally.prefill_ms / tally.calls for size, tally in tallies.items()})
+        own_ms = line({size: (tally.draft_ms + tally.commit_ms) / tally.rounds for size, tally in tallies.items()})
+        num_tokens = drafted[near].tokens / (drafted[near].calls * near)
+        return start_ms + num_tokens / tau * (own_ms + step_ms * ratio)
+
+    ratio = costs.mean_ratio(batch_size, drafted[near])
+    return call_ms(plain, 1.0, 1.0) / call_ms(drafted, drafted[near].tokens / drafted[near].steps, ratio)
+
+
+def by_batch_size(
+    plain: Mapping[int, list[Tally]], drafted: Mapping[int, list[Tally]], sizes: set[int], costs: Costs
+) -> dict[int, float]:
+    """Returns `kept_full` for each of `sizes`, the median over rounds of the comparison, each with its own tallies."""
+    num_rounds = len(next(iter(plain.values())))
+    return {
+        size: median(
+            kept_full(
+                {measured: tallies[number] for measured, tallies in plain.items()},
+                {measured: tallies[number] for measured, tallies in drafted.items()},
+                size,
+                costs,
+            )
+            for number in range(num_rounds)
+        )
+        for size in sorted(sizes)
+    }
+
+
+def break_even(speedups: Mapping[int, float]) -> int | None:
+    """Returns the smallest batch size at which the drafter is predicted to slow its user down, None if at no one."""
+    return next((size for size in sorted(speedups) if speedups[size] < 1), None)

@@ -1,0 +1,79 @@
+"""How often any rule could accept one of several drafted tokens: what a verifier is measured against.
+
+Shape suffixes: B rows, N nodes, V vocabulary; `...` any leading dimensions.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+import draftsmith
+from draftsmith.core.drafter import Drafter, Step
+from draftsmith.core.sampling import Sampling
+
+ENOUGH, MOST_REPEATS = 1000, 8
+
+
+def optimal_acceptance(target_probs_V: Tensor, draft_probs_V: Tensor, num_drafts: Tensor | int) -> Tensor:
+    """Returns the best chance [...] of accepting one of `num_drafts` tokens drawn independently from the draft's law.
+
+    1 + min_i [P(H_i) - Q(H_i)^k], H_i being the i tokens with the largest draft / target, P and Q both laws' mass of
+    it (2502.18779, theorem 4): the value of the optimal transport between the target and k drafts.
+    """
+    ratio_V = torch.where(target_probs_V > 0, draft_probs_V / target_probs_V, torch.inf)
+    order_V = ratio_V.argsort(dim=-1, descending=True)
+    target_mass_V, draft_mass_V = (
+        law_V.gather(-1, order_V).double().cumsum(-1) for law_V in (target_probs_V, draft_probs_V)
+    )
+    powers = torch.as_tensor(num_drafts, device=target_probs_V.device)[..., None]
+    return 1 + (target_mass_V - draft_mass_V.clamp(max=1) ** powers).amin(-1).clamp(max=0)
+
+
+class Watched:
+    """A drafter of which is noted how often its first tokens were accepted, and how often they could have been."""
+
+    def __init__(self, drafter: Drafter, sampling: Sampling) -> None:
+        self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
+        self._drafter, self._sampling = drafter, sampling
+        self.num_steps, self.num_accepted, self.optimum = 0, 0, 0.0
+        self.start, self.propose = drafter.start, drafter.propose
+
+    def observe(self, step: Step) -> None:
+        """Adds up the steps whose first siblings were drawn independently; one sibling always is."""
+        draft, running = step.draft, [row for row, path in enumerate(step.paths) if path]
+        num_first = int((draft.tree.depths_RN[0] == 1).sum())
+        if draft.draft_probs_BNV is not None and (draft.drawn == "independent" or num_first == 1):
+            target_BV, draft_BV = self._sampling.law(step.logits_BNV[:, 0]), draft.draft_probs_BNV[:, 0]
+            self.optimum += float(optimal_acceptance(target_BV, draft_BV, num_first)[running].sum())
+            self.num_accepted += int((step.verdict.num_accepted_B[running] > 0).sum())
+            self.num_steps += len(running)
+        self._drafter.observe(step)
+
+
+def first_token(
+    drafter: Drafter, prompts: list[list[int]], *, verifier: str, seed: int, **settings: Any
+) -> tuple[float, float] | None:
+    """Returns how often a draft's first token was accepted by `verifier`, and by the best rule could have been.
+
+    Decodes `prompts` at once, again and again until `ENOUGH` drafts have been seen, by which the two may differ by 0.03
+    for chance alone; `settings` are of `draftsmith.generate`. None if no first tokens were drawn from a law.
+    """
+    rows = [torch.tensor(prompt, device=drafter.target.device) for prompt in prompts]
+    watched = Watched(drafter, Sampling(temperature=settings["temperature"]))
+    for number in range(MOST_REPEATS):
+        draftsmith.generate(
+            drafter.target,
+            pad_sequence(rows, batch_first=True),
+            watched,
+            attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            verifier=verifier,
+            seed=seed + number,
+            **settings,
+        )
+        if not watched.num_steps:
+            return None
+        if watched.num_steps >= ENOUGH:
+            break
+    return watched.num_accepted / watched.num_steps, watched.optimum / watched.num_steps

@@ -1,0 +1,89 @@
+"""A comparison's folder: `bakeoff.json`, `.md`, `.csv`, `.png`, its texts, and while unfinished what was measured."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data.shards import write_whole
+from eval.bakeoff.measure import Tally
+
+NAME = "bakeoff"
+PARTIAL, TEXTS = f"{NAME}.partial.jsonl", f"{NAME}.texts.json"
+
+Cell = tuple[int, float, int, str]
+"""Round, temperature, batch size and category of the prompts, "" where they have none."""
+
+
+def check_output(folder: Path) -> None:
+    """Raises ValueError if `folder` is a file, or holds something but no comparison."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; name a folder to write to")
+    if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob(f"{NAME}.*")):
+        raise ValueError(f"{folder} holds something else (no {NAME}.json in it); name a new or empty folder")
+
+
+def claim(folder: Path) -> None:
+    """Makes `folder` a comparison's; raises ValueError as `check_output` does."""
+    check_output(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PARTIAL).touch()
+
+
+class Results:
+    """Tallies of the cells measured so far, each a line on disk; lines of a comparison other than `identity` go."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self.path = folder / PARTIAL
+        self.cells: dict[Cell, dict[str, Tally]] = {}
+        self._identity = json.loads(json.dumps(identity))
+        lines = [_parsed(line) for line in self.path.read_text().splitlines()]
+        if lines and lines[0] == self._identity:
+            for line in filter(None, lines[1:]):
+                tallies = {name: Tally(**counts) for name, counts in line["tallies"].items()}
+                self.cells[tuple(line["cell"])] = tallies
+        write_whole(self.path, self._rewrite)
+
+    def add(self, cell: Cell, tallies: dict[str, Tally]) -> None:
+        """Notes what was measured; it is on disk when this returns."""
+        self.cells[cell] = tallies
+        with self.path.open("a") as file:
+            file.write(self._line(cell) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _rewrite(self, path: Path) -> None:
+        lines = [json.dumps(self._identity), *map(self._line, self.cells)]
+        path.write_text("".join(line + "\n" for line in lines))
+
+    def _line(self, cell: Cell) -> str:
+        tallies = {name: asdict(tally) for name, tally in self.cells[cell].items()}
+        return json.dumps({"cell": cell, "tallies": tallies})
+
+
+def publish(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    *,
+    texts: dict[str, Any],
+    markdown: str,
+    csv: str,
+    picture: Callable[[Path], None],
+) -> None:
+    """Writes the files, each whole or not at all, and removes what they were made from."""
+    write_whole(folder / TEXTS, lambda path: path.write_text(json.dumps(texts) + "\n"))
+    write_whole(folder / f"{NAME}.png", picture)
+    write_whole(folder / f"{NAME}.csv", lambda path: path.write_text(csv, newline=""))
+    write_whole(folder / f"{NAME}.md", lambda path: path.write_text(markdown))
+    write_whole(folder / f"{NAME}.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+    (folder / PARTIAL).unlink()
+
+
+def _parsed(line: str) -> Any:
+    """Returns the line's value; None for the last line of a killed run, cut short."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -1,0 +1,1 @@
+"""Evidence that output is lossless: greedy identity and chi-square tests of sampled text."""

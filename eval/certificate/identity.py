@@ -1,0 +1,143 @@
+"""Greedy identity: texts of several ways of decoding compared token by token; numeric ties told from errors.
+
+Shape suffixes: V vocabulary.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data.prompts import Prompt
+from draftsmith import Target
+from eval.bakeoff.measure import Ask, own_loop, transformers_loop
+from eval.certificate.reference import own_logits, rounding
+
+KIND = "greedy identity"
+PLAIN, TRANSFORMERS = "plain decoding", "transformers"
+PASSED, FAILED = "passed", "failed"
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedySettings:
+    """What is decoded at temperature 0, and what counts as a tie."""
+
+    dtypes: tuple[str, ...] = ("float32", "float64")
+    """What the target is loaded as."""
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Prompts decoded at once."""
+    max_new_tokens: int = 32
+    """Tokens decoded after each prompt."""
+    tie_tolerance: float = 8.0
+    """Logits are tied up to this many times the dtype's epsilon times the largest of them."""
+
+    def __post_init__(self) -> None:
+        if not self.dtypes or set(self.dtypes) - set(DTYPES):
+            raise ValueError(f"dtypes are {list(self.dtypes)}; name one or more of {', '.join(DTYPES)}")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch sizes are {list(self.batch_sizes)}; each must be at least 1")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not 0 <= self.tie_tolerance < float("inf"):
+            raise ValueError(f"tie_tolerance is {self.tie_tolerance}; it must be 0 or a positive number")
+
+    def check_prompts(self, num_prompts: int) -> None:
+        """Raises ValueError if there are too few for a batch."""
+        if num_prompts < max(self.batch_sizes):
+            raise ValueError(f"batch size {max(self.batch_sizes)} needs as many prompts, and there are {num_prompts}")
+
+
+def compare_greedy(
+    target: Target,
+    drafters: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    settings: GreedySettings,
+    *,
+    verifier: str,
+    exact: Callable[[], Target],
+    done: Callable[[int], Any],
+    tuned_by: str = "",
+) -> list[dict[str, Any]]:
+    """Returns a test for each batch size, drafter, and reference: plain decoding by our loop, and transformers' own.
+
+    Plain decoding is itself compared with transformers. `exact()` is the target in float64, asked for where something
+    differs; `done` is called with the number of tokens after each decoding. `tuned_by`
+    is added to the references' names.
+    """
+    rows = [prompt.ids for prompt in prompts]
+    if len(set(map(len, rows))) == 1:
+        # Prompts cut from documents are of one length; ragged ones test padding too.
+        rows = [row[: max(1, len(row) - 3 * number)] for number, row in enumerate(rows)]
+    plain, transformers = PLAIN + tuned_by, TRANSFORMERS + tuned_by
+    decoders = {plain: own_loop(target), transformers: transformers_loop(target)}
+    decoders |= {name: own_loop(target, drafter, verifier=verifier) for name, drafter in drafters.items()}
+    tests = []
+    for batch_size in settings.batch_sizes:
+        found: dict[str, list[list[int]]] = {name: [] for name in decoders}
+        for begin in range(0, len(rows), batch_size):
+            part = rows[begin : begin + batch_size]
+            ask = Ask(prompts=part, temperature=0.0, max_new_tokens=settings.max_new_tokens, seed=0)
+            for name, decode in decoders.items():
+                found[name] += decode(ask).rows
+                done(len(part) * settings.max_new_tokens)
+        for name, reference in [(plain, transformers), *itertools.product(drafters, (plain, transformers))]:
+            differences: list[dict[str, Any]] = [
+                {"prompt": prompt.key, "num_prompt_tokens": len(row)}
+                | explain(target, row, ours, theirs, exact=exact, tie_tolerance=settings.tie_tolerance)
+                for prompt, row, ours, theirs in zip(prompts, rows, found[name], found[reference], strict=True)
+                if ours != theirs
+            ]
+            ties = [difference for difference in differences if difference["is_tie"]]
+            errors = [difference for difference in differences if not difference["is_tie"]]
+            num_not_compared = sum(difference["num_not_compared"] for difference in differences)
+            tests.append(
+                {
+                    "kind": KIND,
+                    "drafter": name,
+                    "tuned": bool(tuned_by),
+                    "verifier": "greedy" if verifier == "auto" else verifier,
+                    "reference": reference,
+                    "dtype": str(target.dtype).removeprefix("torch."),
+                    "batch_size": batch_size,
+                    "max_new_tokens": settings.max_new_tokens,
+                    "tie_tolerance": settings.tie_tolerance,
+                    "num_rows": len(rows),
+                    "num_samples": sum(map(len, found[reference])) - num_not_compared,
+                    "num_not_compared": num_not_compared,
+                    "ties": ties,
+                    "errors": errors,
+                    "statistic": None,
+                    "degrees_of_freedom": None,
+                    "p_value": None,
+                    "verdict": FAILED if errors else PASSED,
+                }
+            )
+    return tests
+
+
+def explain(
+    target: Target,
+    prompt: list[int],
+    found: list[int],
+    expected: list[int],
+    *,
+    exact: Callable[[], Target],
+    tie_tolerance: float,
+) -> dict[str, Any]:
+    """Returns where two greedy texts of one prompt first differ, and whether that is a numeric tie.
+
+    It is if the worse of the two tokens lies below the best of all by no more than rounding, both in the model's own
+    forward in the run's dtype and in float64. A text that ends where the other goes on is no tie.
+    """
+    pairs = list(itertools.zip_longest(found, expected))
+    position = next(at for at, (one, other) in enumerate(pairs) if one != other)
+    tokens = list(pairs[position])
+    told: dict[str, Any] = {"position": position, "tokens": tokens, "num_not_compared": len(expected) - position}
+    if None in tokens:
+        return told | {"is_tie": False, "gap": None, "gap_float64": None, "tolerance": None}
+    logits_V, exact_V = (next(own_logits(one, prompt, [expected[:position]]))[-1] for one in (target, exact()))
+    gap, exact_gap = (float(one_V.max() - one_V[tokens].min()) for one_V in (logits_V, exact_V))
+    tolerance = float(rounding(exact_V, target.dtype, tie_tolerance))
+    told |= {"gap": gap, "gap_float64": exact_gap, "tolerance": tolerance}
+    return told | {"is_tie": max(gap, exact_gap) <= tolerance}

@@ -1,0 +1,1 @@
+"""A comparison's tables and its HTML page."""

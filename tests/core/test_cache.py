@@ -1,0 +1,160 @@
+"""The cache: what is committed equals a fresh prefill, whatever path was accepted; nothing gets lost."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from draftsmith.core.cache import FIRST_CAPACITY, KVCache
+from draftsmith.core.tree import Tree, chain
+from tests.support.models import CAUSAL, SEQ2SEQ, VOCAB_SIZE, padded, prompts, tiny_target
+
+TREE = Tree.from_parents([[-1, 0, 0, 1, 2, 2, 4, 6]])
+PATHS = [[0], [0, 1, 3], [0, 2, 4, 6, 7], [], [0, 2, 5]]
+
+
+def random_tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def held(cache: KVCache, row: int) -> Tensor:
+    """Returns what a row owns [layers, 2, heads, its length, width]."""
+    assert cache._store is not None
+    return cache._store[:, :, row, :, : cache.lengths[row]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_committed_paths_equal_a_fresh_prefill(architecture: str) -> None:
+    """Three rounds on five ragged rows: paths that must be gathered, paths of one node, a row that has finished."""
+    target, texts = tiny_target(architecture), prompts(5)
+    cache = target.new_cache(5)
+    target.prefill(texts, cache)
+    for turn in range(3):
+        tokens_BN = random_tokens(5, TREE.num_nodes, seed=turn)
+        target.forward(tokens_BN, TREE, cache)
+        paths = PATHS[turn:] + PATHS[:turn]
+        cache.commit(paths)
+        for row, path in enumerate(paths):
+            texts[row] += tokens_BN[row, path].tolist()
+        assert cache.lengths == [len(text) for text in texts]
+        fresh = target.new_cache(5)
+        target.prefill(texts, fresh)
+        for row in range(5):
+            assert torch.allclose(held(cache, row), held(fresh, row), atol=2e-5), (turn, row)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_single_row_is_gathered_too(architecture: str) -> None:
+    target, (text, *_) = tiny_target(architecture), prompts(1)
+    cache, fresh = target.new_cache(1), target.new_cache(1)
+    target.prefill([text], cache)
+    tokens_BN = random_tokens(1, TREE.num_nodes)
+    target.forward(tokens_BN, TREE, cache)
+    cache.commit([[0, 2, 4, 6]])
+    target.prefill([text + tokens_BN[0, [0, 2, 4, 6]].tolist()], fresh)
+    assert torch.allclose(held(cache, 0), held(fresh, 0), atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
+def test_an_encoder_decoder_keeps_what_a_fresh_prefill_would(architecture: str) -> None:
+    target, texts = tiny_target(architecture), [[0], [0, 7, 9], [0, 3]]
+    source = target.encode(*padded(prompts(3)))
+    cache, fresh = target.new_cache(3, source=source), target.new_cache(3, source=source)
+    target.prefill(texts, cache)
+    tokens_BN = random_tokens(3, 4)
+    target.forward(tokens_BN, chain(4), cache)
+    cache.commit([[0, 1, 2], [0], [0, 1, 2, 3]])
+    for row, kept in enumerate((3, 1, 4)):
+        texts[row] += tokens_BN[row, :kept].tolist()
+    target.prefill(texts, fresh)
+    for row in range(3):
+        assert torch.allclose(held(cache, row), held(fresh, row), atol=2e-5), row
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 4, 5])
+def test_a_prompt_may_be_fed_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, texts = tiny_target("mistral"), prompts(5)
+    layers = (0, 3)
+    whole, parts = target.new_cache(5), target.new_cache(5)
+    expected = target.prefill(texts, whole, layers=layers)
+    monkeypatch.setattr("draftsmith.core.target.PREFILL_CHUNK", chunk)
+    found = target.prefill(texts, parts, layers=layers)
+    assert parts.lengths == whole.lengths == [len(text) for text in texts]
+    for row, text in enumerate(texts):
+        assert torch.allclose(held(parts, row), held(whole, row), atol=2e-5)
+        for layer in layers:
+            assert torch.allclose(found[layer][row, : len(text)], expected[layer][row, : len(text)], atol=2e-5)
+
+
+def fill(cache: KVCache, num_new: int, value: float) -> Tensor:
+    """Writes `num_new` new slots a row, each with a number of its own; returns them [B, N]."""
+    batch_size = len(cache.lengths)
+    numbers_BN = value + torch.arange(batch_size * num_new).view(batch_size, num_new).float()
+    cache.prepare(num_new, numbers_BN.device)
+    for layer in range(cache.num_layers):
+        states = numbers_BN[:, None, :, None].expand(-1, 2, -1, 3)
+        keys, values = cache.update(states + 10_000 * layer, -states, layer)
+        assert keys.shape == values.shape == (batch_size, 2, max(cache.lengths) + num_new, 3)
+    return numbers_BN
+
+
+def numbers(cache: KVCache, layer: int = 0) -> list[list[float]]:
+    """Returns what each row owns in one layer, and checks that heads, values and widths say the same."""
+    found = []
+    for row in range(len(cache.lengths)):
+        keys, values = held(cache, row)[layer, 0] - 10_000 * layer, held(cache, row)[layer, 1]
+        assert torch.equal(keys, keys[:1, :, :1].expand_as(keys)) and torch.equal(values, -keys)
+        found.append(keys[0, :, 0].tolist())
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_it_grows_without_losing_anything(batch_size: int) -> None:
+    cache = KVCache(num_layers=2, batch_size=batch_size)
+    expected: list[list[float]] = [[] for _ in range(batch_size)]
+    capacities = set()
+    for step in range(60):
+        new_BN = fill(cache, 11, 1_000.0 * step)
+        paths = [[0, 2, 3, 7, 10], [0], [0, 1, 2]][:batch_size]
+        cache.commit(paths)
+        for row, path in enumerate(paths):
+            expected[row] += new_BN[row, path].tolist()
+        capacities.add(cache.capacity)
+    assert numbers(cache, 0) == expected and numbers(cache, 1) == expected
+    assert cache.lengths == [len(row) for row in expected]
+    assert capacities == {FIRST_CAPACITY, 2 * FIRST_CAPACITY}, "it grows geometrically"
+
+
+def test_a_prompt_longer_than_twice_the_capacity_fits() -> None:
+    cache = KVCache(num_layers=1, batch_size=1)
+    first = fill(cache, 10, 0.0)
+    cache.commit([list(range(10))])
+    second = fill(cache, 5 * FIRST_CAPACITY, 500.0)
+    cache.commit([list(range(5 * FIRST_CAPACITY))])
+    assert numbers(cache) == [first[0].tolist() + second[0].tolist()]
+
+
+def test_rows_cut_back_are_written_anew() -> None:
+    """A drafter cuts its own rows back to what was accepted, each to another length."""
+    cache = KVCache(num_layers=1, batch_size=3)
+    first = fill(cache, 6, 0.0)
+    cache.commit([list(range(6))] * 3)
+    cache.lengths = [6, 2, 4]
+    assert cache.is_ragged
+    second = fill(cache, 2, 100.0)
+    cache.commit([[0, 1], [0, 1], [1]])
+    kept = [first[0].tolist(), first[1, :2].tolist(), first[2, :4].tolist()]
+    new = [second[0].tolist(), second[1].tolist(), second[2, 1:].tolist()]
+    assert numbers(cache) == [old + late for old, late in zip(kept, new, strict=True)]
+
+
+def test_uncommitted_tokens_are_forgotten() -> None:
+    cache = KVCache(num_layers=1, batch_size=2)
+    fill(cache, 4, 0.0)
+    second = fill(cache, 3, 50.0)
+    assert cache.lengths == [0, 0] and cache.num_visible == 3
+    cache.commit([[0, 2], []])
+    assert numbers(cache) == [second[0, [0, 2]].tolist(), []]

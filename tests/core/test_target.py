@@ -1,0 +1,414 @@
+"""The target: trees, spans, left-out sublayers and hidden layers, each against transformers' own plain forward."""
+
+import contextlib
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from torch import Tensor, nn
+
+from draftsmith import Target
+from draftsmith.core.tree import Tree, chain
+from tests.support.models import (
+    CAUSAL,
+    CONTEXT,
+    NUM_LAYERS,
+    SEQ2SEQ,
+    VOCAB_SIZE,
+    WIDTH,
+    WINDOW,
+    padded,
+    prompts,
+    tiny_config,
+    tiny_model,
+    tiny_target,
+)
+
+# Positions, masks and kernels differ between a tree and a plain forward; logits are of size 2 to 10.
+TOLERANCE = 2e-4
+# The projection by which a block's attention and MLP enter the residual stream.
+ATTENTION_OUT = ("o_proj", "c_proj", "dense", "out_proj")
+MLP_OUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2")
+
+
+def random_tree(num_nodes: int, seed: int) -> Tree:
+    rng = random.Random(seed)
+    return Tree.from_parents([[-1, *(rng.randrange(node) for node in range(1, num_nodes))]])
+
+
+def path_to(tree: Tree, node: int, row: int = 0) -> list[int]:
+    parents, path = tree.parents_RN[row].tolist(), [node]
+    while path[-1] != 0:
+        path.append(parents[path[-1]])
+    return path[::-1]
+
+
+def random_tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def plain_logits(model: Any, ids: list[int], **given: Any) -> Tensor:
+    name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    return model(**{name: torch.tensor([ids])}, use_cache=False, **given).logits[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_a_tree_is_its_paths_run_one_by_one(architecture: str, attention: str | None) -> None:
+    target, rows = tiny_target(architecture, attention), prompts(5)
+    assert attention in (None, target.model.config._attn_implementation)
+    tree, tokens_BN = random_tree(8, seed=1), random_tokens(5, 8)
+    cache = target.new_cache(5)
+    target.prefill(rows, cache)
+    logits_BNV = target.logits(target.forward(tokens_BN, tree, cache).hidden_BND)
+    for row, prompt in enumerate(rows):
+        for node in range(8):
+            path = path_to(tree, node)
+            expected = plain_logits(target.model, prompt + tokens_BN[row, path].tolist())[-1]
+            assert (logits_BNV[row, node] - expected).abs().max() < TOLERANCE, (row, node)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3_text", "phi3"])
+def test_a_sliding_window_is_counted_in_positions(architecture: str) -> None:
+    """A branch of ten nodes with a sibling beside each: in slots of the cache it is twice as long as in the text."""
+    target, rows = tiny_target(architecture), prompts(2)
+    parents = [-1] + [max(0, node - 2 + node % 2) for node in range(1, 20)]
+    tree, tokens_BN = Tree.from_parents([parents]), random_tokens(2, 20)
+    assert tree.depth > WINDOW
+    cache = target.new_cache(2)
+    target.prefill(rows, cache)
+    logits_BNV = target.logits(target.forward(tokens_BN, tree, cache).hidden_BND)
+    for row, prompt in enumerate(rows):
+        path = path_to(tree, 19)
+        expected = plain_logits(target.model, prompt + tokens_BN[row, path].tolist())[-len(path) :]
+        assert (logits_BNV[row, path] - expected).abs().max() < TOLERANCE, row
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "opt"])
+def test_each_row_may_have_a_tree_of_its_own(architecture: str) -> None:
+    target, rows = tiny_target(architecture), prompts(2)
+    tree = Tree.from_parents([[-1, 0, 0, 1, 3], [-1, 0, 1, 2, 0]])
+    tokens_BN = random_tokens(2, 5)
+    cache = target.new_cache(2)
+    target.prefill(rows, cache)
+    logits_BNV = target.logits(target.forward(tokens_BN, tree, cache).hidden_BND)
+    for row, prompt in enumerate(rows):
+        for node in range(5):
+            path = path_to(tree, node, row)
+            expected = plain_logits(target.model, prompt + tokens_BN[row, path].tolist())[-1]
+            assert (logits_BNV[row, node] - expected).abs().max() < TOLERANCE, (row, node)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_a_tree_fed_in_parts_is_the_whole(architecture: str) -> None:
+    """Ragged and even rows; parts of one node and of several."""
+    target, tree, tokens_BN = tiny_target(architecture), random_tree(7, seed=3), random_tokens(3, 7, seed=4)
+    for rows in (prompts(3), [row[:1] for row in prompts(3)]):
+        whole, parts = target.new_cache(3), target.new_cache(3)
+        for cache in (whole, parts):
+            target.prefill(rows, cache)
+        expected_BND = target.forward(tokens_BN, tree, whole).hidden_BND
+        for first, stop in ((0, 1), (1, 4), (4, 5), (5, 7)):
+            part = Tree.from_parents([tree.parents_RN[0, :stop].tolist()])
+            found = target.forward(tokens_BN[:, first:stop], part, parts, first=first)
+            assert torch.allclose(found.hidden_BND, expected_BND[:, first:stop], atol=2e-5)
+        for cache in (whole, parts):
+            cache.commit([[0, 1], [0], [0, 1]])
+        for row, length in enumerate(whole.lengths):
+            mine, theirs = (cache._store[:, :, row, :, :length] for cache in (parts, whole))
+            assert torch.allclose(mine, theirs, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
+def test_an_encoder_decoder_runs_ragged_chains_and_refuses_trees(architecture: str) -> None:
+    target, sources, rows = tiny_target(architecture), prompts(3, seed=4), prompts(3)
+    ids, mask = padded(sources)
+    source = target.encode(ids, mask)
+    cache = target.new_cache(3, source=source)
+    target.prefill(rows, cache)
+    tokens_BN = random_tokens(3, 4)
+    logits_BNV = target.logits(target.forward(tokens_BN, chain(4), cache).hidden_BND)
+    for row, prompt in enumerate(rows):
+        given = {"input_ids": torch.tensor([sources[row]])}
+        expected = plain_logits(target.model, prompt + tokens_BN[row].tolist(), **given)[-4:]
+        assert (logits_BNV[row] - expected).abs().max() < TOLERANCE, row
+    with pytest.raises(ValueError, match="is an encoder-decoder: it verifies chains, not trees"):
+        target.forward(tokens_BN, random_tree(4, seed=0), cache)
+    with pytest.raises(ValueError, match="is an encoder-decoder: spans"):
+        target.forward(tokens_BN, chain(4), cache, span=(0, 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_two_spans_are_the_whole(architecture: str) -> None:
+    target, rows = tiny_target(architecture), prompts(3)
+    tree, tokens_BN = random_tree(6, seed=2), random_tokens(3, 6)
+    whole, parts = target.new_cache(3), target.new_cache(3)
+    for cache in (whole, parts):
+        target.prefill(rows, cache)
+    expected = target.forward(tokens_BN, tree, whole, layers=(0, 1, 2, 3))
+    for split in (1, 2, 3):
+        below = target.forward(tokens_BN, tree, parts, span=(0, split), layers=(split,))
+        assert torch.equal(below.hidden_BND, below.layers[split])
+        entry_BND, span = below.hidden_BND, (split, NUM_LAYERS)
+        above = target.forward(tokens_BN, tree, parts, span=span, entry_BND=entry_BND, layers=(3,))
+        assert torch.allclose(below.hidden_BND, expected.layers[split], atol=1e-6)
+        assert torch.allclose(above.hidden_BND, expected.hidden_BND, atol=1e-6)
+        assert torch.equal(above.layers[3], above.hidden_BND)
+        for cache in (whole, parts):
+            assert cache.lengths == [len(row) for row in rows], "a forward commits nothing"
+        for row, length in enumerate(whole.lengths):
+            written = slice(0, length + 6)
+            assert torch.allclose(parts._store[:, :, row, :, written], whole._store[:, :, row, :, written], atol=1e-6)
+        parts._store[..., max(parts.lengths) :, :] = 7.0
+
+
+def without_block(model: Any, index: int) -> Any:
+    """Returns a copy of the model with one block deleted."""
+    twin = copy.deepcopy(model)
+    stack = twin.get_decoder()
+    layers = next(child for child in stack.children() if isinstance(child, nn.ModuleList))
+    del layers[index]
+    if getattr(stack.config, "layer_types", None):
+        stack.config.layer_types = [kind for at, kind in enumerate(stack.config.layer_types) if at != index]
+    for name in ("num_hidden_layers", "n_layer"):
+        if hasattr(stack.config, name):
+            setattr(stack.config, name, NUM_LAYERS - 1)
+    return twin
+
+
+def without_sublayer(model: Any, index: int, kind: str) -> Any:
+    """Returns a copy of the model in which one sublayer's projection to the residual stream is zero."""
+    twin = copy.deepcopy(model)
+    layers = next(child for child in twin.get_decoder().children() if isinstance(child, nn.ModuleList))
+    attention = next(child for name, child in layers[index].named_children() if "attn" in name or name == "attention")
+    mlp = getattr(layers[index], "mlp", layers[index])
+    home, names = (attention, ATTENTION_OUT) if kind == "attention" else (mlp, MLP_OUT)
+    projection = next(getattr(home, name) for name in names if hasattr(home, name))
+    for parameter in projection.parameters():
+        parameter.data.zero_()
+    return twin
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_sublayers_left_out_are_as_if_deleted(architecture: str) -> None:
+    target, prompt = tiny_target(architecture), prompts(1)[0]
+    tree, tokens_BN = random_tree(5, seed=3), random_tokens(1, 5)
+    whole_block = frozenset({("attention", 1), ("mlp", 1)})
+    cases = [(whole_block, without_block(target.model, 1))]
+    for kind, at in (("attention", 2), ("mlp", 0)):
+        cases.append((frozenset({(kind, at)}), without_sublayer(target.model, at, kind)))
+    full = target.logits(target.forward(tokens_BN, chain(5), target.new_cache(1)).hidden_BND)
+    for skipped, reference in cases:
+        cache = target.new_cache(1)
+        target.forward(torch.tensor([prompt]), chain(len(prompt)), cache, skipped=skipped)
+        cache.commit([list(range(len(prompt)))])
+        logits_BNV = target.logits(target.forward(tokens_BN, tree, cache, skipped=skipped).hidden_BND)
+        for node in range(5):
+            expected = plain_logits(reference, prompt + tokens_BN[0, path_to(tree, node)].tolist())[-1]
+            assert (logits_BNV[0, node] - expected).abs().max() < TOLERANCE, (sorted(skipped), node)
+    again = target.logits(target.forward(tokens_BN, chain(5), target.new_cache(1)).hidden_BND)
+    assert torch.equal(full, again), "leaving sublayers out must not outlast the call"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", CAUSAL + SEQ2SEQ)
+def test_hidden_layers_are_those_of_transformers(architecture: str) -> None:
+    target, rows = tiny_target(architecture), prompts(3)
+    ids, _ = padded(rows)
+    layers = tuple(range(NUM_LAYERS + 1))
+    source = target.encode(*padded(prompts(3, seed=4))) if target.is_encoder_decoder else None
+    read = target.read(ids, layers, source=source)
+    cache = target.new_cache(3, source=source)
+    prefilled = target.prefill(rows, cache, layers=layers)
+    for row, prompt in enumerate(rows):
+        kept = len(prompt)
+        if source is not None:
+            given = {"input_ids": torch.tensor([prompts(3, seed=4)[row]]), "decoder_input_ids": torch.tensor([prompt])}
+            out = target.model(**given, output_hidden_states=True)
+            hidden = out.decoder_hidden_states
+        else:
+            out = target.model(torch.tensor([prompt]), output_hidden_states=True)
+            hidden = out.hidden_states
+        for layer in layers:
+            # transformers' last entry has been through the final norm, ours has not.
+            found = [states[layer][row, :kept] for states in (read, prefilled)]
+            if layer == NUM_LAYERS:
+                found = [target.norm(states) for states in found]
+            for states in found:
+                assert torch.allclose(states, hidden[layer][0], atol=1e-4), (row, layer)
+        logits = target.logits(read[NUM_LAYERS][row : row + 1, :kept])[0]
+        assert (logits - out.logits[0]).abs().max() < TOLERANCE
+    if architecture != "bart":  # its blocks end in their norm
+        assert not torch.allclose(target.norm(read[NUM_LAYERS]), read[NUM_LAYERS], atol=1e-2)
+
+
+def test_reading_has_a_gradient_only_when_enabled() -> None:
+    target, ids = Target(tiny_model("llama")), random_tokens(2, 6)
+    weight = target.model.get_input_embeddings().weight
+    assert target.read(ids, (NUM_LAYERS,))[NUM_LAYERS].requires_grad
+    with torch.no_grad():
+        assert not target.read(ids, (NUM_LAYERS,))[NUM_LAYERS].requires_grad
+    (gradient,) = torch.autograd.grad(target.logits(target.read(ids, (NUM_LAYERS,))[NUM_LAYERS]).sum(), weight)
+    assert gradient.abs().max() > 0
+    assert weight.grad is None
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """Returns all there is to see on a model, by reference, and copies of its values."""
+    return {
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        "methods": {name: module.__dict__.get("forward") for name, module in model.named_modules()},
+        "training": {name: module.training for name, module in model.named_modules()},
+        "config": model.config.to_dict(),
+        "generation_config": model.generation_config.to_dict(),
+        "gradients": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+    }
+
+
+@pytest.mark.parametrize("architecture", CAUSAL + SEQ2SEQ)
+def test_nothing_is_left_changed_on_the_model(architecture: str) -> None:
+    model = tiny_model(architecture)
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given = {"decoder_input_ids": torch.tensor([[0, 5]])} if model.config.is_encoder_decoder else {}
+    before, logits = state_of(model), model(torch.tensor(prompts(1)), **given).logits
+    target = Target(model)
+    source = target.encode(*padded(prompts(2))) if target.is_encoder_decoder else None
+    with torch.no_grad():
+        cache = target.new_cache(2, source=source)
+        target.prefill(prompts(2), cache)
+        target.forward(random_tokens(2, 4), chain(4), cache, layers=(0, 2))
+        target.read(random_tokens(2, 4), (1,), source=source)
+        if source is None:
+            target.forward(random_tokens(2, 4), random_tree(4, seed=5), cache, span=(0, 2))
+            target.forward(random_tokens(2, 4), chain(4), cache, skipped=frozenset({("attention", 0), ("mlp", 1)}))
+    assert state_of(model) == before
+    assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
+    after = model(torch.tensor(prompts(1)), **given).logits
+    assert torch.equal(after, logits)
+    after.sum().backward()  # nothing of inference mode may stick to it either
+
+
+def test_a_model_stays_in_the_mode_it_was_in() -> None:
+    model = tiny_model("llama").train()
+    with contextlib.suppress(ValueError):  # to be refused would be as well
+        Target(model)
+    assert model.training
+
+
+def refused(architecture: str, **changes: Any) -> str:
+    """Returns why the architecture is refused."""
+    with pytest.raises(ValueError, match=r".") as error:
+        Target(tiny_model(architecture, **changes))
+    return str(error.value)
+
+
+def test_what_cannot_be_run_over_a_tree_is_refused_by_name() -> None:
+    small = {"hidden_size": WIDTH, "num_hidden_layers": 2}
+    assert "MambaForCausalLM" in refused("mamba", **small, state_size=4)
+    assert "BloomForCausalLM" in refused("bloom", hidden_size=WIDTH, n_layer=2, n_head=4)
+    assert "OPTForCausalLM projects" in refused("opt", word_embed_proj_dim=16)
+
+
+def test_attention_without_a_tree_mask_is_refused() -> None:
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attention 'flash_attention_2' takes no tree mask"):
+        Target(model)
+
+
+def test_a_model_spread_by_device_map_is_refused() -> None:
+    model = tiny_model("llama")
+    add_hook_to_module(model.model.layers[0], ModelHook())
+    with pytest.raises(ValueError, match="LlamaForCausalLM is spread by device_map"):
+        Target(model)
+
+
+def test_post_norm_blocks_run_whole_and_refuse_to_be_skipped() -> None:
+    target = Target(tiny_model("opt", do_layer_norm_before=False))
+    with pytest.raises(ValueError, match="OPTDecoderLayer normalises after its sublayers"):
+        target.forward(random_tokens(1, 2), chain(2), target.new_cache(1), skipped=frozenset({("mlp", 0)}))
+
+
+def test_attention_that_looks_only_so_many_slots_back_is_refused() -> None:
+    """GPT-Neo counts its window in slots of the cache, which are not positions in a tree or a ragged batch."""
+    local = {"attention_types": [[["global", "local"], 1]], "window_size": 16}
+    assert "GPTNeoForCausalLM" in refused("gpt_neo", hidden_size=WIDTH, num_layers=2, num_heads=4, **local)
+
+
+def test_residual_streams_of_several_copies_are_refused() -> None:
+    """Gemma 3n's hidden layers are [copies, B, T, D]: a drafter would read something else than it was promised."""
+    assert "Gemma3nForCausalLM" in refused(
+        "gemma3n_text",
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0, 0.0],
+    )
+
+
+def test_positions_that_turn_otherwise_in_long_texts_end_the_context() -> None:
+    """Phi-3's long models turn all keys anew once a text outgrows the original length; a cache cannot follow."""
+    factors = {"long_factor": [4.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 24}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
+    target = Target(tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=24))
+    assert target.context_length == 24
+
+
+def test_the_fingerprint_is_of_the_weights_alone(tmp_path: Any) -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = [Target.from_pretrained(str(tmp_path), dtype=dtype) for dtype in ("auto", "float32", "bfloat16")]
+    assert [target.dtype for target in loaded] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert len({target.fingerprint for target in [*loaded, Target(model)]}) == 1
+    other = tiny_model("llama").to(torch.bfloat16)
+    other.model.layers[1].mlp.down_proj.weight.data *= 1.1
+    assert Target(other).fingerprint != loaded[0].fingerprint
+    assert Target(tiny_model("llama", seed=1)).fingerprint != loaded[0].fingerprint
+
+
+def test_what_a_target_says_of_itself() -> None:
+    for architecture in CAUSAL:
+        target = tiny_target(architecture)
+        found = (target.vocab_size, target.num_layers, target.hidden_size, target.context_length)
+        assert found == (VOCAB_SIZE, NUM_LAYERS, WIDTH, CONTEXT), architecture
+        assert not target.is_encoder_decoder
+    assert tiny_target("t5").is_encoder_decoder and tiny_target("bart").context_length == CONTEXT
+    assert tiny_target("t5").context_length > 10**6, "relative positions have no end"
+    assert tiny_target("llama").name == "LlamaForCausalLM"
+
+
+def test_folders_that_hold_no_model_are_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRAFTSMITH_OFFLINE", "1")
+    with pytest.raises(ValueError, match="no local folder, and DRAFTSMITH_OFFLINE=1 forbids asking the hub"):
+        Target.from_pretrained(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="has no config.json"):
+        Target.from_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(ValueError, match="cannot be loaded|config.json"):
+        Target.from_pretrained(str(tmp_path))
+    tiny_config("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"truncated")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Target.from_pretrained(str(tmp_path))

@@ -1,0 +1,294 @@
+"""The teacher store and its live twin: the same batches from both, on disk as promised, the same after `kill -9`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import recipes.teacher_store as recipe
+from data.batches import Example, collate, example
+from data.examples import open_examples
+from data.pseudo_data import read_pseudo_data, write_pseudo_data
+from data.store import StoreSettings, open_store, write_store
+from data.teacher import complete
+from data.writers import PseudoDataSettings
+from draftsmith import Target
+from tests.support.text import (
+    CONTEXT,
+    VOCAB_SIZE,
+    kill_midway,
+    save_target,
+    some_prompts,
+    text_target,
+    trained_tokenizer,
+)
+from trainers.training.settings import parse_settings
+
+LAYERS, TOP_K = (0, 2, 3), 5
+ALL = StoreSettings(layers=LAYERS, top_k=TOP_K, batch_size=4)
+SETTINGS = (recipe.RunSettings, StoreSettings)
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return text_target()
+
+
+@pytest.fixture(scope="module")
+def rows(target, tmp_path_factory) -> list[Example]:
+    folder = tmp_path_factory.mktemp("rows")
+    settings = PseudoDataSettings(max_new_tokens=10, temperature="1")
+    write_pseudo_data(target, some_prompts(folder, 13), folder / "out", settings)
+    return list(read_pseudo_data(folder / "out", target))
+
+
+def write(target: Target, rows: list[Example], folder: Path, settings: StoreSettings = ALL) -> Path:
+    write_store(target, rows, folder, settings)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+# --- The same from the store and live ----------------------------------------------------------------------------
+
+
+def test_store_and_live_target_give_the_same_batches(target, rows, tmp_path):
+    stored = open_store(write(target, rows, tmp_path / "store"), target)
+    assert stored.keys == [row.key for row in rows]
+    for begin in range(0, len(rows), 5):
+        live = complete(collate(rows[begin : begin + 5]), target, LAYERS, TOP_K)
+        from_store = collate([stored[index] for index in range(begin, min(begin + 5, len(rows)))])
+        batch = complete(from_store, target, LAYERS, TOP_K)
+        assert torch.equal(batch.tokens_BT, live.tokens_BT)
+        assert torch.equal(batch.loss_mask_BT, live.loss_mask_BT)
+        assert torch.equal(batch.lengths_B, live.lengths_B)
+        assert batch.keys == live.keys
+        real_BT = torch.arange(live.tokens_BT.shape[1]) < live.lengths_B[:, None]
+        assert set(batch.hidden) == set(live.hidden) == set(LAYERS)
+        for layer in LAYERS:
+            # bf16 keeps 8 bits: half a unit in the last place is 1/256 of the value at most
+            torch.testing.assert_close(
+                batch.hidden[layer][real_BT], live.hidden[layer][real_BT], rtol=1 / 250, atol=1e-5
+            )
+            assert batch.hidden[layer].dtype == live.hidden[layer].dtype == target.dtype
+        assert torch.equal(batch.top_ids_BTK[real_BT], live.top_ids_BTK[real_BT])
+        # fp16 keeps 11 bits of log-probabilities, here of at most 8
+        torch.testing.assert_close(batch.top_logits_BTK[real_BT], live.top_logits_BTK[real_BT], rtol=0, atol=8 / 2**11)
+        torch.testing.assert_close(batch.log_normaliser_BT[real_BT], live.log_normaliser_BT[real_BT], rtol=0, atol=1e-5)
+
+
+def test_the_live_teacher_says_what_the_model_says(target, rows):
+    batch = complete(collate(rows[:4]), target, (0, 3), TOP_K)
+    for row, length in enumerate(batch.lengths_B.tolist()):
+        with torch.no_grad():
+            out = target.model(input_ids=batch.tokens_BT[row : row + 1, :length], output_hidden_states=True)
+        torch.testing.assert_close(batch.hidden[0][row, :length], out.hidden_states[0][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            target.norm(batch.hidden[3])[row, :length], out.hidden_states[3][0], rtol=1e-4, atol=1e-4
+        )
+        top = out.logits[0].topk(TOP_K)
+        assert torch.equal(batch.top_ids_BTK[row, :length], top.indices)
+        torch.testing.assert_close(batch.top_logits_BTK[row, :length], top.values, rtol=1e-4, atol=1e-4)
+        normaliser = out.logits[0].logsumexp(-1)
+        torch.testing.assert_close(batch.log_normaliser_BT[row, :length], normaliser, rtol=1e-4, atol=1e-4)
+        tail = 1 - (batch.top_logits_BTK - batch.log_normaliser_BT[..., None]).exp().sum(-1)
+        expected = 1 - out.logits[0].softmax(-1).gather(-1, top.indices).sum(-1)
+        torch.testing.assert_close(tail[row, :length], expected, rtol=0, atol=1e-5)
+
+
+def test_the_target_runs_only_for_what_a_store_lacks(target, rows, tmp_path, monkeypatch):
+    stored = open_store(write(target, rows, tmp_path / "store"), target)
+    batch = collate([stored[0], stored[1]])
+    asked = []
+    read = Target.read
+    monkeypatch.setattr(
+        Target, "read", lambda self, ids, layers, *more: asked.append(layers) or read(self, ids, layers, *more)
+    )
+    fewer = complete(batch, target, (2,), 3)
+    assert asked == []
+    assert (set(fewer.hidden), fewer.top_ids_BTK.shape[-1]) == ({2}, 3)
+    assert torch.equal(fewer.top_ids_BTK, batch.top_ids_BTK[..., :3])
+    assert complete(batch, target).top_ids_BTK is None
+    more = complete(batch, target, (1, 2), 9)
+    assert asked == [(1, 3)]
+    assert (set(more.hidden), more.top_ids_BTK.shape[-1]) == ({1, 2}, 9)
+
+
+def test_no_features_need_no_target_and_little_room(target, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(Target, "read", lambda *_, **__: pytest.fail("the target was run"))
+    stored = open_store(write(target, rows, tmp_path / "store", StoreSettings()), target)
+    for row, again in zip(rows, stored, strict=True):
+        assert torch.equal(row.tokens_T, again.tokens_T)
+        assert torch.equal(row.loss_mask_T, again.loss_mask_T)
+        assert (again.key, again.hidden, again.top_ids_TK) == (row.key, {}, None)
+
+
+# --- On disk -----------------------------------------------------------------------------------------------------
+
+
+def test_shards_are_plain_safetensors(target, rows, tmp_path):
+    folder = write(target, rows, tmp_path / "store")
+    num_tokens = sum(len(row.tokens_T) for row in rows)
+    shard = load_file(folder / "shard-00000.safetensors")
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in shard.items()}
+    assert found == {
+        "tokens": (torch.int32, (num_tokens,)),
+        "loss_mask": (torch.bool, (num_tokens,)),
+        "offsets": (torch.int64, (len(rows) + 1,)),
+        **{f"hidden.{layer}": (torch.bfloat16, (num_tokens, target.hidden_size)) for layer in LAYERS},
+        "top_log_probs": (torch.float16, (num_tokens, TOP_K)),
+        "top_ids": (torch.int32, (num_tokens, TOP_K)),
+        "log_normaliser": (torch.float32, (num_tokens,)),
+    }
+
+
+def test_the_size_is_told_before_and_is_right(target, rows, tmp_path, capsys, monkeypatch):
+    told = []
+    read = Target.read
+    monkeypatch.setattr(Target, "read", lambda *a, **k: told.append(capsys.readouterr().out) or read(*a, **k))
+    folder = write(target, rows, tmp_path / "store")
+    assert "hidden layers 0 2 3 of width 32 in bf16, top 5 logits" in told[0]
+    promised = float(told[0].split(": ")[-1].split(" GB")[0]) * 1e9
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert size == pytest.approx(promised, rel=0.02)
+
+
+def test_over_the_limit_nothing_is_written(target, rows, tmp_path):
+    with pytest.raises(ValueError, match=r"would take [\d.e-]+ GB, over the limit of 1e-05 GB; keep fewer layers"):
+        write(target, rows, tmp_path / "store", StoreSettings(layers=LAYERS, limit_gb=1e-5))
+    assert not (tmp_path / "store").exists()
+
+
+def test_small_shards_hold_the_same(target, rows, tmp_path, monkeypatch):
+    whole = open_store(write(target, rows, tmp_path / "whole"), target)
+    monkeypatch.setattr("data.store.MEGABYTE", 20_000)
+    parted = open_store(
+        write(target, rows, tmp_path / "parted", StoreSettings(layers=LAYERS, top_k=5, shard_mb=1)), target
+    )
+    assert len(contents(tmp_path / "parted")) > 3
+    assert parted.fingerprint != whole.fingerprint
+    for one, other in zip(whole, parted, strict=True):
+        assert (one.key, one.tokens_T.tolist()) == (other.key, other.tokens_T.tolist())
+        torch.testing.assert_close(one.hidden[3], other.hidden[3], rtol=1 / 120, atol=1e-4)
+
+
+# --- Broken off and continued ------------------------------------------------------------------------------------
+
+
+def test_a_missing_shard_is_written_again_just_as_it_was(target, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.store.MEGABYTE", 40_000)
+    settings = StoreSettings(layers=LAYERS, top_k=TOP_K, shard_mb=1)
+    folder = write(target, rows, tmp_path / "store", settings)
+    before = contents(folder)
+    (folder / "shard-00001.safetensors").unlink()
+    (folder / ".shard-00001.safetensors.part-1").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"is unfinished: 1 of .* run the same recipes/teacher_store.py command again"):
+        open_store(folder, target)
+    write(target, rows, folder, settings)
+    assert contents(folder) == before
+    assert sorted(path.name for path in folder.iterdir()) == [*before, "teacher_store.json"]
+
+
+def test_killed_with_signal_9_and_continued_it_is_as_if_unbroken(tmp_path, capsys):
+    path = save_target(tmp_path / "target")
+    target = Target.from_pretrained(path)
+    settings = PseudoDataSettings(max_new_tokens=1, batch_size=64)
+    write_pseudo_data(target, some_prompts(tmp_path, 250), tmp_path / "data", settings)
+    flags = ["--target", path, "--data", str(tmp_path / "data"), "--layers", "1", "2", "3", "--top-k", "300"]
+    flags += ["--shard-mb", "1", "--batch-size", "1", "--output"]
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    kill_midway("teacher_store", [*flags, str(broken)], lambda: (broken / "shard-00001.safetensors").exists())
+    capsys.readouterr()
+    recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, str(broken)]))
+    assert "shards are there already" in capsys.readouterr().out
+    recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, str(whole)]))
+    assert len(contents(whole)) > 5
+    assert contents(broken) == contents(whole)
+    assert len(open_store(broken, target)) == len(read_pseudo_data(tmp_path / "data"))
+
+
+# --- Refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_a_store_is_refused_where_it_does_not_belong(target, rows, tmp_path):
+    folder = write(target, rows, tmp_path / "store")
+    with pytest.raises(ValueError, match=r"store was made by another target"):
+        open_store(folder, text_target(seed=1))
+    with pytest.raises(ValueError, match=r"store was made with another tokenizer"):
+        open_store(folder, Target(target.model, trained_tokenizer(vocab_size=300)))
+    before = contents(folder)
+    with pytest.raises(ValueError, match=r"other settings \(layers was \[0, 2, 3\], is \[1\]; top_k was 5, is 0\)"):
+        write(target, rows, folder, StoreSettings(layers=(1,), batch_size=4))
+    with pytest.raises(ValueError, match=r"other settings.*data was"):
+        write(target, rows[:-1], folder)
+    assert contents(folder) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("dear")
+    with pytest.raises(ValueError, match=r"mine holds something else"):
+        write(target, rows, tmp_path / "mine")
+
+
+@pytest.mark.parametrize("num_bytes", [4, 100, -1])
+def test_a_truncated_shard_is_named(target, rows, tmp_path, num_bytes):
+    folder = write(target, rows, tmp_path / "store")
+    shard = folder / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:num_bytes])
+    with pytest.raises(
+        ValueError, match=r"shard-00000.safetensors is damaged \(.*\); delete it and run the command again"
+    ):
+        open_store(folder, target)
+    (folder / "teacher_store.json").write_text("{")
+    with pytest.raises(ValueError, match=r"teacher_store.json is damaged: not valid JSON"):
+        open_store(folder, target)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": (4,)}, "hidden layer 4 was asked for; .* has layers 0 to 3"),
+        ({"layers": (-1,)}, "hidden layer -1 was asked for"),
+        ({"layers": (1, 1)}, "one is named twice"),
+        ({"top_k": VOCAB_SIZE + 1}, f"it must be 0 to {VOCAB_SIZE}"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(target, rows, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        write(target, rows, tmp_path / "store", StoreSettings(**settings))
+    assert not (tmp_path / "store").exists()
+
+
+def test_rows_that_do_not_fit_are_refused(target, rows, tmp_path):
+    for row, message in {
+        example([5, 6, 7], [True, False, False], "k1"): "the loss mask of row k1 is all zero",
+        example([5, VOCAB_SIZE], None, "k2"): f"token id {VOCAB_SIZE} is outside",
+        example(
+            [5] * (CONTEXT + 1), None, "k3"
+        ): f"{CONTEXT + 1} tokens is longer than the target's context of {CONTEXT}",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            write(target, [*rows, row], tmp_path / "store", StoreSettings())
+    with pytest.raises(ValueError, match=r"there are no rows"):
+        write(target, [], tmp_path / "store")
+
+
+# --- Any of them as data to train on -----------------------------------------------------------------------------
+
+
+def test_open_examples_takes_whatever_there_is(target, rows, tmp_path, capsys):
+    write(target, rows, tmp_path / "store")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("some words to learn from " * 100)
+    stored = open_examples(str(tmp_path / "store"), target)
+    assert stored.keys == [row.key for row in rows]
+    assert "the loss mask covers 130 of" in capsys.readouterr().out
+    texts = open_examples(str(tmp_path / "text"), target)
+    assert [len(one.tokens_T) for one in (texts[0],)] == [CONTEXT]
+    assert texts[0].loss_mask_T.all()
+    assert "(100.0%)" in capsys.readouterr().out
+    assert stored.fingerprint != texts.fingerprint
+    with pytest.raises(ValueError, match=r"no such file or folder: 'runs/nothing'; recipes/pseudo_data.py makes"):
+        open_examples("runs/nothing", target)

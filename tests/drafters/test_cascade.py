@@ -1,0 +1,222 @@
+"""Cascades: who is asked and who drafts, by what was found and by what was brought; losslessness; artifacts."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import draftsmith
+from draftsmith.core.drafter import Session, Step, find, names
+from draftsmith.core.sampling import Sampling
+from draftsmith.core.tree import Draft, chain
+from draftsmith.drafters import cascade, kangaroo, lm, lookup, medusa
+from draftsmith.drafters.cascade import Config, Drafter, Estimate
+from draftsmith.parts.composites import Part
+from tests.support.distributions import PROMPT, check_law, law_target
+from tests.support.family import Watched, built, check_family, texts
+from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_config, tiny_target
+
+HEADS = medusa.Config(num_heads=3, tree=((0,), (1,), (0, 0)))
+NUM_NEW = 20
+
+
+def name(family: str, config: Any) -> dict[str, Any]:
+    return {"family": family, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
+
+
+EXAMPLE = Config(parts=(name("lookup", lookup.Config(min_ngram=2)), name("medusa", HEADS)))
+FIXED = dataclasses.replace(EXAMPLE, adaptive=False)
+
+
+def composed(drafters: list[Any], **settings: Any) -> Drafter:
+    """Returns a cascade of drafters under watch."""
+    target = drafters[0].target
+    parts = [Part(Watched(one)) for one in drafters]  # type: ignore[arg-type]
+    return Drafter(Config(parts=EXAMPLE.parts, **settings), target, parts)
+
+
+def test_family(tmp_path: Path) -> None:
+    check_family(cascade, FIXED, tmp_path)
+
+
+def test_greedy_output_of_an_adaptive_one_is_the_targets_own() -> None:
+    """Who drafts depends on the clock; heads of random weights and look-ups both get their turns."""
+    target = tiny_target("llama")
+    drafter = composed([lookup.Drafter(lookup.Config(), target), built(medusa, HEADS, target)])
+    ids, mask = padded(prompts(5), side="left")
+    for _ in range(3):
+        out = draftsmith.generate(target, ids, Watched(drafter), attention_mask=mask, max_new_tokens=NUM_NEW)
+        assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
+    assert all(part.drafter.num_drafted > 0 for part in drafter.parts)  # type: ignore[attr-defined]
+    check_law(built(cascade, EXAMPLE, law_target()), law_target(), num_samples=2_000)
+
+
+class Scripted:
+    """Drafts chains as deep as it is told, -1 for never being asked."""
+
+    hidden_layers: tuple[int, ...] = ()
+
+    def __init__(self, *depths: int) -> None:
+        self.target: Any = None
+        self.config, self.depths, self.steps = SimpleNamespace(), list(depths), []
+
+    def start(self, session: Session) -> None:
+        self.session = session
+
+    def propose(self, budget: int) -> Draft:
+        depth = self.depths.pop(0)
+        tokens_BN = torch.zeros(len(self.session.rows), depth + 1, dtype=torch.long)
+        return Draft(tokens_BN=tokens_BN, tree=chain(depth + 1))
+
+    def observe(self, step: Step) -> None:
+        self.steps.append(step)
+
+
+def begun(drafters: list[Any], **settings: Any) -> Drafter:
+    drafter = Drafter(Config(parts=EXAMPLE.parts, **settings), None, [Part(one) for one in drafters])  # type: ignore
+    start(drafter)
+    return drafter
+
+
+def start(drafter: Drafter, num_rows: int = 1) -> None:
+    given: Any = {"target": tiny_target("llama"), "cache": None, "generator": None}
+    drafter.start(Session(rows=[[3, 4]] * num_rows, sampling=Sampling(), **given))
+
+
+def ended(draft: Draft, num_tokens: int, cost_ms: float) -> Step:
+    paths = [list(range(num_tokens))] * len(draft.tokens_BN)
+    given: Any = {"logits_BNV": None, "hidden": {}, "verdict": None}
+    return Step(draft=draft, paths=paths, cost_ms=cost_ms, **given)
+
+
+def test_in_fixed_order_the_first_that_finds_enough_drafts() -> None:
+    first, second = Scripted(3, 2, 0, 4), Scripted(1, 0)
+    drafter = begun([first, second], adaptive=False, min_tokens=3)
+    depths = []
+    for _ in range(4):
+        draft = drafter.propose(9)
+        depths.append(draft.tree.depth)
+        drafter.observe(ended(draft, 1, 1.0))
+    assert depths == [3, 1, 0, 4], "what the last one finds is taken, nothing too"
+    assert len(first.steps) == len(second.steps) == 4, "all are told of every step"
+
+
+def test_the_one_that_brings_most_is_asked_first_and_the_other_now_and_then() -> None:
+    drafter = begun([Scripted(*[2] * 99), Scripted(*[5] * 99)])
+    turns = []
+    for _ in range(3 * Drafter.TRIAL_EVERY):
+        draft = drafter.propose(9)
+        turns.append(draft.tree.depth)
+        # 3 tokens in 10 ms against 4 in 20, and 1 in 8.
+        drafter.observe(ended(draft, *{2: (3, 10.0), 5: (4, 20.0), 0: (1, 8.0)}[draft.tree.depth]))
+    assert turns[:4] == [2, 5, 0, 2], "all are tried first"
+    assert turns.count(5) == turns.count(0) == 3 and turns.count(2) == len(turns) - 6
+    start(drafter)
+    assert drafter.propose(9).tree.depth == 2, "what was learnt holds for the next call"
+    start(drafter, num_rows=8)
+    observed = []
+    for _ in range(2):
+        draft = drafter.propose(9)
+        observed.append(draft.tree.depth)
+        drafter.observe(ended(draft, 1, 1.0))
+    assert observed == [2, 5], "a call with another batch size begins to learn"
+
+
+def test_a_part_that_finds_nothing_leaves_the_turn_to_the_next_and_learns_nothing_of_it() -> None:
+    first, second = Scripted(0, 3, 0), Scripted(2, 2)
+    drafter = begun([first, second])
+    for tokens, ms, depth in ((2, 1.0, 2), (4, 1.0, 3), (1, 1.0, 0), (2, 1.0, 2)):
+        draft = drafter.propose(9)
+        assert draft.tree.depth == depth
+        drafter.observe(ended(draft, tokens, ms))
+    found = [round(one.tokens_per_ms(), 6) for one in drafter._estimates]
+    assert found == [4.0, 2.0, 1.0]
+
+
+def test_nothing_is_drafted_where_plain_steps_bring_more() -> None:
+    drafter = begun([Scripted(*[2] * 99), Scripted(*[5] * 99)])
+    turns = []
+    for _ in range(Drafter.TRIAL_EVERY):
+        draft = drafter.propose(9)
+        turns.append(draft.tree.depth)
+        drafter.observe(ended(draft, *{2: (1, 10.0), 5: (2, 20.0), 0: (1, 8.0)}[draft.tree.depth]))
+    assert turns == [2, 5, *[0] * (len(turns) - 2)]
+
+
+def test_estimates_are_means_at_first_and_then_follow_what_is_new() -> None:
+    estimate = Estimate()
+    assert estimate.tokens_per_ms() == float("inf")
+    for tokens, ms in ((1, 10), (3, 10), (2, 40)):
+        estimate.add(tokens, ms)
+    assert estimate.tokens_per_ms() == pytest.approx(2 / 20)
+    for _ in range(200):
+        estimate.add(6, 30)
+    assert estimate.tokens_per_ms() == pytest.approx(6 / 30, rel=1e-3)
+
+
+def test_sampled_drafts_are_not_judged_by_what_was_drawn() -> None:
+    """Chains that end at a token in doubt: to pass over the short ones would favour what the draft model is sure of."""
+    target = law_target()
+    model = tiny_config("llama", vocab_size=8, num_hidden_layers=1).to_dict()
+    chains = built(lm, lm.Config(model=model, num_draft=3, length="confidence=0.2"), target)
+    drafter = composed([chains, built(medusa, HEADS, target)], adaptive=False, min_tokens=3)
+    first, second = (part.drafter for part in drafter.parts)
+    given: Any = {"max_new_tokens": 20, "eos_token_id": ()}
+    draftsmith.generate(target, torch.tensor([PROMPT]), drafter, temperature=1.0, seed=0, **given)
+    assert {len(draft[0]) - 1 for draft in first.drafts[:-2]} == {1, 2, 3}  # type: ignore[attr-defined]
+    assert second.drafts == [], "short ones were passed over"  # type: ignore[attr-defined]
+    draftsmith.generate(target, torch.tensor([PROMPT]), drafter, **given)
+    assert second.drafts, "greedy ones may be"  # type: ignore[attr-defined]
+
+
+def test_a_part_that_enters_the_target_part_way_may_draft() -> None:
+    """Its keys and values lie in the target's cache, where another part's draft comes to lie over them."""
+    target = tiny_target("llama")
+    exits = built(kangaroo, kangaroo.Config(exit_layer=2, num_draft=3, length="fixed"), target)
+    looks = lookup.Drafter(lookup.Config(min_ngram=2), target)
+    ids, mask = padded(prompts(5))
+    for drafters in ([looks, exits], [exits, looks]):
+        drafter = composed(drafters, adaptive=False, min_tokens=4)
+        out = draftsmith.generate(target, ids, Watched(drafter), attention_mask=mask, max_new_tokens=NUM_NEW)
+        assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
+        assert all(part.drafter.num_drafted > 0 for part in drafter.parts)  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", names())
+def test_any_family_may_be_a_part(family: str) -> None:
+    target = tiny_target("llama")
+    part = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, target)
+    if part.target is not target:
+        pytest.skip("it tunes its target")
+    looks = lookup.Drafter(lookup.Config(min_ngram=2), target)
+    ids, mask = padded(prompts(5))
+    for drafters in ([looks, part], [part, looks]):
+        drafter = composed(drafters, adaptive=False, min_tokens=3)
+        given = {"attention_mask": mask, "max_new_tokens": NUM_NEW}
+        out = draftsmith.generate(target, ids, Watched(drafter), **given)
+        assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
+        draftsmith.generate(target, ids, Watched(drafter), temperature=1.0, seed=0, **given)
+
+
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
+def test_encoder_decoders_too(architecture: str) -> None:
+    target = tiny_target(architecture)
+    model = tiny_config("llama", num_hidden_layers=1).to_dict()
+    chains = built(lm, lm.Config(model=model, num_draft=3, length="fixed"), target)
+    drafter = composed([lookup.Drafter(lookup.Config(min_ngram=2), target), chains], adaptive=False)
+    ids, mask = padded(prompts(5))
+    out = draftsmith.generate(target, ids, Watched(drafter), attention_mask=mask, max_new_tokens=NUM_NEW)
+    assert texts(out) == greedy_by_transformers(architecture, 5, NUM_NEW)
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="min_tokens is 0"):
+        Config(parts=EXAMPLE.parts, min_tokens=0)
+    with pytest.raises(ValueError, match="there must be at least 2"):
+        Config(parts=EXAMPLE.parts[:1])

@@ -1,0 +1,78 @@
+"""Every family with every architecture: greedy output is transformers' own, and sampled text follows the target's law.
+
+A family's own test names a configuration to try, `EXAMPLE`, or a function of the target that returns one.
+"""
+
+import importlib
+
+import pytest
+import torch
+
+import draftsmith
+from draftsmith import Target
+from draftsmith.core.drafter import find, names
+from tests.support.distributions import check_law, law_target
+from tests.support.family import Watched, built, texts
+from tests.support.models import (
+    CAUSAL,
+    greedy_by_model,
+    greedy_by_transformers,
+    padded,
+    prompts,
+    tiny_model,
+    tiny_target,
+)
+
+NUM_NEW = 20
+NUM_SAMPLES = 20_000
+
+
+def check(family: str, architecture: str, dtype: torch.dtype, *batches: tuple[int, str]) -> None:
+    target = tiny_target(architecture, dtype=dtype)
+    drafter = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, target)
+    for num_rows, side in batches:
+        ids, mask = padded(prompts(num_rows), side=side)
+        watched = Watched(drafter)
+        out = draftsmith.generate(drafter.target, ids, watched, attention_mask=mask, max_new_tokens=NUM_NEW)
+        if drafter.target is target:
+            expected = greedy_by_transformers(architecture, num_rows, NUM_NEW, dtype)
+        else:
+            expected = greedy_by_model(drafter.target.model, num_rows, NUM_NEW)
+        assert texts(out) == expected, (num_rows, side)
+        assert watched.num_drafted > 0, "nothing was drafted"
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("family", names())
+def test_greedy_output_is_transformers_own(family: str, architecture: str) -> None:
+    check(family, architecture, torch.float32, (1, "right"), (5, "left"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("family", names())
+def test_and_so_it_is_in_either_precision_and_padding(family: str, architecture: str, dtype: torch.dtype) -> None:
+    check(family, architecture, dtype, (1, "right"), (5, "left"), (5, "right"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 5}], ids=str)
+@pytest.mark.parametrize("family", names())
+def test_sampled_text_follows_the_law(family: str, settings: dict[str, float]) -> None:
+    drafter = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, law_target())
+    check_law(drafter, drafter.target, num_samples=NUM_SAMPLES, seed=2, **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", names())
+def test_and_so_it_is_on_a_gpu(family: str) -> None:
+    target = Target(tiny_model("llama").to("cuda"))
+    drafter = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, target)
+    for num_rows in (1, 5):
+        ids, mask = (tensor.cuda() for tensor in padded(prompts(num_rows), side="left"))
+        given = {"attention_mask": mask, "max_new_tokens": NUM_NEW}
+        out = draftsmith.generate(drafter.target, ids, Watched(drafter), **given)
+        expected = drafter.target.model.generate(ids, do_sample=False, **given)
+        assert [row[-NUM_NEW:] for row in texts(out)] == expected[:, -NUM_NEW:].tolist()
+        draftsmith.generate(drafter.target, ids, Watched(drafter), **given, temperature=1.0, seed=0)

@@ -1,0 +1,233 @@
+"""Sublayers left out: where drafts are read and written, what is always accepted, and the search while generating.
+
+Shape suffixes: B rows, T tokens, D hidden width.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import draftsmith
+from draftsmith import Target
+from draftsmith.core.tree import Draft, chain
+from draftsmith.drafters import layerskip
+from draftsmith.drafters.layerskip import Config, Drafter
+from draftsmith.length.policies import Adaptive, Outcome
+from draftsmith.parts.self_drafting.sublayers import Sublayers, reread, sublayers
+from tests.support.distributions import check_law, law_target
+from tests.support.family import Watched, check_family, texts
+from tests.support.models import NUM_LAYERS, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
+
+NUM_NEW = 20
+EXAMPLE = Config(attention=(1,), mlp=(0,), num_draft=4, length="fixed")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"length": "adaptive=0.1"}, {"width": 2, "num_nodes": 5}, {"online": True, "window": 2}]
+)
+def test_family(tmp_path: Path, changes: dict[str, Any]) -> None:
+    architectures = ("gemma2",) if changes else ("llama",)
+    check_family(layerskip, Config(**{**vars(EXAMPLE), **changes}), tmp_path, architectures=architectures)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "opt"])
+def test_with_nothing_left_out_everything_is_accepted(architecture: str) -> None:
+    target = tiny_target(architecture)
+    drafter = Drafter(Config(num_draft=4, length="fixed"), target)
+    ids, mask = padded(prompts(5))
+    out = draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=NUM_NEW)
+    assert texts(out) == greedy_by_transformers(architecture, 5, NUM_NEW)
+    assert out.stats.accepted_per_depth == [1, 1, 1, 1] and out.stats.tau == 5
+
+
+def test_with_everything_left_out_nothing_of_the_text_is_seen() -> None:
+    """Embedding, norm and head remain: the same token is always followed by the same."""
+    target = tiny_target("llama")
+    blocks = tuple(range(NUM_LAYERS))
+    watched = Watched(Drafter(Config(attention=blocks, mlp=blocks, num_draft=3, length="fixed"), target))
+    ids, mask = padded(prompts(5))
+    out = draftsmith.generate(target, ids, watched, attention_mask=mask, max_new_tokens=NUM_NEW)
+    assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
+    with torch.inference_mode():
+        embedded = target.model.get_input_embeddings()(torch.arange(VOCAB_SIZE)[None])
+        following = target.logits(embedded)[0].argmax(-1).tolist()
+    for draft in watched.drafts:
+        for row in draft:
+            assert [following[token] for token in row[:-1]] == row[1:]
+
+
+class Compared(Watched):
+    """Checks each draft against a model with the sublayers taken out of transformers' own modules.
+
+    It reads each row's whole text twice: whole for the keys and values before the draft, and without the sublayers for
+    the draft's own tokens, which it does token by token with a cache of transformers' own.
+    """
+
+    num_compared = 0
+
+    def propose(self, budget: int) -> Draft:
+        draft = super().propose(budget)
+        for row, ids in enumerate(self._session.rows):
+            if self._session.cache.lengths[row] != len(ids) - 1:
+                continue  # it ended within a draft that was accepted beyond
+            used = draft.num_nodes[row] if draft.num_nodes else draft.tree.num_nodes
+            drafted = draft.tokens_BN[row, 1:used].tolist()
+            assert drafted == slow_draft(self.target, ids, self.inner.skipped, len(drafted))
+            self.num_compared += len(drafted)
+        return draft
+
+
+@torch.no_grad()
+def slow_draft(target: Target, ids: list[int], skipped: Sublayers, num_tokens: int) -> list[int]:
+    """Returns the tokens drafted after `ids` of a Llama, by hooks that silence sublayers of the user's own model."""
+    cache = target.model(torch.tensor([ids[:-1]]), use_cache=True).past_key_values if ids[1:] else None
+    hooks = [
+        (layer.self_attn if kind == "attention" else layer.mlp).register_forward_hook(silence)
+        for kind, block in skipped
+        for layer in [target.model.model.layers[block]]
+    ]
+    tokens = ids[-1:]
+    for _ in range(num_tokens):
+        out = target.model(torch.tensor([tokens[-1:]]), past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        tokens.append(int(out.logits[0, -1].argmax()))
+    for hook in hooks:
+        hook.remove()
+    return tokens[1:]
+
+
+def silence(module: torch.nn.Module, given: Any, output: Any) -> Any:
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+
+@pytest.mark.parametrize("length", ["fixed", "confidence=0.2"])
+@pytest.mark.parametrize(("attention", "mlp"), [((1,), ()), ((), (2,)), ((0, 2), (1, 2))])
+def test_drafts_are_those_of_the_model_without_these_sublayers(
+    attention: tuple[int, ...], mlp: tuple[int, ...], length: str
+) -> None:
+    target = tiny_target("llama")
+    compared = Compared(Drafter(Config(attention=attention, mlp=mlp, num_draft=4, length=length), target))
+    ids, mask = padded(prompts(5))
+    out = draftsmith.generate(target, ids, compared, attention_mask=mask, max_new_tokens=12, eos_token_id=(10, 11))
+    assert compared.num_compared > 20
+    assert 0 < sum(out.stats.accepted) < sum(out.stats.drafted)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("block", [1, 4, 30])
+@torch.inference_mode()
+def test_a_text_reread_in_one_pass_is_what_drafting_reads_token_by_token(architecture: str, block: int) -> None:
+    """Ragged rows; drafts of the text's own tokens, begun every `block` tokens after the whole model's exact cache."""
+    target, skipped = tiny_target(architecture), sublayers((1,), (0, 2))
+    rows = [greedy_by_transformers(architecture, 2, NUM_NEW)[row][:17] for row in range(2)]
+    tokens_BT = torch.tensor(rows)
+    cache = target.new_cache(2)
+    target.prefill([[7] * 5, [9] * 2], cache)
+    lengths = list(cache.lengths)
+    target.forward(tokens_BT, chain(17), cache)
+    found_BTD = reread(target, tokens_BT, cache, skipped, block)
+    again_BTD = reread(target, tokens_BT, cache, skipped, block)
+    assert torch.equal(found_BTD, again_BTD) and cache.lengths == lengths, "the whole model's cache is as it was"
+    for begin in range(1, 17, block):
+        target.forward(tokens_BT[:, :begin], chain(begin), cache)
+        cache.commit([list(range(begin))] * 2)
+        size = min(block, 17 - begin)
+        for first in range(size):
+            token_B1 = tokens_BT[:, begin + first, None]
+            slow = target.forward(token_B1, chain(first + 1), cache, skipped=skipped, first=first)
+            torch.testing.assert_close(found_BTD[:, begin + first - 1], slow.hidden_BND[:, 0], rtol=1e-4, atol=1e-5)
+        cache.lengths = list(lengths)
+
+
+def test_the_threshold_is_led_as_in_the_paper_and_kept_from_call_to_call() -> None:
+    """eta after each verdict, by hand: rates 0.25, 0.625, 0.8125, then 0.90625 with a whole draft, then a short one."""
+    target = tiny_target("llama")
+    drafter = Drafter(Config(num_draft=4), target)
+    policy = drafter.policy
+    assert isinstance(policy, Adaptive) and policy.stop.threshold == 0.6
+    policy.start(1, 4)
+    found = []
+    for matched, drafted in ((2, 4), (4, 4), (2, 2), (4, 4), (3, 3)):
+        policy.learn([Outcome(row=0, num_drafted=drafted, num_matched=matched)], drafted, 1.0)
+        found.append(policy.stop.threshold)
+    assert found == pytest.approx([0.601, 0.602, 0.603, 0.603, 0.602])
+    draftsmith.generate(target, torch.tensor(prompts(1)), drafter, max_new_tokens=9)
+    after = policy.stop.threshold
+    assert after != found[-1], "generate asks this very policy"
+    draftsmith.generate(target, torch.tensor(prompts(1)), drafter, max_new_tokens=9)
+    assert drafter.policy is policy and policy.stop.threshold != after
+
+
+def test_online_it_finds_what_guesses_its_own_text_best() -> None:
+    """A mask that leaves the first block out is left for one that does not, by the share of right guesses."""
+    target = tiny_target("llama", None)
+    config = Config(mlp=(0,), num_draft=3, length="fixed", online=True, window=6, guided_every=2, good_enough=1.0)
+    drafter = Drafter(config, target)
+    ids, mask = padded(prompts(5))
+    out = draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=40)
+    assert texts(out) == greedy_by_transformers("llama", 5, 40)
+    trials = drafter._trials
+    assert trials is not None and len(trials._scores) > 3
+    assert trials.best_score == max(trials._scores) and drafter.skipped == trials.best
+    tried = [frozenset(bit for bit, one in zip(trials._bits, mask, strict=True) if one) for mask in trials._masks]
+    assert all(len(one) == 1 for one in tried[1:])
+    assert {block for one in tried[1:] for _, block in one} == {1}, "neither the first block nor the last"
+
+
+@torch.inference_mode()
+def test_online_scores_by_hand() -> None:
+    """The share of the last tokens that drafts of three, begun anew, would have guessed."""
+    target = tiny_target("llama")
+    rows = [text[:25] for text in greedy_by_transformers("llama", 2, NUM_NEW)]
+    config = Config(mlp=(1,), num_draft=3, online=True, window=7)
+    trials = layerskip._Trials(target, rows, config, sublayers((), (1,)))
+    right = []
+    for row in rows:
+        begin = len(row) - 8
+        for start in range(begin, len(row) - 1, 3):
+            text = row[: start + 1]
+            for place in range(start, min(start + 3, len(row) - 1)):
+                # The draft follows the text whether or not it guessed it.
+                guesses = slow_guesses(target, text, row[start + 1 : place + 1], sublayers((), (1,)))
+                right.append(guesses == row[place + 1])
+    assert len(right) == 14 and sum(right) > 0
+    assert trials.best_score == pytest.approx(sum(right) / 14)
+
+
+def slow_guesses(target: Target, text: list[int], drafted: list[int], skipped: Sublayers) -> int:
+    """Returns the next guess of a draft after `text` that has come to `drafted`."""
+    cache = target.new_cache(1)
+    target.prefill([text[:-1]], cache)
+    tokens = torch.tensor([[text[-1], *drafted]])
+    out = target.forward(tokens, chain(len(drafted) + 1), cache, skipped=skipped)
+    return int(target.logits(out.hidden_BND)[0, -1].argmax())
+
+
+def test_the_law_is_kept_while_the_choice_changes() -> None:
+    config = Config(attention=(0,), mlp=(1,), num_draft=3, length="adaptive=0.3")
+    check_law(Drafter(config, law_target()), law_target(), num_samples=4_000, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": (1, 1)}, r"attention is \[1, 1\]; it must list blocks from 0 up, none twice"),
+        ({"mlp": (-1,)}, r"mlp is \[-1\]"),
+        ({"num_draft": 0}, "num_draft is 0"),
+        ({"length": "long"}, "unknown length policy"),
+        ({"window": 0}, "window is 0; it must be at least 1"),
+        ({"good_enough": 0.0}, "good_enough is 0.0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+def test_targets_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=f"block {NUM_LAYERS} is to be left out; .* has blocks 0 to {NUM_LAYERS - 1}"):
+        Drafter(Config(attention=(NUM_LAYERS,)), tiny_target("llama"))
+    with pytest.raises(ValueError, match="is an encoder-decoder"):
+        Drafter(Config(attention=(1,)), tiny_target("t5"))

@@ -1,0 +1,263 @@
+"""Lookahead: windows, pools and drafts against a slow reference that reads every column as a text of its own."""
+
+import random
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+import draftsmith
+from draftsmith import Target
+from draftsmith.artifacts.artifact import read_manifest
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.tree import Draft
+from draftsmith.drafters import lookahead
+from draftsmith.drafters.lookahead import Config, Drafter, _Window
+from tests.support.distributions import law_target
+from tests.support.family import Watched, check_family, texts
+from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
+from tests.support.runs import make_data, make_target
+from trainers import lookahead as trainer
+from trainers.training.loop import train
+from trainers.training.run_settings import RunSettings
+
+EXAMPLE = Config(window=3, level=3, num_guesses=2)
+NUM_NEW = 20
+
+
+def test_family(tmp_path: Path) -> None:
+    check_family(lookahead, EXAMPLE, tmp_path)
+
+
+class Slow:
+    """One row's lookahead as the paper's figures draw it: entries by (level, column), texts read one by one."""
+
+    def __init__(self, config: Config, target: Target, prompt: list[int]) -> None:
+        self.config, self.target = config, target
+        self.num_levels, self.num_columns = 1, config.window + config.level - 2
+        first = random.Random(0).choices(prompt, k=self.num_columns)
+        self.entries = {(0, column): token for column, token in enumerate(first)}
+        self.seen: list[tuple[int, ...]] = []
+        if config.pool_from_prompt:
+            self.seen = [tuple(prompt[at : at + config.level]) for at in range(len(prompt) - config.level + 1)]
+
+    def columns(self) -> list[tuple[int, ...]]:
+        """Returns what stands before each column's next token, after the pending token."""
+        before = []
+        for column in range(self.num_columns):
+            seen = [(0, at) for at in range(1, column + 1)] + [(level, column) for level in range(1, self.num_levels)]
+            before.append(tuple(self.entries[place] for place in seen))
+        return before
+
+    def guesses(self, pending: int) -> list[tuple[int, ...]]:
+        latest = list(dict.fromkeys(ngram for ngram in reversed(self.seen) if ngram[0] == pending))
+        return [ngram[1:] for ngram in latest[: self.config.num_guesses]]
+
+    def move(self, row: list[int]) -> None:
+        """Reads the columns behind the row's text, the last token of which is pending."""
+        following = [self.next(row + list(column)) for column in self.columns()]
+        self.entries[0, 0] = row[-1]
+        if self.num_levels == self.config.level - 1:
+            for column, token in enumerate(following):
+                ngram = [self.entries[level, column] for level in range(self.num_levels)]
+                self.seen.append((*ngram, token))
+            self.entries = {(level - 1, column): token for (level, column), token in self.entries.items() if level}
+        else:
+            # One column goes as the text goes on, and one level comes.
+            self.entries = {(level, column - 1): token for (level, column), token in self.entries.items() if column}
+            self.num_levels, self.num_columns, following = self.num_levels + 1, self.num_columns - 1, following[1:]
+        self.entries |= {(self.num_levels - 1, column): token for column, token in enumerate(following)}
+
+    @torch.inference_mode()
+    def next(self, text: list[int]) -> int:
+        return int(self.target.model(torch.tensor([text])).logits[0, -1].argmax())
+
+
+class Compared(Watched):
+    """Compares every draft with what the slow reference would try."""
+
+    def start(self, session: Session) -> None:
+        super().start(session)
+        self.slow = [Slow(self.config, self.target, list(row)) for row in session.rows]
+        self.num_guesses = 0
+
+    def propose(self, budget: int) -> Draft:
+        self._before = [list(row) for row in self._session.rows]
+        draft = super().propose(budget)
+        for number, (slow, row) in enumerate(zip(self.slow, self._before, strict=True)):
+            columns, guesses = slow.columns(), slow.guesses(row[-1])
+            self._is_window_in = max(map(len, columns)) <= budget
+            tried = {text[:end] for text in guesses for end in range(1, min(len(text), budget) + 1)}
+            if self._is_window_in:
+                tried |= {text[:end] for text in columns for end in range(1, len(text) + 1)}
+            assert texts_of(draft, number) == sorted(tried)
+            self.num_guesses += len(guesses)
+        return draft
+
+    def observe(self, step: Step) -> None:
+        super().observe(step)
+        for slow, row, path in zip(self.slow, self._before, step.paths, strict=True):
+            if path and self._is_window_in:
+                slow.move(row)
+
+
+def texts_of(draft: Draft, row: int) -> list[tuple[int, ...]]:
+    """Returns what is read on the way to each of the row's nodes in use but node 0, in alphabetical order."""
+    used = draft.num_nodes[row] if draft.num_nodes else draft.tree.num_nodes
+    parents_N = draft.tree.parents_RN[row if len(draft.tree.parents_RN) > 1 else 0]
+    found: list[tuple[int, ...]] = [()]
+    for node in range(1, used):
+        found.append((*found[parents_N[node]], int(draft.tokens_BN[row, node])))
+    return sorted(found[1:])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(window=3, level=3, num_guesses=2),
+        Config(window=2, level=5, num_guesses=3, pool_from_prompt=False),
+        Config(window=1, level=2, num_guesses=1),
+    ],
+    ids=lambda config: f"{config.window}-{config.level}-{config.num_guesses}",
+)
+def test_drafts_are_those_of_the_slow_reference(config: Config) -> None:
+    """Of rows of unequal lengths, from the empty pool to the last tokens."""
+    for architecture, num_rows in (("llama", 3), ("gemma3_text", 1)):
+        drafter = Compared(Drafter(config, tiny_target(architecture)))
+        ids, mask = padded(prompts(num_rows), side="left")
+        out = draftsmith.generate(drafter.target, ids, drafter, attention_mask=mask, max_new_tokens=NUM_NEW)
+        assert texts(out) == greedy_by_transformers(architecture, num_rows, NUM_NEW)
+        assert drafter.num_guesses > 5
+
+
+def test_sampled_text_leaves_the_windows_greedy() -> None:
+    """What the pool learns does not depend on what was drawn: windows follow the likeliest tokens."""
+    drafter = Compared(Drafter(EXAMPLE, law_target()))
+    draftsmith.generate(
+        drafter.target, torch.tensor([[1, 4, 2, 7, 4]]), drafter, max_new_tokens=NUM_NEW, temperature=1.0, seed=0
+    )
+    assert drafter.num_guesses > 5
+
+
+def test_a_window_by_hand() -> None:
+    """Two columns of an n-gram of three: a level is gained, then levels move down and n-grams are kept."""
+    window = _Window(Config(window=2, level=3, num_guesses=1, pool_from_prompt=False), [7])
+    assert window.columns() == [[], [7], [7, 7]]
+    window.move(1, [10, 11, 12])
+    assert window.columns() == [[11], [7, 12]], "a column less, as the text has gone on by a token"
+    assert window.guesses(1) == window.guesses(7) == []
+    window.move(2, [20, 21])
+    assert window.guesses(2) == [(11, 20)] and window.guesses(7) == [(12, 21)]
+    assert window.columns() == [[20], [12, 21]]
+    window.move(2, [30, 31])
+    assert window.guesses(2) == [(20, 30)], "of one token's n-grams the latest alone"
+    assert window.guesses(12) == [(21, 31)]
+
+
+def test_the_start_depends_on_the_prompt_alone() -> None:
+    target = tiny_target("llama")
+    firsts = []
+    for seed in (0, 1):
+        drafter = Watched(Drafter(Config(), target))
+        draftsmith.generate(
+            target, torch.tensor([[5, 6, 7, 8]]), drafter, max_new_tokens=16, temperature=1.0, seed=seed
+        )
+        firsts.append(drafter.drafts[0])
+    assert firsts[0] == firsts[1]
+    assert set(firsts[0][0]) <= {5, 6, 7, 8} and len(firsts[0][0]) > 3
+
+
+@settings(deadline=None)
+@given(
+    some.lists(some.integers(0, 3), min_size=1, max_size=20), some.integers(2, 4), some.integers(1, 3), some.booleans()
+)
+def test_the_pool_keeps_the_latest_ngrams(prompt: list[int], level: int, num_guesses: int, is_seeded: bool) -> None:
+    """Of any prompt, shorter than an n-gram or all alike too, against a search through it."""
+    config = Config(level=level, num_guesses=num_guesses, pool_from_prompt=is_seeded)
+    window = _Window(config, prompt)
+    for token in range(4):
+        ngrams = [tuple(prompt[at : at + level]) for at in range(len(prompt) - level, -1, -1)]
+        latest = list(dict.fromkeys(ngram[1:] for ngram in ngrams if ngram[0] == token))
+        assert window.guesses(token) == (latest[:num_guesses] if is_seeded else [])
+
+
+class Interrupted(Watched):
+    """Puts another draft in the place of every second one: none, or one that looks like nothing of the window."""
+
+    def __init__(self, inner: Drafter, *, is_plain: bool) -> None:
+        super().__init__(inner)
+        self.is_plain, self.windows, self.is_own = is_plain, [], []
+
+    def propose(self, budget: int) -> Draft:
+        draft = super().propose(budget)
+        self.is_own.append(len(self.is_own) % 2 == 0)
+        self.windows.append([[list(level) for level in window._levels] for window in self.inner._windows])
+        if self.is_own[-1]:
+            return draft
+        if self.is_plain:
+            return self._session.only_pending()
+        others_BN = (draft.tokens_BN + 1) % VOCAB_SIZE
+        others_BN[:, 0] = draft.tokens_BN[:, 0]
+        return Draft(tokens_BN=others_BN, tree=draft.tree, num_nodes=draft.num_nodes)
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_after_drafts_of_others_the_window_stays(is_plain: bool) -> None:
+    target = tiny_target("llama")
+    drafter = Interrupted(Drafter(EXAMPLE, target), is_plain=is_plain)
+    ids, mask = padded(prompts(3))
+    out = draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=NUM_NEW)
+    assert texts(out) == greedy_by_transformers("llama", 3, NUM_NEW)
+    for was_own, (before, after) in zip(drafter.is_own, pairwise(drafter.windows[:8]), strict=False):
+        assert all((one == other) != was_own for one, other in zip(before, after, strict=True))
+
+
+def test_lengths_by_a_policy_cut_its_trees() -> None:
+    target = tiny_target("llama")
+    drafter = Watched(Drafter(EXAMPLE, target))
+    ids, mask = padded(prompts(5))
+    out = draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=NUM_NEW, length="heuristic")
+    assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
+    assert drafter.num_drafted > 0
+
+
+def test_text_that_repeats_itself_is_guessed() -> None:
+    """A model that has fallen into a cycle: an n-gram known from the prompt is accepted whole."""
+    target = tiny_target("gemma3_text")
+    text = greedy_by_transformers("gemma3_text", 1, NUM_NEW)[0]
+    assert text[9:18] == [text[9]] * 9, "the tiny model has changed: choose another one that repeats itself"
+    num_steps = []
+    for pool_from_prompt in (True, False):
+        drafter = Drafter(Config(window=2, level=4, pool_from_prompt=pool_from_prompt), target)
+        out = draftsmith.generate(target, torch.tensor([text[:13]]), drafter, max_new_tokens=4)
+        assert texts(out) == [text[:17]]
+        num_steps.append(out.stats.steps)
+    assert num_steps[0] == 1 < num_steps[1]
+
+
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
+def test_encoder_decoders_are_refused(architecture: str) -> None:
+    with pytest.raises(ValueError, match="is an encoder-decoder: it verifies chains, and lookahead needs trees"):
+        Drafter(Config(), tiny_target(architecture))
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    wrong: dict[str, Any]
+    for wrong, least in (({"window": 0}, 1), ({"level": 1}, 2), ({"num_guesses": 0}, 1)):
+        with pytest.raises(ValueError, match=rf"{next(iter(wrong))} is \d; it must be at least {least}"):
+            Config(**wrong)
+
+
+def test_recipe(tmp_path: Path) -> None:
+    """The artifact drafts as it was told to, and says what was measured."""
+    make_data(make_target(tmp_path / "target"), tmp_path / "data", num_rows=20)
+    output = tmp_path / "output"
+    run = RunSettings(target=str(tmp_path / "target"), data=str(tmp_path / "data"), output=str(output))
+    assert train(trainer, trainer.Settings(window=2, level=3), run) == output
+    assert read_manifest(output)["measured_acceptance"]["acceptance"] >= 0
+    drafter = draftsmith.load(output, Target.from_pretrained(run.target, dtype="float32"))
+    assert drafter.config == Config(window=2, level=3)

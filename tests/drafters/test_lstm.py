@@ -1,0 +1,144 @@
+"""The LSTM drafter and its trainer: what only they have; the rest is checked as any reading drafter is."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import draftsmith
+from draftsmith.drafters import lstm
+from draftsmith.drafters.lstm import Config, Drafter, dropped
+from draftsmith.parts.neural import tied_heads
+from tests.support.family import built, check_family
+from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
+from tests.support.recurrent import (
+    check_reading,
+    check_run_on_pairs,
+    check_shortlist,
+    check_steps,
+    check_writing,
+    source_of,
+)
+from trainers import lstm as trainer
+
+SETTINGS = trainer.Settings(hidden_size=24, num_layers=2, rank=16, loss="lk_hybrid")
+EXAMPLE = Config(hidden_size=24, num_layers=2, rank=8, num_draft=4, length="refit=0.1")
+
+
+def test_family(tmp_path: Path) -> None:
+    check_family(lstm, EXAMPLE, tmp_path, trainer=trainer, settings=SETTINGS)
+
+
+def test_a_shortlist(tmp_path: Path) -> None:
+    check_shortlist(lstm, EXAMPLE, trainer, SETTINGS, tmp_path)
+
+
+def test_it_writes_as_often_as_it_is_asked_to() -> None:
+    check_writing(lstm, EXAMPLE)
+
+
+def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
+    check_run_on_pairs(trainer, SETTINGS, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "copy"),
+    [
+        ("t5", True),
+        ("bart", False),
+        pytest.param("t5", False, marks=pytest.mark.slow),
+        pytest.param("bart", True, marks=pytest.mark.slow),
+    ],
+)
+def test_the_text_of_an_encoder_decoder(architecture: str, copy: bool, tmp_path: Path) -> None:
+    config, settings = (dataclasses.replace(one, copy=copy) for one in (EXAMPLE, SETTINGS))
+    check_family(lstm, config, tmp_path, architectures=(architecture,), trainer=trainer, settings=settings)
+    check_reading(lstm, config, architecture)
+
+
+@pytest.mark.parametrize("config", [EXAMPLE, Config(hidden_size=20, num_layers=1, rank=32, num_draft=4)])
+def test_it_drafts_by_its_own_law_after_what_was_committed(config: Config) -> None:
+    check_reading(lstm, config)
+
+
+def test_large_vocabularies_are_not_looked_up_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tied_heads, "MAX_TABLE", 0)
+    with torch.inference_mode():
+        check_steps(built(lstm, EXAMPLE, tiny_target("llama")))
+
+
+def test_a_step_is_torchs_own_cell() -> None:
+    torch.manual_seed(0)
+    gates_BG, c_BH = torch.randn(3, 32), torch.randn(3, 8)
+    ours = lstm.cell(gates_BG, c_BH)
+    theirs = nn.LSTMCell(32, 8)
+    # The cell's gates are its input: input, forget, candidate, output.
+    with torch.no_grad():
+        theirs.weight_ih.copy_(torch.eye(32)[[*range(16), *range(24, 32), *range(16, 24)]])
+        theirs.weight_hh.zero_(), theirs.bias_ih.zero_(), theirs.bias_hh.zero_()
+        torch.testing.assert_close(ours, theirs(gates_BG, (torch.zeros(3, 8), c_BH)))
+
+
+def test_the_targets_matrices_are_neither_trained_nor_saved() -> None:
+    target = draftsmith.Target(tiny_model("llama"))  # its own: other tests leave gradients behind
+    drafter = Drafter(EXAMPLE, target)
+    assert {name.split(".")[0] for name in drafter.state_dict()} == {"ends", "layers"}
+    assert all(VOCAB_SIZE not in weight.shape[:1] or weight.ndim == 1 for weight in drafter.parameters())
+    drafter(torch.tensor([[5, 6]])).sum().backward()
+    assert target.model.get_input_embeddings().weight.grad is None
+
+
+def test_what_training_leaves_out() -> None:
+    """The same entries at all positions, others grown; other weights between positions, which the first ignores."""
+    torch.manual_seed(0)
+    kept = dropped(torch.ones(2, 5, 400), 0.25)
+    assert torch.equal(kept, kept[:, :1].expand_as(kept))
+    assert kept.unique().tolist() == pytest.approx([0, 4 / 3]) and kept.mean().item() == pytest.approx(1, abs=0.05)
+    drafter, tokens_BT = built(lstm, Config(hidden_size=24, rank=32), tiny_target("llama")), torch.arange(3, 11)[None]
+    whole, less = drafter(tokens_BT), drafter(tokens_BT, drop_connect=0.5)
+    torch.testing.assert_close(less[:, 0], whole[:, 0])
+    assert (less[:, 1:] - whole[:, 1:]).abs().amax(-1).min() > 1e-3
+    assert torch.equal(drafter(tokens_BT), whole)
+    less.sum().backward()
+    assert drafter.layers.weight_hh_l0.grad.abs().max() > 0
+
+
+def test_a_drafter_in_float32_beside_a_target_in_bfloat16() -> None:
+    """As training in mixed precision has it."""
+    for architecture, copy in (("llama", False), ("t5", True)):
+        target = draftsmith.Target(tiny_model(architecture).bfloat16())
+        drafter = trainer.build(dataclasses.replace(SETTINGS, copy=copy), target)
+        source = source_of(target, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits_BTV = drafter.head(source)(drafter(torch.tensor([[5, 6, 7], [7, 6, 5]]), source))
+            functional.cross_entropy(logits_BTV.flatten(0, 1).float(), torch.tensor([6, 7, 8, 6, 5, 4])).backward()
+        assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in drafter.parameters())
+        # And saved as the target is.
+        again = drafter.to(torch.bfloat16).eval()
+        ids, mask = padded(prompts(5))
+        out = draftsmith.generate(target, ids, again, attention_mask=mask, max_new_tokens=4, temperature=1.0, seed=0)
+        assert out.stats.new_tokens == 20
+
+
+def test_what_is_refused() -> None:
+    cases = [
+        ("hidden_size is 0", {"hidden_size": 0}),
+        ("num_layers is 0", {"num_layers": 0}),
+        ("rank is 0", {"rank": 0}),
+        ("num_draft is 0", {"num_draft": 0}),
+        ("dropout is 1", {"dropout": 1.0}),
+        ("drop_connect is -0.1", {"drop_connect": -0.1}),
+        ("loss is ce", {"teacher_top_k": 4}),
+        ("unknown length policy", {"length": "long"}),
+    ]
+    for message, changes in cases:
+        with pytest.raises(ValueError, match=message):
+            trainer.Settings(**changes)  # type: ignore[arg-type]
+    for refuse in (trainer.check, trainer.build):
+        with pytest.raises(ValueError, match="it has no source to copy from"):
+            refuse(dataclasses.replace(SETTINGS, copy=True), tiny_target("llama"))
+    with pytest.raises(ValueError, match="width is 2, for trees, and .* is an encoder-decoder: it verifies chains"):
+        trainer.check(dataclasses.replace(SETTINGS, width=2), tiny_target("t5"))

@@ -1,0 +1,345 @@
+"""The datastore: drafts against a scan of all documents, builds from every kind of data, resumed, budgeted, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as some
+
+import draftsmith
+from data.batches import example
+from data.pseudo_data import read_pseudo_data
+from data.store import StoreSettings, write_store
+from draftsmith import Target
+from draftsmith.artifacts.artifact import read_manifest
+from draftsmith.drafters import rest
+from draftsmith.drafters.rest import UNSEEN, Config, Drafter
+from draftsmith.parts.trie import Branches
+from tests.parts.test_suffix_array import DOCUMENTS, TOKENS, slow_match
+from tests.parts.test_suffix_array import VOCAB_SIZE as FEW_TOKENS
+from tests.parts.test_trie import texts_of
+from tests.support.family import Watched, check_family, texts
+from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
+from tests.support.runs import command, environment, make_data, make_target
+from trainers import rest as trainer
+from trainers.corpora import corpus, suffix_arrays
+from trainers.corpora.suffix_arrays import build, grouped
+from trainers.rest import Settings
+from trainers.training.loop import train
+from trainers.training.run_settings import RunSettings
+
+
+def stored(target: Target) -> Drafter:
+    """Returns a drafter whose two shards hold the target's own text, and text that it would not write."""
+    ids, mask = padded([[token % target.vocab_size for token in row] for row in prompts(5)])
+    own = texts(draftsmith.generate(target, ids, attention_mask=mask, max_new_tokens=20, eos_token_id=()))
+    noise = torch.randint(target.vocab_size, (8, 60), generator=torch.Generator().manual_seed(0)).tolist()
+    shards = (own[:3], own[3:] + noise)
+    built = tuple(build([np.array(row) for row in rows], target.vocab_size) for rows in shards)
+    return Drafter(Config(min_match=1, max_match=6, max_matches=8, num_draft=5, num_nodes=8), target, built)
+
+
+EXAMPLE = stored
+
+
+def test_family(tmp_path: Path) -> None:
+    check_family(rest, stored, tmp_path)
+
+
+def slow_branches(config: Config, documents: list[list[int]], text: list[int], budget: int) -> dict[tuple, float]:
+    """Returns the chance of every beginning of what follows the longest match, the likeliest first."""
+    _, followed = slow_match(documents, text, config.max_match, config.min_match)
+    times: Counter[tuple[int, ...]] = Counter()
+    for tokens, number in followed.items():
+        for end in range(min(len(tokens), budget, config.num_draft) + 1):
+            times[tokens[:end]] += number
+    chances = {(): 1.0}
+    for beginning in sorted(times, key=len):
+        if beginning:
+            chances[beginning] = chances[beginning[:-1]] * times[beginning] / (times[beginning[:-1]] + UNSEEN)
+    del chances[()]
+    return dict(sorted(chances.items(), key=lambda item: -item[1]))
+
+
+def branches_of(drafter: Drafter, text: list[int], budget: int) -> tuple[Branches, dict[tuple, float]]:
+    branches = drafter.branches(text, budget)
+    return branches, dict(zip(texts_of(branches), branches.weights, strict=True))
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(
+    DOCUMENTS,
+    some.lists(TOKENS, min_size=1, max_size=5),
+    some.integers(0, 6),
+    some.integers(1, 8),
+    some.sampled_from([0.0, 0.1, 0.4]),
+)
+def test_the_likeliest_beginnings_are_kept(
+    documents: list[list[int]], text: list[int], cut: int, num_nodes: int, min_chance: float
+) -> None:
+    """Of documents in one shard or two; of beginnings as likely any may be kept, but none before its parent."""
+    config = Config(max_match=4, num_draft=3, num_nodes=num_nodes, min_chance=min_chance)
+    expected = slow_branches(config, documents, text, 2)
+    likely = [chance for chance in expected.values() if chance >= min_chance][:num_nodes]
+    found = []
+    for groups in ([documents], [documents[:cut], documents[cut:]]):
+        shards = tuple(build([np.array(one, np.int64) for one in group], FEW_TOKENS) for group in groups)
+        branches, chances = branches_of(Drafter(config, tiny_target("llama"), shards), text, 2)
+        assert sorted(chances.values(), reverse=True) == pytest.approx(likely)
+        assert all(chances[beginning] == pytest.approx(expected[beginning]) for beginning in chances)
+        assert all(parent <= node for node, parent in enumerate(branches.parents))
+        found.append(sorted(chances.values()))
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_a_case_by_hand() -> None:
+    """After 1 2 came 3 4 twice and 3 5 once; 2 alone was followed by 6 as well."""
+    documents = [[1, 2, 3, 4], [7, 1, 2, 3, 4], [1, 2, 3, 5], [8, 2, 6]]
+    drafter = Drafter(Config(), tiny_target("llama"), (build([np.array(one) for one in documents], VOCAB_SIZE),))
+    third = 3 / 5
+    _, chances = branches_of(drafter, [9, 1, 2], 10)
+    assert chances == pytest.approx({(3,): third, (3, 4): third * 2 / 5, (3, 5): third * 1 / 5})
+    assert branches_of(drafter, [1, 2], 1)[1] == pytest.approx({(3,): third}), "no deeper than the budget"
+    assert branches_of(drafter, [5, 2], 10)[1] == {}, "a single token is no match"
+    assert branches_of(drafter, [3, 4], 10)[1] == {}, "nothing follows it"
+
+
+def test_of_many_places_some_are_read_evenly() -> None:
+    """Ninety places, sorted by the token before the match, on which depends what follows: a third of each is read."""
+    documents = [np.array([before, 9, 9, before]) for before in (1, 2, 3) for _ in range(30)]
+    whole, halves = (build(documents, VOCAB_SIZE),), [documents[at::2] for at in (0, 1)]
+    for shards in (whole, tuple(build(half, VOCAB_SIZE) for half in halves)):
+        drafter = Drafter(Config(max_matches=30), tiny_target("llama"), shards)
+        _, chances = branches_of(drafter, [9, 9], 10)
+        assert chances == pytest.approx(dict.fromkeys([(1,), (2,), (3,)], 10 / 32))
+    nine = tuple(build(documents[at : at + 10], VOCAB_SIZE) for at in range(0, 90, 10))
+    _, chances = branches_of(Drafter(Config(max_matches=4), tiny_target("llama"), nine), [9, 9], 10)
+    # Places 0, 23, 46 and 69 of the ninety.
+    assert chances == pytest.approx({(1,): 2 / 6, (2,): 1 / 6, (3,): 1 / 6})
+
+
+def test_text_that_is_stored_is_drafted_in_whole() -> None:
+    target = tiny_target("llama")
+    (text,) = greedy_by_transformers("llama", 1, 20)
+    drafter = Drafter(Config(num_draft=6, num_nodes=6, min_chance=0), target, (build([np.array(text)], VOCAB_SIZE),))
+    out = draftsmith.generate(target, torch.tensor([text[:9]]), drafter, max_new_tokens=20)
+    assert texts(out) == [text] and out.stats.steps == 3, "twice six and one more, and what is left"
+
+
+def test_rows_that_have_finished_are_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny_target("llama")
+    drafter, rows = Watched(stored(target)), prompts(2)
+    looked_up = []
+    inner = drafter.inner.branches
+    monkeypatch.setattr(
+        drafter.inner, "branches", lambda text, budget: looked_up.append(text[0]) or inner(text, budget)
+    )
+    ids, mask = padded(rows)
+    plain = texts(draftsmith.generate(target, ids, attention_mask=mask, max_new_tokens=20))
+    end = next(token for token in plain[0][len(rows[0]) :] if token not in plain[1][len(rows[1]) :])
+    out = draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=20, eos_token_id=end)
+    assert texts(out)[1] == plain[1] and texts(out)[0] == plain[0][: len(texts(out)[0])]
+    counts = Counter(looked_up)
+    assert 0 < counts[rows[0][0]] < counts[rows[1][0]]
+
+
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
+def test_an_encoder_decoder_is_given_the_best_branch(architecture: str) -> None:
+    target = tiny_target(architecture)
+    for num_rows in (1, 5):
+        ids, mask = padded(prompts(num_rows), side="left")
+        watched = Watched(stored(target))
+        out = draftsmith.generate(target, ids, watched, attention_mask=mask, max_new_tokens=20)
+        assert texts(out) == greedy_by_transformers(architecture, num_rows, 20)
+        assert watched.num_drafted > 0
+
+
+def test_an_empty_store_drafts_nothing() -> None:
+    target = tiny_target("llama")
+    for shards in ((), (build([], VOCAB_SIZE),), (build([np.array([4])], VOCAB_SIZE),)):
+        out = draftsmith.generate(target, torch.tensor([[4, 4]]), Drafter(Config(), target, shards), max_new_tokens=4)
+        assert out.stats.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_match": 3, "max_match": 2}, "min_match 3 must be at least 1 and at most max_match 2"),
+        ({"min_match": 0}, "min_match 0 must be at least 1"),
+        ({"max_matches": 0}, "max_matches is 0; it must be at least 1"),
+        ({"num_draft": 0}, "num_draft is 0; it must be at least 1"),
+        ({"num_nodes": 0}, "num_nodes is 0; it must be at least 1"),
+        ({"min_chance": 1.0}, "min_chance is 1.0; it must be at least 0 and less than 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    for kind in (Config, Settings):
+        with pytest.raises(ValueError, match=message):
+            kind(**changes)
+
+
+# --- The build ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny target in `target` and its text in `data`."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("runs")
+    make_data(make_target(root / "target"), root / "data", num_rows=20)
+    return root
+
+
+def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
+    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
+    return RunSettings(**{**paths, "batch_size": 4, **changes})
+
+
+def shards_of(output: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(output.glob("shard-*"))]
+
+
+def test_what_is_stored_is_what_the_target_wrote(folder: Path) -> None:
+    output = train(trainer, Settings(context=2, shard_tokens=100), run_settings(folder, "run"))
+    target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
+    drafter = draftsmith.load(output, target)
+    rows = read_pseudo_data(folder / "data", target)
+    held_out = {text.tobytes() for text in corpus.documents(rows, 2)}
+    found = []
+    for shard in drafter.shards:
+        assert len(shard.tokens_S) <= 100
+        ends = np.flatnonzero(shard.tokens_S == VOCAB_SIZE)
+        found += [one[one < VOCAB_SIZE].astype(np.int64).tobytes() for one in np.split(shard.tokens_S, ends + 1)[:-1]]
+    assert len(drafter.shards) > 1 and len(set(found)) == len(found)
+    assert set(found) < held_out and len(held_out) - len(found) == 1, "all but the row held out"
+    assert not (output / "parts").exists()
+    assert read_manifest(output)["measured_acceptance"]["acceptance"] >= 0
+    assert train(trainer, Settings(context=2, shard_tokens=100), run_settings(folder, "run")) == output
+
+
+def test_a_build_that_was_stopped_ends_as_an_unbroken_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(trainer, Settings(shard_tokens=60), run_settings(folder, "whole"))
+    built: list[int] = []
+
+    def stopping(texts: list[np.ndarray], vocab_size: int) -> Any:
+        if len(built) == 2:
+            raise KeyboardInterrupt
+        built.append(len(texts))
+        return build(texts, vocab_size)
+
+    monkeypatch.setattr(suffix_arrays, "build", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer, Settings(shard_tokens=60), run_settings(folder, "broken"))
+    monkeypatch.undo()
+    kept = sorted((folder / "broken" / "parts").glob("*.safetensors"))
+    times = [path.stat().st_mtime_ns for path in kept]
+    watched = []
+    monkeypatch.setattr(suffix_arrays, "build", lambda texts, size: watched.append(texts) or build(texts, size))
+    broken = train(trainer, Settings(shard_tokens=60), run_settings(folder, "broken"))
+    assert len(times) == 2 and len(watched) == len(shards_of(whole)) - 2
+    assert shards_of(broken) == shards_of(whole)
+
+
+@pytest.mark.slow
+def test_kill_9(folder: Path) -> None:
+    """A process killed at some moment once its second shard is there, then the same command again: the same bytes."""
+    run = run_settings(folder, "killed")
+    words = command("rest", target=run.target, data=run.data, output=run.output, batch_size=4, shard_tokens=18)
+    process = subprocess.Popen(words, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (Path(run.output) / "parts" / "0001.safetensors").exists():
+        time.sleep(0.001)
+    time.sleep(int.from_bytes(os.urandom(2), "big") / 2**16 / 20)
+    os.killpg(process.pid, signal.SIGKILL)
+    _, error = process.communicate()
+    assert process.returncode == -signal.SIGKILL, error
+    whole = train(trainer, Settings(shard_tokens=18), run_settings(folder, "unbroken"))
+    assert shards_of(train(trainer, Settings(shard_tokens=18), run)) == shards_of(whole)
+
+
+def words(ids: list[int]) -> str:
+    return " ".join(f"w{token}" for token in ids)
+
+
+def test_every_kind_of_data(folder: Path, tmp_path: Path) -> None:
+    """The same text as JSONL, Parquet, a folder of text and a teacher store."""
+    target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
+    rows = [[number, *range(3, 12), number] for number in range(20, 30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": words(ids)}) + "\n" for ids in rows))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [words(ids) for ids in rows]}), tmp_path / "rows.parquet")
+    (tmp_path / "texts").mkdir()
+    for number, ids in enumerate(rows):
+        (tmp_path / "texts" / f"{number}.txt").write_text(words(ids))
+    write_store(
+        target, [example(ids, None, str(ids)) for ids in rows], tmp_path / "store", StoreSettings(layers=(), top_k=2)
+    )
+    for name in ("rows.jsonl", "rows.parquet", "texts", "store"):
+        run = run_settings(folder, f"from-{name}", data=str(tmp_path / name), max_held_out=1)
+        output = train(trainer, Settings(), run)
+        (shard,) = draftsmith.load(output, target).shards
+        documents = "".join(f" {token} " for token in shard.tokens_S).split(f" {VOCAB_SIZE} ")
+        found = [list(map(int, text.split())) for text in documents if text]
+        assert len(found) >= 5 and all(ids in rows for ids in found), name
+
+
+def test_a_budget_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = train(trainer, Settings(budget_mb=0.001), run_settings(folder, "budget"))
+    assert "the budget keeps" in capsys.readouterr().out
+    target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
+    (shard,) = draftsmith.load(output, target).shards
+    assert 700 < shard.tokens_S.nbytes + shard.ends_P.nbytes <= 1000
+    with pytest.raises(ValueError, match="a budget of 1 tokens holds no document"):
+        train(trainer, Settings(budget_mb=1e-5), run_settings(folder, "tiny"))
+
+
+@hypothesis_settings(max_examples=100, deadline=None)
+@given(some.lists(some.integers(0, 30), max_size=10), some.integers(2, 12))
+def test_groups_hold_at_most_so_many_tokens(lengths: list[int], shard_tokens: int) -> None:
+    whole = np.arange(sum(lengths))
+    groups = grouped(np.split(whole, np.cumsum(lengths))[:-1], shard_tokens)
+    pieces = [piece for group in groups for piece in group]
+    assert np.array_equal(np.concatenate([*pieces, []]), whole)
+    sizes = [sum(len(piece) + 1 for piece in group) for group in groups]
+    assert all(size <= shard_tokens for size in sizes)
+    for group, size, following in zip(groups, sizes, groups[1:], strict=False):
+        assert group and size + len(following[0]) + 1 > shard_tokens, "it would have had room"
+
+
+def test_settings_of_the_build_that_cannot_be_are_refused() -> None:
+    for changes in ({"budget_mb": -1.0}, {"context": -1}):
+        with pytest.raises(ValueError, match="must not be negative"):
+            Settings(**changes)  # type: ignore[arg-type]
+    for size in (1, 2**29):
+        with pytest.raises(ValueError, match=f"shard_tokens is {size}; it must lie between 2 and"):
+            Settings(shard_tokens=size)
+
+
+def test_a_store_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    target = tiny_target("llama")
+    draftsmith.save(stored(target), tmp_path / "artifact", target=target)
+    first, second = sorted((tmp_path / "artifact").glob("shard-*"))
+    assert [path.name for path in (first, second)] == [
+        "shard-0000-of-0002.safetensors",
+        "shard-0001-of-0002.safetensors",
+    ]
+    whole = second.read_bytes()
+    second.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="shard-0001-of-0002.safetensors is missing or truncated"):
+        draftsmith.load(tmp_path / "artifact", target)
+    second.unlink()
+    with pytest.raises(ValueError, match="shard-0001-of-0002.safetensors is missing or truncated"):
+        draftsmith.load(tmp_path / "artifact", target)
+    first.unlink()
+    with pytest.raises(ValueError, match="holds no shard of a store"):
+        draftsmith.load(tmp_path / "artifact", target)

@@ -1,0 +1,212 @@
+"""A drafter that is itself drafted for: its chains follow the larger model's law, whatever the small one proposes."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import draftsmith
+from draftsmith import Target
+from draftsmith.core.drafter import Session
+from draftsmith.core.sampling import Sampling
+from draftsmith.core.tree import Draft
+from draftsmith.drafters import layerskip, lm, lookup, medusa, staged
+from draftsmith.drafters.staged import Config, Drafter
+from draftsmith.parts.composites import Part
+from tests.support.distributions import (
+    FALSE_ALARM,
+    NUM_TOKENS,
+    PROMPT,
+    VOCAB_SIZE,
+    cells,
+    check_law,
+    exact_law,
+    law_target,
+    p_value,
+)
+from tests.support.family import Watched, built, check_family, texts
+from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, scramble, tiny_config, tiny_target
+
+TARGET = tiny_target("llama")
+NUM_NEW = 20
+EOS = (10, 11, 12)
+
+
+def name(family: str, config: Any) -> dict[str, Any]:
+    return {"family": family, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
+
+
+def model_of(target: Target, num_layers: int = 2) -> lm.Config:
+    model = tiny_config("llama", vocab_size=target.vocab_size, num_hidden_layers=num_layers).to_dict()
+    return lm.Config(model=model, num_draft=3, length="fixed")
+
+
+def config(target: Target, small: str = "lookup", **settings: Any) -> Config:
+    """Returns the configuration of a model of two blocks with a small drafter of this family or kind."""
+    kinds: dict[str, dict[str, Any]] = {
+        "lookup": name("lookup", lookup.Config()),
+        "lm": name("lm", model_of(target, 1)),
+        "lm trees": name("lm", dataclasses.replace(model_of(target, 1), tree=((0,), (1,), (0, 0), (1, 0)))),
+        "itself": name("layerskip", layerskip.Config(mlp=(1,), num_draft=3, length="fixed")),
+        "in doubt": name("lm", dataclasses.replace(model_of(target, 1), length="confidence=0.1")),
+    }
+    given = {"num_draft": 4, "length": "fixed"} | settings
+    return Config(parts=(name("lm", model_of(target)), kinds[small]), **given)
+
+
+EXAMPLE = config
+
+
+def made(target: Target, small: str = "lookup", *, near: bool = True, **settings: Any) -> Drafter:
+    """Returns the drafter with random weights; a small model that is `near` the larger one drafts well for it."""
+    drafter = Drafter(config(target, small, **settings), target)
+    larger, little = (part.drafter for part in drafter.parts)
+    scramble(larger, seed=1)  # type: ignore[arg-type]
+    if isinstance(little, lm.Drafter):
+        state = little.model.state_dict()
+        if near:
+            little.model.load_state_dict({key: larger.model.state_dict()[key] for key in state})  # type: ignore
+        else:
+            scramble(little, seed=2)
+    return drafter
+
+
+SMALL = ("lookup", "lm", "lm trees", "itself", "in doubt")
+
+
+def test_family(tmp_path: Path) -> None:
+    check_family(staged, config, tmp_path)
+
+
+class Compared(Watched):
+    """Checks each draft against the larger model run afresh on the whole text, without a cache."""
+
+    def __init__(self, inner: Drafter, sampling: Sampling, threshold: float) -> None:
+        super().__init__(inner)
+        self.sampling, self.threshold, self.num_compared = sampling, threshold, 0
+
+    def propose(self, budget: int) -> Draft:
+        draft = super().propose(budget)
+        model = self.inner.parts[0].drafter.model
+        for row, ids in enumerate(self._session.rows):
+            drafted = draft.tokens_BN[row, 1:].tolist()
+            used = draft.num_nodes[row] if draft.num_nodes else draft.tree.num_nodes
+            logits_TV = model(torch.tensor([ids + drafted])).logits[0, len(ids) - 1 :]
+            for at in range(used - 1):
+                if draft.draft_probs_BNV is None:
+                    assert drafted[at] == int(logits_TV[at].argmax())
+                else:
+                    assert torch.allclose(draft.draft_probs_BNV[row, at], self.sampling.law(logits_TV[at]), atol=1e-4)
+                confidence = float(logits_TV[at].softmax(-1)[drafted[at]])
+                goes_on = at + 1 < used - 1
+                assert not goes_on or confidence > self.threshold - 1e-4
+                assert goes_on or used - 1 == self.most(budget) or confidence < self.threshold + 1e-4
+                self.num_compared += 1
+        return draft
+
+    def most(self, budget: int) -> int:
+        return min(budget, self.config.num_draft)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("small", SMALL)
+def test_drafts_follow_the_larger_models_own_law(small: str, sampling: Sampling) -> None:
+    """Ragged rows, cut back at almost every step, some of which end early, and chains that stop when in doubt."""
+    for policy, threshold in (("fixed", 0.0), ("confidence=0.15", 0.15)):
+        compared = Compared(made(TARGET, small, length=policy), sampling, threshold)
+        ids, mask = padded(prompts(5))
+        settings = vars(sampling) | {"max_new_tokens": 14, "eos_token_id": EOS, "seed": 1}
+        draftsmith.generate(TARGET, ids, compared, attention_mask=mask, **settings)
+        assert compared.num_compared > 20
+
+
+@pytest.mark.parametrize("small", SMALL)
+def test_greedy_output_is_the_targets_own(small: str) -> None:
+    drafter = made(TARGET, small, near=False, length="refit=0.1")
+    for num_rows, side in ((1, "right"), (5, "left")):
+        ids, mask = padded(prompts(num_rows), side=side)
+        out = draftsmith.generate(TARGET, ids, Watched(drafter), attention_mask=mask, max_new_tokens=NUM_NEW)
+        assert texts(out) == greedy_by_transformers("llama", num_rows, NUM_NEW)
+
+
+def drawn_tokens(drafter: Drafter, num_rows: int, seed: int) -> Tensor:
+    """Returns the first tokens that it drafts after PROMPT at temperature 1, row by row."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, cache = [list(PROMPT) for _ in range(num_rows)], drafter.target.new_cache(num_rows)
+    law = Sampling(temperature=1.0)
+    drafter.start(Session(target=drafter.target, rows=rows, cache=cache, sampling=law, generator=generator))
+    return drafter.propose(NUM_TOKENS + 1).tokens_BN[:, 1 : NUM_TOKENS + 1]
+
+
+@pytest.mark.parametrize("small", ["lookup", "lm", "lm trees", "itself"])
+@torch.no_grad()
+def test_tokens_drawn_with_help_follow_the_larger_models_law(small: str) -> None:
+    """The larger model's own law of three tokens, by counts of 4,000; what it is helped with is often wrong."""
+    drafter = made(law_target(), small, near=False)
+    counts_C = torch.zeros(VOCAB_SIZE**NUM_TOKENS, dtype=torch.float64)
+    for seed in range(4):
+        counts_C += torch.bincount(cells(drawn_tokens(drafter, 1_000, seed)), minlength=len(counts_C))
+    assert p_value(counts_C, exact_law(drafter.engine)) > FALSE_ALARM
+    assert p_value(counts_C, exact_law(law_target())) < FALSE_ALARM, "which is not the target's"
+
+
+@pytest.mark.parametrize("length", ["fixed", "confidence=0.2"])
+def test_the_targets_law_is_kept(length: str) -> None:
+    """Lengths that go by tokens known already, some of which were verified together with the next."""
+    check_law(made(law_target(), "lm", length=length), law_target(), num_samples=3_000)
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+def test_a_small_drafter_that_is_always_right_spares_forwards_of_the_larger(accepts: bool) -> None:
+    """A copy of the larger one: the pending token and three more are read at once, for drafts of four.
+
+    Where the target, itself copied, accepts all of them, the last one is read beside that.
+    """
+    model = lm.Config(model=TARGET.model.config.to_dict(), num_draft=3, length="fixed")
+    larger, copied = built(lm, model, TARGET), lm.Drafter(model, TARGET)
+    if accepts:
+        larger.model.load_state_dict(TARGET.model.state_dict())
+    copied.model.load_state_dict(larger.model.state_dict())
+    object.__setattr__(copied, "target", larger.engine)
+    names = (name("lm", model), name("lm", model))
+    drafter = Drafter(Config(parts=names, num_draft=4, length="fixed"), TARGET, [Part(larger), Part(copied.eval())])
+    fed: list[int] = []
+    whole = drafter.engine.forward
+
+    def counted(tokens_BN: Tensor, *given: Any, **named: Any) -> Any:
+        fed.append(tokens_BN.shape[1])
+        return whole(tokens_BN, *given, **named)
+
+    drafter.engine.forward = counted  # type: ignore[method-assign]
+    out = draftsmith.generate(TARGET, torch.tensor(prompts(1)), drafter, max_new_tokens=NUM_NEW)
+    assert texts(out) == greedy_by_transformers("llama", 1, NUM_NEW)
+    # Of the last drafts some are shorter, as less is left to write.
+    assert fed == ([8, 4, *[1, 4] * 3] if accepts else [8, *[4] * 16, 3, 2, 1])
+    assert out.stats.tau == (5 if accepts else 1)
+
+
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
+def test_encoder_decoders_too(architecture: str) -> None:
+    target = tiny_target(architecture)
+    ids, mask = padded(prompts(5))
+    out = draftsmith.generate(target, ids, Watched(made(target)), attention_mask=mask, max_new_tokens=NUM_NEW)
+    assert texts(out) == greedy_by_transformers(architecture, 5, NUM_NEW)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    names = config(TARGET).parts
+    heads = name("medusa", medusa.Config(num_heads=2, tree=((0,), (0, 0))))
+    with pytest.raises(ValueError, match="medusa has no model of its own that could be drafted for"):
+        Drafter(Config(parts=(heads, names[1])), TARGET)
+    with pytest.raises(ValueError, match="medusa reads hidden layers; the small drafter must go by the text alone"):
+        Drafter(Config(parts=(names[0], heads)), TARGET)
+    with pytest.raises(ValueError, match="3 parts are named; there must be two"):
+        Config(parts=(*names, heads))
+    with pytest.raises(ValueError, match="num_draft is 0"):
+        config(TARGET, num_draft=0)
+    with pytest.raises(ValueError, match="unknown length policy 'long'"):
+        config(TARGET, length="long")

@@ -1,0 +1,95 @@
+"""eval/certificate/identity.py: what greedy texts differ in, numeric ties and errors."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import draftsmith
+from draftsmith import Target
+from draftsmith.core.tree import Draft, Verdict
+from draftsmith.drafters import lookup
+from draftsmith.verify.paths import walk
+from eval.certificate.identity import GreedySettings, explain
+from eval.certificate.reference import own_logits
+from eval.certificate.sampled import LawSettings
+from eval.lossless import LOSSLESS, NOT_LOSSLESS, certify, lines
+from tests.eval.test_lossless import judge_by, loader, of_greedy, some_prompts
+from tests.support.models import tiny_model, tiny_target
+
+
+def twin_model(difference: float) -> tuple[Any, int, int]:
+    """Returns a model, a token of its greedy text, and another whose logits are less by that share of themselves."""
+    model = tiny_model("llama")
+    text = model.generate(torch.tensor([some_prompts(1, vocab_size=64)[0].ids]), max_new_tokens=12)[0]
+    often, twin = int(text[9:].mode().values), max(set(range(64)) - set(text.tolist()))
+    with torch.no_grad():
+        model.lm_head.weight[twin] = model.lm_head.weight[often] * (1 - difference)
+    return model, often, twin
+
+
+@pytest.mark.parametrize(("difference", "is_tie"), [(0.0, True), (2e-7, True), (1e-5, False), (1e-2, False)])
+def test_a_numeric_tie_is_told_from_an_error(
+    difference: float, is_tie: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, often, twin = twin_model(difference)
+    target = Target(model)
+    draftsmith.save(lookup.Drafter(lookup.Config(), target), tmp_path / "lookup", target=target)
+
+    def prefer_the_twin(scores_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
+        choice_BN = scores_BNV.argmax(-1)
+        return walk(torch.where(choice_BN == often, twin, choice_BN), draft)
+
+    judge_by(monkeypatch, prefer_the_twin, greedily=True)
+    settings = GreedySettings(dtypes=("float32",), batch_sizes=(3,), max_new_tokens=12)
+    laws = LawSettings(laws=("temperature=1",), num_rows=1200, num_tokens=3, law_prompts=1, rows_at_once=400)
+    told = certify(loader(model), [tmp_path / "lookup"], some_prompts(vocab_size=64), laws, settings)
+    plain, ours, transformers = of_greedy(told)
+    assert (plain["ties"], plain["errors"], plain["verdict"]) == ([], [], "passed")
+    for test in (ours, transformers):
+        found, none = (test["ties"], test["errors"]) if is_tie else (test["errors"], test["ties"])
+        assert found and not none
+        assert test["verdict"] == ("passed" if is_tie else "failed")
+        for one in found:
+            assert one["tokens"] == [twin, often]
+            assert (one["gap_float64"] <= one["tolerance"]) == is_tie
+            assert one["num_not_compared"] == 12 - one["position"]
+        assert test["num_samples"] == 3 * 12 - sum(one["num_not_compared"] for one in found)
+    assert told["verdict"] == (LOSSLESS if is_tie else NOT_LOSSLESS)
+    shown = [line for line in lines(told, "markdown") if line.startswith("- numeric tie" if is_tie else "- ERROR")]
+    assert len(shown) == len(ours["ties"] + ours["errors"]) * 2
+    assert f"{twin} and {often}, gap" in shown[0]
+
+
+def test_an_error_among_unlikely_tokens_is_no_tie() -> None:
+    """Two tokens may have equal logits and both be wrong."""
+    model, often, twin = twin_model(0.0)
+    target, prompt = Target(model), some_prompts(1, vocab_size=64)[0].ids
+    logits_V = next(own_logits(target, prompt, [[often, often]]))[-1]
+    assert int(logits_V.argmax()) not in (often, twin)
+    exact, texts = loader(model), ([often, often, twin, 5], [often, often, often, 5])
+    told = explain(target, prompt, *texts, exact=lambda: exact("float64"), tie_tolerance=8)
+    assert not told["is_tie"]
+    assert told["gap"] == pytest.approx(float(logits_V.max() - logits_V[twin]))
+
+
+def test_a_text_that_ends_early_is_an_error() -> None:
+    target = tiny_target("llama")
+    for found, expected, tokens, left in (([4, 7], [4, 7, 9], [None, 9], 1), ([4, 7, 9], [4, 7], [9, None], 0)):
+        told = explain(target, [3, 5], found, expected, exact=lambda: target, tie_tolerance=8)
+        assert (told["position"], told["tokens"], told["num_not_compared"]) == (2, tokens, left)
+        assert (told["is_tie"], told["gap"]) == (False, None)
+
+
+def test_a_tie_needs_both_dtypes() -> None:
+    """Where float64 sees a gap, a tie in the run's dtype is an error."""
+    near, far = Target(twin_model(0.0)[0]), Target(twin_model(1e-2)[0])
+    _, often, twin = twin_model(0.0)
+    prompt = some_prompts(1, vocab_size=64)[0].ids
+    text = near.model.generate(torch.tensor([prompt]), max_new_tokens=12)[0, len(prompt) :].tolist()
+    before = text[: text.index(often)]
+    for own, exact, is_tie in ((near, near, True), (near, far, False), (far, near, False)):
+        told = explain(own, prompt, [*before, twin], [*before, often], exact=lambda e=exact: e, tie_tolerance=8)
+        assert told["is_tie"] == is_tie

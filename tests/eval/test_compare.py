@@ -1,0 +1,336 @@
+"""eval/ and recipes/bakeoff.py: what is measured, how it is written down, continued and refused."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+import draftsmith
+from data.prompts import Prompt
+from draftsmith import Target
+from draftsmith.core.drafter import find
+from eval import compare as bakeoff
+from eval.bakeoff import entries
+from eval.bakeoff.measure import Ask, Contender, Tally, measure, own_loop
+from eval.bakeoff.results import PARTIAL, check_output
+from eval.bakeoff.rows import row_of
+from eval.bakeoff.settings import Settings
+from eval.compare import by_category, compare
+from eval.report.table import header, table
+from recipes.bakeoff import RunSettings
+from tests.support.family import built
+from tests.support.models import prompts, tiny_target
+
+KEYS = {
+    *("drafter", "temperature", "batch_size", "tau", "tokens_per_s", "speedup", "identical", "lossless", "draft_ms"),
+    *("verify_ms", "accepted_per_depth", "num_parameters", "artifact_mb", "train_s"),
+}
+SMALL = Settings(rounds=2, max_new_tokens=8, batch_sizes=(1, 2), verifiers=("typical",), forecast_sizes=(1, 4))
+
+
+def some_prompts(number: int = 4) -> list[Prompt]:
+    return [
+        Prompt(ids=ids, loss_mask=None, text="", category=None, key=f"row-{row}", source="test")
+        for row, ids in enumerate(prompts(number))
+    ]
+
+
+def make_artifacts(target: Target, folder: Path) -> list[Path]:
+    """Saves one drafter that says how long it trained and one that does not."""
+    paths = []
+    for name, record in (("medusa", {"train_s": 12.5}), ("lookup", {})):
+        family = find(name)
+        torch.manual_seed(0)
+        draftsmith.save(family.Drafter(family.Config(), target), folder / name, target=target, record=record)
+        paths.append(folder / name)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    folder, target = tmp_path_factory.mktemp("compare"), tiny_target("llama")
+    artifacts = make_artifacts(target, folder / "artifacts")
+    return compare(target, some_prompts(), artifacts, folder / "out", SMALL), folder / "out"
+
+
+def test_rows_are_one_a_contender_temperature_and_batch_size(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    rows, _ = compared
+    greedy = ["plain", "transformers", "medusa", "lookup"]
+    sampled = ["plain", "transformers", "medusa", "medusa (typical)", "lookup", "lookup (typical)"]
+    found = [(row["temperature"], row["batch_size"], row["drafter"]) for row in rows]
+    assert found == [
+        *((0.0, size, name) for size in (1, 2) for name in greedy),
+        *((1.0, size, name) for size in (1, 2) for name in sampled),
+    ]
+    assert all(set(row) >= KEYS for row in rows)
+
+
+def test_rows_say_what_each_contender_is(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    rows, _ = compared
+    for row in rows:
+        is_drafter = row["drafter"] not in ("plain", "transformers")
+        assert row["identical"] is (True if row["temperature"] == 0 else None)
+        assert row["lossless"] is ("typical" not in row["drafter"])
+        assert row["tau"] >= 1
+        assert row["tokens_per_s"] > 0
+        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+        assert (row["draft_ms"] is None) == (row["drafter"] == "transformers")
+        assert bool(row["accepted_per_depth"]) == is_drafter
+        assert all(0 <= share <= 1 for share in row["accepted_per_depth"])
+        assert (row["artifact_mb"] > 0) == is_drafter
+    by_name = {row["drafter"]: row for row in rows}
+    assert by_name["plain"]["speedup"] == by_name["plain"]["speedup_low"] == 1.0
+    assert by_name["medusa"]["num_parameters"] == 4 * (32 * 32 + 32)
+    assert by_name["lookup"]["num_parameters"] == 0
+    assert [by_name[name]["train_s"] for name in ("medusa", "lookup", "plain")] == [12.5, None, 0.0]
+
+
+def test_a_row_says_how_close_its_verifier_comes_to_the_best(tmp_path: Path) -> None:
+    """Of one sibling the token rule is the best there is; a copy of the target is always accepted."""
+    target, family = tiny_target("llama"), find("lm")
+    drafter = family.Drafter(family.Config(model=target.model.config.to_dict(), length="fixed", num_draft=2), target)
+    drafter.model.load_state_dict(target.model.state_dict())
+    draftsmith.save(drafter, tmp_path / "copy", target=target)
+    torch.manual_seed(0)
+    draftsmith.save(family.Drafter(drafter.config, target), tmp_path / "other", target=target)
+    settings = Settings(rounds=1, max_new_tokens=24, batch_sizes=(4,), verifiers=("token",), forecast_sizes=())
+    rows = compare(target, some_prompts(), [tmp_path / "copy", tmp_path / "other"], tmp_path / "out", settings)
+    found = {row["drafter"]: row for row in rows if row["temperature"] == 1}
+    assert found["plain"]["first_optimum"] is found["transformers"]["first_optimum"] is None
+    assert found["copy"]["first_accepted"] == 1 and found["copy"]["first_optimum"] == pytest.approx(1, abs=1e-5)
+    other = found["other (token)"]
+    assert 0.02 < other["first_optimum"] < 0.9
+    assert other["first_accepted"] == pytest.approx(other["first_optimum"], abs=0.2)
+    assert all(row["first_optimum"] is None for row in rows if row["temperature"] == 0)
+    text = (tmp_path / "out" / "bakeoff.md").read_text()
+    assert f"{other['first_accepted']:.2f} of {other['first_optimum']:.2f}" in text and "First, best:" in text
+
+
+def test_a_drafter_that_tunes_its_target_is_compared_with_that_one(tmp_path: Path) -> None:
+    """Its rows are told apart, stand after the tuned target's plain decoding, and are identical to it."""
+    target, family = tiny_target("llama"), find("medusa2")
+    drafter = built(family, family.Config(rank=4, alpha=1.0), target)
+    draftsmith.save(drafter, tmp_path / "tuner", target=target)
+    settings = Settings(
+        rounds=1, max_new_tokens=12, batch_sizes=(2,), verifiers=("typical",), gates=(0.5,), forecast_sizes=()
+    )
+    rows = compare(target, some_prompts(), [tmp_path / "tuner"], tmp_path / "out", settings)
+    greedy = [(row["drafter"], row["tuned"], row["identical"]) for row in rows if row["temperature"] == 0]
+    assert greedy == [
+        ("plain", False, True),
+        ("transformers", False, True),
+        ("tuner (plain)", True, False),
+        ("tuner", True, True),
+        ("tuner (gate 0.5)", True, True),
+    ]
+    text = (tmp_path / "out" / "bakeoff.md").read_text()
+    shown = [line.split("|") for line in text.splitlines() if line.startswith("| tuner")]
+    outputs = [cells[6].strip() for cells in shown if len(cells) > 7]
+    assert outputs[:3] == ["tuned*", "identical*", "identical*"]
+    assert outputs[3:7] == ["tuned*", "same law*", "lossy", "same law*"]
+    assert "*: of the target as its drafter has tuned it" in text
+    assert max(map(len, table(rows, "terminal"))) <= 120
+
+
+def test_files_hold_the_rows(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    rows, folder = compared
+    kinds = ("json", "md", "csv", "png", "texts.json", "html")
+    assert {file.name for file in folder.iterdir()} == {f"bakeoff.{kind}" for kind in kinds}
+    assert json.loads((folder / "bakeoff.json").read_text()) == rows
+    with (folder / "bakeoff.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    for row, texts in zip(rows, read, strict=True):
+        assert set(row) == set(texts)
+        for key, value in row.items():
+            assert texts[key] == value if isinstance(value, str) else json.loads(texts[key] or "null") == value
+
+
+def test_table_in_markdown_and_on_a_terminal(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    rows, folder = compared
+    markdown = (folder / "bakeoff.md").read_text()
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+    measured = [cells for cells in shown if len(cells) == 10 and cells[0] != "drafter" and "-" not in cells[0]]
+    assert [(cells[0], cells[1]) for cells in measured] == [(row["drafter"], f"{row['tau']:.2f}") for row in rows]
+    assert {cells[6] for cells in measured} == {"identical", "same law", "lossy"}
+    lines = [*header(rows, "terminal").splitlines(), *table(rows, "terminal")]
+    assert max(map(len, lines)) <= 120
+
+
+def test_what_is_predicted_stands_beside_what_was_measured(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    rows, folder = compared
+    for row in rows:
+        is_drafter = row["family"] is not None
+        assert (row["predicted_speedup"] is not None) == is_drafter
+        if is_drafter:
+            by_size = {int(size): ratio for size, ratio in row["predicted_by_batch_size"].items()}
+            assert list(by_size) == [1, 2, 4] and min(by_size.values()) > 0
+            if row["batch_size"] == 1:  # one row waits for no other
+                assert row["predicted_speedup"] == pytest.approx(by_size[1])
+            assert row["break_even_batch"] == next((size for size, ratio in by_size.items() if ratio < 1), None)
+    markdown = (folder / "bakeoff.md").read_text()
+    assert "## Predicted speed-up by batch size, batches kept full, temperature 1" in markdown
+    slow = [row["drafter"] for row in rows if row["break_even_batch"] == 1 and row["temperature"] == 0]
+    assert ("At temperature 0 these are predicted to slow you down" in markdown) == bool(slow)
+
+
+def test_categories_are_told_apart_where_prompts_carry_them(tmp_path: Path) -> None:
+    target = tiny_target("llama")
+    named = [
+        replace(prompt, category=category)
+        for prompt, category in zip(
+            some_prompts(7), ["maths", "code", "maths", "code", "maths", "rare", None], strict=True
+        )
+    ]
+    assert {name: len(group) for name, group in by_category(named, 2).items()} == {"maths": 3, "code": 2, "others": 2}
+    assert {name: len(group) for name, group in by_category(named, 3).items()} == {"maths": 3, "others": 4}
+    assert {name: len(group) for name, group in by_category(named, 4).items()} == {"": 7}
+    assert {name: len(group) for name, group in by_category(some_prompts(2), 1).items()} == {"": 2}
+    settings = Settings(rounds=2, max_new_tokens=6, batch_sizes=(1, 4), temperatures=(0.0,), forecast_sizes=())
+    rows = compare(target, named, make_artifacts(target, tmp_path)[1:], tmp_path / "out", settings)
+    (row, whole) = (row for row in rows if row["drafter"] == "lookup")
+    assert set(row["speedup_by_category"]) == {"maths", "code", "rare", "others"} and not whole["speedup_by_category"]
+    assert row["prompts_by_category"] == {"maths": 3, "code": 2, "rare": 1, "others": 1}
+    assert row["tokens_per_s"] > 0 and row["identical"]
+    text = (tmp_path / "out" / "bakeoff.md").read_text()
+    assert "## Speed-up by category (prompts), temperature 0, batch 1" in text and "maths (3)" in text
+
+
+def test_table_shows_slow_downs_and_differing_output(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    row = compared[0][2] | {"speedup": 0.8, "speedup_low": 0.7, "speedup_high": 0.9, "identical": False}
+    line = next(line for line in table([row], "terminal") if line.startswith("medusa"))
+    assert "0.80x slower" in line
+    assert "0.70-0.90" in line
+    assert "DIFFERS" in line
+
+
+def test_picture_is_not_blank(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    pixels = matplotlib.image.imread(compared[1] / "bakeoff.png")[..., :3]
+    assert min(pixels.shape[:2]) > 400
+    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    assert len(colours) > 50
+    assert 0.02 < 1 - counts.max() / counts.sum() < 0.6  # neither an empty page nor a filled one
+
+
+def test_lengths_and_gates_have_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunSettings(
+        batch_sizes="2",
+        rounds=2,
+        max_new_tokens=8,
+        lengths="fixed=1,refit,expected_gain",
+        gates="0.3,0.5",
+        forecast_sizes="",
+    )
+    target = tiny_target("llama")
+    rows = compare(target, some_prompts(), make_artifacts(target, tmp_path), tmp_path / "out", run.comparison())
+    kinds = ("", " (fixed=1)", " (expected_gain)", " (gate 0.3)", " (gate 0.5)")
+    expected = ["plain", "transformers", *(f"{name}{kind}" for name in ("medusa", "lookup") for kind in kinds)]
+    assert [row["drafter"] for row in rows] == expected * 2
+    told = capsys.readouterr().out
+    for name in ("medusa", "lookup"):
+        assert f"{name} (refit) is left out: length 'refit' goes by the draft's confidence" in told
+    for row in rows:
+        assert row["lossless"] and row["identical"] is (True if row["temperature"] == 0 else None)
+        assert row["is_ablation"] is ("(" in row["drafter"])
+        assert "fixed" not in row["drafter"] or len(row["accepted_per_depth"]) == 1
+        assert (row["length"], row["gate"]) == {
+            "fixed=1": ("fixed=1", None),
+            "expected_gain": ("expected_gain", None),
+            "gate 0.3": ("auto", 0.3),
+            "gate 0.5": ("auto", 0.5),
+        }.get(row["drafter"].partition(" (")[2].rstrip(")"), ("auto", None))
+    drafter = draftsmith.load(tmp_path / "medusa", target)
+    own = Contender(name="mine", decode=own_loop(target, drafter))
+    (gated,) = entries._ablations(own, drafter, {}, Settings(gates=(0.999,)))
+    ask = Ask(prompts=prompts(2), temperature=0.0, max_new_tokens=12, seed=0)
+    drafted = [decode(ask).stats.drafted[0] for decode in (gated.contender.decode, own_loop(target, drafter))]
+    assert drafted[0] < drafted[1], "a gate that hardly opens"
+    lines = table(rows, "terminal")
+    sizes = lines[next(at for at, line in enumerate(lines) if "parameters" in line) + 1 :]
+    assert [line.split()[0] for line in sizes[:2]] == ["medusa", "lookup"] and not sizes[2]
+
+
+def test_what_was_measured_is_kept_when_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, output = tiny_target("llama"), tmp_path / "out"
+    artifacts = make_artifacts(target, tmp_path)
+    settings = Settings(rounds=2, max_new_tokens=4, batch_sizes=(1,), forecast_sizes=())
+    calls = 0
+
+    def killed_at_the_third(*args: Any, **options: Any) -> dict[str, Tally]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return measure(*args, **options)
+
+    monkeypatch.setattr(bakeoff, "measure", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        compare(target, some_prompts(), artifacts, output, settings)
+    lines = (output / PARTIAL).read_text().splitlines()
+    assert len(lines) == 3  # what is compared, and two parts
+    (output / PARTIAL).write_text("\n".join([*lines, lines[-1][:50]]))  # a line cut short is passed over
+    rows = compare(target, some_prompts(), artifacts, output, settings)
+    assert calls == 5
+    first = json.loads(lines[1])["tallies"]["medusa"]
+    assert rows[2]["drafter"] == "medusa"
+    assert rows[2]["tau"] == pytest.approx(first["tokens"] / first["steps"])
+    assert not (output / PARTIAL).exists()
+    (output / PARTIAL).write_text("\n".join(lines))
+    compare(target, some_prompts(), artifacts, output, replace(settings, max_new_tokens=5))
+    assert calls == 9  # nothing is taken from a comparison with other settings
+
+
+def test_speed_up_is_the_median_of_ratios_within_rounds() -> None:
+    entry = entries.Entry(contender=Contender(name="mine", decode=own_loop(tiny_target("llama"))), family="lookup")
+    seconds = [(1.0, 0.5), (10.0, 4.0), (2.0, 1.9)]  # the second round ran on a busy machine
+    rounds = [
+        {
+            "plain": Tally(tokens=10, seconds=plain, steps=10),
+            "mine": Tally(tokens=10, seconds=mine, steps=4, draft_ms=8.0, drafted=[4, 2], accepted=[3, 1]),
+        }
+        for plain, mine in seconds
+    ]
+    row = row_of(entry, 0.0, 1, rounds)
+    assert row["speedup"] == 2.0
+    assert (row["speedup_low"], row["speedup_high"]) == (pytest.approx((2 + 2 / 1.9) / 2), 2.25)
+    assert (row["tau"], row["draft_ms"], row["accepted_per_depth"]) == (2.5, 2.0, [0.75, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 0}, "rounds is 0"),
+        ({"temperatures": (-1.0,)}, "temperatures are"),
+        ({"batch_sizes": ()}, "batch sizes are"),
+        ({"verifiers": ("best",)}, "unknown verifier 'best'"),
+        ({"lengths": ("long",)}, "unknown length policy 'long'"),
+        ({"gates": (0.5, 1.5)}, "gates are"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**changes)
+
+
+def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
+    check_output(tmp_path)
+    check_output(tmp_path / "new")
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="holds something else"):
+        check_output(tmp_path)
+    with pytest.raises(ValueError, match="is a file"):
+        check_output(tmp_path / "thesis.txt")
+    (tmp_path / "bakeoff.json").touch()
+    check_output(tmp_path)
+
+
+def test_artifacts_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    names = [tmp_path / "one" / "heads", tmp_path / "two" / "heads", tmp_path / "plain"]
+    assert entries._names(names) == ["one/heads", "two/heads", f"{tmp_path.name}/plain"]
+    with pytest.raises(ValueError, match="two artifacts are called"):
+        entries._names([tmp_path / "heads", tmp_path / "heads"])

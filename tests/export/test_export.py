@@ -1,0 +1,379 @@
+"""Exports for transformers, run for real, and what exports have in common: refusals, launch.json, the command line."""
+
+import ast
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    dynamic_module_utils,
+)
+
+import draftsmith
+from draftsmith import Target, hf
+from draftsmith.cli import main
+from draftsmith.core.drafter import find, names
+from draftsmith.drafters import early_exit, layerskip, lm, lookup
+from draftsmith.export import ENGINES, export, writers
+from draftsmith.export.launch import LAUNCH, read_launch
+from tests.support.family import built
+from tests.support.models import NUM_LAYERS, VOCAB_SIZE, padded, prompts, tiny_model, tiny_tokenizer
+
+NUM_NEW = 12
+ARCHITECTURES = ("llama", "qwen2", "gemma3_text", "gpt2")
+UNSERVED = ("hydra", "kangaroo", "prophet", "merge", "cascade", "staged", "translated", "lookahead", "medusa2")
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny targets, each with a tokenizer, called as their architectures."""
+    root = tmp_path_factory.mktemp("export")
+    for architecture in (*ARCHITECTURES, "t5"):
+        model = tiny_model(architecture)
+        model.generation_config.pad_token_id = 0
+        model.save_pretrained(root / architecture)
+        tiny_tokenizer().save_pretrained(root / architecture)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _no_cache_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def target_of(root: Path, architecture: str = "llama") -> Target:
+    return Target.from_pretrained(str(root / architecture), dtype="float32")
+
+
+def artifact_of(drafter: Any, folder: Path) -> Path:
+    draftsmith.save(drafter, folder, getattr(drafter, "base", drafter.target))
+    return folder
+
+
+def example(family: str, target: Target) -> Any:
+    return built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, target)
+
+
+def copy_of(target: Target, **changes: Any) -> Any:
+    """Returns a draft model that is the target itself, so that all it drafts is accepted."""
+    drafter = lm.Drafter(lm.Config(model=target.model.config.to_dict(), num_draft=4, **changes), target)
+    drafter.model.load_state_dict(target.model.state_dict())
+    return drafter.eval()
+
+
+def generated(model: Any, ids: Any, **settings: Any) -> tuple[list[list[int]], int]:
+    """Returns greedy texts and how often the model was run."""
+    runs: list[int] = []
+    hook = model.register_forward_hook(lambda *_: runs.append(1))
+    ids_BT = torch.as_tensor(ids)
+    given = {"attention_mask": torch.ones_like(ids_BT), "max_new_tokens": NUM_NEW, "do_sample": False} | settings
+    given = {key: value for key, value in given.items() if value is not None}
+    out = model.generate(ids_BT, **given)
+    hook.remove()
+    return out.tolist(), len(runs)
+
+
+def from_folder(out: Path) -> dict[str, Any]:
+    """Returns what `model.generate` is told to run an export, whose code is ours."""
+    return {"custom_generate": str(out), "trust_remote_code": True}
+
+
+# --- Folders for custom_generate -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", names())
+def test_every_family_drafts_inside_transformers(
+    root: Path, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a folder that was moved, for a model that knows nothing of draftsmith; the text is the target's own."""
+    drafter = example(family, target_of(root))
+    out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
+    launch = read_launch(out)
+    shutil.rmtree(tmp_path / "artifact")
+    out = out.rename(tmp_path / "moved")
+    drafters = []
+    decode = hf.generate
+
+    def watch(target: Target, ids: Any, drafter: Any, **settings: Any) -> Any:
+        drafters.append(drafter)
+        return decode(target, ids, drafter, **settings)
+
+    monkeypatch.setattr(hf, "generate", watch)
+    model = AutoModelForCausalLM.from_pretrained(root / "llama")
+    if "custom_generate" not in launch["settings"]:
+        assert family in ("lm", "lookup")
+        return
+    for num_rows, num_new in ((1, 2), (3, 8)):
+        ids, mask = padded(prompts(num_rows), side="left")
+        given = {"attention_mask": mask, "max_new_tokens": num_new}
+        text, _ = generated(model, ids, **given, **from_folder(out))
+        assert text == generated(drafter.target.model, ids, **given)[0]
+    assert [find(family).Drafter] * 2 == [type(drafter) for drafter in drafters]
+    assert drafters[0] is drafters[1], "it stays loaded"
+
+
+def test_sampling_and_the_name_of_an_artifact_pass_through(root: Path, tmp_path: Path) -> None:
+    out = export(
+        artifact_of(example("medusa", target_of(root)), tmp_path / "artifact"), "transformers", tmp_path / "out"
+    )
+    model = AutoModelForCausalLM.from_pretrained(root / "llama")
+    given = from_folder(out) | {"do_sample": True}
+    texts = [generated(model, prompts(1), **given, seed=seed)[0] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    away = (out / "artifact").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="is no local folder with an artifact; name one by artifact=PATH"):
+        generated(model, prompts(1), **given)
+    assert generated(model, prompts(1), **given, seed=1, artifact=str(away))[0] == texts[0]
+    with pytest.raises(ValueError, match="was made for target"):
+        generated(tiny_model("llama", seed=3), prompts(1), **given, artifact=str(away))
+
+
+def test_an_encoder_decoder_is_drafted_for(root: Path, tmp_path: Path) -> None:
+    drafter = lookup.Drafter(lookup.Config(), target_of(root, "t5"))
+    artifact = artifact_of(drafter, tmp_path / "artifact")
+    out = export(artifact, "transformers", tmp_path / "out")
+    model = AutoModelForSeq2SeqLM.from_pretrained(root / "t5")
+    assert generated(model, prompts(1), **from_folder(out))[0] == generated(model, prompts(1))[0]
+    with pytest.raises(ValueError, match="vLLM does not draft for encoder-decoders .* export it --to transformers"):
+        export(artifact, "vllm", tmp_path / "other")
+
+
+# --- Assistants ----------------------------------------------------------------------------------------------------
+
+
+def test_a_draft_model_assists(root: Path, tmp_path: Path) -> None:
+    target = target_of(root)
+    out = export(artifact_of(copy_of(target, length="fixed"), tmp_path / "artifact"), "transformers", tmp_path / "out")
+    assistant = AutoModelForCausalLM.from_pretrained(out)
+    assert assistant.generation_config.num_assistant_tokens == 4
+    assert len(AutoTokenizer.from_pretrained(out)) == VOCAB_SIZE
+    for row in prompts(5):
+        text, num_runs = generated(target.model, [row], assistant_model=assistant)
+        expected, num_plain = generated(target.model, [row])
+        assert text == expected
+        assert num_plain == NUM_NEW and num_runs <= NUM_NEW // 3, "all that was drafted is accepted"
+    other = tiny_model("llama", seed=5)
+    text, num_runs = generated(other, prompts(1), assistant_model=assistant)
+    assert text == generated(other, prompts(1))[0] and num_runs > 3, "and what is not is corrected"
+
+
+def test_the_threshold_of_an_assistant_is_that_of_its_policy(root: Path, tmp_path: Path) -> None:
+    target = target_of(root)
+    for length, threshold in (("fixed", 0.0), ("confidence=0.7", 0.7)):
+        drafter = copy_of(target, length=length)
+        out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
+        assert GenerationConfig.from_pretrained(out).assistant_confidence_threshold == threshold
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("own", [{}, {"own_head": True}], ids=["norm", "norm and head"])
+def test_an_exit_with_a_norm_of_its_own_becomes_a_model(
+    root: Path, tmp_path: Path, architecture: str, own: dict[str, bool]
+) -> None:
+    """It drafts what the drafter does, with the blocks that it needs alone."""
+    target = target_of(root, architecture)
+    drafter = built(early_exit, early_exit.Config(exit_layer=2, num_draft=4, length="fixed", **own), target)
+    out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
+    assistant = AutoModelForCausalLM.from_pretrained(out)
+    assert assistant.config.num_hidden_layers == 2
+    ids_BT = torch.tensor([list(range(3, 20))])
+    drafted = assistant(ids_BT).logits
+    hidden = target.model(ids_BT, output_hidden_states=True).hidden_states[2]
+    assert (drafted - drafter.head(drafter.norm(hidden))).abs().max() < 1e-4
+    assert generated(target.model, prompts(1), assistant_model=assistant)[0] == generated(target.model, prompts(1))[0]
+
+
+def test_an_exit_through_the_targets_own_norm_and_head_is_a_setting(root: Path, tmp_path: Path) -> None:
+    target = target_of(root)
+    drafter = built(early_exit, early_exit.Config(exit_layer=2, own_norm=False, num_draft=4), target)
+    out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
+    settings = GenerationConfig.from_pretrained(out)
+    assert settings.assistant_early_exit == 2 and settings.num_assistant_tokens == 4
+    assert not list(out.glob("*.safetensors"))
+    for row in prompts(3):
+        text, _ = generated(target.model, [row], generation_config=settings)
+        assert text == generated(target.model, [row])[0]
+
+
+def test_a_changed_target_comes_along(root: Path, tmp_path: Path) -> None:
+    """The export holds it as a model of its own, and its early exit drafts for that."""
+    target = target_of(root)
+    config = early_exit.Config(exit_layer=2, own_norm=False, tunes=True, rank=2, alpha=1.0)
+    drafter = built(early_exit, config, target)
+    out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
+    changed = AutoModelForCausalLM.from_pretrained(out / "target")
+    assert read_launch(out)["target"] == str(out / "target")
+    text, _ = generated(changed, prompts(1), generation_config=GenerationConfig.from_pretrained(out))
+    assert text == generated(drafter.target.model, prompts(1))[0] != generated(target.model, prompts(1))[0]
+
+
+def test_lookup_is_a_setting(root: Path, tmp_path: Path) -> None:
+    target = target_of(root)
+    drafter = lookup.Drafter(lookup.Config(num_draft=5, max_ngram=2), target)
+    out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
+    settings = GenerationConfig.from_pretrained(out)
+    assert (settings.prompt_lookup_num_tokens, settings.max_matching_ngram_size) == (5, 2)
+    for row in prompts(3):
+        text, _ = generated(target.model, [row], generation_config=settings)
+        assert text == generated(target.model, [row])[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_whole_blocks_left_out_make_a_model(root: Path, tmp_path: Path, architecture: str) -> None:
+    """It says what the target does once a block is taken out of it by hand."""
+    target = target_of(root, architecture)
+    drafter = layerskip.Drafter(layerskip.Config(attention=(1,), mlp=(1,), num_draft=4), target)
+    out = export(artifact_of(drafter, tmp_path / "artifact"), "vllm", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    left = NUM_LAYERS - 1
+    assert model.config.num_hidden_layers == left
+    stack = target.model.get_decoder()
+    blocks = getattr(stack, "layers", None) or stack.h
+    del blocks[1]
+    config = target.model.config
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[0], config.layer_types[2]]
+        assert model.config.layer_types == config.layer_types
+    config.num_hidden_layers = left
+    ids_BT = torch.tensor([list(range(3, 20))])
+    given = {"use_cache": False}
+    assert (model(ids_BT, **given).logits - target.model(ids_BT, **given).logits).abs().max() < 1e-4
+
+
+# --- What all have in common ---------------------------------------------------------------------------------------
+
+
+def test_tensors_are_plain_and_of_the_targets_type(root: Path, tmp_path: Path) -> None:
+    """Contiguous, in one file that others may read too, in the type that the target is stored in."""
+    half = tiny_model("llama").to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    tiny_tokenizer().save_pretrained(tmp_path / "half")
+    target = Target.from_pretrained(str(tmp_path / "half"), dtype="float32")
+    out = export(artifact_of(copy_of(target), tmp_path / "artifact"), "vllm", tmp_path / "out")
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_launch_says_all_and_its_python_runs(root: Path, tmp_path: Path) -> None:
+    """Every export for transformers prints lines that run as they stand."""
+    target = target_of(root)
+    drafters = [copy_of(target), lookup.Drafter(lookup.Config(), target)]
+    drafters += [example(family, target) for family in ("medusa", "medusa2")]
+    for number, drafter in enumerate(drafters):
+        out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / f"out{number}")
+        launch = read_launch(out)
+        assert launch["artifact"]["target"]["fingerprint"] == target.fingerprint
+        assert launch["artifact"]["command"] and launch["checked_with"] == "transformers 5.23.0"
+        assert not [value for value in launch["settings"].values() if "staging" in str(value)]
+        ast.parse(launch["command"])
+        exec(launch["command"].replace("some text", "w3 w4 w3 w4").replace("=64", "=4"), {})
+
+
+@pytest.mark.parametrize("family", UNSERVED)
+def test_what_no_server_runs_is_refused_by_name(
+    root: Path, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = artifact_of(example(family, target_of(root)), tmp_path / "artifact")
+    monkeypatch.setattr(Target, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    for engine in ENGINES[1:]:
+        with pytest.raises(
+            ValueError, match=f"does not run drafters of family '{family}'; run it with draftsmith"
+        ) as said:
+            export(artifact, engine, tmp_path / "out")
+        assert "\n" not in str(said.value) and "--to transformers as a custom_generate folder" in str(said.value)
+    assert not (tmp_path / "out").exists()
+    assert writers(family).keys() == {"transformers"}
+
+
+def test_what_cannot_be_is_refused_before_weights_load(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = target_of(root)
+    artifacts = {
+        "medusa": example("medusa", target),
+        "blocks": example("early_exit", target),
+        "part": layerskip.Drafter(layerskip.Config(attention=(1,), mlp=(0, 1)), target),
+        "none": layerskip.Drafter(layerskip.Config(online=True), target),
+        "lm": copy_of(target),
+        "t5": lookup.Drafter(lookup.Config(), target_of(root, "t5")),
+    }
+    for name, drafter in artifacts.items():
+        artifact_of(drafter, tmp_path / name)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    monkeypatch.setattr(Target, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    cases = [
+        ("medusa", "vlm", "out", {}, "unknown engine 'vlm'; did you mean 'vllm'?"),
+        ("medusa", "mlx", "out", {}, "there are transformers, vllm, sglang, speculators"),
+        ("medusa", "sglang", "out", {}, "SGLang does not run drafters of family 'medusa'; export it --to vllm, or run"),
+        ("blocks", "vllm", "out", {}, "an exit with blocks of its own or recycling is no prefix of the target"),
+        ("part", "vllm", "out", {}, r"blocks \[0\] are left out in part"),
+        ("none", "sglang", "out", {}, "nothing is left out"),
+        ("lm", "vllm", "my-eagle3-run", {}, "has 'eagle3' in its path"),
+        ("lm", "vllm", "DFlash", {}, "has 'DFlash' in its path"),
+        ("medusa", "vllm", "eagle-1", {}, "has 'eagle-' in its path"),
+        ("lm", "vllm", "taken", {}, "holds something else"),
+        ("lm", "vllm", "lm", {}, "is an artifact; name another folder"),
+        ("lm", "vllm", "out", {"target": str(root / "t5")}, "tokenizer|vocabulary|does not draft for encoder"),
+        ("lm", "vllm", "out", {"target": "nowhere"}, "'nowhere' is no local folder"),
+        ("t5", "sglang", "out", {}, "does not draft for encoder-decoders"),
+        ("nothing", "vllm", "out", {}, "no such folder"),
+    ]
+    for name, engine, out, more, message in cases:
+        with pytest.raises(ValueError, match=message) as said:
+            export(tmp_path / name, engine, tmp_path / out, **more)
+        assert "\n" not in str(said.value)
+    assert (tmp_path / "taken" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*staging*"))
+
+
+def test_an_artifact_of_another_target_is_refused(root: Path, tmp_path: Path) -> None:
+    artifact = artifact_of(copy_of(target_of(root)), tmp_path / "artifact")
+    tiny_model("llama", seed=9).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="was made for target"):
+        export(artifact, "vllm", tmp_path / "out", str(tmp_path / "other"))
+    assert not (tmp_path / "out").exists()
+    shutil.move(root / "llama", root / "gone")
+    try:
+        with pytest.raises(ValueError, match="say where the artifact's target lies with --target"):
+            export(artifact, "vllm", tmp_path / "out")
+        out = export(artifact, "vllm", tmp_path / "out", str(root / "gone"))
+    finally:
+        shutil.move(root / "gone", root / "llama")
+    assert f"vllm serve {root / 'gone'} " in read_launch(out)["command"]
+
+
+def test_a_failed_export_leaves_the_former_one(root: Path, tmp_path: Path) -> None:
+    target = target_of(root)
+    out = export(artifact_of(copy_of(target), tmp_path / "artifact"), "vllm", tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    blocks = artifact_of(example("early_exit", target), tmp_path / "blocks")
+    with pytest.raises(ValueError, match="no prefix of the target"):
+        export(blocks, "vllm", tmp_path / "out")
+    assert before == {file.name: file.read_bytes() for file in out.iterdir()}
+    export(blocks, "transformers", tmp_path / "out")
+    assert {file.name for file in out.iterdir()} == {"artifact", "custom_generate", LAUNCH}
+
+
+def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = artifact_of(copy_of(target_of(root)), tmp_path / "artifact")
+    main(["export", str(artifact), "--to", "vllm", str(tmp_path / "out"), "--target", str(root / "llama")])
+    printed = capsys.readouterr().out
+    assert read_launch(tmp_path / "out")["command"] in printed and "vLLM 0.32.0" in printed
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(artifact), "--to", "sglan", str(tmp_path / "other")])
+    assert stop.value.code == 2 and "did you mean 'sglang'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "--help"])
+    assert stop.value.code == 0 and "--to ENGINE" in capsys.readouterr().out

@@ -1,0 +1,101 @@
+"""Exports for the speculators library, by that library: it reads their settings, has their tensors, says what they say.
+
+./launch.sh serving-test runs it, where that library is installed.
+
+Shape suffixes: N places, D hidden width, E widths of the fused layers together, W draft vocabulary.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import draftsmith
+from draftsmith import Target
+from draftsmith.drafters import eagle3
+from draftsmith.export import export
+from tests.support.models import VOCAB_SIZE, WIDTH, scramble, tiny_model
+
+speculators = pytest.importorskip("speculators")
+
+NUM_LAYERS = 8
+LAYERS = {
+    "usual": {},
+    "full": {"draft_vocab": 0, "fusion_norm": "each", "norm_output": True, "stretch": (8.0, 1.0, 4.0, 16.0)},
+    "own": {"fusion_norm": "whole", "norm_residual": True, "own_embedding": True, "layers": (1, 3, 4, 7)},
+}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    path = tmp_path_factory.mktemp("speculators") / "target"
+    model = tiny_model("llama", num_hidden_layers=NUM_LAYERS)
+    model.save_pretrained(path)
+    return Target.from_pretrained(str(path), dtype="float32")
+
+
+@pytest.fixture(params=LAYERS)
+def pair(request: pytest.FixtureRequest, target: Target, tmp_path: Path) -> tuple[eagle3.Drafter, Path]:
+    """Returns a head with random weights and its export."""
+    shape: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_width": 8, "inner_width": 24, "theta": 5e3}
+    settings = {"layers": (2, 4, 5), "draft_vocab": 40} | shape | LAYERS[request.param]
+    drafter = eagle3.Drafter(eagle3.Config(**settings), target)
+    scramble(drafter, seed=1)
+    drafter.set_vocabulary(torch.arange(len(drafter.d2t)) * VOCAB_SIZE // len(drafter.d2t))
+    draftsmith.save(drafter.eval(), tmp_path / "artifact", target)
+    return drafter, export(tmp_path / "artifact", "speculators", tmp_path / "out")
+
+
+def test_its_configuration_is_read(pair: tuple[eagle3.Drafter, Path], target: Target) -> None:
+    """Every setting has the value written, and nothing written is left over."""
+    drafter, out = pair
+    ours = drafter.config
+    read = speculators.SpeculatorModelConfig.from_pretrained(out)
+    assert type(read).__name__ == "Eagle3SpeculatorConfig"
+    assert read.eagle_aux_hidden_state_layer_ids == list(ours.layers)
+    assert read.draft_vocab_size == len(drafter.d2t) and read.target_vocab_size == VOCAB_SIZE
+    assert read.norm_before_residual == ours.norm_residual and read.norm_output == ours.norm_output
+    assert (read.norm_before_fc, read.fc_norm) == (ours.fusion_norm == "whole", ours.fusion_norm == "each")
+    assert read.speculators_config.verifier.name_or_path == target.name
+    assert read.speculators_config.proposal_methods[0].speculative_tokens == ours.num_draft
+    inner = read.transformer_layer_config
+    assert inner.rope_parameters["rope_theta"] == 5e3 and inner.rms_norm_eps == ours.eps
+    written = json.loads((out / "config.json").read_text())
+    assert not written.keys() - read.to_dict().keys()
+    assert not written["transformer_layer_config"].keys() - inner.to_dict().keys()
+
+
+def test_its_model_has_the_same_tensors(pair: tuple[eagle3.Drafter, Path]) -> None:
+    _, out = pair
+    config = speculators.SpeculatorModelConfig.from_pretrained(out)
+    config.speculators_config.verifier.name_or_path = None
+    kind = speculators.SpeculatorModel.registered_model_class_from_config(config)
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        written = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    expected = {name: tuple(tensor.shape) for name, tensor in kind(config).state_dict().items()}
+    assert written == {name: shape for name, shape in expected.items() if name not in kind._keys_to_ignore_on_save}
+
+
+@torch.no_grad()
+def test_it_says_the_same(pair: tuple[eagle3.Drafter, Path], target: Target) -> None:
+    """Loaded with its verifier, its forward over a text gives the drafter's logits."""
+    drafter, out = pair
+    config = speculators.SpeculatorModelConfig.from_pretrained(out)
+    config.transformer_layer_config._attn_implementation = "eager"
+    model = speculators.SpeculatorModel.from_pretrained(out, config=config).eval()
+    said: list[Tensor] = []
+    model.lm_head.register_forward_hook(lambda _, __, logits: said.append(logits))
+    generator = torch.Generator().manual_seed(0)
+    num_places = 12
+    joined_1NE = torch.randn(1, num_places, WIDTH * len(drafter.config.layers), generator=generator)
+    tokens_1N = torch.randint(VOCAB_SIZE, (1, num_places), generator=generator)
+    model(joined_1NE, tokens_1N, torch.zeros(1, num_places, dtype=torch.long), ttt_steps=1)
+    positions_1N = torch.arange(num_places)[None]
+    features_1ND = drafter.fuse(joined_1NE)
+    _, normed_1ND = drafter(tokens_1N, features_1ND, lambda x_1NE: drafter.attention(x_1NE, positions_1N))
+    logits_1NW = drafter.head(normed_1ND)
+    assert (said[0] - logits_1NW).abs().max() < 1e-4 * logits_1NW.abs().max()

@@ -1,0 +1,193 @@
+"""The gate: when it shuts and opens, that shut rows draft nothing, and that neither output nor law changes.
+
+Shape suffixes: B rows, N nodes, V vocabulary.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+import draftsmith
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.sampling import Sampling
+from draftsmith.core.tree import Draft, Tree, chain
+from draftsmith.drafters import lookup, medusa
+from draftsmith.length.target_confidence import Gated
+from draftsmith.verify import choose
+from tests import test_generate
+from tests.support.distributions import check_law, law_target
+from tests.support.family import Watched, built, texts
+from tests.support.models import greedy_by_transformers, padded, prompts, tiny_target
+from tests.test_sampled_distribution import TREE, drafter_of
+
+NUM_NEW = 20
+NUM_SAMPLES = 5_000
+
+
+class Once:
+    """Proposes the draft that it was given, and counts."""
+
+    config, target, hidden_layers = None, None, ()
+
+    def __init__(self, draft: Draft) -> None:
+        self.draft, self.num_proposed, self.num_observed = draft, 0, 0
+
+    def start(self, session: Session) -> None:
+        """Nothing depends on it."""
+
+    def propose(self, budget: int) -> Draft:
+        self.num_proposed += 1
+        return self.draft
+
+    def observe(self, step: Step) -> None:
+        self.num_observed += 1
+
+
+def begun(draft: Draft, threshold: float = 0.5) -> tuple[Any, Once]:
+    inner = Once(draft)
+    drafter = Gated(inner, threshold)  # type: ignore[arg-type]
+    rows = [[5]] * len(draft.tokens_BN)
+    given: dict[str, Any] = {"cache": None, "sampling": Sampling(), "generator": torch.Generator()}
+    drafter.start(Session(target=tiny_target("llama"), rows=rows, **given))
+    return drafter, inner
+
+
+def step(drafter: Any, *rows: list[tuple[int, float]], is_finished: bool = False) -> list[int]:
+    """Makes a step whose target prefers, at each node of each row, a token with a probability; returns nodes in use.
+
+    A node not told of takes token 3 for certain. The other tokens of eight share what is left.
+    """
+    draft = drafter.propose(9)
+    laws_BNV = torch.zeros(len(rows), draft.tree.num_nodes, 8)
+    laws_BNV[..., 3] = 1
+    for row, wanted in enumerate(rows):
+        for node, (token, probability) in enumerate(wanted[: draft.tree.num_nodes]):
+            laws_BNV[row, node] = (1 - probability) / 7
+            laws_BNV[row, node, token] = probability
+    logits_BNV = laws_BNV.log() + 3.0
+    verdict = choose("greedy", Sampling(), draft).verify(logits_BNV, draft, logits_BNV)
+    counts = verdict.num_accepted_B.tolist()
+    paths = [[] if is_finished else verdict.path_BP[row, : count + 1].tolist() for row, count in enumerate(counts)]
+    drafter.observe(Step(draft=draft, logits_BNV=logits_BNV, hidden={}, verdict=verdict, paths=paths, cost_ms=1.0))
+    return draft.num_nodes or [draft.tree.num_nodes] * len(rows)
+
+
+def test_by_hand() -> None:
+    """One row that drafts tokens 1 and 2: what the target takes instead, and how sure it is of it."""
+    drafter, inner = begun(Draft(tokens_BN=torch.tensor([[5, 1, 2]]), tree=chain(3)))
+    assert step(drafter, [(1, 0.9), (2, 0.4), (7, 0.3)]) == [3]  # all is right; the bonus token is no correction
+    assert step(drafter, [(7, 0.6)]) == [3]  # a correction that the target is sure of
+    assert step(drafter, [(1, 0.9), (7, 0.4)]) == [3]  # one that it is not
+    assert step(drafter, [(1, 0.3)]) == [1]  # alone, still in doubt, whatever it would have drafted
+    assert step(drafter, [(4, 0.49)]) == [1]
+    assert step(drafter, [(4, 0.501)]) == [1]  # back at the threshold
+    assert step(drafter, [(1, 0.2), (2, 0.2), (3, 0.2)]) == [3]
+    assert step(drafter, [(7, 0.499)]) == [3]
+    assert step(drafter, [(7, 0.499)]) == [1]
+    assert (inner.num_proposed, inner.num_observed) == (5, 9), "what is not drafted is not asked for, but told of"
+
+
+def test_each_row_has_a_gate_of_its_own() -> None:
+    drafter, inner = begun(Draft(tokens_BN=torch.tensor([[5, 1], [5, 1]]), tree=chain(2), num_nodes=[2, 2]))
+    assert step(drafter, [(7, 0.3)], [(1, 0.3), (4, 0.3)]) == [2, 2]
+    assert step(drafter, [(1, 0.3)], [(7, 0.3)]) == [1, 2]
+    assert step(drafter, [(7, 0.9)], [(7, 0.1)]) == [1, 1]
+    assert inner.num_proposed == 2, "with all shut the drafter rests"
+    assert step(drafter, [(1, 0.9)], [(7, 0.9)]) == [2, 1]
+    assert step(drafter, [(1, 0.9)], [(1, 0.9)], is_finished=True) == [2, 2]
+    assert step(drafter, [(1, 0.9)], [(1, 0.9)]) == [1, 1], "finished rows need no draft"
+
+
+def test_a_row_that_drafted_nothing_had_nothing_corrected() -> None:
+    draft = {"tokens_BN": torch.tensor([[5, 1], [5, 1]]), "tree": chain(2)}
+    drafter, inner = begun(Draft(**draft, num_nodes=[1, 2]))
+    assert step(drafter, [(7, 0.3)], [(7, 0.3)]) == [1, 2]
+    inner.draft = Draft(**draft)
+    assert step(drafter, [(1, 0.9)], [(7, 0.3)]) == [2, 1]
+
+
+def test_a_leaf_of_a_tree_is_followed_by_no_correction() -> None:
+    tree = Tree.from_parents([[-1, 0, 0, 1]])
+    drafter, _ = begun(Draft(tokens_BN=torch.tensor([[5, 1, 2, 6]]), tree=tree))
+    assert step(drafter, [(2, 0.9), (0, 0.9), (7, 0.1)]) == [4]  # node 2, a leaf above the deepest
+    assert step(drafter, [(1, 0.9), (7, 0.1)]) == [4]  # node 1, whose child is rejected
+    assert step(drafter, [(7, 0.1)]) == [1]
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5])
+def test_it_does_as_the_targets_own_law_says(threshold: float) -> None:
+    """With drafts that are always wrong, which steps draft follows from the probabilities along the greedy text."""
+    target, expected = tiny_target("llama"), greedy_by_transformers("llama", 5, NUM_NEW)
+    ids, mask = padded(prompts(5))
+    watched = Watched(Gated(test_generate.Scripted(target, expected, trees=False, wrong_every=1), threshold))
+    drafts, propose = [], watched.propose
+
+    def propose_and_note(budget: int) -> Draft:
+        draft = propose(budget)
+        drafts.append([used > 1 for used in draft.num_nodes or [draft.tree.num_nodes] * 5])
+        return draft
+
+    watched.propose = propose_and_note  # type: ignore[method-assign]
+    out = draftsmith.generate(target, ids, watched, attention_mask=mask, max_new_tokens=NUM_NEW)
+    assert texts(out) == expected
+    for row, text in enumerate(expected):
+        law_TV = target.model(torch.tensor([text])).logits[0].softmax(-1)
+        is_shut = False
+        for number in range(NUM_NEW - 1):
+            assert drafts[number][row] == (not is_shut)
+            place = len(text) - NUM_NEW + number
+            is_shut = bool(law_TV[place - 1, text[place]] < threshold)
+    assert {flag for flags in drafts for flag in flags} == {False, True}
+
+
+@pytest.mark.parametrize("name", ["copy", "lm", "medusa", "lookup"])
+@pytest.mark.parametrize("length", ["auto", "heuristic"])
+def test_greedy_output_is_the_targets(name: str, length: str) -> None:
+    target = tiny_target("llama")
+    gated = Watched(Gated(test_generate.drafter_of(name, "llama"), 0.4))
+    bare = Watched(test_generate.drafter_of(name, "llama"))
+    for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
+        for drafter in (gated, bare):
+            out = test_generate.run(target, num_rows, drafter, side=side, length=length)
+            assert texts(out) == greedy_by_transformers("llama", num_rows, NUM_NEW)
+    assert 0 < gated.num_drafted < bare.num_drafted, "it must have been shut now and then"
+
+
+class Noted(Gated):
+    """Counts the running rows that it shuts."""
+
+    num_shut = 0
+
+    def observe(self, step: Step) -> None:
+        super().observe(step)
+        self.num_shut += sum(shut and len(path) > 0 for shut, path in zip(self._is_shut, step.paths, strict=True))
+
+
+@pytest.mark.parametrize(("name", "settings"), [("lm", {}), ("lm", {"top_k": 5}), ("lookup", {}), ("medusa", {})])
+def test_sampled_text_follows_the_law(name: str, settings: dict[str, Any]) -> None:
+    inner: Any = lookup.Drafter(lookup.Config(), law_target()) if name == "lookup" else drafter_of(name)
+    if name == "medusa":
+        inner = built(medusa, medusa.Config(num_heads=3, tree=TREE), law_target())
+    gated = Noted(inner, 0.4)
+    watched = Watched(gated)
+    check_law(watched, law_target(), num_samples=NUM_SAMPLES, **settings)
+    assert watched.num_drafted > 0 and gated.num_shut > NUM_SAMPLES / 10
+
+
+def test_confidence_is_taken_before_temperature() -> None:
+    """At temperature 0 the law is one-hot and never in doubt; the gate must not go by it."""
+    drafted = []
+    for temperature in (0.0, 0.05):
+        watched = Watched(Gated(test_generate.drafter_of("copy", "llama"), 0.999))
+        test_generate.run(tiny_target("llama"), 5, watched, temperature=temperature, seed=0)
+        bare = Watched(test_generate.drafter_of("copy", "llama"))
+        test_generate.run(tiny_target("llama"), 5, bare, temperature=temperature, seed=0)
+        drafted.append(watched.num_drafted / bare.num_drafted)
+    assert max(drafted) < 0.9
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, float("nan")])
+def test_a_threshold_that_is_none_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match="it must lie between 0 and 1"):
+        Gated(test_generate.drafter_of("lookup", "llama"), threshold)

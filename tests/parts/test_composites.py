@@ -1,0 +1,231 @@
+"""Parts of compositions: each sees what is its own, and copes with drafts that it did not propose."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import draftsmith
+from draftsmith.core.drafter import Session, Step, find
+from draftsmith.core.tree import Draft
+from draftsmith.drafters import eagle3, early_exit, hydra, kangaroo, layerskip, lm, lookup, medusa, medusa2, prophet
+from draftsmith.length.controller import Paced
+from draftsmith.length.policies import ExpectedGain
+from draftsmith.parts import composites
+from draftsmith.parts.composites import Part
+from tests.support.family import Watched, built, texts
+from tests.support.models import greedy_by_transformers, padded, prompts, tiny_config, tiny_target
+from tests.test_generate import Scripted
+
+TARGET = tiny_target("llama")
+NUM_NEW = 24
+SMALL = tiny_config("llama", num_hidden_layers=1).to_dict()
+HEAD = {"layers": (1, 2), "num_heads": 4, "num_kv_heads": 2, "head_width": 8, "inner_width": 48, "num_draft": 3}
+DRAFTERS: dict[str, tuple[Any, Any]] = {
+    "lm chains": (lm, lm.Config(model=SMALL, num_draft=4, length="fixed")),
+    "lm fixed tree": (lm, lm.Config(model=SMALL, tree=((0,), (1,), (0, 0), (1, 0)))),
+    "lm growing trees": (lm, lm.Config(model=SMALL, num_draft=3, width=2, num_nodes=6)),
+    "medusa": (medusa, medusa.Config(num_heads=3, tree=((0,), (1,), (0, 0)))),
+    "hydra": (hydra, hydra.Config(prefix_heads=4, prefix_width=48)),
+    "eagle3 chains": (eagle3, eagle3.Config(**HEAD, width=0)),
+    "eagle3 trees": (eagle3, eagle3.Config(**HEAD, width=2, num_nodes=5)),
+    "kangaroo": (kangaroo, kangaroo.Config(exit_layer=2, num_draft=4, length="fixed")),
+    "kangaroo trees": (kangaroo, kangaroo.Config(exit_layer=2, num_draft=3, width=2, num_nodes=6)),
+    "early exit": (early_exit, early_exit.Config(exit_layer=1, num_blocks=2, num_draft=4, length="fixed")),
+    "layerskip": (layerskip, layerskip.Config(attention=(1,), mlp=(0,), num_draft=4, length="fixed")),
+    "lookup": (lookup, lookup.Config()),
+    "prophet": (prophet, prophet.Config(num_layers=1, num_draft=4, length="fixed")),
+}
+
+
+class Interrupted:
+    """Asks its drafter in two steps of three; what is verified in two of three is another draft.
+
+    Its drafter's drafts must be what a drafter begun anew on the same text drafts.
+    """
+
+    def __init__(self, name: str, expected: list[list[int]], *, trees: bool) -> None:
+        family, config = DRAFTERS[name]
+        self.part, self.fresh = (Watched(built(family, config, TARGET)) for _ in range(2))
+        self.other = Scripted(TARGET, expected, trees=trees, wrong_every=5)
+        self.config, self.target = None, TARGET
+        self.hidden_layers = tuple(sorted({*self.part.hidden_layers, *self.other.hidden_layers}))
+        self.num_steps = self.num_compared = 0
+
+    def start(self, session: Session) -> None:
+        self.session = session
+        self.other.start(session)
+        self.part.start(dataclasses.replace(session, hidden=own(self.part, session.hidden)))
+
+    def propose(self, budget: int) -> Draft:
+        self.num_steps += 1
+        if self.num_steps % 3 == 0:
+            return self.other.propose(budget)
+        draft, running = self.part.propose(budget), [len(row) for row in self.session.rows]
+        expected = self.drafted_anew(budget)
+        for row in range(len(running)):
+            # A finished row's draft is nobody's concern; these end together.
+            assert nodes(draft, row) == nodes(expected, row), (self.num_steps, row)
+        self.num_compared += 1
+        return draft if self.num_steps % 3 == 1 else self.other.propose(budget)
+
+    def observe(self, step: Step) -> None:
+        self.part.observe(dataclasses.replace(step, hidden=own(self.part, step.hidden)))
+
+    def drafted_anew(self, budget: int) -> Draft:
+        rows = [list(row) for row in self.session.rows]
+        cache = TARGET.new_cache(len(rows))
+        hidden = TARGET.prefill([row[:-1] for row in rows], cache, layers=self.fresh.hidden_layers)
+        self.fresh.start(dataclasses.replace(self.session, rows=rows, cache=cache, hidden=hidden))
+        return self.fresh.propose(budget)
+
+
+def own(drafter: Any, hidden: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    return {layer: states for layer, states in hidden.items() if layer in drafter.hidden_layers}
+
+
+def nodes(draft: Draft, row: int) -> list[tuple[int, int]]:
+    """Returns each node's token and parent."""
+    used = draft.num_nodes[row] if draft.num_nodes else draft.tree.num_nodes
+    parents = draft.tree.parents_RN[row % len(draft.tree.parents_RN)].tolist()
+    return list(zip(draft.tokens_BN[row].tolist(), parents, strict=True))[:used]
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_drafts_after_other_drafters_drafts_are_those_of_a_drafter_begun_anew(name: str) -> None:
+    """Ragged rows of at least two tokens: of one token there is no hidden state to begin with."""
+    rows = [row for row in prompts(5) if len(row) > 1]
+    ids, mask = padded(rows)
+    whole = greedy_by_transformers("llama", 5, NUM_NEW)
+    expected = [text for text, row in zip(whole, prompts(5), strict=True) if len(row) > 1]
+    for trees in (False, True):
+        drafter = Interrupted(name, expected, trees=trees)
+        out = draftsmith.generate(TARGET, ids, drafter, attention_mask=mask, max_new_tokens=NUM_NEW)
+        assert texts(out) == expected
+        assert drafter.num_compared > 3
+
+
+def test_a_draft_model_that_is_told_to_forget_drafts_as_one_begun_anew() -> None:
+    rows = [list(range(3, 12)), [5, 6, 7, 5, 6]]
+    family, config = DRAFTERS["lm chains"]
+    ours, fresh = built(family, config, TARGET), built(family, config, TARGET)
+    given: Any = {"target": TARGET, "cache": None, "generator": torch.Generator()}
+    given["sampling"] = draftsmith.sampling.Sampling()
+    ours.start(Session(rows=rows, **given))
+    ours.propose(4)
+    for row, ids in zip(rows, ([20, 21], [22, 23, 24]), strict=True):
+        del row[3:]
+        row += ids
+    ours.rewind([3, 3])
+    fresh.start(Session(rows=rows, **given))
+    assert torch.equal(ours.propose(4).tokens_BN, fresh.propose(4).tokens_BN)
+
+
+def test_a_policy_learns_of_its_own_drafts_alone() -> None:
+    """A plain step tells what it costs; of another drafter's draft nothing can be learnt."""
+    policy, told = ExpectedGain(), []
+    policy.learn = lambda outcomes, depth, cost_ms: told.append((len(outcomes), depth))  # type: ignore
+    drafter = Paced(built(medusa, DRAFTERS["medusa"][1], TARGET), policy, is_asking=False)
+    other = Scripted(TARGET, greedy_by_transformers("llama", 1, NUM_NEW), trees=False)
+    turns = Turns([drafter, other])
+    draftsmith.generate(TARGET, torch.tensor(prompts(1)), turns, max_new_tokens=NUM_NEW)
+    own_steps = [turn for turn in turns.verified if turn == 0]
+    assert len(told) == len(own_steps) < len(turns.verified)
+
+
+class Turns:
+    """Drafters that propose in turn, all of them told of every step."""
+
+    config = None
+
+    def __init__(self, drafters: list[Any]) -> None:
+        self.drafters, self.target = drafters, TARGET
+        self.hidden_layers = tuple(sorted({layer for one in drafters for layer in one.hidden_layers}))
+        self.verified: list[int] = []
+        self.num_steps = 0
+
+    def start(self, session: Session) -> None:
+        for one in self.drafters:
+            one.start(dataclasses.replace(session, hidden=own(one, session.hidden)))
+
+    def propose(self, budget: int) -> Draft:
+        self.num_steps += 1
+        drafts = [one.propose(budget) for one in self.drafters]
+        self.turn = self.num_steps % len(drafts)
+        return drafts[self.turn]
+
+    def observe(self, step: Step) -> None:
+        if step.draft.tree.depth > 0:
+            self.verified.append(self.turn)
+        for one in self.drafters:
+            one.observe(dataclasses.replace(step, hidden=own(one, step.hidden)))
+
+
+def two(**changes: Any) -> tuple[dict[str, Any], ...]:
+    """Returns the names of a look-up and heads."""
+    heads = medusa.Config(num_heads=3, tree=((0,), (1,), (0, 0)))
+    given = [("lookup", lookup.Config()), ("medusa", dataclasses.replace(heads, **changes))]
+    return tuple({"family": name, "config": json.loads(json.dumps(dataclasses.asdict(one)))} for name, one in given)
+
+
+def test_parts_are_made_by_name_and_named_again() -> None:
+    for name in two():
+        part = composites.made(name, TARGET)
+        assert part.name == name["family"] and composites.named(part.drafter) == name
+    with pytest.raises(ValueError, match=r"part medusa: unknown setting 'num_hads'; did you mean 'num_heads'\?"):
+        composites.made({"family": "medusa", "config": {"num_hads": 2}}, TARGET)
+    with pytest.raises(ValueError, match="unknown drafter family 'medus'"):
+        composites.made({"family": "medus", "config": {}}, TARGET)
+
+
+def test_a_part_that_has_tuned_its_target_is_refused() -> None:
+    name = {"family": "medusa2", "config": json.loads(json.dumps(dataclasses.asdict(medusa2.Config(rank=2))))}
+    with pytest.raises(ValueError, match="medusa2 has tuned its target, and parts draft for one that stays as it is"):
+        composites.made(name, TARGET)
+
+
+@pytest.mark.parametrize("family", ["cascade", "merge", "staged"])
+def test_an_artifact_of_parts_holds_theirs_whole_or_is_refused(family: str, tmp_path: Path) -> None:
+    """Each part's own manifest is kept, and the part checked as any artifact is."""
+    module = find(family)
+    heads = built(medusa, DRAFTERS["medusa"][1], TARGET)
+    model = built(lm, DRAFTERS["lm chains"][1], TARGET)
+    first = model if family == "staged" else heads
+    draftsmith.save(first, tmp_path / "first", TARGET, record={"train_s": 12.5, "command": "as it was made"})
+    small = lookup.Drafter(lookup.Config(), model.engine if family == "staged" else TARGET)
+    loaded = composites.load(tmp_path / "first", TARGET)
+    second = Part(lookup.Drafter(lookup.Config(), loaded.drafter.engine) if family == "staged" else small)
+    config = module.Config(parts=(composites.named(first), composites.named(small)))
+    path = tmp_path / "whole"
+    draftsmith.save(module.Drafter(config, TARGET, [loaded, second]), path, TARGET)
+    kept = json.loads((path / "drafters" / "0" / "draft_config.json").read_text())
+    assert (kept["train_s"], kept["command"]) == (12.5, "as it was made")
+    assert not (path / "model.safetensors").exists(), "weights are kept once, with their part"
+    again = draftsmith.load(path, TARGET)
+    assert sum(one.numel() for one in again.parameters()) == sum(one.numel() for one in first.parameters())
+    weights = path / "drafters" / "0" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="drafters/0/model.safetensors is truncated"):
+        draftsmith.load(path, TARGET)
+    weights.write_bytes(whole)
+    manifest = path / "drafters" / "1" / "draft_config.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"max_ngram": 3', '"max_ngram": 2'))
+    with pytest.raises(ValueError, match="drafters/1 holds another drafter than .* names; make it again"):
+        draftsmith.load(path, TARGET)
+    found = json.loads(text)
+    found["target"]["fingerprint"] = "0" * 32
+    manifest.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="drafters/1 was made for target"):
+        draftsmith.load(path, TARGET)
+
+
+def test_names_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 part\(s\) named; there must be at least 2"):
+        composites.check(two()[:1])
+    with pytest.raises(ValueError, match="part 1 is {'family': 'lookup'}; it must be"):
+        composites.check((two()[0], {"family": "lookup"}))

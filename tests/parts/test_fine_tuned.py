@@ -1,0 +1,54 @@
+"""Tuned targets: changed where they are told to be, and the very weights of the user's model elsewhere."""
+
+import pytest
+import torch
+
+import draftsmith
+from draftsmith.drafters import lookup
+from draftsmith.parts.self_drafting.fine_tuned import tuned
+from tests.support.family import texts
+from tests.support.models import CAUSAL, greedy_by_transformers, prompts, tiny_model, tiny_target
+
+
+def names(target: draftsmith.Target) -> list[str]:
+    """Returns the target's matrices in its last block."""
+    return [name for name, weight in target.model.named_parameters() if weight.ndim == 2 and ".2." in name]
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_a_tuned_target_is_the_model_with_those_weights(architecture: str) -> None:
+    target = tiny_target(architecture)
+    before = {name: weight.clone() for name, weight in target.model.state_dict().items()}
+    changes = {name: 0.5 * before[name] for name in names(target)}
+    found, expected = tuned(target, changes), tiny_model(architecture)
+    assert changes
+    with torch.no_grad():
+        for name, weight in changes.items():
+            expected.get_parameter(name).copy_(weight)
+        ids = torch.tensor(prompts(1))
+        assert torch.equal(found.model(ids).logits, expected(ids).logits)
+        assert not torch.equal(found.model(ids).logits, target.model(ids).logits)
+    own = dict(found.model.named_parameters())
+    for name, weight in target.model.named_parameters():
+        assert (own[name] is weight) == (name not in changes)
+        assert torch.equal(weight, before[name])
+
+
+def test_nothing_is_decoded_for_one_with_a_drafter_of_the_other() -> None:
+    target = tiny_target("llama")
+    own = tuned(target, {name: torch.zeros_like(target.model.get_parameter(name)) for name in names(target)})
+    ids = torch.tensor(prompts(1))
+    drafter = lookup.Drafter(lookup.Config(), own)
+    with pytest.raises(ValueError, match=r"drafts for another Target object.*drafter\.target"):
+        draftsmith.generate(target, ids, drafter, max_new_tokens=20)
+    out = draftsmith.generate(own, ids, drafter, max_new_tokens=20)
+    plain = draftsmith.generate(own, ids, max_new_tokens=20)
+    assert texts(out) == texts(plain) != greedy_by_transformers("llama", 1, 20)
+
+
+def test_weights_that_are_not_the_models_are_refused() -> None:
+    target = tiny_target("llama")
+    with pytest.raises(ValueError, match="has no parameter 'nowhere' to be tuned"):
+        tuned(target, {"nowhere": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"is \(64, 32\) in"):
+        tuned(target, {"lm_head.weight": torch.zeros(2, 2)})

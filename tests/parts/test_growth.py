@@ -1,0 +1,154 @@
+"""Trees of a draft model: their shapes, the laws of their siblings, and the target's law at the end of it all.
+
+Shape suffixes: B rows, F parents, C children, N nodes, V vocabulary.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import draftsmith
+from draftsmith.core.tree import Draft
+from draftsmith.drafters import lm
+from draftsmith.drafters.lm import Config, Drafter
+from draftsmith.parts import growth
+from tests.support.distributions import FALSE_ALARM, check_law, law_target, p_value
+from tests.support.family import Watched, built, texts
+from tests.support.models import greedy_by_transformers, padded, prompts, tiny_config, tiny_target
+
+TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
+PAIR = ((0,), (1,), (0, 0), (1, 0), (0, 0, 0), (1, 0, 0))
+SHAPES: dict[str, dict[str, Any]] = {
+    "without replacement": {"tree": TREE},
+    "independent": {"tree": TREE, "siblings": "independent"},
+    "independent paths": {"tree": PAIR, "siblings": "independent"},
+    "top and drawn": {"tree": TREE, "siblings": "top_and_drawn"},
+    "grown": {"width": 3, "num_nodes": 7, "num_draft": 3},
+}
+RULES = [
+    ("without replacement", "recursive"),
+    ("independent", "recursive"),
+    ("independent", "kseq"),
+    ("independent paths", "kseq"),
+    ("independent paths", "multipath"),
+]
+
+
+def small(vocab_size: int, **changes: Any) -> Config:
+    model = tiny_config("llama", vocab_size=vocab_size, num_hidden_layers=1).to_dict()
+    return Config(model=model, **{"num_draft": 3, "length": "fixed"} | changes)
+
+
+def drafter_for_law(**changes: Any) -> Drafter:
+    return built(lm, small(law_target().vocab_size, **changes), law_target())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_greedy_output_is_transformers_own(architecture: str, shape: str) -> None:
+    target = tiny_target(architecture)
+    for num_rows, side in ((1, "right"), (5, "left")):
+        ids, mask = padded(prompts(num_rows), side=side)
+        watched = Watched(built(lm, small(target.vocab_size, **SHAPES[shape]), target))
+        out = draftsmith.generate(target, ids, watched, attention_mask=mask, max_new_tokens=20)
+        assert texts(out) == greedy_by_transformers(architecture, num_rows, 20)
+        assert watched.num_drafted > 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.7, "temperature": 0.8}])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sampled_text_follows_the_law(shape: str, settings: dict[str, Any]) -> None:
+    """With top-k 3 a node has fewer tokens to give than the tree has places for children and cousins."""
+    check_law(drafter_for_law(**SHAPES[shape]), law_target(), num_samples=5_000, **settings)
+
+
+@pytest.mark.parametrize(("shape", "verifier"), RULES)
+def test_and_so_it_does_by_other_rules(shape: str, verifier: str) -> None:
+    drafter = drafter_for_law(**SHAPES[shape])
+    check_law(drafter, law_target(), num_samples=5_000, verifier=verifier, seed=2)
+    check_law(drafter, law_target(), num_samples=3_000, verifier=verifier, seed=2, top_k=3)
+
+
+def test_a_copy_of_the_target_has_its_first_path_accepted() -> None:
+    """The draft model sees each node's own ancestors, whatever stands beside them."""
+    target = tiny_target("llama")
+    for shape, num_levels in (("without replacement", 3), ("grown", 1)):
+        config = Config(model=target.model.config.to_dict(), **{"num_draft": 3, "length": "fixed"} | SHAPES[shape])
+        drafter = Drafter(config, target)
+        drafter.model.load_state_dict(target.model.state_dict())
+        ids, mask = padded(prompts(5))
+        out = draftsmith.generate(target, ids, drafter.eval(), attention_mask=mask, max_new_tokens=20)
+        assert out.stats.accepted_per_depth[:num_levels] == [1] * num_levels
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_siblings_without_replacement_follow_the_law_of_drawing_in_turn(count: int) -> None:
+    law_V = torch.tensor([0.5, 0.3, 0.2, 0.0]).double()
+    num_drawn, generator = 20_000, torch.Generator().manual_seed(0)
+    drawn_BFC = growth.draw_siblings(law_V.expand(num_drawn, 1, 4), count, "without_replacement", generator)
+    expected, counts = [], []
+    for tokens in itertools.permutations(range(4), count):
+        left = [1 - sum(law_V[list(tokens[:at])].tolist()) for at in range(count)]
+        expected.append(math.prod(float(law_V[one]) / rest for one, rest in zip(tokens, left, strict=True)))
+        counts.append(int((drawn_BFC[:, 0] == torch.tensor(tokens)).all(1).sum()))
+    assert p_value(torch.tensor(counts).double(), torch.tensor(expected).double()) > FALSE_ALARM
+
+
+def test_top_siblings_and_a_drawn_one() -> None:
+    law_V = torch.tensor([0.1, 0.4, 0.2, 0.3]).double()
+    drawn_BFC = growth.draw_siblings(law_V.expand(4_000, 1, 4), 3, "top_and_drawn", torch.Generator().manual_seed(0))
+    assert (drawn_BFC[:, 0, :2] == torch.tensor([1, 3])).all()
+    counts = torch.bincount(drawn_BFC[:, 0, 2], minlength=4).double()
+    assert p_value(counts, torch.tensor([1 / 3, 0, 2 / 3, 0]).double()) > FALSE_ALARM
+
+
+class _Keeps:
+    """A drafter that remembers its drafts."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
+        self._drafter, self.drafts = drafter, list[Draft]()
+        self.start, self.observe = drafter.start, drafter.observe
+
+    def propose(self, budget: int) -> Draft:
+        self.drafts.append(self._drafter.propose(budget))
+        return self.drafts[-1]
+
+
+def test_grown_trees_hold_the_likeliest_nodes() -> None:
+    """Against every path of up to three tokens, for a draft model whose levels are wide enough to miss none."""
+    target = law_target()
+    drafter = _Keeps(drafter_for_law(width=8, num_nodes=10, num_draft=2))
+    ids = torch.tensor([[1, 4, 2, 7]])
+    draftsmith.generate(target, ids, drafter, max_new_tokens=8, seed=0)
+    model, rows = drafter._drafter.model, torch.tensor([[1, 4, 2, 7]])
+    with torch.no_grad():
+        first_V = model(rows).logits[0, -1].log_softmax(-1)
+        second_VV = model(torch.cat([rows.expand(8, -1), torch.arange(8)[:, None]], 1)).logits[:, -1].log_softmax(-1)
+    scores = {(token,): float(first_V[token]) for token in range(8)}
+    scores |= {(one, two): float(first_V[one] + second_VV[one, two]) for one in range(8) for two in range(8)}
+    expected = set(sorted(scores, key=lambda path: -scores[path])[:10])
+    draft = drafter.drafts[0]
+    tokens, parents = draft.tokens_BN[0].tolist(), draft.tree.parents_RN[0].tolist()
+    found = {(tokens[node],) if not parents[node] else (tokens[parents[node]], tokens[node]) for node in range(1, 11)}
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tree": ((0, 0),)}, r"tree node \[0, 0\] needs node \[0\]"),
+        ({"tree": ((0,), (2,))}, r"tree node \[2\] needs node \[1\]"),
+        ({"tree": ((0,), (0,))}, "lists a node twice"),
+        ({"tree": ((-1,),)}, "ranks from 0 up"),
+        ({"siblings": "twins"}, "siblings is 'twins'; there are without_replacement"),
+        ({"width": -1}, "must not be negative"),
+        ({"width": 2, "tree": ((0,),)}, "exclude each other"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(8, **changes)

@@ -1,0 +1,378 @@
+"""recipes/doctor.py: healthy drafters pass every check, and each fault, planted in artifact, data or target, is named.
+
+The target's text goes through a cycle of tokens: what comes next depends on nothing but the last one, so that drafters
+that are always right can be written down.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import draftsmith
+from data.pseudo_data import MARKER
+from draftsmith import Target
+from draftsmith.core.drafter import find
+from eval.doctor.assisted import assisted
+from eval.doctor.doctor import Patient, check_export, check_position
+from eval.doctor.forced import Text, draft_within, places_of
+from eval.doctor.served import Served
+from recipes import doctor
+from recipes.doctor import RunSettings
+from tests.support.models import (
+    VOCAB_SIZE,
+    greedy_by_transformers,
+    prompts,
+    scramble,
+    tiny_model,
+    tiny_target,
+    tiny_tokenizer,
+)
+from tests.support.runs import make_data
+from trainers import distill, eagle3, lookup, medusa
+from trainers.training.loop import train
+from trainers.training.run_settings import RunSettings as Training
+
+FIRST, STRIDE = 3, 7
+NEW_TOKENS = 16
+NAMES = ("eagle3", "medusa", "distill", "lookup")
+
+
+def after(token: int, steps: int = 1) -> int:
+    """Returns what follows a token, in a single cycle of all but the special ones."""
+    return FIRST + (token - FIRST + steps * STRIDE) % (VOCAB_SIZE - FIRST)
+
+
+@torch.no_grad()
+def says(head_VD: Tensor, states_VD: Tensor, steps: int) -> None:
+    """Sets an output matrix that says, of any token's normed state, the one so many steps after it."""
+    head_VD.zero_()
+    for token in range(FIRST, VOCAB_SIZE):
+        head_VD[after(token, steps)] = states_VD[token]
+
+
+@torch.no_grad()
+def make_cyclic(folder: Path) -> Target:
+    """Writes the target: no attention, random blocks, and a head that continues the cycle."""
+    model = tiny_model("llama", seed=14)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+    model.model.layers[2].mlp.down_proj.weight *= 20  # the last block's output is like no other's
+    model.model.norm.weight.fill_(1)
+    says(model.lm_head.weight, model.model(torch.arange(VOCAB_SIZE)[:, None]).last_hidden_state[:, 0], 1)
+    model.save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return Target.from_pretrained(str(folder), dtype="float32")
+
+
+@torch.no_grad()
+def drafters(target: Target) -> dict[str, tuple[Any, Any]]:
+    """Returns drafters that are right as far as they can be, and the settings that they would be trained with."""
+    layers = target.read(torch.arange(VOCAB_SIZE)[:, None], layers=(2, 3))
+    fused = eagle3.Settings(layers=(1, 2), draft_vocab=48, num_draft=1, width=0)
+    first = eagle3.build(fused, target)
+    first.set_vocabulary(torch.arange(10, 58))
+    for weight in (first.attention.output.weight, first.feed_forward.down.weight, first.fusion.weight):
+        weight.zero_()
+    first.fusion.weight[:, 32:] = torch.eye(32)
+    head_VD = torch.zeros(VOCAB_SIZE, 32)
+    says(head_VD, first.norm(layers[2][:, 0]), 2)
+    first.head.weight.copy_(head_VD[10:58])
+
+    heads = medusa.Settings(num_heads=2, own_head=True)
+    second = medusa.build(heads, target)
+    for number, output in enumerate(second.outputs):
+        says(output.weight, target.norm(layers[3])[:, 0], 2 + number)
+
+    small = distill.Settings(num_draft=3, length="fixed")
+    family = find("lm")
+    third = family.Drafter(family.Config(model=target.model.config.to_dict(), num_draft=3, length="fixed"), target)
+    third.model.load_state_dict(target.model.state_dict())
+    return {"eagle3": (first, fused), "medusa": (second, heads), "distill": (third, small)}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with the target, greedy text of its own, and drafters as if trained on it, one of them truly."""
+    folder = tmp_path_factory.mktemp("doctor")
+    target = make_cyclic(folder / "target")
+    data = make_data(target, folder / "data", num_rows=40, max_new_tokens=NEW_TOKENS, temperature="0")
+    given = {"target": str(folder / "target"), "data": str(data), "held_out_share": 0.2}
+    for name, (drafter, settings) in drafters(target).items():
+        record = {"trainer": name, "settings": asdict(settings) | given | {"seed": 0}}
+        draftsmith.save(drafter, folder / name, target=target, record=record)
+    train(lookup, lookup.Settings(), Training(output=str(folder / "lookup"), batch_size=4, **given))  # type: ignore
+    return folder
+
+
+@pytest.fixture
+def planted(made: Path, tmp_path: Path) -> Path:
+    """Returns a copy of that folder to plant a fault in; manifests name the copy."""
+    shutil.copytree(made, tmp_path / "copy")
+    for name in NAMES:
+        file = tmp_path / "copy" / name / "draft_config.json"
+        file.write_text(file.read_text().replace(str(made), str(tmp_path / "copy")))
+    return tmp_path / "copy"
+
+
+def examined(folder: Path, name: str, **given: Any) -> tuple[int, dict[str, Any]]:
+    """Returns the doctor's status and report."""
+    settings = {"draft": str(folder / name), "output": str(folder / "report"), "max_new_tokens": NEW_TOKENS, "depth": 3}
+    status = doctor.main(RunSettings(**settings | {"num_prompts": 6} | given))  # type: ignore[arg-type]
+    return status, json.loads((folder / "report" / "doctor.json").read_text())
+
+
+def faults(report: dict[str, Any]) -> dict[str, str]:
+    return {one["name"]: one["told"] for one in report["findings"] if one["verdict"] == "fault"}
+
+
+def change(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    held = json.loads(file.read_text())
+    edit(held)
+    file.write_text(json.dumps(held))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_healthy_pass(made: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = examined(made, name)
+    assert status == 0 and not faults(report)
+    found = {one["name"]: one["verdict"] for one in report["findings"]}
+    assert len(found) == 8 and "not known" not in found.values()
+    shares, drafts = report["accepted_per_depth"], report["num_drafts"]
+    assert shares["in decoding"] == shares["begun where decoding did"]
+    assert drafts["begun everywhere"] == 6 * NEW_TOKENS
+    if name == "distill":
+        assert shares["begun everywhere"] == shares["in decoding"] == [1.0] * 3
+    if name == "medusa":  # after a prompt, which goes through no cycle, its first draft is wrong
+        whole = 6 * NEW_TOKENS
+        assert shares["begun everywhere"] == pytest.approx([1 - 6 / whole, 1 - 6 / (whole - 6)])
+    if name == "eagle3":
+        assert report["judged"]["head0_accuracy"] == pytest.approx(shares["begun everywhere"][0])
+        assert 0.5 < shares["begun everywhere"][0] < 1
+    assert ("by transformers" in shares) == (name == "distill")
+    if name == "distill":
+        assert shares["by transformers"] == [1.0] * 3 and drafts["by transformers"] == 6 * (NEW_TOKENS // 4 - 1)
+    told = capsys.readouterr().out
+    assert "% of drafts accepted to depth" in told and "sound     template" in told and "fault" not in told
+
+
+# Each fault is planted and named; what it does to acceptance besides may be named too.
+
+
+def test_another_template(planted: Path) -> None:
+    file = planted / "target" / "chat_template.jinja"
+    assert file.is_file()
+    file.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    status, report = examined(planted, "medusa")
+    assert status == 1
+    assert faults(report) == {
+        "template": "the artifact and its data were made with another chat template than the tokenizer has now"
+    }
+
+
+def test_data_of_another_template(planted: Path) -> None:
+    change(planted / "data" / MARKER, lambda held: held.update(template_hash="0" * 32))
+    _, report = examined(planted, "medusa")
+    assert list(faults(report)) == ["template"] and faults(report)["template"].startswith("its data was made")
+
+
+def test_a_mask_that_covers_the_prompt(planted: Path) -> None:
+    for file in (planted / "data").glob("*.parquet"):
+        table = pyarrow.parquet.read_table(file)
+        place = table.schema.get_field_index("num_prompt_tokens")
+        fewer = pyarrow.array([max(1, number.as_py() - 1) for number in table["num_prompt_tokens"]], pyarrow.int32())
+        pyarrow.parquet.write_table(table.set_column(place, table.schema.field(place), fewer), file)
+    _, report = examined(planted, "medusa")
+    assert list(faults(report)) == ["mask"]
+    assert "of each text's first: the mask covers what the target did not write" in faults(report)["mask"]
+
+
+def test_layers_one_off(planted: Path) -> None:
+    change(planted / "eagle3" / "draft_config.json", lambda held: held["config"].update(layers=[2, 3]))
+    _, report = examined(planted, "eagle3")
+    assert "with layers 2, 3" in faults(report)["layers"] and "layers one lower" in faults(report)["layers"]
+
+
+def test_another_layer_index(planted: Path) -> None:
+    change(planted / "eagle3" / "draft_config.json", lambda held: held.update(layer_index="blocks count from 0"))
+    _, report = examined(planted, "eagle3")
+    assert list(faults(report)) == ["layers"] and "blocks count from 0" in faults(report)["layers"]
+
+
+def test_a_target_whose_rotary_positions_have_changed(planted: Path) -> None:
+    change(planted / "target" / "config.json", lambda held: held["rope_parameters"].update(rope_theta=500_000.0))
+    _, report = examined(planted, "medusa")
+    assert "10000" in faults(report)["rotary"] and "500000" in faults(report)["rotary"]
+
+
+def test_another_base_of_the_drafters_rotary_positions(tmp_path: Path) -> None:
+    """Of a copy of a target that attends: right with the target's own base alone."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "target")
+    tiny_tokenizer().save_pretrained(tmp_path / "target")
+    target = Target.from_pretrained(str(tmp_path / "target"), dtype="float32")
+    make_data(target, tmp_path / "data", num_rows=40, max_new_tokens=NEW_TOKENS, temperature="0")
+    drafter, settings = drafters(target)["distill"]
+    record = {"trainer": "distill", "settings": asdict(settings) | {"data": str(tmp_path / "data"), "seed": 0}}
+    draftsmith.save(drafter, tmp_path / "distill", target=target, record=record)
+    assert not faults(examined(tmp_path, "distill")[1])
+    file = tmp_path / "distill" / "draft_config.json"
+    change(file, lambda held: held["config"]["model"]["rope_parameters"].update(rope_theta=2.0))
+    _, report = examined(tmp_path, "distill")
+    assert list(faults(report)) == ["rotary"]
+    assert "right with base 2, 100% with 10000" in faults(report)["rotary"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda d2t: d2t + torch.arange(len(d2t)), "outside the vocabulary or not upwards"),
+        (lambda d2t: d2t + 1, "d2t and t2d differ in 2 tokens"),
+    ],
+)
+def test_a_vocabulary_map_that_leads_astray(planted: Path, edit: Callable[[Tensor], Tensor], told: str) -> None:
+    file = planted / "eagle3" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"d2t": edit(tensors["d2t"])}, file)
+    status, report = examined(planted, "eagle3")
+    assert status == 1 and list(faults(report)) == ["vocabulary"] and told in faults(report)["vocabulary"]
+    assert report["accepted_per_depth"] == {}
+
+
+def test_dtypes(planted: Path) -> None:
+    _, report = examined(planted, "medusa", dtype="bfloat16")
+    assert faults(report)["dtype"] == "the target was in float32 in training and is in bfloat16"
+    file = planted / "medusa" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, file)
+    assert "stored in float16" in faults(examined(planted, "medusa")[1])["dtype"]
+    name = next(name for name in tensors if name.startswith("outputs.1"))
+    save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, file)
+    assert f"{name} hold NaN" in faults(examined(planted, "medusa")[1])["dtype"]
+
+
+def test_heads_one_place_too_far(planted: Path) -> None:
+    file = planted / "medusa" / "model.safetensors"
+    tensors = load_file(file)
+    swapped = {
+        name.replace(".0.", ".x.").replace(".1.", ".0.").replace(".x.", ".1.")
+        if name.startswith("outputs")
+        else name: one
+        for name, one in tensors.items()
+    }
+    assert swapped.keys() == tensors.keys()
+    save_file(swapped, file)
+    _, report = examined(planted, "medusa")
+    assert "are what stands 1 later: shifted" in faults(report)["position"]
+
+
+def test_a_state_that_is_not_carried_on(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafter that stops listening drafts from where it began."""
+    monkeypatch.setattr(find("medusa").Drafter, "observe", lambda self, step: None)
+    _, report = examined(made, "medusa")
+    assert "goes astray" in faults(report)["carried state"]
+
+
+def test_drafting_that_differs_from_training() -> None:
+    target = tiny_target("llama")
+    drafter = distill_copy(target)
+    texts = [Text(ids=ids, num_prompt=len(ids) - 12) for ids in greedy_by_transformers("llama", 3, 12)]
+    places = places_of(texts, 10**6)
+    forced = draft_within(target, drafter, texts, places, 2)
+    assert forced.shares() == [1.0, 1.0] and (forced.drafted, forced.num_drafts) == ([36, 33], 36)
+    patient = Patient(manifest={}, drafter=drafter, texts=texts, places=places, depth=2, forced=forced)
+    assert check_position(patient, 1.0).verdict == check_position(patient, None).verdict == "sound"
+    found = check_position(patient, 0.9)
+    assert found.verdict == "fault" and "100.0% of first tokens are right in drafts, 90.0%" in found.told
+
+
+def distill_copy(target: Target) -> Any:
+    family = find("lm")
+    drafter = family.Drafter(family.Config(model=target.model.config.to_dict(), num_draft=3, length="fixed"), target)
+    drafter.model.load_state_dict(target.model.state_dict())
+    return drafter
+
+
+def test_places_are_spread_evenly() -> None:
+    texts = [Text(ids=[0] * 6, num_prompt=2), Text(ids=[0] * 4, num_prompt=1)]
+    assert places_of(texts, 100) == [(0, 2), (0, 3), (0, 4), (0, 5), (1, 1), (1, 2), (1, 3)]
+    assert places_of(texts, 3) == [(0, 2), (0, 5), (1, 3)]
+
+
+def test_transformers_accepts_what_our_loop_accepts() -> None:
+    """Of a draft model that is sometimes right, draft by draft; its own settings are left as they were."""
+    target = tiny_target("llama")
+    drafter = distill_copy(target)
+    torch.manual_seed(0)
+    scramble(drafter.model, seed=3)
+    with torch.no_grad():
+        for mine, theirs in zip(drafter.model.parameters(), target.model.parameters(), strict=True):
+            mine.copy_(0.15 * mine + theirs)
+    before = drafter.model.generation_config
+    asked = [ids for ids in prompts(4) if len(ids) > 1]
+    counts, texts = assisted(target, drafter.model, asked, 3, 21)
+    assert drafter.model.generation_config is before
+    expected = [
+        row for ids, row in zip(prompts(4), greedy_by_transformers("llama", 4, 21), strict=True) if len(ids) > 1
+    ]
+    assert texts == [row[len(ids) :] for ids, row in zip(asked, expected, strict=True)]
+    drafted, accepted, num_drafts = [0] * 3, [0] * 3, 0
+    for ids in asked:
+        for step in doctor.follow(drafter, ids, 21, length="fixed=3")[:-1]:
+            num_drafts += 1
+            for depth in range(3):
+                drafted[depth] += max(map(len, step.drafted)) > depth
+                accepted[depth] += len(step.path) > depth
+    assert 0.1 < accepted[0] / drafted[0] < 0.95
+    assert (counts.num_drafts, counts.accepted) == (num_drafts, accepted)
+
+
+def test_what_cannot_be_looked_at_is_refused_in_a_sentence(made: Path, tmp_path: Path) -> None:
+    target = Target.from_pretrained(str(made / "target"), dtype="float32")
+    family = find("lookup")
+    draftsmith.save(family.Drafter(family.Config(), target), tmp_path / "bare", target=target)
+    with pytest.raises(ValueError, match="does not say what it learnt from; name texts with --data"):
+        doctor.main(RunSettings(draft=str(tmp_path / "bare"), output=str(tmp_path / "out")))
+    with pytest.raises(ValueError, match="depth is 0"):
+        RunSettings(draft="x", depth=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_manifests_of_old_leave_checks_unknown(planted: Path) -> None:
+    file = planted / "medusa" / "draft_config.json"
+    change(file, lambda held: [held.pop(key) for key in ("made_with", "trainer")])
+    change(planted / "data" / MARKER, lambda held: held.pop("template_hash"))
+    status, report = examined(planted, "medusa")
+    unknown = {one["name"] for one in report["findings"] if one["verdict"] == "not known"}
+    assert status == 0 and {"template", "dtype", "rotary"} <= unknown
+
+
+def test_no_python_with_vllm(made: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere/python is no Python that runs"):
+        examined(made, "lookup", vllm_python="nowhere/python")
+    with pytest.raises(ValueError, match="lacks vLLM or draftsmith; ./launch.sh serving-test makes"):
+        examined(made, "lookup", vllm_python=sys.executable)
+
+
+def served(*accepted: int) -> Served:
+    return Served(texts=[[3, 4]], num_drafts=40, num_drafted=80, accepted=list(accepted))
+
+
+@pytest.mark.parametrize(
+    ("accepted", "is_tree", "verdict"),
+    [((30, 20), False, "sound"), ((20, 9), False, "fault"), ((30,), False, "fault"), ((20, 9), True, "not known")],
+)
+def test_what_vllm_accepts(accepted: tuple[int, ...], is_tree: bool, verdict: str) -> None:
+    finding = check_export(served(*accepted), served(30, 21), is_tree=is_tree)
+    assert finding.verdict == verdict and f"vLLM accepts {sum(accepted) / 40:.2f} tokens a draft" in finding.told

@@ -1,0 +1,81 @@
+"""recipes/quickstart.py: text, drafters, table and picture from one command, and nothing trained twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data import POCKET
+from draftsmith.artifacts.artifact import read_manifest
+from recipes import quickstart
+from recipes.quickstart import QuickstartSettings, main
+from tests.support.runs import command, run
+from tests.support.text import save_target, write_prompts
+
+TRAINED = {
+    "medusa": "num_heads: 2\nbatch_size: 4\nmax_steps: 4\nheld_out_share: 0.2",
+    "distill": "start: layers\nbatch_size: 4\nmax_steps: 4\nheld_out_share: 0.2",
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> QuickstartSettings:
+    presets = tmp_path / "configs"
+    presets.mkdir()
+    for name, text in (TRAINED | {"lookup": "num_draft: 5"}).items():
+        (presets / f"quickstart-{name}.yaml").write_text(text)
+    monkeypatch.setattr(quickstart, "PRESETS", presets)
+    return QuickstartSettings(
+        target=save_target(tmp_path / "target"),
+        data=str(write_prompts(tmp_path / "prompts.jsonl", 40)),
+        output=str(tmp_path / "out"),
+        num_texts=24,
+        text_tokens=16,
+        num_prompts=8,
+        max_new_tokens=4,
+        rounds=1,
+    )
+
+
+def test_all_of_it_and_then_again(tiny: QuickstartSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    main(tiny)
+    output = Path(tiny.output)
+    told = capsys.readouterr().out
+    rows = json.loads((output / "bakeoff.json").read_text())
+    found = [(row["temperature"], row["batch_size"], row["drafter"]) for row in rows]
+    names = ("plain", "transformers", "distill", "lookup", "medusa")
+    assert found == [(temperature, size, name) for temperature in (0.0, 1.0) for size in (1, 8) for name in names]
+    assert all(row["identical"] for row in rows if row["temperature"] == 0)
+    assert "temperature 1, batch 8" in told
+    assert f"{output}/bakeoff.png is the picture" in told
+    assert read_manifest(output / "lookup")["config"]["num_draft"] == 5
+    made = {name: (output / name / "draft_config.json").read_bytes() for name in (*TRAINED, "lookup")}
+
+    main(tiny)
+    told = capsys.readouterr().out
+    assert told.count("nothing is left to do") == len(made)
+    assert {name: (output / name / "draft_config.json").read_bytes() for name in made} == made
+
+
+def test_prompts_to_compare_on_are_not_learnt_from(tiny: QuickstartSettings) -> None:
+    learnt, judged = quickstart._prompts(tiny)
+    assert (len(learnt), len(judged)) == (24, 8)
+    assert not {prompt.key for prompt in learnt} & {prompt.key for prompt in judged}
+
+
+def test_folder_that_holds_something_else_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    done = run(command("quickstart", output=tmp_path), tmp_path)
+    assert done.returncode != 0
+    assert "holds something else" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_pocket_target_with_its_own_presets(tmp_path: Path) -> None:
+    small = {"num_texts": 40, "text_tokens": 24, "max_steps": 4, "max_new_tokens": 8, "rounds": 1}
+    done = run(command("quickstart", target=POCKET, **small), tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "runs" / "quickstart" / "bakeoff.json").read_text())
+    assert {row["drafter"] for row in rows} >= {"plain", "transformers", "medusa", "distill", "lookup"}
+    assert all(row["identical"] for row in rows if row["temperature"] == 0)

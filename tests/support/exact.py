@@ -1,0 +1,224 @@
+"""The law that a verifier puts out, exactly: over all drafts of a shape and all uniforms, for a vocabulary of three.
+
+A verifier tests `uniform < chance` at most once a node, so that its outcome is a step function of each node's uniform
+with one step. Where it lies, given how the other tests end, is found by halving; the next token's law is the verdict's.
+
+Shape suffixes: R rows (a draft and how its tests end), N nodes, V vocabulary.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftsmith.core.tree import Draft, Tree, Verdict
+
+VOCAB_SIZE = 3
+TOKENS = range(VOCAB_SIZE)
+EXACT = 1e-12
+HALVINGS = 54
+FAILS = 1 - 2.0**-53
+
+Text = tuple[int, ...]
+Laws = dict[Text, Tensor]  # what follows each text [V]
+Verify = Callable[[Tensor, Draft, Tensor], Verdict]
+
+
+def random_laws(longest: int, seed: int, *, zeros: bool = False) -> Laws:
+    """Returns a law after each text of up to `longest` tokens; with `zeros` some have no chance, as after top-k."""
+    generator = torch.Generator().manual_seed(seed)
+    laws = {}
+    for size in range(longest + 1):
+        for text in itertools.product(TOKENS, repeat=size):
+            law_V = torch.rand(VOCAB_SIZE, generator=generator, dtype=torch.float64)
+            if zeros and len(laws) % 4:
+                law_V[len(laws) % 3 :: 4 - len(laws) % 4] = 0
+                law_V[(size + len(laws)) % 3] += 0.1
+            laws[text] = law_V / law_V.sum()
+    return laws
+
+
+def probability(laws: Laws, text: Text, given: Text = ()) -> float:
+    """Returns the probability of going on with `text` after `given`."""
+    product = 1.0
+    for at, one in enumerate(text):
+        product *= laws[given + text[:at]][one].item()
+    return product
+
+
+def error(found: dict[Text, float], target: Laws, num_tokens: int) -> float:
+    """Returns the largest error of the law of the first `num_tokens`, what is missing being sampled from the target."""
+    law: dict[Text, float] = defaultdict(float)
+    for text, weight in found.items():
+        for rest in itertools.product(TOKENS, repeat=num_tokens - len(text)):
+            law[text + rest] += weight * probability(target, rest, given=text)
+    texts = itertools.product(TOKENS, repeat=num_tokens)
+    return max(abs(law[text] - probability(target, text)) for text in texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A tree to be filled, and how siblings are drawn."""
+
+    parents: tuple[int, ...]
+    """-1 first."""
+    drawn: str
+    stops_at: int = -1
+    """Nothing is drafted after this token, as drafting stops that looks at what it drew."""
+
+    @property
+    def depth(self) -> int:
+        return Tree.from_parents([list(self.parents)]).depth
+
+
+def paths(*, wide: int, deep: int, drawn: str = "independent", stops_at: int = -1) -> Shape:
+    """Returns the shape of `wide` chains from node 0, each of `deep` nodes."""
+    parents = [-1] + [0 if level == 0 else branch * deep + level for branch in range(wide) for level in range(deep)]
+    return Shape(parents=tuple(parents), drawn=drawn, stops_at=stops_at)
+
+
+def full(*widths: int, drawn: str) -> Shape:
+    """Returns the shape in which every node of level i has `widths[i]` children."""
+    parents, level = [-1], [0]
+    for width in widths:
+        above, level = level, []
+        for node in above:
+            for _ in range(width):
+                parents.append(node)
+                level.append(len(parents) - 1)
+    return Shape(parents=tuple(parents), drawn=drawn)
+
+
+def fillings(shape: Shape, laws: Laws) -> Iterator[tuple[list[Text], list[bool], float]]:
+    """Yields each node's text and whether it is in use, for every way of drawing the tree, and its probability."""
+
+    def grow(texts: list[Text], used: list[bool], weight: float) -> Iterator[tuple[list[Text], list[bool], float]]:
+        node = len(texts)
+        if node == len(shape.parents):
+            yield texts, used, weight
+            return
+        parent = shape.parents[node]
+        siblings = [texts[other][-1] for other in range(1, node) if shape.parents[other] == parent]
+        num_later = shape.parents[node + 1 :].count(parent)
+        law_V = laws[texts[parent]].clone()
+        is_used = used[parent] and not (texts[parent] and texts[parent][-1] == shape.stops_at)
+        if not is_used:
+            yield from grow([*texts, (*texts[parent], 0)], [*used, False], weight)
+            return
+        if shape.drawn != "independent":
+            law_V[siblings] = 0
+        if shape.drawn == "top_and_drawn" and num_later:
+            law_V = torch.nn.functional.one_hot(law_V.argmax(), VOCAB_SIZE).double()
+        if law_V.sum() == 0:  # no token is left to draw, and one that has no chance takes the place
+            excluded = int((laws[texts[parent]] == 0).nonzero()[0])
+            yield from grow([*texts, (*texts[parent], excluded)], [*used, True], weight)
+        for one in TOKENS:
+            if law_V[one] > 0:
+                share = float(law_V[one] / law_V.sum())
+                yield from grow([*texts, (*texts[parent], one)], [*used, True], weight * share)
+
+    yield from grow([()], [True], 1.0)
+
+
+def filled(shape: Shape, rows: list[list[Text]], used: list[list[bool]], laws: Laws, target: Laws) -> tuple:
+    """Returns the draft with one row a filling, nodes not in use last, and the target's laws at its nodes."""
+    tables = []
+    for table in (target, laws):
+        tables.append(torch.stack([torch.stack([table[text] for text in texts]) for texts in rows]))
+    num_nodes = [sum(one) for one in used]
+    assert all(one == sorted(one, reverse=True) for one in used), "padding comes last"
+    draft = Draft(
+        tokens_BN=torch.tensor([[text[-1] if text else 0 for text in texts] for texts in rows]),
+        tree=Tree.from_parents([list(shape.parents)]),
+        num_nodes=None if all(map(all, used)) else num_nodes,
+        draft_probs_BNV=None if shape.drawn == "deterministic" else tables[1],
+        drawn=shape.drawn,  # type: ignore[arg-type]
+    )
+    return draft, tables[0]
+
+
+def output_law(verify: Verify, shape: Shape, laws: Laws, target: Laws) -> dict[Text, float]:
+    """Returns the probability of each text that `verify` puts out: accepted tokens and the next one."""
+    rows, used, weights = map(list, zip(*fillings(shape, laws), strict=True))
+    num_nodes = len(shape.parents)
+    # Node 0 is never tested.
+    ends = torch.tensor(list(itertools.product([0.0, FAILS], repeat=num_nodes - 1)), dtype=torch.float64)
+    draft, target_RNV = filled(shape, rows, used, laws, target)
+    index_R = torch.arange(len(rows)).repeat_interleave(len(ends))
+    uniforms_RU = torch.full((len(index_R), num_nodes + 1), 0.5, dtype=torch.float64)
+    uniforms_RU[:, 1:num_nodes] = ends.repeat(len(rows), 1)
+
+    def run(uniforms_RU: Tensor, index_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns each row's last accepted node and the law after it."""
+        chosen = Draft(
+            tokens_BN=draft.tokens_BN[index_R],
+            tree=draft.tree,
+            num_nodes=None if draft.num_nodes is None else [draft.num_nodes[row] for row in index_R.tolist()],
+            draft_probs_BNV=None if draft.draft_probs_BNV is None else draft.draft_probs_BNV[index_R],
+            drawn=draft.drawn,
+        )
+        verdict = verify(target_RNV[index_R], chosen, uniforms_RU)
+        assert verdict.law_BV is not None
+        law_RV = verdict.law_BV / verdict.law_BV.sum(-1, keepdim=True)
+        return verdict.path_BP.gather(1, verdict.num_accepted_B[:, None])[:, 0], law_RV
+
+    end_R, law_RV = run(uniforms_RU, index_R)
+    chance_R = torch.tensor(weights, dtype=torch.float64)[index_R]
+    for node in range(1, num_nodes):
+        passes_R = (uniforms_RU[:, node] == 0).nonzero()[:, 0]
+        step = 2 ** (num_nodes - 1 - node)  # the same row with this test failed
+        differ_R = (end_R[passes_R] != end_R[passes_R + step]) | (law_RV[passes_R] != law_RV[passes_R + step]).any(1)
+        asked_R = passes_R[differ_R]
+        low_R, high_R = torch.zeros(len(asked_R), dtype=torch.float64), torch.ones(len(asked_R), dtype=torch.float64)
+        for _ in range(HALVINGS if len(asked_R) else 0):
+            probed_RU = uniforms_RU[asked_R].clone()
+            probed_RU[:, node] = (low_R + high_R) / 2
+            end, law = run(probed_RU, index_R[asked_R])
+            is_pass_R = (end == end_R[asked_R]) & (law == law_RV[asked_R]).all(1)
+            low_R = torch.where(is_pass_R, probed_RU[:, node], low_R)
+            high_R = torch.where(is_pass_R, high_R, probed_RU[:, node])
+        threshold_R = everywhere(index_R[passes_R], differ_R, (low_R + high_R) / 2, len(rows))
+        chance_R[passes_R] *= threshold_R
+        chance_R[passes_R + step] *= 1 - threshold_R
+    found: dict[Text, float] = defaultdict(float)
+    is_likely_R = chance_R > 0
+    for index, end, chance, law in zip(
+        index_R[is_likely_R].tolist(),
+        end_R[is_likely_R].tolist(),
+        chance_R[is_likely_R].tolist(),
+        law_RV[is_likely_R].tolist(),
+        strict=True,
+    ):
+        for one in TOKENS:
+            found[(*rows[index][end], one)] += chance * law[one]
+    return found
+
+
+def everywhere(index_R: Tensor, is_known_R: Tensor, known: Tensor, num_fillings: int) -> Tensor:
+    """Returns each row's threshold, also where the test changes nothing because of how others end.
+
+    If all known ones of a filling are the same, it is that one: two tests may each do what the other would have done.
+    If not, half: then nothing depends on it.
+    """
+    lowest, highest = torch.full((num_fillings,), 2.0).double(), torch.full((num_fillings,), -1.0).double()
+    lowest.scatter_reduce_(0, index_R[is_known_R], known, "amin")
+    highest.scatter_reduce_(0, index_R[is_known_R], known, "amax")
+    is_same = (highest - lowest).abs() < EXACT / 10
+    threshold_R = torch.where(is_same, (lowest + highest) / 2, 0.5)[index_R]
+    threshold_R[is_known_R] = known
+    return threshold_R
+
+
+def texts_of(verdict: Verdict, tokens_BN: Tensor) -> Iterator[Text]:
+    """Yields what each row puts out: its accepted tokens and the next one."""
+    for row in range(len(tokens_BN)):
+        path = verdict.path_BP[row, 1 : int(verdict.num_accepted_B[row]) + 1]
+        yield (*tokens_BN[row, path].tolist(), int(verdict.next_token_B[row]))
+
+
+def expected_tokens(found: dict[Text, float]) -> float:
+    """Returns how many tokens a round brings."""
+    return sum(len(text) * weight for text, weight in found.items())

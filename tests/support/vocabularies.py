@@ -1,0 +1,80 @@
+"""Tokenizers of every kind that vocabularies are read from, and ways between them and a tiny target's.
+
+Each has a beginning and an end of text; some cannot spell every text.
+"""
+
+from functools import cache
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from draftsmith import Target
+from draftsmith.drafters.translated.spelling import BOS, EOS, Translation, Vocabulary
+from tests.support.text import TEXT, text_target, trained_tokenizer
+
+LETTERS = "ab \n(é語😀"
+
+
+def marked_bpe() -> Tokenizer:
+    """As Llama 2's: spaces are marked, a text begins with one, and what is unknown falls back to bytes."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    letters = ["▁", *sorted(set("abdefinrst(:"))]
+    merges = [("▁", "a"), ("d", "e"), ("de", "f"), ("▁", "def"), ("▁", "▁"), ("▁▁", "▁▁"), ("i", "n")]
+    for token in (*letters, *("".join(pair) for pair in merges)):
+        vocabulary.setdefault(token, len(vocabulary))
+    bpe = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    bpe.decoder = decoders.Sequence(steps)
+    bpe.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return bpe
+
+
+def unigram() -> Tokenizer:
+    """As T5's: spaces are marked, and unknown characters are lost."""
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    options = {"vocab_size": 200, "special_tokens": special, "unk_token": "<unk>", "show_progress": False}
+    made.train_from_iterator([TEXT], trainers.UnigramTrainer(**options))
+    return made
+
+
+def characters() -> Tokenizer:
+    """One token a character, unknown ones lost, and none for bytes."""
+    known = ["<unk>", "<s>", "</s>", *sorted(set(TEXT) | set(LETTERS))]
+    made = Tokenizer(models.WordLevel({token: number for number, token in enumerate(known)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    made.decoder = decoders.Fuse()
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return made
+
+
+@cache
+def tokenizer(name: str) -> PreTrainedTokenizerFast:
+    if name.startswith("bytes"):
+        return trained_tokenizer(vocab_size=int(name.removeprefix("bytes-")))
+    made = {"marked": marked_bpe, "unigram": unigram, "characters": characters}[name]()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+TOKENIZERS = ("bytes-259", "bytes-300", "bytes-600", "marked", "unigram", "characters")
+EXACT = ("bytes-259", "bytes-300", "bytes-600", "marked")
+"""Those that can spell every text, and half of one's characters."""
+
+
+@cache
+def shared_target() -> Target:
+    return text_target(seed=3)
+
+
+def vocabulary(name: str) -> Vocabulary:
+    own = tokenizer(name)
+    return Vocabulary.of(own, len(own), {own.bos_token_id: BOS, own.eos_token_id: EOS})
+
+
+@cache
+def between(name: str, lookback: int = 10) -> Translation:
+    theirs = trained_tokenizer()
+    special = {theirs.bos_token_id: BOS, theirs.eos_token_id: EOS}
+    return Translation(vocabulary(name), Vocabulary.of(theirs, len(theirs), special), lookback)

@@ -1,0 +1,255 @@
+"""EAGLE-3's trainer: its loss against every draft run by itself, judgement by hand, and the vocabulary it counts.
+
+Shape suffixes: B rows, T positions, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import draftsmith
+from data.batches import Batch, collate, example
+from data.examples import open_examples
+from data.store import StoreSettings, write_store
+from data.teacher import complete
+from tests.support.family import texts
+from tests.support.models import VOCAB_SIZE, greedy_by_transformers, prompts, scramble, tiny_target
+from tests.support.runs import SMALL, logged, make_data, make_target, weights
+from tests.trainers.training.test_distributed import TORCHRUN, check_same, launch
+from trainers import eagle3
+from trainers.eagle3 import Drafter, Settings
+from trainers.training import checkpoints
+from trainers.training.loop import train
+from trainers.training.run_settings import RunSettings
+
+TARGET = tiny_target("llama")
+SETTINGS = Settings(num_kv_heads=2, num_steps=3, draft_vocab=40)
+
+
+def batch(num_rows: int = 3) -> Batch:
+    """Returns rows of 5, 7 and 9 tokens whose loss masks begin at different places and have a hole."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for row in range(num_rows):
+        length = 5 + 2 * row
+        mask = [position >= 1 + row and position != 4 for position in range(length)]
+        rows.append(example(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist(), mask, str(row)))
+    return complete(collate(rows), TARGET, eagle3.needs(SETTINGS, TARGET).layers)
+
+
+def shaken(settings: Settings = SETTINGS) -> Drafter:
+    """Returns a layer with random weights and a vocabulary with gaps."""
+    drafter = eagle3.build(settings, TARGET)
+    scramble(drafter, seed=1)
+    drafter.set_vocabulary(torch.arange(len(drafter.d2t)) * VOCAB_SIZE // len(drafter.d2t))
+    return drafter
+
+
+def chain_from(drafter: Drafter, given: Batch, row: int, start: int) -> Iterator[Tensor]:
+    """Yields three steps' logits [V] of the draft that begins at position `start`, run as drafting does, by itself.
+
+    Each step runs the layer's plain causal attention over all places anew: the target's features up to `start`, then
+    what the layer gave.
+    """
+    tokens_T = given.tokens_BT[row, : given.lengths_B[row]]
+    hidden = {layer: states[row : row + 1, : start + 1] for layer, states in given.hidden.items()}
+    features_BTD = drafter.fuse(drafter.join(hidden))
+    for step in range(min(3, len(tokens_T) - 2 - start)):
+        order = torch.arange(start + 1 + step)[None]
+        read_BT = tokens_T[None, 1 : start + 2 + step]
+        new_BTD, normed_BTD = drafter(read_BT, features_BTD, lambda x_BTE, order=order: drafter.attention(x_BTE, order))
+        features_BTD = torch.cat([features_BTD, new_BTD[:, -1:]], dim=1)
+        yield drafter.logits(normed_BTD)[0, -1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"fusion_norm": "each", "norm_output": True}, {"draft_vocab": 0}])
+def test_the_loss_against_every_draft_by_itself(changes: dict[str, Any]) -> None:
+    """Value and every gradient, to float32's rounding."""
+    settings, given = Settings(**{"num_kv_heads": 2, "num_steps": 3, "draft_vocab": 40} | changes), batch()
+    drafter = shaken(settings)
+    ids_W, slow, counts = drafter.vocabulary(), torch.zeros(()), [0, 0, 0]
+    theirs_BTV = TARGET.logits(given.hidden[TARGET.num_layers]).detach()
+    for row, length in enumerate(given.lengths_B.tolist()):
+        for start in range(length - 2):
+            for step, logits_V in enumerate(chain_from(drafter, given, row, start)):
+                theirs_V = theirs_BTV[row, start + 1 + step]
+                if not given.loss_mask_BT[row, start + 2 + step] or int(theirs_V.argmax()) not in ids_W:
+                    continue
+                counts[step] += 1
+                slow = slow - 0.8**step * (theirs_V[ids_W].softmax(0) * logits_V[ids_W].log_softmax(0)).sum()
+    expected = torch.autograd.grad(slow, list(drafter.parameters()))
+    fast, metrics = eagle3.loss(drafter, given, settings, TARGET)
+    torch.testing.assert_close(fast, slow)
+    found = torch.autograd.grad(fast, list(drafter.parameters()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert [count for _, count in metrics.values()] == counts
+    assert min(counts) > 0 and (not changes.get("draft_vocab", 40) or sum(counts) < 3 * sum(given.loss_mask_BT.sum(1)))
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, drafter = batch(), shaken()
+    whole, _ = eagle3.loss(drafter, given, SETTINGS, TARGET)
+    expected = torch.autograd.grad(whole, list(drafter.parameters()))
+    chunked = eagle3.chunked
+    monkeypatch.setattr(eagle3, "chunked", lambda *given, **options: chunked(*given, **options, max_logits=400))
+    parts, _ = eagle3.loss(drafter, given, SETTINGS, TARGET)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts, list(drafter.parameters())), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_four_steps() -> None:
+    """The losses of four steps of AdamW, as they were when this was written (to 1e-4: one machine's float32)."""
+    torch.manual_seed(0)
+    given, drafter = batch(), eagle3.build(SETTINGS, TARGET)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss, _ = eagle3.loss(drafter, given, SETTINGS, TARGET)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx([93.69119, 64.64311, 54.4956, 52.1015], rel=1e-4)
+
+
+@torch.no_grad()
+def test_judgement_by_hand() -> None:
+    """Acceptance counts steps that say the text's token before the first that does not, where all are supervised."""
+    drafter, given = shaken(), batch()
+    hits: list[dict[tuple[int, int], bool]] = [{}, {}, {}]
+    for row, length in enumerate(given.lengths_B.tolist()):
+        # A text that is what a draft from its middle says makes some steps right.
+        start = length // 2 - 1
+        for step in range(min(3, length - 2 - start)):
+            logits_V = list(chain_from(drafter, given, row, start))[step]
+            given.tokens_BT[row, start + 2 + step] = logits_V.argmax()
+    for row, length in enumerate(given.lengths_B.tolist()):
+        for start in range(length - 2):
+            for step, logits_V in enumerate(chain_from(drafter, given, row, start)):
+                if given.loss_mask_BT[row, start + 2 + step]:
+                    hits[step][row, start] = int(logits_V.argmax()) == int(given.tokens_BT[row, start + 2 + step])
+    whole = [place for place in hits[0] if place in hits[1] and place in hits[2]]
+    runs = [next((step for step in range(3) if not hits[step][place]), 3) for place in whole]
+    metrics = eagle3.judge(drafter, given, SETTINGS, TARGET)
+    assert [int(part) for part in metrics.pop("acceptance")] == [sum(runs), len(whole)]
+    assert [(int(right), count) for right, count in metrics.values()] == [(sum(hit.values()), len(hit)) for hit in hits]
+    assert sum(runs) > 0
+
+
+def test_the_vocabulary_is_what_is_learnt_most_often() -> None:
+    """Tokens that are not supervised do not count; of equals the lower ids come first."""
+    settings = Settings(draft_vocab=4)
+    rows = [
+        example([7, 7, 7, 7, 9, 9], [False] * 4 + [True] * 2, "a"),
+        example([60, 60, 60, 9, 12, 11], None, "b"),
+        example([11, 13], [False, True], "c"),
+    ]
+    drafter = eagle3.build(settings, TARGET)
+    assert drafter.vocabulary().tolist() == [0, 1, 2, 3]
+    eagle3.prepare(drafter, settings, TARGET, rows)
+    assert drafter.vocabulary().tolist() == [9, 11, 12, 60]
+    head = TARGET.model.get_output_embeddings().weight
+    assert torch.equal(drafter.head.weight, head[[9, 11, 12, 60]])
+    everything = eagle3.build(Settings(), TARGET)
+    eagle3.prepare(everything, Settings(), TARGET, rows)
+    assert everything.vocabulary().tolist() == list(range(VOCAB_SIZE)) and torch.equal(everything.head.weight, head)
+
+
+def test_layers_that_are_fused() -> None:
+    assert eagle3.default_layers(32) == (2, 16, 29)
+    assert eagle3.default_layers(8) == (2, 4, 5)
+    assert [eagle3.default_layers(few) for few in (1, 2, 3, 6)] == [(1,), (1, 2), (1, 2, 3), (1, 3, 6)]
+    assert eagle3.needs(Settings(layers=(0, 2)), TARGET).layers == (0, 2, 3)
+    assert eagle3.build(Settings(layers=(0, 2)), TARGET).config.layers == (0, 2)
+
+
+def test_a_layer_that_knows_a_text_has_all_its_drafts_accepted() -> None:
+    """Trained on the target's greedy text alone, then asked to draft it, from prompts of two lengths."""
+    text = greedy_by_transformers("llama", 1, 20)[0]
+    mask = [False] * len(prompts(1)[0]) + [True] * 20
+    settings = Settings(num_steps=3, num_draft=3, width=0)
+    given = complete(collate([example(text, mask, "text")]), TARGET, eagle3.needs(settings, TARGET).layers)
+    torch.manual_seed(0)
+    drafter = eagle3.build(settings, TARGET)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-2)
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss, _ = eagle3.loss(drafter, given, settings, TARGET)
+        loss.backward()
+        optimizer.step()
+    right, count = eagle3.judge(drafter, given, settings, TARGET)["acceptance"]
+    assert int(right) == 3 * count
+    for length in (len(prompts(1)[0]), 12):
+        out = draftsmith.generate(TARGET, torch.tensor([text[:length]]), drafter.eval(), max_new_tokens=13)
+        assert texts(out) == [text[: length + 13]]
+        assert out.stats.accepted_per_depth == [1, 1, 1]
+
+
+def run_settings(folder: Path, name: str, data: str, **changes: Any) -> RunSettings:
+    paths = {"target": str(folder / "target"), "data": str(folder / data), "output": str(folder / name)}
+    return RunSettings(**paths | SMALL | changes)
+
+
+def test_runs_that_count_a_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the teacher store as from the live target (bf16's rounding apart), and continued to the same end."""
+    target = make_target(tmp_path / "target")
+    make_data(target, tmp_path / "data")
+    layers = eagle3.needs(SETTINGS, target).layers
+    rows = open_examples(str(tmp_path / "data"), target)
+    write_store(target, [rows[at] for at in range(len(rows))], tmp_path / "store", StoreSettings(layers=layers))
+    live, stored = (
+        train(eagle3, SETTINGS, run_settings(tmp_path, name, data))
+        for name, data in (("live", "data"), ("kept", "store"))
+    )
+    for one, other in zip(logged(live, "loss"), logged(stored, "loss"), strict=True):
+        assert one == pytest.approx(other, rel=1e-2)
+    assert torch.equal(weights(live)["d2t"], weights(stored)["d2t"]) and weights(live)["d2t"].any()
+
+    mark_whole = checkpoints.mark_whole
+
+    def stop_at_the_end(checkpoint: Path, facts: dict[str, Any]) -> None:
+        if checkpoint.name == "checkpoint-8":
+            raise KeyboardInterrupt
+        mark_whole(checkpoint, facts)
+
+    monkeypatch.setattr(checkpoints, "mark_whole", stop_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        train(eagle3, SETTINGS, run_settings(tmp_path, "broken", "data"))
+    monkeypatch.undo()
+    broken = train(eagle3, SETTINGS, run_settings(tmp_path, "broken", "data"))
+    for name, weight in weights(live).items():
+        assert torch.equal(weights(broken)[name], weight), name
+    train(eagle3, SETTINGS, run_settings(tmp_path, "half", "data", bf16=True, max_steps=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["", "zero3"])
+def test_two_ranks_equal_one_process(tmp_path: Path, stage: str) -> None:
+    """With the vocabulary that each rank counts for itself, and a layer called part by part."""
+    make_data(make_target(tmp_path / "target"), tmp_path / "data")
+    given = {"recipe": "eagle3", "num_steps": 3, "draft_vocab": 40}
+    one = launch(tmp_path, "one", batch_size=4, **given)
+    two = launch(tmp_path, "two", *TORCHRUN, batch_size=2, **given | ({"deepspeed": stage} if stage else {}))
+    check_same(two, one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"draft_vocab": -1}, "draft_vocab is -1"),
+        ({"decay": 0.0}, "decay is 0.0"),
+        ({"length": "long"}, "unknown length policy"),
+        ({"layers": (1, 4)}, "has 3"),
+        ({"draft_vocab": 65}, "has 64 tokens"),
+        ({"num_heads": 3}, "num_heads is 3"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        eagle3.check(Settings(**changes), TARGET)  # type: ignore[arg-type]

@@ -1,0 +1,129 @@
+"""Every trainer that learns by gradient: resumed, from the teacher store, and by every launcher, it learns the same.
+
+A trainer's own test may name the settings to try, `SETTINGS`; else they are its defaults.
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import draftsmith
+import trainers
+from data.pseudo_data import read_pseudo_data
+from data.store import StoreSettings, write_store
+from tests.support.runs import SMALL, command, logged, make_data, make_target, run, weights
+from trainers.training import checkpoints
+from trainers.training.loop import train
+from trainers.training.run_settings import RunSettings
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2")
+
+
+def learners() -> list[str]:
+    """Returns the name of every trainer with a loss."""
+    names = [info.name for info in pkgutil.iter_modules(trainers.__path__) if not info.ispkg]
+    modules = {name: importlib.import_module(f"trainers.{name}") for name in names}
+    return [name for name, module in modules.items() if hasattr(module, "Settings") and hasattr(module, "loss")]
+
+
+def parts(name: str) -> tuple[ModuleType, Any]:
+    """Returns the trainer and its settings."""
+    module = importlib.import_module(f"trainers.{name}")
+    for test in (f"trainers.test_{name}_trainer", f"trainers.test_{name}", f"drafters.test_{name}"):
+        if importlib.util.find_spec(f"tests.{test}") is not None:
+            return module, getattr(importlib.import_module(f"tests.{test}"), "SETTINGS", module.Settings())
+    return module, module.Settings()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny target in `target` and its text in `data`."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("trainers")
+    make_data(make_target(root / "target"), root / "data")
+    return root
+
+
+def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
+    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
+    return RunSettings(**{**paths, **SMALL, **changes})
+
+
+def losses(output: Path) -> list[float]:
+    """Returns the loss of every step."""
+    return [line["loss"] for line in logged(output, "loss") if "loss" in line]
+
+
+@pytest.mark.parametrize("name", learners())
+def test_a_run_that_was_stopped_ends_as_an_unbroken_one(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while it writes its second checkpoint: the same losses and the same weights to the bit."""
+    module, settings = parts(name)
+    mark_whole = checkpoints.mark_whole
+
+    def stop_at_the_end(checkpoint: Path, facts: dict[str, Any]) -> None:
+        if checkpoint.name == "checkpoint-8":
+            raise KeyboardInterrupt
+        mark_whole(checkpoint, facts)
+
+    whole = train(module, settings, run_settings(folder, f"{name}-whole"))
+    monkeypatch.setattr(checkpoints, "mark_whole", stop_at_the_end)
+    broken = run_settings(folder, f"{name}-broken")
+    with pytest.raises(KeyboardInterrupt):
+        train(module, settings, broken)
+    monkeypatch.undo()
+    train(module, settings, broken)
+    names = ("loss", "grad_norm", "eval_acceptance")
+    assert logged(Path(broken.output), *names) == logged(whole, *names)
+    assert weights(whole)
+    for tensor_name, weight in weights(whole).items():
+        assert torch.equal(weights(Path(broken.output))[tensor_name], weight), tensor_name
+
+
+@pytest.mark.parametrize("name", learners())
+def test_the_store_stands_in_for_the_live_target(folder: Path, name: str) -> None:
+    """Hidden states are stored in bf16, with 8 bits: losses agree to a few parts in a hundred."""
+    module, settings = parts(name)
+    target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
+    needs, store = module.needs(settings, target), folder / f"{name}-store"
+    write_store(target, read_pseudo_data(folder / "data"), store, StoreSettings(layers=needs.layers, top_k=needs.top_k))
+    live, stored = (
+        losses(train(module, settings, run_settings(folder, f"{name}-{data.name}-run", data=str(data), max_steps=4)))
+        for data in (folder / "data", store)
+    )
+    assert len(live) == 4 and live == pytest.approx(stored, rel=3e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [(TORCHRUN, {}), (TORCHRUN, {"deepspeed": "zero2"}), (DEEPSPEED, {"deepspeed": "zero2"})],
+    ids=["torchrun", "torchrun zero2", "deepspeed zero2"],
+)
+@pytest.mark.parametrize("name", learners())
+def test_two_ranks_learn_what_one_does(
+    folder: Path, name: str, launcher: tuple[str, ...], options: dict[str, str], tmp_path: Path
+) -> None:
+    """Losses agree to 1e-4, as only the order of summation differs; the artifact loads."""
+    module, settings = parts(name)
+    changes = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "clip": 0.0}
+    alone = folder / f"{name}-alone"
+    if not alone.exists():
+        train(module, settings, run_settings(folder, alone.name, **changes))
+    given = {key: value for key, value in asdict(settings).items() if value != getattr(module.Settings(), key)}
+    flags = {**SMALL, **changes, **given, **options, "batch_size": 2, "target": "target", "data": "data"}
+    done = run(command(name, *launcher, **flags, output=tmp_path / "two"), folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=1e-4)
+    target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
+    draftsmith.load(tmp_path / "two", target)

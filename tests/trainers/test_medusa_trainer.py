@@ -1,0 +1,124 @@
+"""Medusa's trainer: its loss against a slow reference, four golden steps, judgement, and the tree it computes.
+
+Shape suffixes: B rows, T positions, K heads, R ranks.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.batches import Batch
+from data.teacher import complete
+from tests.support.gaps import with_gaps
+from tests.support.models import tiny_target
+from trainers import medusa
+
+TARGET = tiny_target("llama")
+SETTINGS = medusa.Settings(num_heads=3, num_blocks=2)
+
+
+def batch(num_rows: int = 3) -> Batch:
+    """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
+    return complete(with_gaps(num_rows), TARGET, (TARGET.num_layers,))
+
+
+def shaken(settings: medusa.Settings = SETTINGS) -> medusa.Drafter:
+    """Returns heads with weights other than zero."""
+    drafter = medusa.build(settings, TARGET)
+    generator = torch.Generator().manual_seed(0)
+    for weight in drafter.parameters():
+        weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+    return drafter
+
+
+def slow_logits(drafter: medusa.Drafter, given: Batch) -> Tensor:
+    """Returns every head's logits [K, B, T, V]."""
+    normed_BTD = TARGET.norm(given.hidden[TARGET.num_layers])
+    return torch.stack([drafter.head(k, z_BTD) for k, z_BTD in enumerate(drafter.heads(normed_BTD))])
+
+
+def places(given: Batch, k: int) -> list[tuple[int, int]]:
+    """Returns (row, t) wherever head k's token is supervised."""
+    rows, length = given.tokens_BT.shape
+    return [(b, t) for b in range(rows) for t in range(length - 2 - k) if given.loss_mask_BT[b, t + 2 + k]]
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+def test_the_loss_against_a_slow_reference(own_head: bool) -> None:
+    """Token by token in Python: value and every gradient, to float32's rounding."""
+    settings, given = medusa.Settings(num_heads=3, num_blocks=2, own_head=own_head), batch()
+    drafter = shaken(settings)
+    logits_KBTV = slow_logits(drafter, given)
+    slow = torch.zeros(())
+    for k in range(3):
+        for b, t in places(given, k):
+            label = int(given.tokens_BT[b, t + 2 + k])
+            slow = slow - 0.8 ** (k + 1) * logits_KBTV[k, b, t].log_softmax(-1)[label]
+    expected = torch.autograd.grad(slow, list(drafter.parameters()))
+    fast, metrics = medusa.loss(drafter, given, settings, TARGET)
+    torch.testing.assert_close(fast, slow)
+    found = torch.autograd.grad(fast, list(drafter.parameters()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert [count for _, count in metrics.values()] == [len(places(given, k)) for k in range(3)]
+
+
+def test_four_steps() -> None:
+    """The losses of four steps of AdamW, as they were when this was written (to 1e-4: one machine's float32)."""
+    given, drafter = batch(), medusa.build(SETTINGS, TARGET)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-2)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss, _ = medusa.loss(drafter, given, SETTINGS, TARGET)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx([284.63199, 204.13153, 141.75316, 95.85065], rel=1e-4)
+
+
+def test_heads_start_as_the_target_itself_and_share_nothing() -> None:
+    drafter, given = medusa.build(SETTINGS, TARGET), batch()
+    expected_BTV = TARGET.logits(given.hidden[TARGET.num_layers])
+    for logits_BTV in slow_logits(drafter, given):
+        torch.testing.assert_close(logits_BTV, expected_BTV)
+    places = [weight.data_ptr() for weight in drafter.parameters()]
+    assert len(set(places)) == len(places) == 3 * 2 * 2
+
+
+def test_judgement_by_hand() -> None:
+    """Acceptance counts heads right before the first wrong one, at positions where all heads are supervised."""
+    drafter, given = shaken(), batch()
+    guesses_KBT = slow_logits(drafter, given).argmax(-1)
+    # Rows that hold the guesses make some of them right.
+    for b, t in places(given, 0):
+        given.tokens_BT[b, t + 2] = guesses_KBT[0, b, t]
+    hits = [
+        {(b, t): bool(guesses_KBT[k, b, t] == given.tokens_BT[b, t + 2 + k]) for b, t in places(given, k)}
+        for k in range(3)
+    ]
+    whole = [place for place in hits[0] if place in hits[1] and place in hits[2]]
+    runs = [next((k for k in range(3) if not hits[k][place]), 3) for place in whole]
+    metrics = medusa.judge(drafter, given, SETTINGS, TARGET)
+    assert [int(part) for part in metrics["acceptance"]] == [sum(runs), len(whole)]
+    for k in range(3):
+        assert [int(part) for part in metrics[f"head{k}_accuracy"]] == [sum(hits[k].values()), len(hits[k])]
+    assert sum(runs) > 0
+
+
+def test_the_finished_drafter_has_the_same_heads_and_a_measured_tree() -> None:
+    drafter, given = shaken(), batch()
+    for b, t in places(given, 0):
+        given.tokens_BT[b, t + 2] = slow_logits(drafter, given)[0, b, t].argmax()
+    for tree_nodes in (3, 0):
+        settings = medusa.Settings(num_heads=3, num_blocks=2, tree_nodes=tree_nodes)
+        finished = medusa.finish(drafter, settings, TARGET, [given])
+        assert finished.config.tree[0] == (0,)
+        assert len(finished.config.tree) == 3 or not tree_nodes
+        for name, weight in drafter.state_dict().items():
+            assert torch.equal(finished.state_dict()[name], weight)
+
+
+def test_what_is_refused() -> None:
+    for changes in ({"num_heads": 0}, {"num_blocks": 0}, {"decay": 0.0}, {"tree_nodes": -1}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            medusa.Settings(**changes)  # type: ignore[arg-type]

@@ -1,0 +1,120 @@
+"""Launchers: ranks learn what one process learns on the joined batch, and every launcher ends in an artifact."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import draftsmith
+from tests.support.runs import ROOT, SMALL, command, environment, logged, make_data, make_target, weights
+from trainers.training import checkpoints
+
+LOSSES = ("loss", "head0_loss", "head1_loss", "grad_norm", "eval_acceptance", "eval_head0_accuracy")
+"""DeepSpeed tells no grad_norm at stage 0."""
+HEADS = {"num_heads": 2, "num_blocks": 2, "tree_nodes": 4}
+FEW_STEPS = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "clip": 0}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("ranks")
+    make_data(make_target(root / "target"), root / "data")
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """One process with batches of four."""
+    return launch(folder, "alone", batch_size=4)
+
+
+def words_of(folder: Path, output: str, *launcher: str, recipe: str = "medusa", **changes: Any) -> list[str]:
+    """Returns the recipe's command line, to be run from `folder`."""
+    own = HEADS if recipe == "medusa" else {}
+    flags = {**SMALL, **FEW_STEPS, **own, "target": "target", "data": "data", "output": output, **changes}
+    return command(recipe, *launcher, **flags)
+
+
+def launch(folder: Path, output: str, *launcher: str, script: Path | None = None, **changes: Any) -> Path:
+    """Runs the recipe, or `script` in its stead, and returns its output once the artifact in it has been loaded."""
+    words = words_of(folder, output, *launcher, **changes)
+    if script:
+        words = [str(script) if word == str(ROOT / "recipes" / "medusa.py") else word for word in words]
+    done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    draftsmith.load(folder / output, draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32"))
+    return folder / output
+
+
+def check_same(output: Path, alone: Path) -> None:
+    """Losses agree to 1e-5 and weights to 1e-5, a hundredth of one step: only the order of summation differs."""
+    for one, other in zip(logged(output, *LOSSES), logged(alone, *LOSSES), strict=True):
+        assert one == pytest.approx({key: other[key] for key in one}, rel=1e-5)
+    for name, weight in weights(alone).items():
+        torch.testing.assert_close(weights(output)[name], weight, rtol=0, atol=1e-5)
+
+
+def test_two_ranks_equal_one_process_on_the_joined_batch(folder: Path) -> None:
+    """Loss, gradients of the first step, and final weights."""
+    script = ROOT / "tests" / "keep_gradients.py"
+    one = launch(folder, "one", script=script, batch_size=4)
+    two = launch(folder, "two", *TORCHRUN, script=script, batch_size=2)
+    check_same(two, one)
+    gradients = [load_file(output / "gradients.safetensors") for output in (one, two)]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+    assert any(gradient.any() for gradient in gradients[0].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
+def test_zero_stages(folder: Path, alone: Path, stage: str) -> None:
+    check_same(launch(folder, stage, *TORCHRUN, deepspeed=stage, batch_size=2), alone)
+
+
+@pytest.mark.slow
+def test_a_sharded_draft_model_with_tied_weights(folder: Path) -> None:
+    """ZeRO-3 parts the embedding that is the head too; losses are those of one process."""
+    small = {"recipe": "distill", "hidden_size": 32, "loss": "forward_kl"}
+    one = launch(folder, "distilled", batch_size=4, **small)
+    two = launch(folder, "distilled-zero3", *TORCHRUN, deepspeed="zero3", batch_size=2, **small)
+    check_same(two, one)
+
+
+@pytest.mark.slow
+def test_kill_9_of_two_ranks(folder: Path) -> None:
+    """All processes killed past the first checkpoint, then the same command again: the same as an unbroken run."""
+    changes = {"deepspeed": "zero2", "batch_size": 2, "max_steps": 30, "save_steps": 3}
+    unbroken = launch(folder, "unbroken", *TORCHRUN, **changes)
+    output = folder / "killed"
+    words = words_of(folder, "killed", *TORCHRUN, **changes)
+    process = subprocess.Popen(words, cwd=folder, env=environment(), start_new_session=True)
+    while checkpoints.newest_whole(output) is None and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not checkpoints.is_finished(output)
+    launch(folder, "killed", *TORCHRUN, **changes)
+    assert logged(output, *LOSSES) == logged(unbroken, *LOSSES)
+    for name, weight in weights(unbroken).items():
+        assert torch.equal(weights(output)[name], weight), name
+
+
+@pytest.mark.slow
+def test_the_deepspeed_command(folder: Path, alone: Path) -> None:
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    check_same(launch(folder, "ds", deepspeed, "--num_gpus", "2", deepspeed="zero2", batch_size=2), alone)
+    check_same(launch(folder, "ds-plain", deepspeed, "--num_gpus", "2", batch_size=2), alone)
+
+
+@pytest.mark.slow
+def test_deepspeed_under_plain_python(folder: Path, alone: Path) -> None:
+    check_same(launch(folder, "python-zero1", deepspeed="zero1", batch_size=4), alone)

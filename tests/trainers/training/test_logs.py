@@ -1,0 +1,97 @@
+"""What runs tell: the same names in log.jsonl and in wandb, whatever the family, and once also after a kill."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import wandb
+from transformers.integrations.integration_utils import rewrite_logs
+
+from tests.support.runs import SMALL, make_data, make_target
+from tests.support.told import read_wandb
+from trainers import layerskip, lookup, medusa
+from trainers.training import logs
+from trainers.training.jsonl import wandb_name
+from trainers.training.loop import train
+from trainers.training.run_settings import RunSettings
+
+FAMILIES = [
+    (medusa, medusa.Settings(num_heads=2)),
+    (layerskip, layerskip.Settings(objective="acceptance", skip_ratio=0.5, num_texts=2)),
+    (lookup, lookup.Settings()),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("logs")
+    make_data(make_target(root / "target"), root / "data")
+    return root
+
+
+def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
+    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
+    return RunSettings(**{**paths, **SMALL, "max_steps": 2, **changes})
+
+
+def lines(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("family", "settings"), FAMILIES)
+def test_every_run_ends_with_what_it_reached_and_cost(folder: Path, family: ModuleType, settings: Any) -> None:
+    output = train(family, settings, run_settings(folder, family.__name__))
+    manifest = json.loads((output / "draft_config.json").read_text())
+    *earlier, last = lines(output)
+    judged = {f"eval_{name}": value for name, value in manifest["measured_acceptance"].items()}
+    assert last == {"step": 2, **judged, "seconds": manifest["train_s"]} and "eval_acceptance" in last
+    if family is medusa:
+        for line in (line for line in earlier if "loss" in line):
+            assert {"step", "loss", "tokens_per_s", "seconds", "learning_rate"} <= line.keys()
+            assert 0 < line["seconds"] <= last["seconds"] + 0.1
+    if family is layerskip:
+        assert [line["step"] for line in earlier] == [1, 2] and all("score" in line for line in earlier)
+
+
+def test_wandb_is_told_the_same_without_an_account(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run with a gradient and one without; the config holds every setting, the run's and the family's."""
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    for family, settings in FAMILIES[:2]:
+        output = train(family, settings, run_settings(folder, f"{family.__name__}-told", report_to="wandb"))
+        wandb.finish()
+        (file,) = output.glob("wandb/offline-run-*/*.wandb")
+        told, config = read_wandb(file)
+        assert config["num_texts" if family is layerskip else "num_heads"] == 2 and config["max_steps"] == 2
+        for line in lines(output):
+            expected = {wandb_name(name): value for name, value in line.items() if name != "step"}
+            assert any(expected.items() <= one.items() for one in told), line
+
+
+def test_names_are_those_that_transformers_gives_them() -> None:
+    line = {"loss": 1.0, "eval_acceptance": 0.5, "tokens_per_s": 3.0}
+    assert {wandb_name(name): value for name, value in line.items()} == rewrite_logs(line)
+
+
+def test_a_run_killed_after_its_last_line_tells_it_once(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "seconds": 1.0}\n{"step": 2, "eval_acceptance": 0.')
+    run = RunSettings(max_steps=2)
+    for seconds in (3.0, 4.0):
+        logs.conclude(run, {"acceptance": 0.5}, seconds, tmp_path)
+    assert lines(tmp_path) == [
+        {"step": 1, "loss": 2.0, "seconds": 1.0},
+        {"step": 2, "eval_acceptance": 0.5, "seconds": 4.0},
+    ]
+
+
+def test_each_trial_of_a_wandb_sweep_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
+    monkeypatch.setenv("WANDB_RUN_ID", "r1")
+    assert RunSettings().folder("x") == Path("runs/x")
+    assert RunSettings(output="mine").folder("x") == Path("mine")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    assert RunSettings().folder("x") == Path("runs/sweeps/s1/r1")
+    assert RunSettings(output="mine").folder("x") == Path("mine/r1")

@@ -1,0 +1,195 @@
+"""Settings from the command line and YAML: what is understood, and how faults are told."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from trainers.training.settings import parse_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Settings of every kind."""
+
+    max_steps: int = 10
+    """How long it takes."""
+    learning_rate: float = 1e-3
+    name: str = "x"
+    """Two lines
+    of help."""
+    bf16: bool = False
+    shuffle: bool = True
+    schedule: str = field(default="cosine", metadata={"choices": ["cosine", "linear"]})
+    loss: Literal["ce", "kl"] = "ce"
+    limit: int | None = None
+    layers: tuple[int, ...] = ()
+    tree: tuple[tuple[int, ...], ...] = ()
+    model: dict[str, Any] = field(default_factory=dict)
+    folder: Path = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needed:
+    """A setting without a default, and one that is checked."""
+
+    target: str
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}; it must lie between 0 and 1")
+
+
+def parse(*argv: str) -> Run:
+    (run,) = parse_settings(Run, description="What it does.", argv=list(argv))
+    assert isinstance(run, Run)
+    return run
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str, kinds: tuple[type, ...] = (Run,)) -> list[str]:
+    """Returns the faults told, one a line, the program's name cut off."""
+    with pytest.raises(SystemExit) as exit_:
+        parse_settings(*kinds, description=None, argv=list(argv))
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return [line.split(": ", 1)[1] for line in captured.err.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("", {}),
+        ("--max-steps 3", {"max_steps": 3}),
+        ("--max_steps=3", {"max_steps": 3}),
+        ("--max-steps 3 --max_steps 4", {"max_steps": 4}),
+        ("--learning-rate 3e-4", {"learning_rate": 3e-4}),
+        ("--limit -1 --learning-rate -0.5", {"limit": -1, "learning_rate": -0.5}),
+        ("--limit none", {"limit": None}),
+        ("--name 12", {"name": "12"}),
+        ("--name=a=b", {"name": "a=b"}),
+        ("--name=", {"name": ""}),
+        ("--bf16", {"bf16": True}),
+        ("--bf16 --max-steps 3", {"bf16": True, "max_steps": 3}),
+        ("--bf16=True --shuffle=False", {"bf16": True, "shuffle": False}),
+        ("--bf16 true --shuffle no", {"bf16": True, "shuffle": False}),
+        ("--no-shuffle --no_bf16", {"shuffle": False, "bf16": False}),
+        ("--schedule linear --loss kl", {"schedule": "linear", "loss": "kl"}),
+        ("--layers 4 8 --max-steps 3", {"layers": (4, 8), "max_steps": 3}),
+        ("--layers=[4,8]", {"layers": (4, 8)}),
+        ("--tree [[0],[0,1]]", {"tree": ((0,), (0, 1))}),
+        ("--folder some/where", {"folder": Path("some/where")}),
+        ("--local_rank=1 --max-steps 3", {"max_steps": 3}),
+        ("--local-rank 0", {}),
+    ],
+)
+def test_the_command_line(argv: str, expected: dict[str, Any]) -> None:
+    assert parse(*argv.split()) == Run(**expected)
+
+
+def test_mappings_are_written_as_yaml() -> None:
+    assert parse("--model", "{hidden_size: 8, act: silu}").model == {"hidden_size": 8, "act": "silu"}
+
+
+def test_flags_beat_the_preset_which_beats_defaults(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(
+        "max-steps: 5\nlearning_rate: 3e-4\nbf16: true\nlayers: [1, 2]\nlimit: null\nmodel: {a: 1}\nname: preset\n"
+    )
+    expected = Run(max_steps=5, learning_rate=3e-4, bf16=True, layers=(1, 2), model={"a": 1}, name="flag")
+    assert parse("--name", "flag", "--config", str(preset)) == expected
+    assert parse("--config", str(preset), "--no-bf16").bf16 is False
+
+
+def test_several_dataclasses_share_the_command_line() -> None:
+    run, needed = parse_settings(Run, Needed, description=None, argv=["--target", "t", "--max-steps", "2"])
+    assert (run, needed) == (Run(max_steps=2), Needed(target="t"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "fault"),
+    [
+        ("--max-stpes 3", "unknown setting '--max-stpes' on the command line; did you mean --max-steps?"),
+        ("--max_stpes=3", "unknown setting '--max_stpes' on the command line; did you mean --max-steps?"),
+        ("--qqqqq", "unknown setting '--qqqqq' on the command line; see --help"),
+        ("--max 3", "unknown setting '--max' on the command line; did you mean --max-steps?"),
+        ("stray", "do not know what to do with 'stray': settings are written --key value"),
+        ("--max-steps 3 4", "do not know what to do with '4': settings are written --key value"),
+        ("--max-steps abc", "--max-steps takes a whole number, not 'abc'"),
+        ("--max-steps 1.5", "--max-steps takes a whole number, not '1.5'"),
+        ("--learning-rate fast", "--learning-rate takes a number, not 'fast'"),
+        ("--layers 1 two", "--layers takes a whole number, not 'two'"),
+        ("--layers [1,", "--layers is not valid YAML: '[1,'"),
+        ("--model 3", "--model takes a mapping like {key: value}, not 3"),
+        ("--bf16=maybe", "--bf16 takes true or false, not 'maybe'"),
+        ("--no-name", "--no-name: only switches have a --no- form"),
+        ("--max-steps", "--max-steps needs a value"),
+        ("--max-steps --bf16", "--max-steps needs a value"),
+        ("--schedule linaer", "--schedule takes one of cosine, linear, not 'linaer'; did you mean linear?"),
+        ("--loss mse", "--loss takes one of ce, kl, not 'mse'"),
+        ("--config nowhere.yaml", "--config nowhere.yaml: no such file"),
+    ],
+)
+def test_a_fault_is_one_clear_sentence(capsys: pytest.CaptureFixture[str], argv: str, fault: str) -> None:
+    assert refusal(capsys, *argv.split()) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("max_stpes: 3", "unknown setting 'max_stpes' in {path}; did you mean max_steps?"),
+        ("max-steps: abc", "{path}: max-steps takes a whole number, not 'abc'"),
+        ("max_steps: 1.5", "{path}: max-steps takes a whole number, not 1.5"),
+        ("max_steps: true", "{path}: max-steps takes a whole number, not True"),
+        ("name: [a]", "{path}: name takes text, not ['a']"),
+        ("- max_steps", "--config {path}: should hold `key: value` lines"),
+        ("max_steps: [1", "--config {path}: not valid YAML: "),
+    ],
+)
+def test_a_faulty_preset(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, fault: str) -> None:
+    path = tmp_path / "preset.yaml"
+    path.write_text(text)
+    (told,) = refusal(capsys, "--config", str(path))
+    expected = fault.format(path=path)
+    assert told.startswith(expected) if fault.endswith(" ") else told == expected
+
+
+def test_all_faults_are_told_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "preset.yaml"
+    path.write_text("sharr: 0.1\nmax_steps: many\n")
+    argv = ["--bf61", "--config", str(path), "--learning-rate", "fast"]
+    assert refusal(capsys, *argv, kinds=(Run, Needed)) == [
+        "unknown setting '--bf61' on the command line; did you mean --bf16?",
+        f"unknown setting 'sharr' in {path}; did you mean share?",
+        f"{path}: max-steps takes a whole number, not 'many'",
+        "--learning-rate takes a number, not 'fast'",
+        "--target must be given",
+    ]
+
+
+def test_what_a_dataclass_refuses_is_told_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refusal(capsys, "--target", "t", "--share", "2", kinds=(Run, Needed))
+    assert told == ["share is 2.0; it must lie between 0 and 1"]
+
+
+def test_two_settings_of_one_name_are_our_own_mistake() -> None:
+    with pytest.raises(AssertionError, match="two settings are called max_steps"):
+        parse_settings(Run, Run, description=None, argv=[])
+
+
+def test_help_shows_meaning_default_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_settings(
+            Run, Needed, description="What it does.\n\n    a command line   # kept as it is\n", argv=["--help"]
+        )
+    assert exit_.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "    a command line   # kept as it is" in lines
+    assert "  --max-steps N               How long it takes. [default 10]" in lines
+    assert "  --name TEXT                 Two lines of help. [default 'x']" in lines
+    assert "  --schedule {cosine,linear}  [default 'cosine']" in lines
+    assert "  --layers N ...              [default ()]" in lines
+    assert "  --target TEXT               [required]" in lines
+    assert max(map(len, lines)) <= 120

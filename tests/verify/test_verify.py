@@ -1,0 +1,149 @@
+"""Verifiers by hand: what they accept of small drafts, and which one is chosen. Their laws: test_verify_exact.py.
+
+Shape suffixes: B rows, N nodes, V vocabulary, U uniforms.
+"""
+
+import math
+
+import pytest
+import torch
+
+from draftsmith.core.sampling import Sampling
+from draftsmith.core.tree import Draft, Tree, chain
+from draftsmith.verify import choose, find, greedy, names
+from draftsmith.verify.lossy import bild, typical
+from draftsmith.verify.research import token
+from tests.support.exact import VOCAB_SIZE, texts_of
+
+
+def test_greedy_takes_the_argmaxes() -> None:
+    tree = Tree.from_parents([[-1, 0, 0, 1, 2, 2]])
+    draft = Draft(tokens_BN=torch.tensor([[9, 0, 1, 2, 0, 2]] * 3), tree=tree)
+    scores = torch.zeros(3, 6, VOCAB_SIZE)
+    best = [[1, 0, 2, 0, 0, 1], [0, 1, 0, 0, 0, 0], [2, 1, 1, 1, 1, 1]]
+    for row, choices in enumerate(best):
+        for node, choice in enumerate(choices):
+            scores[row, node, choice] = 1.0
+    verdict = greedy.verify(scores, draft, scores)
+    assert list(texts_of(verdict, draft.tokens_BN)) == [(1, 2, 1), (0, 1), (2,)]
+    assert verdict.num_accepted_B.tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("target_probs", "draft_probs", "accepted_below"),
+    [
+        ([0.5, 0.3, 0.2], [0.5, 0.3, 0.2], 1.0),  # always: the same law
+        ([0.8, 0.1, 0.1], [0.5, 0.3, 0.2], 1.0),  # always: likelier still under the target
+        ([0.25, 0.5, 0.25], [0.5, 0.25, 0.25], 0.5),  # sometimes
+        ([0.0, 0.6, 0.4], [1.0, 0.0, 0.0], 0.0),  # never: the target excludes it
+    ],
+)
+def test_always_sometimes_never(
+    dtype: torch.dtype, target_probs: list[float], draft_probs: list[float], accepted_below: float
+) -> None:
+    """The hand-written logits of a draft of token 0, over uniforms that include both edges."""
+    logits_BNV = torch.tensor([target_probs, target_probs], dtype=dtype).log().expand(6, 2, 3)
+    uniforms = [0.0, 0.25, 0.499, 0.501, 0.75, math.nextafter(1.0, 0.0)]
+    draft = Draft(
+        tokens_BN=torch.tensor([[7, 0]] * 6),
+        tree=chain(2),
+        draft_probs_BNV=torch.tensor([[draft_probs]], dtype=dtype).expand(6, 1, 3),
+        drawn="independent",
+    )
+    uniforms_BU = torch.tensor([[0.5, uniform, uniform] for uniform in uniforms], dtype=torch.float64)
+    verdict = token.verify(Sampling(temperature=1.0).law(logits_BNV), draft, uniforms_BU)
+    assert verdict.num_accepted_B.tolist() == [int(uniform < accepted_below) for uniform in uniforms]
+    for accepted, after in zip(verdict.num_accepted_B.tolist(), verdict.next_token_B.tolist(), strict=True):
+        law = target_probs if accepted else [max(p - q, 0) for p, q in zip(target_probs, draft_probs, strict=True)]
+        assert law[after] > 0
+
+
+def test_typical_acceptance_by_hand() -> None:
+    """Accepts what is likelier than min(0.09, 0.3 exp(-entropy)), as in Medusa's paper.
+
+    Node 0: (0.90, 0.08, 0.02) has entropy 0.375, so that the bound is 0.09 and 0.08 falls short of it. Node 1: one
+    token at 0.34 and eleven at 0.06 have entropy 2.224: the bound is 0.0325, and 0.06 passes.
+    """
+    sharp_V = torch.tensor([0.90, 0.08, 0.02] + [0.0] * 9, dtype=torch.float64)
+    flat_V = torch.tensor([0.34] + [0.06] * 11, dtype=torch.float64)
+    target_probs_BNV = torch.stack([sharp_V, flat_V, flat_V, flat_V, flat_V])[None]
+    tree = Tree.from_parents([[-1, 0, 0, 1, 2]])
+    draft = Draft(tokens_BN=torch.tensor([[5, 0, 1, 7, 0]]), tree=tree)
+    uniforms_BU = torch.tensor([[0.0, 0.0, 0.0, 0.99, 0.0, 0.0]], dtype=torch.float64)
+    verdict = typical.verify(target_probs_BNV, draft, uniforms_BU)
+    assert verdict.path_BP[0].tolist() == [0, 1, 3] and verdict.next_token_B.tolist() == [11]
+    by_two = Draft(tokens_BN=torch.tensor([[5, 2, 1, 7, 0]]), tree=tree)
+    assert typical.verify(target_probs_BNV, by_two, uniforms_BU).num_accepted_B.tolist() == [0]
+
+
+def draft_of(drawn: str, *, is_chain: bool = True) -> Draft:
+    tree = chain(3) if is_chain else Tree.from_parents([[-1, 0, 0]])
+    laws = None if drawn == "deterministic" else torch.full((1, 2, 3), 1 / 3)
+    return Draft(tokens_BN=torch.zeros(1, 3, dtype=torch.long), tree=tree, draft_probs_BNV=laws, drawn=drawn)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("drawn", "of_chain", "of_tree"),
+    [
+        ("deterministic", "once", "once"),
+        ("independent", "block", "traversal"),
+        ("without_replacement", "block", "traversal"),
+        ("top_and_drawn", "greedy_drafting", "greedy_drafting"),
+    ],
+)
+def test_auto_chooses_a_lossless_verifier_that_fits(drawn: str, of_chain: str, of_tree: str) -> None:
+    for is_chain, expected in ((True, of_chain), (False, of_tree)):
+        draft = draft_of(drawn, is_chain=is_chain)
+        assert choose("auto", Sampling(), draft).name == "greedy"
+        chosen = choose("auto", Sampling(temperature=1.0), draft)
+        assert chosen.name == expected and chosen.is_lossless
+        assert chosen == choose(expected, Sampling(temperature=1.0), draft)
+
+
+def test_what_is_lossy_must_be_asked_for() -> None:
+    for name in ("typical", "lenience", "bild"):
+        for sampling in (Sampling(temperature=1.0), Sampling()):
+            assert not choose(name, sampling, draft_of("deterministic")).is_lossless
+    assert sorted(name for name in names() if not find(name)[0].LOSSLESS) == ["bild", "lenience", "typical"]
+
+
+def test_a_verifier_may_take_a_number() -> None:
+    draft = draft_of("deterministic")
+    for name, parameter, value in (("lenience=0.7", "lenience", 0.7), ("bild=2", "rollback", 2.0)):
+        assert choose(name, Sampling(temperature=1.0), draft).verify.keywords == {parameter: value}  # type: ignore[attr-defined]
+    assert choose("bild", Sampling(), draft).law == Sampling(temperature=1.0)
+
+
+def test_rollback_by_hand() -> None:
+    """Accepts what is likelier than exp(-2) = 0.135, or the target's argmax; the argmax at the end comes next."""
+    laws = [[0.6, 0.2, 0.2], [0.1, 0.8, 0.1], [0.2, 0.3, 0.5], [0.4, 0.3, 0.3]]
+    target_probs_BNV = torch.tensor([laws] * 3).double()
+    draft = Draft(
+        tokens_BN=torch.tensor([[9, 1, 1, 0], [9, 1, 0, 2], [9, 0, 1, 2]]), tree=chain(4), num_nodes=[4, 4, 2]
+    )
+    verdict = bild.verify(target_probs_BNV, draft, torch.zeros(3, 5), rollback=2.0)
+    assert list(texts_of(verdict, draft.tokens_BN)) == [(1, 1, 0, 0), (1, 1), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature", "drawn", "is_chain", "message"),
+    [
+        ("nosuch", 1.0, "deterministic", True, "unknown verifier 'nosuch'; there are auto, bild, block, "),
+        ("verdict", 1.0, "deterministic", True, "unknown verifier 'verdict'"),
+        ("once", 1.0, "independent", True, "verifier 'once' does not fit a draft drawn independent"),
+        ("token", 1.0, "without_replacement", True, "verifier 'token' does not fit a draft drawn without replacement"),
+        ("token", 1.0, "independent", False, "verifier 'token' takes chains"),
+        ("token", 1.0, "deterministic", False, "verifier 'token' takes chains"),
+        ("lenience=much", 1.0, "deterministic", True, "verifier lenience=much: 'much' is no number"),
+        ("token=2", 1.0, "deterministic", True, "verifier 'token' takes no number, and '2' was given"),
+        ("recursive", 1.0, "top_and_drawn", False, "verifier 'recursive' does not fit a draft drawn top and drawn"),
+        ("greedy", 0.5, "deterministic", True, "verifier 'greedy' is for temperature 0, not 0.5"),
+        ("once", 0.0, "deterministic", True, "verifier 'once' keeps a sampled law; at temperature 0"),
+    ],
+)
+def test_a_verifier_that_would_not_keep_its_promise_is_refused(
+    name: str, temperature: float, drawn: str, is_chain: bool, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(name, Sampling(temperature=temperature), draft_of(drawn, is_chain=is_chain))

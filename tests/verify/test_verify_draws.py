@@ -1,0 +1,159 @@
+"""Verifiers that draw a token at each node, by exact enumeration: once per node, and greedy drafting.
+
+They are step functions of each node's uniform. Where the steps lie is known in closed form, so that one uniform from
+each cell between two steps, weighted by the cell's width, integrates exactly.
+
+Shape suffixes: B rows, N nodes, V vocabulary, U uniforms.
+"""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from draftsmith.core.tree import Draft, Tree
+from draftsmith.verify import greedy_drafting, once
+from tests.support.exact import (
+    EXACT,
+    TOKENS,
+    Laws,
+    Shape,
+    Text,
+    Verify,
+    error,
+    expected_tokens,
+    filled,
+    fillings,
+    full,
+    random_laws,
+    texts_of,
+)
+
+
+def draws(weights_V: Tensor) -> list[float]:
+    """Returns where the token drawn changes."""
+    return (weights_V.cumsum(-1) / weights_V.sum()).tolist()
+
+
+def cell_law(verify: Verify, draft: Draft, target_probs_1NV: Tensor, edges: list[list[float]]) -> dict[Text, float]:
+    """Returns the law of what `verify` puts out for one draft, the uniform of node n having steps at `edges[n]`."""
+    cells = []
+    for steps in edges:
+        ends = sorted({0.0, 1.0, *(edge for edge in steps if 0 < edge < 1)})
+        cells.append([((low + high) / 2, high - low) for low, high in itertools.pairwise(ends) if high - low > 1e-15])
+    rows = list(itertools.product(*cells))
+    uniforms_BU = torch.tensor([[*(uniform for uniform, _ in row), 0.5] for row in rows], dtype=torch.float64)
+    repeated = Draft(
+        tokens_BN=draft.tokens_BN.expand(len(rows), -1),
+        tree=draft.tree,
+        num_nodes=None if draft.num_nodes is None else draft.num_nodes * len(rows),
+        draft_probs_BNV=None if draft.draft_probs_BNV is None else draft.draft_probs_BNV.expand(len(rows), -1, -1),
+        drawn=draft.drawn,
+    )
+    verdict = verify(target_probs_1NV.expand(len(rows), -1, -1), repeated, uniforms_BU)
+    found: dict[Text, float] = defaultdict(float)
+    for text, row in zip(texts_of(verdict, repeated.tokens_BN), rows, strict=True):
+        found[text] += math.prod(width for _, width in row)
+    return found
+
+
+def small_trees() -> Iterator[tuple[list[int], Text]]:
+    """Yields every tree of up to four nodes whose siblings differ, with every labelling."""
+    for num_nodes in range(1, 5):
+        for parents in itertools.product(*(range(node) for node in range(1, num_nodes))):
+            for labels in itertools.product(TOKENS, repeat=num_nodes - 1):
+                if len(set(zip(parents, labels, strict=True))) == num_nodes - 1:
+                    yield [-1, *parents], labels
+
+
+def once_law(target: Laws, parents: list[int], labels: Text, used: int) -> dict[Text, float]:
+    """Returns the law of what the once-per-node rule puts out for a tree of which `used` nodes are in use."""
+    texts: list[Text] = [()]
+    for parent, label in zip(parents[1:], labels, strict=True):
+        texts.append((*texts[parent], label))
+    draft = Draft(
+        tokens_BN=torch.tensor([[0, *labels]]),
+        tree=Tree.from_parents([parents]),
+        num_nodes=None if used == len(parents) else [used],
+    )
+    target_probs_1NV = torch.stack([target[text] for text in texts])[None]
+    return cell_law(once.verify, draft, target_probs_1NV, [draws(target[text]) for text in texts])
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_once_per_node_keeps_the_law_on_every_small_tree(zeros: bool) -> None:
+    target = random_laws(4, seed=21, zeros=zeros)
+    for parents, labels in small_trees():
+        found = once_law(target, parents, labels, len(parents))
+        assert error(found, target, 4) < EXACT, (parents, labels)
+        # No rule accepts more: the first token is accepted with the probability of node 0's children.
+        children = {label for parent, label in zip(parents[1:], labels, strict=True) if parent == 0}
+        accepted = sum(weight for text, weight in found.items() if len(text) > 1)
+        assert accepted == pytest.approx(sum(target[()][child].item() for child in children), abs=EXACT)
+
+
+def test_siblings_that_agree_keep_the_law_too() -> None:
+    """Both stand for one text, whose next token must not be drawn twice."""
+    target = random_laws(4, seed=23)
+    for parents, labels in (([-1, 0, 0, 2], (0, 0, 0)), ([-1, 0, 0, 1], (1, 1, 2)), ([-1, 0, 1, 1], (0, 2, 2))):
+        assert error(once_law(target, parents, labels, 4), target, 4) < EXACT, (parents, labels)
+
+
+@pytest.mark.parametrize("used", [1, 2, 3])
+def test_nodes_not_in_use_change_nothing(used: int) -> None:
+    target = random_laws(4, seed=22)
+    for parents, labels in small_trees():
+        if len(parents) > used:
+            found = once_law(target, parents, labels, used)
+            expected = once_law(target, parents[:used], labels[: used - 1], used)
+            assert found == pytest.approx(expected, abs=EXACT), (parents, labels)
+
+
+def rest_of(draft: Laws, text: Text, tops: list[int]) -> Tensor:
+    """Returns the law that the last child is drawn from."""
+    law_V = draft[text].clone()
+    law_V[tops] = 0
+    return law_V / law_V.sum()
+
+
+def greedy_drafting_law(shape: Shape, draft: Laws, target: Laws) -> dict[Text, float]:
+    found: dict[Text, float] = defaultdict(float)
+    for texts, used, weight in fillings(shape, draft):
+        edges = []
+        for node, text in enumerate(texts):
+            children = [texts[other][-1] for other in range(1, len(texts)) if shape.parents[other] == node]
+            chance, left_V = 0.0, target[text]
+            if children:
+                rest_V = rest_of(draft, text, children[:-1])
+                chance = min(1.0, float(target[text][children[-1]] / rest_V[children[-1]]))
+                left_V = (target[text] - rest_V).clamp(min=0)
+            edges.append([chance, *(chance + (1 - chance) * edge for edge in draws(left_V))])
+        one, target_probs_1NV = filled(shape, [texts], [used], draft, target)
+        for output, share in cell_law(greedy_drafting.verify, one, target_probs_1NV, edges).items():
+            found[output] += weight * share
+    return found
+
+
+@pytest.mark.parametrize("widths", [(1,), (2,), (3,), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_greedy_drafting_keeps_the_law(widths: tuple[int, ...], zeros: bool) -> None:
+    shape = full(*widths, drawn="top_and_drawn")
+    target, draft = random_laws(3, seed=5, zeros=zeros), random_laws(3, seed=6)
+    assert error(greedy_drafting_law(shape, draft, target), target, shape.depth + 1) < EXACT
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_greedy_drafting_accepts_the_best_it_can(width: int) -> None:
+    """P(top) + sum of min(target, rest) over the others: the optimum for drafts made so."""
+    for seed in range(3):
+        target, draft = random_laws(2, seed=seed), random_laws(2, seed=seed + 50)
+        found = greedy_drafting_law(full(width, drawn="top_and_drawn"), draft, target)
+        tops = draft[()].topk(width - 1).indices.tolist()
+        others = [one for one in TOKENS if one not in tops]
+        rest_V = rest_of(draft, (), tops)
+        optimum = target[()][tops].sum() + torch.minimum(target[()], rest_V)[others].sum()
+        assert expected_tokens(found) - 1 == pytest.approx(float(optimum), abs=EXACT)

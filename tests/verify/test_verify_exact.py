@@ -1,0 +1,167 @@
+"""Verifiers, by exact enumeration: every draft, every uniform, completed by sampling from the target.
+
+Those that draw a token at each node are in test_verify_draws.py.
+"""
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from draftsmith.verify import block, traversal
+from draftsmith.verify.lossy import lenience
+from draftsmith.verify.research import kseq, multipath, recursive, token
+from eval.bakeoff.oracle import optimal_acceptance
+from tests.support import exact
+from tests.support.exact import (
+    EXACT,
+    VOCAB_SIZE,
+    Laws,
+    Shape,
+    Text,
+    error,
+    expected_tokens,
+    full,
+    output_law,
+    paths,
+    random_laws,
+)
+
+W = "without_replacement"
+CHAINS = [paths(wide=1, deep=deep) for deep in (1, 2, 3)]
+STOPPED = [paths(wide=1, deep=3, stops_at=stop) for stop in (0, 2)]
+INDEPENDENT = [
+    full(2, drawn="independent"),
+    full(3, drawn="independent"),
+    paths(wide=2, deep=2),
+    Shape(parents=(-1, 0, 1, 1), drawn="independent"),
+    Shape(parents=(-1, 0, 0, 2, 1), drawn="independent"),
+]
+WITHOUT = [
+    full(2, drawn=W),
+    full(3, drawn=W),
+    full(2, 1, drawn=W),
+    Shape(parents=(-1, 0, 1, 1, 2), drawn=W),
+    Shape(parents=(-1, 0, 0, 0, 1, 1), drawn=W),
+]
+LARGE = [paths(wide=2, deep=3), paths(wide=3, deep=2), full(2, 2, drawn="independent")]
+LARGE_WITHOUT = [full(2, 2, drawn=W), full(3, 1, drawn=W), Shape(parents=(-1, 0, 0, 1, 1, 3, 3), drawn=W)]
+ON_CHAINS, ON_TREES, ON_DISTINCT = (token, block), (recursive, traversal, kseq, multipath), (recursive, traversal)
+CASES = [
+    *((verifier, shape) for verifier in ON_CHAINS for shape in [*CHAINS, *STOPPED]),
+    *((verifier, shape) for verifier in ON_TREES for shape in [CHAINS[1], STOPPED[0], *INDEPENDENT]),
+    *((verifier, shape) for verifier in ON_DISTINCT for shape in WITHOUT),
+]
+LARGE_CASES = [
+    *((verifier, shape) for verifier in ON_TREES for shape in LARGE),
+    *((verifier, shape) for verifier in ON_DISTINCT for shape in LARGE_WITHOUT),
+]
+
+
+def name(value: object) -> str:
+    if isinstance(value, ModuleType):
+        return value.__name__.rpartition(".")[2]
+    assert isinstance(value, Shape)
+    return f"{value.drawn}{value.parents}{'stops' * (value.stops_at >= 0)}".replace(" ", "")
+
+
+def check(verifier: ModuleType, shape: Shape, *, seed: int, zeros: bool) -> None:
+    longest = shape.depth + 1
+    target = random_laws(longest, seed=seed, zeros=zeros)
+    draft = random_laws(longest, seed=seed + 10, zeros=zeros)
+    found = output_law(verifier.verify, shape, draft, target)
+    assert sum(found.values()) == pytest.approx(1, abs=EXACT)
+    assert error(found, target, longest) < EXACT
+
+
+@pytest.mark.parametrize(("verifier", "shape"), CASES, ids=name)
+def test_the_law_is_kept(verifier: ModuleType, shape: Shape) -> None:
+    check(verifier, shape, seed=0, zeros=False)
+    check(verifier, shape, seed=1, zeros=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("verifier", "shape"), LARGE_CASES, ids=name)
+def test_the_law_is_kept_on_larger_trees(verifier: ModuleType, shape: Shape) -> None:
+    check(verifier, shape, seed=2, zeros=False)
+
+
+@pytest.mark.parametrize("verifier", ON_DISTINCT, ids=name)
+def test_siblings_leave_the_drafts_law_for_good(verifier: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With three tokens the third sibling is all that is left of both laws, whatever became of the draft's mass."""
+    monkeypatch.setattr(exact, "TOKENS", range(4))
+    monkeypatch.setattr(exact, "VOCAB_SIZE", 4)
+    check(verifier, full(3, drawn=W), seed=4, zeros=False)
+
+
+@pytest.mark.parametrize("drafted", [(0,), (2, 1), (1, 1, 0)])
+def test_a_deterministic_chain_may_be_judged_token_by_token(drafted: Text) -> None:
+    """Such a draft is drawn from a law that is one at its token."""
+    one_hot = torch.eye(VOCAB_SIZE, dtype=torch.float64)
+    draft = {text: one_hot[drafted[len(text)] if len(text) < len(drafted) else 0] for text in random_laws(3, seed=0)}
+    shape = Shape(parents=tuple(range(-1, len(drafted))), drawn="deterministic")
+    for zeros in (False, True):
+        target = random_laws(4, seed=11, zeros=zeros)
+        assert error(output_law(token.verify, shape, draft, target), target, len(drafted) + 1) < EXACT
+
+
+@pytest.mark.parametrize("verifier", [*ON_CHAINS, *ON_TREES], ids=name)
+def test_a_draft_by_the_targets_own_law_is_always_accepted(verifier: ModuleType) -> None:
+    target = random_laws(3, seed=3)
+    found = output_law(verifier.verify, CHAINS[1], target, target)
+    assert sum(weight for text, weight in found.items() if len(text) < 3) < EXACT
+
+
+def tokens_of(verifier: ModuleType, shape: Shape, draft: Laws, target: Laws) -> float:
+    return expected_tokens(output_law(verifier.verify, shape, draft, target))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_accepts_more_does(seed: int) -> None:
+    """Block never below token; traversal never below recursive rejection; a choice of paths above both."""
+    target, draft = random_laws(3, seed=seed), random_laws(3, seed=seed + 20)
+    chain, pair = CHAINS[2], paths(wide=2, deep=2)
+    of_chain = {
+        verifier: tokens_of(verifier, chain, draft, target) for verifier in (token, block, recursive, traversal)
+    }
+    assert of_chain[block] > of_chain[token] + 1e-6
+    assert of_chain[recursive] == pytest.approx(of_chain[token], abs=EXACT)
+    assert of_chain[traversal] == pytest.approx(of_chain[block], abs=EXACT)
+    of_pair = {verifier: tokens_of(verifier, pair, draft, target) for verifier in (recursive, traversal, multipath)}
+    assert of_pair[traversal] > of_pair[recursive] - EXACT
+    assert of_pair[multipath] > of_pair[traversal] - EXACT
+    for shape in WITHOUT:
+        assert tokens_of(traversal, shape, draft, target) > tokens_of(recursive, shape, draft, target) - EXACT
+
+
+@pytest.mark.parametrize("num_drafts", [2, 3])
+def test_no_rule_beats_the_optimum(num_drafts: int) -> None:
+    """One level of independent drafts; K-SEQ reaches 1 - 1/e of it (SpecTr, theorem 3), and two rules can be beaten."""
+    shape = full(num_drafts, drawn="independent")
+    for seed in range(4):
+        target, draft = random_laws(1, seed=seed), random_laws(1, seed=seed + 30)
+        optimum = float(optimal_acceptance(target[()], draft[()], num_drafts))
+        reached = {rule: tokens_of(rule, shape, draft, target) - 1 for rule in (recursive, kseq, traversal, multipath)}
+        assert max(reached.values()) < optimum + EXACT
+        assert reached[kseq] > (1 - 1 / torch.e) * optimum
+        assert reached[kseq] > reached[recursive] - EXACT
+
+
+def test_the_optimum_by_hand() -> None:
+    """Laws (0.9, 0.1) and (0.5, 0.5): one draft is accepted with the sum of the smaller chances, 0.6."""
+    target_V, draft_V = torch.tensor([0.9, 0.1]).double(), torch.tensor([0.5, 0.5]).double()
+    assert float(optimal_acceptance(target_V, draft_V, 1)) == pytest.approx(0.6)
+    # Token 0 is among two drafts with 0.75, all of which is wanted, and token 1 is wanted with 0.1 alone.
+    assert float(optimal_acceptance(target_V, draft_V, 2)) == pytest.approx(0.85)
+
+
+@pytest.mark.parametrize(("strength", "is_kept"), [(1.0, True), (0.5, False)])
+def test_lenience_is_lossy_unless_it_is_one(strength: float, is_kept: bool) -> None:
+    target, draft = random_laws(2, seed=0), random_laws(2, seed=40)
+
+    def verify(*arguments: object) -> object:
+        return lenience.verify(*arguments, lenience=strength)  # type: ignore[arg-type]
+
+    found = output_law(verify, CHAINS[0], draft, target)  # type: ignore[arg-type]
+    assert (error(found, target, 2) < EXACT) == is_kept
+    assert expected_tokens(found) >= tokens_of(token, CHAINS[0], draft, target) - EXACT

@@ -1,0 +1,1 @@
+"""Text for drafters that look text up: documents, suffix arrays, n-gram counts."""

@@ -1,0 +1,1 @@
+"""The search for sublayers that a target drafts best without."""

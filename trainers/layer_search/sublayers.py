@@ -1,0 +1,176 @@
+"""What leaving sublayers out of a target does to drafts, on text read in one pass, and what it saves, as measured.
+
+A choice is a string of bits: 0 to L - 1 say whose attention is left out, L to 2 L - 1 whose feed-forward layer.
+
+Shape suffixes: B rows, T positions, N supervised positions, D hidden width.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batches import Batch, Example
+from draftsmith import Target
+from draftsmith.core.tree import chain
+from draftsmith.length.costs import CONTEXT, SIZES
+from draftsmith.length.policies import Outcome, Policy
+from draftsmith.parts.self_drafting.sublayers import Sublayers, reread, sublayers
+from trainers.layer_search.search import Bits
+
+POSITIONS_AT_ONCE = 1024
+ROUNDS = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What forwards take, in milliseconds, measured once so that the machine's moods do not steer the search."""
+
+    whole: float
+    """A token by the whole model."""
+    no_attention: float
+    """Without any attention."""
+    no_mlp: float
+    """Without any feed-forward layer."""
+    neither: float
+    """Without either."""
+    verify: dict[str, float]
+    """The pending token and so many drafted ones by the whole model."""
+
+    def draft(self, bits: Bits) -> float:
+        """Returns a drafted token's cost, each block's share being what all blocks like it take, divided by L."""
+        pairs = list(zip(bits[: len(bits) // 2], bits[len(bits) // 2 :], strict=True))
+        of_all = {(0, 0): self.whole, (1, 0): self.no_attention, (0, 1): self.no_mlp, (1, 1): self.neither}
+        return sum(of_all[pair] for pair in pairs) / len(pairs)
+
+    def verification(self, num_drafted: int) -> float:
+        """Returns the cost of a verification, between the sizes measured by a straight line."""
+        return float(np.interp(num_drafted, list(map(float, self.verify)), list(self.verify.values())))
+
+
+class Texts:
+    """Rows that the whole target has read once, to be read again without some sublayers: a single forward a choice."""
+
+    @torch.inference_mode()
+    def __init__(self, target: Target, batch: Batch, num_draft: int) -> None:
+        self._target, self._num_draft = target, num_draft
+        self._tokens_BT = batch.tokens_BT.to(target.device)
+        self._cache = target.new_cache(len(self._tokens_BT))
+        out = target.forward(self._tokens_BT, chain(self._tokens_BT.shape[1], target.device), self._cache)
+        # Nothing is drafted at the first token: there is no earlier one for the whole model to have read.
+        self.mask_BT = batch.loss_mask_BT[:, 2:].to(target.device)
+        self._labels_N, _ = self._guesses(out.hidden_BND[:, 1:-1])
+
+    @torch.inference_mode()
+    def right(self, skipped: Sublayers) -> tuple[Tensor, Tensor]:
+        """Returns where drafting guesses what the target itself says [N], and how sure it is of each guess [N]."""
+        hidden_BTD = reread(self._target, self._tokens_BT, self._cache, skipped, self._num_draft)
+        guesses_N, confidence_N = self._guesses(hidden_BTD[:, :-1])
+        return guesses_N == self._labels_N, confidence_N
+
+    def stretches(self, right_N: Tensor, confidence_N: Tensor) -> Iterator[tuple[list[bool], list[float]]]:
+        """Yields what stands at each row's supervised positions, every unbroken stretch of them apart."""
+        told = iter(zip(right_N.tolist(), confidence_N.tolist(), strict=True))
+        for row in self.mask_BT.tolist():
+            for is_supervised, group in groupby(row):
+                if is_supervised:
+                    pairs = [next(told) for _ in group]
+                    yield [one for one, _ in pairs], [other for _, other in pairs]
+
+    def _guesses(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        parts = []
+        for hidden_ND in hidden_BTD[self.mask_BT].split(POSITIONS_AT_ONCE):
+            best = self._target.logits(hidden_ND[None])[0].float().softmax(-1).max(-1)
+            parts.append((best.indices, best.values))
+        indices, values = zip(*parts, strict=True)
+        return torch.cat(indices), torch.cat(values)
+
+
+def simulate(
+    stretches: Iterator[tuple[list[bool], list[float]]], policy: Policy, num_draft: int
+) -> list[tuple[int, int]]:
+    """Returns (tokens drafted, tokens accepted) of each round in which stretches of text would be decoded.
+
+    A round begins where the last one ended. What follows a wrong guess is taken to be as sure as the text's own token.
+    """
+    policy.start(1, num_draft)
+    rounds = []
+    for right, confidence in stretches:
+        place = 0
+        while place < len(right):
+            told: list[float] = []
+            while len(told) < min(num_draft, len(right) - place) and policy.goes_on(0, len(told), told):
+                told.append(confidence[place + len(told)])
+            num_matched = next((at for at in range(len(told)) if not right[place + at]), len(told))
+            rounds.append((len(told), num_matched))
+            if told:
+                one = Outcome(row=0, num_drafted=len(told), num_matched=num_matched, confidences=told)
+                policy.learn([one], len(told), 1.0)
+            place += num_matched + 1
+    return rounds
+
+
+def speed_up(rounds: Sequence[tuple[int, int]], bits: Bits, costs: Costs) -> float:
+    """Returns tokens in the time of a plain step: sum (accepted + 1) whole / sum (drafted draft + verification)."""
+    tokens = sum(num_matched + 1 for _, num_matched in rounds)
+    spent = sum(num_drafted * costs.draft(bits) + costs.verification(num_drafted) for num_drafted, _ in rounds)
+    return tokens * costs.whole / spent
+
+
+@torch.inference_mode()
+def influence(target: Target, rows: Sequence[Example]) -> list[float]:
+    """Returns, for each bit, 1 - the mean cosine of its block's output with and without the sublayer on these rows.
+
+    ShortGPT's block influence (2403.03853, equation 1) of half a block; each costs a pass through one block.
+    """
+    totals, count = [0.0] * (2 * target.num_layers), sum(len(row.tokens_T) for row in rows)
+    for row in rows:
+        tokens_1T = row.tokens_T[None].to(target.device)
+        hidden = target.read(tokens_1T, tuple(range(target.num_layers + 1)))
+        cache, whole = target.new_cache(1), chain(tokens_1T.shape[1], target.device)
+        for bit in range(len(totals)):
+            block = bit % target.num_layers
+            out = target.forward(
+                tokens_1T,
+                whole,
+                cache,
+                span=(block, block + 1),
+                entry_BND=hidden[block],
+                skipped=sublayers((block,), ()) if bit == block else sublayers((), (block,)),
+            )
+            alike_1T = torch.cosine_similarity(hidden[block + 1].float(), out.hidden_BND.float(), dim=-1)
+            totals[bit] += (1 - alike_1T).sum().item()
+    return [total / count for total in totals]
+
+
+@torch.inference_mode()
+def measure(target: Target, num_draft: int) -> Costs:
+    """Returns costs after a context of `CONTEXT` tokens, each the least of `ROUNDS` in which all take turns.
+
+    On a CPU it is the process's own time, to which others on the machine add nothing.
+    """
+    cache, blocks = target.new_cache(1), tuple(range(target.num_layers))
+    target.prefill([[1] * min(CONTEXT, target.context_length // 2)], cache)
+    clock = time.process_time if target.device.type == "cpu" else time.perf_counter
+
+    def run_ms(num_tokens: int, skipped: Sublayers) -> float:
+        began = clock()
+        tokens_1N = torch.ones(1, num_tokens, dtype=torch.long, device=target.device)
+        out = target.forward(tokens_1N, chain(num_tokens, target.device), cache, skipped=skipped)
+        target.logits(out.hidden_BND).argmax(-1).tolist()  # which an accelerator is waited for
+        return 1e3 * (clock() - began)
+
+    kinds = {"whole": ((), ()), "no_attention": (blocks, ()), "no_mlp": ((), blocks), "neither": (blocks, blocks)}
+    asked = {name: (1, sublayers(*left_out)) for name, left_out in kinds.items()}
+    sizes = sorted({*(size for size in SIZES if size < num_draft), num_draft})
+    asked |= {str(size): (1 + size, sublayers((), ())) for size in sizes}
+    rounds = [{name: run_ms(*one) for name, one in asked.items()} for _ in range(ROUNDS)]
+    least = {name: min(one[name] for one in rounds) for name in asked}
+    verify = accumulate((least[str(size)] for size in sizes), max, initial=least["whole"])
+    return Costs(
+        **{name: least[name] for name in kinds}, verify=dict(zip(["0", *map(str, sizes)], verify, strict=True))
+    )

@@ -1,0 +1,1 @@
+"""What several trainers share: losses, heads, exits, trees, distillation, on-policy text."""

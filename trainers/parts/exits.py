@@ -1,0 +1,125 @@
+"""Where it pays to leave the target: exit layers worth trying, what rounds of their drafters take and promise.
+
+Shape suffixes: B rows, T positions, N supervised positions, D hidden width, C exit layers, M metrics.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.batches import Batch
+from draftsmith import Target
+from draftsmith.core.drafter import Session
+from draftsmith.core.sampling import Sampling
+from draftsmith.length.costs import CONTEXT, quickest_ms
+from draftsmith.length.policies import Policy
+from trainers import Metrics
+from trainers.layer_search.sublayers import simulate
+from trainers.parts.losses import Teacher, acceptance, chunked, laws
+
+Text = tuple[list[bool], list[float]]
+"""Of a row's supervised tokens, whether draft and target agree, and how likely the draft finds its own."""
+
+SWEPT = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Exit layers that are tried, up to half of the target's."""
+TURNS = 3
+"""Times that the rounds of each are measured."""
+
+
+def swept(num_layers: int) -> tuple[int, ...]:
+    """Returns the exit layers worth trying in a target of so many blocks."""
+    return tuple(layer for layer in SWEPT if layer <= max(num_layers // 2, 1))
+
+
+@torch.inference_mode()
+def rounds_ms(drafter: Any, num_draft: int) -> list[float]:
+    """Returns the milliseconds of a round that drafts 0, 1, ... `num_draft` tokens, in a chain, and verifies them.
+
+    One row after `CONTEXT` tokens, the quickest of several runs each, and never less than with fewer tokens.
+    """
+    target = drafter.target
+    prompt = [1] * min(CONTEXT, target.context_length // 2)
+    cache = target.new_cache(1)
+    session = Session(
+        target=target,
+        rows=[[*prompt, 1]],
+        cache=cache,
+        sampling=Sampling(),
+        generator=torch.Generator(),
+        hidden=target.prefill([prompt], cache, layers=drafter.hidden_layers),
+    )
+    drafter.start(session)
+
+    def play(budget: int) -> Tensor:
+        draft = drafter.propose(budget) if budget else session.only_pending()
+        span, entry_BND = None, None
+        if draft.entry is not None:
+            span, entry_BND = (draft.entry.layer, target.num_layers), draft.entry.hidden_BND
+        out = target.forward(draft.tokens_BN, draft.tree, cache, span=span, entry_BND=entry_BND)
+        return target.logits(out.hidden_BND)
+
+    costs: list[float] = []
+    for budget in range(num_draft + 1):
+        costs.append(max([quickest_ms(partial(play, budget)), *costs]))
+    return costs
+
+
+def tokens_per_ms(rounds: Sequence[tuple[int, int]], costs_ms: Sequence[float]) -> float:
+    """Returns the tokens a millisecond of rounds of so many tokens (drafted, accepted), each with the target's own."""
+    return sum(accepted + 1 for _, accepted in rounds) / sum(costs_ms[drafted] for drafted, _ in rounds)
+
+
+def judged(
+    heads: Mapping[int, Callable[[Tensor], Tensor]], outputs: Sequence[Tensor], theirs_ND: Tensor, target: Target
+) -> Metrics:
+    """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and how often both laws' likeliest agree.
+
+    `heads` make logits of `outputs` [N, D], one of each exit layer; `theirs_ND` is the target's last hidden state. Of
+    several exit layers they are the means, and the acceptance of each is there too.
+    """
+
+    def compare(theirs_ND: Tensor, *outputs_ND: Tensor) -> Tensor:
+        teacher = Teacher(logits=target.logits(theirs_ND[None])[0])
+        both = [laws(head(z[None])[0], teacher) for head, z in zip(heads.values(), outputs_ND, strict=True)]
+        accepted_NC = torch.stack([acceptance(*pair) for pair in both], dim=1)
+        agrees_NC = torch.stack([own.argmax(-1) == theirs.argmax(-1) for own, theirs in both], dim=1)
+        return torch.stack([accepted_NC, agrees_NC.float()], dim=1)
+
+    sums_MC, count = chunked(compare, theirs_ND, *outputs, vocab_size=target.vocab_size * len(heads))
+    names = ("acceptance", "greedy_agreement")
+    metrics: Metrics = {name: (sums_C.sum(), count * len(heads)) for name, sums_C in zip(names, sums_MC, strict=True)}
+    if len(heads) > 1:
+        metrics |= {f"acceptance_{layer}": (sums_MC[0, at], count) for at, layer in enumerate(heads)}
+    return metrics
+
+
+def texts(
+    head: Callable[[Tensor], Tensor], outputs: Sequence[Tensor], batches: Sequence[Batch], target: Target
+) -> list[Text]:
+    """Returns what an exit says of each row; `head` makes logits of its `outputs` [B, T, D], one for each batch."""
+    found = []
+    for batch, output_BTD in zip(batches, outputs, strict=True):
+        for row, mask_T in enumerate(batch.loss_mask_BT[:, 1:]):
+            own = head(output_BTD[row, :-1][mask_T][None])[0].float().softmax(-1).max(-1)
+            theirs_ND = batch.hidden[target.num_layers][row, :-1][mask_T]
+            agrees_N = own.indices == target.logits(theirs_ND[None])[0].argmax(-1)
+            found.append((agrees_N.tolist(), own.values.tolist()))
+    return found
+
+
+def best(drafters: Sequence[tuple[Any, Sequence[Text]]], policy: Callable[[], Policy]) -> int:
+    """Returns which of the drafters, given with what `texts` says of each, promises most tokens a second in chains."""
+    # In turn and more than once, so that a machine busy with other work is so for all of them.
+    turns = [[rounds_ms(drafter, drafter.config.num_draft) for drafter, _ in drafters] for _ in range(TURNS)]
+    lowest_ms = [[min(times) for times in zip(*of_one, strict=True)] for of_one in zip(*turns, strict=True)]
+    plain_ms, rates = min(costs_ms[0] for costs_ms in lowest_ms), []
+    for (drafter, told), costs_ms in zip(drafters, lowest_ms, strict=True):
+        rounds = simulate(iter(told), policy(), drafter.config.num_draft)
+        rates.append(tokens_per_ms(rounds, costs_ms))
+        tau = 1 + sum(accepted for _, accepted in rounds) / len(rounds)
+        promise = f"{tau:.2f} tokens a round, {1e3 * rates[-1]:.0f} a second against {1e3 / plain_ms:.0f}"
+        print(f"exit layer {drafter.config.exit_layer}: {promise} without drafts")
+    return max(range(len(rates)), key=rates.__getitem__)

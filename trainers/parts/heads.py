@@ -1,0 +1,141 @@
+"""What trainers of token heads share: where their labels are, their loss and judgement, and the tree that suits them.
+
+A drafter's heads are told apart by k, from 0; head k at position t predicts token t + 2 + k.
+
+Shape suffixes: B rows, T positions, N supervised positions of one head, D hidden width, V vocabulary, K heads, R ranks.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data.batches import Batch
+from draftsmith import Target
+from draftsmith.length.costs import SIZES, quickest_ms, verify_ms
+from trainers import Metrics
+from trainers.parts import trees
+from trainers.parts.losses import chunked, cross_entropy
+
+NUM_RANKS = 10
+AT_ONCE = 1024
+Head = Callable[[int, Tensor], Tensor]
+"""(k, features [B, T, D]) -> head k's logits [B, T, V]."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """What one head is judged by in a batch."""
+
+    z_ND: Tensor
+    """Its features, before the output matrix."""
+    labels_N: Tensor
+    """The tokens it ought to say."""
+    mask_BT: Tensor
+    """Where in the batch these positions are."""
+
+
+def ahead(values_BT: Tensor, offset: int) -> Tensor:
+    """Returns at t what stands at t + offset; zeros past the end."""
+    return functional.pad(values_BT, (0, offset))[:, offset:]
+
+
+def masks(batch: Batch, num_heads: int) -> list[Tensor]:
+    """Returns for each head where its label is supervised [B, T]."""
+    return [ahead(batch.loss_mask_BT, 2 + k) for k in range(num_heads)]
+
+
+def parts(
+    features: Callable[[Tensor], Iterable[Tensor]], normed_BTD: Tensor, batch: Batch, num_heads: int
+) -> Iterator[Part]:
+    """Yields each head's part; `features` gives all heads' features [1, T, D] from normed hidden states [1, T, D]."""
+    masks_BT = masks(batch, num_heads)
+    any_BT = torch.stack(masks_BT).any(0)
+    for k, (z_1TD, mask_BT) in enumerate(zip(features(normed_BTD[any_BT][None]), masks_BT, strict=True)):
+        labels_N = ahead(batch.tokens_BT, 2 + k)[mask_BT]
+        yield Part(z_ND=z_1TD[0][mask_BT[any_BT]], labels_N=labels_N, mask_BT=mask_BT)
+
+
+def loss(found: Iterable[Part], head: Head, *, decay: float, vocab_size: int) -> tuple[Tensor, Metrics]:
+    """Returns the sum over heads k and positions t of decay^(k + 1) CE(head k at t, token t + 2 + k)."""
+    losses, metrics = [], {}
+    for k, part in enumerate(found):
+        head_loss, count = chunked(
+            lambda z, labels, k=k: cross_entropy(head(k, z[None])[0], labels),
+            part.z_ND,
+            part.labels_N,
+            vocab_size=vocab_size,
+        )
+        losses.append(decay ** (k + 1) * head_loss)
+        metrics[f"head{k}_loss"] = (head_loss.detach(), count)
+    return torch.stack(losses).sum(), metrics
+
+
+def ranks(found: Iterable[Part], head: Head, batch: Batch) -> Tensor:
+    """Returns the place [K, B, T] of the right token among each head's guesses, -1 where nothing is supervised."""
+    of_heads = []
+    for k, part in enumerate(found):
+        places = []
+        for z_ND, labels_N in zip(part.z_ND.split(AT_ONCE), part.labels_N.split(AT_ONCE), strict=True):
+            logits_NV = head(k, z_ND[None])[0]
+            places.append((logits_NV > logits_NV.gather(1, labels_N[:, None])).sum(1))
+        ranks_BT = torch.full_like(batch.tokens_BT, -1)
+        ranks_BT[part.mask_BT] = torch.cat(places)
+        of_heads.append(ranks_BT)
+    return torch.stack(of_heads)
+
+
+def judged(ranks_KBT: Tensor) -> Metrics:
+    """Returns each head's top-1 accuracy, and as acceptance how many heads are right before the first wrong one."""
+    metrics = {}
+    for k, ranks_BT in enumerate(ranks_KBT):
+        metrics[f"head{k}_accuracy"] = ((ranks_BT == 0).sum(), int((ranks_BT >= 0).sum()))
+    run_BT = (ranks_KBT == 0).cumprod(0).sum(0)
+    is_whole_BT = (ranks_KBT >= 0).all(0)
+    return {"acceptance": (run_BT[is_whole_BT].sum(), int(is_whole_BT.sum())), **metrics}
+
+
+def guess(features: Iterable[Tensor], head: Head) -> Tensor:
+    """Returns each head's likeliest tokens [K, T, R] from features [1, T, D], as a draft does with T = 1."""
+    logits_KTV = torch.cat([head(k, z_1TD) for k, z_1TD in enumerate(features)])
+    return logits_KTV.topk(NUM_RANKS, dim=-1).indices
+
+
+def best_tree(
+    of_batches: Iterable[Tensor], draft: Callable[[], object], target: Target, num_nodes: int
+) -> tuple[trees.Path, ...]:
+    """Returns the tree computed from ranks [K, B, T] on held-out text; `draft` does the work of one draft, to be timed.
+
+    With `num_nodes` 0 it is as large as gives most tokens a second at the target's measured cost.
+    """
+    rows = rows_of(of_batches)
+    draft_ms = 0.0 if num_nodes else quickest_ms(draft)
+    return planned(trees.observed(torch.cat(rows), NUM_RANKS), rows, lambda _: draft_ms, target, num_nodes)
+
+
+def planned(
+    children: trees.Children,
+    rows: list[Tensor],
+    draft_ms: Callable[[tuple[trees.Path, ...]], float],
+    target: Target,
+    num_nodes: int,
+) -> tuple[trees.Path, ...]:
+    """Returns the tree grown from the chances of `children`, as large as decodes `rows`, ranks [T, K], soonest.
+
+    `draft_ms` is what drafting a tree takes; the target's cost is measured. `num_nodes` other than 0 settles the size.
+    """
+    nodes = trees.grow(children, num_nodes or SIZES[-1]) or [((0,), 0.0)]
+    paths = tuple(path for path, _ in nodes)
+    if not num_nodes:
+        cost_ms = {size: draft_ms(paths[:size]) + cost for size, cost in verify_ms(target).items()}
+        nodes = nodes[: trees.best_size(nodes, rows, cost_ms)]
+    print(f"tree of {len(nodes)} nodes: {trees.tokens_a_round(nodes, rows):.2f} tokens a round on held-out text")
+    return paths[: len(nodes)]
+
+
+def rows_of(of_batches: Iterable[Tensor]) -> list[Tensor]:
+    """Returns each row's ranks [T, K], on the host, where at least the first head's token is supervised."""
+    rows = [ranks_TK for ranks_KBT in of_batches for ranks_TK in ranks_KBT.permute(1, 2, 0).cpu()]
+    return [ranks_TK[ranks_TK[:, 0] >= 0] for ranks_TK in rows]

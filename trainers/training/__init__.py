@@ -1,0 +1,1 @@
+"""The training loop: settings, launchers, gradient descent, evaluation, checkpoints, logs."""
