@@ -76,7 +76,7 @@ def accepted(drafter: Any, batches: list[Batch], target: Target) -> dict[str, fl
     """Returns how likely the target accepts a drafted token after its own text, and how often greedily."""
     sums = Sums()
     for batch in batches:
-        found = distill.judge(drafter, batch, distill.Settings(), target)
+        found = distill.evaluate(drafter, batch, distill.Settings(), target)
         sums.add({name: found[name] for name in ("acceptance", "greedy_agreement")})
     return sums.means()
 

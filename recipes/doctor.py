@@ -239,7 +239,7 @@ def _judged(manifest: dict[str, Any], drafter: Any, texts: list[Text], run: RunS
         batch = collate([example(text.ids, mask, "text")])
         batch = complete(batch, base, needs.layers + needs.held_out_layers, needs.top_k)
         with torch.no_grad():
-            sums.add(family.judge(drafter, batch, settings, base))
+            sums.add(family.evaluate(drafter, batch, settings, base))
     return sums.means()
 
 

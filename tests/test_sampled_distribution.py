@@ -16,7 +16,7 @@ from draftsmith.core.sampling import Sampling, draw
 from draftsmith.core.tree import Draft, Verdict
 from draftsmith.drafters import lm, lookup, medusa
 from draftsmith.verify.paths import follow
-from tests.support.distributions import FALSE_ALARM, VOCAB_SIZE, check_law, exact_law, judge, law_target, p_value
+from tests.support.distributions import FALSE_ALARM, VOCAB_SIZE, check_distribution, exact_distribution, judge, distribution_target, p_value
 from tests.support.family import built
 from tests.support.models import tiny_config
 
@@ -27,7 +27,7 @@ SMALL = tiny_config("llama", vocab_size=VOCAB_SIZE, num_hidden_layers=1).to_dict
 
 @cache
 def drafter_of(name: str) -> Any:
-    target = law_target()
+    target = distribution_target()
     if name == "medusa":
         return built(medusa, medusa.Config(num_heads=3, tree=TREE), target)
     if name == "lm":  # stops after unlikely tokens, so that rows draft unequal lengths
@@ -37,21 +37,21 @@ def drafter_of(name: str) -> Any:
 
 @pytest.mark.parametrize("name", ["medusa", "lm", "lookup"])
 def test_sampled_text_follows_the_law(name: str) -> None:
-    check_law(drafter_of(name), law_target(), num_samples=NUM_SAMPLES)
+    check_distribution(drafter_of(name), distribution_target(), num_samples=NUM_SAMPLES)
 
 
 def test_plain_decoding_follows_the_law() -> None:
-    check_law(None, law_target(), num_samples=NUM_SAMPLES // 2)
+    check_distribution(None, distribution_target(), num_samples=NUM_SAMPLES // 2)
 
 
 @pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 5}, {"temperature": 0.7, "top_k": 6, "top_p": 0.8}])
 @pytest.mark.parametrize("name", ["medusa", "lm", "lookup"])
 def test_the_law_is_taken_after_top_k_and_top_p(name: str, settings: dict[str, float]) -> None:
-    check_law(drafter_of(name), law_target(), num_samples=NUM_SAMPLES // 4, seed=1, **settings)
+    check_distribution(drafter_of(name), distribution_target(), num_samples=NUM_SAMPLES // 4, seed=1, **settings)
 
 
 def test_a_deterministic_chain_may_also_be_judged_token_by_token() -> None:
-    check_law(drafter_of("lookup"), law_target(), num_samples=NUM_SAMPLES // 2, verifier="token")
+    check_distribution(drafter_of("lookup"), distribution_target(), num_samples=NUM_SAMPLES // 2, verifier="token")
 
 
 def accept_by_the_targets_chance(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
@@ -87,13 +87,13 @@ def one_uniform_for_all(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Ten
     [("lm", accept_by_the_targets_chance), ("medusa", draw_for_each_child), ("lm", one_uniform_for_all)],
 )
 def test_a_biased_verifier_is_seen(name: str, verify: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch) -> None:
-    biased = SimpleNamespace(name="biased", law=Sampling(temperature=1.0), verify=verify)
+    biased = SimpleNamespace(name="biased", sampling=Sampling(temperature=1.0), verify=verify)
     monkeypatch.setattr("draftsmith.verify.choose", lambda *_: biased)
-    assert judge(drafter_of(name), law_target(), num_samples=NUM_SAMPLES // 4) < FALSE_ALARM
+    assert judge(drafter_of(name), distribution_target(), num_samples=NUM_SAMPLES // 4) < FALSE_ALARM
 
 
 def test_typical_acceptance_is_seen_to_be_lossy() -> None:
-    assert judge(drafter_of("medusa"), law_target(), num_samples=NUM_SAMPLES // 4, verifier="typical") < FALSE_ALARM
+    assert judge(drafter_of("medusa"), distribution_target(), num_samples=NUM_SAMPLES // 4, verifier="typical") < FALSE_ALARM
 
 
 def test_drafts_judged_by_another_law_than_theirs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,21 +107,21 @@ def test_drafts_judged_by_another_law_than_theirs_are_seen(monkeypatch: pytest.M
         return Draft(**vars(draft) | {"draft_probs_BNV": flatter / flatter.sum(-1, keepdim=True)})
 
     monkeypatch.setattr(drafter, "propose", without_truncation)
-    assert judge(drafter, law_target(), num_samples=NUM_SAMPLES // 4, top_k=5) < FALSE_ALARM
+    assert judge(drafter, distribution_target(), num_samples=NUM_SAMPLES // 4, top_k=5) < FALSE_ALARM
 
 
 def test_the_exact_law_and_the_test_are_sound() -> None:
-    law_C = exact_law(law_target())
-    assert law_C.sum().item() == pytest.approx(1, abs=1e-6)
-    assert (exact_law(law_target(), top_k=5) > 0).sum() == 5**3
+    probs_C = exact_distribution(distribution_target())
+    assert probs_C.sum().item() == pytest.approx(1, abs=1e-6)
+    assert (exact_distribution(distribution_target(), top_k=5) > 0).sum() == 5**3
     generator = torch.Generator().manual_seed(0)
     p_values = []
     for _ in range(200):
-        drawn = torch.multinomial(law_C.float(), 2_000, replacement=True, generator=generator)
-        p_values.append(p_value(torch.bincount(drawn, minlength=len(law_C)), law_C))
+        drawn = torch.multinomial(probs_C.float(), 2_000, replacement=True, generator=generator)
+        p_values.append(p_value(torch.bincount(drawn, minlength=len(probs_C)), probs_C))
     # Under the law itself p-values are uniform: their mean is 0.5 give or take 0.02.
     assert sum(p_values) / 200 == pytest.approx(0.5, abs=0.08)
     assert min(p_values) > FALSE_ALARM
-    impossible = torch.zeros_like(law_C)
+    impossible = torch.zeros_like(probs_C)
     impossible[0] = 1
-    assert p_value(impossible, torch.where(impossible > 0, 0.0, law_C)) == 0
+    assert p_value(impossible, torch.where(impossible > 0, 0.0, probs_C)) == 0

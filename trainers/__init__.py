@@ -1,27 +1,48 @@
-"""Trainers: one loop (`trainers.training.loop.train`) and one small file per family, which supplies what is below.
+"""Trainers: one training loop (`trainers.training.loop.train`) and one file per family.
 
-A family's file is a module with these names; the loop knows no family by name.
+A family's trainer is a module with the names below; the loop finds them by name and knows no family.
 
-    Settings                               a frozen, keyword-only dataclass
-    check(settings, facts)                 optional: refuses what is wrong before the target's weights load
-    build(settings, target) -> drafter     a new drafter, its weights in float32
-    prepare(drafter, settings, target, rows)     optional: what a new drafter takes from the rows before training
-    needs(settings, target) -> Needs       what batches must hold of the target
-    loss(drafter, batch, settings, target) -> (sum, metrics)     the loss summed over the batch's supervised tokens
-    begin_step(drafter, settings, step, num_steps)               optional: told before each step how many are done
-    rate_factors(settings) -> {prefix: step -> factor}           optional: of the learning rate of weights called so
-    mix(drafter, batch, settings, target, salt) -> batch         optional: a batch as it is to be learnt from, before
-                                                                 the target reads it; chance goes by rows and salt
-    judge(drafter, batch, settings, target) -> metrics           on held-out rows: "acceptance", the larger the better
-    own_text(drafter, batch, settings, target) -> batch | None   optional: held-out rows rewritten by the drafter, on
-                                                                 which it is judged too: "acceptance_on_draft_text"
-    measure(drafter, settings, target) -> costs                  optional: of the machine, once before training
-    conclude(means, costs) -> means        optional: further held-out figures, worked out of those of `judge`
-    BEST                                   optional: the held-out figure that names the best step; else "acceptance"
-    finish(drafter, settings, target, held_out) -> drafter       optional: a last touch after training
-    fit(settings, target, rows, run, output) -> drafter          in place of `loss` and `build`: without gradient; what
-                                                                 it needs to be continued it keeps in `output`
-    spent_s(settings) -> seconds           optional, beside `fit`: of training that went into what it is made from
+    Settings                     frozen, keyword-only dataclass of the command-line settings; a field `config` of the
+                                 drafter's own Config makes its fields settings as well
+    check(settings, facts)       optional; raises ValueError for settings that do not fit the target, before its weights
+                                 load
+    needs(settings, target) -> Needs
+                                 target outputs that batches must contain
+    evaluate(drafter, batch, settings, target) -> metrics
+                                 metrics on held-out rows; "acceptance" is required, larger is better
+    summarise(means, costs) -> means
+                                 optional; further metrics computed from the means of `evaluate` and the measured costs
+    BEST_METRIC                  optional; metric that selects the best checkpoint, "acceptance" by default
+    finish(drafter, settings, target, held_out) -> drafter
+                                 optional; final step after training, such as choosing the draft tree
+
+Trained by gradient:
+
+    build(settings, target) -> drafter
+                                 new drafter with float32 weights
+    prepare(drafter, settings, target, rows)
+                                 optional; initialises a new drafter from the training rows
+    loss(drafter, batch, settings, target) -> (sum, metrics)
+                                 loss summed over the batch's supervised tokens
+    begin_step(drafter, settings, step, num_steps)
+                                 optional; called before each optimiser step with the number of steps done
+    learning_rate_factors(settings) -> {prefix: step -> factor}
+                                 optional; learning-rate factors of the weights whose names start with the prefix
+    transform_batch(drafter, batch, settings, target, salt) -> batch
+                                 optional; changes a training batch before the target reads it; randomness must depend
+                                 on the row keys and `salt` alone
+    self_generated(drafter, batch, settings, target) -> batch | None
+                                 optional; held-out prompts continued by the drafter, on which it is evaluated as well
+                                 ("acceptance_on_draft_text")
+    measure_costs(drafter, settings, target) -> costs
+                                 optional; costs on this machine, measured once before training
+
+Built without gradient, in place of these:
+
+    fit(settings, target, rows, run, output) -> drafter
+                                 builds the drafter; keeps in `output` what an interrupted run needs to continue
+    prior_train_s(settings) -> seconds
+                                 optional; training time of the artifacts that the drafter is composed of
 
 Metrics are (sum, count) pairs, added over micro-batches and ranks and divided once, when they are logged.
 """
@@ -35,11 +56,11 @@ Metrics = dict[str, tuple[Tensor, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a family reads of the target, in every batch or on held-out rows only."""
+    """Target outputs that a family reads, in every batch or for held-out rows only."""
 
     layers: tuple[int, ...] = ()
     """Hidden layers; 0 is the embedding output, i the output of the i-th block."""
     top_k: int = 0
-    """Largest logits at each position."""
+    """Number of largest logits kept at each position."""
     held_out_layers: tuple[int, ...] = ()
-    """Hidden layers that `judge` and `finish` read beside those."""
+    """Additional hidden layers that `evaluate` and `finish` read."""

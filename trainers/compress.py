@@ -18,8 +18,9 @@ from data import POCKET
 from data.batches import Batch
 from data.examples import check_target, open_examples
 from draftsmith import Target
-from draftsmith.artifacts.artifact import check_fits, provenance, read_manifest
+from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.files import atomic_folder, check_replaceable
+from draftsmith.artifacts.provenance import run_provenance
 from draftsmith.core.model_info import TargetFacts, read_facts
 from draftsmith.parts.neural import quantised
 from trainers.compression import calibration, importance, pruning, sparsity
@@ -278,7 +279,7 @@ def _manifest(
         "calibration": {"data": settings.data, "num_rows": len(lengths), "num_tokens": sum(lengths)},
         "settings": identity,
         "torchao": version("torchao") if settings.method in quantised.SCHEMES else None,
-    } | provenance()
+    } | run_provenance()
 
 
 def num_weights(model: Any) -> int:

@@ -135,12 +135,12 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     return distillation.loss(_normed(drafter, batch), _head(drafter), batch, settings, target, drafter.shortlist)
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return distillation.judge(_normed(drafter, batch), _head(drafter), batch, target, num_draft=settings.num_draft)
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+    return distillation.evaluate(_normed(drafter, batch), _head(drafter), batch, target, num_draft=settings.num_draft)
 
 
-mix, own_text = distillation.mix, distillation.own_text
-measure, conclude, BEST = distillation.measure, distillation.conclude, distillation.BEST
+transform_batch, self_generated = distillation.transform_batch, distillation.self_generated
+measure_costs, summarise, BEST_METRIC = distillation.measure_costs, distillation.summarise, distillation.BEST_METRIC
 
 
 @torch.no_grad()

@@ -144,8 +144,8 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
 
     def compare(theirs_ND: Tensor, outputs_NSD: Tensor, places_N: Tensor) -> Tensor:
         logits_NV = target.logits(theirs_ND[None])[0]
-        law_N1W = logits_NV[:, drafter.vocabulary()].float().softmax(-1)[:, None]
-        losses_NS = -(law_N1W * drafter.head(outputs_NSD).float().log_softmax(-1)).sum(-1)
+        probs_N1W = logits_NV[:, drafter.vocabulary()].float().softmax(-1)[:, None]
+        losses_NS = -(probs_N1W * drafter.head(outputs_NSD).float().log_softmax(-1)).sum(-1)
         counts_NS = drafter.t2d[logits_NV.argmax(-1)][:, None] & (steps_S < places_N[:, None])
         return torch.stack([losses_NS * counts_NS, counts_NS.float()], dim=1)
 
@@ -161,7 +161,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     return (settings.decay**steps_S * losses_S).sum(), metrics
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns how often each step says the text's token, and as acceptance how many do before the first that does not.
 
     The tokens read are the text's own, which are those drafted up to there; greedy drafts of greedy text would be

@@ -93,7 +93,7 @@ def loss(drafters: nn.ModuleList, batch: Batch, settings: Settings, target: Targ
     return sums_C.sum(), metrics if len(each) > 1 else {}
 
 
-def judge(drafter: nn.ModuleList | Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: nn.ModuleList | Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and how often both laws' likeliest agree.
 
     Of several exit layers the mean, and the acceptance of each.

@@ -124,7 +124,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     return total, metrics
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns each head's top-1 accuracy, and as acceptance how many heads are right before the first wrong one.
 
     Each is told the text's own tokens, as it is on the path of a tree that holds them.

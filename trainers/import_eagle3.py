@@ -62,7 +62,7 @@ def needs(settings: Settings, target: Target) -> Needs:
     return Needs(layers=config_of(settings, target).layers)
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     return eagle3.judged(drafter, batch, drafter.config.num_draft)
 
 

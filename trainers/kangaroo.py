@@ -77,7 +77,7 @@ def loss(drafters: Sequence[Drafter], batch: Batch, settings: Settings, target: 
     return sums_C.sum(), metrics if len(drafters) > 1 else {}
 
 
-def judge(drafter: Sequence[Drafter] | Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: Sequence[Drafter] | Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and how often both laws' likeliest agree.
 
     Of several exit layers the mean, and the acceptance of each.

@@ -131,7 +131,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     return total, {"target_loss": (sums_C[-1].detach(), count)}
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and how often both laws' likeliest agree.
 
     Both are of the changed target's exit and its own law; until one is chosen of several, of each and their mean. And

@@ -87,11 +87,11 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     picked = _picked(rows, settings, run.seed)
     texts = Texts(target, collate(picked), settings.num_draft)
     starts = probes(influence(target, picked), num_ones)
-    evaluate = _objective(settings, target, texts, picked, output)
+    score_of = _objective(settings, target, texts, picked, output)
     best = search(
         settings.search,
         space,
-        evaluate,
+        score_of,
         starts,
         num_evaluations=run.max_steps,
         seed=run.seed,
@@ -106,7 +106,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     return Drafter(_config(settings, best), target)
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns the share of the target's own tokens that drafts guess, and what greedy decoding of the rows would do."""
     texts, config = Texts(target, batch, drafter.config.num_draft), drafter.config
     right_N, confidence_N = texts.right(drafter.skipped)
@@ -152,7 +152,7 @@ def _objective(
     is_modelled = settings.objective == "modelled"
     costs = _measured_once(target, settings.num_draft, output / "costs.json") if is_modelled else None
 
-    def evaluate(bits: Bits) -> dict[str, float]:
+    def score_of(bits: Bits) -> dict[str, float]:
         config = _config(settings, bits)
         right_N, confidence_N = texts.right(sublayers(config.attention, config.mlp))
         share = right_N.float().mean().item()
@@ -167,7 +167,7 @@ def _objective(
             "draft_cost": costs.draft(bits) / costs.whole,
         }
 
-    return evaluate
+    return score_of
 
 
 def _decoded(drafter: Drafter, rows: Sequence[Example], most: int) -> dict[str, float]:

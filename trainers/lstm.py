@@ -82,10 +82,10 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     return distillation.loss(features_BTH, drafter.head(batch.source), batch, settings, target, drafter.ends.shortlist)
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     features_BTH, head = drafter(batch.tokens_BT, batch.source), drafter.head(batch.source)
-    return distillation.judge(features_BTH, head, batch, target, num_draft=settings.num_draft)
+    return distillation.evaluate(features_BTH, head, batch, target, num_draft=settings.num_draft)
 
 
-mix, own_text = distillation.mix, distillation.own_text
-measure, conclude, BEST = distillation.measure, distillation.conclude, distillation.BEST
+transform_batch, self_generated = distillation.transform_batch, distillation.self_generated
+measure_costs, summarise, BEST_METRIC = distillation.measure_costs, distillation.summarise, distillation.BEST_METRIC

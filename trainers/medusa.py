@@ -62,7 +62,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     return heads.loss(_parts(drafter, batch), drafter.head, decay=settings.decay, vocab_size=target.vocab_size)
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     return heads.judged(_ranks(drafter, batch))
 
 

@@ -108,7 +108,7 @@ def begin_step(drafter: Drafter, settings: Settings, step: int, num_steps: int) 
     drafter.get_buffer("steps").copy_(torch.tensor([step, num_steps]))
 
 
-def rate_factors(settings: Settings) -> dict[str, Callable[[int], float]]:
+def learning_rate_factors(settings: Settings) -> dict[str, Callable[[int], float]]:
     """Returns the heads' factor, and that of the changes: in two stages 0, and then slowly up to 1.
 
     Adam's second moment is empty when the second stage begins, so that its first steps would be too long.
@@ -160,7 +160,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     return target_loss + weight * heads_loss, {"target_loss": (target_loss.detach(), count), **metrics}
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns how the heads fare against what the tuned target itself says, and how often that is the text."""
     ranks_KBT, said_BT = _ranks(drafter, batch)
     is_text_BT = (said_BT == batch.tokens_BT) & batch.loss_mask_BT

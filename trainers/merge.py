@@ -59,14 +59,14 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
         row = rows[index]
         batch = collate([Example(tokens_T=row.tokens_T[:most], loss_mask_T=row.loss_mask_T[:most], key=row.key)])
         with torch.no_grad():
-            corpus.judge(drafter, batch, target)
+            corpus.evaluate(drafter, batch, target)
         drafter.keep()
     return drafter
 
 
-def spent_s(settings: Settings) -> float:
-    return composites.spent_s(settings.parts)
+def prior_train_s(settings: Settings) -> float:
+    return composites.prior_train_s(settings.parts)
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return corpus.judge(drafter, batch, target)
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+    return corpus.evaluate(drafter, batch, target)

@@ -64,7 +64,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     return Drafter(settings.config(), target, model)
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns the tokens accepted a round in greedy decoding, and the nats a token of the store's law on these rows."""
     nats, num_tokens, model = 0.0, 0, drafter.model
     for ids, mask in zip(batch.tokens_BT.tolist(), batch.loss_mask_BT.tolist(), strict=True):
@@ -73,4 +73,4 @@ def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) ->
                 path = model.path(ids[max(0, place - settings.order) : place])
                 nats -= float(np.log(model.chances(path, np.array([ids[place]]))[0]))
                 num_tokens += 1
-    return corpus.judge(drafter, batch, target) | {"nats": (torch.tensor(nats), num_tokens)}
+    return corpus.evaluate(drafter, batch, target) | {"nats": (torch.tensor(nats), num_tokens)}

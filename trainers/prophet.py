@@ -123,7 +123,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     return main + total, {"main_loss": (main.detach(), count), "prophet_loss": (total.detach(), count)}
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns as acceptance how many tokens are right before the first wrong one, in windows supervised throughout.
 
     And, of the first token, how often it is right and sum_x min(p, q), the chance that it is accepted when sampled;

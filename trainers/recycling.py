@@ -101,9 +101,9 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     return drafter.like(heads.planned(children, rows, draft_ms, target, settings.tree_nodes))
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns the tokens accepted a round in decoding; what is learnt in doing so is forgotten again."""
-    return corpus.judge(drafter.like(drafter.config.tree), batch, target)
+    return corpus.evaluate(drafter.like(drafter.config.tree), batch, target)
 
 
 def pairs_of(rows: Sequence[Example], target: Target, num_successors: int) -> Pairs:

@@ -33,5 +33,5 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     return Drafter(part_of(Config, settings), target, shards)
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return corpus.judge(drafter, batch, target)
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+    return corpus.evaluate(drafter, batch, target)

@@ -57,9 +57,9 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     return Drafter(part_of(Config, settings, parts=names), target, [larger, small])
 
 
-def spent_s(settings: Settings) -> float:
-    return composites.spent_s(settings.parts)
+def prior_train_s(settings: Settings) -> float:
+    return composites.prior_train_s(settings.parts)
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return corpus.judge(drafter, batch, target)
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+    return corpus.evaluate(drafter, batch, target)

@@ -32,6 +32,6 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     return Drafter(part_of(Config, settings), target, stored(settings, rows, target.vocab_size, run, output))
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns the tokens accepted a round in decoding; what is learnt in doing so is forgotten again."""
-    return corpus.judge(Drafter(drafter.config, target, drafter.shards), batch, target)
+    return corpus.evaluate(Drafter(drafter.config, target, drafter.shards), batch, target)

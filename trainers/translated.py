@@ -113,8 +113,8 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     return drafter
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return corpus.judge(drafter, batch, target)
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+    return corpus.evaluate(drafter, batch, target)
 
 
 def _check_shared(settings: Settings, counterparts: Sequence[int], name: str) -> None:

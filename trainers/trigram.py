@@ -66,8 +66,8 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     return Drafter(config, target, table)
 
 
-def judge(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return corpus.judge(drafter, batch, target)
+def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+    return corpus.evaluate(drafter, batch, target)
 
 
 def count(texts: Sequence[np.ndarray], *, vocab_size: int) -> dict[str, np.ndarray]:

@@ -27,36 +27,36 @@ def test_the_law_is_that_of_transformers(temperature: float, top_k: int, top_p: 
         scores_BV = TopKLogitsWarper(top_k)(None, scores_BV)
     if top_p < 1:
         scores_BV = TopPLogitsWarper(top_p)(None, scores_BV)
-    law_BV = Sampling(temperature=temperature, top_k=top_k, top_p=top_p).law(logits_BV)
-    assert torch.allclose(law_BV, scores_BV.softmax(-1), atol=1e-12, rtol=0)
-    assert torch.equal(law_BV == 0, scores_BV == float("-inf"))
+    probs_BV = Sampling(temperature=temperature, top_k=top_k, top_p=top_p).probs(logits_BV)
+    assert torch.allclose(probs_BV, scores_BV.softmax(-1), atol=1e-12, rtol=0)
+    assert torch.equal(probs_BV == 0, scores_BV == float("-inf"))
 
 
 def test_a_law_by_hand() -> None:
     logits_V = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
-    assert Sampling(temperature=1.0).law(logits_V).tolist() == pytest.approx([0.4, 0.3, 0.2, 0.1])
-    assert Sampling(temperature=0.5).law(logits_V).tolist() == pytest.approx([16 / 30, 9 / 30, 4 / 30, 1 / 30])
-    assert Sampling(temperature=1.0, top_k=2).law(logits_V).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert Sampling(temperature=1.0).probs(logits_V).tolist() == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert Sampling(temperature=0.5).probs(logits_V).tolist() == pytest.approx([16 / 30, 9 / 30, 4 / 30, 1 / 30])
+    assert Sampling(temperature=1.0, top_k=2).probs(logits_V).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
     # 0.4 + 0.3 reach 0.6, so that the second is the last one kept.
-    assert Sampling(temperature=1.0, top_p=0.6).law(logits_V).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert Sampling(temperature=1.0, top_p=0.6).probs(logits_V).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
     # Of the three that top-k keeps the first two hold 7 / 9 of the mass; without top-k 0.75 would keep three.
-    assert Sampling(temperature=1.0, top_k=3, top_p=0.75).law(logits_V).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
-    assert Sampling(temperature=1.0, top_p=0.75).law(logits_V).tolist() == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
+    assert Sampling(temperature=1.0, top_k=3, top_p=0.75).probs(logits_V).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert Sampling(temperature=1.0, top_p=0.75).probs(logits_V).tolist() == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
 
 
 def test_greedy_is_one_hot() -> None:
-    law_V = Sampling().law(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 0.0]]))
-    assert law_V.tolist() == [[0, 1, 0], [1, 0, 0]]
+    probs_V = Sampling().probs(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 0.0]]))
+    assert probs_V.tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_logits_have_a_law_in_float32(dtype: torch.dtype) -> None:
     logits_BV = random_logits(50, 300).to(dtype)
     for sampling in (Sampling(temperature=1.0), Sampling(temperature=0.7, top_k=20, top_p=0.9)):
-        law_BV = sampling.law(logits_BV)
-        assert law_BV.dtype == torch.float32
-        assert torch.allclose(law_BV.sum(-1), torch.ones(50), atol=1e-5)
-        assert torch.allclose(law_BV.double(), sampling.law(logits_BV.double()), atol=1e-5)
+        probs_BV = sampling.probs(logits_BV)
+        assert probs_BV.dtype == torch.float32
+        assert torch.allclose(probs_BV.sum(-1), torch.ones(50), atol=1e-5)
+        assert torch.allclose(probs_BV.double(), sampling.probs(logits_BV.double()), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_no_token_of_probability_zero_is_ever_drawn(dtype: torch.dtype, uniform:
 
 
 def test_drawing_keeps_leading_dimensions_and_the_law() -> None:
-    law_BNV = random_logits(2, 3, 4).softmax(-1)
+    probs_BNV = random_logits(2, 3, 4).softmax(-1)
     num_cells = 200_000
     # Evenly spaced uniforms integrate over the unit interval to 1 / num_cells.
     uniforms = (torch.arange(num_cells, dtype=torch.float64) + 0.5) / num_cells
-    counts_BNV = torch.zeros_like(law_BNV)
-    tokens = draw(law_BNV.expand(num_cells, 2, 3, 4), uniforms[:, None, None].expand(-1, 2, 3))
+    counts_BNV = torch.zeros_like(probs_BNV)
+    tokens = draw(probs_BNV.expand(num_cells, 2, 3, 4), uniforms[:, None, None].expand(-1, 2, 3))
     assert tokens.shape == (num_cells, 2, 3)
     for token in range(4):
         counts_BNV[..., token] = (tokens == token).double().mean(0)
-    assert (counts_BNV - law_BNV).abs().max() < 2 / num_cells
+    assert (counts_BNV - probs_BNV).abs().max() < 2 / num_cells

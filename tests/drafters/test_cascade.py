@@ -17,7 +17,7 @@ from draftsmith.core.tree import Draft, chain
 from draftsmith.drafters import cascade, kangaroo, lm, lookup, medusa
 from draftsmith.drafters.cascade import Config, Drafter, Estimate
 from draftsmith.parts.composites import Part
-from tests.support.distributions import PROMPT, check_law, law_target
+from tests.support.distributions import PROMPT, check_distribution, distribution_target
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_config, tiny_target
 
@@ -53,7 +53,7 @@ def test_greedy_output_of_an_adaptive_one_is_the_targets_own() -> None:
         out = draftsmith.generate(target, ids, Watched(drafter), attention_mask=mask, max_new_tokens=NUM_NEW)
         assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
     assert all(part.drafter.num_drafted > 0 for part in drafter.parts)  # type: ignore[attr-defined]
-    check_law(built(cascade, EXAMPLE, law_target()), law_target(), num_samples=2_000)
+    check_distribution(built(cascade, EXAMPLE, distribution_target()), distribution_target(), num_samples=2_000)
 
 
 class Scripted:
@@ -161,7 +161,7 @@ def test_estimates_are_means_at_first_and_then_follow_what_is_new() -> None:
 
 def test_sampled_drafts_are_not_judged_by_what_was_drawn() -> None:
     """Chains that end at a token in doubt: to pass over the short ones would favour what the draft model is sure of."""
-    target = law_target()
+    target = distribution_target()
     model = tiny_config("llama", vocab_size=8, num_hidden_layers=1).to_dict()
     chains = built(lm, lm.Config(model=model, num_draft=3, length="confidence=0.2"), target)
     drafter = composed([chains, built(medusa, HEADS, target)], adaptive=False, min_tokens=3)

@@ -20,7 +20,7 @@ from draftsmith.drafters import eagle3
 from draftsmith.drafters.eagle3 import Config, Drafter
 from draftsmith.length.target_confidence import Gated
 from tests.parts.test_layers import naive_attention
-from tests.support.distributions import check_law, law_target
+from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, built, check_family
 from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_target
 from trainers import eagle3 as trainer
@@ -68,8 +68,8 @@ def test_family(tmp_path: Path) -> None:
 
 
 def test_the_law_of_chains_from_a_part_of_the_vocabulary() -> None:
-    target = law_target()
-    check_law(made(chains(target, draft_vocab=5), target), target, top_k=6, num_samples=4_000)
+    target = distribution_target()
+    check_distribution(made(chains(target, draft_vocab=5), target), target, top_k=6, num_samples=4_000)
 
 
 # --- The network --------------------------------------------------------------------------------------------------
@@ -170,8 +170,8 @@ class Compared(Watched):
         for row, ids in enumerate(self._session.rows if draft.draft_probs_BNV is not None else ()):
             for node in range(draft.tree.num_nodes - 1 if len(ids) > 1 else 0):
                 drafted = tuple(draft.tokens_BN[row, 1 : 1 + node].tolist())
-                law_V = self.sampling.law(naive_path(self.inner, tuple(ids), drafted)[1])
-                assert torch.allclose(draft.draft_probs_BNV[row, node], law_V, atol=1e-4)  # type: ignore[index]
+                probs_V = self.sampling.probs(naive_path(self.inner, tuple(ids), drafted)[1])
+                assert torch.allclose(draft.draft_probs_BNV[row, node], probs_V, atol=1e-4)  # type: ignore[index]
         return draft
 
     def observe(self, step: Step) -> None:

@@ -118,7 +118,7 @@ class Compared(Watched):
 
     def propose(self, budget: int) -> Draft:
         draft = super().propose(budget)
-        assert draft.entry is not None and draft.entry.layer == self.config.exit_layer
+        assert draft.resume_point is not None and draft.resume_point.layer == self.config.exit_layer
         for row, ids in enumerate(self._session.rows):
             if not self.is_running[row]:
                 continue
@@ -129,15 +129,15 @@ class Compared(Watched):
                 text = ids + draft.tokens_BN[row, paths[node][1:]].tolist()
                 sources = self.sources[row] + [len(ids) - 2] * len(paths[node])
                 hidden_TD, logits_TV = self.fresh(text, sources)
-                torch.testing.assert_close(draft.entry.hidden_BND[row, node], hidden_TD[-1], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(draft.resume_point.hidden_BND[row, node], hidden_TD[-1], rtol=1e-4, atol=1e-5)
                 if node == 0:
                     continue
-                token, law_V = text[-1], logits_TV[-2].softmax(-1)
+                token, probs_V = text[-1], logits_TV[-2].softmax(-1)
                 if draft.draft_probs_BNV is not None:
-                    expected_V = self.sampling.law(logits_TV[-2])
+                    expected_V = self.sampling.probs(logits_TV[-2])
                     torch.testing.assert_close(draft.draft_probs_BNV[row, parent], expected_V, rtol=1e-4, atol=1e-5)
                 else:
-                    assert law_V[token] >= law_V.topk(max(self.config.width, 1)).values[-1] - 1e-5
+                    assert probs_V[token] >= probs_V.topk(max(self.config.width, 1)).values[-1] - 1e-5
                 self.num_compared += 1
         return draft
 

@@ -11,7 +11,7 @@ import torch
 import draftsmith
 from draftsmith import Target
 from draftsmith.core.drafter import find, names
-from tests.support.distributions import check_law, law_target
+from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, built, texts
 from tests.support.models import (
     CAUSAL,
@@ -60,8 +60,8 @@ def test_and_so_it_is_in_either_precision_and_padding(family: str, architecture:
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 5}], ids=str)
 @pytest.mark.parametrize("family", names())
 def test_sampled_text_follows_the_law(family: str, settings: dict[str, float]) -> None:
-    drafter = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, law_target())
-    check_law(drafter, drafter.target, num_samples=NUM_SAMPLES, seed=2, **settings)
+    drafter = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, distribution_target())
+    check_distribution(drafter, drafter.target, num_samples=NUM_SAMPLES, seed=2, **settings)
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from draftsmith.core.tree import Draft, Tree
 from draftsmith.drafters import hydra
 from draftsmith.drafters.hydra import Config, Drafter
 from tests.parts.test_layers import naive_attention
-from tests.support.distributions import check_law, law_target
+from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import VOCAB_SIZE, WIDTH, greedy_by_transformers, padded, prompts, tiny_target
 from trainers import hydra as trainer
@@ -47,8 +47,8 @@ def test_family(tmp_path: Path, config: dict[str, Any], architecture: str, setti
 
 
 def test_the_law_with_siblings_drawn_otherwise() -> None:
-    drafter = built(hydra, Config(**PLUS, siblings="top_and_drawn"), law_target())
-    check_law(drafter, law_target(), num_samples=2_000, top_k=3)
+    drafter = built(hydra, Config(**PLUS, siblings="top_and_drawn"), distribution_target())
+    check_distribution(drafter, distribution_target(), num_samples=2_000, top_k=3)
 
 
 # --- The network, once more ----------------------------------------------------------------------------------------
@@ -157,8 +157,8 @@ class Compared(Watched):
                 continue
             logits_V = naive_logits(self.inner, state_D, [tokens[one] for one in path])
             if draft.draft_probs_BNV is not None:
-                law_V = self._session.sampling.law(logits_V)
-                torch.testing.assert_close(draft.draft_probs_BNV[row, node], law_V, rtol=1e-4, atol=1e-5)
+                probs_V = self._session.sampling.probs(logits_V)
+                torch.testing.assert_close(draft.draft_probs_BNV[row, node], probs_V, rtol=1e-4, atol=1e-5)
             else:
                 assert children == logits_V.topk(len(children)).indices.tolist()
             self.num_compared += 1

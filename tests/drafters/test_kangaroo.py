@@ -89,7 +89,7 @@ class Compared(Watched):
 
     def propose(self, budget: int) -> Draft:
         draft = super().propose(budget)
-        assert draft.entry is not None and draft.entry.layer == self.config.exit_layer
+        assert draft.resume_point is not None and draft.resume_point.layer == self.config.exit_layer
         for row, ids in enumerate(self._session.rows):
             if self.is_running[row]:
                 self.check_caches(row, ids[:-1])
@@ -110,7 +110,7 @@ class Compared(Watched):
 
     def check_nodes(self, draft: Draft, row: int, ids: list[int]) -> None:
         """Each node's exit layer, and the law of its children, are those of the whole text that leads to it."""
-        assert draft.entry is not None
+        assert draft.resume_point is not None
         layer, parents = self.config.exit_layer, draft.tree.parents_RN[row % len(draft.tree.parents_RN)].tolist()
         likeliest = {}
         for node in range(draft.num_nodes[row] if draft.num_nodes else draft.tree.num_nodes):
@@ -119,14 +119,14 @@ class Compared(Watched):
                 path.insert(0, parents[path[0]])
             text_1T = torch.tensor([ids[:-1] + draft.tokens_BN[row, path].tolist()])
             hidden_1TD = self.target.read(text_1T, (layer,))[layer]
-            assert torch.allclose(draft.entry.hidden_BND[row, node], hidden_1TD[0, -1], atol=1e-5)
+            assert torch.allclose(draft.resume_point.hidden_BND[row, node], hidden_1TD[0, -1], atol=1e-5)
             logits_V = self.target.head(self.inner(hidden_1TD, torch.arange(text_1T.shape[1])[None]))[0, -1]
             likeliest[node] = logits_V.topk(max(self.config.width, 1)).indices.tolist()
             if draft.draft_probs_BNV is None:
                 assert not node or int(draft.tokens_BN[row, node]) in likeliest[parents[node]]
             elif node < draft.draft_probs_BNV.shape[1]:
-                law_V = self._session.sampling.law(logits_V)
-                assert torch.allclose(draft.draft_probs_BNV[row, node], law_V, atol=1e-5)
+                probs_V = self._session.sampling.probs(logits_V)
+                assert torch.allclose(draft.draft_probs_BNV[row, node], probs_V, atol=1e-5)
             self.num_compared += 1
 
     def observe(self, step: Step) -> None:

@@ -58,7 +58,7 @@ class Slow:
         discounted = max(count - of_size[min(count, 3) - 1], 0) if count else 0
         return discounted / total + sum(lost) / total * shorter
 
-    def law(self, text: list[int]) -> list[float]:
+    def probs(self, text: list[int]) -> list[float]:
         context = tuple(([VOCAB_SIZE] * self.order + text)[len(text) + 1 :])
         return [self.chance(token, context) for token in range(VOCAB_SIZE)]
 
@@ -95,13 +95,13 @@ def test_the_law_is_that_of_the_formulas(texts: Texts, order: int, num_parts: in
         longer = [text[:end] for text in texts for end in range(4, len(text), 3)]
         for context in contexts(order) + longer:
             path = model.path(context)
-            law_V = model.law(path)
-            assert abs(law_V.sum() - 1) < 1e-9
-            assert law_V == pytest.approx(slow.law(context), abs=1e-12)
-            assert model.chances(path, np.arange(VOCAB_SIZE)) == pytest.approx(law_V, abs=1e-15)
+            probs_V = model.probs(path)
+            assert abs(probs_V.sum() - 1) < 1e-9
+            assert probs_V == pytest.approx(slow.probs(context), abs=1e-12)
+            assert model.chances(path, np.arange(VOCAB_SIZE)) == pytest.approx(probs_V, abs=1e-15)
             token, chance = model.best(path)
-            assert law_V[token] >= law_V.max() - 1e-15
-            assert chance == pytest.approx(law_V[token], rel=1e-3)
+            assert probs_V[token] >= probs_V.max() - 1e-15
+            assert chance == pytest.approx(probs_V[token], rel=1e-3)
 
 
 @settings(max_examples=20, deadline=None)
@@ -119,11 +119,11 @@ def test_a_store_that_was_saved_or_cut_holds_laws(texts: Texts, order: int, what
             other = made(texts, order, folder, budget_mb=size, at_once=9)
             assert other.num_bytes <= size * 1e6
         for text in contexts(order):
-            law_V = other.law(other.path(text))
-            assert abs(law_V.sum() - 1) < 1e-9
-            assert law_V[other.best(other.path(text))[0]] >= law_V.max() - 1e-15
+            probs_V = other.probs(other.path(text))
+            assert abs(probs_V.sum() - 1) < 1e-9
+            assert probs_V[other.best(other.path(text))[0]] >= probs_V.max() - 1e-15
             if what == "reload":
-                assert (law_V == model.law(model.path(text))).all()
+                assert (probs_V == model.probs(model.path(text))).all()
 
 
 def test_discounts_by_hand() -> None:
@@ -143,15 +143,15 @@ def test_what_the_law_misses_least_of_the_longest_ngrams_goes(tmp_path: Path) ->
     worth_kept, worth_gone = [], []
     for context in product(range(VOCAB_SIZE), repeat=2):
         path = whole.path(context)
-        law_V, shorter_V = whole.law(path), whole.law(path[:2])
-        share_V = law_V - whole.weights_C[path[2]] * shorter_V
+        probs_V, shorter_V = whole.probs(path), whole.probs(path[:2])
+        share_V = probs_V - whole.weights_C[path[2]] * shorter_V
         kept = stored_after(cut, cut.path(context))
         for token, count in stored_after(whole, path).items():
-            lost = count * np.log(law_V[token] / (law_V[token] - share_V[token]))
+            lost = count * np.log(probs_V[token] / (probs_V[token] - share_V[token]))
             (worth_kept if token in kept else worth_gone).append(lost)
         left = 1 - sum(share_V[token] for token in kept)
         expected_V = left * shorter_V + np.array([share_V[token] * (token in kept) for token in range(VOCAB_SIZE)])
-        assert cut.law(cut.path(context)) == pytest.approx(expected_V, abs=1e-12)
+        assert cut.probs(cut.path(context)) == pytest.approx(expected_V, abs=1e-12)
     assert worth_kept and worth_gone and min(worth_kept) > max(worth_gone) * 0.95
 
 

@@ -16,7 +16,7 @@ from draftsmith.drafters import layerskip
 from draftsmith.drafters.layerskip import Config, Drafter
 from draftsmith.length.policies import Adaptive, Outcome
 from draftsmith.parts.self_drafting.sublayers import Sublayers, reread, sublayers
-from tests.support.distributions import check_law, law_target
+from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import NUM_LAYERS, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
 
@@ -207,7 +207,7 @@ def slow_guesses(target: Target, text: list[int], drafted: list[int], skipped: S
 
 def test_the_law_is_kept_while_the_choice_changes() -> None:
     config = Config(attention=(0,), mlp=(1,), num_draft=3, length="adaptive=0.3")
-    check_law(Drafter(config, law_target()), law_target(), num_samples=4_000, seed=1)
+    check_distribution(Drafter(config, distribution_target()), distribution_target(), num_samples=4_000, seed=1)
 
 
 @pytest.mark.parametrize(

@@ -134,15 +134,15 @@ class Compared(Watched):
                 if draft.draft_probs_BNV is None:
                     assert drafted[at] == int(logits_TV[at].argmax())
                 else:
-                    law_V = self.sampling.law(logits_TV[at])
-                    assert torch.allclose(draft.draft_probs_BNV[row, at], law_V, atol=1e-4)
+                    probs_V = self.sampling.probs(logits_TV[at])
+                    assert torch.allclose(draft.draft_probs_BNV[row, at], probs_V, atol=1e-4)
                 if not self.is_running[row]:
                     continue
                 # A row goes on after a token only if it was likely enough.
                 confidence = float(logits_TV[at].softmax(-1)[drafted[at]])
-                goes_on = at + 1 < used - 1
-                assert not goes_on or confidence > self.threshold - 1e-4
-                assert goes_on or used - 1 == draft.tree.depth or confidence < self.threshold + 1e-4
+                should_continue = at + 1 < used - 1
+                assert not should_continue or confidence > self.threshold - 1e-4
+                assert should_continue or used - 1 == draft.tree.depth or confidence < self.threshold + 1e-4
                 self.num_compared += 1
         return draft
 

@@ -17,7 +17,7 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import lookahead
 from draftsmith.drafters.lookahead import Config, Drafter, _Window
-from tests.support.distributions import law_target
+from tests.support.distributions import distribution_target
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
 from tests.support.runs import make_data, make_target
@@ -136,7 +136,7 @@ def test_drafts_are_those_of_the_slow_reference(config: Config) -> None:
 
 def test_sampled_text_leaves_the_windows_greedy() -> None:
     """What the pool learns does not depend on what was drawn: windows follow the likeliest tokens."""
-    drafter = Compared(Drafter(EXAMPLE, law_target()))
+    drafter = Compared(Drafter(EXAMPLE, distribution_target()))
     draftsmith.generate(
         drafter.target, torch.tensor([[1, 4, 2, 7, 4]]), drafter, max_new_tokens=NUM_NEW, temperature=1.0, seed=0
     )

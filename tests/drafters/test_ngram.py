@@ -28,7 +28,7 @@ from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompt
 from tests.support.runs import make_data, make_target
 from trainers import ngram
 from trainers.corpora.kneser_ney import build, counted
-from trainers.ngram import Settings, judge
+from trainers.ngram import Settings, evaluate
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
@@ -80,7 +80,7 @@ def started(drafter: Drafter, rows: list[list[int]], sources: list[list[int]] | 
 
 def slow_law(store: KneserNey, config: Config, text: list[int], recent: list[int]) -> np.ndarray:
     """Returns P_0, P_1, ... to the longest run of last tokens that stands in the text with something after it."""
-    law_V = store.law(store.path(recent))
+    probs_V = store.probs(store.path(recent))
     for size in range(1, min(max(config.order - 1, 1), len(recent)) + 1):
         followed = Counter(
             text[end] for end in range(size, len(text)) if text[end - size : end] == recent[len(recent) - size :]
@@ -88,8 +88,8 @@ def slow_law(store: KneserNey, config: Config, text: list[int], recent: list[int
         if not followed:
             break
         share_V = np.array([followed[token] for token in range(store.vocab_size)]) / followed.total()
-        law_V = (1 - config.cache) * law_V + config.cache * share_V
-    return law_V
+        probs_V = (1 - config.cache) * probs_V + config.cache * share_V
+    return probs_V
 
 
 @settings(max_examples=40, deadline=None)
@@ -131,8 +131,8 @@ def test_what_is_drawn_from_is_told(tmp_path: Path, sampling: Sampling) -> None:
         for row, (ids, probs_NV) in enumerate(zip(rows, draft.draft_probs_BNV, strict=True)):
             drafted = draft.tokens_BN[row, 1:].tolist()
             for place, token in enumerate(drafted):
-                law_V = torch.from_numpy(slow_law(store, config, ids, ids[-3:] + drafted[:place]))
-                assert torch.allclose(probs_NV[place].double(), sampling.law(law_V.log()), atol=1e-7)
+                probs_V = torch.from_numpy(slow_law(store, config, ids, ids[-3:] + drafted[:place]))
+                assert torch.allclose(probs_NV[place].double(), sampling.probs(probs_V.log()), atol=1e-7)
                 assert probs_NV[place, token] > 0
 
 
@@ -141,12 +141,12 @@ def test_rows_end_where_the_policy_says(tmp_path: Path, temperature: float) -> N
     """The first row goes on always, the second never, and what is asked is how likely the token was."""
     store, asked = counted_store([[0, 1, 2, 3] * 8], 3, VOCAB_SIZE, tmp_path), []
 
-    def goes_on(row: int, chance: float) -> bool:
+    def should_continue(row: int, chance: float) -> bool:
         asked.append((row, chance))
         return row == 0
 
     drafter = Drafter(Config(order=3, num_draft=4), tokens_only(VOCAB_SIZE), store)
-    started(drafter, [[0, 1], [2]], goes_on=goes_on, sampling=Sampling(temperature=temperature))
+    started(drafter, [[0, 1], [2]], should_continue=should_continue, sampling=Sampling(temperature=temperature))
     draft = drafter.propose(3)
     assert draft.num_nodes == [4, 2] and draft.tree.is_chain and draft.tree.depth == 3
     assert sorted(row for row, _ in asked) == [0, 0, 0, 1]
@@ -243,9 +243,9 @@ def test_nats_are_those_of_the_stores_law(tmp_path: Path) -> None:
     rows = [[5, 6, 7, 5, 6, 7], [9, 8, 5, 6]]
     store = counted_store(rows, 3, target.vocab_size, tmp_path)
     batch = collate([example(rows[0], None, "a"), example(rows[1], [False, False, False, True], "b")])
-    metrics = judge(Drafter(Config(order=3), target, store), batch, Settings(order=3), target)
+    metrics = evaluate(Drafter(Config(order=3), target, store), batch, Settings(order=3), target)
     judged = [(rows[0][:place], rows[0][place]) for place in range(1, 6)] + [(rows[1][:3], 6)]
-    expected = -sum(log(store.law(store.path(text))[token]) for text, token in judged)
+    expected = -sum(log(store.probs(store.path(text))[token]) for text, token in judged)
     assert metrics["nats"][1] == 6 and float(metrics["nats"][0]) == pytest.approx(expected, rel=1e-5)
     assert metrics["acceptance"][1] > 0
 

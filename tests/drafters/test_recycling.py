@@ -362,8 +362,8 @@ def check_successors(successors_VK: Tensor, target: Target, folder: Path) -> Non
     for index in order(len(train_on), seed=0, epoch=0)[:32]:
         row = rows[train_on[index]]
         with torch.no_grad():
-            law_TV = target.model(row.tokens_T[None]).logits[0].double().softmax(-1)
-        for token, follows, probs_V in zip(row.tokens_T[:-1], row.loss_mask_T[1:], law_TV, strict=False):
+            probs_TV = target.model(row.tokens_T[None]).logits[0].double().softmax(-1)
+        for token, follows, probs_V in zip(row.tokens_T[:-1], row.loss_mask_T[1:], probs_TV, strict=False):
             if follows:
                 best = probs_V.topk(3)
                 sums_VV[token, best.indices] += best.values
@@ -377,6 +377,6 @@ def test_judging_teaches_nothing() -> None:
     target = tiny_target("llama")
     drafter = Drafter(SMALL, target)
     rows = [example(ids, None, str(at)) for at, ids in enumerate(greedy_by_transformers("llama", 2, 20))]
-    metrics = trainer.judge(drafter, collate(rows), Settings(), target)
+    metrics = trainer.evaluate(drafter, collate(rows), Settings(), target)
     assert metrics["acceptance"][0] > 0
     assert int((drafter.successors < VOCAB_SIZE).sum()) == 0

@@ -23,9 +23,9 @@ from tests.support.distributions import (
     PROMPT,
     VOCAB_SIZE,
     cells,
-    check_law,
-    exact_law,
-    law_target,
+    check_distribution,
+    exact_distribution,
+    distribution_target,
     p_value,
 )
 from tests.support.family import Watched, built, check_family, texts
@@ -100,11 +100,11 @@ class Compared(Watched):
                 if draft.draft_probs_BNV is None:
                     assert drafted[at] == int(logits_TV[at].argmax())
                 else:
-                    assert torch.allclose(draft.draft_probs_BNV[row, at], self.sampling.law(logits_TV[at]), atol=1e-4)
+                    assert torch.allclose(draft.draft_probs_BNV[row, at], self.sampling.probs(logits_TV[at]), atol=1e-4)
                 confidence = float(logits_TV[at].softmax(-1)[drafted[at]])
-                goes_on = at + 1 < used - 1
-                assert not goes_on or confidence > self.threshold - 1e-4
-                assert goes_on or used - 1 == self.most(budget) or confidence < self.threshold + 1e-4
+                should_continue = at + 1 < used - 1
+                assert not should_continue or confidence > self.threshold - 1e-4
+                assert should_continue or used - 1 == self.most(budget) or confidence < self.threshold + 1e-4
                 self.num_compared += 1
         return draft
 
@@ -146,18 +146,18 @@ def drawn_tokens(drafter: Drafter, num_rows: int, seed: int) -> Tensor:
 @torch.no_grad()
 def test_tokens_drawn_with_help_follow_the_larger_models_law(small: str) -> None:
     """The larger model's own law of three tokens, by counts of 4,000; what it is helped with is often wrong."""
-    drafter = made(law_target(), small, near=False)
+    drafter = made(distribution_target(), small, near=False)
     counts_C = torch.zeros(VOCAB_SIZE**NUM_TOKENS, dtype=torch.float64)
     for seed in range(4):
         counts_C += torch.bincount(cells(drawn_tokens(drafter, 1_000, seed)), minlength=len(counts_C))
-    assert p_value(counts_C, exact_law(drafter.engine)) > FALSE_ALARM
-    assert p_value(counts_C, exact_law(law_target())) < FALSE_ALARM, "which is not the target's"
+    assert p_value(counts_C, exact_distribution(drafter.engine)) > FALSE_ALARM
+    assert p_value(counts_C, exact_distribution(distribution_target())) < FALSE_ALARM, "which is not the target's"
 
 
 @pytest.mark.parametrize("length", ["fixed", "confidence=0.2"])
 def test_the_targets_law_is_kept(length: str) -> None:
     """Lengths that go by tokens known already, some of which were verified together with the next."""
-    check_law(made(law_target(), "lm", length=length), law_target(), num_samples=3_000)
+    check_distribution(made(distribution_target(), "lm", length=length), distribution_target(), num_samples=3_000)
 
 
 @pytest.mark.parametrize("accepts", [True, False])

@@ -18,7 +18,7 @@ from draftsmith.core.model_info import tokenizer_hash
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import translated
 from draftsmith.drafters.translated import Config, Drafter
-from tests.support.distributions import PROMPT, check_law, law_target
+from tests.support.distributions import PROMPT, check_distribution, distribution_target
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, scramble, tiny_config, tiny_target
 from tests.support.vocabularies import EXACT, TOKENIZERS, shared_target, tokenizer
@@ -85,7 +85,7 @@ class Compared(Watched):
             for token, counterpart in enumerate(counterparts):
                 if counterpart >= 0:
                     logits_V[counterpart] = logits_TU[at, token]
-            assert torch.allclose(probs_NV[at], self._session.sampling.law(logits_V), atol=1e-4)
+            assert torch.allclose(probs_NV[at], self._session.sampling.probs(logits_V), atol=1e-4)
 
 
 def text_rows(target: Target) -> list[list[int]]:
@@ -177,7 +177,7 @@ def law_pair(**changes: Any) -> tuple[Target, Drafter]:
     """Returns the law's target with a tokenizer of eight tokens, and a drafter with one of six, of which five fit."""
     theirs = letters(["a", "b", "c", "d", "ab", "cd", "ba", "e"], [("a", "b"), ("c", "d"), ("b", "a")])
     own = letters(["c", "ab", "b", "a", "d", "bc"], [("a", "b"), ("b", "c")])
-    target = Target(law_target().model, theirs)
+    target = Target(distribution_target().model, theirs)
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     model = tiny_config("llama", vocab_size=len(own), num_hidden_layers=1, **special).to_dict()
     config = Config(
@@ -199,7 +199,7 @@ def law_pair(**changes: Any) -> tuple[Target, Drafter]:
 def test_sampled_text_follows_the_targets_law(sampling: dict[str, Any]) -> None:
     target, drafter = law_pair()
     assert drafter.counterparts_U.tolist() == [2, 4, 1, 0, 3, -1]
-    check_law(drafter, target, num_samples=4_000, **sampling)
+    check_distribution(drafter, target, num_samples=4_000, **sampling)
 
 
 def string_law(drafter: Drafter, row: list[int], num_draft: int) -> Tensor:
@@ -244,7 +244,7 @@ def test_laws_of_strings_are_an_exact_reference() -> None:
         assert torch.allclose(out_V, target_V, atol=1e-12)
         assert accepted >= (target_V * psi_V[:-1]).sum()
     same = letters(["b", "a", "e", "c", "d"], [])
-    pair = Target(law_target().model, letters(["a", "b", "c", "d", "e", "x", "y", "z"], []))
+    pair = Target(distribution_target().model, letters(["a", "b", "c", "d", "e", "x", "y", "z"], []))
     model = drafter.config.model | {"vocab_size": 5}
     other = Drafter(Config(model=model, tokenizer_hash=tokenizer_hash(same), num_draft=1, confidence=0.0), pair, same)
     scramble(other, seed=2)

@@ -15,7 +15,7 @@ from draftsmith.core.tree import Draft
 from draftsmith.drafters import trigram
 from draftsmith.drafters.trigram import Config, Drafter
 from tests.drafters.trigrams import Weights, learn, lengthened, search, table_of
-from tests.support.distributions import check_law, law_target
+from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
 
@@ -113,8 +113,8 @@ def test_the_other_makers(maker: str) -> None:
     ids, mask = padded(prompts(5), side="left")
     out = draftsmith.generate(target, ids, Watched(drafter), attention_mask=mask, max_new_tokens=20)
     assert texts(out) == own_text(target) and out.stats.tau > 2
-    sampling = Drafter(Config(maker=maker), law_target(), table_of({(4, 2): {7: 0.5, 1: 0.5}, (2, 7): {4: 1.0}}, 8))
-    check_law(sampling, law_target(), num_samples=1_000)
+    sampling = Drafter(Config(maker=maker), distribution_target(), table_of({(4, 2): {7: 0.5, 1: 0.5}, (2, 7): {4: 1.0}}, 8))
+    check_distribution(sampling, distribution_target(), num_samples=1_000)
 
 
 def test_no_more_nodes_than_asked_for() -> None:

@@ -31,7 +31,7 @@ from eval.certificate.identity import GreedySettings
 from eval.certificate.sampled import WAYS, LawSettings, parse_law
 from eval.lossless import LOSSLESS, LOSSY, NOT_LOSSLESS, UNSHOWN, certify, lines
 from recipes.lossless import RunSettings, main
-from tests.support.distributions import law_target
+from tests.support.distributions import distribution_target
 from tests.support.family import built
 from tests.support.models import prompts, tiny_config, tiny_target
 from tests.support.runs import make_target, run
@@ -62,14 +62,14 @@ def some_prompts(number: int = 3, *, vocab_size: int = 8) -> list[Prompt]:
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Returns an artifact of each family for `law_target()`."""
-    folder, target = tmp_path_factory.mktemp("artifacts"), law_target()
+    folder, target = tmp_path_factory.mktemp("artifacts"), distribution_target()
     for name, config in FAMILIES.items():
         draftsmith.save(built(find(name), config, target), folder / name, target=target)
     return {name: folder / name for name in FAMILIES}
 
 
 def certificate(artifact: Path, laws: LawSettings = LAWS, greedy_settings: GreedySettings = GREEDY) -> dict[str, Any]:
-    return certify(loader(law_target().model), [artifact], some_prompts(), laws, greedy_settings)
+    return certify(loader(distribution_target().model), [artifact], some_prompts(), laws, greedy_settings)
 
 
 def of_law(told: dict[str, Any]) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def test_every_family_is_certified(artifacts: dict[str, Path], name: str, verifi
 
 def test_a_drafter_that_tunes_its_target_is_certified_for_that_one(tmp_path: Path) -> None:
     """Judged by the tuned target's text and laws, in float64 too; the target's own are others."""
-    target, config = law_target(), medusa2.Config(num_heads=2, tree=((0,), (1,), (0, 0)), rank=2, alpha=1.0)
+    target, config = distribution_target(), medusa2.Config(num_heads=2, tree=((0,), (1,), (0, 0)), rank=2, alpha=1.0)
     draftsmith.save(built(medusa2, config, target), tmp_path / "tuner", target=target)
     told = certificate(tmp_path / "tuner", replace(LAWS, laws=("temperature=1",)))
     assert told["verdict"] == LOSSLESS
@@ -138,7 +138,7 @@ def test_too_few_samples_certify_nothing(artifacts: dict[str, Path]) -> None:
 def test_drafters_share_the_false_alarm(artifacts: dict[str, Path]) -> None:
     laws = replace(LAWS, laws=("temperature=1",), num_rows=64)
     paths = [artifacts["medusa"], artifacts["lookup"]]
-    told = certify(loader(law_target().model), paths, some_prompts(), laws, BRIEF)
+    told = certify(loader(distribution_target().model), paths, some_prompts(), laws, BRIEF)
     assert [test["drafter"] for test in of_law(told)] == [str(path) for path in paths for _ in WAYS]
     assert {test["level"] for test in of_law(told)} == {1e-4 / 6}
     assert len(of_greedy(told)) == 5
@@ -191,7 +191,7 @@ def judge_by(monkeypatch: pytest.MonkeyPatch, verifier: Callable[..., Verdict], 
     def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
         if sampling.is_greedy != greedily or draft.tree.num_nodes == 1:
             return verify.choose(name, sampling, draft)
-        return Verifier(name="greedy" if greedily else "biased", is_lossless=True, law=sampling, verify=verifier)
+        return Verifier(name="greedy" if greedily else "biased", is_lossless=True, sampling=sampling, verify=verifier)
 
     monkeypatch.setattr("draftsmith.verify.choose", choose)
 

@@ -18,7 +18,7 @@ from draftsmith.drafters import lm, lookup, medusa
 from draftsmith.length.controller import Paced, cut, paced
 from draftsmith.length.policies import POLICIES, Confidence, Outcome, make
 from tests import test_generate
-from tests.support.distributions import FALSE_ALARM, check_law, judge, law_target
+from tests.support.distributions import FALSE_ALARM, check_distribution, judge, distribution_target
 from tests.support.family import Watched, built, texts
 from tests.support.models import greedy_by_transformers, tiny_config, tiny_target
 from tests.test_sampled_distribution import SMALL, TREE
@@ -75,10 +75,10 @@ def test_each_row_has_a_budget_of_its_own() -> None:
 
 
 def test_a_drafter_that_asks_is_asked_for_each_token() -> None:
-    inner = Chains(num_draft=5, length="confidence=0.5", asks_length=True)
+    inner = Chains(num_draft=5, length="confidence=0.5", supports_early_stop=True)
     drafter = begun(paced(inner, "auto"), 2)
     draft = drafter.propose(100)
-    ask = inner.session.goes_on
+    ask = inner.session.should_continue
     assert [ask(0, 0.9), ask(1, 0.5), ask(0, 0.4), ask(1, 0.9)] == [True, True, False, True]
     assert [ask(1, 0.9), ask(1, 0.9), ask(1, 0.9)] == [True, True, False], "five is the most"
     judged: list[Any] = []
@@ -87,7 +87,7 @@ def test_a_drafter_that_asks_is_asked_for_each_token() -> None:
     drafter = begun(paced(inner, policy), 2)
     draft = drafter.propose(100)
     for row, confidence in ((0, 0.9), (1, 0.2), (0, 0.4)):
-        inner.session.goes_on(row, confidence)
+        inner.session.should_continue(row, confidence)
     draft = Draft(tokens_BN=draft.tokens_BN, tree=draft.tree, num_nodes=[3, 2])
     drafter.observe(seen(draft, [[0, 1], [0]]))
     assert judged == [
@@ -188,24 +188,24 @@ def test_a_draft_model_is_not_asked_about_trees() -> None:
 
 @cache
 def small() -> Any:
-    return built(lm, lm.Config(model=SMALL, num_draft=3, length="fixed"), law_target())
+    return built(lm, lm.Config(model=SMALL, num_draft=3, length="fixed"), distribution_target())
 
 
 @pytest.mark.parametrize("length", TELLING)
 def test_sampled_text_follows_the_law(length: str) -> None:
     """One policy object for all calls, so that what it has learnt, and the clock, decide."""
     drafter = Lengths(small())
-    check_law(Paced(drafter, make(length), is_asking=True), law_target(), num_samples=NUM_SAMPLES)
+    check_distribution(Paced(drafter, make(length), supports_early_stop=True), distribution_target(), num_samples=NUM_SAMPLES)
     assert len(drafter.found) > 1 or length == "fixed=2"
 
 
 @pytest.mark.parametrize("length", SILENT)
 @pytest.mark.parametrize("family", ["medusa", "lookup"])
 def test_sampled_text_of_drafters_that_tell_nothing_follows_the_law(family: str, length: str) -> None:
-    silent: Any = lookup.Drafter(lookup.Config(num_draft=3), law_target())
+    silent: Any = lookup.Drafter(lookup.Config(num_draft=3), distribution_target())
     if family == "medusa":
-        silent = built(medusa, medusa.Config(num_heads=3, tree=TREE), law_target())
-    check_law(Paced(silent, make(length), is_asking=False), law_target(), num_samples=NUM_SAMPLES)
+        silent = built(medusa, medusa.Config(num_heads=3, tree=TREE), distribution_target())
+    check_distribution(Paced(silent, make(length), supports_early_stop=False), distribution_target(), num_samples=NUM_SAMPLES)
 
 
 class Withholds(Paced):
@@ -220,5 +220,5 @@ class Withholds(Paced):
 
 
 def test_a_token_withheld_for_what_it_is_would_be_seen() -> None:
-    wrong = Withholds(small(), Confidence(0.3), is_asking=True)
-    assert judge(wrong, law_target(), num_samples=NUM_SAMPLES) < FALSE_ALARM
+    wrong = Withholds(small(), Confidence(0.3), supports_early_stop=True)
+    assert judge(wrong, distribution_target(), num_samples=NUM_SAMPLES) < FALSE_ALARM

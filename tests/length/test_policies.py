@@ -25,7 +25,7 @@ from draftsmith.length.policies import (
 def allowed(policy: Policy, confidences: Sequence[float] = (), *, row: int = 0, most: int = 10) -> int:
     """Returns how many tokens the row may draft if the draft model tells these confidences, or none."""
     number = 0
-    while number < most and policy.goes_on(row, number, confidences[:number]):
+    while number < most and policy.should_continue(row, number, confidences[:number]):
         number += 1
     return number
 
@@ -232,10 +232,10 @@ def test_expected_gain_goes_by_confidences() -> None:
     chance = {confidence: (number + 8 * share) / 408 for confidence, number in accepted.items()}
     first = (598 + 8 * share) / 1208
     least = 0.1 * max((1 + first * (1 - share**n) / (1 - share)) / (1 + 0.1 * n) for n in range(11))
-    assert policy.goes_on(0, 0, [])
+    assert policy.should_continue(0, 0, [])
     found = []
     for told in ([0.95], [0.5], [0.2], [0.95] * 9, [0.95, 0.5], [0.95] * 22):
-        found.append(policy.goes_on(0, len(told), told))
+        found.append(policy.should_continue(0, len(told), told))
         assert found[-1] == (math.prod(chance[one] for one in told) * share > least)
     assert found == [True, True, False, True, False, False]
     assert allowed(policy, [0.95, 0.95, 0.2, 0.95]) == 3

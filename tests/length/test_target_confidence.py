@@ -16,7 +16,7 @@ from draftsmith.drafters import lookup, medusa
 from draftsmith.length.target_confidence import Gated
 from draftsmith.verify import choose
 from tests import test_generate
-from tests.support.distributions import check_law, law_target
+from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, built, texts
 from tests.support.models import greedy_by_transformers, padded, prompts, tiny_target
 from tests.test_sampled_distribution import TREE, drafter_of
@@ -59,13 +59,13 @@ def step(drafter: Any, *rows: list[tuple[int, float]], is_finished: bool = False
     A node not told of takes token 3 for certain. The other tokens of eight share what is left.
     """
     draft = drafter.propose(9)
-    laws_BNV = torch.zeros(len(rows), draft.tree.num_nodes, 8)
-    laws_BNV[..., 3] = 1
+    probs_BNV = torch.zeros(len(rows), draft.tree.num_nodes, 8)
+    probs_BNV[..., 3] = 1
     for row, wanted in enumerate(rows):
         for node, (token, probability) in enumerate(wanted[: draft.tree.num_nodes]):
-            laws_BNV[row, node] = (1 - probability) / 7
-            laws_BNV[row, node, token] = probability
-    logits_BNV = laws_BNV.log() + 3.0
+            probs_BNV[row, node] = (1 - probability) / 7
+            probs_BNV[row, node, token] = probability
+    logits_BNV = probs_BNV.log() + 3.0
     verdict = choose("greedy", Sampling(), draft).verify(logits_BNV, draft, logits_BNV)
     counts = verdict.num_accepted_B.tolist()
     paths = [[] if is_finished else verdict.path_BP[row, : count + 1].tolist() for row, count in enumerate(counts)]
@@ -132,12 +132,12 @@ def test_it_does_as_the_targets_own_law_says(threshold: float) -> None:
     out = draftsmith.generate(target, ids, watched, attention_mask=mask, max_new_tokens=NUM_NEW)
     assert texts(out) == expected
     for row, text in enumerate(expected):
-        law_TV = target.model(torch.tensor([text])).logits[0].softmax(-1)
+        probs_TV = target.model(torch.tensor([text])).logits[0].softmax(-1)
         is_shut = False
         for number in range(NUM_NEW - 1):
             assert drafts[number][row] == (not is_shut)
             place = len(text) - NUM_NEW + number
-            is_shut = bool(law_TV[place - 1, text[place]] < threshold)
+            is_shut = bool(probs_TV[place - 1, text[place]] < threshold)
     assert {flag for flags in drafts for flag in flags} == {False, True}
 
 
@@ -166,12 +166,12 @@ class Noted(Gated):
 
 @pytest.mark.parametrize(("name", "settings"), [("lm", {}), ("lm", {"top_k": 5}), ("lookup", {}), ("medusa", {})])
 def test_sampled_text_follows_the_law(name: str, settings: dict[str, Any]) -> None:
-    inner: Any = lookup.Drafter(lookup.Config(), law_target()) if name == "lookup" else drafter_of(name)
+    inner: Any = lookup.Drafter(lookup.Config(), distribution_target()) if name == "lookup" else drafter_of(name)
     if name == "medusa":
-        inner = built(medusa, medusa.Config(num_heads=3, tree=TREE), law_target())
+        inner = built(medusa, medusa.Config(num_heads=3, tree=TREE), distribution_target())
     gated = Noted(inner, 0.4)
     watched = Watched(gated)
-    check_law(watched, law_target(), num_samples=NUM_SAMPLES, **settings)
+    check_distribution(watched, distribution_target(), num_samples=NUM_SAMPLES, **settings)
     assert watched.num_drafted > 0 and gated.num_shut > NUM_SAMPLES / 10
 
 

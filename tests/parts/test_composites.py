@@ -128,7 +128,7 @@ def test_a_policy_learns_of_its_own_drafts_alone() -> None:
     """A plain step tells what it costs; of another drafter's draft nothing can be learnt."""
     policy, told = ExpectedGain(), []
     policy.learn = lambda outcomes, depth, cost_ms: told.append((len(outcomes), depth))  # type: ignore
-    drafter = Paced(built(medusa, DRAFTERS["medusa"][1], TARGET), policy, is_asking=False)
+    drafter = Paced(built(medusa, DRAFTERS["medusa"][1], TARGET), policy, supports_early_stop=False)
     other = Scripted(TARGET, greedy_by_transformers("llama", 1, NUM_NEW), trees=False)
     turns = Turns([drafter, other])
     draftsmith.generate(TARGET, torch.tensor(prompts(1)), turns, max_new_tokens=NUM_NEW)

@@ -63,11 +63,11 @@ def test_a_copy_by_hand() -> None:
         for place in range(3):
             found_D, attention_S = by_hand(reader, source, row, features_BMD[row, place])
             share = reader.gate(found_D).sigmoid()
-            law_V = share * (output_VD @ found_D).softmax(-1)
+            probs_V = share * (output_VD @ found_D).softmax(-1)
             for token, chance in zip(TOKENS_BS[row].tolist(), attention_S, strict=False):
-                law_V[token] = law_V[token] + (1 - share[0]) * chance
-            assert law_V.sum().item() == pytest.approx(1)
-            torch.testing.assert_close(logits_BMV[row, place].exp(), law_V)
+                probs_V[token] = probs_V[token] + (1 - share[0]) * chance
+            assert probs_V.sum().item() == pytest.approx(1)
+            torch.testing.assert_close(logits_BMV[row, place].exp(), probs_V)
     # Positions picked out of the batch, as losses have them, still know their row.
     picked_NV = reader.head(lambda features: features @ output_VD.T, source)(carried[:, 1:].flatten(0, 1)[[3, 0]])
     torch.testing.assert_close(picked_NV, torch.stack([logits_BMV[1, 2], logits_BMV[0, 1]]))

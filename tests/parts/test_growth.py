@@ -15,7 +15,7 @@ from draftsmith.core.tree import Draft
 from draftsmith.drafters import lm
 from draftsmith.drafters.lm import Config, Drafter
 from draftsmith.parts import growth
-from tests.support.distributions import FALSE_ALARM, check_law, law_target, p_value
+from tests.support.distributions import FALSE_ALARM, check_distribution, distribution_target, p_value
 from tests.support.family import Watched, built, texts
 from tests.support.models import greedy_by_transformers, padded, prompts, tiny_config, tiny_target
 
@@ -43,7 +43,7 @@ def small(vocab_size: int, **changes: Any) -> Config:
 
 
 def drafter_for_law(**changes: Any) -> Drafter:
-    return built(lm, small(law_target().vocab_size, **changes), law_target())
+    return built(lm, small(distribution_target().vocab_size, **changes), distribution_target())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -62,14 +62,14 @@ def test_greedy_output_is_transformers_own(architecture: str, shape: str) -> Non
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sampled_text_follows_the_law(shape: str, settings: dict[str, Any]) -> None:
     """With top-k 3 a node has fewer tokens to give than the tree has places for children and cousins."""
-    check_law(drafter_for_law(**SHAPES[shape]), law_target(), num_samples=5_000, **settings)
+    check_distribution(drafter_for_law(**SHAPES[shape]), distribution_target(), num_samples=5_000, **settings)
 
 
 @pytest.mark.parametrize(("shape", "verifier"), RULES)
 def test_and_so_it_does_by_other_rules(shape: str, verifier: str) -> None:
     drafter = drafter_for_law(**SHAPES[shape])
-    check_law(drafter, law_target(), num_samples=5_000, verifier=verifier, seed=2)
-    check_law(drafter, law_target(), num_samples=3_000, verifier=verifier, seed=2, top_k=3)
+    check_distribution(drafter, distribution_target(), num_samples=5_000, verifier=verifier, seed=2)
+    check_distribution(drafter, distribution_target(), num_samples=3_000, verifier=verifier, seed=2, top_k=3)
 
 
 def test_a_copy_of_the_target_has_its_first_path_accepted() -> None:
@@ -86,20 +86,20 @@ def test_a_copy_of_the_target_has_its_first_path_accepted() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_siblings_without_replacement_follow_the_law_of_drawing_in_turn(count: int) -> None:
-    law_V = torch.tensor([0.5, 0.3, 0.2, 0.0]).double()
+    probs_V = torch.tensor([0.5, 0.3, 0.2, 0.0]).double()
     num_drawn, generator = 20_000, torch.Generator().manual_seed(0)
-    drawn_BFC = growth.draw_siblings(law_V.expand(num_drawn, 1, 4), count, "without_replacement", generator)
+    drawn_BFC = growth.draw_siblings(probs_V.expand(num_drawn, 1, 4), count, "without_replacement", generator)
     expected, counts = [], []
     for tokens in itertools.permutations(range(4), count):
-        left = [1 - sum(law_V[list(tokens[:at])].tolist()) for at in range(count)]
-        expected.append(math.prod(float(law_V[one]) / rest for one, rest in zip(tokens, left, strict=True)))
+        left = [1 - sum(probs_V[list(tokens[:at])].tolist()) for at in range(count)]
+        expected.append(math.prod(float(probs_V[one]) / rest for one, rest in zip(tokens, left, strict=True)))
         counts.append(int((drawn_BFC[:, 0] == torch.tensor(tokens)).all(1).sum()))
     assert p_value(torch.tensor(counts).double(), torch.tensor(expected).double()) > FALSE_ALARM
 
 
 def test_top_siblings_and_a_drawn_one() -> None:
-    law_V = torch.tensor([0.1, 0.4, 0.2, 0.3]).double()
-    drawn_BFC = growth.draw_siblings(law_V.expand(4_000, 1, 4), 3, "top_and_drawn", torch.Generator().manual_seed(0))
+    probs_V = torch.tensor([0.1, 0.4, 0.2, 0.3]).double()
+    drawn_BFC = growth.draw_siblings(probs_V.expand(4_000, 1, 4), 3, "top_and_drawn", torch.Generator().manual_seed(0))
     assert (drawn_BFC[:, 0, :2] == torch.tensor([1, 3])).all()
     counts = torch.bincount(drawn_BFC[:, 0, 2], minlength=4).double()
     assert p_value(counts, torch.tensor([1 / 3, 0, 2 / 3, 0]).double()) > FALSE_ALARM
@@ -120,7 +120,7 @@ class _Keeps:
 
 def test_grown_trees_hold_the_likeliest_nodes() -> None:
     """Against every path of up to three tokens, for a draft model whose levels are wide enough to miss none."""
-    target = law_target()
+    target = distribution_target()
     drafter = _Keeps(drafter_for_law(width=8, num_nodes=10, num_draft=2))
     ids = torch.tensor([[1, 4, 2, 7]])
     draftsmith.generate(target, ids, drafter, max_new_tokens=8, seed=0)

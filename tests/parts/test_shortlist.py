@@ -16,9 +16,9 @@ def test_others_are_never_drawn() -> None:
     shortlist.take(torch.tensor([1, 4, 6]))
     logits_W = torch.randn(2, 5, 3)
     for temperature in (0.5, 1.0, 20.0):
-        law_V = Sampling(temperature=temperature).law(shortlist.spread(logits_W))
-        assert law_V[..., [0, 2, 3, 5]].eq(0).all()
-        torch.testing.assert_close(law_V[..., [1, 4, 6]], (logits_W / temperature).softmax(-1))
+        probs_V = Sampling(temperature=temperature).probs(shortlist.spread(logits_W))
+        assert probs_V[..., [0, 2, 3, 5]].eq(0).all()
+        torch.testing.assert_close(probs_V[..., [1, 4, 6]], (logits_W / temperature).softmax(-1))
     assert shortlist.holds(torch.tensor([[0, 1], [6, 5]])).tolist() == [[False, True], [True, False]]
     assert len(shortlist) == 3 and not shortlist.is_whole
 

@@ -28,13 +28,13 @@ ROWS = 1_000
 
 
 @cache
-def law_target(architecture: str = "llama") -> Target:
+def distribution_target(architecture: str = "llama") -> Target:
     """Returns a target of eight tokens whose laws are neither flat nor one-hot."""
     changes = {} if architecture in SEQ2SEQ else {"num_hidden_layers": 2}
     return Target(tiny_model(architecture, seed=5, vocab_size=VOCAB_SIZE, sharpness=1.0, **changes))
 
 
-def check_law(drafter: Any, target: Target, *, num_samples: int, seed: int = 0, **settings: Any) -> None:
+def check_distribution(drafter: Any, target: Target, *, num_samples: int, seed: int = 0, **settings: Any) -> None:
     """Asserts that sampled continuations follow the target's law; a sound system fails at FALSE_ALARM of all seeds."""
     p_value = judge(drafter, target, num_samples=num_samples, seed=seed, **settings)
     assert p_value > FALSE_ALARM, f"{type(drafter).__module__} with {settings}: p-value {p_value:.2g}"
@@ -44,9 +44,9 @@ def judge(
     drafter: Any, target: Target, *, num_samples: int, seed: int = 0, verifier: str = "auto", **settings: Any
 ) -> float:
     """Returns the p-value of `num_samples` continuations of PROMPT under the target's law, sampled with `settings`."""
-    law_C = exact_law(target, **settings)
+    probs_C = exact_distribution(target, **settings)
     settings = {"temperature": 1.0} | settings
-    counts_C = torch.zeros_like(law_C)
+    counts_C = torch.zeros_like(probs_C)
     for batch in range(-(-num_samples // ROWS)):
         out = draftsmith.generate(
             target,
@@ -61,8 +61,8 @@ def judge(
         )
         start = 1 if target.is_encoder_decoder else len(PROMPT)
         new_BT = out.sequences[:, start : start + NUM_TOKENS]
-        counts_C += torch.bincount(cells(new_BT), minlength=len(law_C))
-    return p_value(counts_C, law_C)
+        counts_C += torch.bincount(cells(new_BT), minlength=len(probs_C))
+    return p_value(counts_C, probs_C)
 
 
 def cells(tokens: Tensor) -> Tensor:
@@ -71,31 +71,31 @@ def cells(tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def exact_law(target: Target, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def exact_distribution(target: Target, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Returns the probability [C] of each continuation of PROMPT by transformers' own forward and warpers."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
-    law_C = torch.ones(1, dtype=torch.float64)
+    probs_C = torch.ones(1, dtype=torch.float64)
     is_encoder_decoder = target.is_encoder_decoder
     rows = torch.tensor([[target.model.config.decoder_start_token_id] if is_encoder_decoder else PROMPT])
     for _ in range(NUM_TOKENS):
         sources = torch.tensor([PROMPT] * len(rows))
         given = {"input_ids": sources, "decoder_input_ids": rows} if is_encoder_decoder else {"input_ids": rows}
         logits_CV = target.model(**given).logits[:, -1].double()
-        law_C = (law_C[:, None] * warpers(rows, logits_CV).softmax(-1)).flatten()
+        probs_C = (probs_C[:, None] * warpers(rows, logits_CV).softmax(-1)).flatten()
         following = torch.arange(VOCAB_SIZE).repeat(len(rows))[:, None]
         rows = torch.cat([rows.repeat_interleave(VOCAB_SIZE, 0), following], dim=1)
-    return law_C
+    return probs_C
 
 
-def p_value(counts_C: Tensor, law_C: Tensor) -> float:
+def p_value(counts_C: Tensor, probs_C: Tensor) -> float:
     """Returns the chi-square test's p-value; cells that expect fewer than five counts are judged as one."""
-    if counts_C[law_C == 0].any():
+    if counts_C[probs_C == 0].any():
         return 0.0
-    expected_C = law_C * counts_C.sum()
+    expected_C = probs_C * counts_C.sum()
     is_rare_C = expected_C < 5
     expected = torch.cat([expected_C[~is_rare_C], expected_C[is_rare_C].sum()[None]])
     counts = torch.cat([counts_C[~is_rare_C], counts_C[is_rare_C].sum()[None]])

@@ -33,11 +33,11 @@ def random_laws(longest: int, seed: int, *, zeros: bool = False) -> Laws:
     laws = {}
     for size in range(longest + 1):
         for text in itertools.product(TOKENS, repeat=size):
-            law_V = torch.rand(VOCAB_SIZE, generator=generator, dtype=torch.float64)
+            probs_V = torch.rand(VOCAB_SIZE, generator=generator, dtype=torch.float64)
             if zeros and len(laws) % 4:
-                law_V[len(laws) % 3 :: 4 - len(laws) % 4] = 0
-                law_V[(size + len(laws)) % 3] += 0.1
-            laws[text] = law_V / law_V.sum()
+                probs_V[len(laws) % 3 :: 4 - len(laws) % 4] = 0
+                probs_V[(size + len(laws)) % 3] += 0.1
+            laws[text] = probs_V / probs_V.sum()
     return laws
 
 
@@ -51,12 +51,12 @@ def probability(laws: Laws, text: Text, given: Text = ()) -> float:
 
 def error(found: dict[Text, float], target: Laws, num_tokens: int) -> float:
     """Returns the largest error of the law of the first `num_tokens`, what is missing being sampled from the target."""
-    law: dict[Text, float] = defaultdict(float)
+    probs: dict[Text, float] = defaultdict(float)
     for text, weight in found.items():
         for rest in itertools.product(TOKENS, repeat=num_tokens - len(text)):
-            law[text + rest] += weight * probability(target, rest, given=text)
+            probs[text + rest] += weight * probability(target, rest, given=text)
     texts = itertools.product(TOKENS, repeat=num_tokens)
-    return max(abs(law[text] - probability(target, text)) for text in texts)
+    return max(abs(probs[text] - probability(target, text)) for text in texts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,21 +103,21 @@ def fillings(shape: Shape, laws: Laws) -> Iterator[tuple[list[Text], list[bool],
         parent = shape.parents[node]
         siblings = [texts[other][-1] for other in range(1, node) if shape.parents[other] == parent]
         num_later = shape.parents[node + 1 :].count(parent)
-        law_V = laws[texts[parent]].clone()
+        probs_V = laws[texts[parent]].clone()
         is_used = used[parent] and not (texts[parent] and texts[parent][-1] == shape.stops_at)
         if not is_used:
             yield from grow([*texts, (*texts[parent], 0)], [*used, False], weight)
             return
         if shape.drawn != "independent":
-            law_V[siblings] = 0
+            probs_V[siblings] = 0
         if shape.drawn == "top_and_drawn" and num_later:
-            law_V = torch.nn.functional.one_hot(law_V.argmax(), VOCAB_SIZE).double()
-        if law_V.sum() == 0:  # no token is left to draw, and one that has no chance takes the place
+            probs_V = torch.nn.functional.one_hot(probs_V.argmax(), VOCAB_SIZE).double()
+        if probs_V.sum() == 0:  # no token is left to draw, and one that has no chance takes the place
             excluded = int((laws[texts[parent]] == 0).nonzero()[0])
             yield from grow([*texts, (*texts[parent], excluded)], [*used, True], weight)
         for one in TOKENS:
-            if law_V[one] > 0:
-                share = float(law_V[one] / law_V.sum())
+            if probs_V[one] > 0:
+                share = float(probs_V[one] / probs_V.sum())
                 yield from grow([*texts, (*texts[parent], one)], [*used, True], weight * share)
 
     yield from grow([()], [True], 1.0)
@@ -161,23 +161,23 @@ def output_law(verify: Verify, shape: Shape, laws: Laws, target: Laws) -> dict[T
             drawn=draft.drawn,
         )
         verdict = verify(target_RNV[index_R], chosen, uniforms_RU)
-        assert verdict.law_BV is not None
-        law_RV = verdict.law_BV / verdict.law_BV.sum(-1, keepdim=True)
-        return verdict.path_BP.gather(1, verdict.num_accepted_B[:, None])[:, 0], law_RV
+        assert verdict.next_probs_BV is not None
+        probs_RV = verdict.next_probs_BV / verdict.next_probs_BV.sum(-1, keepdim=True)
+        return verdict.path_BP.gather(1, verdict.num_accepted_B[:, None])[:, 0], probs_RV
 
-    end_R, law_RV = run(uniforms_RU, index_R)
+    end_R, probs_RV = run(uniforms_RU, index_R)
     chance_R = torch.tensor(weights, dtype=torch.float64)[index_R]
     for node in range(1, num_nodes):
         passes_R = (uniforms_RU[:, node] == 0).nonzero()[:, 0]
         step = 2 ** (num_nodes - 1 - node)  # the same row with this test failed
-        differ_R = (end_R[passes_R] != end_R[passes_R + step]) | (law_RV[passes_R] != law_RV[passes_R + step]).any(1)
+        differ_R = (end_R[passes_R] != end_R[passes_R + step]) | (probs_RV[passes_R] != probs_RV[passes_R + step]).any(1)
         asked_R = passes_R[differ_R]
         low_R, high_R = torch.zeros(len(asked_R), dtype=torch.float64), torch.ones(len(asked_R), dtype=torch.float64)
         for _ in range(HALVINGS if len(asked_R) else 0):
             probed_RU = uniforms_RU[asked_R].clone()
             probed_RU[:, node] = (low_R + high_R) / 2
-            end, law = run(probed_RU, index_R[asked_R])
-            is_pass_R = (end == end_R[asked_R]) & (law == law_RV[asked_R]).all(1)
+            end, probs = run(probed_RU, index_R[asked_R])
+            is_pass_R = (end == end_R[asked_R]) & (probs == probs_RV[asked_R]).all(1)
             low_R = torch.where(is_pass_R, probed_RU[:, node], low_R)
             high_R = torch.where(is_pass_R, high_R, probed_RU[:, node])
         threshold_R = everywhere(index_R[passes_R], differ_R, (low_R + high_R) / 2, len(rows))
@@ -185,15 +185,15 @@ def output_law(verify: Verify, shape: Shape, laws: Laws, target: Laws) -> dict[T
         chance_R[passes_R + step] *= 1 - threshold_R
     found: dict[Text, float] = defaultdict(float)
     is_likely_R = chance_R > 0
-    for index, end, chance, law in zip(
+    for index, end, chance, probs in zip(
         index_R[is_likely_R].tolist(),
         end_R[is_likely_R].tolist(),
         chance_R[is_likely_R].tolist(),
-        law_RV[is_likely_R].tolist(),
+        probs_RV[is_likely_R].tolist(),
         strict=True,
     ):
         for one in TOKENS:
-            found[(*rows[index][end], one)] += chance * law[one]
+            found[(*rows[index][end], one)] += chance * probs[one]
     return found
 
 

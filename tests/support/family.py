@@ -26,7 +26,7 @@ from draftsmith import Target
 from draftsmith.core.drafter import Session, Step, forget
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import lookup
-from tests.support.distributions import check_law, law_target
+from tests.support.distributions import check_distribution, distribution_target
 from tests.support.models import (
     greedy_by_model,
     greedy_by_transformers,
@@ -61,8 +61,8 @@ def check_family(
     target = tiny_target(architectures[0])
     check_round_trip(built(family, config, target), target, folder / "artifact")
     check_forgetting(built(family, config, target))
-    drafter = built(family, config, law_target("t5" if target.is_encoder_decoder else "llama"))
-    check_law(drafter, drafter.target, top_p=0.9, num_samples=4_000)
+    drafter = built(family, config, distribution_target("t5" if target.is_encoder_decoder else "llama"))
+    check_distribution(drafter, drafter.target, top_p=0.9, num_samples=4_000)
     if trainer is not None:
         check_training(trainer, settings, architectures[0])
 
@@ -193,7 +193,7 @@ class Watched:
         assert draft.num_nodes is None or all(1 <= used <= num_nodes for used in draft.num_nodes)
         assert (draft.draft_probs_BNV is None) == (draft.drawn == "deterministic")
         if draft.draft_probs_BNV is not None:
-            self._check_law(draft, draft.draft_probs_BNV)
+            self._check_distribution(draft, draft.draft_probs_BNV)
         self.drafts.append(draft.tokens_BN.tolist())
         self.num_drafted += sum(draft.num_nodes or [num_nodes] * num_rows) - num_rows
         return draft
@@ -205,7 +205,7 @@ class Watched:
         assert set(step.hidden) == set(self.hidden_layers)
         self.inner.observe(step)
 
-    def _check_law(self, draft: Draft, probs_BNV: Tensor) -> None:
+    def _check_distribution(self, draft: Draft, probs_BNV: Tensor) -> None:
         assert probs_BNV.shape[0] == len(draft.tokens_BN) and probs_BNV.shape[2] == self.target.vocab_size
         assert (probs_BNV.sum(-1) - 1).abs().max() < 1e-5
         valid_BN = draft.valid_BN()

@@ -125,19 +125,19 @@ def check_source(drafter: Any) -> None:
     """Every token of a row's source makes a difference to its law, and what pads it none, however long."""
     tokens_BT, source = text_of(5, 12), source_of(drafter.target, 5)
     assert source is not None and 0 < int(source.mask_BT.sum()) < source.mask_BT.numel()
-    laws_BTV = drafter.head(source)(drafter(tokens_BT, source)).softmax(-1)
+    probs_BTV = drafter.head(source)(drafter(tokens_BT, source)).softmax(-1)
     for place in range(source.tokens_BT.shape[1]):
         states_BSD, tokens_BS = source.encoded_BTD.clone(), source.tokens_BT.clone()
         states_BSD[:, place] = -2 * states_BSD[:, place]
         tokens_BS[:, place] = (tokens_BS[:, place] + 1) % VOCAB_SIZE
         other = Source(tokens_BT=tokens_BS, mask_BT=source.mask_BT, encoded_BTD=states_BSD)
-        gaps_B = (drafter.head(other)(drafter(tokens_BT, other)).softmax(-1) - laws_BTV).abs().amax((1, 2))
+        gaps_B = (drafter.head(other)(drafter(tokens_BT, other)).softmax(-1) - probs_BTV).abs().amax((1, 2))
         is_text_B = source.mask_BT[:, place] > 0
         assert (gaps_B[is_text_B] > 1e-3).all(), "what it reads makes no difference"
         assert (gaps_B[~is_text_B] < 1e-6).all(), "padding makes a difference"
     longer = Source(**{name: torch.cat([tensor, tensor], dim=1) for name, tensor in vars(source).items()})
     longer.mask_BT[:, source.mask_BT.shape[1] :] = 0
-    torch.testing.assert_close(drafter.head(longer)(drafter(tokens_BT, longer)).softmax(-1), laws_BTV)
+    torch.testing.assert_close(drafter.head(longer)(drafter(tokens_BT, longer)).softmax(-1), probs_BTV)
 
 
 def check_going_back(drafter: Any, seed: int) -> None:
@@ -151,8 +151,8 @@ def check_going_back(drafter: Any, seed: int) -> None:
         assert draft.tree.is_chain and draft.draft_probs_BNV is not None
         for row, ids in enumerate(rows):
             text = ids + draft.tokens_BN[row, 1:].tolist()
-            law_NV = sampling.law(fresh_logits(drafter, text, row)[len(ids) - 1 : -1])
-            torch.testing.assert_close(draft.draft_probs_BNV[row], law_NV, rtol=1e-4, atol=1e-5)
+            probs_NV = sampling.probs(fresh_logits(drafter, text, row)[len(ids) - 1 : -1])
+            torch.testing.assert_close(draft.draft_probs_BNV[row], probs_NV, rtol=1e-4, atol=1e-5)
         kind = chance.choice(("own", "own", "own", "cut", "foreign", "plain", "back"))
         draft = other_draft(kind, draft, rows)
         paths = []

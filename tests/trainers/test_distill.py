@@ -139,7 +139,7 @@ def test_acceptance_counts_what_is_not_listed_as_lost() -> None:
     settings = distill.Settings(**SMALL, shortlist=len(LISTED))
     drafter, given = listed(settings)
     with torch.no_grad():
-        total, count = distill.judge(drafter, given, settings, TARGET)["acceptance"]
+        total, count = distill.evaluate(drafter, given, settings, TARGET)["acceptance"]
         student, theirs = (m(input_ids=given.tokens_BT).logits[:, :-1] for m in (drafter.model, TARGET.model))
     both = torch.minimum(student[..., LISTED].softmax(-1), theirs.softmax(-1)[..., LISTED]).sum(-1)
     assert count == given.loss_mask_BT[:, 1:].sum()
@@ -197,7 +197,7 @@ def test_first_layers_are_the_targets(architecture: str) -> None:
         torch.testing.assert_close(drafter.engine.read(tokens_BT, (2,))[2], target.read(tokens_BT, (2,))[2])
         whole = distill.build(distill.Settings(start="layers", num_layers=target.num_layers), target)
         given = complete(collate([example(tokens_BT[0].tolist(), None, "0")]), target, (target.num_layers,))
-        metrics = distill.judge(whole, given, distill.Settings(num_draft=7), target)
+        metrics = distill.evaluate(whole, given, distill.Settings(num_draft=7), target)
     for total, count in metrics.values():
         assert (total / count).item() == pytest.approx(1.0, abs=1e-5)
 
@@ -218,7 +218,7 @@ def test_a_whole_copy_of_an_encoder_decoder_has_its_law(architecture: str) -> No
     settings = distill.Settings(start="layers", num_layers=target.num_layers, num_draft=5)
     given = source_batch(target, settings)
     with torch.no_grad():
-        metrics = distill.judge(distill.build(settings, target), given, settings, target)
+        metrics = distill.evaluate(distill.build(settings, target), given, settings, target)
     for total, count in metrics.values():
         assert (total / count).item() == pytest.approx(1.0, abs=1e-5)
 
@@ -277,7 +277,7 @@ def test_judgement_by_hand() -> None:
     settings = distill.Settings(**SMALL)
     drafter, given = distill.build(settings, TARGET), batch(settings)
     with torch.no_grad():
-        metrics = distill.judge(drafter, given, settings, TARGET)
+        metrics = distill.evaluate(drafter, given, settings, TARGET)
         student, theirs = (m(input_ids=given.tokens_BT).logits.softmax(-1) for m in (drafter.model, TARGET.model))
     mask_BT = functional.pad(given.loss_mask_BT[:, 1:], (0, 1))
     total, count = metrics["acceptance"]

@@ -134,7 +134,7 @@ def test_judgement_by_hand() -> None:
                     hits[step][row, start] = int(logits_V.argmax()) == int(given.tokens_BT[row, start + 2 + step])
     whole = [place for place in hits[0] if place in hits[1] and place in hits[2]]
     runs = [next((step for step in range(3) if not hits[step][place]), 3) for place in whole]
-    metrics = eagle3.judge(drafter, given, SETTINGS, TARGET)
+    metrics = eagle3.evaluate(drafter, given, SETTINGS, TARGET)
     assert [int(part) for part in metrics.pop("acceptance")] == [sum(runs), len(whole)]
     assert [(int(right), count) for right, count in metrics.values()] == [(sum(hit.values()), len(hit)) for hit in hits]
     assert sum(runs) > 0
@@ -181,7 +181,7 @@ def test_a_layer_that_knows_a_text_has_all_its_drafts_accepted() -> None:
         loss, _ = eagle3.loss(drafter, given, settings, TARGET)
         loss.backward()
         optimizer.step()
-    right, count = eagle3.judge(drafter, given, settings, TARGET)["acceptance"]
+    right, count = eagle3.evaluate(drafter, given, settings, TARGET)["acceptance"]
     assert int(right) == 3 * count
     for length in (len(prompts(1)[0]), 12):
         out = draftsmith.generate(TARGET, torch.tensor([text[:length]]), drafter.eval(), max_new_tokens=13)

@@ -109,7 +109,7 @@ def test_judgement_by_hand(sweep: None) -> None:
     settings = early_exit.Settings(exit_layer=0, own_head=True)
     given = batch()
     drafters = shaken(settings)
-    metrics = early_exit.judge(drafters, given, settings, TARGET)
+    metrics = early_exit.evaluate(drafters, given, settings, TARGET)
     each = []
     for drafter in drafters:
         logits_BTV = slow_logits(drafter, given, None)
@@ -119,7 +119,7 @@ def test_judgement_by_hand(sweep: None) -> None:
             own_V = logits_BTV[b, t - 1].softmax(-1)
             accepted += float(torch.minimum(own_V, theirs_V).sum())
             agreed += int(own_V.argmax() == theirs_V.argmax())
-        found = early_exit.judge(drafter, given, settings, TARGET)
+        found = early_exit.evaluate(drafter, given, settings, TARGET)
         assert float(found["acceptance"][0]) == pytest.approx(accepted, rel=1e-4)
         assert (int(found["greedy_agreement"][0]), found["greedy_agreement"][1]) == (agreed, len(places(given)))
         each.append(accepted)
@@ -132,7 +132,7 @@ def test_judgement_by_hand(sweep: None) -> None:
 def test_an_exit_after_the_last_block_agrees_with_the_target() -> None:
     settings = early_exit.Settings(exit_layer=NUM_LAYERS, own_norm=False)
     (drafter,) = early_exit.build(settings, TARGET)
-    metrics = early_exit.judge(drafter, batch(), settings, TARGET)
+    metrics = early_exit.evaluate(drafter, batch(), settings, TARGET)
     assert float(metrics["greedy_agreement"][0]) == metrics["greedy_agreement"][1]
     assert float(metrics["acceptance"][0]) == pytest.approx(metrics["acceptance"][1], rel=1e-5)
 

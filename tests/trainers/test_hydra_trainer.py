@@ -62,14 +62,14 @@ def test_the_loss_against_a_slow_reference(
     for k in range(3):
         for b, t in places(given, k):
             ours_V = slow_logits(drafter, given, k, b, t).log_softmax(-1)
-            law_V = theirs_BTV[b, t + 1 + k].softmax(-1)
-            mixed_V = 0.3 * law_V + 0.7 * ours_V.exp()
-            kl_of_law, kl_of_ours = ((p_V * (p_V / mixed_V).log()).sum() for p_V in (law_V, ours_V.exp()))
+            probs_V = theirs_BTV[b, t + 1 + k].softmax(-1)
+            mixed_V = 0.3 * probs_V + 0.7 * ours_V.exp()
+            kl_of_law, kl_of_ours = ((p_V * (p_V / mixed_V).log()).sum() for p_V in (probs_V, ours_V.exp()))
             slow = (
                 slow
                 + {
                     "ce": -ours_V[given.tokens_BT[b, t + 2 + k]],
-                    "forward_kl": (law_V * (law_V.log() - ours_V)).sum(),
+                    "forward_kl": (probs_V * (probs_V.log() - ours_V)).sum(),
                     "jsd": 0.3 * kl_of_law + 0.7 * kl_of_ours,
                 }[name]
             )
@@ -144,7 +144,7 @@ def test_judgement_by_hand() -> None:
     ]
     whole = [place for place in hits[0] if place in hits[1] and place in hits[2]]
     runs = [next((k for k in range(3) if not hits[k][place]), 3) for place in whole]
-    metrics = hydra.judge(drafter, given, PLAIN, TARGET)
+    metrics = hydra.evaluate(drafter, given, PLAIN, TARGET)
     assert [int(part) for part in metrics["acceptance"]] == [sum(runs), len(whole)]
     for k in range(3):
         assert [int(part) for part in metrics[f"head{k}_accuracy"]] == [sum(hits[k].values()), len(hits[k])]

@@ -109,7 +109,7 @@ def test_judgement_by_hand() -> None:
                     shares.append(float(torch.minimum(own_TV[t].softmax(-1), theirs_TV[t].softmax(-1)).sum()))
                     agreements.append(int(own_TV[t].argmax()) == int(theirs_TV[t].argmax()))
         for judged in (drafters, drafters[0]):
-            metrics = kangaroo.judge(judged, given, SETTINGS, TARGET)
+            metrics = kangaroo.evaluate(judged, given, SETTINGS, TARGET)
             assert set(metrics) == {"acceptance", "greedy_agreement"}
             assert [count for _, count in metrics.values()] == [len(shares)] * 2
             assert float(metrics["acceptance"][0]) == pytest.approx(sum(shares), abs=1e-4)
@@ -143,7 +143,7 @@ def test_in_a_sweep_each_adapter_learns_as_it_would_alone() -> None:
         found = torch.autograd.grad(total, parameters, retain_graph=True)
         torch.testing.assert_close(found, torch.autograd.grad(one, parameters), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        metrics = kangaroo.judge(drafters, given, SWEEP, DEEP)
+        metrics = kangaroo.evaluate(drafters, given, SWEEP, DEEP)
     each = [float(metrics[f"acceptance_{layer}"][0]) for layer in (1, 2, 3)]
     assert float(metrics["acceptance"][0]) == pytest.approx(sum(each))
     assert metrics["acceptance"][1] == 3 * metrics["acceptance_1"][1]
@@ -210,7 +210,7 @@ def test_an_untrained_adapter_without_attention_is_the_target_at_its_last_layer(
     nn.init.zeros_(drafters[0].attention.output.weight)
     with torch.no_grad():
         total, _ = kangaroo.loss(drafters, given, settings, TARGET)
-        metrics = kangaroo.judge(drafters, given, settings, TARGET)
+        metrics = kangaroo.evaluate(drafters, given, settings, TARGET)
     assert float(total) == pytest.approx(0.0, abs=1e-4)
     for value, count in metrics.values():
         assert float(value) / count == pytest.approx(1.0, abs=1e-5)

@@ -150,7 +150,7 @@ def test_judgement_by_hand() -> None:
                     agreed += int(own_TV[t - 1].argmax() == theirs_TV[t - 1].argmax())
                     right += int(theirs_TV[t - 1].argmax() == ids[0, t])
                     count += 1
-        metrics = layer_dropout.judge(drafter, given, settings, TARGET)
+        metrics = layer_dropout.evaluate(drafter, given, settings, TARGET)
     assert float(metrics["acceptance"][0]) == pytest.approx(accepted, rel=1e-4)
     assert [int(metrics[name][0]) for name in ("greedy_agreement", "target_accuracy")] == [agreed, right]
     assert {number for _, number in metrics.values()} == {count} and 0 < agreed < count

@@ -23,7 +23,7 @@ from tests.support.models import greedy_by_transformers, prompts, tiny_target
 from tests.support.runs import command, environment, make_data, make_target
 from trainers import layerskip
 from trainers.layer_search.sublayers import Costs, Texts, influence, measure, simulate, speed_up
-from trainers.layerskip import Settings, judge, probes
+from trainers.layerskip import Settings, evaluate, probes
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
@@ -90,11 +90,11 @@ def test_the_share_guessed_right_is_that_of_drafts_begun_anew_at_every_token(
 
 
 def test_where_nothing_is_left_out_all_is_right() -> None:
-    metrics = judge(Drafter(Config(num_draft=4, length="fixed"), TARGET), collate(written()), Settings(), TARGET)
+    metrics = evaluate(Drafter(Config(num_draft=4, length="fixed"), TARGET), collate(written()), Settings(), TARGET)
     rate, rounds = metrics["acceptance"], metrics["tau"]
     assert int(rate[0]) == rate[1] == 20 + 20 + 19, "all supervised tokens but the second of a row"
     assert float(rounds[0]) / rounds[1] > 4
-    worse = judge(Drafter(Config(mlp=(0, 1)), TARGET), collate(written()), Settings(), TARGET)
+    worse = evaluate(Drafter(Config(mlp=(0, 1)), TARGET), collate(written()), Settings(), TARGET)
     assert worse["acceptance"][0] < rate[0]
 
 

@@ -103,15 +103,15 @@ def test_the_loss_against_a_slow_reference(
     heads_sum, own_sum = torch.zeros(()), torch.zeros(())
     for k in range(2):
         for b, t in places(given, 2 + k):
-            log_law_V = heads_KBTV[k, b, t].log_softmax(-1)
-            heads_sum = heads_sum - 0.8 ** (k + 1) * log_law_V[given.tokens_BT[b, t + 2 + k]]
+            log_probs_V = heads_KBTV[k, b, t].log_softmax(-1)
+            heads_sum = heads_sum - 0.8 ** (k + 1) * log_probs_V[given.tokens_BT[b, t + 2 + k]]
     for b, t in places(given, 1):
-        log_law_V = own_BTV[b, t].log_softmax(-1)
+        log_probs_V = own_BTV[b, t].log_softmax(-1)
         if method == "two_stage":
-            own_sum = own_sum - log_law_V[given.tokens_BT[b, t + 1]]
+            own_sum = own_sum - log_probs_V[given.tokens_BT[b, t + 1]]
         else:
             theirs_V = TARGET.model(given.tokens_BT[b : b + 1]).logits[0, t].log_softmax(-1)
-            own_sum = own_sum + (theirs_V.exp() * (theirs_V - log_law_V)).sum()
+            own_sum = own_sum + (theirs_V.exp() * (theirs_V - log_probs_V)).sum()
     ramp = math.sin(math.pi / 2 * 4 / 10)
     slow = heads_sum if step == 1 else own_sum + (0.2 if method == "two_stage" else 0.01 * ramp) * heads_sum
     expected = torch.autograd.grad(slow, list(drafter.parameters()), allow_unused=True)
@@ -203,7 +203,7 @@ def test_judgement_by_hand() -> None:
             for k in (0, 1)
         ]
         whole = [place for place in hits[0] if place in hits[1]]
-        metrics = medusa2.judge(drafter, given, settings, TARGET)
+        metrics = medusa2.evaluate(drafter, given, settings, TARGET)
     runs = [hits[0][place] + (hits[0][place] and hits[1][place]) for place in whole]
     assert [int(part) for part in metrics["acceptance"]] == [sum(runs), len(whole)]
     for k in range(2):
@@ -214,9 +214,9 @@ def test_judgement_by_hand() -> None:
 
 
 def test_rates_by_hand() -> None:
-    heads, changes = medusa2.rate_factors(settings_of()).values()
+    heads, changes = medusa2.learning_rate_factors(settings_of()).values()
     assert [heads(step) for step in (0, 99)] == [4, 4] and [changes(step) for step in (0, 99)] == [1, 1]
-    heads, changes = medusa2.rate_factors(settings_of(method="two_stage", head_steps=10, head_rate=2.0)).values()
+    heads, changes = medusa2.learning_rate_factors(settings_of(method="two_stage", head_steps=10, head_rate=2.0)).values()
     assert heads(5) == 2 and [changes(step) for step in (9, 10, 59, 109, 500)] == [0, 0.01, 0.5, 1, 1]
 
 

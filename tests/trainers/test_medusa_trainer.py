@@ -98,7 +98,7 @@ def test_judgement_by_hand() -> None:
     ]
     whole = [place for place in hits[0] if place in hits[1] and place in hits[2]]
     runs = [next((k for k in range(3) if not hits[k][place]), 3) for place in whole]
-    metrics = medusa.judge(drafter, given, SETTINGS, TARGET)
+    metrics = medusa.evaluate(drafter, given, SETTINGS, TARGET)
     assert [int(part) for part in metrics["acceptance"]] == [sum(runs), len(whole)]
     for k in range(3):
         assert [int(part) for part in metrics[f"head{k}_accuracy"]] == [sum(hits[k].values()), len(hits[k])]

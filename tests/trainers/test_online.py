@@ -13,7 +13,7 @@ from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import cnn, lookup, lstm
 from recipes.online import ServingSettings, main
-from tests.support.distributions import check_law, law_target
+from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, built, check_forgetting, check_greedy
 from tests.support.models import CONTEXT, padded, prompts, tiny_model, tiny_target
 from tests.support.text import save_target, write_prompts
@@ -52,9 +52,9 @@ def test_greedy_output_is_the_targets(architecture: str) -> None:
 )
 def test_sampled_output_follows_the_targets_law(architecture: str, number: int) -> None:
     online = Online(
-        drafters(law_target(architecture))[number], OnlineSettings(every=1000, kept=1000, learning_rate=1e-2)
+        drafters(distribution_target(architecture))[number], OnlineSettings(every=1000, kept=1000, learning_rate=1e-2)
     )
-    check_law(online, online.target, num_samples=4_000)
+    check_distribution(online, online.target, num_samples=4_000)
     assert online.num_steps == 3
 
 

@@ -133,7 +133,7 @@ def test_judgement_by_hand() -> None:
             accepted += float(torch.minimum(theirs_V, logits_V.softmax(-1)).sum())
     whole = [right for right in hits.values() if len(right) == NUM_DRAFT]
     run = sum(next((k for k in range(NUM_DRAFT) if not right[k]), NUM_DRAFT) for right in whole)
-    metrics = prophet.judge(drafter, given, SETTINGS, target)
+    metrics = prophet.evaluate(drafter, given, SETTINGS, target)
     assert [int(part) for part in metrics["acceptance"]] == [run, len(whole)]
     assert [int(part) for part in metrics["first_accuracy"]] == [sum(right[0] for right in hits.values()), len(hits)]
     assert float(metrics["first_acceptance"][0]) == pytest.approx(accepted, rel=1e-4)
@@ -178,7 +178,7 @@ def test_joint_training_adds_the_loss_of_the_copy() -> None:
         found, metrics = prophet.loss(drafter, dataclasses.replace(given, hidden={}), settings, target)
         torch.testing.assert_close(found, main + expected)
         torch.testing.assert_close(metrics["main_loss"][0], main.detach())
-        judged = prophet.judge(drafter, given, settings, target)
+        judged = prophet.evaluate(drafter, given, settings, target)
         assert judged["main_loss"][0].item() == pytest.approx(main.item(), rel=1e-5)
         gradient = torch.autograd.grad(found, list(drafter.weights))
         pairs = zip(gradient, main_gradient, strict=True)

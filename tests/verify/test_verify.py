@@ -52,7 +52,7 @@ def test_always_sometimes_never(
         drawn="independent",
     )
     uniforms_BU = torch.tensor([[0.5, uniform, uniform] for uniform in uniforms], dtype=torch.float64)
-    verdict = token.verify(Sampling(temperature=1.0).law(logits_BNV), draft, uniforms_BU)
+    verdict = token.verify(Sampling(temperature=1.0).probs(logits_BNV), draft, uniforms_BU)
     assert verdict.num_accepted_B.tolist() == [int(uniform < accepted_below) for uniform in uniforms]
     for accepted, after in zip(verdict.num_accepted_B.tolist(), verdict.next_token_B.tolist(), strict=True):
         law = target_probs if accepted else [max(p - q, 0) for p, q in zip(target_probs, draft_probs, strict=True)]
@@ -112,7 +112,7 @@ def test_a_verifier_may_take_a_number() -> None:
     draft = draft_of("deterministic")
     for name, parameter, value in (("lenience=0.7", "lenience", 0.7), ("bild=2", "rollback", 2.0)):
         assert choose(name, Sampling(temperature=1.0), draft).verify.keywords == {parameter: value}  # type: ignore[attr-defined]
-    assert choose("bild", Sampling(), draft).law == Sampling(temperature=1.0)
+    assert choose("bild", Sampling(), draft).sampling == Sampling(temperature=1.0)
 
 
 def test_rollback_by_hand() -> None:

@@ -115,9 +115,9 @@ def test_nodes_not_in_use_change_nothing(used: int) -> None:
 
 def rest_of(draft: Laws, text: Text, tops: list[int]) -> Tensor:
     """Returns the law that the last child is drawn from."""
-    law_V = draft[text].clone()
-    law_V[tops] = 0
-    return law_V / law_V.sum()
+    probs_V = draft[text].clone()
+    probs_V[tops] = 0
+    return probs_V / probs_V.sum()
 
 
 def greedy_drafting_law(shape: Shape, draft: Laws, target: Laws) -> dict[Text, float]:

@@ -119,7 +119,7 @@ def parts(
     return [folder / name for name in names]
 
 
-def judge(drafter: Any, batch: Batch, target: Target, new_tokens: int = 48) -> Metrics:
+def evaluate(drafter: Any, batch: Batch, target: Target, new_tokens: int = 48) -> Metrics:
     """Returns the tokens accepted a round, the target's own not counted, in greedily continuing each row's first half.
 
     An encoder-decoder reads each row's source and writes from the beginning. At most `new_tokens` are written to a row,

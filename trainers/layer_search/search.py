@@ -159,7 +159,7 @@ def _guided(space: Space, scores: dict[Bits, float], rng: np.random.Generator, *
 def search(
     method: str,
     space: Space,
-    evaluate: Callable[[Bits], dict[str, float]],
+    score_of: Callable[[Bits], dict[str, float]],
     starts: Sequence[Bits],
     *,
     num_evaluations: int,
@@ -181,7 +181,7 @@ def search(
         while len(scores) < num_evaluations and (proposed := propose(method, space, scores, starts, seed)):
             bits, found_by = proposed
             assert bits not in scores
-            found = evaluate(bits)
+            found = score_of(bits)
             scores[bits] = found["score"]
             line = {"step": len(scores), "bits": "".join(map(str, bits)), "by": found_by, **found}
             line["best"] = max(scores.values())

@@ -103,7 +103,7 @@ def simulate(
         place = 0
         while place < len(right):
             told: list[float] = []
-            while len(told) < min(num_draft, len(right) - place) and policy.goes_on(0, len(told), told):
+            while len(told) < min(num_draft, len(right) - place) and policy.should_continue(0, len(told), told):
                 told.append(confidence[place + len(told)])
             num_matched = next((at for at in range(len(told)) if not right[place + at]), len(told))
             rounds.append((len(told), num_matched))

@@ -22,6 +22,6 @@ def load_parts(paths: Sequence[str], target: Target) -> list[Part]:
     return [load(Path(path), target) for path in paths]
 
 
-def spent_s(paths: Sequence[str]) -> float:
+def prior_train_s(paths: Sequence[str]) -> float:
     """Returns the seconds that their training took, as far as their manifests say."""
     return sum(read_manifest(path).get("train_s") or 0.0 for path in paths)

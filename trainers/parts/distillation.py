@@ -34,7 +34,7 @@ from trainers.parts.losses import (
 
 Head = Callable[[Tensor], Tensor]
 """Features [N, D] -> logits [N, V]."""
-BEST = "predicted_speedup"
+BEST_METRIC = "predicted_speedup"
 REACHED = "accepted_to_"
 DRAFT_TOKENS = 64
 """Most tokens that a draft model writes of its own after a held-out prompt, to be judged."""
@@ -120,7 +120,7 @@ def loss(
     return total, metrics
 
 
-def mix(drafter: Any, batch: Batch, settings: Loss, target: Target, salt: str) -> Batch:
+def transform_batch(drafter: Any, batch: Batch, settings: Loss, target: Target, salt: str) -> Batch:
     """Returns the batch with a share `on_policy` of its rows written by the drafter; the coin goes by row and salt."""
     if settings.on_policy and on_policy.is_sharded(drafter):
         raise ValueError(
@@ -130,7 +130,7 @@ def mix(drafter: Any, batch: Batch, settings: Loss, target: Target, salt: str) -
     return on_policy.rewritten(drafter, batch, target, rows, temperature=settings.on_policy_temperature, salt=salt)
 
 
-def own_text(drafter: Any, batch: Batch, settings: Loss, target: Target) -> Batch | None:
+def self_generated(drafter: Any, batch: Batch, settings: Loss, target: Target) -> Batch | None:
     """Returns held-out rows' prompts with what the drafter writes after them at temperature 1, if it is whole."""
     if on_policy.is_sharded(drafter):
         return None
@@ -138,7 +138,7 @@ def own_text(drafter: Any, batch: Batch, settings: Loss, target: Target) -> Batc
     return on_policy.rewritten(drafter, batch, target, every, temperature=1.0, salt="held out", **most)
 
 
-def judge(features_BTD: Tensor, head: Head, batch: Batch, target: Target, *, num_draft: int = 1) -> Metrics:
+def evaluate(features_BTD: Tensor, head: Head, batch: Batch, target: Target, *, num_draft: int = 1) -> Metrics:
     """Returns acceptance, the mean of b = sum_x min(p, q) at temperature 1, and how often both laws' likeliest agree.
 
     With more than one to draft also `accepted_to_d`, the mean of b_1 b_2 ... b_d over supervised positions in a row.
@@ -171,12 +171,12 @@ def accepted_in_a_row(accepted_N: Tensor, batch: Batch, num_draft: int) -> Metri
 
 
 @torch.no_grad()
-def measure(drafter: Any, settings: Loss, target: Target) -> dict[str, float]:
+def measure_costs(drafter: Any, settings: Loss, target: Target) -> dict[str, float]:
     """Returns what a drafted token costs of a plain step, which no training changes."""
     return {"cost_ratio": on_policy.cost_ratio(drafter, target)}
 
 
-def conclude(means: dict[str, float], costs: dict[str, float]) -> dict[str, float]:
+def summarise(means: dict[str, float], costs: dict[str, float]) -> dict[str, float]:
     """Returns the speed-up over plain decoding to expect of chains as long as pays best, one token at least.
 
     For n tokens drafted at cost c each, (1 + mean b_1 + ... + mean b_1 ... b_n) / (n c + 1) (2211.17192, theorem 3.8,
@@ -189,7 +189,7 @@ def conclude(means: dict[str, float], costs: dict[str, float]) -> dict[str, floa
         predicted_speedup.speedup(predicted_speedup.tokens_by_depth(reached[:number]), number, costs["cost_ratio"])
         for number in range(1, len(reached) + 1)
     )
-    return {BEST: max(speedups), **costs}
+    return {BEST_METRIC: max(speedups), **costs}
 
 
 def before_supervised(values_BTD: Tensor, batch: Batch) -> Tensor:

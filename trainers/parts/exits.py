@@ -56,8 +56,8 @@ def rounds_ms(drafter: Any, num_draft: int) -> list[float]:
     def play(budget: int) -> Tensor:
         draft = drafter.propose(budget) if budget else session.only_pending()
         span, entry_BND = None, None
-        if draft.entry is not None:
-            span, entry_BND = (draft.entry.layer, target.num_layers), draft.entry.hidden_BND
+        if draft.resume_point is not None:
+            span, entry_BND = (draft.resume_point.layer, target.num_layers), draft.resume_point.hidden_BND
         out = target.forward(draft.tokens_BN, draft.tree, cache, span=span, entry_BND=entry_BND)
         return target.logits(out.hidden_BND)
 

@@ -145,16 +145,16 @@ def accepted_ranks(target_logits_NV: Tensor, draft_logits_NV: Tensor, sampling: 
         chosen_N1 = target_logits_NV.argmax(-1, keepdim=True)
         ranks_N1 = (draft_logits_NV > draft_logits_NV.gather(1, chosen_N1)).sum(1, keepdim=True)
         return (ranks_N1 == torch.arange(num_ranks, device=ranks_N1.device)).float()
-    law_N1V, generator = sampling.law(draft_logits_NV)[:, None], torch.Generator().manual_seed(0)
-    children_NR = draw_siblings(law_N1V, num_ranks, "without_replacement", generator)[:, 0]
+    probs_N1V, generator = sampling.probs(draft_logits_NV)[:, None], torch.Generator().manual_seed(0)
+    children_NR = draw_siblings(probs_N1V, num_ranks, "without_replacement", generator)[:, 0]
     draft = Draft(
         tokens_BN=torch.nn.functional.pad(children_NR, (1, 0)),
         tree=Tree.from_parents([[-1] + [0] * num_ranks], children_NR.device),
-        draft_probs_BNV=law_N1V,
+        draft_probs_BNV=probs_N1V,
         drawn="without_replacement",
     )
     uniforms_NU = torch.rand(len(children_NR), num_ranks + 2, generator=generator, dtype=torch.float64)
-    target_N1V = sampling.law(target_logits_NV)[:, None]
+    target_N1V = sampling.probs(target_logits_NV)[:, None]
     verdict = recursive.verify(target_N1V, draft, uniforms_NU.to(children_NR.device))
     ends_N = verdict.path_BP.gather(1, verdict.num_accepted_B[:, None])
     return (ends_N == 1 + torch.arange(num_ranks, device=ends_N.device)).float()

@@ -43,26 +43,26 @@ class Sums:
 
 def best_of(family: ModuleType) -> str:
     """Returns the held-out figure that names the family's best step."""
-    return getattr(family, "BEST", ACCEPTANCE)
+    return getattr(family, "BEST_METRIC", ACCEPTANCE)
 
 
-def judge(drafter: Any, batch: Batch, family: ModuleType, settings: Any, target: Target, needs: Needs) -> Metrics:
+def evaluate(drafter: Any, batch: Batch, family: ModuleType, settings: Any, target: Target, needs: Needs) -> Metrics:
     """Returns the family's judgement of held-out rows, and of what the drafter writes in their place if it writes."""
-    metrics = family.judge(drafter, batch, settings, target)
-    own = family.own_text(drafter, batch, settings, target) if hasattr(family, "own_text") else None
+    metrics = family.evaluate(drafter, batch, settings, target)
+    own = family.self_generated(drafter, batch, settings, target) if hasattr(family, "self_generated") else None
     if own is None:
         return metrics
     own = complete(own, target, needs.layers + needs.held_out_layers, needs.top_k)
-    return metrics | {ON_DRAFT_TEXT: family.judge(drafter, own, settings, target)[ACCEPTANCE]}
+    return metrics | {ON_DRAFT_TEXT: family.evaluate(drafter, own, settings, target)[ACCEPTANCE]}
 
 
-def conclude(means: dict[str, float], costs: dict[str, float], family: ModuleType) -> dict[str, float]:
+def summarise(means: dict[str, float], costs: dict[str, float], family: ModuleType) -> dict[str, float]:
     """Returns the figures that are there, with what the family concludes from them."""
     there = {name: value for name, value in means.items() if not math.isnan(value)}
-    return there | family.conclude(there, costs) if hasattr(family, "conclude") else means
+    return there | family.summarise(there, costs) if hasattr(family, "summarise") else means
 
 
-def judge_all(
+def evaluate_all(
     drafter: Any,
     batches: Iterable[Batch],
     family: ModuleType,
@@ -74,5 +74,5 @@ def judge_all(
     """Returns all figures of a drafter on these held-out rows."""
     sums = Sums()
     for batch in batches:
-        sums.add(judge(drafter, batch, family, settings, target, needs))
-    return conclude(sums.means(), costs, family)
+        sums.add(evaluate(drafter, batch, family, settings, target, needs))
+    return summarise(sums.means(), costs, family)

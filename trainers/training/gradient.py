@@ -41,27 +41,27 @@ class Step(nn.Module):
 
     def forward(self, batch: Batch, is_held_out: bool = False) -> Any:
         if is_held_out:
-            return evaluation.judge(self.drafter, batch, self._family, self._settings, self._target, self.needs)
+            return evaluation.evaluate(self.drafter, batch, self._family, self._settings, self._target, self.needs)
         return self._family.loss(self.drafter, batch, self._settings, self._target)
 
     def mixed(self, batch: Batch, salt: str) -> Batch:
         """Returns the batch as the family wants to learn from it."""
-        if not hasattr(self._family, "mix"):
+        if not hasattr(self._family, "transform_batch"):
             return batch
-        return self._family.mix(self.drafter, batch, self._settings, self._target, salt)
+        return self._family.transform_batch(self.drafter, batch, self._settings, self._target, salt)
 
-    def conclude(self, means: dict[str, float]) -> dict[str, float]:
+    def summarise(self, means: dict[str, float]) -> dict[str, float]:
         """Returns the means of a judgement and what the family concludes from them."""
-        return evaluation.conclude(means, self._costs, self._family)
+        return evaluation.summarise(means, self._costs, self._family)
 
     def begin(self, step: int, num_steps: int) -> None:
         """Tells the family how many of the optimiser's steps are done."""
         if hasattr(self._family, "begin_step"):
             self._family.begin_step(self.drafter, self._settings, step, num_steps)
 
-    def rate_factors(self) -> dict[str, Callable[[int], float]]:
+    def learning_rate_factors(self) -> dict[str, Callable[[int], float]]:
         """Returns the family's factors of the learning rate by prefix of its weights' names, none if it has none."""
-        given = self._family.rate_factors(self._settings) if hasattr(self._family, "rate_factors") else {}
+        given = self._family.learning_rate_factors(self._settings) if hasattr(self._family, "learning_rate_factors") else {}
         return {f"drafter.{prefix}": factor for prefix, factor in given.items()}
 
 
@@ -95,7 +95,7 @@ class DraftTrainer(Trainer):
         """Splits the groups of weights by the prefixes that the family has factors for; the longest counts."""
         optimizer = super().create_optimizer(model)
         prefix_of: dict[int, str] = {}
-        for prefix in sorted(self._step.rate_factors(), key=len):
+        for prefix in sorted(self._step.learning_rate_factors(), key=len):
             prefix_of |= {id(one): prefix for name, one in self._step.named_parameters() if name.startswith(prefix)}
         if prefix_of:
             optimizer.param_groups = [
@@ -110,7 +110,7 @@ class DraftTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Has each group follow the schedule times the factor of its prefix."""
-        is_new, factors = self.lr_scheduler is None, self._step.rate_factors()
+        is_new, factors = self.lr_scheduler is None, self._step.learning_rate_factors()
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if factors and is_new:
             groups = scheduler.optimizer.param_groups
@@ -172,7 +172,7 @@ class DraftTrainer(Trainer):
             is_counted = index == begin + self.accelerator.process_index
             metrics = self.model_wrapped(self._judged(index), is_held_out=True)
             sums.add({name: (total * is_counted, count * is_counted) for name, (total, count) in metrics.items()})
-        means = self._step.conclude(sums.means(self._reduce))
+        means = self._step.summarise(sums.means(self._reduce))
         found = {HELD_OUT + name: value for name, value in means.items()}
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)

@@ -63,7 +63,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     spent_s, costs = 0.0, dict[str, float]()
     if hasattr(family, "fit"):
         drafter = family.fit(settings, target, train_on, run, output) if launchers.rank() == 0 else None
-        spent_s = family.spent_s(settings) if hasattr(family, "spent_s") else 0.0
+        spent_s = family.prior_train_s(settings) if hasattr(family, "prior_train_s") else 0.0
     else:
         facts = {"data_fingerprint": examples.fingerprint, "target_fingerprint": target.fingerprint}
         drafter, spent_s, costs = _descend(
@@ -77,7 +77,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
             with num_threads(run.decode_threads):
                 drafter = family.finish(drafter, settings, target, judged)
         with torch.no_grad():
-            acceptance = evaluation.judge_all(drafter, judged, family, settings, target, needs, costs)
+            acceptance = evaluation.evaluate_all(drafter, judged, family, settings, target, needs, costs)
         record: dict[str, Any] = {
             "command": command,
             "trainer": name,
@@ -177,10 +177,10 @@ def _take_weights(drafter: nn.Module, run: RunSettings, target: Target) -> None:
 
 def _measured(family: ModuleType, settings: Any, run: RunSettings, target: Target) -> dict[str, float]:
     """Returns what the family wants measured once, of a drafter as it is to decode."""
-    if not hasattr(family, "measure"):
+    if not hasattr(family, "measure_costs"):
         return {}
     with num_threads(run.decode_threads):
-        return family.measure(family.build(settings, target).to(target.dtype).eval(), settings, target)
+        return family.measure_costs(family.build(settings, target).to(target.dtype).eval(), settings, target)
 
 
 def _split(examples: Examples, run: RunSettings, max_length: int) -> tuple[Sequence[Example], list[Batch]]:

@@ -18,17 +18,17 @@ from tests.support.models import tiny_target
 
 def toy_laws() -> Tensor:
     """Returns laws [7, 7] of the next token after each, one of them with an impossible token."""
-    laws_VV = torch.rand(7, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64) ** 3
-    laws_VV[2, 5] = 0
-    return laws_VV / laws_VV.sum(1, keepdim=True)
+    probs_VV = torch.rand(7, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64) ** 3
+    probs_VV[2, 5] = 0
+    return probs_VV / probs_VV.sum(1, keepdim=True)
 
 
-def toy_texts(laws_VV: Tensor, num_rows: int, generator: torch.Generator) -> list[Drawn]:
+def toy_texts(probs_VV: Tensor, num_rows: int, generator: torch.Generator) -> list[Drawn]:
     """Returns texts of four tokens after two prompts, 0 and 1, drawn from the toy's laws; some end after a 6."""
     prompt_B = torch.arange(num_rows) % 2
     tokens = [prompt_B]
     for _ in range(4):
-        tokens.append(torch.multinomial(laws_VV[tokens[-1]], 1, generator=generator)[:, 0])
+        tokens.append(torch.multinomial(probs_VV[tokens[-1]], 1, generator=generator)[:, 0])
     rows = torch.stack(tokens[1:], dim=1).tolist()
     ends = [row.index(6) + 1 if 6 in row else 4 for row in rows]
     return [
@@ -48,21 +48,21 @@ def toy_drafts(num_rows: int) -> list[dict[int, tuple[Tensor, Tensor]]]:
     ]
 
 
-def toy_laws_along(laws_VV: Tensor) -> chi_square.LawsAlong:
+def toy_laws_along(probs_VV: Tensor) -> chi_square.LawsAlong:
     def laws_along(prompt: int, texts: list[Text]) -> Iterator[tuple[Tensor, Tensor]]:
         for text in texts:
             before = torch.tensor([prompt, *text[:-1]])
-            yield laws_VV[before], before != 4  # what follows a 4 is unclear
+            yield probs_VV[before], before != 4  # what follows a 4 is unclear
 
     return laws_along
 
 
-def toy_chances(laws_VV: Tensor, num_rows: int, times: int) -> tuple[Tensor, Judgement]:
+def toy_chances(probs_VV: Tensor, num_rows: int, times: int) -> tuple[Tensor, Judgement]:
     """Returns p-values [times, 3] by prefix, rank and draft of texts drawn from `laws_VV`, and the last judgement."""
     generator = torch.Generator().manual_seed(0)
     chances = []
     for _ in range(times):
-        texts = toy_texts(laws_VV, num_rows, generator)
+        texts = toy_texts(probs_VV, num_rows, generator)
         judged = judge(texts, 4, toy_laws_along(toy_laws()), generator)
         by_prefix = p_value(*fisher([evidence.p_value for evidence in judged.by_prefix if evidence.freedom]))
         chances.append((by_prefix, judged.by_rank.p_value, judged.by_draft.p_value))
@@ -84,12 +84,12 @@ def test_p_values_are_uniform_under_the_law() -> None:
 
 def moved(share: float, to_drafted: bool) -> Tensor:
     """Returns the toy's laws, a share of each moved to its likeliest token or to what is drafted."""
-    laws_VV = toy_laws()
+    probs_VV = toy_laws()
     if to_drafted:
         there_VV = torch.zeros(7, dtype=torch.float64).scatter(0, FAVOURED[0], FAVOURED[1].double() / 0.875)
     else:
-        there_VV = torch.nn.functional.one_hot(laws_VV.argmax(1), 7)
-    return (1 - share) * laws_VV + share * there_VV
+        there_VV = torch.nn.functional.one_hot(probs_VV.argmax(1), 7)
+    return (1 - share) * probs_VV + share * there_VV
 
 
 @pytest.mark.parametrize("way", [0, 1, 2])
@@ -129,11 +129,11 @@ def test_scores_are_normal_even_where_little_is_expected() -> None:
 
 def test_cells_by_hand() -> None:
     generator = torch.Generator().manual_seed(0)
-    law_V = torch.tensor([0.02, 0.5, 0.03, 0.25, 0.2])
+    probs_V = torch.tensor([0.02, 0.5, 0.03, 0.25, 0.2])
     # Of 101 the rare two expect 5 together; of 60 they need the next one too; of 12 only the likeliest stands alone.
     for num_samples, freedom in ((101, 3), (60, 2), (12, 1), (9, 0)):
         counts_V = torch.tensor([0, num_samples, 0, 0, 0])
-        evidence = chi_square.chi_square(counts_V, law_V, generator)
+        evidence = chi_square.chi_square(counts_V, probs_V, generator)
         assert evidence.freedom == freedom
         assert evidence.num_samples == (num_samples if freedom else 0)
         assert evidence.leverage == pytest.approx(num_samples if freedom else 0)
@@ -179,9 +179,9 @@ def test_own_laws_and_where_they_are_unclear() -> None:
         (Sampling(temperature=0.5, top_k=3, top_p=0.8), [0, 2 / 3, 1 / 3, 0], [True, True]),
     ]
     for sampling, first, is_clear in cases:
-        laws_TV, is_clear_T = own_laws(logits_TV, sampling, blur_T)
-        assert laws_TV[0].tolist() == pytest.approx(first)
-        assert laws_TV.sum(1).tolist() == pytest.approx([1, 1])
+        sampled_probs_TV, is_clear_T = own_laws(logits_TV, sampling, blur_T)
+        assert sampled_probs_TV[0].tolist() == pytest.approx(first)
+        assert sampled_probs_TV.sum(1).tolist() == pytest.approx([1, 1])
         assert is_clear_T.tolist() == is_clear
     # A blur of 0.001 at this temperature may swap the second and third token of the other law, or move mass by 0.004.
     for sampling, is_clear in (

@@ -16,7 +16,7 @@ from data.batches import Example, collate, example
 from draftsmith.drafters import lookup
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, prompts, tiny_target
 from trainers.corpora import corpus
-from trainers.corpora.corpus import documents, judge, keep, parts
+from trainers.corpora.corpus import documents, evaluate, keep, parts
 
 ROWS = some.lists(some.lists(some.tuples(some.integers(0, 2), some.booleans()), min_size=1, max_size=9), max_size=6)
 FEW = settings(max_examples=60, deadline=None)
@@ -162,7 +162,7 @@ def test_judged_by_decoding() -> None:
     drafter = lookup.Drafter(lookup.Config(), target)
     rows = [text[:end] for text, end in zip(greedy_by_transformers("gemma3_text", 3, 20), (24, 9, 1), strict=True)]
     examples = [example(row * 2, None, str(number)) for number, row in enumerate(rows)]
-    metrics = judge(drafter, collate(examples), target, new_tokens=8)
+    metrics = evaluate(drafter, collate(examples), target, new_tokens=8)
     num_accepted = num_rounds = 0
     for row in rows:
         stats = draftsmith.generate(target, torch.tensor([row]), drafter, max_new_tokens=8).stats
@@ -178,7 +178,7 @@ def test_an_encoder_decoder_is_judged_from_the_beginning(architecture: str) -> N
     drafter = lookup.Drafter(lookup.Config(), target)
     sources = prompts(5)
     batch = collate([example([0, 5], [False, True], str(at), source) for at, source in enumerate(sources)])
-    metrics = judge(drafter, batch, target, new_tokens=12)
+    metrics = evaluate(drafter, batch, target, new_tokens=12)
     num_accepted = num_rounds = 0
     for source in sources:
         stats = draftsmith.generate(target, torch.tensor([source]), drafter, max_new_tokens=12).stats

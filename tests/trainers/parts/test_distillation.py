@@ -17,7 +17,7 @@ from tests.support.models import tiny_target
 from tests.support.runs import SMALL, logged, make_data, make_target, weights
 from trainers import cnn, lstm, ngram
 from trainers.parts import distillation
-from trainers.parts.distillation import BEST, accepted_in_a_row, conclude
+from trainers.parts.distillation import BEST_METRIC, accepted_in_a_row, summarise
 from trainers.training import checkpoints, evaluation
 from trainers.training.evaluation import ON_DRAFT_TEXT
 from trainers.training.loop import train
@@ -72,12 +72,12 @@ def test_the_predicted_speed_up() -> None:
     """By hand: the best of one, two and three drafted tokens; runs win over the same acceptance scattered."""
     means = {"acceptance": 0.6, "accepted_to_2": 0.4, "accepted_to_3": 0.3}
     expected = max(1.6 / 1.2, 2.0 / 1.4, 2.3 / 1.6)
-    assert conclude(means, {"cost_ratio": 0.2}) == pytest.approx({BEST: expected, "cost_ratio": 0.2})
-    assert conclude({"acceptance": 0.6}, {"cost_ratio": 2.0})[BEST] == pytest.approx(1.6 / 3)
+    assert summarise(means, {"cost_ratio": 0.2}) == pytest.approx({BEST_METRIC: expected, "cost_ratio": 0.2})
+    assert summarise({"acceptance": 0.6}, {"cost_ratio": 2.0})[BEST_METRIC] == pytest.approx(1.6 / 3)
     scattered = means | {"accepted_to_2": 0.3, "accepted_to_3": 0.1}
-    assert conclude(means, {"cost_ratio": 0.1})[BEST] > conclude(scattered, {"cost_ratio": 0.1})[BEST]
-    unknown = evaluation.conclude(means | {"accepted_to_2": math.nan}, {"cost_ratio": 0.2}, distillation)  # type: ignore[arg-type]
-    assert unknown[BEST] == pytest.approx(1.6 / 1.2) and "accepted_to_2" not in unknown
+    assert summarise(means, {"cost_ratio": 0.1})[BEST_METRIC] > summarise(scattered, {"cost_ratio": 0.1})[BEST_METRIC]
+    unknown = evaluation.summarise(means | {"accepted_to_2": math.nan}, {"cost_ratio": 0.2}, distillation)  # type: ignore[arg-type]
+    assert unknown[BEST_METRIC] == pytest.approx(1.6 / 1.2) and "accepted_to_2" not in unknown
 
 
 def test_it_is_judged_on_its_own_text_too() -> None:
@@ -85,8 +85,8 @@ def test_it_is_judged_on_its_own_text_too() -> None:
     torch.manual_seed(0)
     drafter, given, needs = lstm.build(SETTINGS, TARGET), batch(), lstm.needs(SETTINGS, TARGET)
     with torch.no_grad():
-        metrics = evaluation.judge(drafter, given, lstm, SETTINGS, TARGET, needs)
-        own = lstm.own_text(drafter, given, SETTINGS, TARGET)
+        metrics = evaluation.evaluate(drafter, given, lstm, SETTINGS, TARGET, needs)
+        own = lstm.self_generated(drafter, given, SETTINGS, TARGET)
         student = drafter.head()(drafter(own.tokens_BT)).softmax(-1)
         theirs = TARGET.model(input_ids=own.tokens_BT).logits.softmax(-1)
     assert not torch.equal(own.tokens_BT[:, :9], given.tokens_BT[:, :9])
@@ -94,7 +94,7 @@ def test_it_is_judged_on_its_own_text_too() -> None:
     total, count = metrics[ON_DRAFT_TEXT]
     assert count == int(mask_BT.sum())
     torch.testing.assert_close(total, torch.minimum(student, theirs).sum(-1)[:, :-1][mask_BT].sum())
-    on_text = lstm.judge(drafter, given, SETTINGS, TARGET)["acceptance"]
+    on_text = lstm.evaluate(drafter, given, SETTINGS, TARGET)["acceptance"]
     assert metrics["acceptance"][0] == on_text[0] and total != on_text[0]
 
 
@@ -126,16 +126,16 @@ def test_its_own_text_is_learnt_from(monkeypatch: pytest.MonkeyPatch, folder: Pa
 
 def test_the_best_step_is_that_of_the_largest_predicted_speed_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the prediction is turned round, the worst step is kept; what names it is in the artifact and the log."""
-    monkeypatch.setattr(lstm, "conclude", lambda means, costs: {BEST: -means["acceptance"], **costs})
+    monkeypatch.setattr(lstm, "summarise", lambda means, costs: {BEST_METRIC: -means["acceptance"], **costs})
     output = train(lstm, SETTINGS, run_settings(folder, "turned", max_steps=12, learning_rate=3e-2))
-    names = ("eval_acceptance", f"eval_{BEST}", f"eval_{ON_DRAFT_TEXT}", "eval_accepted_to_3", "eval_cost_ratio")
+    names = ("eval_acceptance", f"eval_{BEST_METRIC}", f"eval_{ON_DRAFT_TEXT}", "eval_accepted_to_3", "eval_cost_ratio")
     lines = [line for line in logged(output, *names) if "eval_acceptance" in line][:3]
     assert [line["step"] for line in lines] == [4, 8, 12] and all(len(line) == 6 for line in lines)
     acceptances = [line["eval_acceptance"] for line in lines]
     assert acceptances.index(min(acceptances)) < 2 and max(acceptances) - min(acceptances) > 1e-4
     measured = read_manifest(output)["measured_acceptance"]
     assert measured["acceptance"] == pytest.approx(min(acceptances))
-    assert measured[BEST] == pytest.approx(-min(acceptances))
+    assert measured[BEST_METRIC] == pytest.approx(-min(acceptances))
     target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
     assert draftsmith.load(output, target).config == SETTINGS.config()
 
@@ -152,7 +152,7 @@ def test_costs_are_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(KeyboardInterrupt):
         train(lstm, SETTINGS, run_settings(folder, "stopped"))
     monkeypatch.undo()
-    monkeypatch.setattr(lstm, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(lstm, "measure_costs", lambda *_: pytest.fail("measured again"))
     output = train(lstm, SETTINGS, run_settings(folder, "stopped"))
     ratios = {line["eval_cost_ratio"] for line in logged(output, "eval_cost_ratio") if "eval_cost_ratio" in line}
     assert ratios == {read_manifest(output)["measured_acceptance"]["cost_ratio"]}

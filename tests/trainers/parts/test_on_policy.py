@@ -11,7 +11,7 @@ from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.drafters import cnn, lm, lstm
-from tests.support.distributions import NUM_TOKENS, PROMPT, cells, law_target, p_value
+from tests.support.distributions import NUM_TOKENS, PROMPT, cells, distribution_target, p_value
 from tests.support.family import built
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, prompts, tiny_config, tiny_target
 from tests.support.recurrent import fresh_logits
@@ -57,18 +57,18 @@ def batch(target: Target, num_rows: int = 5, **changes: Any) -> Batch:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_it_is_drawn_from_the_drafters_law(temperature: float) -> None:
     """Three tokens by 4,000 seeds against the exact law, from parallel passes in float32."""
-    target, count = law_target(), 4_000
+    target, count = distribution_target(), 4_000
     for drafter in drafters(target):
-        law_C, rows = torch.ones(1, dtype=torch.float64), [PROMPT]
+        probs_C, rows = torch.ones(1, dtype=torch.float64), [PROMPT]
         for _ in range(NUM_TOKENS):
             with torch.no_grad():
                 next_CV = torch.stack([logits(drafter, ids)[-1] for ids in rows]).double() / temperature
-            law_C = (law_C[:, None] * next_CV.softmax(-1)).flatten()
+            probs_C = (probs_C[:, None] * next_CV.softmax(-1)).flatten()
             rows = [[*ids, token] for ids in rows for token in range(target.vocab_size)]
         given = {"limits": [NUM_TOKENS] * count, "seeds": range(count), "temperature": temperature}
         texts = torch.tensor(write(drafter, target, [PROMPT] * count, **given))
-        counts_C = torch.bincount(cells(texts[:, len(PROMPT) :]), minlength=len(law_C))
-        assert p_value(counts_C.double(), law_C) > 1e-4
+        counts_C = torch.bincount(cells(texts[:, len(PROMPT) :]), minlength=len(probs_C))
+        assert p_value(counts_C.double(), probs_C) > 1e-4
 
 
 @pytest.mark.parametrize("architecture", ["llama", *SEQ2SEQ])

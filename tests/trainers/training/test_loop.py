@@ -250,7 +250,7 @@ def test_a_family_without_gradient_runs_by_the_same_entry(folder: Path) -> None:
         __name__="trainers.counted",
         fit=fit,
         needs=lambda settings, target: Needs(),
-        judge=lambda drafter, batch, settings, target: {"acceptance": (batch.lengths_B.sum(), len(batch.keys))},
+        evaluate=lambda drafter, batch, settings, target: {"acceptance": (batch.lengths_B.sum(), len(batch.keys))},
     )
     output = train(family, HEADS, settings(folder, "counted"))  # type: ignore[arg-type]
     assert 30 < seen[0] < 40
