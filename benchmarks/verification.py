@@ -23,7 +23,7 @@ from transformers.generation.utils import _speculative_sampling
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import num_threads
 from draftsmith.core.tree import Draft, Tree, chain
-from draftsmith.verify import block, once, traversal
+from draftsmith.verify import block, deterministic, traversal
 from draftsmith.verify.research import kseq, multipath, recursive, token
 from eval.bakeoff.machine import hardware
 from trainers.training.settings import parse_settings
@@ -69,10 +69,10 @@ def chains(run: BenchmarkSettings) -> None:
             draft = Draft(
                 tokens_BN=torch.nn.functional.pad(drafted_BN, (1, 0)),
                 tree=tree,
-                draft_probs_BNV=sampling.law(draft_logits),
-                drawn="independent",
+                draft_probs_BNV=sampling.probs(draft_logits),
+                sampling_scheme="independent",
             )
-            return rule(sampling.law(target_logits), draft, torch.rand(1, run.num_drafted + 2, dtype=torch.float64))
+            return rule(sampling.probs(target_logits), draft, torch.rand(1, run.num_drafted + 2, dtype=torch.float64))
 
         return work
 
@@ -97,16 +97,16 @@ def trees(run: BenchmarkSettings) -> None:
     target_BNV = (draft_BNV.log() + torch.randn(shape)).softmax(-1)
     uniforms_BU = torch.rand(run.batch_size, run.num_nodes + 2, dtype=torch.float64)
     nodes, memory_BV = itertools.cycle(range(run.num_nodes)), torch.empty_like(target_BNV[:, 0])
-    rules = {"once": once, "recursive": recursive, "traversal": traversal, "kseq": kseq, "multipath": multipath}
+    rules = {"deterministic": deterministic, "recursive": recursive, "traversal": traversal, "kseq": kseq, "multipath": multipath}
     drafts = {}
-    for drawn in ("independent", "without_replacement"):
-        tokens_BN = filled(draft_BNV, parents, is_replaced=drawn == "independent")
-        drafts[drawn] = Draft(tokens_BN=tokens_BN, tree=tree, draft_probs_BNV=draft_BNV, drawn=drawn)  # type: ignore[arg-type]
+    for sampling_scheme in ("independent", "without_replacement"):
+        tokens_BN = filled(draft_BNV, parents, is_replaced=sampling_scheme == "independent")
+        drafts[sampling_scheme] = Draft(tokens_BN=tokens_BN, tree=tree, draft_probs_BNV=draft_BNV, sampling_scheme=sampling_scheme)  # type: ignore[arg-type]
     drafts["deterministic"] = Draft(tokens_BN=drafts["without_replacement"].tokens_BN, tree=tree)
     cases = {
-        f"{name} ({drawn.replace('_', ' ')})": (rule, drafts[drawn])
+        f"{name} ({sampling_scheme.replace('_', ' ')})": (rule, drafts[sampling_scheme])
         for name, rule in rules.items()
-        for drawn in rule.DRAWN
+        for sampling_scheme in rule.SCHEMES
     }
     works: dict[str, Callable[[], object]] = {
         name: lambda rule=rule, draft=draft: rule.verify(target_BNV, draft, uniforms_BU)  # type: ignore[misc]
@@ -124,12 +124,12 @@ def trees(run: BenchmarkSettings) -> None:
         print(f"  {name:33} {median:7.1f} ms, {median / pass_ms / levels:5.1f} passes for each of {levels} levels")
 
 
-def filled(law_BNV: Tensor, parents: list[int], *, is_replaced: bool) -> Tensor:
+def filled(probs_BNV: Tensor, parents: list[int], *, is_replaced: bool) -> Tensor:
     """Returns tokens [B, N] drawn from their parents' laws, siblings with or without replacement."""
-    tokens_BN = torch.zeros(law_BNV.shape[:2], dtype=torch.long)
+    tokens_BN = torch.zeros(probs_BNV.shape[:2], dtype=torch.long)
     for parent in sorted(set(parents[1:])):
         children = [node for node, above in enumerate(parents) if above == parent]
-        tokens_BN[:, children] = torch.multinomial(law_BNV[:, parent], len(children), replacement=is_replaced)
+        tokens_BN[:, children] = torch.multinomial(probs_BNV[:, parent], len(children), replacement=is_replaced)
     return tokens_BN
 
 

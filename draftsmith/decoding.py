@@ -15,7 +15,7 @@ from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import GenerationStats, Stopwatch
 from draftsmith.core.target import Target
-from draftsmith.length.controller import paced
+from draftsmith.length.controller import with_length_control
 from draftsmith.length.policies import Policy
 from draftsmith.verify import verify_draft
 
@@ -65,7 +65,7 @@ def generate(
             "the drafter drafts for another Target object; load it with this one or, as one that has tuned its target"
             " asks for, give its own, drafter.target"
         )
-    drafter = paced(drafter, length) if drafter is not None else None
+    drafter = with_length_control(drafter, length) if drafter is not None else None
     if streamer is not None and len(rows) > 1:
         raise ValueError(f"a streamer prints one row, and there are {len(rows)}; stream with batch size 1")
     limits = [len(row) + max_new_tokens for row in rows]

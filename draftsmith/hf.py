@@ -46,7 +46,7 @@ def custom_generate(
         raise ValueError(
             "draftsmith returns sequences only; leave out return_dict_in_generate, or call draftsmith.generate"
         )
-    law = _law(logits_processor or [], is_sampling=bool(generation_config.do_sample))
+    settings = _sampling_settings(logits_processor or [], is_sampling=bool(generation_config.do_sample))
     odd = [type(criterion).__name__ for criterion in stopping_criteria or [] if not isinstance(criterion, CRITERIA)]
     if odd:
         raise ValueError(f"stopping criterion {odd[0]} is not supported; draftsmith stops at a length or end token")
@@ -61,7 +61,7 @@ def custom_generate(
         verifier=verifier,
         length=length,
         seed=seed,
-        **law,
+        **settings,
     )
     if target.is_encoder_decoder:
         return out.sequences
@@ -82,16 +82,16 @@ def _prompt_lengths(input_ids: Tensor, attention_mask: Tensor | None) -> list[in
     return attention_mask.sum(1).tolist()
 
 
-def _law(given: Any, *, is_sampling: bool) -> dict[str, Any]:
-    law: dict[str, Any] = {"temperature": 1.0 if is_sampling else 0.0}
+def _sampling_settings(given: Any, *, is_sampling: bool) -> dict[str, Any]:
+    settings: dict[str, Any] = {"temperature": 1.0 if is_sampling else 0.0}
     for processor in given:
         if not isinstance(processor, WARPERS):
             name = type(processor).__name__
             raise ValueError(f"logits processor {name} is not supported; draftsmith keeps temperature, top-k and top-p")
         if isinstance(processor, processors.TemperatureLogitsWarper):
-            law["temperature"] = processor.temperature
+            settings["temperature"] = processor.temperature
         elif isinstance(processor, processors.TopKLogitsWarper):
-            law["top_k"] = processor.top_k
+            settings["top_k"] = processor.top_k
         else:
-            law["top_p"] = processor.top_p
-    return law
+            settings["top_p"] = processor.top_p
+    return settings

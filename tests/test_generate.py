@@ -362,7 +362,7 @@ def test_padding_may_hold_any_token() -> None:
 
 def test_a_verifier_that_does_not_fit_the_drafter_is_refused() -> None:
     target = tiny_target("llama")
-    for name, verifier in (("lm", "once"), ("medusa", "token"), ("lookup", "greedy")):
+    for name, verifier in (("lm", "deterministic"), ("medusa", "token"), ("lookup", "greedy")):
         with pytest.raises(ValueError, match=f"verifier '{verifier}'"):
             run(target, 1, drafter_of(name, "llama"), temperature=1.0, verifier=verifier)
 

@@ -1,24 +1,18 @@
-"""Drafters: one file is one family, found by its name; there is no registry to edit.
+"""The interface of drafters, and how families of drafters are found by name.
 
-A family's module defines `Config`, a frozen dataclass of what its artifact must remember, and
+A family is a module or package that defines `Config`, a frozen dataclass of what its artifact must remember, and
 `Drafter(config, target)`. A drafter with weights is an `nn.Module` that hides the target from its state dict: the
 module that trains is the module that drafts.
-
-A drafter that changes its target defines `loaded()`, called once its weights are there: it sets `drafter.target` to the
-tuned target (draftsmith/parts/self_drafting/fine_tuned.py), which is the one to be given to `generate`, and leaves the user's as it is.
-
-One that drafts for a drafter sees text that may be taken back. If it can forget what came after so many tokens of each
-row, it defines `rewind(lengths)`; if not, it is begun anew. One that remembers earlier calls defines `forget()`, after
-which it knows what it knew when it was made: comparisons decode the same prompts again and again.
 """
 
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -52,7 +46,7 @@ class Session:
     """The drafter's hidden layers over the prompt [B, T, D], the pending token not included, right-padded."""
     source: Source | None = None
     """What an encoder-decoder target reads."""
-    goes_on: Callable[[int, float], bool] = always
+    should_continue: Callable[[int, float], bool] = always
     """Asked by a drafter that drafts token by token, of each row still drafting, after each token: whether the row goes
     on after one of this probability by the draft model. The `Config` of such a drafter says so by `asks_length`, and
     names the policy of draftsmith/length/policies.py that it is to be asked by, `length`."""
@@ -91,30 +85,75 @@ class Step:
 
 
 class Drafter(Protocol):
-    """What the loop asks of a drafter."""
+    """The interface of a drafter, which every family's drafter inherits.
+
+    `config`, `target`, `start`, `propose` and `observe` are each family's own; everything else has a default.
+    """
 
     config: Any
     target: Target
-    hidden_layers: tuple[int, ...]
-    """The hidden layers of the target that it reads."""
+    """The target to draft for: the one it was made for, or its fine-tuned version of that one."""
+    hidden_layers: tuple[int, ...] = ()
+    """Hidden layers of the target that it reads."""
+    draft_model: Target | None = None
+    """The draft model, with a cache of its own, of a drafter that has one."""
+    policy: Any = None
+    """A draft-length policy (draftsmith/length/policies.py) that is kept between calls; None makes one for each call."""
+    keeps_state_between_calls: bool = False
+    """True if earlier calls change its drafts until `forget` is called."""
+
+    @property
+    def fine_tunes_target(self) -> bool:
+        """Returns whether it drafts for a fine-tuned version of the target that it was made for."""
+        return False
 
     def start(self, session: Session) -> None:
-        """Begins a new call; whatever an earlier one left is forgotten."""
+        """Begins a call of `generate`, dropping the state of the call before."""
+        ...
 
     def propose(self, budget: int) -> Draft:
         """Returns a draft no deeper than `budget` >= 1 tokens; node 0 of each row is its pending token."""
         ...
 
     def observe(self, step: Step) -> None:
-        """Learns what became of the draft; `session.rows` already holds the new tokens.
+        """Updates its state after verification; `session.rows` already holds the new tokens.
 
-        Rows may have been cut to fewer nodes than were proposed, or the draft been another drafter's, or none at all.
+        The draft verified may have been cut to fewer nodes than proposed, or be another drafter's, or a plain step's.
+        """
+        ...
+
+    def rewind(self, lengths: list[int]) -> bool:
+        """Drops the state of each row past its first `lengths` tokens, which were taken back; all rows are running.
+
+        Returns False, the default, if it cannot: the caller must `start` it again.
+        """
+        return False
+
+    def forget(self) -> None:
+        """Drops what earlier calls have taught it, so that it drafts as it did when it was made or loaded."""
+
+    def on_weights_loaded(self) -> None:
+        """Finishes a drafter whose weights are in place: it may check or quantise them, or fine-tune the target.
+
+        Called once. A drafter that fine-tunes the target sets `target` to the fine-tuned one, the one to give to
+        `generate`, and leaves the user's unchanged. Raises ValueError for weights that do not fit.
         """
 
+    def parameters(self) -> Iterator[Tensor]:
+        """Returns its weights."""
+        return iter(())
 
-def forget(drafter: Any) -> None:
-    """Makes a drafter forget earlier calls, if it remembers any."""
-    getattr(drafter, "forget", lambda: None)()
+    def save_state(self, folder: Path) -> None:
+        """Writes what an artifact must hold beside the configuration and the weights."""
+
+    @classmethod
+    def load_state(cls, folder: Path, config: Any, target: Target) -> Self:
+        """Returns the drafter with what `save_state` wrote, its weights not yet loaded.
+
+        Raises ValueError if a file is missing, truncated or does not fit.
+        """
+        make: Any = cls
+        return make(config, target)
 
 
 def name_of(drafter: Any) -> str:

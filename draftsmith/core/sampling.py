@@ -35,7 +35,7 @@ class Sampling:
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
-    def law(self, logits_V: Tensor) -> Tensor:
+    def probs(self, logits_V: Tensor) -> Tensor:
         """Returns probabilities [..., V] in float32 (float64 for float64 logits); one-hot when greedy."""
         if self.is_greedy:
             return torch.nn.functional.one_hot(logits_V.argmax(-1), logits_V.shape[-1]).to(torch.float32)

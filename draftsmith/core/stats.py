@@ -46,7 +46,7 @@ class GenerationStats:
     def count_round(self, draft: Draft) -> None:
         """Adds a forward over a draft."""
         self.rounds += 1
-        self.verified[draft.entry.layer if draft.entry is not None else 0, draft.tree.num_nodes - 1] += 1
+        self.verified[draft.resume_point.layer if draft.resume_point is not None else 0, draft.tree.num_nodes - 1] += 1
 
     def count(self, draft: Draft, row: int, *, num_accepted: int, num_kept: int) -> None:
         """Adds one row's verified draft."""

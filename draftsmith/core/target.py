@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from draftsmith.core.cache import KVCache, visible
 from draftsmith.core.model_info import context_length, decoder_start, read_facts, tokenizer_hash
 from draftsmith.core.tree import Draft, Tree, chain
-from draftsmith.core.views import LAYER_LISTS, Frame, final_norm, find_child, head_view, relative_bias, view
+from draftsmith.core.views import LAYER_LISTS, ForwardContext, final_norm, find_child, head_view, relative_bias, view
 
 LAYER_KINDS = {"full_attention", "sliding_attention"}
 ATTENTION_KINDS = {"sdpa", "eager"}
@@ -63,7 +63,7 @@ class Target:
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._config = model.config.get_text_config(decoder=True)
         self._parameter = next(model.parameters())  # transformers' own `device` searches all modules at each call
-        self._frame = Frame()
+        self._context = ForwardContext()
         self._views: dict[Any, Any] = {}
         self._stack = self._find_stack()
         self._norm_name = final_norm(self._stack)
@@ -172,7 +172,7 @@ class Target:
         *,
         layers: tuple[int, ...] = (),
         span: tuple[int, int] | None = None,
-        entry_BND: Tensor | None = None,
+        resume_BND: Tensor | None = None,
         skipped: frozenset[tuple[str, int]] = frozenset(),
         first: int = 0,
     ) -> Forward:
@@ -187,17 +187,17 @@ class Target:
             raise ValueError(f"{self._architecture} is an encoder-decoder: it verifies chains, not trees")
         start, stop = span or (0, self.num_layers)
         if start == self.num_layers:
-            assert entry_BND is not None, "past the last block nothing is left to run"
-            return Forward(hidden_BND=entry_BND, layers=dict.fromkeys(layers, entry_BND))
+            assert resume_BND is not None, "past the last block nothing is left to run"
+            return Forward(hidden_BND=resume_BND, layers=dict.fromkeys(layers, resume_BND))
         assert tokens_BN.shape[1] == tree.num_nodes - first
         cache.prepare(tree.num_nodes, tokens_BN.device, first=first)
         lengths_B1 = torch.tensor(cache.lengths, device=tokens_BN.device)[:, None]
         # A row close to its end may draft past the context; those tokens are never kept.
         positions_BN = (lengths_B1 + tree.depths_RN[:, first:]).clamp(max=self.context_length - 1)
         masks = self._masks(tree, cache, positions_BN, first)
-        frame = self._frame
-        frame.positions, frame.entry = positions_BN, entry_BND
-        frame.wanted, frame.hidden = frozenset(layers), {}
+        context = self._context
+        context.positions, context.resume_point = positions_BN, resume_BND
+        context.wanted, context.hidden = frozenset(layers), {}
         arguments: dict[str, Any] = {"attention_mask": masks, "past_key_values": cache, "use_cache": True}
         if self.is_encoder_decoder:
             arguments["past_key_values"] = self._both_caches(cache)
@@ -206,17 +206,17 @@ class Target:
         else:
             arguments["position_ids"] = positions_BN
         out_BND = self._view(start, stop, skipped)(input_ids=tokens_BN, **arguments).last_hidden_state
-        hidden, frame.hidden, frame.entry = frame.hidden, {}, None
+        hidden, context.hidden, context.resume_point = context.hidden, {}, None
         if self.num_layers in layers and stop == self.num_layers:
             hidden[self.num_layers] = out_BND
         return Forward(hidden_BND=out_BND, layers=hidden)
 
     def forward_draft(self, draft: Draft, cache: KVCache, *, layers: tuple[int, ...] = ()) -> Forward:
         """Runs a draft's nodes, from the layer at which the drafter stopped if it ran the target's first layers."""
-        if draft.entry is None:
+        if draft.resume_point is None:
             return self.forward(draft.tokens_BN, draft.tree, cache, layers=layers)
-        span, hidden_BND = (draft.entry.layer, self.num_layers), draft.entry.hidden_BND
-        return self.forward(draft.tokens_BN, draft.tree, cache, layers=layers, span=span, entry_BND=hidden_BND)
+        span, hidden_BND = (draft.resume_point.layer, self.num_layers), draft.resume_point.hidden_BND
+        return self.forward(draft.tokens_BN, draft.tree, cache, layers=layers, span=span, resume_BND=hidden_BND)
 
     def prefill(self, rows: list[list[int]], cache: KVCache, *, layers: tuple[int, ...] = ()) -> dict[int, Tensor]:
         """Feeds and commits `rows` to an empty cache; returns the chosen hidden layers [B, T, D], right-padded."""
@@ -237,14 +237,14 @@ class Target:
 
     def read(self, tokens_BT: Tensor, layers: tuple[int, ...], source: Source | None = None) -> dict[int, Tensor]:
         """Returns the chosen hidden layers [B, T, D] of right-padded rows, in one causal pass without a cache."""
-        frame = self._frame
-        frame.positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        frame.wanted, frame.hidden, frame.entry = frozenset(layers), {}, None
+        context = self._context
+        context.positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        context.wanted, context.hidden, context.resume_point = frozenset(layers), {}, None
         arguments: dict[str, Any] = {"use_cache": False}
         if source is not None:
             arguments |= {"encoder_hidden_states": source.encoded_BTD, "encoder_attention_mask": source.mask_BT}
         out_BTD = self._view(0, self.num_layers, frozenset())(input_ids=tokens_BT, **arguments).last_hidden_state
-        hidden, frame.hidden = frame.hidden, {}
+        hidden, context.hidden = context.hidden, {}
         return {layer: out_BTD if layer == self.num_layers else hidden[layer] for layer in layers}
 
     def norm(self, hidden_BTD: Tensor) -> Tensor:
@@ -345,8 +345,8 @@ class Target:
                 del self._views[next(iter(self._views))]
             if self.is_encoder_decoder and key != (0, self.num_layers, frozenset()):
                 raise ValueError(f"{self._architecture} is an encoder-decoder: spans of layers are not supported")
-            base = relative_bias(self._stack, self._frame) if hasattr(self._stack, "block") else self._stack
-            self._views[key] = view(base, self._frame, start=start, stop=stop, skipped=skipped, width=self.hidden_size)
+            base = relative_bias(self._stack, self._context) if hasattr(self._stack, "block") else self._stack
+            self._views[key] = view(base, self._context, start=start, stop=stop, skipped=skipped, width=self.hidden_size)
         return self._views[key]
 
     def _both_caches(self, cache: KVCache) -> EncoderDecoderCache:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Drawn = Literal["deterministic", "independent", "without_replacement", "top_and_drawn"]
+SamplingScheme = Literal["deterministic", "independent", "without_replacement", "top_and_drawn"]
 """How siblings came to be, in node order: given without a law; each from their parent's law; each from that law less
 the siblings before it; the likeliest tokens, then a last one from the law without them."""
 
@@ -81,7 +81,7 @@ def chain(num_nodes: int, device: torch.device | str = "cpu") -> Tree:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Entry:
+class ResumePoint:
     """What the target's first blocks made of a draft's nodes, their keys and values being in the target's cache."""
 
     layer: int
@@ -101,9 +101,9 @@ class Draft:
     """Nodes in use in each row, the rest being padding; None means all."""
     draft_probs_BNV: Tensor | None = None
     """Row i is the law that the children of node i were drawn from; None if the draft is deterministic."""
-    drawn: Drawn = "deterministic"
+    sampling_scheme: SamplingScheme = "deterministic"
     """How the children of a node were drawn."""
-    entry: Entry | None = None
+    resume_point: ResumePoint | None = None
     """From where verification goes on, if the drafter ran the target's first blocks over these very nodes."""
 
     def valid_BN(self) -> Tensor | None:
@@ -124,7 +124,7 @@ class Verdict:
     """Drafted nodes accepted, node 0 not counted."""
     next_token_B: Tensor
     """The token after the path: correction or bonus."""
-    law_BV: Tensor | None = None
+    next_probs_BV: Tensor | None = None
     """The law that it was drawn from, not normalised; None where each node's own choice is followed."""
 
     def to_host(self) -> tuple[list[list[int]], list[int]]:

@@ -16,11 +16,11 @@ ATTENTIONS = ("self_attn", "attn", "attention")
 MLPS = ("mlp", "fc2")
 
 
-class Frame:
+class ForwardContext:
     """What one forward through a view is given and gives back beside the stack's own arguments."""
 
     def __init__(self) -> None:
-        self.entry: Tensor | None = None
+        self.resume_point: Tensor | None = None
         self.wanted: frozenset[int] = frozenset()
         self.hidden: dict[int, Tensor] = {}
         self.positions: Tensor | None = None
@@ -29,16 +29,16 @@ class Frame:
 class _Layer(nn.Module):
     """One block of a view; `inner` is None outside the span, where hidden states pass unchanged."""
 
-    def __init__(self, inner: nn.Module, frame: Frame, index: int, *, runs: bool, is_entry: bool) -> None:
+    def __init__(self, inner: nn.Module, context: ForwardContext, index: int, *, runs: bool, is_entry: bool) -> None:
         super().__init__()
         self.inner = inner
-        self._frame, self._index, self._runs, self._is_entry = frame, index, runs, is_entry
+        self._context, self._index, self._runs, self._is_entry = context, index, runs, is_entry
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._is_entry and self._frame.entry is not None:
-            hidden = self._frame.entry
-        if self._index in self._frame.wanted:
-            self._frame.hidden[self._index] = hidden
+        if self._is_entry and self._context.resume_point is not None:
+            hidden = self._context.resume_point
+        if self._index in self._context.wanted:
+            self._context.hidden[self._index] = hidden
         return self.inner(hidden, *args, **kwargs) if self._runs else hidden
 
     def __getattr__(self, name: str) -> Any:
@@ -65,17 +65,17 @@ class _Zero(nn.Module):
 class _Positions(nn.Module):
     """Learnt positions looked up at the frame's own, for decoders that derive them from a single cache length."""
 
-    def __init__(self, inner: Any, frame: Frame) -> None:
+    def __init__(self, inner: Any, context: ForwardContext) -> None:
         super().__init__()
-        self.inner, self._frame = inner, frame
+        self.inner, self._context = inner, context
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self._frame.positions is None:
+        if self._context.positions is None:
             return self.inner(*args, **kwargs)
-        return nn.functional.embedding(self._frame.positions + self.inner.offset, self.inner.weight)
+        return nn.functional.embedding(self._context.positions + self.inner.offset, self.inner.weight)
 
 
-class _Handed(BaseModelOutputWithPast):
+class _HiddenStateOutput(BaseModelOutputWithPast):
     """An output that holds the last hidden state and None for whatever else a head may pass on."""
 
     def __getattr__(self, name: str) -> None:
@@ -83,14 +83,14 @@ class _Handed(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-class _Passed(nn.Module):
+class _IdentityModel(nn.Module):
     """Stands for a whole base model or decoder: hands on the hidden states it is given as input embeddings."""
 
     def forward(
         self, *_: Any, inputs_embeds: Tensor | None = None, decoder_inputs_embeds: Tensor | None = None, **__: Any
     ) -> BaseModelOutputWithPast:
         given = inputs_embeds if inputs_embeds is not None else decoder_inputs_embeds
-        return _Handed(last_hidden_state=given)
+        return _HiddenStateOutput(last_hidden_state=given)
 
     @property
     def decoder(self) -> "_Passed":
@@ -119,7 +119,7 @@ def blocks_of(model: Any) -> nn.ModuleList:
 
 
 def view(
-    stack: nn.Module, frame: Frame, *, start: int, stop: int, skipped: frozenset[tuple[str, int]], width: int
+    stack: nn.Module, context: ForwardContext, *, start: int, stop: int, skipped: frozenset[tuple[str, int]], width: int
 ) -> Any:
     """Returns a view that runs blocks `start` to `stop - 1` without the final norm.
 
@@ -134,12 +134,12 @@ def view(
         kinds = {kind for kind, at in skipped if at == index}
         # Without both sublayers a block's norms would be computed for nothing.
         runs = start <= index < stop and kinds < {"attention", "mlp"}
-        layers.append(_Layer(_without(layer, kinds, width), frame, index, runs=runs, is_entry=index == start))
+        layers.append(_Layer(_without(layer, kinds, width), context, index, runs=runs, is_entry=index == start))
     twin._modules[list_name] = nn.ModuleList(layers)
     if norm_name is not None:
         twin._modules[norm_name] = nn.Identity()
     if hasattr(getattr(stack, "embed_positions", None), "offset"):
-        twin._modules["embed_positions"] = _Positions(stack.embed_positions, frame)
+        twin._modules["embed_positions"] = _Positions(stack.embed_positions, context)
     return twin
 
 
@@ -169,11 +169,11 @@ def head_view(model: Any) -> Any:
     name = model.base_model_prefix if model.base_model_prefix in model._modules else "decoder"
     if name not in model._modules:
         raise ValueError(f"{type(model).__name__} has no base model that draftsmith knows")
-    twin._modules[name] = _Passed()
+    twin._modules[name] = _IdentityModel()
     return twin
 
 
-def relative_bias(stack: Any, frame: Frame) -> Any:
+def relative_bias(stack: Any, context: ForwardContext) -> Any:
     """Returns a copy of a T5 stack whose position bias follows each row's own positions instead of slot numbers."""
     twin = shallow(stack)
     block = shallow(stack.block[0])
@@ -182,10 +182,10 @@ def relative_bias(stack: Any, frame: Frame) -> Any:
     attention = shallow(sublayer.SelfAttention)
 
     def compute_bias(query_length: int, key_length: int, **_: Any) -> Tensor:
-        assert frame.positions is not None
-        keys_S = torch.arange(key_length, device=frame.positions.device)
+        assert context.positions is not None
+        keys_S = torch.arange(key_length, device=context.positions.device)
         # A chain's slots are its positions, so that distance in slots is distance in the text.
-        distance_BNS = keys_S - frame.positions[:, :, None]
+        distance_BNS = keys_S - context.positions[:, :, None]
         bucket_BNS = attention._relative_position_bucket(
             distance_BNS,
             bidirectional=False,

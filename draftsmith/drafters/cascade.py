@@ -7,9 +7,11 @@ A plain step is one of the choices, so that nothing is drafted where that does n
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import drafted_depth
@@ -37,11 +39,13 @@ class Config:
             raise ValueError(f"min_tokens is {self.min_tokens}; it must be at least 1")
 
 
-class Drafter:
+class Drafter(drafter.Drafter):
     """One part proposes for the whole batch, as a step is one forward; all of them see what becomes of it."""
 
     TRIAL_EVERY = 32
     """Steps after which a choice that was not made comes first: its estimate may have come to be wrong."""
+
+    keeps_state_between_calls = True
 
     def __init__(self, config: Config, target: Target, parts: Sequence[Part] | None = None) -> None:
         self.config = config
@@ -50,11 +54,11 @@ class Drafter:
         self.hidden_layers = layers(self.parts)
         self._known: dict[tuple[int, Sampling], list[Estimate]] = {}
 
-    def save_store(self, folder: Path) -> None:
+    def save_state(self, folder: Path) -> None:
         save_parts(self.parts, folder)
 
     @classmethod
-    def load_store(cls, folder: Path, config: Config, target: Target) -> "Drafter":
+    def load_state(cls, folder: Path, config: Config, target: Target) -> Self:
         return cls(config, target, [load_part(folder, config.parts, at, target) for at in range(len(config.parts))])
 
     def parameters(self) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft
@@ -66,15 +67,12 @@ class Config:
         policies.make(self.length)
 
     @property
-    def asks_length(self) -> bool:
+    def supports_early_stop(self) -> bool:
         return not self.width
 
 
-class Drafter(nn.Module):
+class Drafter(nn.Module, drafter.Drafter):
     """The network; its state is, for each layer, the last inputs [B, S, C], zeros where the text had not begun."""
-
-    target: Target
-    hidden_layers: tuple[int, ...] = ()
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
@@ -117,9 +115,10 @@ class Drafter(nn.Module):
     def observe(self, step: Step) -> None:
         self._reading.observe(step)
 
-    def rewind(self, lengths: list[int]) -> None:
+    def rewind(self, lengths: list[int]) -> bool:
         """Forgets what it read of each row past so many tokens, which were taken back."""
         self._reading.rewind(lengths)
+        return True
 
     # What `Reading` asks
 

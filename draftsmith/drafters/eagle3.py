@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from draftsmith.core.cache import KVCache
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import PREFILL_CHUNK, Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
 from draftsmith.parts import growth
-from draftsmith.parts.neural.layers import Attention, FeedForward, along, place
+from draftsmith.parts.neural.layers import Attention, FeedForward, gather_path, prepare_cache
 
 FUSION_NORMS = ("none", "each", "whole")
 
@@ -44,7 +45,7 @@ class Config:
     theta: float = 10_000.0
     """Base of the rotary positions."""
     stretch: tuple[float, ...] = ()
-    """How they are slowed for long texts, as `blocks.rotate` takes it."""
+    """How they are slowed for long texts, as `layers.rotate` takes it."""
     eps: float = 1e-6
     """Of the norms."""
     fusion_norm: str = "none"
@@ -75,18 +76,17 @@ class Config:
         policies.make(self.length)
 
     @property
-    def asks_length(self) -> bool:
+    def supports_early_stop(self) -> bool:
         return not self.width
 
 
-class Drafter(nn.Module):
+class Drafter(nn.Module, drafter.Drafter):
     """The fusion, the layer with a cache of its own, and a head over the draft vocabulary.
 
     The cache keeps only what comes of the target's features; keys and values of draft nodes are dropped after each
     draft, as what the target then says of the same tokens is better (EAGLE-2, 2406.16858).
     """
 
-    target: Target
     d2t: Tensor
     """What to add to each draft token to get the target's [W]."""
     t2d: Tensor
@@ -115,7 +115,7 @@ class Drafter(nn.Module):
             head_width=config.head_width,
             input_width=2 * width,
             theta=config.theta,
-            stretch=config.stretch,
+            rope_scaling=config.stretch,
         )
         self.feed_forward_norm = nn.RMSNorm(width, eps=config.eps)
         self.feed_forward = FeedForward(width, config.inner_width)
@@ -193,7 +193,7 @@ class Drafter(nn.Module):
         return growth.draft(self._logits, self._session, self.config, budget)
 
     def observe(self, step: Step) -> None:
-        joined_BPE = along(self.join(step.hidden), step.verdict)
+        joined_BPE = gather_path(self.join(step.hidden), step.verdict)
         if self._has_read:
             # The last place stands in its slot as node 0: kept where the row has gone on.
             read = [path[:1] if len(unread) else [] for path, unread in zip(step.paths, self._unread, strict=True)]
@@ -241,7 +241,7 @@ class Drafter(nn.Module):
         return features, normed
 
     def _run(self, tokens_BM: Tensor, features_BMD: Tensor, tree: Tree, first: int = 0) -> tuple[Tensor, Tensor]:
-        positions_BM, mask_R1MS = place(tree, self._cache, first=first)
+        positions_BM, mask_R1MS = prepare_cache(tree, self._cache, first=first)
         return self(
             tokens_BM,
             features_BMD,

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.core.cache import KVCache
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.length import policies
 from draftsmith.parts import growth
-from draftsmith.parts.neural.layers import Block, along, last_of_path, own_outputs
+from draftsmith.parts.neural.layers import Block, gather_path
+from draftsmith.parts.neural.token_heads import last_accepted_hidden, untied_lm_heads
 from draftsmith.parts.self_drafting.early_exit import Shallow, Trail
 from draftsmith.parts.self_drafting.fine_tuned import Adapter, Tuned, matrices, merged, tuned, twin
 from draftsmith.verify.paths import at
@@ -75,14 +77,13 @@ class Config:
         policies.make(self.length)
 
     @property
-    def asks_length(self) -> bool:
+    def supports_early_stop(self) -> bool:
         return not self.width
 
 
-class Drafter(nn.Module):
+class Drafter(nn.Module, drafter.Drafter):
     """Logits head(norm(blocks(h + R r))): h leaves the target's first blocks, r is the last verified hidden state."""
 
-    target: Target
     base: Target
     _changed: Any
 
@@ -108,7 +109,7 @@ class Drafter(nn.Module):
         if config.own_norm:
             self.norm = target.copy_norm()
         if config.own_head:
-            (self.output,) = own_outputs(target, 1)
+            (self.output,) = untied_lm_heads(target, 1)
         if config.tunes and config.rank:
             self.adapters = nn.ModuleList(
                 Adapter(layer, config.rank) for layer in matrices(target, config.modules).values()
@@ -119,7 +120,11 @@ class Drafter(nn.Module):
             self.weights = nn.ParameterList(self._changed.parameters())
         self.to(device=target.device, dtype=target.dtype)
 
-    def loaded(self) -> None:
+    @property
+    def fine_tunes_target(self) -> bool:
+        return self.config.tunes
+
+    def on_weights_loaded(self) -> None:
         """Makes `target` the changed one, if it comes with one."""
         config = self.config
         if config.tunes and config.rank:
@@ -172,12 +177,12 @@ class Drafter(nn.Module):
 
     def observe(self, step: Step) -> None:
         if self.config.num_blocks:
-            hidden_BPD = along(step.hidden[self.config.exit_layer], step.verdict)
+            hidden_BPD = gather_path(step.hidden[self.config.exit_layer], step.verdict)
             # Of another drafter's draft only node 0 is the same.
             in_place = self._num_in_place if step.is_of(self._draft) else min(self._num_in_place, 1)
             self._trail.keep(self.entrance(hidden_BPD, self._recycled_B1D), step.paths, in_place)
         if self.config.recycling:
-            self._recycled_B1D = last_of_path(step, self.target.num_layers)[:, None]
+            self._recycled_B1D = last_accepted_hidden(step, self.target.num_layers)[:, None]
         self._num_in_place = 0
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.core.cache import KVCache
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import PREFILL_CHUNK, Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.parts import growth
-from draftsmith.parts.neural import layers
+from draftsmith.parts.neural import layers, token_heads
 from draftsmith.verify.paths import at
 
 
@@ -73,7 +74,7 @@ class Head(nn.Module):
         super().__init__()
         self.skip = nn.Linear(input_width, width)
         self.first = nn.Linear(input_width, width)
-        self.rest = layers.Residual(width, num_blocks - 1)
+        self.rest = token_heads.ResidualHead(width, num_blocks - 1)
         # Its rate is the trainer's affair.
         self.dropout = nn.Dropout(0.0)
         for parameter in (*self.first.parameters(), self.skip.bias):
@@ -85,10 +86,9 @@ class Head(nn.Module):
         return self.dropout(self.rest(self.skip(x_BMF) + nn.functional.silu(self.first(x_BMF))))
 
 
-class Drafter(nn.Module):
+class Drafter(nn.Module, drafter.Drafter):
     """K heads on a state of the text so far, and the embeddings of the tokens after it on a path of the tree."""
 
-    target: Target
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Drafter(nn.Module):
             Head(width, width + (k + 1) * embedding_VE.shape[1], config.num_blocks) for k in range(config.num_heads)
         )
         if config.own_head:
-            self.outputs = layers.own_outputs(target, config.num_heads)
+            self.outputs = token_heads.untied_lm_heads(target, config.num_heads)
         if config.prefix_heads:
             self.prefix = layers.Block(width, num_heads=config.prefix_heads, inner_width=config.prefix_width)
         self.to(device=target.device, dtype=target.dtype)
@@ -122,7 +122,7 @@ class Drafter(nn.Module):
         length, device = normed_BTD.shape[1], normed_BTD.device
         if cache is None:
             return self.prefix(normed_BTD, torch.arange(length, device=device)[None])
-        positions_RT, mask_R1TS = layers.place(chain(length, device), cache)
+        positions_RT, mask_R1TS = layers.prepare_cache(chain(length, device), cache)
         return self.prefix(normed_BTD, positions_RT, mask_R1NS=mask_R1TS, cache=cache)
 
     def features(self, state_BMD: Tensor, tokens_BMI: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Drafter(nn.Module):
 
     def observe(self, step: Step) -> None:
         counts = [len(path) for path in step.paths]
-        accepted_BPD = layers.along(step.hidden[self.hidden_layers[0]], step.verdict)
+        accepted_BPD = layers.gather_path(step.hidden[self.hidden_layers[0]], step.verdict)
         self._advance(accepted_BPD[:, : max(counts)], counts)
 
     def _advance(self, hidden_BTD: Tensor, counts: list[int]) -> None:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from draftsmith.core.cache import KVCache
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.length import policies
 from draftsmith.parts import growth
-from draftsmith.parts.neural.layers import Attention, along
+from draftsmith.parts.neural.layers import Attention, gather_path
 from draftsmith.parts.self_drafting.early_exit import Shallow, Trail
 
 
@@ -45,17 +46,16 @@ class Config:
         policies.make(self.length)
 
     @property
-    def asks_length(self) -> bool:
+    def supports_early_stop(self) -> bool:
         return not self.width
 
 
-class Drafter(nn.Module):
+class Drafter(nn.Module, drafter.Drafter):
     """The adapter: z = norm(h + attention(norm(h))), h the exit layer; the target's head makes logits of z.
 
     The last norm starts as a copy of the target's final one.
     """
 
-    target: Target
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Drafter(nn.Module):
         return self._draft
 
     def observe(self, step: Step) -> None:
-        hidden_BPD = along(step.hidden[self.config.exit_layer], step.verdict)
+        hidden_BPD = gather_path(step.hidden[self.config.exit_layer], step.verdict)
         # Of another drafter's draft only node 0 is the same.
         in_place = self._num_in_place if step.is_of(self._draft) else min(self._num_in_place, 1)
         self._trail.keep(hidden_BPD, step.paths, in_place)

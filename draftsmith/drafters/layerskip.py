@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree
@@ -64,14 +65,12 @@ class Config:
             raise ValueError(f"good_enough is {self.good_enough}; it must be above 0 and at most 1")
 
     @property
-    def asks_length(self) -> bool:
+    def supports_early_stop(self) -> bool:
         return not self.width
 
 
-class Drafter:
+class Drafter(drafter.Drafter):
     """The target without the sublayers that `skipped` names."""
-
-    hidden_layers: tuple[int, ...] = ()
 
     def __init__(self, config: Config, target: Target) -> None:
         last = max((*config.attention, *config.mlp), default=0)
@@ -113,7 +112,7 @@ class Drafter:
             if any(len(row) - num <= window for row, num in zip(rows, given, strict=True)):
                 return
             self._trials = _Trials(self.target, rows, self.config, self.skipped)
-        if self._trials.goes_on:
+        if self._trials.should_continue:
             self.skipped = self._trials.next(session.generator)
 
 
@@ -141,7 +140,7 @@ class _Trials:
         self._note(skipped, self.best_score)
 
     @property
-    def goes_on(self) -> bool:
+    def should_continue(self) -> bool:
         config = self._config
         is_tired = self._num_worse > config.patience or len(self._scores) > config.max_trials
         return 0 < self._num_skipped < len(self._bits) and self.best_score <= config.good_enough and not is_tired

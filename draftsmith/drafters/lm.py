@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from draftsmith.core.cache import KVCache
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft, Tree, chain
@@ -68,17 +69,14 @@ class Config:
             quantised.check(self.quantised)
 
     @property
-    def asks_length(self) -> bool:
+    def supports_early_stop(self) -> bool:
         return not (self.tree or self.width)
 
 
-class Drafter(nn.Module):
+class Drafter(nn.Module, drafter.Drafter):
     """The draft model with a cache of its own, whose rows advance as the target's do."""
 
-    target: Target
-    engine: Target
-    hidden_layers: tuple[int, ...] = ()
-
+    draft_model: Target
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
         self.config = config
@@ -88,7 +86,7 @@ class Drafter(nn.Module):
         self.model.to(device=target.device, dtype=target.dtype).eval()
         object.__setattr__(self, "target", target)
         # The loop's own machinery runs the draft model too; a plain attribute would register its weights twice.
-        object.__setattr__(self, "engine", Target(self.model))
+        object.__setattr__(self, "draft_model", Target(self.model))
         if not self.shortlist.is_whole:
             self._check_shortlist()
 
@@ -100,16 +98,16 @@ class Drafter(nn.Module):
 
     def read(self, source: Source) -> Source | None:
         """Returns the source as the draft model reads it, cut to its encoder's context; None if it reads none."""
-        if not self.engine.is_encoder_decoder:
+        if not self.draft_model.is_encoder_decoder:
             return None
         if self.config.target_encoder:
-            encoded_BSD = source.encoded_BTD.to(self.engine.dtype)
+            encoded_BSD = source.encoded_BTD.to(self.draft_model.dtype)
             read_BSD = self.model.get_encoder().read(encoded_BSD)
             return Source(tokens_BT=source.tokens_BT, mask_BT=source.mask_BT, encoded_BTD=read_BSD)
-        most = self.engine.context_length
-        return self.engine.encode(source.tokens_BT[:, :most], source.mask_BT[:, :most])
+        most = self.draft_model.context_length
+        return self.draft_model.encode(source.tokens_BT[:, :most], source.mask_BT[:, :most])
 
-    def loaded(self) -> None:
+    def on_weights_loaded(self) -> None:
         """Has its weights, once they are there, in as many bits as its configuration says."""
         if self.config.quantised:
             quantised.quantise(self.model, self.config.quantised)
@@ -117,16 +115,16 @@ class Drafter(nn.Module):
     def start(self, session: Session) -> None:
         self._session = session
         source = None if session.source is None else self.read(session.source)
-        self._cache: KVCache = self.engine.new_cache(len(session.rows), source=source)
+        self._cache: KVCache = self.draft_model.new_cache(len(session.rows), source=source)
         self._draft: Draft | None = None
         self._num_in_place = 0
         prompts = [row[:-1] for row in session.rows]
         if max(map(len, prompts)) > 0:
-            self.engine.prefill(prompts, self._cache)
+            self.draft_model.prefill(prompts, self._cache)
 
     def propose(self, budget: int) -> Draft:
         config, session = self.config, self._session
-        budget = min(budget, self.engine.context_length - max(map(len, session.rows)))
+        budget = min(budget, self.draft_model.context_length - max(map(len, session.rows)))
         if config.tree and budget > 0:
             depth = min(budget, config.num_draft)
             draft = growth.fill(self._logits, session, config.tree, config.siblings, depth)  # type: ignore[arg-type]
@@ -146,15 +144,16 @@ class Drafter(nn.Module):
         for row, ids in enumerate(self._session.rows):
             self._cache.lengths[row] = min(self._cache.lengths[row], len(ids) - 1)
 
-    def rewind(self, lengths: list[int]) -> None:
+    def rewind(self, lengths: list[int]) -> bool:
         """Forgets what it read of each row past so many tokens, which were taken back."""
         self._num_in_place = 0
         self._cache.lengths = [min(pair) for pair in zip(self._cache.lengths, lengths, strict=True)]
+        return True
 
     @torch.no_grad()
     def _check_shortlist(self) -> None:
         size = self.model.get_decoder().config.hidden_size
-        logits_V = self.engine.head(torch.zeros(1, 1, size, device=self.engine.device, dtype=self.engine.dtype))[0, 0]
+        logits_V = self.draft_model.head(torch.zeros(1, 1, size, device=self.draft_model.device, dtype=self.draft_model.dtype))[0, 0]
         if logits_V.max() - logits_V.min() < -OUTSIDE / 10:
             raise ValueError(f"{type(self.model).__name__} scales or caps its logits, so that it can have no shortlist")
 
@@ -162,16 +161,16 @@ class Drafter(nn.Module):
         """Returns the logits [B, M, V] after the nodes from `first` on."""
         self._num_in_place = tree.num_nodes
         if first > 0:
-            out = self.engine.forward(tokens_BN[:, first:], tree, self._cache, first=first)
-            return self.engine.logits(out.hidden_BND)
+            out = self.draft_model.forward(tokens_BN[:, first:], tree, self._cache, first=first)
+            return self.draft_model.logits(out.hidden_BND)
         # The pending token comes after whatever was committed and not yet read: none, the last one, or a tree's path.
         missing = [row[length:] for row, length in zip(self._session.rows, self._cache.lengths, strict=True)]
-        longest, device = max(map(len, missing)), self.engine.device
+        longest, device = max(map(len, missing)), self.draft_model.device
         missing_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids in missing], device=device)
-        out = self.engine.forward(missing_BT, chain(longest, device), self._cache)
+        out = self.draft_model.forward(missing_BT, chain(longest, device), self._cache)
         self._cache.commit([list(range(len(ids) - 1)) for ids in missing])
         last_B = torch.tensor([len(ids) - 1 for ids in missing], device=device)
-        return self.engine.logits(at(out.hidden_BND, last_B)[:, None])
+        return self.draft_model.logits(at(out.hidden_BND, last_B)[:, None])
 
 
 def _model(config: Config, target: Target) -> Any:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
@@ -42,10 +43,8 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
 
-class Drafter:
+class Drafter(drafter.Drafter):
     """Each row's window, which moves on with every step in which the target has read it."""
-
-    hidden_layers: tuple[int, ...] = ()
 
     def __init__(self, config: Config, target: Target) -> None:
         if target.is_encoder_decoder:
@@ -86,8 +85,9 @@ class Drafter:
         for row, nodes in ends.items():
             self._windows[row].move(tokens[row][0], [next(likeliest) for _ in nodes])
 
-    def rewind(self, lengths: list[int]) -> None:
-        """Takes nothing back: what was seen on the way need not be part of the text."""
+    def rewind(self, lengths: list[int]) -> bool:
+        """Keeps its n-grams: they need not be part of the text."""
+        return True
 
 
 class _Window:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
@@ -29,10 +30,8 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-class Drafter:
+class Drafter(drafter.Drafter):
     """Keeps, for each row, where each n-gram last ended, so that a look-up and an update take constant time."""
-
-    hidden_layers: tuple[int, ...] = ()
 
     def __init__(self, config: Config, target: Target) -> None:
         self.config = config

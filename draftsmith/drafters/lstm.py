@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft
@@ -59,15 +60,12 @@ class Config:
         policies.make(self.length)
 
     @property
-    def asks_length(self) -> bool:
+    def supports_early_stop(self) -> bool:
         return not self.width
 
 
-class Drafter(nn.Module):
+class Drafter(nn.Module, drafter.Drafter):
     """The network; its state is (h, c) of each layer, each [B, H]."""
-
-    target: Target
-    hidden_layers: tuple[int, ...] = ()
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
@@ -121,9 +119,10 @@ class Drafter(nn.Module):
     def observe(self, step: Step) -> None:
         self._reading.observe(step)
 
-    def rewind(self, lengths: list[int]) -> None:
+    def rewind(self, lengths: list[int]) -> bool:
         """Forgets what it read of each row past so many tokens, which were taken back."""
         self._reading.rewind(lengths)
+        return True
 
     # What `Reading` asks
 

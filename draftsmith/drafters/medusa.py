@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts.neural import layers
+from draftsmith.parts.neural import token_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,25 +28,24 @@ class Config:
     """Each node as the ranks along its path: (0, 2) is the third guess of head 1 after the first guess of head 0."""
 
     def __post_init__(self) -> None:
-        layers.check_tree(self.tree, self.num_heads)
+        token_heads.check_tree(self.tree, self.num_heads)
 
 
-class Drafter(nn.Module):
+class Drafter(nn.Module, drafter.Drafter):
     """K heads: z = h + SiLU(W h + b) for each block, then the output head; h is the last hidden state, normed."""
 
-    target: Target
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
         self.config = config
         object.__setattr__(self, "target", target)
         self.hidden_layers = (target.num_layers,)
-        self._tree = layers.StaticTree(config.tree, target)
+        self._tree = token_heads.StaticTree(config.tree, target)
         self.blocks = nn.ModuleList(
-            layers.Residual(target.hidden_size, config.num_blocks) for _ in range(config.num_heads)
+            token_heads.ResidualHead(target.hidden_size, config.num_blocks) for _ in range(config.num_heads)
         )
         if config.own_head:
-            self.outputs = layers.own_outputs(target, config.num_heads)
+            self.outputs = token_heads.untied_lm_heads(target, config.num_heads)
         self.to(device=target.device, dtype=target.dtype)
 
     def heads(self, normed_BTD: Tensor) -> list[Tensor]:
@@ -57,10 +57,10 @@ class Drafter(nn.Module):
         return self.outputs[k](z_BTD) if self.config.own_head else self.target.head(z_BTD)
 
     def start(self, session: Session) -> None:
-        self._guesses = layers.Guesses(session, self._tree, self.blocks, self.outputs if self.config.own_head else None)
+        self._state = token_heads.TokenHeadsState(session, self._tree, self.blocks, self.outputs if self.config.own_head else None)
 
     def propose(self, budget: int) -> Draft:
-        return self._guesses.propose(budget)
+        return self._state.propose(budget)
 
     def observe(self, step: Step) -> None:
-        self._guesses.observe(step)
+        self._state.observe(step)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts.neural import layers
+from draftsmith.parts.neural import token_heads
 from draftsmith.parts.self_drafting.fine_tuned import Adapter, matrices, merged, tuned
 
 
@@ -36,15 +37,14 @@ class Config:
     """Ends of the names of the linear layers changed, as q_proj; all in the target's blocks, and its head, if empty."""
 
     def __post_init__(self) -> None:
-        layers.check_tree(self.tree, self.num_heads)
+        token_heads.check_tree(self.tree, self.num_heads)
         if self.rank < 1 or not self.alpha > 0:
             raise ValueError(f"rank {self.rank} must be at least 1 and alpha {self.alpha} positive")
 
 
-class Drafter(nn.Module):
+class Drafter(nn.Module, drafter.Drafter):
     """K heads on the last hidden state, normed, of the target with its changes; `target` is that one once loaded."""
 
-    target: Target
     base: Target
 
     def __init__(self, config: Config, target: Target) -> None:
@@ -53,18 +53,22 @@ class Drafter(nn.Module):
         object.__setattr__(self, "base", target)
         object.__setattr__(self, "target", target)
         self.hidden_layers = (target.num_layers,)
-        self._tree = layers.StaticTree(config.tree, target)
+        self._tree = token_heads.StaticTree(config.tree, target)
         self.blocks = nn.ModuleList(
-            layers.Residual(target.hidden_size, config.num_blocks) for _ in range(config.num_heads)
+            token_heads.ResidualHead(target.hidden_size, config.num_blocks) for _ in range(config.num_heads)
         )
         if config.own_head:
-            self.outputs = layers.own_outputs(target, config.num_heads)
+            self.outputs = token_heads.untied_lm_heads(target, config.num_heads)
         self.adapters = nn.ModuleList(
             Adapter(layer, config.rank) for layer in matrices(target, config.modules).values()
         )
         self.to(device=target.device, dtype=target.dtype)
 
-    def loaded(self) -> None:
+    @property
+    def fine_tunes_target(self) -> bool:
+        return True
+
+    def on_weights_loaded(self) -> None:
         """Makes `target` the one that the weights as they are now were trained with."""
         object.__setattr__(self, "target", tuned(self.base, self.merged()))
 
@@ -82,10 +86,10 @@ class Drafter(nn.Module):
         return self.outputs[k](z_BTD) if self.config.own_head else self.target.head(z_BTD)
 
     def start(self, session: Session) -> None:
-        self._guesses = layers.Guesses(session, self._tree, self.blocks, self.outputs if self.config.own_head else None)
+        self._state = token_heads.TokenHeadsState(session, self._tree, self.blocks, self.outputs if self.config.own_head else None)
 
     def propose(self, budget: int) -> Draft:
-        return self._guesses.propose(budget)
+        return self._state.propose(budget)
 
     def observe(self, step: Step) -> None:
-        self._guesses.observe(step)
+        self._state.observe(step)

@@ -11,10 +11,12 @@ Shape suffixes: P parts, D depths, R ranks among siblings.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from torch import Tensor
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
@@ -43,7 +45,7 @@ class Config:
             raise ValueError(f"least_chance is {self.least_chance}; it must be at least 0 and below 1")
 
 
-class Drafter:
+class Drafter(drafter.Drafter):
     """All parts propose; their trees become one for each row, and the best branch alone for an encoder-decoder.
 
     `counts_PDR2` says of each part's nodes how many were right and how many were judged. A call begins with what it
@@ -52,6 +54,8 @@ class Drafter:
 
     NUM_DEPTHS, NUM_RANKS = 16, 16
     """Deeper and later nodes count as the last."""
+
+    keeps_state_between_calls = True
 
     def __init__(
         self,
@@ -67,12 +71,12 @@ class Drafter:
         shape = (len(self.parts), self.NUM_DEPTHS, self.NUM_RANKS, 2)
         self.counts_PDR2 = np.zeros(shape, dtype=np.int64) if counts_PDR2 is None else counts_PDR2
 
-    def save_store(self, folder: Path) -> None:
+    def save_state(self, folder: Path) -> None:
         save_parts(self.parts, folder)
         np.save(folder / STORE, self.counts_PDR2)
 
     @classmethod
-    def load_store(cls, folder: Path, config: Config, target: Target) -> "Drafter":
+    def load_state(cls, folder: Path, config: Config, target: Target) -> Self:
         parts = [load_part(folder, config.parts, at, target) for at in range(len(config.parts))]
         try:
             counts_PDR2 = np.load(folder / STORE, allow_pickle=False)
@@ -199,7 +203,7 @@ def chances_of(counts_PDR2: np.ndarray) -> np.ndarray:
 
 
 def _refuse_unfit(part: Part, draft: Draft) -> None:
-    if draft.entry is not None:
+    if draft.resume_point is not None:
         raise ValueError(
             f"{part.name} runs the target's first blocks over its own draft, which cannot be joined with another; leave"
             " it out"

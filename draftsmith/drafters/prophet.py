@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from draftsmith.core.cache import KVCache
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
 from draftsmith.parts import growth
-from draftsmith.parts.neural.layers import Block, along, ffn_width, own_outputs, place
+from draftsmith.parts.neural.layers import Block, ffn_width, gather_path, prepare_cache
+from draftsmith.parts.neural.token_heads import untied_lm_heads
 from draftsmith.parts.self_drafting.fine_tuned import Tuned, twin
 
 
@@ -68,14 +70,13 @@ class Config:
         policies.make(self.length)
 
     @property
-    def asks_length(self) -> bool:
+    def supports_early_stop(self) -> bool:
         return not self.width
 
 
-class Drafter(nn.Module):
+class Drafter(nn.Module, drafter.Drafter):
     """The decoder, with maps from the target's width into its own and back; its cache is filled anew every round."""
 
-    target: Target
     base: Target
     changed: Any
 
@@ -94,14 +95,18 @@ class Drafter(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.output_map = _map(width, target.hidden_size)
         if config.own_head:
-            self.outputs = own_outputs(target, 1)
+            self.outputs = untied_lm_heads(target, 1)
         if config.joint:
             # Of the copy only the parameters are the drafter's: a change of dtype must not touch its buffers.
             object.__setattr__(self, "changed", twin(target.model, own=dict(target.model.named_parameters())))
             self.weights = nn.ParameterList(self.changed.parameters())
         self.to(device=target.device, dtype=target.dtype)
 
-    def loaded(self) -> None:
+    @property
+    def fine_tunes_target(self) -> bool:
+        return self.config.joint
+
+    def on_weights_loaded(self) -> None:
         """Makes `target` the changed one, if it comes with one."""
         if self.config.joint:
             object.__setattr__(self, "target", Tuned(self.changed, self.base))
@@ -140,7 +145,7 @@ class Drafter(nn.Module):
         return growth.draft(self._logits, self._session, self.config, budget)
 
     def observe(self, step: Step) -> None:
-        path_BPD = along(step.hidden[self.hidden_layers[0]], step.verdict)
+        path_BPD = gather_path(step.hidden[self.hidden_layers[0]], step.verdict)
         known_BND = torch.cat([self._states_BSD, path_BPD], dim=1)
         num_new_B1 = step.verdict.num_accepted_B[:, None] + 1
         order_S = torch.arange(self.config.num_states, device=num_new_B1.device)
@@ -163,7 +168,7 @@ class Drafter(nn.Module):
         return self.head(z_BWE[:, -1:])
 
     def _read(self, x_BME: Tensor, tree: Tree, first: int) -> Tensor:
-        positions_BM, mask_R1MW = place(tree, self._cache, first=first)
+        positions_BM, mask_R1MW = prepare_cache(tree, self._cache, first=first)
         return self._run(x_BME, positions_BM, shown(mask_R1MW, self._is_there_BZ), self._cache)
 
     def _run(self, x_BWE: Tensor, positions_RW: Tensor, mask_B1WW: Tensor, cache: KVCache | None = None) -> Tensor:

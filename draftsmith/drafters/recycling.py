@@ -15,6 +15,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
@@ -63,11 +64,12 @@ class Config:
             )
 
 
-class Drafter(nn.Module):
+class Drafter(nn.Module, drafter.Drafter):
     """The matrix of successors, and trees filled with it level by level; an encoder-decoder's are the first chain."""
 
-    target: Target
     successors: Tensor
+
+    keeps_state_between_calls = True
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
@@ -92,7 +94,7 @@ class Drafter(nn.Module):
             ranks_M = torch.tensor(ranks[span.start - 1 : span.stop - 1], device=target.device)
             self._levels.append((tree.parents_RN[0, span], ranks_M))
 
-    def loaded(self) -> None:
+    def on_weights_loaded(self) -> None:
         """Raises ValueError if what was loaded are no token ids."""
         vocab_size = self.target.vocab_size
         if self.successors.min() < 0 or self.successors.max() > vocab_size:
@@ -157,8 +159,9 @@ class Drafter(nn.Module):
         top_XK = self._likeliest(step.logits_BNV).flatten(0, 1)[fed_X]
         self._learn(fed_X // draft.tree.num_nodes, tokens_X, top_XK)
 
-    def rewind(self, lengths: list[int]) -> None:
-        """Goes on: of text that is taken back what the target said after each token holds still."""
+    def rewind(self, lengths: list[int]) -> bool:
+        """Keeps its successors: the target's predictions stay valid for text that was taken back."""
+        return True
 
     def _likeliest(self, logits_V: Tensor) -> Tensor:
         return logits_V.topk(self.config.num_successors, dim=-1).indices.int()

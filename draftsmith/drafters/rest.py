@@ -7,7 +7,9 @@ its nodes is judged once by a token drawn from the target's own law, where the p
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
@@ -44,10 +46,8 @@ class Config:
             raise ValueError(f"min_chance is {self.min_chance}; it must be at least 0 and less than 1")
 
 
-class Drafter:
+class Drafter(drafter.Drafter):
     """Looks up each row's last tokens in every shard of its store; nothing is kept between steps."""
-
-    hidden_layers: tuple[int, ...] = ()
 
     def __init__(self, config: Config, target: Target, shards: tuple[SuffixArray, ...] = ()) -> None:
         self.config = config
@@ -84,13 +84,13 @@ class Drafter:
         kept = heaviest(branches, min(num_likely, config.num_nodes))
         return kept if self.target.takes_trees else heaviest_path(kept)
 
-    def save_store(self, folder: Path) -> None:
+    def save_state(self, folder: Path) -> None:
         write_shards(folder, self.shards)
 
-    @staticmethod
-    def load_store(folder: Path, config: Config, target: Target) -> "Drafter":
+    @classmethod
+    def load_state(cls, folder: Path, config: Config, target: Target) -> Self:
         """Returns the drafter whose shards lie in `folder`; raises ValueError if one is missing, truncated or odd."""
-        return Drafter(config, target, read_shards(folder, target.vocab_size))
+        return cls(config, target, read_shards(folder, target.vocab_size))
 
 
 def by_chance(branches: Branches, times: int) -> Branches:

@@ -10,12 +10,13 @@ Shape suffixes: B rows, N nodes, P tokens of a path, V vocabulary.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.stats import Stopwatch
 from draftsmith.core.target import Target
@@ -46,18 +47,18 @@ class Config:
         policies.make(self.length)
 
     @property
-    def asks_length(self) -> bool:
+    def supports_early_stop(self) -> bool:
         return True
 
 
-class Drafter:
+class Drafter(drafter.Drafter):
     """The larger one's model with a cache of its own, decoding ahead of the target's text with the small one's help.
 
     What it has read and the target has not confirmed is taken back. A small one that defines no `rewind(lengths)` is
     begun anew at every draft: one that looks up the text's own past reads all of it again.
     """
 
-    hidden_layers: tuple[int, ...] = ()
+    keeps_state_between_calls = True
 
     def __init__(self, config: Config, target: Target, parts: Sequence[Part] | None = None) -> None:
         self.config = config
@@ -66,16 +67,16 @@ class Drafter:
             larger = made(config.parts[0], target)
             parts = [larger, made(config.parts[1], engine_of(larger))]
         self.parts = list(parts)
-        self.engine = engine_of(self.parts[0])
+        self.draft_model = engine_of(self.parts[0])
         self._small = self.parts[1]
         if self._small.hidden_layers:
             raise ValueError(f"{self._small.name} reads hidden layers; the small drafter must go by the text alone")
 
-    def save_store(self, folder: Path) -> None:
+    def save_state(self, folder: Path) -> None:
         save_parts(self.parts, folder)
 
     @classmethod
-    def load_store(cls, folder: Path, config: Config, target: Target) -> "Drafter":
+    def load_state(cls, folder: Path, config: Config, target: Target) -> Self:
         larger = load_part(folder, config.parts, 0, target)
         return cls(config, target, [larger, load_part(folder, config.parts, 1, engine_of(larger))])
 
@@ -89,16 +90,16 @@ class Drafter:
         self._session = session
         # Of each row the ids that the larger one has read or drafted; the last one is not read yet.
         self._rows = [list(row) for row in session.rows]
-        self._cache = self.engine.new_cache(len(self._rows))
+        self._cache = self.draft_model.new_cache(len(self._rows))
         if max(map(len, self._rows)) > 1:
-            self.engine.prefill([row[:-1] for row in self._rows], self._cache)
-        self._inner = replace(session, target=self.engine, rows=self._rows, cache=self._cache, hidden={})
+            self.draft_model.prefill([row[:-1] for row in self._rows], self._cache)
+        self._inner = replace(session, target=self.draft_model, rows=self._rows, cache=self._cache, hidden={})
         self._small.start(self._inner)
         self._is_running = [True] * len(self._rows)
 
     def propose(self, budget: int) -> Draft:
         session = self._session
-        most = min(budget, self.config.num_draft, self.engine.context_length - max(map(len, session.rows)))
+        most = min(budget, self.config.num_draft, self.draft_model.context_length - max(map(len, session.rows)))
         if most < 1:
             return session.only_pending()
         self._return_to_text()
@@ -122,9 +123,9 @@ class Drafter:
         cache.lengths = [min(pair) for pair in zip(cache.lengths, agreed, strict=True)]
         missing = [ids[known:-1] for ids, known in zip(self._rows, cache.lengths, strict=True)]
         if longest := max(map(len, missing)):
-            device = self.engine.device
+            device = self.draft_model.device
             missing_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids in missing], device=device)
-            self.engine.forward(missing_BT, chain(longest, device), cache)
+            self.draft_model.forward(missing_BT, chain(longest, device), cache)
             cache.commit([list(range(len(ids))) for ids in missing])
         self._small.rewind(agreed)
 
@@ -135,10 +136,10 @@ class Drafter:
         is depends on the tokens before it alone, so that these keep their law.
         """
         session, rows, cache = self._session, self._rows, self._cache
-        watch = Stopwatch(self.engine.device)
+        watch = Stopwatch(self.draft_model.device)
         budget = max(end - len(row) for end, row in zip(ends, rows, strict=True)) - 1
         draft = self._small.propose(budget) if budget > 0 else self._inner.only_pending()
-        logits_BNV = self.engine.logits(self.engine.forward_draft(draft, cache).hidden_BND)
+        logits_BNV = self.draft_model.logits(self.draft_model.forward_draft(draft, cache).hidden_BND)
         verdict = verify_draft(logits_BNV, draft, session.sampling, "auto", session.generator)
         paths, next_tokens = verdict.to_host()
         tokens = draft.tokens_BN.tolist()
@@ -150,12 +151,12 @@ class Drafter:
             logits_PV = logits_BNV[row, path[: len(new)]]
             told_P = logits_PV.float().softmax(-1).gather(1, torch.tensor(new, device=logits_PV.device)[:, None])[:, 0]
             for number, confidence in enumerate(told_P.tolist(), start=1):
-                if not session.goes_on(row, confidence):
+                if not session.should_continue(row, confidence):
                     del new[number:]
                     ends[row] = len(rows[row]) + number
                     break
             if not session.sampling.is_greedy:
-                laws[row].append(session.sampling.law(logits_PV[: len(new)]))
+                laws[row].append(session.sampling.probs(logits_PV[: len(new)]))
             rows[row] += new
         cache.commit(paths)
         # A row that ended within its path has read more than it took.
@@ -173,12 +174,12 @@ class Drafter:
         num_nodes = list(map(len, chains))
         settings: dict[str, Any] = {}
         if not self._session.sampling.is_greedy:
-            some_1V = next(law_PV[:1] for of_row in laws for law_PV in of_row)
+            some_1V = next(probs_PV[:1] for of_row in laws for probs_PV in of_row)
             # Rows that draft nothing, or less, are filled with any law.
             filled = [torch.cat([*of_row, some_1V]) for of_row in laws]
             longest = tokens_BN.shape[1] - 1
-            probs_BNV = torch.stack([torch.cat([law_PV, some_1V.expand(longest, -1)])[:longest] for law_PV in filled])
-            settings = {"draft_probs_BNV": probs_BNV, "drawn": "independent"}
+            probs_BNV = torch.stack([torch.cat([probs_PV, some_1V.expand(longest, -1)])[:longest] for probs_PV in filled])
+            settings = {"draft_probs_BNV": probs_BNV, "sampling_scheme": "independent"}
         return Draft(
             tokens_BN=tokens_BN,
             tree=chain(tokens_BN.shape[1], device),
@@ -189,10 +190,10 @@ class Drafter:
 
 def engine_of(part: Part) -> Target:
     """Returns the model that a part drafts with; raises ValueError if it has none of its own."""
-    engine = getattr(part.drafter, "engine", None)
-    if engine is None:
+    draft_model = part.drafter.draft_model
+    if draft_model is None:
         raise ValueError(f"{part.name} has no model of its own that could be drafted for; name a draft model first")
-    return engine
+    return draft_model
 
 
 def _num_common(ids: Sequence[int], others: Sequence[int]) -> int:

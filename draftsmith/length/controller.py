@@ -16,30 +16,30 @@ DEEPEST = 16
 """Most tokens of a draft whose drafter's configuration names no `num_draft`, as that of a tree."""
 
 
-def paced(drafter: Drafter, length: str | Policy) -> Drafter:
+def with_length_control(drafter: Drafter, length: str | Policy) -> Drafter:
     """Returns the drafter with drafts as long as `length` says, "auto" being what a drafter that asks has of its own.
 
     Raises ValueError for an unknown policy, or one that goes by confidences where the drafter tells none.
     """
-    is_asking = getattr(drafter.config, "asks_length", False)
+    supports_early_stop = getattr(drafter.config, "supports_early_stop", False)
     if length == "auto":
         # A drafter may have a policy that it keeps from call to call.
-        length = getattr(drafter, "policy", None) or (drafter.config.length if is_asking else "fixed")
+        length = getattr(drafter, "policy", None) or (drafter.config.length if supports_early_stop else "fixed")
     policy = make(length) if isinstance(length, str) else length
-    if policy.needs_confidence and not is_asking:
+    if policy.needs_confidence and not supports_early_stop:
         name = type(policy).__name__.lower()
         raise ValueError(f"length {name!r} goes by the draft's confidence, which this drafter does not tell")
     if isinstance(policy, Fixed) and policy.num_draft == float("inf"):
         return drafter
-    return Paced(drafter, policy, is_asking=is_asking)
+    return LengthControlled(drafter, policy, supports_early_stop=supports_early_stop)
 
 
-class Paced:
+class LengthControlled:
     """A drafter held to a policy: rows get a budget each before anything is drafted, or are asked token by token."""
 
-    def __init__(self, drafter: Drafter, policy: Policy, *, is_asking: bool) -> None:
+    def __init__(self, drafter: Drafter, policy: Policy, *, supports_early_stop: bool) -> None:
         self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
-        self._drafter, self._policy, self._is_asking = drafter, policy, is_asking
+        self._drafter, self._policy, self._supports_early_stop = drafter, policy, supports_early_stop
         self._num_draft = getattr(drafter.config, "num_draft", DEEPEST)
 
     def start(self, session: Session) -> None:
@@ -47,7 +47,7 @@ class Paced:
         self._is_running = [True] * len(session.rows)
         self._draft: Draft | None = None
         self._policy.start(len(session.rows), self._num_draft)
-        self._drafter.start(dataclasses.replace(session, goes_on=self._goes_on))
+        self._drafter.start(dataclasses.replace(session, should_continue=self._should_continue))
 
     def propose(self, budget: int) -> Draft:
         self._confidences: list[list[float]] = [[] for _ in self._session.rows]
@@ -71,23 +71,23 @@ class Paced:
         self._is_running = [len(path) > 0 for path in step.paths]
         self._drafter.observe(step)
 
-    def go_on(self) -> None:
+    def reactivate(self) -> None:
         """Lets rows that had finished draft again."""
         self._is_running = [True] * len(self._is_running)
 
     def _limit(self, row: int, most: int) -> int:
         """Returns the row's budget: all or nothing if the drafter asks again after each token."""
-        if self._is_asking:
-            return most if self._policy.goes_on(row, 0, ()) else 0
+        if self._supports_early_stop:
+            return most if self._policy.should_continue(row, 0, ()) else 0
         number = 0
-        while number < most and self._policy.goes_on(row, number, ()):
+        while number < most and self._policy.should_continue(row, number, ()):
             number += 1
         return number
 
-    def _goes_on(self, row: int, confidence: float) -> bool:
+    def _should_continue(self, row: int, confidence: float) -> bool:
         told = self._confidences[row]
         told.append(confidence)
-        return len(told) < self._limits[row] and self._policy.goes_on(row, len(told), told)
+        return len(told) < self._limits[row] and self._policy.should_continue(row, len(told), told)
 
 
 def cut(draft: Draft, depths: list[int]) -> Draft:

@@ -46,7 +46,7 @@ class Policy(Protocol):
     def start(self, num_rows: int, num_draft: int) -> None:
         """Begins a call with other rows, whose drafts have at most `num_draft` tokens."""
 
-    def goes_on(self, row: int, num_drafted: int, confidences: Sequence[float]) -> bool:
+    def should_continue(self, row: int, num_drafted: int, confidences: Sequence[float]) -> bool:
         """Returns whether the row drafts another token; `confidences` are those of its `num_drafted`, if told."""
         ...
 
@@ -67,7 +67,7 @@ class Fixed:
     def start(self, num_rows: int, num_draft: int) -> None:
         """Nothing depends on it."""
 
-    def goes_on(self, row: int, num_drafted: int, confidences: Sequence[float]) -> bool:
+    def should_continue(self, row: int, num_drafted: int, confidences: Sequence[float]) -> bool:
         return num_drafted < self.num_draft
 
     def learn(self, outcomes: Sequence[Outcome], depth: int, cost_ms: float) -> None:
@@ -90,7 +90,7 @@ class Heuristic:
     def start(self, num_rows: int, num_draft: int) -> None:
         self._num_draft = [min(self._first, num_draft)] * num_rows
 
-    def goes_on(self, row: int, num_drafted: int, confidences: Sequence[float]) -> bool:
+    def should_continue(self, row: int, num_drafted: int, confidences: Sequence[float]) -> bool:
         return num_drafted < self._num_draft[row]
 
     def learn(self, outcomes: Sequence[Outcome], depth: int, cost_ms: float) -> None:
@@ -112,7 +112,7 @@ class Confidence:
     def start(self, num_rows: int, num_draft: int) -> None:
         """Nothing depends on it."""
 
-    def goes_on(self, row: int, num_drafted: int, confidences: Sequence[float]) -> bool:
+    def should_continue(self, row: int, num_drafted: int, confidences: Sequence[float]) -> bool:
         return not confidences or confidences[-1] >= self.threshold
 
     def learn(self, outcomes: Sequence[Outcome], depth: int, cost_ms: float) -> None:
@@ -131,7 +131,7 @@ class Adaptive:
 
     def __init__(self, threshold: float = 0.6) -> None:
         self.stop, self._rate = Confidence(threshold), 0.0
-        self.goes_on = self.stop.goes_on
+        self.should_continue = self.stop.should_continue
 
     def start(self, num_rows: int, num_draft: int) -> None:
         self._num_draft = num_draft
@@ -153,7 +153,7 @@ class Refit:
 
     def __init__(self, threshold: float = 0.4) -> None:
         self.stop = Confidence(threshold)
-        self.goes_on = self.stop.goes_on
+        self.should_continue = self.stop.should_continue
         self._samples: list[tuple[float, bool]] = []
 
     def start(self, num_rows: int, num_draft: int) -> None:
@@ -205,7 +205,7 @@ class ExpectedGain:
         self._num_draft = num_draft
         self._plan()
 
-    def goes_on(self, row: int, num_drafted: int, confidences: Sequence[float]) -> bool:
+    def should_continue(self, row: int, num_drafted: int, confidences: Sequence[float]) -> bool:
         if self._trial is not None:
             return num_drafted < self._trial
         if not confidences:

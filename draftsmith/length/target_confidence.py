@@ -14,7 +14,7 @@ from draftsmith.length.controller import cut
 from draftsmith.verify.paths import at, pick
 
 
-class Gated:
+class TargetConfidenceThreshold:
     """A drafter whose rows draft nothing while their gate is shut.
 
     Confidence is the softmax of the target's logits, before temperature, top-k and top-p: these sharpen a law without

@@ -16,7 +16,7 @@ from draftsmith.artifacts import artifact
 from draftsmith.core.drafter import Drafter, Session, Step, always, find, forget, name_of
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.length.controller import Paced, paced
+from draftsmith.length.controller import LengthControlled, with_length_control
 
 Names = tuple[dict[str, Any], ...]
 FOLDER = "drafters"
@@ -36,9 +36,9 @@ class Part:
 
     def start(self, session: Session) -> None:
         # What the whole is asked by is no concern of its parts.
-        self._session = replace(session, hidden=self._own(session.hidden), goes_on=always)
-        self._paced = paced(self.drafter, "auto")
-        self._paced.start(self._session)
+        self._session = replace(session, hidden=self._own(session.hidden), should_continue=always)
+        self._controlled = with_length_control(self.drafter, "auto")
+        self._controlled.start(self._session)
 
     def rewind(self, lengths: list[int]) -> None:
         """Goes on with all rows, of which what came after so many tokens was taken back and is perhaps another text.
@@ -46,17 +46,17 @@ class Part:
         A drafter that defines `rewind` is told the same; any other is begun anew and keeps what its policy has learnt.
         """
         if not hasattr(self.drafter, "rewind"):
-            self._paced.start(self._session)
+            self._controlled.start(self._session)
             return
         self.drafter.rewind(lengths)
-        if isinstance(self._paced, Paced):
-            self._paced.go_on()
+        if isinstance(self._controlled, LengthControlled):
+            self._controlled.reactivate()
 
     def propose(self, budget: int) -> Draft:
-        return self._paced.propose(budget)
+        return self._controlled.propose(budget)
 
     def observe(self, step: Step) -> None:
-        self._paced.observe(replace(step, hidden=self._own(step.hidden)))
+        self._controlled.observe(replace(step, hidden=self._own(step.hidden)))
 
     def _own(self, hidden: dict[int, Tensor]) -> dict[int, Tensor]:
         return {layer: hidden[layer] for layer in self.hidden_layers if layer in hidden}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from draftsmith.core.drafter import Session
 from draftsmith.core.sampling import draw
-from draftsmith.core.tree import Draft, Drawn, Tree, chain
+from draftsmith.core.tree import Draft, SamplingScheme, Tree, chain
 
 Paths = tuple[tuple[int, ...], ...]
 Model = Callable[[Tensor, Tree, int], Tensor]
@@ -71,19 +71,19 @@ def line(model: Model, session: Session, num_draft: int) -> Draft:
         if sampling.is_greedy:
             token_B = logits_BV.argmax(-1)
         else:
-            laws.append(sampling.law(logits_BV))
+            laws.append(sampling.probs(logits_BV))
             token_B = draw(laws[-1], session.uniforms())
         confidences = logits_BV.float().softmax(-1).gather(1, token_B[:, None])[:, 0].tolist()
         tokens_BN = torch.cat([tokens_BN, token_B[:, None]], dim=1)
         for row, is_row_drafting in enumerate(is_drafting):
             num_nodes[row] += is_row_drafting
-            is_drafting[row] = is_row_drafting and session.goes_on(row, confidences[row])
+            is_drafting[row] = is_row_drafting and session.should_continue(row, confidences[row])
     return Draft(
         tokens_BN=tokens_BN,
         tree=chain(tokens_BN.shape[1], device),
         num_nodes=num_nodes if min(num_nodes) < tokens_BN.shape[1] else None,
         draft_probs_BNV=torch.stack(laws, dim=1) if laws else None,
-        drawn="independent" if laws else "deterministic",
+        sampling_scheme="independent" if laws else "deterministic",
     )
 
 
@@ -100,10 +100,10 @@ def check_paths(paths: Paths) -> None:
         raise ValueError("the tree lists a node twice")
 
 
-def check_siblings(drawn: str) -> None:
+def check_siblings(sampling_scheme: str) -> None:
     """Raises ValueError unless siblings can be drawn so."""
-    if drawn not in SIBLINGS:
-        raise ValueError(f"siblings is {drawn!r}; there are {', '.join(SIBLINGS)}")
+    if sampling_scheme not in SIBLINGS:
+        raise ValueError(f"siblings is {sampling_scheme!r}; there are {', '.join(SIBLINGS)}")
 
 
 @lru_cache(maxsize=64)
@@ -124,7 +124,7 @@ def levels(paths: Paths, device: torch.device) -> list[tuple[Tree, dict[int, lis
     return found
 
 
-def fill(model: Model, session: Session, paths: Paths, drawn: Drawn, depth: int) -> Draft:
+def fill(model: Model, session: Session, paths: Paths, sampling_scheme: SamplingScheme, depth: int) -> Draft:
     """Returns a tree of a fixed shape cut to `depth` levels, its siblings drawn as `drawn` says.
 
     Greedily, and where they are to be deterministic, they are their parent's likeliest. A node's children come in the
@@ -132,7 +132,7 @@ def fill(model: Model, session: Session, paths: Paths, drawn: Drawn, depth: int)
     """
     device, sampling = session.target.device, session.sampling
     plan = levels(paths, device)
-    is_drawn = drawn != "deterministic" and not sampling.is_greedy
+    is_drawn = sampling_scheme != "deterministic" and not sampling.is_greedy
     tokens_BN = session.pending()[:, None]
     laws: list[Tensor] = []
     for level in range(min(depth, len(plan) - 1)):
@@ -140,12 +140,12 @@ def fill(model: Model, session: Session, paths: Paths, drawn: Drawn, depth: int)
         first = int((tree.depths_RN[0] < level).sum())
         logits_BMV = model(tokens_BN, tree, first)
         if is_drawn:
-            laws.append(sampling.law(logits_BMV))
+            laws.append(sampling.probs(logits_BMV))
         children: dict[int, Tensor] = {}
         for count, nodes in by_count.items():
             places = [node - first for node in nodes]
             if is_drawn:
-                drawn_BFC = draw_siblings(laws[-1][:, places], count, drawn, session.generator)
+                drawn_BFC = draw_siblings(laws[-1][:, places], count, sampling_scheme, session.generator)
             else:
                 drawn_BFC = logits_BMV[:, places].topk(count, dim=-1).indices
             children |= dict(zip(nodes, drawn_BFC.unbind(1), strict=True))
@@ -155,31 +155,31 @@ def fill(model: Model, session: Session, paths: Paths, drawn: Drawn, depth: int)
         tokens_BN=tokens_BN,
         tree=tree,
         draft_probs_BNV=torch.cat(laws, dim=1) if laws else None,
-        drawn=drawn if laws else "deterministic",
+        sampling_scheme=sampling_scheme if laws else "deterministic",
     )
 
 
-def draw_siblings(law_BFV: Tensor, count: int, drawn: Drawn, generator: torch.Generator) -> Tensor:
+def draw_siblings(probs_BFV: Tensor, count: int, sampling_scheme: SamplingScheme, generator: torch.Generator) -> Tensor:
     """Returns tokens [B, F, C] of siblings, in the order in which they are drawn from their parent's law.
 
     Without replacement they are the first to arrive in a race of exponential clocks whose rates are the law: the next
     one follows the law less those before it. A law with too few tokens is filled with some that it excludes.
     """
-    shape, device = law_BFV.shape[:-1], law_BFV.device
+    shape, device = probs_BFV.shape[:-1], probs_BFV.device
 
     def uniforms(*size: int) -> Tensor:
         return torch.rand(*size, generator=generator, dtype=torch.float64).to(device)
 
-    if drawn == "without_replacement":
+    if sampling_scheme == "without_replacement":
         # A token's arrival is -ln(u) / law.
-        arrivals_BFV = -uniforms(*law_BFV.shape).log_() / law_BFV
+        arrivals_BFV = -uniforms(*probs_BFV.shape).log_() / probs_BFV
         return arrivals_BFV.topk(count, dim=-1, largest=False).indices
-    if drawn == "top_and_drawn":
-        top_BFC = law_BFV.topk(count - 1, dim=-1).indices
-        rest_BFV = law_BFV.scatter(-1, top_BFC, 0.0)
+    if sampling_scheme == "top_and_drawn":
+        top_BFC = probs_BFV.topk(count - 1, dim=-1).indices
+        rest_BFV = probs_BFV.scatter(-1, top_BFC, 0.0)
         return torch.cat([top_BFC, draw(rest_BFV, uniforms(*shape))[..., None]], dim=-1)
-    assert drawn == "independent"
-    return torch.stack([draw(law_BFV, uniforms(*shape)) for _ in range(count)], dim=-1)
+    assert sampling_scheme == "independent"
+    return torch.stack([draw(probs_BFV, uniforms(*shape)) for _ in range(count)], dim=-1)
 
 
 def grow(model: Model, session: Session, *, width: int, num_nodes: int, depth: int) -> Draft:

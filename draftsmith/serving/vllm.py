@@ -22,7 +22,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Verdict
 from draftsmith.export import tokens, writers
 from draftsmith.export.launch import ARTIFACT_VARIABLE
-from draftsmith.length.controller import paced
+from draftsmith.length.controller import with_length_control
 from draftsmith.serving.tokens import TokenTarget
 
 
@@ -131,8 +131,8 @@ class _Request:
         """Starts anew with another text."""
         self._session, self.text_T = session, text_T.copy()
         self._draft: Draft | None = None
-        self._paced = paced(self._drafter, "auto")
-        self._paced.start(session)
+        self._controlled = with_length_control(self._drafter, "auto")
+        self._controlled.start(session)
 
     def goes_on_as(self, text_T: np.ndarray) -> bool:
         """Returns whether its text is the beginning of this one."""
@@ -149,8 +149,8 @@ class _Request:
         self._session.rows[0] += new
         self.text_T = text_T.copy()
         if new and self._draft is not None and not self._drafter.hidden_layers:
-            self._paced.observe(_step(self._draft, new, cost_ms))
-        draft = self._draft = self._paced.propose(room)
+            self._controlled.observe(_step(self._draft, new, cost_ms))
+        draft = self._draft = self._controlled.propose(room)
         return [int(draft.tokens_BN[0, node]) for node in _first_path(draft)[1 : room + 1]]
 
 

@@ -1,9 +1,9 @@
 """Verifiers: pure functions from laws, a draft and uniforms to the tokens kept.
 
-One file is one verifier. It defines `LOSSLESS`, `DRAWN` (how the drafts it takes may have been drawn) and
+One file is one verifier. It defines `LOSSLESS`, `SCHEMES` (how the drafts it takes may have been drawn) and
 `verify(target_probs_BNV, draft, uniforms_BU) -> Verdict`; `find` lists this folder, so that a new verifier is a new
 file. Uniforms are [B, N + 1] in [0, 1): one for each node, and a last one. It may define `SHAPE = "chain"` if it takes
-nothing else, `PARAMETER`, the name of the one number that `verify` takes beside, and `LAW_TEMPERATURE` if the target's
+nothing else, `PARAMETER`, the name of the one number that `verify` takes beside, and `TARGET_TEMPERATURE` if the target's
 law is wanted at a temperature of its own.
 """
 
@@ -25,7 +25,7 @@ __all__ = ["Verdict", "Verifier", "choose", "names", "verify_draft"]
 ROOMS = ("draftsmith.verify", "draftsmith.verify.research", "draftsmith.verify.lossy")
 SHARED = ("rejection", "paths")
 AUTO = {
-    "deterministic": ("once", "once"),
+    "deterministic": ("deterministic", "deterministic"),
     "independent": ("block", "traversal"),
     "without_replacement": ("block", "traversal"),
     "top_and_drawn": ("greedy_drafting", "greedy_drafting"),
@@ -39,8 +39,8 @@ class Verifier:
 
     name: str
     is_lossless: bool
-    law: Sampling
-    """How the law that it reads is taken."""
+    sampling: Sampling
+    """How the target probabilities that it reads are computed."""
     verify: Callable[[Tensor, Draft, Tensor], Verdict]
 
 
@@ -81,9 +81,9 @@ def find(name: str) -> tuple[ModuleType, float | None]:
 def _made(name: str, sampling: Sampling) -> Verifier:
     module, number = find(name)
     verify = module.verify if number is None else partial(module.verify, **{module.PARAMETER: number})
-    temperature = getattr(module, "LAW_TEMPERATURE", None)
-    law = sampling if temperature is None else Sampling(temperature=temperature)
-    return Verifier(name=name, is_lossless=module.LOSSLESS, law=law, verify=verify)
+    temperature = getattr(module, "TARGET_TEMPERATURE", None)
+    target_sampling = sampling if temperature is None else Sampling(temperature=temperature)
+    return Verifier(name=name, is_lossless=module.LOSSLESS, sampling=target_sampling, verify=verify)
 
 
 def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
@@ -93,15 +93,15 @@ def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
     """
     # A plain step fits them all.
     if name == "auto" or (draft.tree.num_nodes == 1 and find(name)[0].LOSSLESS):
-        of_chain, of_tree = AUTO[draft.drawn]
+        of_chain, of_tree = AUTO[draft.sampling_scheme]
         return _made("greedy" if sampling.is_greedy else of_chain if draft.tree.is_chain else of_tree, sampling)
     module, _ = find(name)
     if sampling.is_greedy and module.LOSSLESS and name != "greedy":
         raise ValueError(f"verifier {name!r} keeps a sampled law; at temperature 0 use 'greedy' or 'auto'")
     if name == "greedy" and not sampling.is_greedy:
         raise ValueError(f"verifier 'greedy' is for temperature 0, not {sampling.temperature}; use 'auto'")
-    if draft.drawn not in module.DRAWN:
-        raise ValueError(f"verifier {name!r} does not fit a draft drawn {draft.drawn.replace('_', ' ')}; use 'auto'")
+    if draft.sampling_scheme not in module.SCHEMES:
+        raise ValueError(f"verifier {name!r} does not fit a draft drawn {draft.sampling_scheme.replace('_', ' ')}; use 'auto'")
     if getattr(module, "SHAPE", None) == "chain" and not draft.tree.is_chain:
         raise ValueError(f"verifier {name!r} takes chains, and this drafter proposes trees; use 'auto'")
     return _made(name, sampling)
@@ -115,4 +115,4 @@ def verify_draft(
     if verifier.name == "greedy":
         return verifier.verify(logits_BNV, draft, logits_BNV)
     uniforms_BU = torch.rand(len(logits_BNV), draft.tree.num_nodes + 1, generator=generator, dtype=torch.float64)
-    return verifier.verify(verifier.law.law(logits_BNV), draft, uniforms_BU.to(logits_BNV.device))
+    return verifier.verify(verifier.sampling.probs(logits_BNV), draft, uniforms_BU.to(logits_BNV.device))

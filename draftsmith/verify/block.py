@@ -10,7 +10,7 @@ from draftsmith.core.tree import Draft, Verdict
 from draftsmith.verify.paths import at, drawn_at
 
 LOSSLESS = True
-DRAWN = ("independent", "without_replacement")
+SCHEMES = ("independent", "without_replacement")
 SHAPE = "chain"
 
 
@@ -55,5 +55,5 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
     is_last_B = end_B + 1 == used_B
     taken_BV = torch.where(is_last_B[:, None], 0.0, at(draft_probs_BNV, end_B))
     end_weight_B = torch.where(is_last_B, 1.0, end_weight_B)
-    law_BV = (end_weight_B[:, None] * target_BV - taken_BV).clamp_(min=0)
-    return drawn_at(end_B, law_BV, target_probs_BNV, uniforms_BU[:, -1], draft)
+    next_probs_BV = (end_weight_B[:, None] * target_BV - taken_BV).clamp_(min=0)
+    return drawn_at(end_B, next_probs_BV, target_probs_BNV, uniforms_BU[:, -1], draft)

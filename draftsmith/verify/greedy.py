@@ -6,7 +6,7 @@ from draftsmith.core.tree import Draft, Verdict
 from draftsmith.verify.paths import walk
 
 LOSSLESS = True
-DRAWN = ("deterministic", "independent", "without_replacement", "top_and_drawn")
+SCHEMES = ("deterministic", "independent", "without_replacement", "top_and_drawn")
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:

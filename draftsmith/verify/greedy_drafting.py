@@ -11,7 +11,7 @@ from draftsmith.core.tree import Draft, Verdict
 from draftsmith.verify.paths import Siblings, at, path_to, pick
 
 LOSSLESS = True
-DRAWN = ("top_and_drawn",)
+SCHEMES = ("top_and_drawn",)
 EPSILON = 2.0**-53
 
 

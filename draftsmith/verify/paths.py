@@ -59,7 +59,7 @@ def same_text(draft: Draft) -> Tensor:
     tokens_BN, num_nodes = draft.tokens_BN, draft.tree.num_nodes
     parents_BN = draft.tree.parents_RN.clamp(min=0).expand_as(tokens_BN)
     first_BN = torch.arange(num_nodes, device=tokens_BN.device).expand_as(tokens_BN)
-    if draft.drawn in ("without_replacement", "top_and_drawn") or draft.tree.is_chain:
+    if draft.sampling_scheme in ("without_replacement", "top_and_drawn") or draft.tree.is_chain:
         return first_BN
     agree_BNN = tokens_BN[:, :, None] == tokens_BN[:, None]
     agree_BNN[:, :, 0] = agree_BNN[:, 0] = False
@@ -93,10 +93,10 @@ class Siblings:
             self.is_child_BN &= self.chances(draft.draft_probs_BNV) > 0
         self.is_child_BN[:, 0] = False
 
-    def chances(self, law_BNV: Tensor) -> Tensor:
+    def chances(self, probs_BNV: Tensor) -> Tensor:
         """Returns what the law after each node's parent gives its token [B, N]."""
         rows_B1 = torch.arange(len(self._tokens_BN), device=self._tokens_BN.device)[:, None]
-        return law_BNV[rows_B1, self._parents_BN, self._tokens_BN]
+        return probs_BNV[rows_B1, self._parents_BN, self._tokens_BN]
 
     def of(self, text_B: Tensor) -> Tensor:
         """Returns which nodes [B, N] are children of each row's text."""
@@ -133,13 +133,13 @@ def path_to(end_B: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
     return torch.cat(climb, dim=1).gather(1, steps_BP.clamp(min=0)), num_accepted_B
 
 
-def drawn_at(end_B: Tensor, law_BV: Tensor, target_probs_BNV: Tensor, uniform_B: Tensor, draft: Draft) -> Verdict:
+def drawn_at(end_B: Tensor, next_probs_BV: Tensor, target_probs_BNV: Tensor, uniform_B: Tensor, draft: Draft) -> Verdict:
     """Returns the verdict of a path that ends at `end_B`, the next token drawn from `law_BV`, not normalised.
 
     Where rounding has left nothing of that law the target's own takes its place: two equal laws leave no residual.
     """
-    is_empty_B = law_BV.sum(-1) <= 0
+    is_empty_B = next_probs_BV.sum(-1) <= 0
     if is_empty_B.any():
-        law_BV = torch.where(is_empty_B[:, None], at(target_probs_BNV, end_B), law_BV)
+        next_probs_BV = torch.where(is_empty_B[:, None], at(target_probs_BNV, end_B), next_probs_BV)
     path_BP, num_accepted_B = path_to(end_B, draft)
-    return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=draw(law_BV, uniform_B), law_BV=law_BV)
+    return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=draw(next_probs_BV, uniform_B), next_probs_BV=next_probs_BV)

@@ -27,7 +27,7 @@ class Rejections:
         assert draft.draft_probs_BNV is not None
         self._target_BNV = target_probs_BNV
         self._draft_BNV = draft.draft_probs_BNV.to(target_probs_BNV.dtype)
-        self._is_replaced = draft.drawn == "independent"
+        self._is_replaced = draft.sampling_scheme == "independent"
         siblings = Siblings(draft)
         self.first_BN, self.above_BN, self._is_left_BN, self._tokens_BN = (
             tensor.cpu().numpy().copy()
@@ -35,7 +35,7 @@ class Rejections:
         )
         self.rows_B = np.arange(len(self._tokens_BN))
         self._wanted_BN, self._given_BN = (
-            siblings.chances(law_BNV).double().cpu().numpy() for law_BNV in (self._target_BNV, self._draft_BNV)
+            siblings.chances(probs_BNV).double().cpu().numpy() for probs_BNV in (self._target_BNV, self._draft_BNV)
         )
         self._c_BN = np.zeros(self._tokens_BN.shape)
         self._mass_BN, self._draft_mass_BN = np.ones_like(self._c_BN), np.ones_like(self._c_BN)
@@ -81,7 +81,7 @@ class Rejections:
         """Takes children away without a look at the laws, which nothing depends on any more."""
         self._is_left_BN[X, child_X] = False
 
-    def law(self, text_B: Array) -> Tensor:
+    def probs(self, text_B: Array) -> Tensor:
         """Returns the target's law [B, V] as it stands after each row's text, not normalised."""
         return self._laws(self.rows_B, text_B)[0]
 
@@ -89,10 +89,10 @@ class Rejections:
         """Returns what is left of the target's law and of the draft's [X, V], in memory that the next call reuses."""
         device, dtype = self._target_BNV.device, self._target_BNV.dtype
         laws = []
-        for law_BNV, memory_BV in ((self._target_BNV, self._left_BV), (self._draft_BNV, self._drafted_BV)):
+        for probs_BNV, memory_BV in ((self._target_BNV, self._left_BV), (self._draft_BNV, self._drafted_BV)):
             # Nodes past the last draft law have no children: nothing of it is taken there.
-            place_X = torch.from_numpy(X * law_BNV.shape[1] + np.minimum(text_X, law_BNV.shape[1] - 1)).to(device)
-            rows_XV = law_BNV.flatten(0, 1)
+            place_X = torch.from_numpy(X * probs_BNV.shape[1] + np.minimum(text_X, probs_BNV.shape[1] - 1)).to(device)
+            rows_XV = probs_BNV.flatten(0, 1)
             laws.append(torch.index_select(rows_XV, 0, place_X, out=memory_BV[: len(X)]))
         left_XV, drafted_XV = laws
         c_X1 = torch.from_numpy(self._c_BN[X, text_X]).to(device, dtype)[:, None]

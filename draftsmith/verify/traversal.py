@@ -12,7 +12,7 @@ from draftsmith.verify.paths import drawn_at
 from draftsmith.verify.rejection import Rejections
 
 LOSSLESS = True
-DRAWN = ("independent", "without_replacement")
+SCHEMES = ("independent", "without_replacement")
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
@@ -53,6 +53,6 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
         node_B[X], node_B[F] = child_B[X], parent_F
         is_done_B |= passes_B
 
-    law_BV = left.law(left.first_BN[rows_B, node_B])
+    next_probs_BV = left.probs(left.first_BN[rows_B, node_B])
     end_B = torch.from_numpy(node_B).to(draft.tokens_BN.device)
-    return drawn_at(end_B, law_BV, target_probs_BNV, uniforms_BU[:, -1], draft)
+    return drawn_at(end_B, next_probs_BV, target_probs_BNV, uniforms_BU[:, -1], draft)

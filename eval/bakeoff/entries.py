@@ -12,7 +12,7 @@ from data.prompts import Prompt
 from data.shards import hash_files
 from draftsmith import Target, verify
 from draftsmith.artifacts.artifact import own_files, read_manifest
-from draftsmith.length.target_confidence import Gated
+from draftsmith.length.target_confidence import TargetConfidenceThreshold
 from eval.bakeoff.measure import Contender, own_loop, transformers_loop, warm_up
 from eval.bakeoff.settings import Settings
 
@@ -101,7 +101,7 @@ def _ablations(own: Contender, drafter: Any, facts: dict[str, Any], settings: Se
     for policy in settings.lengths:
         yield Entry(contender=other(policy, policy=policy), length=policy, **facts)
     for gate in settings.gates:
-        yield Entry(contender=other(f"gate {gate:g}", drafter=Gated(drafter, gate)), gate=gate, **facts)
+        yield Entry(contender=other(f"gate {gate:g}", drafter=TargetConfidenceThreshold(drafter, gate)), gate=gate, **facts)
 
 
 def _names(artifacts: Sequence[Path]) -> list[str]:

@@ -18,7 +18,7 @@ import draftsmith
 from draftsmith import Target
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.stats import GenerationStats
-from draftsmith.core.tree import Draft, Entry
+from draftsmith.core.tree import Draft, ResumePoint
 from draftsmith.length.costs import flat
 from eval.bakeoff.measure import Rows, Tally, pad
 
@@ -39,11 +39,11 @@ class Blind:
     def propose(self, budget: int) -> Draft:
         pending_B1 = self._session.pending()[:, None]
         tokens_BN = pending_B1.repeat(1, self._tree.num_nodes)
-        entry = None
+        resume_point = None
         if self._layer:
             hidden_BND = torch.zeros(*tokens_BN.shape, self.target.hidden_size, device=self.target.device)
-            entry = Entry(layer=self._layer, hidden_BND=hidden_BND.to(self.target.dtype))
-        return Draft(tokens_BN=tokens_BN, tree=self._tree, entry=entry)
+            resume_point = ResumePoint(layer=self._layer, hidden_BND=hidden_BND.to(self.target.dtype))
+        return Draft(tokens_BN=tokens_BN, tree=self._tree, resume_point=resume_point)
 
     def observe(self, step: Step) -> None:
         """Learns nothing."""

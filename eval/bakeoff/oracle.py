@@ -25,7 +25,7 @@ def optimal_acceptance(target_probs_V: Tensor, draft_probs_V: Tensor, num_drafts
     ratio_V = torch.where(target_probs_V > 0, draft_probs_V / target_probs_V, torch.inf)
     order_V = ratio_V.argsort(dim=-1, descending=True)
     target_mass_V, draft_mass_V = (
-        law_V.gather(-1, order_V).double().cumsum(-1) for law_V in (target_probs_V, draft_probs_V)
+        probs_V.gather(-1, order_V).double().cumsum(-1) for probs_V in (target_probs_V, draft_probs_V)
     )
     powers = torch.as_tensor(num_drafts, device=target_probs_V.device)[..., None]
     return 1 + (target_mass_V - draft_mass_V.clamp(max=1) ** powers).amin(-1).clamp(max=0)
@@ -44,8 +44,8 @@ class Watched:
         """Adds up the steps whose first siblings were drawn independently; one sibling always is."""
         draft, running = step.draft, [row for row, path in enumerate(step.paths) if path]
         num_first = int((draft.tree.depths_RN[0] == 1).sum())
-        if draft.draft_probs_BNV is not None and (draft.drawn == "independent" or num_first == 1):
-            target_BV, draft_BV = self._sampling.law(step.logits_BNV[:, 0]), draft.draft_probs_BNV[:, 0]
+        if draft.draft_probs_BNV is not None and (draft.sampling_scheme == "independent" or num_first == 1):
+            target_BV, draft_BV = self._sampling.probs(step.logits_BNV[:, 0]), draft.draft_probs_BNV[:, 0]
             self.optimum += float(optimal_acceptance(target_BV, draft_BV, num_first)[running].sum())
             self.num_accepted += int((step.verdict.num_accepted_B[running] > 0).sum())
             self.num_steps += len(running)

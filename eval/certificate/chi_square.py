@@ -66,7 +66,7 @@ class Evidence:
 # --- One law -----------------------------------------------------------------------------------------------------
 
 
-def chi_square(counts_V: Tensor, law_V: Tensor, generator: torch.Generator) -> Evidence:
+def chi_square(counts_V: Tensor, probs_V: Tensor, generator: torch.Generator) -> Evidence:
     """Returns the evidence of counts [V] against the law [V] that they were drawn from.
 
     The likeliest tokens are a cell each and the rest one cell, so that each expects MIN_EXPECTED or more. The statistic
@@ -74,8 +74,8 @@ def chi_square(counts_V: Tensor, law_V: Tensor, generator: torch.Generator) -> E
     limit, and, as each score is drawn where the count jumps (Dunn and Smyth 1996), of an exact chi-square law always.
     Pearson's own is past the level 1e-5 up to 20 times too often where cells expect five.
     """
-    num_samples, num_excluded = int(counts_V.sum()), int(counts_V[law_V == 0].sum())
-    sorted_V, order_V = law_V.double().sort(descending=True, stable=True)
+    num_samples, num_excluded = int(counts_V.sum()), int(counts_V[probs_V == 0].sum())
+    sorted_V, order_V = probs_V.double().sort(descending=True, stable=True)
     # Summed from the end, so that where nothing is left it is zero exactly.
     rest_V = torch.nn.functional.pad(sorted_V.flip(0).cumsum(0).flip(0)[1:], (0, 1))
     is_enough_V = (num_samples * sorted_V >= MIN_EXPECTED) & ((num_samples * rest_V >= MIN_EXPECTED) | (rest_V == 0))
@@ -150,20 +150,20 @@ def judge(texts: Iterable[Drawn], num_tokens: int, laws_along: LawsAlong, genera
     positions, ranks, favour = [Evidence()] * num_tokens, _Ranks(), _Favour()
     for prompt, by_text in different.items():
         laws = laws_along(prompt, list(by_text))
-        for (tokens, same), (laws_TV, is_clear_T) in zip(by_text.items(), laws, strict=True):
+        for (tokens, same), (probs_TV, is_clear_T) in zip(by_text.items(), laws, strict=True):
             for at in range(len(tokens)):
                 group = groups.pop((prompt, tokens[:at]), [])
                 if len(group) >= 2 * MIN_EXPECTED and is_clear_T[at]:
-                    counts_V = torch.tensor(group, device=laws_TV.device).bincount(minlength=laws_TV.shape[1])
-                    positions[at] += chi_square(counts_V, laws_TV[at], generator)
+                    counts_V = torch.tensor(group, device=probs_TV.device).bincount(minlength=probs_TV.shape[1])
+                    positions[at] += chi_square(counts_V, probs_TV[at], generator)
                 elif len(group) >= 2 * MIN_EXPECTED:
                     positions[at] += Evidence(num_unclear=1)
-            tokens_T = torch.tensor(tokens, device=laws_TV.device)
-            ranks.add(tokens_T[is_clear_T], laws_TV[is_clear_T], len(same))
+            tokens_T = torch.tensor(tokens, device=probs_TV.device)
+            ranks.add(tokens_T[is_clear_T], probs_TV[is_clear_T], len(same))
             for drawn in same:
                 for at, (drafted_K, weights_K) in drawn.drafts.items():
                     if at < len(tokens) and is_clear_T[at]:
-                        favour.add(tokens[at], laws_TV[at], drafted_K, weights_K)
+                        favour.add(tokens[at], probs_TV[at], drafted_K, weights_K)
     return Judgement(by_prefix=positions, by_rank=ranks.evidence(), by_draft=favour.evidence())
 
 
@@ -175,15 +175,15 @@ class _Favour:
         self._cumulants = torch.zeros(3, dtype=torch.float64)
         self._num_samples = 0
 
-    def add(self, token: int, law_V: Tensor, drafted_K: Tensor, weights_K: Tensor) -> None:
+    def add(self, token: int, probs_V: Tensor, drafted_K: Tensor, weights_K: Tensor) -> None:
         """Takes up one token, the law [V] before it, and what the draft favoured there [K]."""
-        law_K, weights_K = law_V[drafted_K.to(law_V.device)].cpu(), weights_K.double()
-        mean = float(law_K @ weights_K)
+        probs_K, weights_K = probs_V[drafted_K.to(probs_V.device)].cpu(), weights_K.double()
+        mean = float(probs_K @ weights_K)
         self._excess += float(weights_K[drafted_K == token].sum()) - mean
         self._gain += float(weights_K.square().sum() / weights_K.sum()) - mean
         # Of a token that is not drafted the weight is 0.
         second, third, fourth = (
-            float(law_K @ (weights_K - mean) ** power + (1 - law_K.sum()) * (-mean) ** power) for power in (2, 3, 4)
+            float(probs_K @ (weights_K - mean) ** power + (1 - probs_K.sum()) * (-mean) ** power) for power in (2, 3, 4)
         )
         self._cumulants += torch.tensor([second, third, fourth - 3 * second**2], dtype=torch.float64)
         self._num_samples += 1
@@ -211,18 +211,18 @@ class _Ranks:
         self._variance_RR = torch.zeros(num_ranks, num_ranks, dtype=torch.float64)
         self._num_samples = self._num_excluded = 0
 
-    def add(self, tokens_T: Tensor, laws_TV: Tensor, number: int) -> None:
+    def add(self, tokens_T: Tensor, probs_TV: Tensor, number: int) -> None:
         """Counts `number` texts that agree: their tokens [T] and the laws [T, V] before these."""
-        sorted_TV, order_TV = laws_TV.sort(descending=True, stable=True)
+        sorted_TV, order_TV = probs_TV.sort(descending=True, stable=True)
         rank_T = (order_TV == tokens_T[:, None]).to(torch.uint8).argmax(1).cpu()
-        ends = [0, *(min(end, laws_TV.shape[1]) for end in RANK_ENDS), laws_TV.shape[1]]
+        ends = [0, *(min(end, probs_TV.shape[1]) for end in RANK_ENDS), probs_TV.shape[1]]
         masses_TR = torch.stack([sorted_TV[:, a:b].sum(1) for a, b in itertools.pairwise(ends)], dim=1).cpu()
         cell_T = torch.bucketize(rank_T, torch.tensor(RANK_ENDS), right=True)
         self._counts_R += number * cell_T.bincount(minlength=len(RANK_ENDS) + 1)
         self._expected_R += number * masses_TR.sum(0)
         self._variance_RR += number * (masses_TR.sum(0).diag() - masses_TR.T @ masses_TR)
         self._num_samples += number * len(tokens_T)
-        self._num_excluded += number * int((laws_TV.gather(1, tokens_T[:, None]) == 0).sum())
+        self._num_excluded += number * int((probs_TV.gather(1, tokens_T[:, None]) == 0).sum())
 
     def evidence(self) -> Evidence:
         """Returns the evidence; ranks that expect too little are counted with those before them."""

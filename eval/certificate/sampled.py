@@ -208,8 +208,8 @@ def _favoured(draft: Draft) -> list[tuple[Tensor, Tensor]]:
     They must not depend on what was drawn: a token's law, given what was drawn for its draft, is not the target's.
     """
     if draft.draft_probs_BNV is not None:
-        law_BV = draft.draft_probs_BNV[:, 0].cpu()
-        weights_BK, tokens_BK = law_BV.topk(min(NUM_FAVOURED, law_BV.shape[1]))
+        probs_BV = draft.draft_probs_BNV[:, 0].cpu()
+        weights_BK, tokens_BK = probs_BV.topk(min(NUM_FAVOURED, probs_BV.shape[1]))
         return list(zip(tokens_BK, weights_BK, strict=True))
     is_child_BN = (draft.tree.parents_RN == 0).expand_as(draft.tokens_BN)
     if (valid_BN := draft.valid_BN()) is not None:

@@ -16,7 +16,7 @@ from data.prompts import Prompt
 from draftsmith import Target
 from draftsmith.core.drafter import Session, forget
 from draftsmith.core.tree import Draft
-from draftsmith.length.controller import paced
+from draftsmith.length.controller import with_length_control
 
 NUM_TEXTS, NUM_TOKENS = 3, 64
 MOST_PATHS, MOST_REJECTED = 24, 4
@@ -99,7 +99,7 @@ def chosen(prompts: Sequence[Prompt]) -> list[Prompt]:
 def follow(drafter: Any, prompt: list[int], max_new_tokens: int, *, length: str = "auto") -> list[Taken]:
     """Returns the steps of greedy decoding after one prompt; `length` is as `draftsmith.generate` takes it."""
     forget(drafter)
-    recorded = Recorded(paced(drafter, length))
+    recorded = Recorded(with_length_control(drafter, length))
     ids = torch.tensor([prompt], device=drafter.target.device)
     out = draftsmith.generate(drafter.target, ids, recorded, max_new_tokens=max_new_tokens, length="fixed")
     text = out.sequences[0, : out.lengths[0]].tolist()

@@ -159,8 +159,8 @@ def test_two_spans_are_the_whole(architecture: str) -> None:
     for split in (1, 2, 3):
         below = target.forward(tokens_BN, tree, parts, span=(0, split), layers=(split,))
         assert torch.equal(below.hidden_BND, below.layers[split])
-        entry_BND, span = below.hidden_BND, (split, NUM_LAYERS)
-        above = target.forward(tokens_BN, tree, parts, span=span, entry_BND=entry_BND, layers=(3,))
+        resume_BND, span = below.hidden_BND, (split, NUM_LAYERS)
+        above = target.forward(tokens_BN, tree, parts, span=span, resume_BND=resume_BND, layers=(3,))
         assert torch.allclose(below.hidden_BND, expected.layers[split], atol=1e-6)
         assert torch.allclose(above.hidden_BND, expected.hidden_BND, atol=1e-6)
         assert torch.equal(above.layers[3], above.hidden_BND)

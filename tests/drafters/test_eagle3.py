@@ -18,7 +18,7 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.drafters import eagle3
 from draftsmith.drafters.eagle3 import Config, Drafter
-from draftsmith.length.target_confidence import Gated
+from draftsmith.length.target_confidence import TargetConfidenceThreshold
 from tests.parts.test_layers import naive_attention
 from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, built, check_family
@@ -198,7 +198,7 @@ def test_drafts_and_cache_are_those_of_the_naive_network(variant: str, shape: An
     compared = Compared(made(shape(target, **VARIANTS[variant]), target), sampling)
     ids, mask = padded(prompts(3))
     settings = vars(sampling) | {"max_new_tokens": 8, "eos_token_id": (10, 11, 12), "seed": 1}
-    gated: Any = Gated(compared, gate) if gate else compared
+    gated: Any = TargetConfidenceThreshold(compared, gate) if gate else compared
     draftsmith.generate(target, ids, gated, attention_mask=mask, **settings)
     assert compared.num_compared > 20 and compared.num_checked > 4
 

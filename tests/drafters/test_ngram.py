@@ -72,7 +72,7 @@ def started(drafter: Drafter, rows: list[list[int]], sources: list[list[int]] | 
     source = None
     if sources is not None:
         source = SimpleNamespace(tokens_BT=torch.tensor(sources), mask_BT=torch.ones(len(sources), len(sources[0])))
-    given = {"sampling": Sampling(), "goes_on": lambda row, chance: True, "generator": torch.Generator().manual_seed(0)}
+    given = {"sampling": Sampling(), "should_continue": lambda row, chance: True, "generator": torch.Generator().manual_seed(0)}
     session: Any = SimpleNamespace(**{"rows": rows, "source": source, "target": drafter.target, **given, **changes})
     drafter.start(session)
     return drafter
@@ -127,7 +127,7 @@ def test_what_is_drawn_from_is_told(tmp_path: Path, sampling: Sampling) -> None:
     drafts = [drafter.propose(4) for _ in range(20)]
     assert len({str(draft.tokens_BN.tolist()) for draft in drafts}) > 1
     for draft in drafts:
-        assert draft.drawn == "independent" and draft.draft_probs_BNV is not None
+        assert draft.sampling_scheme == "independent" and draft.draft_probs_BNV is not None
         for row, (ids, probs_NV) in enumerate(zip(rows, draft.draft_probs_BNV, strict=True)):
             drafted = draft.tokens_BN[row, 1:].tolist()
             for place, token in enumerate(drafted):

@@ -150,7 +150,7 @@ def test_tokens_drawn_with_help_follow_the_larger_models_law(small: str) -> None
     counts_C = torch.zeros(VOCAB_SIZE**NUM_TOKENS, dtype=torch.float64)
     for seed in range(4):
         counts_C += torch.bincount(cells(drawn_tokens(drafter, 1_000, seed)), minlength=len(counts_C))
-    assert p_value(counts_C, exact_distribution(drafter.engine)) > FALSE_ALARM
+    assert p_value(counts_C, exact_distribution(drafter.draft_model)) > FALSE_ALARM
     assert p_value(counts_C, exact_distribution(distribution_target())) < FALSE_ALARM, "which is not the target's"
 
 
@@ -171,17 +171,17 @@ def test_a_small_drafter_that_is_always_right_spares_forwards_of_the_larger(acce
     if accepts:
         larger.model.load_state_dict(TARGET.model.state_dict())
     copied.model.load_state_dict(larger.model.state_dict())
-    object.__setattr__(copied, "target", larger.engine)
+    object.__setattr__(copied, "target", larger.draft_model)
     names = (name("lm", model), name("lm", model))
     drafter = Drafter(Config(parts=names, num_draft=4, length="fixed"), TARGET, [Part(larger), Part(copied.eval())])
     fed: list[int] = []
-    whole = drafter.engine.forward
+    whole = drafter.draft_model.forward
 
     def counted(tokens_BN: Tensor, *given: Any, **named: Any) -> Any:
         fed.append(tokens_BN.shape[1])
         return whole(tokens_BN, *given, **named)
 
-    drafter.engine.forward = counted  # type: ignore[method-assign]
+    drafter.draft_model.forward = counted  # type: ignore[method-assign]
     out = draftsmith.generate(TARGET, torch.tensor(prompts(1)), drafter, max_new_tokens=NUM_NEW)
     assert texts(out) == greedy_by_transformers("llama", 1, NUM_NEW)
     # Of the last drafts some are shorter, as less is left to write.

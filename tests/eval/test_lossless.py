@@ -83,7 +83,7 @@ def of_greedy(told: dict[str, Any]) -> list[dict[str, Any]]:
 # --- Sound systems ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "verifier"), [("medusa", "once"), ("lm", "block"), ("lookup", "once")])
+@pytest.mark.parametrize(("name", "verifier"), [("medusa", "deterministic"), ("lm", "block"), ("lookup", "deterministic")])
 def test_every_family_is_certified(artifacts: dict[str, Path], name: str, verifier: str) -> None:
     told = certificate(artifacts[name])
     assert told["verdict"] == LOSSLESS
@@ -324,7 +324,7 @@ def test_mistakes_are_refused_before_the_weights_load(workplace: Path, monkeypat
     good = RunSettings(target="target", data="prompts.jsonl", draft=("heads",), output="new", num_prompts=3)
     faults = {
         "no such folder": {"draft": ("nowhere",)},
-        "is no draftsmith artifact": {"draft": (".",)},
+        "is not a draftsmith artifact": {"draft": (".",)},
         "was made for a vocabulary of 99": {"draft": ("heads", "alien")},
         "with another tokenizer": {"draft": ("foreign",)},
         "is empty": {"data": "empty.jsonl"},

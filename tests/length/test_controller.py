@@ -15,7 +15,7 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import GenerationStats
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters import lm, lookup, medusa
-from draftsmith.length.controller import Paced, cut, paced
+from draftsmith.length.controller import LengthControlled, cut, with_length_control
 from draftsmith.length.policies import POLICIES, Confidence, Outcome, make
 from tests import test_generate
 from tests.support.distributions import FALSE_ALARM, check_distribution, judge, distribution_target
@@ -61,7 +61,7 @@ def seen(draft: Draft, paths: list[list[int]]) -> Step:
 
 def test_each_row_has_a_budget_of_its_own() -> None:
     inner = Chains(num_draft=4)
-    drafter = begun(paced(inner, "heuristic"))
+    drafter = begun(with_length_control(inner, "heuristic"))
     draft = drafter.propose(100)
     assert inner.budgets == [4] and draft.num_nodes is None
     drafter.observe(seen(draft, [[0, 1, 2, 3, 4], [0, 1], [0]]))
@@ -76,7 +76,7 @@ def test_each_row_has_a_budget_of_its_own() -> None:
 
 def test_a_drafter_that_asks_is_asked_for_each_token() -> None:
     inner = Chains(num_draft=5, length="confidence=0.5", supports_early_stop=True)
-    drafter = begun(paced(inner, "auto"), 2)
+    drafter = begun(with_length_control(inner, "auto"), 2)
     draft = drafter.propose(100)
     ask = inner.session.should_continue
     assert [ask(0, 0.9), ask(1, 0.5), ask(0, 0.4), ask(1, 0.9)] == [True, True, False, True]
@@ -84,7 +84,7 @@ def test_a_drafter_that_asks_is_asked_for_each_token() -> None:
     judged: list[Any] = []
     policy = Confidence(0.5)
     policy.learn = lambda outcomes, depth, cost_ms: judged.extend([*outcomes, depth, cost_ms])  # type: ignore
-    drafter = begun(paced(inner, policy), 2)
+    drafter = begun(with_length_control(inner, policy), 2)
     draft = drafter.propose(100)
     for row, confidence in ((0, 0.9), (1, 0.2), (0, 0.4)):
         inner.session.should_continue(row, confidence)
@@ -195,7 +195,7 @@ def small() -> Any:
 def test_sampled_text_follows_the_law(length: str) -> None:
     """One policy object for all calls, so that what it has learnt, and the clock, decide."""
     drafter = Lengths(small())
-    check_distribution(Paced(drafter, make(length), supports_early_stop=True), distribution_target(), num_samples=NUM_SAMPLES)
+    check_distribution(LengthControlled(drafter, make(length), supports_early_stop=True), distribution_target(), num_samples=NUM_SAMPLES)
     assert len(drafter.found) > 1 or length == "fixed=2"
 
 
@@ -205,10 +205,10 @@ def test_sampled_text_of_drafters_that_tell_nothing_follows_the_law(family: str,
     silent: Any = lookup.Drafter(lookup.Config(num_draft=3), distribution_target())
     if family == "medusa":
         silent = built(medusa, medusa.Config(num_heads=3, tree=TREE), distribution_target())
-    check_distribution(Paced(silent, make(length), supports_early_stop=False), distribution_target(), num_samples=NUM_SAMPLES)
+    check_distribution(LengthControlled(silent, make(length), supports_early_stop=False), distribution_target(), num_samples=NUM_SAMPLES)
 
 
-class Withholds(Paced):
+class Withholds(LengthControlled):
     """WRONG: a token is not judged for what it turned out to be."""
 
     def propose(self, budget: int) -> Draft:

@@ -13,7 +13,7 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters import lookup, medusa
-from draftsmith.length.target_confidence import Gated
+from draftsmith.length.target_confidence import TargetConfidenceThreshold
 from draftsmith.verify import choose
 from tests import test_generate
 from tests.support.distributions import check_distribution, distribution_target
@@ -46,7 +46,7 @@ class Once:
 
 def begun(draft: Draft, threshold: float = 0.5) -> tuple[Any, Once]:
     inner = Once(draft)
-    drafter = Gated(inner, threshold)  # type: ignore[arg-type]
+    drafter = TargetConfidenceThreshold(inner, threshold)  # type: ignore[arg-type]
     rows = [[5]] * len(draft.tokens_BN)
     given: dict[str, Any] = {"cache": None, "sampling": Sampling(), "generator": torch.Generator()}
     drafter.start(Session(target=tiny_target("llama"), rows=rows, **given))
@@ -120,7 +120,7 @@ def test_it_does_as_the_targets_own_law_says(threshold: float) -> None:
     """With drafts that are always wrong, which steps draft follows from the probabilities along the greedy text."""
     target, expected = tiny_target("llama"), greedy_by_transformers("llama", 5, NUM_NEW)
     ids, mask = padded(prompts(5))
-    watched = Watched(Gated(test_generate.Scripted(target, expected, trees=False, wrong_every=1), threshold))
+    watched = Watched(TargetConfidenceThreshold(test_generate.Scripted(target, expected, trees=False, wrong_every=1), threshold))
     drafts, propose = [], watched.propose
 
     def propose_and_note(budget: int) -> Draft:
@@ -145,7 +145,7 @@ def test_it_does_as_the_targets_own_law_says(threshold: float) -> None:
 @pytest.mark.parametrize("length", ["auto", "heuristic"])
 def test_greedy_output_is_the_targets(name: str, length: str) -> None:
     target = tiny_target("llama")
-    gated = Watched(Gated(test_generate.drafter_of(name, "llama"), 0.4))
+    gated = Watched(TargetConfidenceThreshold(test_generate.drafter_of(name, "llama"), 0.4))
     bare = Watched(test_generate.drafter_of(name, "llama"))
     for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
         for drafter in (gated, bare):
@@ -154,7 +154,7 @@ def test_greedy_output_is_the_targets(name: str, length: str) -> None:
     assert 0 < gated.num_drafted < bare.num_drafted, "it must have been shut now and then"
 
 
-class Noted(Gated):
+class Noted(TargetConfidenceThreshold):
     """Counts the running rows that it shuts."""
 
     num_shut = 0
@@ -179,7 +179,7 @@ def test_confidence_is_taken_before_temperature() -> None:
     """At temperature 0 the law is one-hot and never in doubt; the gate must not go by it."""
     drafted = []
     for temperature in (0.0, 0.05):
-        watched = Watched(Gated(test_generate.drafter_of("copy", "llama"), 0.999))
+        watched = Watched(TargetConfidenceThreshold(test_generate.drafter_of("copy", "llama"), 0.999))
         test_generate.run(tiny_target("llama"), 5, watched, temperature=temperature, seed=0)
         bare = Watched(test_generate.drafter_of("copy", "llama"))
         test_generate.run(tiny_target("llama"), 5, bare, temperature=temperature, seed=0)
@@ -190,4 +190,4 @@ def test_confidence_is_taken_before_temperature() -> None:
 @pytest.mark.parametrize("threshold", [0.0, 1.0, float("nan")])
 def test_a_threshold_that_is_none_is_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match="it must lie between 0 and 1"):
-        Gated(test_generate.drafter_of("lookup", "llama"), threshold)
+        TargetConfidenceThreshold(test_generate.drafter_of("lookup", "llama"), threshold)

@@ -12,7 +12,7 @@ import draftsmith
 from draftsmith.core.drafter import Session, Step, find
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import eagle3, early_exit, hydra, kangaroo, layerskip, lm, lookup, medusa, medusa2, prophet
-from draftsmith.length.controller import Paced
+from draftsmith.length.controller import LengthControlled
 from draftsmith.length.policies import ExpectedGain
 from draftsmith.parts import composites
 from draftsmith.parts.composites import Part
@@ -128,7 +128,7 @@ def test_a_policy_learns_of_its_own_drafts_alone() -> None:
     """A plain step tells what it costs; of another drafter's draft nothing can be learnt."""
     policy, told = ExpectedGain(), []
     policy.learn = lambda outcomes, depth, cost_ms: told.append((len(outcomes), depth))  # type: ignore
-    drafter = Paced(built(medusa, DRAFTERS["medusa"][1], TARGET), policy, supports_early_stop=False)
+    drafter = LengthControlled(built(medusa, DRAFTERS["medusa"][1], TARGET), policy, supports_early_stop=False)
     other = Scripted(TARGET, greedy_by_transformers("llama", 1, NUM_NEW), trees=False)
     turns = Turns([drafter, other])
     draftsmith.generate(TARGET, torch.tensor(prompts(1)), turns, max_new_tokens=NUM_NEW)
@@ -195,9 +195,9 @@ def test_an_artifact_of_parts_holds_theirs_whole_or_is_refused(family: str, tmp_
     model = built(lm, DRAFTERS["lm chains"][1], TARGET)
     first = model if family == "staged" else heads
     draftsmith.save(first, tmp_path / "first", TARGET, record={"train_s": 12.5, "command": "as it was made"})
-    small = lookup.Drafter(lookup.Config(), model.engine if family == "staged" else TARGET)
+    small = lookup.Drafter(lookup.Config(), model.draft_model if family == "staged" else TARGET)
     loaded = composites.load(tmp_path / "first", TARGET)
-    second = Part(lookup.Drafter(lookup.Config(), loaded.drafter.engine) if family == "staged" else small)
+    second = Part(lookup.Drafter(lookup.Config(), loaded.drafter.draft_model) if family == "staged" else small)
     config = module.Config(parts=(composites.named(first), composites.named(small)))
     path = tmp_path / "whole"
     draftsmith.save(module.Drafter(config, TARGET, [loaded, second]), path, TARGET)

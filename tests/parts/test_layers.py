@@ -1,4 +1,4 @@
-"""The parts of drafters with layers of their own, against loops over heads and positions, and with a cache.
+"""Tests of the drafters' decoder layers against loops over heads and positions, without and with a KV cache.
 
 Shape suffixes: B rows, T positions, N nodes, D hidden width.
 """
@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from draftsmith.core.cache import KVCache
 from draftsmith.core.tree import Tree, Verdict, chain
-from draftsmith.parts.neural.layers import Attention, Block, FeedForward, Residual, Together, along, place, rotate
+from draftsmith.parts.neural.layers import Attention, Block, FeedForward, gather_path, prepare_cache, rotate
 from tests.support.models import scramble
 
 WIDTH, LENGTH = 16, 7
@@ -30,7 +30,7 @@ def block(**settings: int) -> Block:
 
 
 def naive_attention(attention: Attention, x_TD: Tensor) -> Tensor:
-    """Returns causal attention over one row, pair by pair."""
+    """Returns causal attention over one row, computed pair by pair."""
     width, group = attention.head_width, attention.num_heads // attention.num_kv_heads
     out = torch.zeros(len(x_TD), attention.num_heads * width)
     for head in range(attention.num_heads):
@@ -51,20 +51,20 @@ def naive_attention(attention: Attention, x_TD: Tensor) -> Tensor:
 
 def naive_rotation(x_D: Tensor, position: int, theta: float) -> Tensor:
     half, out = len(x_D) // 2, x_D.clone()
-    for at in range(half):
-        angle = position * theta ** (-2 * at / len(x_D))
-        pair = complex(float(x_D[at]), float(x_D[at + half])) * complex(math.cos(angle), math.sin(angle))
-        out[at], out[at + half] = pair.real, pair.imag
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(x_D))
+        pair = complex(float(x_D[i]), float(x_D[i + half])) * complex(math.cos(angle), math.sin(angle))
+        out[i], out[i + half] = pair.real, pair.imag
     return out
 
 
-def test_rotation_by_hand() -> None:
-    """Position 2 turns the first pair by two radians and the second by 2 / 100."""
-    turned = rotate(torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4), torch.tensor([[2]]), 10_000.0).flatten()
-    assert torch.allclose(turned, torch.tensor([math.cos(2), math.cos(0.02), math.sin(2), math.sin(0.02)]))
+def test_rotate_matches_angles_by_hand() -> None:
+    """Position 2 rotates the first pair by two radians and the second by 2 / 100."""
+    rotated = rotate(torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4), torch.tensor([[2]]), 10_000.0).flatten()
+    assert torch.allclose(rotated, torch.tensor([math.cos(2), math.cos(0.02), math.sin(2), math.sin(0.02)]))
 
 
-def test_rotation_stretched_for_long_texts_is_llama_3s() -> None:
+def test_rotate_with_rope_scaling_matches_llama3() -> None:
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=64)
     config.rope_parameters = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
     config.rope_parameters |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
@@ -78,7 +78,7 @@ def test_rotation_stretched_for_long_texts_is_llama_3s() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("settings", [{}, {"num_kv_heads": 2}, {"head_width": 6, "input_width": 20}])
-def test_attention_is_that_of_a_loop(settings: dict[str, int]) -> None:
+def test_attention_matches_naive_loop(settings: dict[str, int]) -> None:
     attention = Attention(WIDTH, num_heads=4, **settings)  # type: ignore[arg-type]
     scramble(attention, seed=2)
     x_BTE = random(2, LENGTH, settings.get("input_width", WIDTH))
@@ -88,7 +88,7 @@ def test_attention_is_that_of_a_loop(settings: dict[str, int]) -> None:
 
 
 @torch.no_grad()
-def test_a_block_is_attention_and_feed_forward_on_normed_input() -> None:
+def test_block_is_pre_norm_attention_and_feed_forward() -> None:
     one, x_TD = block(), random(LENGTH, WIDTH)
 
     def norm(module: nn.RMSNorm, value_TD: Tensor) -> Tensor:
@@ -105,17 +105,17 @@ def test_a_block_is_attention_and_feed_forward_on_normed_input() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [(4, 4), (4, 2)])
-def test_with_a_cache_each_node_sees_its_own_path(lengths: tuple[int, ...]) -> None:
-    """A prompt, then a tree in two parts, each node against the whole text that leads to it."""
+def test_block_with_cache_attends_along_each_nodes_path(lengths: tuple[int, ...]) -> None:
+    """A prompt, then a tree in two forwards; each node is compared with a forward over its whole path."""
     one, cache = block(), KVCache(num_layers=1, batch_size=2)
     parents = [-1, 0, 0, 2, 1]
     before_BTD, nodes_BND = random(2, 4, WIDTH), random(2, 5, WIDTH, seed=1)
-    positions, mask = place(chain(4), cache)
+    positions, mask = prepare_cache(chain(4), cache)
     one(before_BTD, positions, mask_R1NS=mask, cache=cache)
     cache.commit([list(range(length)) for length in lengths])
     parts = []
     for first, stop in ((0, 3), (3, 5)):
-        positions, mask = place(Tree.from_parents([parents[:stop]]), cache, first=first)
+        positions, mask = prepare_cache(Tree.from_parents([parents[:stop]]), cache, first=first)
         parts.append(one(nodes_BND[:, first:stop], positions, mask_R1NS=mask, cache=cache))
     found_BND = torch.cat(parts, dim=1)
     for row, length in enumerate(lengths):
@@ -128,15 +128,15 @@ def test_with_a_cache_each_node_sees_its_own_path(lengths: tuple[int, ...]) -> N
             assert torch.allclose(found_BND[row, node], alone_TD[-1], atol=1e-5)
 
 
-def test_what_stands_along_the_accepted_path() -> None:
+def test_gather_path_repeats_last_accepted_node() -> None:
     values_BND = torch.arange(8.0).view(2, 4, 1)
     path_BP, num_accepted_B = torch.tensor([[0, 2, 3], [0, 1, 1]]), torch.tensor([2, 1])
     verdict = Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=torch.zeros(2, dtype=torch.long))
-    assert along(values_BND, verdict)[..., 0].tolist() == [[0, 2, 3], [4, 5, 5]]
+    assert gather_path(values_BND, verdict)[..., 0].tolist() == [[0, 2, 3], [4, 5, 5]]
 
 
-def test_heads_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 heads of width 4 with 2 of keys"):
+def test_attention_rejects_invalid_head_settings() -> None:
+    with pytest.raises(ValueError, match="3 heads of width 4 and 2 key-value heads"):
         Attention(12, num_heads=3, num_kv_heads=2)
     with pytest.raises(ValueError, match="the width must be even"):
         Attention(12, num_heads=4)
@@ -144,15 +144,3 @@ def test_heads_that_cannot_be_are_refused() -> None:
 
 def test_feed_forward_has_no_bias() -> None:
     assert torch.equal(FeedForward(4, 6)(torch.zeros(1, 1, 4)), torch.zeros(1, 1, 4))
-
-
-@torch.no_grad()
-def test_heads_together_are_each_alone() -> None:
-    heads = nn.ModuleList(Residual(WIDTH, 2) for _ in range(3))
-    scramble(heads, seed=3)
-    z_BD = random(5, WIDTH)
-    for number in (1, 3):
-        found_BKD = Together(heads)(z_BD, number)
-        assert found_BKD.shape == (5, number, WIDTH)
-        for k in range(number):
-            assert torch.allclose(found_BKD[:, k], heads[k](z_BD), atol=1e-5)

@@ -220,7 +220,7 @@ def test_it_drafts_and_accepts_as_generate_does(
 
 
 def drafter_length(drafter: Any) -> str:
-    return drafter.config.length if getattr(drafter.config, "asks_length", False) else "fixed"
+    return drafter.config.length if getattr(drafter.config, "supports_early_stop", False) else "fixed"
 
 
 def test_no_more_is_drafted_than_asked_and_than_fits(target: Target, whole: list[list[int]], serve: Any) -> None:

@@ -65,7 +65,7 @@ class Shape:
 
     parents: tuple[int, ...]
     """-1 first."""
-    drawn: str
+    sampling_scheme: str
     stops_at: int = -1
     """Nothing is drafted after this token, as drafting stops that looks at what it drew."""
 
@@ -74,13 +74,13 @@ class Shape:
         return Tree.from_parents([list(self.parents)]).depth
 
 
-def paths(*, wide: int, deep: int, drawn: str = "independent", stops_at: int = -1) -> Shape:
+def paths(*, wide: int, deep: int, sampling_scheme: str = "independent", stops_at: int = -1) -> Shape:
     """Returns the shape of `wide` chains from node 0, each of `deep` nodes."""
     parents = [-1] + [0 if level == 0 else branch * deep + level for branch in range(wide) for level in range(deep)]
-    return Shape(parents=tuple(parents), drawn=drawn, stops_at=stops_at)
+    return Shape(parents=tuple(parents), sampling_scheme=sampling_scheme, stops_at=stops_at)
 
 
-def full(*widths: int, drawn: str) -> Shape:
+def full(*widths: int, sampling_scheme: str) -> Shape:
     """Returns the shape in which every node of level i has `widths[i]` children."""
     parents, level = [-1], [0]
     for width in widths:
@@ -89,7 +89,7 @@ def full(*widths: int, drawn: str) -> Shape:
             for _ in range(width):
                 parents.append(node)
                 level.append(len(parents) - 1)
-    return Shape(parents=tuple(parents), drawn=drawn)
+    return Shape(parents=tuple(parents), sampling_scheme=sampling_scheme)
 
 
 def fillings(shape: Shape, laws: Laws) -> Iterator[tuple[list[Text], list[bool], float]]:
@@ -108,9 +108,9 @@ def fillings(shape: Shape, laws: Laws) -> Iterator[tuple[list[Text], list[bool],
         if not is_used:
             yield from grow([*texts, (*texts[parent], 0)], [*used, False], weight)
             return
-        if shape.drawn != "independent":
+        if shape.sampling_scheme != "independent":
             probs_V[siblings] = 0
-        if shape.drawn == "top_and_drawn" and num_later:
+        if shape.sampling_scheme == "top_and_drawn" and num_later:
             probs_V = torch.nn.functional.one_hot(probs_V.argmax(), VOCAB_SIZE).double()
         if probs_V.sum() == 0:  # no token is left to draw, and one that has no chance takes the place
             excluded = int((laws[texts[parent]] == 0).nonzero()[0])
@@ -134,8 +134,8 @@ def filled(shape: Shape, rows: list[list[Text]], used: list[list[bool]], laws: L
         tokens_BN=torch.tensor([[text[-1] if text else 0 for text in texts] for texts in rows]),
         tree=Tree.from_parents([list(shape.parents)]),
         num_nodes=None if all(map(all, used)) else num_nodes,
-        draft_probs_BNV=None if shape.drawn == "deterministic" else tables[1],
-        drawn=shape.drawn,  # type: ignore[arg-type]
+        draft_probs_BNV=None if shape.sampling_scheme == "deterministic" else tables[1],
+        sampling_scheme=shape.sampling_scheme,  # type: ignore[arg-type]
     )
     return draft, tables[0]
 
@@ -158,7 +158,7 @@ def output_law(verify: Verify, shape: Shape, laws: Laws, target: Laws) -> dict[T
             tree=draft.tree,
             num_nodes=None if draft.num_nodes is None else [draft.num_nodes[row] for row in index_R.tolist()],
             draft_probs_BNV=None if draft.draft_probs_BNV is None else draft.draft_probs_BNV[index_R],
-            drawn=draft.drawn,
+            sampling_scheme=draft.sampling_scheme,
         )
         verdict = verify(target_RNV[index_R], chosen, uniforms_RU)
         assert verdict.next_probs_BV is not None

@@ -191,7 +191,7 @@ class Watched:
         assert draft.tree.depth <= budget
         assert draft.tree.parents_RN.shape[0] in (1, num_rows)
         assert draft.num_nodes is None or all(1 <= used <= num_nodes for used in draft.num_nodes)
-        assert (draft.draft_probs_BNV is None) == (draft.drawn == "deterministic")
+        assert (draft.draft_probs_BNV is None) == (draft.sampling_scheme == "deterministic")
         if draft.draft_probs_BNV is not None:
             self._check_distribution(draft, draft.draft_probs_BNV)
         self.drafts.append(draft.tokens_BN.tolist())

@@ -122,12 +122,12 @@ def test_what_does_not_fit_is_refused_before_the_target_loads(folder: Path, tmp_
 def test_a_small_drafter_made_for_the_draft_model_itself_is_told_from_one_made_for_the_target(folder: Path) -> None:
     target = Target.from_pretrained(str(folder / "target"), dtype="float32")
     model = draftsmith.load(folder / "model", target)
-    little = built(lm, lm.Config(model=SMALL, num_draft=2), model.engine)
-    draftsmith.save(little, folder / "little", model.engine)
+    little = built(lm, lm.Config(model=SMALL, num_draft=2), model.draft_model)
+    draftsmith.save(little, folder / "little", model.draft_model)
     for second in ("little", "model"):
         settings = staged.Settings(parts=(str(folder / "model"), str(folder / second)), length="fixed")
         drafter = staged.fit(settings, target, [], run_settings(folder, "unused"), folder)
-        assert drafter.parts[1].drafter.target is drafter.engine
+        assert drafter.parts[1].drafter.target is drafter.draft_model
         ids = torch.tensor([[3, 4, 5, 3, 4, 5, 3]])
         found = texts(draftsmith.generate(target, ids, drafter, max_new_tokens=12))
         assert found == texts(draftsmith.generate(target, ids, max_new_tokens=12))

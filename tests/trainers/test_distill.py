@@ -194,7 +194,7 @@ def test_first_layers_are_the_targets(architecture: str) -> None:
     drafter = distill.build(distill.Settings(start="layers", num_layers=2), target)
     tokens_BT = torch.arange(3, 11)[None]
     with torch.no_grad():
-        torch.testing.assert_close(drafter.engine.read(tokens_BT, (2,))[2], target.read(tokens_BT, (2,))[2])
+        torch.testing.assert_close(drafter.draft_model.read(tokens_BT, (2,))[2], target.read(tokens_BT, (2,))[2])
         whole = distill.build(distill.Settings(start="layers", num_layers=target.num_layers), target)
         given = complete(collate([example(tokens_BT[0].tolist(), None, "0")]), target, (target.num_layers,))
         metrics = distill.evaluate(whole, given, distill.Settings(num_draft=7), target)

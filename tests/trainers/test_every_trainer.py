@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +22,7 @@ from tests.support.runs import SMALL, command, logged, make_data, make_target, r
 from trainers.training import checkpoints
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
+from trainers.training.settings import flat
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2")
@@ -120,7 +120,7 @@ def test_two_ranks_learn_what_one_does(
     alone = folder / f"{name}-alone"
     if not alone.exists():
         train(module, settings, run_settings(folder, alone.name, **changes))
-    given = {key: value for key, value in asdict(settings).items() if value != getattr(module.Settings(), key)}
+    given = {key: value for key, value in flat(settings).items() if value != getattr(module.Settings(), key)}
     flags = {**SMALL, **changes, **given, **options, "batch_size": 2, "target": "target", "data": "data"}
     done = run(command(name, *launcher, **flags, output=tmp_path / "two"), folder)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -49,7 +49,7 @@ def test_always_sometimes_never(
         tokens_BN=torch.tensor([[7, 0]] * 6),
         tree=chain(2),
         draft_probs_BNV=torch.tensor([[draft_probs]], dtype=dtype).expand(6, 1, 3),
-        drawn="independent",
+        sampling_scheme="independent",
     )
     uniforms_BU = torch.tensor([[0.5, uniform, uniform] for uniform in uniforms], dtype=torch.float64)
     verdict = token.verify(Sampling(temperature=1.0).probs(logits_BNV), draft, uniforms_BU)
@@ -77,24 +77,24 @@ def test_typical_acceptance_by_hand() -> None:
     assert typical.verify(target_probs_BNV, by_two, uniforms_BU).num_accepted_B.tolist() == [0]
 
 
-def draft_of(drawn: str, *, is_chain: bool = True) -> Draft:
+def draft_of(sampling_scheme: str, *, is_chain: bool = True) -> Draft:
     tree = chain(3) if is_chain else Tree.from_parents([[-1, 0, 0]])
-    laws = None if drawn == "deterministic" else torch.full((1, 2, 3), 1 / 3)
-    return Draft(tokens_BN=torch.zeros(1, 3, dtype=torch.long), tree=tree, draft_probs_BNV=laws, drawn=drawn)  # type: ignore[arg-type]
+    laws = None if sampling_scheme == "deterministic" else torch.full((1, 2, 3), 1 / 3)
+    return Draft(tokens_BN=torch.zeros(1, 3, dtype=torch.long), tree=tree, draft_probs_BNV=laws, sampling_scheme=sampling_scheme)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("drawn", "of_chain", "of_tree"),
+    ("sampling_scheme", "of_chain", "of_tree"),
     [
-        ("deterministic", "once", "once"),
+        ("deterministic", "deterministic", "deterministic"),
         ("independent", "block", "traversal"),
         ("without_replacement", "block", "traversal"),
         ("top_and_drawn", "greedy_drafting", "greedy_drafting"),
     ],
 )
-def test_auto_chooses_a_lossless_verifier_that_fits(drawn: str, of_chain: str, of_tree: str) -> None:
+def test_auto_chooses_a_lossless_verifier_that_fits(sampling_scheme: str, of_chain: str, of_tree: str) -> None:
     for is_chain, expected in ((True, of_chain), (False, of_tree)):
-        draft = draft_of(drawn, is_chain=is_chain)
+        draft = draft_of(sampling_scheme, is_chain=is_chain)
         assert choose("auto", Sampling(), draft).name == "greedy"
         chosen = choose("auto", Sampling(temperature=1.0), draft)
         assert chosen.name == expected and chosen.is_lossless
@@ -127,11 +127,11 @@ def test_rollback_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "temperature", "drawn", "is_chain", "message"),
+    ("name", "temperature", "sampling_scheme", "is_chain", "message"),
     [
         ("nosuch", 1.0, "deterministic", True, "unknown verifier 'nosuch'; there are auto, bild, block, "),
         ("verdict", 1.0, "deterministic", True, "unknown verifier 'verdict'"),
-        ("once", 1.0, "independent", True, "verifier 'once' does not fit a draft drawn independent"),
+        ("deterministic", 1.0, "independent", True, "verifier 'deterministic' does not fit a draft drawn independent"),
         ("token", 1.0, "without_replacement", True, "verifier 'token' does not fit a draft drawn without replacement"),
         ("token", 1.0, "independent", False, "verifier 'token' takes chains"),
         ("token", 1.0, "deterministic", False, "verifier 'token' takes chains"),
@@ -139,11 +139,11 @@ def test_rollback_by_hand() -> None:
         ("token=2", 1.0, "deterministic", True, "verifier 'token' takes no number, and '2' was given"),
         ("recursive", 1.0, "top_and_drawn", False, "verifier 'recursive' does not fit a draft drawn top and drawn"),
         ("greedy", 0.5, "deterministic", True, "verifier 'greedy' is for temperature 0, not 0.5"),
-        ("once", 0.0, "deterministic", True, "verifier 'once' keeps a sampled law; at temperature 0"),
+        ("deterministic", 0.0, "deterministic", True, "verifier 'deterministic' keeps a sampled law; at temperature 0"),
     ],
 )
 def test_a_verifier_that_would_not_keep_its_promise_is_refused(
-    name: str, temperature: float, drawn: str, is_chain: bool, message: str
+    name: str, temperature: float, sampling_scheme: str, is_chain: bool, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        choose(name, Sampling(temperature=temperature), draft_of(drawn, is_chain=is_chain))
+        choose(name, Sampling(temperature=temperature), draft_of(sampling_scheme, is_chain=is_chain))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.tree import Draft, Tree
-from draftsmith.verify import greedy_drafting, once
+from draftsmith.verify import greedy_drafting, deterministic
 from tests.support.exact import (
     EXACT,
     TOKENS,
@@ -52,7 +52,7 @@ def cell_law(verify: Verify, draft: Draft, target_probs_1NV: Tensor, edges: list
         tree=draft.tree,
         num_nodes=None if draft.num_nodes is None else draft.num_nodes * len(rows),
         draft_probs_BNV=None if draft.draft_probs_BNV is None else draft.draft_probs_BNV.expand(len(rows), -1, -1),
-        drawn=draft.drawn,
+        sampling_scheme=draft.sampling_scheme,
     )
     verdict = verify(target_probs_1NV.expand(len(rows), -1, -1), repeated, uniforms_BU)
     found: dict[Text, float] = defaultdict(float)
@@ -70,7 +70,7 @@ def small_trees() -> Iterator[tuple[list[int], Text]]:
                     yield [-1, *parents], labels
 
 
-def once_law(target: Laws, parents: list[int], labels: Text, used: int) -> dict[Text, float]:
+def deterministic_distribution(target: Laws, parents: list[int], labels: Text, used: int) -> dict[Text, float]:
     """Returns the law of what the once-per-node rule puts out for a tree of which `used` nodes are in use."""
     texts: list[Text] = [()]
     for parent, label in zip(parents[1:], labels, strict=True):
@@ -81,14 +81,14 @@ def once_law(target: Laws, parents: list[int], labels: Text, used: int) -> dict[
         num_nodes=None if used == len(parents) else [used],
     )
     target_probs_1NV = torch.stack([target[text] for text in texts])[None]
-    return cell_law(once.verify, draft, target_probs_1NV, [draws(target[text]) for text in texts])
+    return cell_law(deterministic.verify, draft, target_probs_1NV, [draws(target[text]) for text in texts])
 
 
 @pytest.mark.parametrize("zeros", [False, True])
 def test_once_per_node_keeps_the_law_on_every_small_tree(zeros: bool) -> None:
     target = random_laws(4, seed=21, zeros=zeros)
     for parents, labels in small_trees():
-        found = once_law(target, parents, labels, len(parents))
+        found = deterministic_distribution(target, parents, labels, len(parents))
         assert error(found, target, 4) < EXACT, (parents, labels)
         # No rule accepts more: the first token is accepted with the probability of node 0's children.
         children = {label for parent, label in zip(parents[1:], labels, strict=True) if parent == 0}
@@ -100,7 +100,7 @@ def test_siblings_that_agree_keep_the_law_too() -> None:
     """Both stand for one text, whose next token must not be drawn twice."""
     target = random_laws(4, seed=23)
     for parents, labels in (([-1, 0, 0, 2], (0, 0, 0)), ([-1, 0, 0, 1], (1, 1, 2)), ([-1, 0, 1, 1], (0, 2, 2))):
-        assert error(once_law(target, parents, labels, 4), target, 4) < EXACT, (parents, labels)
+        assert error(deterministic_distribution(target, parents, labels, 4), target, 4) < EXACT, (parents, labels)
 
 
 @pytest.mark.parametrize("used", [1, 2, 3])
@@ -108,8 +108,8 @@ def test_nodes_not_in_use_change_nothing(used: int) -> None:
     target = random_laws(4, seed=22)
     for parents, labels in small_trees():
         if len(parents) > used:
-            found = once_law(target, parents, labels, used)
-            expected = once_law(target, parents[:used], labels[: used - 1], used)
+            found = deterministic_distribution(target, parents, labels, used)
+            expected = deterministic_distribution(target, parents[:used], labels[: used - 1], used)
             assert found == pytest.approx(expected, abs=EXACT), (parents, labels)
 
 
@@ -120,7 +120,7 @@ def rest_of(draft: Laws, text: Text, tops: list[int]) -> Tensor:
     return probs_V / probs_V.sum()
 
 
-def greedy_drafting_law(shape: Shape, draft: Laws, target: Laws) -> dict[Text, float]:
+def greedy_drafting_distribution(shape: Shape, draft: Laws, target: Laws) -> dict[Text, float]:
     found: dict[Text, float] = defaultdict(float)
     for texts, used, weight in fillings(shape, draft):
         edges = []
@@ -141,9 +141,9 @@ def greedy_drafting_law(shape: Shape, draft: Laws, target: Laws) -> dict[Text, f
 @pytest.mark.parametrize("widths", [(1,), (2,), (3,), (2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_greedy_drafting_keeps_the_law(widths: tuple[int, ...], zeros: bool) -> None:
-    shape = full(*widths, drawn="top_and_drawn")
+    shape = full(*widths, sampling_scheme="top_and_drawn")
     target, draft = random_laws(3, seed=5, zeros=zeros), random_laws(3, seed=6)
-    assert error(greedy_drafting_law(shape, draft, target), target, shape.depth + 1) < EXACT
+    assert error(greedy_drafting_distribution(shape, draft, target), target, shape.depth + 1) < EXACT
 
 
 @pytest.mark.parametrize("width", [2, 3])
@@ -151,7 +151,7 @@ def test_greedy_drafting_accepts_the_best_it_can(width: int) -> None:
     """P(top) + sum of min(target, rest) over the others: the optimum for drafts made so."""
     for seed in range(3):
         target, draft = random_laws(2, seed=seed), random_laws(2, seed=seed + 50)
-        found = greedy_drafting_law(full(width, drawn="top_and_drawn"), draft, target)
+        found = greedy_drafting_distribution(full(width, sampling_scheme="top_and_drawn"), draft, target)
         tops = draft[()].topk(width - 1).indices.tolist()
         others = [one for one in TOKENS if one not in tops]
         rest_V = rest_of(draft, (), tops)

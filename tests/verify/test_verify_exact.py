@@ -31,21 +31,21 @@ W = "without_replacement"
 CHAINS = [paths(wide=1, deep=deep) for deep in (1, 2, 3)]
 STOPPED = [paths(wide=1, deep=3, stops_at=stop) for stop in (0, 2)]
 INDEPENDENT = [
-    full(2, drawn="independent"),
-    full(3, drawn="independent"),
+    full(2, sampling_scheme="independent"),
+    full(3, sampling_scheme="independent"),
     paths(wide=2, deep=2),
-    Shape(parents=(-1, 0, 1, 1), drawn="independent"),
-    Shape(parents=(-1, 0, 0, 2, 1), drawn="independent"),
+    Shape(parents=(-1, 0, 1, 1), sampling_scheme="independent"),
+    Shape(parents=(-1, 0, 0, 2, 1), sampling_scheme="independent"),
 ]
 WITHOUT = [
-    full(2, drawn=W),
-    full(3, drawn=W),
-    full(2, 1, drawn=W),
-    Shape(parents=(-1, 0, 1, 1, 2), drawn=W),
-    Shape(parents=(-1, 0, 0, 0, 1, 1), drawn=W),
+    full(2, sampling_scheme=W),
+    full(3, sampling_scheme=W),
+    full(2, 1, sampling_scheme=W),
+    Shape(parents=(-1, 0, 1, 1, 2), sampling_scheme=W),
+    Shape(parents=(-1, 0, 0, 0, 1, 1), sampling_scheme=W),
 ]
-LARGE = [paths(wide=2, deep=3), paths(wide=3, deep=2), full(2, 2, drawn="independent")]
-LARGE_WITHOUT = [full(2, 2, drawn=W), full(3, 1, drawn=W), Shape(parents=(-1, 0, 0, 1, 1, 3, 3), drawn=W)]
+LARGE = [paths(wide=2, deep=3), paths(wide=3, deep=2), full(2, 2, sampling_scheme="independent")]
+LARGE_WITHOUT = [full(2, 2, sampling_scheme=W), full(3, 1, sampling_scheme=W), Shape(parents=(-1, 0, 0, 1, 1, 3, 3), sampling_scheme=W)]
 ON_CHAINS, ON_TREES, ON_DISTINCT = (token, block), (recursive, traversal, kseq, multipath), (recursive, traversal)
 CASES = [
     *((verifier, shape) for verifier in ON_CHAINS for shape in [*CHAINS, *STOPPED]),
@@ -62,7 +62,7 @@ def name(value: object) -> str:
     if isinstance(value, ModuleType):
         return value.__name__.rpartition(".")[2]
     assert isinstance(value, Shape)
-    return f"{value.drawn}{value.parents}{'stops' * (value.stops_at >= 0)}".replace(" ", "")
+    return f"{value.sampling_scheme}{value.parents}{'stops' * (value.stops_at >= 0)}".replace(" ", "")
 
 
 def check(verifier: ModuleType, shape: Shape, *, seed: int, zeros: bool) -> None:
@@ -91,7 +91,7 @@ def test_siblings_leave_the_drafts_law_for_good(verifier: ModuleType, monkeypatc
     """With three tokens the third sibling is all that is left of both laws, whatever became of the draft's mass."""
     monkeypatch.setattr(exact, "TOKENS", range(4))
     monkeypatch.setattr(exact, "VOCAB_SIZE", 4)
-    check(verifier, full(3, drawn=W), seed=4, zeros=False)
+    check(verifier, full(3, sampling_scheme=W), seed=4, zeros=False)
 
 
 @pytest.mark.parametrize("drafted", [(0,), (2, 1), (1, 1, 0)])
@@ -99,7 +99,7 @@ def test_a_deterministic_chain_may_be_judged_token_by_token(drafted: Text) -> No
     """Such a draft is drawn from a law that is one at its token."""
     one_hot = torch.eye(VOCAB_SIZE, dtype=torch.float64)
     draft = {text: one_hot[drafted[len(text)] if len(text) < len(drafted) else 0] for text in random_laws(3, seed=0)}
-    shape = Shape(parents=tuple(range(-1, len(drafted))), drawn="deterministic")
+    shape = Shape(parents=tuple(range(-1, len(drafted))), sampling_scheme="deterministic")
     for zeros in (False, True):
         target = random_laws(4, seed=11, zeros=zeros)
         assert error(output_law(token.verify, shape, draft, target), target, len(drafted) + 1) < EXACT
@@ -137,7 +137,7 @@ def test_what_accepts_more_does(seed: int) -> None:
 @pytest.mark.parametrize("num_drafts", [2, 3])
 def test_no_rule_beats_the_optimum(num_drafts: int) -> None:
     """One level of independent drafts; K-SEQ reaches 1 - 1/e of it (SpecTr, theorem 3), and two rules can be beaten."""
-    shape = full(num_drafts, drawn="independent")
+    shape = full(num_drafts, sampling_scheme="independent")
     for seed in range(4):
         target, draft = random_laws(1, seed=seed), random_laws(1, seed=seed + 30)
         optimum = float(optimal_acceptance(target[()], draft[()], num_drafts))

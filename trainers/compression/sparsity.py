@@ -90,4 +90,4 @@ def _run(target: Target, batch: Batch, layer: int, entry_BTD: Tensor) -> Tensor:
     """Returns what a block makes of its input."""
     tokens_BT = batch.tokens_BT.to(target.device)
     cache, whole = target.new_cache(len(tokens_BT)), chain(tokens_BT.shape[1], target.device)
-    return target.forward(tokens_BT, whole, cache, span=(layer, layer + 1), entry_BND=entry_BTD).hidden_BND
+    return target.forward(tokens_BT, whole, cache, span=(layer, layer + 1), resume_BND=entry_BTD).hidden_BND

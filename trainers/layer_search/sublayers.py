@@ -139,7 +139,7 @@ def influence(target: Target, rows: Sequence[Example]) -> list[float]:
                 whole,
                 cache,
                 span=(block, block + 1),
-                entry_BND=hidden[block],
+                resume_BND=hidden[block],
                 skipped=sublayers((block,), ()) if bit == block else sublayers((), (block,)),
             )
             alike_1T = torch.cosine_similarity(hidden[block + 1].float(), out.hidden_BND.float(), dim=-1)

@@ -55,10 +55,10 @@ def rounds_ms(drafter: Any, num_draft: int) -> list[float]:
 
     def play(budget: int) -> Tensor:
         draft = drafter.propose(budget) if budget else session.only_pending()
-        span, entry_BND = None, None
+        span, resume_BND = None, None
         if draft.resume_point is not None:
-            span, entry_BND = (draft.resume_point.layer, target.num_layers), draft.resume_point.hidden_BND
-        out = target.forward(draft.tokens_BN, draft.tree, cache, span=span, entry_BND=entry_BND)
+            span, resume_BND = (draft.resume_point.layer, target.num_layers), draft.resume_point.hidden_BND
+        out = target.forward(draft.tokens_BN, draft.tree, cache, span=span, resume_BND=resume_BND)
         return target.logits(out.hidden_BND)
 
     costs: list[float] = []

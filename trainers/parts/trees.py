@@ -151,7 +151,7 @@ def accepted_ranks(target_logits_NV: Tensor, draft_logits_NV: Tensor, sampling: 
         tokens_BN=torch.nn.functional.pad(children_NR, (1, 0)),
         tree=Tree.from_parents([[-1] + [0] * num_ranks], children_NR.device),
         draft_probs_BNV=probs_N1V,
-        drawn="without_replacement",
+        sampling_scheme="without_replacement",
     )
     uniforms_NU = torch.rand(len(children_NR), num_ranks + 2, generator=generator, dtype=torch.float64)
     target_N1V = sampling.probs(target_logits_NV)[:, None]

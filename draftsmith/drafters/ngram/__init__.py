@@ -5,11 +5,13 @@ Shape suffixes: B rows, G rows still drafting, N nodes, V vocabulary, S tokens t
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.sampling import Sampling, draw
 from draftsmith.core.target import Target
@@ -44,11 +46,11 @@ class Config:
             raise ValueError(f"cache is {self.cache}; it must be at least 0 and below 1")
 
     @property
-    def asks_length(self) -> bool:
+    def supports_early_stop(self) -> bool:
         return True
 
 
-class Drafter:
+class Drafter(drafter.Drafter):
     """The law of `model`, mixed for each row with what its own text holds.
 
     P_0 is Kneser-Ney's. For k = 1, 2, ... as long as the last k tokens stand in the row's text before,
@@ -56,18 +58,16 @@ class Drafter:
     and so is their last.
     """
 
-    hidden_layers: tuple[int, ...] = ()
-
     def __init__(self, config: Config, target: Target, model: KneserNey | None = None) -> None:
         self.config = config
         self.target = target
         self.model = KneserNey.empty(target.vocab_size) if model is None else model
 
-    def save_store(self, folder: Path) -> None:
+    def save_state(self, folder: Path) -> None:
         self.model.save(folder)
 
     @classmethod
-    def load_store(cls, folder: Path, config: Config, target: Target) -> "Drafter":
+    def load_state(cls, folder: Path, config: Config, target: Target) -> Self:
         return cls(config, target, KneserNey.load(folder, target.vocab_size))
 
     def start(self, session: Session) -> None:
@@ -95,7 +95,7 @@ class Drafter:
         while len(drafted) < num_draft:
             token, chance = self._best(row, self._recent(row, drafted))
             drafted.append(token)
-            if not self._session.goes_on(row, chance):
+            if not self._session.should_continue(row, chance):
                 break
         return drafted
 
@@ -129,8 +129,8 @@ class Drafter:
     def _law(self, row: int, recent: list[int]) -> np.ndarray:
         """Returns the law [V] of the next token."""
         following_S, weights_S, left = self._texts[row].following(recent)
-        law_V = left * self.model.law(self.model.path(recent))
-        return law_V + np.bincount(following_S, weights_S, minlength=len(law_V)) if len(following_S) else law_V
+        probs_V = left * self.model.probs(self.model.path(recent))
+        return probs_V + np.bincount(following_S, weights_S, minlength=len(probs_V)) if len(following_S) else probs_V
 
     def _drawn(self, num_draft: int) -> Draft:
         """Returns chains whose tokens are drawn from the law, after the session's temperature, top-k and top-p."""
@@ -140,24 +140,24 @@ class Drafter:
         laws: list[list[Tensor]] = [[] for _ in session.rows]
         going = list(range(len(session.rows)))
         for place in range(num_draft):
-            law_GV = torch.from_numpy(np.stack([self._law(row, self._recent(row, chains[row])) for row in going]))
+            probs_GV = torch.from_numpy(np.stack([self._law(row, self._recent(row, chains[row])) for row in going]))
             if session.sampling != Sampling(temperature=1):
-                law_GV = session.sampling.law(law_GV.log())
+                probs_GV = session.sampling.probs(probs_GV.log())
             # Rounded before anything is drawn: the verifier must be told the very law that was drawn from.
-            law_GV = law_GV.float()
-            token_G = draw(law_GV.double(), uniforms_BX[going, place])
-            chance_G = law_GV.gather(1, token_G[:, None])[:, 0]
-            for row, law_V, token in zip(going, law_GV, token_G.tolist(), strict=True):
+            probs_GV = probs_GV.float()
+            token_G = draw(probs_GV.double(), uniforms_BX[going, place])
+            chance_G = probs_GV.gather(1, token_G[:, None])[:, 0]
+            for row, probs_V, token in zip(going, probs_GV, token_G.tolist(), strict=True):
                 chains[row].append(token)
-                laws[row].append(law_V)
-            going = [row for row, chance in zip(going, chance_G.tolist(), strict=True) if session.goes_on(row, chance)]
+                laws[row].append(probs_V)
+            going = [row for row, chance in zip(going, chance_G.tolist(), strict=True) if session.should_continue(row, chance)]
             if not going:
                 break
         draft = self._chains(chains)
         for own in laws:
             own += [own[-1]] * (draft.tree.depth - len(own))
         probs_BNV = torch.stack([torch.stack(own) for own in laws]).to(self.target.device)
-        return replace(draft, draft_probs_BNV=probs_BNV, drawn="independent")
+        return replace(draft, draft_probs_BNV=probs_BNV, sampling_scheme="independent")
 
     def _recent(self, row: int, drafted: list[int]) -> list[int]:
         """Returns the last tokens, as many as any context has."""

@@ -103,10 +103,10 @@ class KneserNey:
     @cached_property
     def flat_V(self) -> np.ndarray:
         """P(w) after the empty context."""
-        law_V = np.full(self.vocab_size, self.weights_C[0] / self.vocab_size)
+        probs_V = np.full(self.vocab_size, self.weights_C[0] / self.vocab_size)
         if len(tokens_S := self.tokens_E[self._pairs(0)]):
-            law_V[tokens_S] += self._masses(self.counts_E[self._pairs(0)], 0, 0)
-        return law_V
+            probs_V[tokens_S] += self._masses(self.counts_E[self._pairs(0)], 0, 0)
+        return probs_V
 
     def path(self, text: Sequence[int]) -> list[int]:
         """Returns the contexts that end `text`, from the empty one to the longest that is known."""
@@ -126,14 +126,14 @@ class KneserNey:
         """
         return self.best_C.item(path[-1]), self.chances_C.item(path[-1])
 
-    def law(self, path: list[int]) -> np.ndarray:
+    def probs(self, path: list[int]) -> np.ndarray:
         """Returns P [V] (float64) after a context given by its path."""
         weights = self._weights(path)
-        law_V = weights[0] * self.flat_V
+        probs_V = weights[0] * self.flat_V
         for depth in range(1, len(path)):
             pairs = self._pairs(path[depth])
-            law_V[self.tokens_E[pairs]] += weights[depth] * self._masses(self.counts_E[pairs], path[depth], depth)
-        return law_V
+            probs_V[self.tokens_E[pairs]] += weights[depth] * self._masses(self.counts_E[pairs], path[depth], depth)
+        return probs_V
 
     def chances(self, path: list[int], tokens_S: np.ndarray) -> np.ndarray:
         """Returns P [S] of some tokens, at a cost that does not grow with the vocabulary."""

@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
@@ -72,10 +74,10 @@ class _Found:
     branches: Branches = field(default_factory=Branches)
 
 
-class Drafter:
+class Drafter(drafter.Drafter):
     """Each row's text, those of earlier calls and the stored ones."""
 
-    hidden_layers: tuple[int, ...] = ()
+    keeps_state_between_calls = True
 
     def __init__(
         self, config: Config, target: Target, shards: tuple[SuffixArray, ...] = (), recent: Sequence[int] = ()
@@ -117,11 +119,12 @@ class Drafter:
         """Notes which rows go on: the next `propose` reads the new tokens."""
         self._is_running = [len(path) > 0 for path in step.paths]
 
-    def rewind(self, lengths: list[int]) -> None:
+    def rewind(self, lengths: list[int]) -> bool:
         """Takes back what came after so many tokens of each row, all of which go on."""
         self._is_running = [True] * len(lengths)
         for own, num_before, length in zip(self._own, self._num_before, lengths, strict=True):
             own.cut(num_before + length)
+        return True
 
     def _best(self, row: list[int], own: GrowingText, budget: int) -> Branches:
         """Returns the best continuation; of equal ones that of the longer match, then of the row's own text."""
@@ -164,14 +167,14 @@ class Drafter:
         self.recent.forget(self.config.recent_tokens)
         self._session = None
 
-    def save_store(self, folder: Path) -> None:
+    def save_state(self, folder: Path) -> None:
         """Writes the stored texts and the recent ones, the last call's among them."""
         self._remember()
         write_shards(folder, self.shards)
         np.save(folder / RECENT, np.array(self.recent.tokens, token_type(self.target.vocab_size)))
 
-    @staticmethod
-    def load_store(folder: Path, config: Config, target: Target) -> "Drafter":
+    @classmethod
+    def load_state(cls, folder: Path, config: Config, target: Target) -> Self:
         """Returns the drafter with what `folder` holds; raises ValueError if a file is missing, truncated or odd."""
         shards = read_shards(folder, target.vocab_size)
         try:
@@ -188,4 +191,4 @@ class Drafter:
             raise ValueError(
                 f"{folder / RECENT} holds no text of a vocabulary of {target.vocab_size}; it must be made again"
             )
-        return Drafter(config, target, shards, recent_S.tolist())
+        return cls(config, target, shards, recent_S.tolist())

@@ -10,12 +10,13 @@ Shape suffixes: B rows, T tokens not yet read, N nodes, U own vocabulary, V the 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.model_info import TargetFacts, tokenizer_hash
 from draftsmith.core.target import Target
@@ -88,15 +89,12 @@ def _parts(model: dict[str, Any]) -> dict[int, str]:
     return {token: name for token, name in named.items() if token is not None}
 
 
-class Drafter(nn.Module):
+class Drafter(nn.Module, drafter.Drafter):
     """The draft model, with a cache of its own that goes back to where the text came to be spelled otherwise."""
 
-    target: Target
-    engine: Target
+    draft_model: Target
     counterparts_U: Tensor
     """The target's id of each token of the draft model, -1 for none."""
-    hidden_layers: tuple[int, ...] = ()
-
     def __init__(self, config: Config, target: Target, tokenizer: Any = None) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -109,15 +107,15 @@ class Drafter(nn.Module):
         self.to(device=target.device, dtype=target.dtype).eval()
         object.__setattr__(self, "target", target)
         # The loop's own machinery runs the draft model too; a plain attribute would register its weights twice.
-        object.__setattr__(self, "engine", Target(self.model))
+        object.__setattr__(self, "draft_model", Target(self.model))
 
-    def save_store(self, folder: Path) -> None:
+    def save_state(self, folder: Path) -> None:
         """Writes the draft model's tokenizer, if it has one."""
         if self.tokenizer is not None:
             self.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
 
     @classmethod
-    def load_store(cls, folder: Path, config: Config, target: Target) -> "Drafter":
+    def load_state(cls, folder: Path, config: Config, target: Target) -> Self:
         """Returns the drafter, its weights not yet read; raises ValueError for a missing or another tokenizer."""
         if config.counterparts:
             return cls(config, target)
@@ -134,13 +132,13 @@ class Drafter(nn.Module):
         return cls(config, target, tokenizer)
 
     def start(self, session: Session) -> None:
-        self._session = dataclasses.replace(session, goes_on=self._goes_on)
+        self._session = dataclasses.replace(session, should_continue=self._should_continue)
         self._num_known = [len(row) for row in session.rows]
         self._own = [self.translation.begin(row) for row in session.rows]
         self._read = [ids[:-1] for ids in self._own]
-        self._cache = self.engine.new_cache(len(session.rows))
-        if 0 < max(map(len, self._read)) < self.engine.context_length:
-            self.engine.prefill(self._read, self._cache)
+        self._cache = self.draft_model.new_cache(len(session.rows))
+        if 0 < max(map(len, self._read)) < self.draft_model.context_length:
+            self.draft_model.prefill(self._read, self._cache)
         self._own_S = (self.counterparts_U >= 0).nonzero()[:, 0]
         self._theirs_S = self.counterparts_U[self._own_S]
         self._own_V = self.counterparts_U.new_full((self.target.vocab_size,), -1)
@@ -149,7 +147,7 @@ class Drafter(nn.Module):
     def propose(self, budget: int) -> Draft:
         session = self._session
         self._follow()
-        room = min(self.config.num_draft, self.engine.context_length - max(map(len, self._own)))
+        room = min(self.config.num_draft, self.draft_model.context_length - max(map(len, self._own)))
         if room < 1:
             return session.only_pending()
         if not session.sampling.is_greedy:
@@ -163,7 +161,7 @@ class Drafter(nn.Module):
     def observe(self, step: Step) -> None:
         """Nothing to learn: the next `propose` reads the new tokens."""
 
-    def _goes_on(self, row: int, confidence: float) -> bool:
+    def _should_continue(self, row: int, confidence: float) -> bool:
         return confidence >= self.config.confidence
 
     def _follow(self) -> None:
@@ -192,9 +190,9 @@ class Drafter(nn.Module):
         """Reads the rows' ids and those drafted after them, so far as it has not, and returns the last's logits."""
         self._read = [own + more for own, more in zip(self._own, drafted, strict=True)]
         missing = [ids[length:] for ids, length in zip(self._read, self._cache.lengths, strict=True)]
-        longest, device = max(map(len, missing)), self.engine.device
+        longest, device = max(map(len, missing)), self.draft_model.device
         missing_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids in missing], device=device)
-        out = self.engine.forward(missing_BT, chain(longest, device), self._cache)
+        out = self.draft_model.forward(missing_BT, chain(longest, device), self._cache)
         self._cache.commit([list(range(len(ids))) for ids in missing])
         last_B = torch.tensor([len(ids) - 1 for ids in missing], device=device)
-        return self.engine.logits(at(out.hidden_BND, last_B)[:, None])
+        return self.draft_model.logits(at(out.hidden_BND, last_B)[:, None])

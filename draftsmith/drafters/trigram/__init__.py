@@ -9,10 +9,11 @@ Shape suffixes: K pairs of tokens, S successors of all of them, T last tokens of
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
@@ -68,10 +69,8 @@ class Config:
             raise ValueError(f"window is {self.window}; it must hold a tri-gram")
 
 
-class Drafter:
+class Drafter(drafter.Drafter):
     """The store, and for each row of a call what its own text has added to it."""
-
-    hidden_layers: tuple[int, ...] = ()
 
     def __init__(self, config: Config, target: Target, table: Sequence[np.ndarray] = ()) -> None:
         try:
@@ -105,12 +104,12 @@ class Drafter:
             if path:
                 self._overlays[row] = self._learnt(self._overlays[row], self._session.rows[row])
 
-    def save_store(self, folder: Path) -> None:
+    def save_state(self, folder: Path) -> None:
         for name, array in zip(DTYPES, self.table, strict=True):
             np.save(folder / f"{name}.npy", array, allow_pickle=False)
 
     @classmethod
-    def load_store(cls, folder: Path, config: Config, target: Target) -> "Drafter":
+    def load_state(cls, folder: Path, config: Config, target: Target) -> Self:
         """Returns the drafter whose arrays stay in their files, read where they are needed.
 
         Raises ValueError for a file that is missing, truncated or odd: the search trusts what they hold.

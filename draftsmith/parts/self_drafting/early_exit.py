@@ -15,8 +15,8 @@ from torch import Tensor
 from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Session
 from draftsmith.core.target import PREFILL_CHUNK
-from draftsmith.core.tree import Draft, Entry, Tree, chain
-from draftsmith.parts.neural.layers import place
+from draftsmith.core.tree import Draft, ResumePoint, Tree, chain
+from draftsmith.parts.neural.layers import prepare_cache
 from draftsmith.verify.paths import at
 
 Layers = Callable[[Tensor, Tensor, Tensor, KVCache], Tensor]
@@ -41,7 +41,7 @@ class Shallow:
         """Returns the draft with its entry, having run what is new or was moved: the nodes from `num_in_place` on."""
         self._parts = [torch.cat(self._parts, dim=1)[:, :num_in_place]]
         self.run(draft.tokens_BN, draft.tree, num_in_place)
-        return dataclasses.replace(draft, entry=Entry(layer=self._layer, hidden_BND=torch.cat(self._parts, dim=1)))
+        return dataclasses.replace(draft, resume_point=ResumePoint(layer=self._layer, hidden_BND=torch.cat(self._parts, dim=1)))
 
 
 class Trail:
@@ -83,5 +83,5 @@ class Trail:
                 self._unread[row].append(x_BPD[row, len(before) : len(path)])
 
     def _run(self, x_BMD: Tensor, tree: Tree, first: int) -> Tensor:
-        positions_BM, mask_R1MS = place(tree, self.cache, first=first)
+        positions_BM, mask_R1MS = prepare_cache(tree, self.cache, first=first)
         return self._layers(x_BMD, positions_BM, mask_R1MS, self.cache)

@@ -10,10 +10,10 @@ from draftsmith.core.tree import Draft, Verdict
 from draftsmith.verify.paths import follow
 
 LOSSLESS = False
-DRAWN = ("deterministic", "independent")
+SCHEMES = ("deterministic", "independent")
 SHAPE = "chain"
 PARAMETER = "rollback"
-LAW_TEMPERATURE = 1.0  # its likelihoods are the model's own, however tokens are chosen
+TARGET_TEMPERATURE = 1.0  # its likelihoods are the model's own, however tokens are chosen
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor, *, rollback: float = 5.0) -> Verdict:

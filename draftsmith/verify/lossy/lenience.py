@@ -6,7 +6,7 @@ from draftsmith.core.tree import Draft, Verdict
 from draftsmith.verify.research import token
 
 LOSSLESS = False
-DRAWN = token.DRAWN
+SCHEMES = token.SCHEMES
 SHAPE = "chain"
 PARAMETER = "lenience"
 

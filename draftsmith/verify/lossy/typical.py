@@ -8,7 +8,7 @@ from draftsmith.core.tree import Draft, Verdict
 from draftsmith.verify.paths import follow
 
 LOSSLESS = False
-DRAWN = ("deterministic", "independent", "without_replacement", "top_and_drawn")
+SCHEMES = ("deterministic", "independent", "without_replacement", "top_and_drawn")
 EPSILON, DELTA = 0.09, 0.3
 
 

@@ -10,7 +10,7 @@ from draftsmith.core.tree import Draft, Verdict
 from draftsmith.verify.paths import Siblings, at, drawn_at
 
 LOSSLESS = True
-DRAWN = ("independent",)
+SCHEMES = ("independent",)
 HALVINGS = 10
 
 
@@ -46,8 +46,8 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
         end_B = torch.where(goes_on_B, siblings.first_BN.gather(1, child_B1)[:, 0], end_B)
     target_BV = at(target_probs_BNV, end_B)
     shared_BV = (target_BV / end_rho_B[:, None]).minimum(at(draft_probs_BNV, end_B))
-    law_BV = target_BV.addcmul_(shared_BV, end_share_B[:, None], value=-1).clamp_(min=0)
-    return drawn_at(end_B, law_BV, target_probs_BNV, uniforms_BU[:, -1], draft)
+    next_probs_BV = target_BV.addcmul_(shared_BV, end_share_B[:, None], value=-1).clamp_(min=0)
+    return drawn_at(end_B, next_probs_BV, target_probs_BNV, uniforms_BU[:, -1], draft)
 
 
 def least_rho(target_BV: Tensor, draft_BV: Tensor, num_children_B: Tensor) -> tuple[Tensor, Tensor]:

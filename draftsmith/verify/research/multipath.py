@@ -12,7 +12,7 @@ from draftsmith.core.tree import Draft, Verdict
 from draftsmith.verify.paths import Siblings, at, drawn_at, pick
 
 LOSSLESS = True
-DRAWN = ("independent",)
+SCHEMES = ("independent",)
 OCTAVES, PER_OCTAVE = 16, 16
 
 
@@ -28,7 +28,7 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
     rows_B1 = torch.arange(len(draft.tokens_BN), device=draft.tokens_BN.device)[:, None]
     node_B = torch.zeros_like(draft.tokens_BN[:, 0])
     end_B, weight_B = node_B, torch.ones_like(target_probs_BNV[:, 0, 0])
-    law_BV = target_probs_BNV[:, 0]
+    next_probs_BV = target_probs_BNV[:, 0]
     while True:
         is_child_BN = siblings.of(node_B)
         num_children_B = is_child_BN.sum(1)
@@ -44,7 +44,7 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
         passes_B = (uniform_B < chance_B) | (node_B == 0)
         end_B = torch.where(passes_B, node_B, end_B)
         after_BV = torch.where(has_children_B[:, None], left_BV, target_BV)
-        law_BV = torch.where(passes_B[:, None], after_BV, law_BV)
+        next_probs_BV = torch.where(passes_B[:, None], after_BV, next_probs_BV)
         if not has_children_B.any():
             break
         grade_BN = grade_BV[rows_B1, draft.tokens_BN].masked_fill(~is_child_BN, -1)
@@ -55,7 +55,7 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
         ratio_B = pick(target_BV, token_B) / pick(chosen_BV, token_B)
         weight_B = torch.where(has_children_B, (weight_B * ratio_B).clamp(max=1), weight_B)
         node_B = torch.where(has_children_B, pick(siblings.first_BN, child_B), node_B)
-    return drawn_at(end_B, law_BV, target_probs_BNV, uniforms_BU[:, -1], draft)
+    return drawn_at(end_B, next_probs_BV, target_probs_BNV, uniforms_BU[:, -1], draft)
 
 
 def law_of_best(target_BV: Tensor, draft_BV: Tensor, num_drawn_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from draftsmith.verify.paths import drawn_at
 from draftsmith.verify.rejection import Rejections
 
 LOSSLESS = True
-DRAWN = ("independent", "without_replacement")
+SCHEMES = ("independent", "without_replacement")
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
@@ -34,4 +34,4 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
         text_B[X[passes_X]] = child_X[passes_X]
         left.reject(X[~passes_X], child_X[~passes_X], np.ones((~passes_X).sum()))
     end_B = torch.from_numpy(text_B).to(draft.tokens_BN.device)
-    return drawn_at(end_B, left.law(text_B), target_probs_BNV, uniforms_BU[:, -1], draft)
+    return drawn_at(end_B, left.probs(text_B), target_probs_BNV, uniforms_BU[:, -1], draft)

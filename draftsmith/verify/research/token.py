@@ -7,7 +7,7 @@ from draftsmith.core.tree import Draft, Verdict
 from draftsmith.verify.paths import at, drawn_at, follow
 
 LOSSLESS = True
-DRAWN = ("independent", "deterministic")
+SCHEMES = ("independent", "deterministic")
 SHAPE = "chain"
 
 
@@ -34,8 +34,8 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
     verdict = follow(is_accepted_BN, draft, draft.tokens_BN)
 
     end_B = verdict.num_accepted_B
-    law_BV = at(target_probs_BNV, end_B)
+    next_probs_BV = at(target_probs_BNV, end_B)
     num_used_B = num_drafted if is_real_BN is None else is_real_BN.sum(1) - 1
     # Past the last drafted token there is no draft law to subtract.
     taken_BV = at(draft_probs_BNV, end_B) * (end_B < num_used_B)[:, None] if num_drafted else 0.0
-    return drawn_at(end_B, (law_BV - taken_BV).clamp(min=0), target_probs_BNV, uniforms_BU[:, -1], draft)
+    return drawn_at(end_B, (next_probs_BV - taken_BV).clamp(min=0), target_probs_BNV, uniforms_BU[:, -1], draft)

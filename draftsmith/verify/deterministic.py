@@ -14,7 +14,7 @@ from draftsmith.core.tree import Draft, Verdict
 from draftsmith.verify.paths import Siblings, at, path_to, pick
 
 LOSSLESS = True
-DRAWN = ("deterministic",)
+SCHEMES = ("deterministic",)
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
