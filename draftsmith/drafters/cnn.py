@@ -22,7 +22,7 @@ from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft
 from draftsmith.length import policies
 from draftsmith.parts import growth
-from draftsmith.parts.neural.cross_attention import Projected, SourceReader
+from draftsmith.parts.neural.cross_attention import CrossAttention, ProjectedSource
 from draftsmith.parts.neural.recurrent import Reading, State
 from draftsmith.parts.neural.shortlist import stamp
 from draftsmith.parts.neural.tied_heads import Ends
@@ -83,7 +83,7 @@ class Drafter(nn.Module, drafter.Drafter):
         self.input = nn.Linear(self.ends.input_width, size)
         # Taps side by side, the earliest first.
         self.layers = nn.ModuleList(nn.Linear(config.kernel_size * size, 2 * size) for _ in config.dilations)
-        self.reader = SourceReader(target, size, size, copies=config.copy)
+        self.reader = CrossAttention(target, size, size, copies=config.copy)
         self.to(device=target.device, dtype=target.dtype)
         self._stamp: list[Any] | None = None
 
@@ -93,11 +93,11 @@ class Drafter(nn.Module, drafter.Drafter):
         In training `dropout` leaves out inputs of layers.
         """
         projected = self.reader.project(source)
-        return self.reader.look(self._run(tokens_BT, projected, dropout)[0], projected)
+        return self.reader.attend(self._run(tokens_BT, projected, dropout)[0], projected)
 
     def head(self, source: Source | None = None) -> Callable[[Tensor], Tensor]:
         """Returns the map from features after this source [..., X] to logits [..., V]."""
-        return self.reader.head(self.ends.head, source)
+        return self.reader.copy_head(self.ends.head, source)
 
     # Drafting
 
@@ -106,7 +106,7 @@ class Drafter(nn.Module, drafter.Drafter):
             self._fold()
             self._stamp = now
         self._source = self.reader.project(session.source)
-        self._logits = self.reader.head(self._head, session.source)
+        self._logits = self.reader.copy_head(self._head, session.source)
         self._reading = Reading(self, session, self.config)
 
     def propose(self, budget: int) -> Draft:
@@ -145,12 +145,12 @@ class Drafter(nn.Module, drafter.Drafter):
             taps_BKC = seen_BSC[:, ::dilation].flatten(1)
             x_BC = x_BC + functional.glu(torch.addmm(bias_G, taps_BKC, weight_KCG), dim=1)
             found.append(seen_BSC[:, 1:])
-        return self.reader.look(x_BC, self._source), tuple(found)
+        return self.reader.attend(x_BC, self._source), tuple(found)
 
     def logits(self, features: Tensor) -> Tensor:
         return self._logits(features)
 
-    def _run(self, tokens_BT: Tensor, source: Projected | None, dropout: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, tokens_BT: Tensor, source: ProjectedSource | None, dropout: float = 0.0) -> tuple[Tensor, list[Tensor]]:
         """Returns the features [B, T, C], and each layer's inputs [B, C, S + T], of which the first S are zeros."""
         x_BTC, inputs = self.input(self.ends.embed(tokens_BT)), []
         x_BCT = (x_BTC if source is None else x_BTC + source.summary_BG[:, None]).transpose(1, 2)

@@ -21,7 +21,7 @@ from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft
 from draftsmith.length import policies
 from draftsmith.parts import growth
-from draftsmith.parts.neural.cross_attention import Projected, SourceReader
+from draftsmith.parts.neural.cross_attention import CrossAttention, ProjectedSource
 from draftsmith.parts.neural.recurrent import Reading, State
 from draftsmith.parts.neural.shortlist import stamp
 from draftsmith.parts.neural.tied_heads import Ends
@@ -74,7 +74,7 @@ class Drafter(nn.Module, drafter.Drafter):
         self.ends = Ends(target, config.hidden_size, config.rank, shortlist=config.shortlist)
         self.layers = nn.LSTM(self.ends.input_width, config.hidden_size, config.num_layers, batch_first=True)
         summary_width = config.num_layers * config.hidden_size
-        self.reader = SourceReader(target, config.hidden_size, summary_width, copies=config.copy)
+        self.reader = CrossAttention(target, config.hidden_size, summary_width, copies=config.copy)
         self.to(device=target.device, dtype=target.dtype)
         self._stamp: list[Any] | None = None
 
@@ -90,18 +90,18 @@ class Drafter(nn.Module, drafter.Drafter):
         projected = self.reader.project(source)
         given = (inputs_BTE, self._first(projected, inputs_BTE))
         if not drop_connect:
-            return self.reader.look(dropped(layers(*given)[0], dropout), projected)
+            return self.reader.attend(dropped(layers(*given)[0], dropout), projected)
         left = {
             name: nn.functional.dropout(weight, drop_connect)
             for name, weight in layers.named_parameters()
             if name.startswith("weight_hh")
         }
         features_BTH, _ = torch.func.functional_call(layers, left, given)
-        return self.reader.look(dropped(features_BTH, dropout), projected)
+        return self.reader.attend(dropped(features_BTH, dropout), projected)
 
     def head(self, source: Source | None = None) -> Callable[[Tensor], Tensor]:
         """Returns the map from features after this source [..., X] to logits [..., V]."""
-        return self.reader.head(self.ends.head, source)
+        return self.reader.copy_head(self.ends.head, source)
 
     # Drafting
 
@@ -110,7 +110,7 @@ class Drafter(nn.Module, drafter.Drafter):
             self._fold()
             self._stamp = now
         self._source = self.reader.project(session.source)
-        self._logits = self.reader.head(self._head, session.source)
+        self._logits = self.reader.copy_head(self._head, session.source)
         self._reading = Reading(self, session, self.config)
 
     def propose(self, budget: int) -> Draft:
@@ -145,12 +145,12 @@ class Drafter(nn.Module, drafter.Drafter):
             found += [h_BH, c_BH]
             if next_input is not None:
                 gates_BG = torch.addmm(next_input[1], h_BH, next_input[0])
-        return self.reader.look(found[-2], self._source), tuple(found)
+        return self.reader.attend(found[-2], self._source), tuple(found)
 
     def logits(self, features: Tensor) -> Tensor:
         return self._logits(features)
 
-    def _first(self, source: Projected | None, inputs_BTE: Tensor) -> tuple[Tensor, Tensor]:
+    def _first(self, source: ProjectedSource | None, inputs_BTE: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the state (h, c) before the text, each [L, B, H]: zeros, or the sources' summaries as c."""
         if source is None:
             zeros_LBH = inputs_BTE.new_zeros(self.config.num_layers, len(inputs_BTE), self.config.hidden_size)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.target import Source
-from draftsmith.parts.neural.cross_attention import SourceReader
+from draftsmith.parts.neural.cross_attention import CrossAttention
 
 TARGET: Any = SimpleNamespace(name="t", is_encoder_decoder=True, hidden_size=6)
 WIDTH, VOCAB_SIZE = 4, 9
@@ -19,14 +19,14 @@ TOKENS_BS = torch.tensor([[3, 5, 3, 8], [7, 2, 0, 0]])
 LENGTHS = (4, 2)
 
 
-def reader_and_source(copies: bool) -> tuple[SourceReader, Source]:
+def reader_and_source(copies: bool) -> tuple[CrossAttention, Source]:
     torch.manual_seed(0)
     mask_BS = torch.tensor([[1] * length + [0] * (4 - length) for length in LENGTHS])
     source = Source(tokens_BT=TOKENS_BS, mask_BT=mask_BS, encoded_BTD=5 * torch.randn(2, 4, 6))
-    return SourceReader(TARGET, WIDTH, 3, copies=copies), source
+    return CrossAttention(TARGET, WIDTH, 3, copies=copies), source
 
 
-def by_hand(reader: SourceReader, source: Source, row: int, features_D: Tensor) -> tuple[Tensor, Tensor]:
+def by_hand(reader: CrossAttention, source: Source, row: int, features_D: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the features with what they find [D], and where they look [S]."""
     states_SE = source.encoded_BTD[row, : LENGTHS[row]]
     states_SE = states_SE / states_SE.pow(2).mean(-1, keepdim=True).sqrt()
@@ -42,14 +42,14 @@ def test_a_look_by_hand() -> None:
     features_BMD = torch.randn(2, 3, WIDTH)
     projected = reader.project(source)
     assert projected is not None
-    found_BMD = reader.look(features_BMD, projected)
+    found_BMD = reader.attend(features_BMD, projected)
     for row in range(2):
         states_SE = torch.nn.functional.rms_norm(source.encoded_BTD[row, : LENGTHS[row]], (6,))
         expected_G = reader.summary(states_SE.mean(0))
         torch.testing.assert_close(projected.summary_BG[row], expected_G)
         for place in range(3):
             torch.testing.assert_close(found_BMD[row, place], by_hand(reader, source, row, features_BMD[row, place])[0])
-    assert torch.equal(reader.look(features_BMD.flatten(0, 1), projected), found_BMD.flatten(0, 1))
+    assert torch.equal(reader.attend(features_BMD.flatten(0, 1), projected), found_BMD.flatten(0, 1))
 
 
 def test_a_copy_by_hand() -> None:
@@ -57,8 +57,8 @@ def test_a_copy_by_hand() -> None:
     reader, source = reader_and_source(copies=True)
     assert reader.gate is not None
     output_VD, features_BMD = torch.randn(VOCAB_SIZE, WIDTH), torch.randn(2, 3, WIDTH)
-    carried = reader.look(features_BMD, reader.project(source))
-    logits_BMV = reader.head(lambda features: features @ output_VD.T, source)(carried)
+    carried = reader.attend(features_BMD, reader.project(source))
+    logits_BMV = reader.copy_head(lambda features: features @ output_VD.T, source)(carried)
     for row in range(2):
         for place in range(3):
             found_D, attention_S = by_hand(reader, source, row, features_BMD[row, place])
@@ -69,7 +69,7 @@ def test_a_copy_by_hand() -> None:
             assert probs_V.sum().item() == pytest.approx(1)
             torch.testing.assert_close(logits_BMV[row, place].exp(), probs_V)
     # Positions picked out of the batch, as losses have them, still know their row.
-    picked_NV = reader.head(lambda features: features @ output_VD.T, source)(carried[:, 1:].flatten(0, 1)[[3, 0]])
+    picked_NV = reader.copy_head(lambda features: features @ output_VD.T, source)(carried[:, 1:].flatten(0, 1)[[3, 0]])
     torch.testing.assert_close(picked_NV, torch.stack([logits_BMV[1, 2], logits_BMV[0, 1]]))
     picked_NV.sum().backward()
     assert all(weight.grad is not None for name, weight in reader.named_parameters() if "summary" not in name)
@@ -77,18 +77,18 @@ def test_a_copy_by_hand() -> None:
 
 def test_a_token_that_neither_law_would_give_has_a_finite_loss() -> None:
     reader, source = reader_and_source(copies=True)
-    carried = reader.look(torch.randn(2, 1, WIDTH), reader.project(source))
+    carried = reader.attend(torch.randn(2, 1, WIDTH), reader.project(source))
     surely_V = torch.full((VOCAB_SIZE,), -1e4)
     surely_V[1] = 0
-    logits_BMV = reader.head(lambda features: surely_V + 0 * features.sum(-1, keepdim=True), source)(carried)
+    logits_BMV = reader.copy_head(lambda features: surely_V + 0 * features.sum(-1, keepdim=True), source)(carried)
     torch.nn.functional.cross_entropy(logits_BMV[:, 0], torch.tensor([6, 6])).backward()
     assert all(w.grad is None or w.grad.isfinite().all() for w in reader.parameters())
 
 
 def test_nothing_is_read_of_causal_text() -> None:
     causal: Any = SimpleNamespace(name="t", is_encoder_decoder=False, hidden_size=6)
-    reader, features = SourceReader(causal, WIDTH, 3, copies=False), torch.randn(2, WIDTH)
+    reader, features = CrossAttention(causal, WIDTH, 3, copies=False), torch.randn(2, WIDTH)
     assert not list(reader.parameters()) and reader.project(None) is None
-    assert reader.look(features, None) is features and reader.head(torch.sin, None) is torch.sin
+    assert reader.attend(features, None) is features and reader.copy_head(torch.sin, None) is torch.sin
     with pytest.raises(ValueError, match="copy is set, and target t is causal"):
-        SourceReader(causal, WIDTH, 3, copies=True)
+        CrossAttention(causal, WIDTH, 3, copies=True)

@@ -53,8 +53,8 @@ class Attention(nn.Module):
         head_width = head_width or width // num_heads
         if num_heads % num_kv_heads or head_width % 2:
             raise ValueError(
-                f"attention has {num_heads} heads of width {head_width} and {num_kv_heads} key-value heads; the width must"
-                " be even, and the number of heads a multiple of the number of key-value heads"
+                f"attention has {num_heads} heads of width {head_width} and {num_kv_heads} key-value heads; the width"
+                " must be even, and the number of heads a multiple of the number of key-value heads"
             )
         self.num_heads, self.num_kv_heads, self.head_width = num_heads, num_kv_heads, head_width
         self.theta, self.rope_scaling = theta, rope_scaling
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """Returns [B, N, D]; causal without a mask. With a cache, the new keys and values are written to its `layer`."""
+        """Returns [B, N, D]; causal without a mask. With a cache, new keys and values are written to its `layer`."""
         query_BHND, key_BHND, value_BHND = self.project(x_BNE, positions_RN)
         if cache is not None:
             key_BHND, value_BHND = cache.update(key_BHND, value_BHND, layer)
