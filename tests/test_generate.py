@@ -1,7 +1,5 @@
 """The loop: greedy identity for each drafter and architecture, ends, limits, streaming, seeds, statistics, errors."""
 
-import random
-from functools import cache
 from typing import Any
 
 import pytest
@@ -10,9 +8,8 @@ from transformers import TextStreamer
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.drafter import Session, Step
-from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters import lm, lookup, medusa
+from tests.support.drafters import HEADS, NUM_NEW, Scripted, generate_rows, tiny_drafter
 from tests.support.family import Watched, built, texts
 from tests.support.models import (
     CAUSAL,
@@ -28,92 +25,6 @@ from tests.support.models import (
     tiny_tokenizer,
 )
 
-NUM_NEW = 20
-HEADS = medusa.Config(num_heads=3, tree=((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
-SMALL = lm.Config(model=tiny_config("llama", num_hidden_layers=1).to_dict(), num_draft=4, length="refit=0.1")
-
-
-class Scripted:
-    """Drafts what it is told of each row's text: along a random path of a random tree, or down a chain.
-
-    `wrong_every` spoils every so many-th token of the text, so that drafts are accepted up to there.
-    """
-
-    config, hidden_layers = None, (1,)
-
-    def __init__(self, target: Target, expected: list[list[int]], *, trees: bool, wrong_every: int = 0) -> None:
-        self.target, self.expected, self.trees, self.wrong_every = target, expected, trees, wrong_every
-        self._rng = random.Random(0)
-
-    def start(self, session: Session) -> None:
-        self._session = session
-
-    def propose(self, budget: int) -> Draft:
-        depth = min(budget, 4)
-        continuations = [self._continuation(row, depth) for row in range(len(self._session.rows))]
-        pending = self._session.pending()[:, None]
-        if not self.trees:
-            return Draft(tokens_BN=torch.cat([pending, torch.tensor(continuations)], 1), tree=chain(depth + 1))
-        num_nodes = 3 * depth + 1
-        parents, tokens = [], []
-        for continuation in continuations:
-            branch = sorted(self._rng.sample(range(1, num_nodes), depth))
-            others = [token for token in range(VOCAB_SIZE) if token not in continuation]
-            row_parents, row_tokens = [-1], [0]
-            for node in range(1, num_nodes):
-                if node in branch:
-                    at = branch.index(node)
-                    row_parents.append(branch[at - 1] if at else 0)
-                    row_tokens.append(continuation[at])
-                else:
-                    # Beside the branch, so that what is accepted must be gathered; like no other node.
-                    parent = self._rng.randrange(node)
-                    row_parents.append(parent if _depth(row_parents, parent) < depth else 0)
-                    row_tokens.append(others[node])
-            parents.append(row_parents)
-            tokens.append(row_tokens)
-        drafted = torch.tensor(tokens)[:, 1:]
-        return Draft(tokens_BN=torch.cat([pending, drafted], 1), tree=Tree.from_parents(parents))
-
-    def observe(self, step: Step) -> None:
-        """Checks that the hidden layer asked for has come."""
-        assert step.hidden[1].shape[:2] == step.draft.tokens_BN.shape
-
-    def _continuation(self, row: int, depth: int) -> list[int]:
-        begin = len(self._session.rows[row])
-        text = self.expected[row] + [0] * depth
-        is_wrong = [self.wrong_every > 0 and (begin + at + 1) % self.wrong_every == 0 for at in range(depth)]
-        return [(text[begin + at] + is_wrong[at]) % VOCAB_SIZE for at in range(depth)]
-
-
-def _depth(parents: list[int], node: int) -> int:
-    return 0 if node == 0 else 1 + _depth(parents, parents[node])
-
-
-@cache
-def drafter_of(name: str, architecture: str) -> Any:
-    """Returns a drafter by name: random heads, a small random LM, a disturbed copy of the target, or look-up."""
-    target = tiny_target(architecture)
-    if name == "medusa":
-        return built(medusa, HEADS, target)
-    if name == "lm":
-        return built(lm, SMALL, target)
-    if name == "lookup":
-        return lookup.Drafter(lookup.Config(), target)
-    copied = lm.Drafter(lm.Config(model=target.model.config.to_dict(), num_draft=5, length="refit=0.2"), target)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for own, theirs in zip(copied.model.parameters(), target.model.parameters(), strict=True):
-            noise = torch.randn(own.shape, generator=generator)
-            own.copy_(theirs + 0.05 * theirs.std(correction=0) * noise)
-    return copied.eval()
-
-
-def run(target: Target, num_rows: int, drafter: Any = None, *, side: str = "right", **settings: Any) -> Any:
-    ids, mask = padded(prompts(num_rows), side=side)
-    settings = {"max_new_tokens": NUM_NEW} | settings
-    return draftsmith.generate(target, ids, drafter, attention_mask=mask, **settings)
-
 
 @pytest.mark.parametrize("architecture", CAUSAL)
 @pytest.mark.parametrize("drafter", ["none", "copy", "scripted"])
@@ -122,12 +33,14 @@ def test_greedy_is_transformers_own(architecture: str, drafter: str) -> None:
     for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
         expected = greedy_by_transformers(architecture, num_rows, NUM_NEW)
         if drafter == "none":
-            out = run(target, num_rows, side=side)
+            out = generate_rows(target, num_rows, side=side)
         elif drafter == "scripted":
-            out = run(target, num_rows, Watched(Scripted(target, expected, trees=True, wrong_every=7)), side=side)
+            out = generate_rows(
+                target, num_rows, Watched(Scripted(target, expected, trees=True, wrong_every=7)), side=side
+            )
             assert out.stats.tau > 2, "paths of several nodes must have been gathered"
         else:
-            out = run(target, num_rows, Watched(drafter_of("copy", architecture)), side=side)
+            out = generate_rows(target, num_rows, Watched(tiny_drafter("copy", architecture)), side=side)
             assert out.stats.tau > 1.5, "drafts of a near copy must often be accepted"
         assert texts(out) == expected, (num_rows, side)
         assert out.lengths.tolist() == [len(row) for row in expected]
@@ -140,10 +53,12 @@ def test_greedy_is_transformers_own_for_encoder_decoders(architecture: str, draf
     for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
         expected = greedy_by_transformers(architecture, num_rows, NUM_NEW)
         if drafter == "scripted":
-            out = run(target, num_rows, Scripted(target, expected, trees=False, wrong_every=5), side=side)
+            out = generate_rows(target, num_rows, Scripted(target, expected, trees=False, wrong_every=5), side=side)
             assert out.stats.tau > 2
         else:
-            out = run(target, num_rows, drafter_of("lookup", architecture) if drafter == "lookup" else None, side=side)
+            out = generate_rows(
+                target, num_rows, tiny_drafter("lookup", architecture) if drafter == "lookup" else None, side=side
+            )
         assert texts(out) == expected, (num_rows, side)
 
 
@@ -171,7 +86,7 @@ def test_drafts_that_always_sometimes_never_match(wrong_every: int, accepted: in
 def test_statistics_add_up() -> None:
     target = tiny_target("llama")
     for name in ("none", "medusa", "copy", "lookup"):
-        stats = (out := run(target, 5, drafter_of(name, "llama") if name != "none" else None)).stats
+        stats = (out := generate_rows(target, 5, tiny_drafter(name, "llama") if name != "none" else None)).stats
         num_prompt = sum(map(len, prompts(5)))
         assert stats.num_rows == 5
         assert stats.new_tokens == int(out.lengths.sum()) - num_prompt == 5 * NUM_NEW
@@ -200,13 +115,13 @@ def test_it_stops_at_an_end_inside_an_accepted_draft(drafter: str) -> None:
         expected.append(row[: min(stops, default=len(row))])
     assert len({len(row) - size for row, size in zip(expected, num_prompt, strict=True)}) >= 3
     kind = Scripted(target, whole, trees=True) if drafter == "scripted" else None
-    used = kind or (drafter_of(drafter, "mistral") if drafter != "none" else None)
-    out = run(target, 5, used, eos_token_id=ends)
+    used = kind or (tiny_drafter(drafter, "mistral") if drafter != "none" else None)
+    out = generate_rows(target, 5, used, eos_token_id=ends)
     assert texts(out) == expected
     assert out.stats.new_tokens == sum(map(len, expected)) - sum(num_prompt)
     padding = [out.sequences[row, len(ids) :] for row, ids in enumerate(expected)]
     assert all((rest == 0).all() for rest in padding), "right-padded with the model's padding token"
-    assert texts(run(target, 5, used, eos_token_id=ends[0]))[0] == expected[0]
+    assert texts(generate_rows(target, 5, used, eos_token_id=ends[0]))[0] == expected[0]
 
 
 def test_the_models_own_end_is_the_default_and_can_be_turned_off() -> None:
@@ -215,8 +130,8 @@ def test_the_models_own_end_is_the_default_and_can_be_turned_off() -> None:
     model.generation_config.eos_token_id = [whole[9 + 4], VOCAB_SIZE - 1]
     first = whole.index(whole[9 + 4], 9)
     target = Target(model)
-    assert texts(run(target, 1)) == [whole[: first + 1]]
-    assert texts(run(target, 1, eos_token_id=())) == [whole]
+    assert texts(generate_rows(target, 1)) == [whole[: first + 1]]
+    assert texts(generate_rows(target, 1, eos_token_id=())) == [whole]
 
 
 @pytest.mark.parametrize("drafter", ["none", "medusa", "lm", "copy", "lookup", "scripted"])
@@ -224,8 +139,8 @@ def test_the_models_own_end_is_the_default_and_can_be_turned_off() -> None:
 def test_exactly_as_many_tokens_as_asked_for(drafter: str, num_new: int) -> None:
     target, whole = tiny_target("llama"), greedy_by_transformers("llama", 5, NUM_NEW)
     used: Any = Scripted(target, whole, trees=True) if drafter == "scripted" else None
-    used = used or (drafter_of(drafter, "llama") if drafter != "none" else None)
-    out = run(target, 5, used, max_new_tokens=num_new)
+    used = used or (tiny_drafter(drafter, "llama") if drafter != "none" else None)
+    out = generate_rows(target, 5, used, max_new_tokens=num_new)
     expected = [row[: len(row) - NUM_NEW + num_new] for row in whole]
     assert texts(out) == expected
 
@@ -236,7 +151,7 @@ def test_text_may_fill_the_context_to_its_last_place(architecture: str, drafter:
     if architecture in SEQ2SEQ and drafter in ("medusa", "lm"):
         return
     target, rows = tiny_target(architecture), [prompts(4)[3], prompts(4)[3][:5]]
-    used = drafter_of(drafter, architecture) if drafter != "none" else None
+    used = tiny_drafter(drafter, architecture) if drafter != "none" else None
     num_prompt = 1 if target.is_encoder_decoder else len(rows[0])
     ids, mask = padded(rows, side="left")
     out = draftsmith.generate(target, ids, used, attention_mask=mask, max_new_tokens=CONTEXT - num_prompt)
@@ -252,7 +167,7 @@ def test_text_may_fill_the_context_to_its_last_place(architecture: str, drafter:
 @pytest.mark.parametrize("drafter", ["none", "medusa", "copy", "lookup"])
 def test_a_prompt_may_be_one_token(drafter: str) -> None:
     target = tiny_target("qwen2")
-    used = drafter_of(drafter, "qwen2") if drafter != "none" else None
+    used = tiny_drafter(drafter, "qwen2") if drafter != "none" else None
     expected = target.model.generate(torch.tensor([[7]]), do_sample=False, max_new_tokens=NUM_NEW)
     for num_rows in (1, 3):
         out = draftsmith.generate(target, torch.tensor([[7]] * num_rows), used, max_new_tokens=NUM_NEW)
@@ -277,7 +192,9 @@ class Pieces:
 @pytest.mark.parametrize("drafter", ["none", "copy"])
 def test_streamed_pieces_join_to_the_output(drafter: str) -> None:
     streamer = Pieces()
-    out = run(tiny_target("llama"), 1, drafter_of("copy", "llama") if drafter == "copy" else None, streamer=streamer)
+    out = generate_rows(
+        tiny_target("llama"), 1, tiny_drafter("copy", "llama") if drafter == "copy" else None, streamer=streamer
+    )
     assert streamer.pieces[0] == prompts(1)[0], "the prompt comes first, as transformers' streamers expect"
     assert [token for piece in streamer.pieces for token in piece] == texts(out)[0]
     assert len(streamer.pieces) == 1 + out.stats.steps, "a piece for each step, as soon as it is known"
@@ -286,26 +203,26 @@ def test_streamed_pieces_join_to_the_output(drafter: str) -> None:
 
 def test_transformers_streamers_print_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tiny_tokenizer()
-    out = run(tiny_target("llama"), 1, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    out = generate_rows(tiny_target("llama"), 1, streamer=TextStreamer(tokenizer, skip_prompt=True))
     assert capsys.readouterr().out.split() == tokenizer.decode(texts(out)[0][len(prompts(1)[0]) :]).split()
 
 
 @pytest.mark.parametrize("drafter", ["none", "medusa", "copy", "lookup"])
 def test_seeds_reproduce_and_differ(drafter: str) -> None:
     target = tiny_target("llama")
-    used = drafter_of(drafter, "llama") if drafter != "none" else None
-    sampled = [texts(run(target, 5, used, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
+    used = tiny_drafter(drafter, "llama") if drafter != "none" else None
+    sampled = [texts(generate_rows(target, 5, used, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     torch.manual_seed(5)
-    unseeded = [texts(run(target, 5, used, temperature=1.0)) for _ in range(2)]
+    unseeded = [texts(generate_rows(target, 5, used, temperature=1.0)) for _ in range(2)]
     torch.manual_seed(5)
     assert unseeded[0] != unseeded[1]
-    assert texts(run(target, 5, used, temperature=1.0)) == unseeded[0]
+    assert texts(generate_rows(target, 5, used, temperature=1.0)) == unseeded[0]
 
 
 def test_what_is_returned_can_be_trained_on() -> None:
     target = tiny_target("llama")
-    out = run(target, 2)
+    out = generate_rows(target, 2)
     loss = target.model(out.sequences, labels=out.sequences).loss
     loss.backward()
     target.model.zero_grad()
@@ -315,12 +232,12 @@ def test_a_call_leaves_nothing_to_the_next() -> None:
     """A drafter is used for one batch, then another of other shape, by an abandoned call in between."""
     target = tiny_target("llama")
     for name in ("medusa", "copy", "lookup"):
-        drafter = drafter_of(name, "llama")
-        first = texts(run(target, 5, drafter))
+        drafter = tiny_drafter(name, "llama")
+        first = texts(generate_rows(target, 5, drafter))
         with pytest.raises(ValueError, match="nosuch"):
-            run(target, 2, drafter, temperature=1.0, verifier="nosuch")
-        assert texts(run(target, 1, drafter)) == first[:1]
-        assert texts(run(target, 5, drafter)) == first
+            generate_rows(target, 2, drafter, temperature=1.0, verifier="nosuch")
+        assert texts(generate_rows(target, 1, drafter)) == first[:1]
+        assert texts(generate_rows(target, 5, drafter)) == first
 
 
 def refused(target: Target, ids: Any, message: str, **settings: Any) -> None:
@@ -364,11 +281,11 @@ def test_a_verifier_that_does_not_fit_the_drafter_is_refused() -> None:
     target = tiny_target("llama")
     for name, verifier in (("lm", "deterministic"), ("medusa", "token"), ("lookup", "greedy")):
         with pytest.raises(ValueError, match=f"verifier '{verifier}'"):
-            run(target, 1, drafter_of(name, "llama"), temperature=1.0, verifier=verifier)
+            generate_rows(target, 1, tiny_drafter(name, "llama"), temperature=1.0, verifier=verifier)
 
 
 def test_typical_acceptance_is_greedy_at_temperature_zero() -> None:
-    out = run(tiny_target("llama"), 5, drafter_of("copy", "llama"), verifier="typical")
+    out = generate_rows(tiny_target("llama"), 5, tiny_drafter("copy", "llama"), verifier="typical")
     assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
 
 
@@ -378,7 +295,7 @@ def test_the_draft_model_may_have_a_shorter_context() -> None:
     small = tiny_config("gpt2", n_positions=16, n_layer=1).to_dict()
     drafter = built(lm, lm.Config(model=small, num_draft=4, length="fixed"), target)
     for num_rows in (1, 5):
-        assert texts(run(target, num_rows, drafter)) == greedy_by_transformers("llama", num_rows, NUM_NEW)
+        assert texts(generate_rows(target, num_rows, drafter)) == greedy_by_transformers("llama", num_rows, NUM_NEW)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
@@ -388,7 +305,7 @@ def test_a_target_may_be_in_bfloat16(architecture: str) -> None:
     for drafter in (built(medusa, HEADS, target), built(lm, small, target)):
         assert {weight.dtype for weight in drafter.parameters()} == {torch.bfloat16}
         for temperature in (0.0, 1.0):
-            out = run(target, 5, Watched(drafter), temperature=temperature, seed=0)
+            out = generate_rows(target, 5, Watched(drafter), temperature=temperature, seed=0)
             assert out.stats.new_tokens == 5 * NUM_NEW
 
 

@@ -4,40 +4,30 @@ Fixed beforehand: 20,000 continuations of three tokens from a vocabulary of eigh
 """
 
 from collections.abc import Callable
-from functools import cache
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from draftsmith.core.sampling import Sampling, draw
+from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Verdict
-from draftsmith.drafters import lm, lookup, medusa
-from draftsmith.verify.paths import follow
-from tests.support.distributions import FALSE_ALARM, VOCAB_SIZE, check_distribution, exact_distribution, judge, distribution_target, p_value
-from tests.support.family import built
-from tests.support.models import tiny_config
+from tests.support.biased_verifiers import accept_by_the_targets_chance, draw_for_each_child, one_uniform_for_all
+from tests.support.distributions import (
+    FALSE_ALARM,
+    check_distribution,
+    distribution_target,
+    exact_distribution,
+    p_value,
+    sampled_p_value,
+)
+from tests.support.drafters import sampled_drafter
 
 NUM_SAMPLES = 20_000
-TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
-SMALL = tiny_config("llama", vocab_size=VOCAB_SIZE, num_hidden_layers=1).to_dict()
-
-
-@cache
-def drafter_of(name: str) -> Any:
-    target = distribution_target()
-    if name == "medusa":
-        return built(medusa, medusa.Config(num_heads=3, tree=TREE), target)
-    if name == "lm":  # stops after unlikely tokens, so that rows draft unequal lengths
-        return built(lm, lm.Config(model=SMALL, num_draft=3, length="refit=0.3"), target)
-    return lookup.Drafter(lookup.Config(), target)
 
 
 @pytest.mark.parametrize("name", ["medusa", "lm", "lookup"])
 def test_sampled_text_follows_the_law(name: str) -> None:
-    check_distribution(drafter_of(name), distribution_target(), num_samples=NUM_SAMPLES)
+    check_distribution(sampled_drafter(name), distribution_target(), num_samples=NUM_SAMPLES)
 
 
 def test_plain_decoding_follows_the_law() -> None:
@@ -47,39 +37,11 @@ def test_plain_decoding_follows_the_law() -> None:
 @pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 5}, {"temperature": 0.7, "top_k": 6, "top_p": 0.8}])
 @pytest.mark.parametrize("name", ["medusa", "lm", "lookup"])
 def test_the_law_is_taken_after_top_k_and_top_p(name: str, settings: dict[str, float]) -> None:
-    check_distribution(drafter_of(name), distribution_target(), num_samples=NUM_SAMPLES // 4, seed=1, **settings)
+    check_distribution(sampled_drafter(name), distribution_target(), num_samples=NUM_SAMPLES // 4, seed=1, **settings)
 
 
 def test_a_deterministic_chain_may_also_be_judged_token_by_token() -> None:
-    check_distribution(drafter_of("lookup"), distribution_target(), num_samples=NUM_SAMPLES // 2, verifier="token")
-
-
-def accept_by_the_targets_chance(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """WRONG: forgets by what law the draft was drawn, and draws from the target's law after a rejection."""
-    num_drafted = draft.tree.num_nodes - 1
-    target_of_drafted = target_probs_BNV[:, :num_drafted].gather(2, draft.tokens_BN[:, 1:, None])[..., 0]
-    is_accepted_BN = torch.ones_like(draft.tokens_BN, dtype=torch.bool)
-    is_accepted_BN[:, 1:] = uniforms_BU[:, :num_drafted] < target_of_drafted
-    if (valid_BN := draft.valid_BN()) is not None:
-        is_accepted_BN &= valid_BN
-    after_BN = draw(target_probs_BNV, uniforms_BU[:, -1:].expand_as(draft.tokens_BN))
-    return follow(is_accepted_BN, draft, after_BN)
-
-
-def draw_for_each_child(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """WRONG: tries each child of a tree by itself, so that siblings add up to more than their share."""
-    parents_BN = draft.tree.parents_RN.clamp(min=0).expand_as(draft.tokens_BN)
-    rows_B1 = torch.arange(len(parents_BN))[:, None]
-    is_accepted_BN = uniforms_BU[:, :-1] < target_probs_BNV[rows_B1, parents_BN, draft.tokens_BN]
-    is_accepted_BN[:, 0] = True
-    return follow(is_accepted_BN, draft, draw(target_probs_BNV, uniforms_BU[:, -1:].expand_as(draft.tokens_BN)))
-
-
-def one_uniform_for_all(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """WRONG: the right rule with a single uniform for all its decisions."""
-    from draftsmith.verify.research import token
-
-    return token.verify(target_probs_BNV, draft, uniforms_BU[:, :1].expand_as(uniforms_BU))
+    check_distribution(sampled_drafter("lookup"), distribution_target(), num_samples=NUM_SAMPLES // 2, verifier="token")
 
 
 @pytest.mark.parametrize(
@@ -89,16 +51,21 @@ def one_uniform_for_all(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Ten
 def test_a_biased_verifier_is_seen(name: str, verify: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch) -> None:
     biased = SimpleNamespace(name="biased", sampling=Sampling(temperature=1.0), verify=verify)
     monkeypatch.setattr("draftsmith.verify.choose", lambda *_: biased)
-    assert judge(drafter_of(name), distribution_target(), num_samples=NUM_SAMPLES // 4) < FALSE_ALARM
+    assert sampled_p_value(sampled_drafter(name), distribution_target(), num_samples=NUM_SAMPLES // 4) < FALSE_ALARM
 
 
 def test_typical_acceptance_is_seen_to_be_lossy() -> None:
-    assert judge(drafter_of("medusa"), distribution_target(), num_samples=NUM_SAMPLES // 4, verifier="typical") < FALSE_ALARM
+    assert (
+        sampled_p_value(
+            sampled_drafter("medusa"), distribution_target(), num_samples=NUM_SAMPLES // 4, verifier="typical"
+        )
+        < FALSE_ALARM
+    )
 
 
 def test_drafts_judged_by_another_law_than_theirs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """WRONG: the target's law after top-k, the draft's before it."""
-    drafter = drafter_of("lm")
+    drafter = sampled_drafter("lm")
     propose = drafter.propose
 
     def without_truncation(budget: int) -> Draft:
@@ -107,7 +74,7 @@ def test_drafts_judged_by_another_law_than_theirs_are_seen(monkeypatch: pytest.M
         return Draft(**vars(draft) | {"draft_probs_BNV": flatter / flatter.sum(-1, keepdim=True)})
 
     monkeypatch.setattr(drafter, "propose", without_truncation)
-    assert judge(drafter, distribution_target(), num_samples=NUM_SAMPLES // 4, top_k=5) < FALSE_ALARM
+    assert sampled_p_value(drafter, distribution_target(), num_samples=NUM_SAMPLES // 4, top_k=5) < FALSE_ALARM
 
 
 def test_the_exact_law_and_the_test_are_sound() -> None:

@@ -135,7 +135,7 @@ class Drafter(Protocol):
     def on_weights_loaded(self) -> None:
         """Finishes a drafter whose weights are in place: it may check or quantise them, or fine-tune the target.
 
-        Called once. A drafter that fine-tunes the target sets `target` to the fine-tuned one, the one to give to
+        A drafter that fine-tunes the target sets `target` to the fine-tuned one, the one to give to
         `generate`, and leaves the user's unchanged. Raises ValueError for weights that do not fit.
         """
 

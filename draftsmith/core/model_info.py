@@ -43,7 +43,7 @@ def read_facts(path: str) -> TargetFacts:
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"target folder {path} has no config.json; name a transformers model folder")
     if not Path(path).is_dir() and os.environ.get("DRAFTSMITH_OFFLINE") == "1":
-        raise ValueError(f"target {path!r} is no local folder, and DRAFTSMITH_OFFLINE=1 forbids asking the hub")
+        raise ValueError(f"target {path!r} is no local folder, and DRAFTSMITH_OFFLINE=1 disables access to the hub")
     try:
         whole = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:

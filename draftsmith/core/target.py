@@ -346,7 +346,9 @@ class Target:
             if self.is_encoder_decoder and key != (0, self.num_layers, frozenset()):
                 raise ValueError(f"{self._architecture} is an encoder-decoder: spans of layers are not supported")
             base = relative_bias(self._stack, self._context) if hasattr(self._stack, "block") else self._stack
-            self._views[key] = view(base, self._context, start=start, stop=stop, skipped=skipped, width=self.hidden_size)
+            self._views[key] = view(
+                base, self._context, start=start, stop=stop, skipped=skipped, width=self.hidden_size
+            )
         return self._views[key]
 
     def _both_caches(self, cache: KVCache) -> EncoderDecoderCache:

@@ -93,7 +93,7 @@ class _IdentityModel(nn.Module):
         return _HiddenStateOutput(last_hidden_state=given)
 
     @property
-    def decoder(self) -> "_Passed":
+    def decoder(self) -> "_IdentityModel":
         return self
 
 

@@ -101,7 +101,9 @@ def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
     if name == "greedy" and not sampling.is_greedy:
         raise ValueError(f"verifier 'greedy' is for temperature 0, not {sampling.temperature}; use 'auto'")
     if draft.sampling_scheme not in module.SCHEMES:
-        raise ValueError(f"verifier {name!r} does not fit a draft drawn {draft.sampling_scheme.replace('_', ' ')}; use 'auto'")
+        raise ValueError(
+            f"verifier {name!r} does not fit a draft drawn {draft.sampling_scheme.replace('_', ' ')}; use 'auto'"
+        )
     if getattr(module, "SHAPE", None) == "chain" and not draft.tree.is_chain:
         raise ValueError(f"verifier {name!r} takes chains, and this drafter proposes trees; use 'auto'")
     return _made(name, sampling)

@@ -133,7 +133,9 @@ def path_to(end_B: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
     return torch.cat(climb, dim=1).gather(1, steps_BP.clamp(min=0)), num_accepted_B
 
 
-def drawn_at(end_B: Tensor, next_probs_BV: Tensor, target_probs_BNV: Tensor, uniform_B: Tensor, draft: Draft) -> Verdict:
+def drawn_at(
+    end_B: Tensor, next_probs_BV: Tensor, target_probs_BNV: Tensor, uniform_B: Tensor, draft: Draft
+) -> Verdict:
     """Returns the verdict of a path that ends at `end_B`, the next token drawn from `law_BV`, not normalised.
 
     Where rounding has left nothing of that law the target's own takes its place: two equal laws leave no residual.
@@ -142,4 +144,9 @@ def drawn_at(end_B: Tensor, next_probs_BV: Tensor, target_probs_BNV: Tensor, uni
     if is_empty_B.any():
         next_probs_BV = torch.where(is_empty_B[:, None], at(target_probs_BNV, end_B), next_probs_BV)
     path_BP, num_accepted_B = path_to(end_B, draft)
-    return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=draw(next_probs_BV, uniform_B), next_probs_BV=next_probs_BV)
+    return Verdict(
+        path_BP=path_BP,
+        num_accepted_B=num_accepted_B,
+        next_token_B=draw(next_probs_BV, uniform_B),
+        next_probs_BV=next_probs_BV,
+    )

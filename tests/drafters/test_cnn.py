@@ -12,7 +12,7 @@ from draftsmith.drafters import cnn
 from draftsmith.drafters.cnn import Config, Drafter
 from tests.support.family import built, check_family
 from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
-from tests.support.recurrent import check_reading, check_run_on_pairs, check_shortlist, check_writing, source_of
+from tests.support.recurrent_checks import check_reading, check_run_on_pairs, check_shortlist, check_writing, source_of
 from trainers import cnn as trainer
 
 SETTINGS = trainer.Settings(num_channels=24, rank=16, loss="tvd", teacher_top_k=8, on_policy=0.5)

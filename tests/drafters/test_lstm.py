@@ -14,7 +14,7 @@ from draftsmith.drafters.lstm import Config, Drafter, dropped
 from draftsmith.parts.neural import tied_heads
 from tests.support.family import built, check_family
 from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
-from tests.support.recurrent import (
+from tests.support.recurrent_checks import (
     check_reading,
     check_run_on_pairs,
     check_shortlist,

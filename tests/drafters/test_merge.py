@@ -18,9 +18,9 @@ from draftsmith.drafters import hydra, kangaroo, lm, lookup, medusa, merge
 from draftsmith.drafters.merge import Config, Drafter, Guesses, chances_of
 from draftsmith.parts.composites import Part
 from draftsmith.parts.trie import join
+from tests.support.drafters import Scripted
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_config, tiny_target
-from tests.test_generate import Scripted
 
 TARGET = tiny_target("llama")
 HEADS = medusa.Config(num_heads=3, tree=((0,), (1,), (0, 0)))

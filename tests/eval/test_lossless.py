@@ -28,23 +28,23 @@ from draftsmith.verify import Verifier
 from draftsmith.verify.research import token
 from eval.certificate.chi_square import p_value
 from eval.certificate.identity import GreedySettings
-from eval.certificate.sampled import WAYS, LawSettings, parse_law
-from eval.lossless import LOSSLESS, LOSSY, NOT_LOSSLESS, UNSHOWN, certify, lines
+from eval.certificate.sampled import GROUPINGS, SampledTestSettings, parse_sampling
+from eval.lossless import INCONCLUSIVE, LOSSLESS, LOSSY, NOT_LOSSLESS, certify, lines
 from recipes.lossless import RunSettings, main
+from tests.support.biased_verifiers import accept_by_the_targets_chance, draw_for_each_child, one_uniform_for_all
 from tests.support.distributions import distribution_target
 from tests.support.family import built
 from tests.support.models import prompts, tiny_config, tiny_target
 from tests.support.runs import make_target, run
-from tests.test_sampled_distribution import accept_by_the_targets_chance, draw_for_each_child, one_uniform_for_all
 
 FAMILIES: dict[str, Any] = {
     "medusa": medusa.Config(num_heads=3, tree=((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))),
     "lm": lm.Config(model=tiny_config("llama", vocab_size=8, num_hidden_layers=1).to_dict(), num_draft=3),
     "lookup": lookup.Config(),
 }
-LAWS = LawSettings(num_rows=500, num_tokens=4, law_prompts=2, rows_at_once=125)
+LAWS = SampledTestSettings(num_rows=500, num_tokens=4, law_prompts=2, rows_at_once=125)
 GREEDY = GreedySettings(batch_sizes=(1, 3), max_new_tokens=12)
-SHARP = LawSettings(num_rows=2000, num_tokens=4, law_prompts=1, rows_at_once=250, laws=("temperature=1",))
+SHARP = SampledTestSettings(num_rows=2000, num_tokens=4, law_prompts=1, rows_at_once=250, laws=("temperature=1",))
 BRIEF = GreedySettings(dtypes=("float32",), batch_sizes=(1,), max_new_tokens=2)
 
 
@@ -68,7 +68,9 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in FAMILIES}
 
 
-def certificate(artifact: Path, laws: LawSettings = LAWS, greedy_settings: GreedySettings = GREEDY) -> dict[str, Any]:
+def certificate(
+    artifact: Path, laws: SampledTestSettings = LAWS, greedy_settings: GreedySettings = GREEDY
+) -> dict[str, Any]:
     return certify(loader(distribution_target().model), [artifact], some_prompts(), laws, greedy_settings)
 
 
@@ -83,13 +85,15 @@ def of_greedy(told: dict[str, Any]) -> list[dict[str, Any]]:
 # --- Sound systems ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "verifier"), [("medusa", "deterministic"), ("lm", "block"), ("lookup", "deterministic")])
+@pytest.mark.parametrize(
+    ("name", "verifier"), [("medusa", "deterministic"), ("lm", "block"), ("lookup", "deterministic")]
+)
 def test_every_family_is_certified(artifacts: dict[str, Path], name: str, verifier: str) -> None:
     told = certificate(artifacts[name])
     assert told["verdict"] == LOSSLESS
     laws, identities = of_law(told), of_greedy(told)
     assert [(test["top_p"], test["top_k"], test["judged_by"]) for test in laws] == [
-        (top_p, top_k, judged_by) for top_p, top_k in ((1, 0), (0.9, 0), (1, 5)) for judged_by in WAYS
+        (top_p, top_k, judged_by) for top_p, top_k in ((1, 0), (0.9, 0), (1, 5)) for judged_by in GROUPINGS
     ]
     assert {test["level"] for test in laws} == {1e-4 / 9}
     assert {test["verifier"] for test in laws} == {verifier}
@@ -131,7 +135,7 @@ def test_an_encoder_decoder_is_certified(tmp_path: Path) -> None:
 
 def test_too_few_samples_certify_nothing(artifacts: dict[str, Path]) -> None:
     told = certificate(artifacts["lookup"], replace(LAWS, num_rows=4), BRIEF)
-    assert told["verdict"] == UNSHOWN
+    assert told["verdict"] == INCONCLUSIVE
     assert {test["verdict"] for test in of_law(told)} == {"too few samples"}
 
 
@@ -139,7 +143,7 @@ def test_drafters_share_the_false_alarm(artifacts: dict[str, Path]) -> None:
     laws = replace(LAWS, laws=("temperature=1",), num_rows=64)
     paths = [artifacts["medusa"], artifacts["lookup"]]
     told = certify(loader(distribution_target().model), paths, some_prompts(), laws, BRIEF)
-    assert [test["drafter"] for test in of_law(told)] == [str(path) for path in paths for _ in WAYS]
+    assert [test["drafter"] for test in of_law(told)] == [str(path) for path in paths for _ in GROUPINGS]
     assert {test["level"] for test in of_law(told)} == {1e-4 / 6}
     assert len(of_greedy(told)) == 5
 
@@ -303,14 +307,14 @@ def test_the_status_says_whether_all_passed(
 ) -> None:
     monkeypatch.chdir(workplace)
     run_settings = RunSettings(target="target", data="prompts.jsonl", draft=("heads",), output="lossy", num_prompts=3)
-    laws = LawSettings(verifier="typical", num_rows=200, num_tokens=3)
+    laws = SampledTestSettings(verifier="typical", num_rows=200, num_tokens=3)
     assert main(replace(run_settings, max_steps=1), laws, replace(BRIEF, batch_sizes=(2,))) == 1
     assert "Losslessness: lossy by construction" in capsys.readouterr().out
     told = json.loads((workplace / "lossy" / "lossless.json").read_text())
     assert {test["num_rows"] for test in of_law(told)} == {64}
     # A certificate may be replaced, and nothing else.
     monkeypatch.setattr("recipes.lossless.certify", lambda *_: told | {"verdict": NOT_LOSSLESS})
-    assert main(run_settings, LawSettings(), BRIEF) == 1
+    assert main(run_settings, SampledTestSettings(), BRIEF) == 1
     assert json.loads((workplace / "lossy" / "lossless.json").read_text())["verdict"] == NOT_LOSSLESS
 
 
@@ -328,7 +332,7 @@ def test_mistakes_are_refused_before_the_weights_load(workplace: Path, monkeypat
         "was made for a vocabulary of 99": {"draft": ("heads", "alien")},
         "with another tokenizer": {"draft": ("foreign",)},
         "is empty": {"data": "empty.jsonl"},
-        "holds something else": {"output": "."},
+        "contains other files": {"output": "."},
         "no config.json": {"target": "heads"},
         "needs as many prompts": {"num_prompts": 1},
     }
@@ -337,12 +341,12 @@ def test_mistakes_are_refused_before_the_weights_load(workplace: Path, monkeypat
         patched.setattr(Target, "from_pretrained", lambda *_, **__: pytest.fail("the weights were loaded"))
         for message, change in faults.items():
             with pytest.raises(ValueError, match=message):
-                main(replace(good, **change), LawSettings(), greedy_settings)
+                main(replace(good, **change), SampledTestSettings(), greedy_settings)
     with pytest.raises(ValueError, match="verifier 'block' does not fit a draft drawn deterministic"):
-        main(good, LawSettings(verifier="block"), greedy_settings)
+        main(good, SampledTestSettings(verifier="block"), greedy_settings)
     make_target(workplace / "other", seed=5)
     with pytest.raises(ValueError, match="train a drafter for this target"):
-        main(replace(good, target="other"), LawSettings(), greedy_settings)
+        main(replace(good, target="other"), SampledTestSettings(), greedy_settings)
     assert not (workplace / "new").exists()
 
 
@@ -351,17 +355,17 @@ def test_mistakes_are_refused_before_the_weights_load(workplace: Path, monkeypat
     [
         (RunSettings, {}, "nothing to certify"),
         (RunSettings, {"draft": ("a", "a")}, "name each artifact once"),
-        (LawSettings, {"num_rows": 0}, "num_rows is 0"),
-        (LawSettings, {"verifier": "best"}, "unknown verifier 'best'"),
-        (LawSettings, {"verifier": "greedy"}, "'greedy' is for temperature 0"),
-        (LawSettings, {"laws": ()}, "laws must name"),
-        (LawSettings, {"laws": ("temperature=0",)}, "temperature 0 is what greedy identity tests"),
-        (LawSettings, {"laws": ("heat=1",)}, "law 'heat=1': expected settings such as"),
-        (LawSettings, {"laws": ("top_k=some",)}, "law 'top_k=some': expected"),
-        (LawSettings, {"laws": ("top_p=2",)}, "top_p is 2.0"),
-        (LawSettings, {"law_dtype": "bfloat16"}, "law_dtype is 'bfloat16'"),
-        (LawSettings, {"false_alarm": 0.0}, "false_alarm is 0.0"),
-        (LawSettings, {"threads": -1}, "threads is -1"),
+        (SampledTestSettings, {"num_rows": 0}, "num_rows is 0"),
+        (SampledTestSettings, {"verifier": "best"}, "unknown verifier 'best'"),
+        (SampledTestSettings, {"verifier": "greedy"}, "'greedy' is for temperature 0"),
+        (SampledTestSettings, {"laws": ()}, "laws must name"),
+        (SampledTestSettings, {"laws": ("temperature=0",)}, "temperature 0 is what greedy identity tests"),
+        (SampledTestSettings, {"laws": ("heat=1",)}, "law 'heat=1': expected settings such as"),
+        (SampledTestSettings, {"laws": ("top_k=some",)}, "law 'top_k=some': expected"),
+        (SampledTestSettings, {"laws": ("top_p=2",)}, "top_p is 2.0"),
+        (SampledTestSettings, {"law_dtype": "bfloat16"}, "law_dtype is 'bfloat16'"),
+        (SampledTestSettings, {"false_alarm": 0.0}, "false_alarm is 0.0"),
+        (SampledTestSettings, {"threads": -1}, "threads is -1"),
         (GreedySettings, {"dtypes": ("float31",)}, "dtypes are"),
         (GreedySettings, {"batch_sizes": (0,)}, "batch sizes are"),
         (GreedySettings, {"max_new_tokens": 0}, "max_new_tokens is 0"),
@@ -374,5 +378,5 @@ def test_settings_that_cannot_be_are_refused(kind: Any, changes: dict[str, Any],
 
 
 def test_a_law_is_read_as_it_is_written() -> None:
-    assert parse_law("top_k=5,temperature=0.7") == Sampling(temperature=0.7, top_k=5)
-    assert parse_law("top_p=0.9") == Sampling(temperature=1.0, top_p=0.9)
+    assert parse_sampling("top_k=5,temperature=0.7") == Sampling(temperature=0.7, top_k=5)
+    assert parse_sampling("top_p=0.9") == Sampling(temperature=1.0, top_p=0.9)

@@ -17,11 +17,10 @@ from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters import lm, lookup, medusa
 from draftsmith.length.controller import LengthControlled, cut, with_length_control
 from draftsmith.length.policies import POLICIES, Confidence, Outcome, make
-from tests import test_generate
-from tests.support.distributions import FALSE_ALARM, check_distribution, judge, distribution_target
+from tests.support.distributions import FALSE_ALARM, check_distribution, distribution_target, sampled_p_value
+from tests.support.drafters import SAMPLED_SMALL, TREE, generate_rows, tiny_drafter
 from tests.support.family import Watched, built, texts
 from tests.support.models import greedy_by_transformers, tiny_config, tiny_target
-from tests.test_sampled_distribution import SMALL, TREE
 
 NUM_NEW = 20
 NUM_SAMPLES = 5_000
@@ -118,13 +117,13 @@ def test_trees_are_cut_by_depth() -> None:
 
 def test_policies_by_name_and_by_what_the_artifact_says(tmp_path: Path) -> None:
     target = tiny_target("llama")
-    drafter = test_generate.drafter_of("lm", "llama")
+    drafter = tiny_drafter("lm", "llama")
     draftsmith.save(drafter, tmp_path / "draft", target)
     assert json.loads((tmp_path / "draft" / "draft_config.json").read_text())["config"]["length"] == "refit=0.1"
     loaded = draftsmith.load(tmp_path / "draft", target)
     drafted = {}
     for length in ("auto", "refit=0.1", "fixed", "fixed=1"):
-        drafted[length] = test_generate.run(target, 1, loaded, length=length).stats.drafted
+        drafted[length] = generate_rows(target, 1, loaded, length=length).stats.drafted
     assert drafted["auto"] == drafted["refit=0.1"] != drafted["fixed"]
     assert len(drafted["fixed=1"]) == 1
     for name in POLICIES:
@@ -140,7 +139,7 @@ def test_policies_by_name_and_by_what_the_artifact_says(tmp_path: Path) -> None:
     }
     for message, length in faults.items():
         with pytest.raises(ValueError, match=message):
-            test_generate.run(target, 1, lookup.Drafter(lookup.Config(), target), length=length)
+            generate_rows(target, 1, lookup.Drafter(lookup.Config(), target), length=length)
 
 
 # --- The output --------------------------------------------------------------------------------------------------
@@ -167,9 +166,9 @@ class Lengths(Watched):
 )
 def test_greedy_output_is_the_targets(name: str, length: str) -> None:
     target = tiny_target("llama")
-    drafter = Lengths(test_generate.drafter_of(name, "llama"))
+    drafter = Lengths(tiny_drafter(name, "llama"))
     for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
-        out = test_generate.run(target, num_rows, drafter, side=side, length=length)
+        out = generate_rows(target, num_rows, drafter, side=side, length=length)
         assert texts(out) == greedy_by_transformers("llama", num_rows, NUM_NEW)
     assert drafter.num_drafted > 0
     assert len(drafter.found) > 1 or length.startswith("fixed")
@@ -180,22 +179,26 @@ def test_a_draft_model_is_not_asked_about_trees() -> None:
     model = tiny_config("llama", num_hidden_layers=1).to_dict()
     drafter = built(lm, lm.Config(model=model, num_draft=3, width=2, num_nodes=6), target)
     for length in ("auto", "heuristic", "expected_gain"):
-        out = test_generate.run(target, 5, drafter, length=length)
+        out = generate_rows(target, 5, drafter, length=length)
         assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
     with pytest.raises(ValueError, match="length 'refit' goes by the draft's confidence"):
-        test_generate.run(target, 5, drafter, length="refit")
+        generate_rows(target, 5, drafter, length="refit")
 
 
 @cache
 def small() -> Any:
-    return built(lm, lm.Config(model=SMALL, num_draft=3, length="fixed"), distribution_target())
+    return built(lm, lm.Config(model=SAMPLED_SMALL, num_draft=3, length="fixed"), distribution_target())
 
 
 @pytest.mark.parametrize("length", TELLING)
 def test_sampled_text_follows_the_law(length: str) -> None:
     """One policy object for all calls, so that what it has learnt, and the clock, decide."""
     drafter = Lengths(small())
-    check_distribution(LengthControlled(drafter, make(length), supports_early_stop=True), distribution_target(), num_samples=NUM_SAMPLES)
+    check_distribution(
+        LengthControlled(drafter, make(length), supports_early_stop=True),
+        distribution_target(),
+        num_samples=NUM_SAMPLES,
+    )
     assert len(drafter.found) > 1 or length == "fixed=2"
 
 
@@ -205,7 +208,11 @@ def test_sampled_text_of_drafters_that_tell_nothing_follows_the_law(family: str,
     silent: Any = lookup.Drafter(lookup.Config(num_draft=3), distribution_target())
     if family == "medusa":
         silent = built(medusa, medusa.Config(num_heads=3, tree=TREE), distribution_target())
-    check_distribution(LengthControlled(silent, make(length), supports_early_stop=False), distribution_target(), num_samples=NUM_SAMPLES)
+    check_distribution(
+        LengthControlled(silent, make(length), supports_early_stop=False),
+        distribution_target(),
+        num_samples=NUM_SAMPLES,
+    )
 
 
 class Withholds(LengthControlled):
@@ -221,4 +228,4 @@ class Withholds(LengthControlled):
 
 def test_a_token_withheld_for_what_it_is_would_be_seen() -> None:
     wrong = Withholds(small(), Confidence(0.3), supports_early_stop=True)
-    assert judge(wrong, distribution_target(), num_samples=NUM_SAMPLES) < FALSE_ALARM
+    assert sampled_p_value(wrong, distribution_target(), num_samples=NUM_SAMPLES) < FALSE_ALARM

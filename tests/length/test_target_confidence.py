@@ -15,11 +15,10 @@ from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters import lookup, medusa
 from draftsmith.length.target_confidence import TargetConfidenceThreshold
 from draftsmith.verify import choose
-from tests import test_generate
 from tests.support.distributions import check_distribution, distribution_target
+from tests.support.drafters import TREE, Scripted, generate_rows, sampled_drafter, tiny_drafter
 from tests.support.family import Watched, built, texts
 from tests.support.models import greedy_by_transformers, padded, prompts, tiny_target
-from tests.test_sampled_distribution import TREE, drafter_of
 
 NUM_NEW = 20
 NUM_SAMPLES = 5_000
@@ -120,7 +119,7 @@ def test_it_does_as_the_targets_own_law_says(threshold: float) -> None:
     """With drafts that are always wrong, which steps draft follows from the probabilities along the greedy text."""
     target, expected = tiny_target("llama"), greedy_by_transformers("llama", 5, NUM_NEW)
     ids, mask = padded(prompts(5))
-    watched = Watched(TargetConfidenceThreshold(test_generate.Scripted(target, expected, trees=False, wrong_every=1), threshold))
+    watched = Watched(TargetConfidenceThreshold(Scripted(target, expected, trees=False, wrong_every=1), threshold))
     drafts, propose = [], watched.propose
 
     def propose_and_note(budget: int) -> Draft:
@@ -145,11 +144,11 @@ def test_it_does_as_the_targets_own_law_says(threshold: float) -> None:
 @pytest.mark.parametrize("length", ["auto", "heuristic"])
 def test_greedy_output_is_the_targets(name: str, length: str) -> None:
     target = tiny_target("llama")
-    gated = Watched(TargetConfidenceThreshold(test_generate.drafter_of(name, "llama"), 0.4))
-    bare = Watched(test_generate.drafter_of(name, "llama"))
+    gated = Watched(TargetConfidenceThreshold(tiny_drafter(name, "llama"), 0.4))
+    bare = Watched(tiny_drafter(name, "llama"))
     for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
         for drafter in (gated, bare):
-            out = test_generate.run(target, num_rows, drafter, side=side, length=length)
+            out = generate_rows(target, num_rows, drafter, side=side, length=length)
             assert texts(out) == greedy_by_transformers("llama", num_rows, NUM_NEW)
     assert 0 < gated.num_drafted < bare.num_drafted, "it must have been shut now and then"
 
@@ -166,7 +165,7 @@ class Noted(TargetConfidenceThreshold):
 
 @pytest.mark.parametrize(("name", "settings"), [("lm", {}), ("lm", {"top_k": 5}), ("lookup", {}), ("medusa", {})])
 def test_sampled_text_follows_the_law(name: str, settings: dict[str, Any]) -> None:
-    inner: Any = lookup.Drafter(lookup.Config(), distribution_target()) if name == "lookup" else drafter_of(name)
+    inner: Any = lookup.Drafter(lookup.Config(), distribution_target()) if name == "lookup" else sampled_drafter(name)
     if name == "medusa":
         inner = built(medusa, medusa.Config(num_heads=3, tree=TREE), distribution_target())
     gated = Noted(inner, 0.4)
@@ -179,10 +178,10 @@ def test_confidence_is_taken_before_temperature() -> None:
     """At temperature 0 the law is one-hot and never in doubt; the gate must not go by it."""
     drafted = []
     for temperature in (0.0, 0.05):
-        watched = Watched(TargetConfidenceThreshold(test_generate.drafter_of("copy", "llama"), 0.999))
-        test_generate.run(tiny_target("llama"), 5, watched, temperature=temperature, seed=0)
-        bare = Watched(test_generate.drafter_of("copy", "llama"))
-        test_generate.run(tiny_target("llama"), 5, bare, temperature=temperature, seed=0)
+        watched = Watched(TargetConfidenceThreshold(tiny_drafter("copy", "llama"), 0.999))
+        generate_rows(tiny_target("llama"), 5, watched, temperature=temperature, seed=0)
+        bare = Watched(tiny_drafter("copy", "llama"))
+        generate_rows(tiny_target("llama"), 5, bare, temperature=temperature, seed=0)
         drafted.append(watched.num_drafted / bare.num_drafted)
     assert max(drafted) < 0.9
 
@@ -190,4 +189,4 @@ def test_confidence_is_taken_before_temperature() -> None:
 @pytest.mark.parametrize("threshold", [0.0, 1.0, float("nan")])
 def test_a_threshold_that_is_none_is_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match="it must lie between 0 and 1"):
-        TargetConfidenceThreshold(test_generate.drafter_of("lookup", "llama"), threshold)
+        TargetConfidenceThreshold(tiny_drafter("lookup", "llama"), threshold)

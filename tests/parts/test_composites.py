@@ -16,9 +16,9 @@ from draftsmith.length.controller import LengthControlled
 from draftsmith.length.policies import ExpectedGain
 from draftsmith.parts import composites
 from draftsmith.parts.composites import Part
+from tests.support.drafters import Scripted
 from tests.support.family import Watched, built, texts
 from tests.support.models import greedy_by_transformers, padded, prompts, tiny_config, tiny_target
-from tests.test_generate import Scripted
 
 TARGET = tiny_target("llama")
 NUM_NEW = 24

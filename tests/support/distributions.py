@@ -36,11 +36,11 @@ def distribution_target(architecture: str = "llama") -> Target:
 
 def check_distribution(drafter: Any, target: Target, *, num_samples: int, seed: int = 0, **settings: Any) -> None:
     """Asserts that sampled continuations follow the target's law; a sound system fails at FALSE_ALARM of all seeds."""
-    p_value = judge(drafter, target, num_samples=num_samples, seed=seed, **settings)
+    p_value = collect_evidence(drafter, target, num_samples=num_samples, seed=seed, **settings)
     assert p_value > FALSE_ALARM, f"{type(drafter).__module__} with {settings}: p-value {p_value:.2g}"
 
 
-def judge(
+def collect_evidence(
     drafter: Any, target: Target, *, num_samples: int, seed: int = 0, verifier: str = "auto", **settings: Any
 ) -> float:
     """Returns the p-value of `num_samples` continuations of PROMPT under the target's law, sampled with `settings`."""

@@ -23,7 +23,7 @@ import draftsmith
 from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.core.drafter import Session, Step, forget
+from draftsmith.core.drafter import Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import lookup
 from tests.support.distributions import check_distribution, distribution_target
@@ -74,7 +74,7 @@ def built(family: ModuleType, config: ConfigOf, target: Target) -> Any:
     if isinstance(drafter, nn.Module):
         scramble(drafter, seed=1)
         drafter.eval()
-        getattr(drafter, "loaded", lambda: None)()
+        drafter.on_weights_loaded()
     return drafter
 
 
@@ -125,7 +125,7 @@ def check_forgetting(drafter: Any) -> None:
     ids, mask = padded(prompts(5))
     runs = []
     for _ in range(2):
-        forget(drafter)
+        drafter.forget()
         watched = Watched(drafter)
         for row in range(len(ids)):
             kept = mask[row : row + 1].bool()

@@ -18,11 +18,11 @@ from draftsmith.drafters.lm import Drafter
 from draftsmith.parts.neural.shortlist import Shortlist
 from tests.support import runs
 from tests.support.family import check_greedy
-from tests.support.gaps import with_gaps
+from tests.support.masked_batch import masked_batch
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, tiny_config, tiny_model, tiny_target, tiny_tokenizer
 from tests.support.runs import make_data, make_target
 from trainers import distill
-from trainers.parts.losses import DIVERGENCES, Teacher, divergence, given_listed, jensen_shannon
+from trainers.parts.losses import DIVERGENCES, Teacher, divergence, restrict_to_shortlist, jensen_shannon
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
@@ -34,7 +34,7 @@ SETTINGS = distill.Settings(rank=8, shortlist=40)
 def batch(settings: distill.Settings) -> Batch:
     """Returns rows of 9, 12 and 15 tokens, partly supervised, with what the settings need of the target."""
     needs = distill.needs(settings, TARGET)
-    return complete(with_gaps(), TARGET, needs.layers + needs.held_out_layers, needs.top_k)
+    return complete(masked_batch(), TARGET, needs.layers + needs.held_out_layers, needs.top_k)
 
 
 def test_cross_entropy_is_that_of_transformers() -> None:
@@ -123,7 +123,7 @@ def test_of_the_largest_logits_those_not_listed_are_taken_out(name: str) -> None
     teacher_NV, student_NW = 2 * torch.randn(6, VOCAB_SIZE).double(), torch.randn(6, len(LISTED)).double()
     top = teacher_NV.topk(5)
     given = Teacher(logits=top.values, ids_NK=top.indices, log_normaliser_N=teacher_NV.logsumexp(-1))
-    found_N = divergence(name)(shortlist.spread(student_NW), given_listed(given, shortlist))
+    found_N = divergence(name)(shortlist.spread(student_NW), restrict_to_shortlist(given, shortlist))
     for teacher_V, student_W, ids, found in zip(teacher_NV, student_NW, top.indices.tolist(), found_N, strict=True):
         p, q = teacher_V.softmax(-1), dict(zip(LISTED.tolist(), student_W.softmax(-1).tolist(), strict=True))
         inside = [token for token in ids if token in q]

@@ -14,7 +14,7 @@ import draftsmith
 from data.batches import Batch
 from data.teacher import complete
 from draftsmith.drafters.early_exit import Drafter
-from tests.support.gaps import with_gaps
+from tests.support.masked_batch import masked_batch
 from tests.support.models import NUM_LAYERS, VOCAB_SIZE, scramble, tiny_target
 from tests.support.runs import SMALL, make_data, make_target
 from trainers import early_exit
@@ -34,7 +34,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def batch(layers: tuple[int, ...] = (1, 2, 3)) -> Batch:
     """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
-    return complete(with_gaps(), TARGET, layers)
+    return complete(masked_batch(), TARGET, layers)
 
 
 def shaken(settings: early_exit.Settings) -> torch.nn.ModuleList:

@@ -15,9 +15,9 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.drafters import lookup
 from eval.certificate.identity import GreedySettings
-from eval.certificate.sampled import LawSettings
+from eval.certificate.sampled import SampledTestSettings
 from recipes import bakeoff, lossless
-from tests.support.family import Watched, texts
+from tests.support.family import FirstTokenRecorder, texts
 from tests.support.models import padded
 from tests.support.runs import make_data, make_target
 from trainers.training.loop import train
@@ -69,7 +69,7 @@ def test_it_is_trained_and_drafts_or_refuses(folder: Path, name: str) -> None:
         assert "encoder-decoder" in refusal and ". " not in refusal
         return
     target = Target.from_pretrained(run.target, dtype="float32")
-    drafter = Watched(draftsmith.load(output, target))
+    drafter = FirstTokenRecorder(draftsmith.load(output, target))
     data = read_pseudo_data(folder / "data", target)
     ids, mask = padded([data[at].source_S.tolist() for at in range(0, 20, 4)])
     plain = draftsmith.generate(target, ids, attention_mask=mask, max_new_tokens=12)
@@ -97,7 +97,7 @@ def test_drafters_are_compared_and_certified_on_what_an_encoder_reads(tmp_path: 
     assert all(row["tau"] > 1 for row in greedy if row["drafter"] == "artifact")
     wanted = [*given, "--draft", tmp_path / "artifact", "--output", tmp_path / "lossless", "--max-new-tokens", "8"]
     wanted += ["--laws", "temperature=1", "--num-tokens", "2", "--num-rows", "120", "--dtypes", "float32"]
-    kinds = (lossless.RunSettings, LawSettings, GreedySettings)
+    kinds = (lossless.RunSettings, SampledTestSettings, GreedySettings)
     lossless.main(*parse_settings(*kinds, description="", argv=[*map(str, wanted)]))
     tests = json.loads((tmp_path / "lossless" / "lossless.json").read_text())["tests"]
     assert {test["verdict"] for test in tests if test["kind"] == "greedy identity"} == {"passed"}

@@ -120,7 +120,8 @@ def test_two_ranks_learn_what_one_does(
     alone = folder / f"{name}-alone"
     if not alone.exists():
         train(module, settings, run_settings(folder, alone.name, **changes))
-    given = {key: value for key, value in flat(settings).items() if value != getattr(module.Settings(), key)}
+    defaults = flat(module.Settings())
+    given = {key: value for key, value in flat(settings).items() if value != defaults[key]}
     flags = {**SMALL, **changes, **given, **options, "batch_size": 2, "target": "target", "data": "data"}
     done = run(command(name, *launcher, **flags, output=tmp_path / "two"), folder)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.batches import Batch, collate, example
 from data.teacher import complete
-from tests.support.gaps import with_gaps
+from tests.support.masked_batch import masked_batch
 from tests.support.models import VOCAB_SIZE, tiny_target
 from trainers import hydra
 from trainers.parts import losses, trees
@@ -25,7 +25,7 @@ SETTINGS = hydra.Settings(**PLUS)
 
 def batch(num_rows: int = 3) -> Batch:
     """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
-    return complete(with_gaps(num_rows), TARGET, (TARGET.num_layers,))
+    return complete(masked_batch(num_rows), TARGET, (TARGET.num_layers,))
 
 
 def shaken(settings: hydra.Settings = PLAIN) -> hydra.Drafter:
@@ -77,7 +77,7 @@ def test_the_loss_against_a_slow_reference(
     whole, _ = hydra.loss(drafter, given, settings, TARGET)
     torch.testing.assert_close(whole, slow)
     monkeypatch.setattr(
-        hydra, "chunked", lambda *args, **rest: losses.chunked(*args, **rest, max_logits=4 * VOCAB_SIZE)
+        hydra, "chunked", lambda *args, **rest: losses.sum_in_chunks(*args, **rest, max_logits=4 * VOCAB_SIZE)
     )
     fast, metrics = hydra.loss(drafter, given, settings, TARGET)
     torch.testing.assert_close(fast, slow)
@@ -177,7 +177,7 @@ def test_trees_that_grow_need_no_computing() -> None:
 def test_trees_hold_guesses_in_turn() -> None:
     """The second guess is right more often than the first, and takes no more than the first one's chance."""
     chances = {(): [0.2, 0.5, 0.1], (0,): [0.3, 0.4, 0.0], (1,): [0.9, 0.0, 0.0]}
-    nodes = trees.grow(trees.in_turn(lambda path: chances.get(path, [])), 9)
+    nodes = trees.grow(trees.non_increasing(lambda path: chances.get(path, [])), 9)
     assert [path for path, _ in nodes] == [(0,), (1,), (1, 0), (2,), (0, 0), (0, 1)]
     assert [chance for _, chance in nodes] == pytest.approx([0.2, 0.2, 0.18, 0.1, 0.06, 0.06])
 

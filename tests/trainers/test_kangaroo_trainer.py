@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data.batches import Batch
 from data.teacher import complete
 from draftsmith.drafters.kangaroo import Drafter
-from tests.support.gaps import with_gaps
+from tests.support.masked_batch import masked_batch
 from tests.support.models import NUM_LAYERS, tiny_model, tiny_target
 from trainers import kangaroo
 from trainers.parts import exits
@@ -26,7 +26,7 @@ SWEEP = kangaroo.Settings(exit_layer=0, num_draft=3)
 def batch(settings: kangaroo.Settings = SETTINGS, target: kangaroo.Target = TARGET) -> Batch:
     """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
     needs = kangaroo.needs(settings, target)
-    return complete(with_gaps(), target, needs.layers, needs.top_k)
+    return complete(masked_batch(), target, needs.layers, needs.top_k)
 
 
 def built(settings: kangaroo.Settings = SETTINGS, target: kangaroo.Target = TARGET) -> nn.ModuleList:
@@ -123,9 +123,9 @@ DEEP = kangaroo.Target(tiny_model("llama", seed=14, num_hidden_layers=6))
 
 
 def test_which_layers_are_swept() -> None:
-    assert exits.swept(1) == (1,)
-    assert exits.swept(8) == (1, 2, 3, 4)
-    assert exits.swept(32) == (1, 2, 3, 4, 6, 8, 12, 16)
+    assert exits.candidate_layers(1) == (1,)
+    assert exits.candidate_layers(8) == (1, 2, 3, 4)
+    assert exits.candidate_layers(32) == (1, 2, 3, 4, 6, 8, 12, 16)
     assert kangaroo.needs(SWEEP, DEEP).layers == (1, 2, 3, 6)
     assert kangaroo.needs(SETTINGS, DEEP).layers == (2, 6)
     assert kangaroo.needs(dataclasses.replace(SETTINGS, exit_layer=6), DEEP).layers == (6,)
@@ -154,7 +154,7 @@ def test_the_sweep_keeps_the_layer_that_promises_most(monkeypatch: pytest.Monkey
     """The costs decide between adapters that are equally poor; a perfect one is worth a cost."""
     settings = dataclasses.replace(SWEEP, width=width)
     drafters, given = built(settings, DEEP), batch(settings, DEEP)
-    assert [len(exits.rounds_ms(drafters[0], 2))] == [3]
+    assert [len(exits.round_costs_ms(drafters[0], 2))] == [3]
     base = {1: 3.0, 2: 1.0, 3: 2.0}
 
     def costs(drafter: Drafter, num_draft: int) -> list[float]:
@@ -179,7 +179,7 @@ def test_what_is_promised_by_hand() -> None:
     """Agreement and confidence of each row's supervised tokens, as decoding would meet them; tokens by their cost."""
     drafters, given = built(), batch()
     with torch.no_grad():
-        found = exits.texts(TARGET.head, [kangaroo._adapted(drafters[0], given)], [given], TARGET)
+        found = exits.row_outcomes(TARGET.head, [kangaroo._adapted(drafters[0], given)], [given], TARGET)
         for row, (right, confidences) in enumerate(found):
             own_TV, theirs_TV = slow_logits(drafters[0], given.tokens_BT[row, : int(given.lengths_B[row])])
             places = [t - 1 for t in range(1, len(own_TV)) if given.loss_mask_BT[row, t]]
@@ -192,7 +192,7 @@ def test_what_is_promised_by_hand() -> None:
 def test_rounds_are_timed_with_the_drafts_that_decoding_makes() -> None:
     """A round of more tokens never takes less; the drafter's blocks are those that run."""
     drafter = built(dataclasses.replace(SETTINGS, exit_layer=NUM_LAYERS))[0].eval()
-    costs_ms = exits.rounds_ms(drafter, 4)
+    costs_ms = exits.round_costs_ms(drafter, 4)
     assert len(costs_ms) == 5 and costs_ms == sorted(costs_ms) and costs_ms[0] > 0
 
 

@@ -17,7 +17,7 @@ from draftsmith import Target
 from draftsmith.drafters import early_exit
 from draftsmith.parts.self_drafting.fine_tuned import matrices
 from tests.support.family import check_family, texts
-from tests.support.gaps import with_gaps
+from tests.support.masked_batch import masked_batch
 from tests.support.models import NUM_LAYERS, greedy_by_model, prompts, tiny_model, tiny_target
 from tests.support.runs import SMALL, make_data, make_target
 from trainers import layer_dropout
@@ -30,7 +30,7 @@ SETTINGS = layer_dropout.Settings(exit_layer=1, curriculum="all", max_dropout=0.
 
 def batch(num_rows: int = 3) -> Batch:
     """Returns rows of unequal lengths whose loss masks begin at different places and have a hole."""
-    return complete(with_gaps(num_rows), TARGET)
+    return complete(masked_batch(num_rows), TARGET)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -198,7 +198,7 @@ def test_drafts_of_a_tree_for_the_copy() -> None:
     with torch.no_grad():
         for weight in drafter.weights:
             weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    drafter.loaded()
+    drafter.on_weights_loaded()
     out = draftsmith.generate(drafter.target, torch.tensor(prompts(1)), drafter, max_new_tokens=20)
     assert texts(out) == greedy_by_model(drafter.target.model, 1, 20)
 

@@ -22,13 +22,13 @@ from draftsmith.parts.self_drafting.sublayers import sublayers
 from tests.support.models import greedy_by_transformers, prompts, tiny_target
 from tests.support.runs import command, environment, make_data, make_target
 from trainers import layerskip
-from trainers.layer_search.sublayers import Costs, Texts, influence, measure, simulate, speed_up
-from trainers.layerskip import Settings, evaluate, probes
+from trainers.layer_search.sublayers import SublayerCosts, CachedTexts, influence, measure_costs, simulate, speed_up
+from trainers.layerskip import Settings, evaluate, initial_masks
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
 TARGET = tiny_target("llama")
-COSTS = Costs(
+COSTS = SublayerCosts(
     whole=10.0, no_attention=6.0, no_mlp=7.0, neither=1.0, verify={"0": 10.0, "1": 11.0, "2": 12.0, "4": 16.0}
 )
 
@@ -43,7 +43,7 @@ def written(num_rows: int = 3, num_new: int = 20) -> list[Example]:
     ]
 
 
-def stretches(right: list[int], confidence: list[float] | None = None) -> Any:
+def segments(right: list[int], confidence: list[float] | None = None) -> Any:
     return iter([([bool(one) for one in right], confidence or [0.9] * len(right))])
 
 
@@ -72,11 +72,11 @@ def test_the_share_guessed_right_is_that_of_drafts_begun_anew_at_every_token(
 ) -> None:
     """With drafts of a single token every one reads the whole model's cache, as in decoding: the same to the token."""
     rows = written()
-    texts = Texts(TARGET, collate(rows), 1)
-    right_N, confidence_N = texts.right(sublayers(attention, mlp))
+    texts = CachedTexts(TARGET, collate(rows), 1)
+    right_N, confidence_N = texts.agreement(sublayers(attention, mlp))
     drafter = Drafter(Config(attention=attention, mlp=mlp, num_draft=1, length="fixed"), TARGET)
     num_judged = 0
-    for row, stretch in zip(rows, texts.stretches(right_N, confidence_N), strict=True):
+    for row, stretch in zip(rows, texts.segments(right_N, confidence_N), strict=True):
         rounds = simulate(iter([stretch]), Fixed(), 1)
         begin = max(2, int(row.loss_mask_T.int().argmax()))
         prompt_1T, num_new = row.tokens_T[None, :begin], len(row.tokens_T) - begin
@@ -128,9 +128,9 @@ def silence(module: torch.nn.Module, given: Any, output: Any) -> Any:
 def test_probes_by_hand() -> None:
     """Of four blocks, bits 0 to 3 are attentions, 4 to 7 feed-forward layers; 6, 1, 2, 5, 3 matter least."""
     matters = [0.9, 0.2, 0.3, 0.5, 0.8, 0.4, 0.1, 0.7]
-    found = [[place for place, bit in enumerate(bits) if bit] for bits in probes(matters, None)]
+    found = [[place for place, bit in enumerate(bits) if bit] for bits in initial_masks(matters, None)]
     assert found == [[1, 3, 5, 7], [1, 3], [1, 2], [1, 6], [1, 2, 5, 6], [1, 2, 3, 5, 6, 7]]
-    found = [[place for place, bit in enumerate(bits) if bit] for bits in probes(matters, 3)]
+    found = [[place for place, bit in enumerate(bits) if bit] for bits in initial_masks(matters, 3)]
     assert found == [[1, 3, 5], [0, 1, 3], [1, 2, 3], [1, 2, 6]]
 
 
@@ -148,7 +148,7 @@ def test_costs_are_those_of_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None
         patched.setattr(target, "forward", timed)
         patched.setattr(time, "process_time", lambda: now)
         patched.setattr(target, "prefill", lambda *_: None)
-        costs = measure(target, 5)
+        costs = measure_costs(target, 5)
     num_layers = target.num_layers
     found = (costs.whole, costs.no_attention, costs.no_mlp, costs.neither)
     assert found == pytest.approx((1 + 2 * num_layers, 1 + num_layers, 1 + num_layers, 1))
@@ -197,7 +197,7 @@ def test_any_number_may_be_left_out(folder: Path, objective: str, search: str) -
     assert all(line["score"] > 0 for line in lines)
     assert {line["by"] for line in lines} == {"start", *(("gp", "local") if search == "gp" else ("greedy",))}
     if objective == "modelled":
-        costs = Costs(**json.loads((folder / "modelled" / "costs.json").read_text()))
+        costs = SublayerCosts(**json.loads((folder / "modelled" / "costs.json").read_text()))
         for line in lines:
             bits = tuple(map(int, line["bits"]))
             assert line["draft_cost"] == pytest.approx(costs.draft(bits) / costs.whole)

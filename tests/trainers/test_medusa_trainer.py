@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.batches import Batch
 from data.teacher import complete
-from tests.support.gaps import with_gaps
+from tests.support.masked_batch import masked_batch
 from tests.support.models import tiny_target
 from trainers import medusa
 
@@ -19,7 +19,7 @@ SETTINGS = medusa.Settings(num_heads=3, num_blocks=2)
 
 def batch(num_rows: int = 3) -> Batch:
     """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
-    return complete(with_gaps(num_rows), TARGET, (TARGET.num_layers,))
+    return complete(masked_batch(num_rows), TARGET, (TARGET.num_layers,))
 
 
 def shaken(settings: medusa.Settings = SETTINGS) -> medusa.Drafter:

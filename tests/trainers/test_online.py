@@ -168,9 +168,9 @@ def test_saved_and_gone_on_with(tmp_path: Path) -> None:
         call(online)
     online.learn()
     online.save(tmp_path / "artifact")
-    online.save_state(tmp_path / "state.safetensors")
+    online.save_optimizer(tmp_path / "state.safetensors")
     other = Online(draftsmith.load(tmp_path / "artifact", target), OnlineSettings(every=5))
-    other.load_state(tmp_path / "state.safetensors")
+    other.load_optimizer(tmp_path / "state.safetensors")
     for one in (online, other):
         call(one, temperature=1.0, seed=0)
         one.learn()

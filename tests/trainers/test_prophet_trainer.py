@@ -88,7 +88,7 @@ def test_labels_by_hand() -> None:
     """The window whose pending token stands at t predicts the tokens at t + 1 to t + P, where they are supervised."""
     target = tiny_target("llama")
     given, drafter = batch(target), prophet.build(SETTINGS, target)
-    chosen = prophet.choose(drafter, given, given.hidden[target.num_layers], 99, 0.0)
+    chosen = prophet.select_windows(drafter, given, given.hidden[target.num_layers], 99, 0.0)
     found = list(zip(chosen.rows_W.tolist(), chosen.pending_W.tolist(), strict=True))
     assert found == list(windows(given)) and chosen.share == 1
     # Row 0 holds seven tokens, and its token 5 is not to be learnt.
@@ -106,7 +106,7 @@ def test_windows_are_spread_over_the_text() -> None:
     every = list(windows(given))
     found = []
     for phase in (0.0, 0.99):
-        chosen = prophet.choose(drafter, given, given.hidden[target.num_layers], 3, phase)
+        chosen = prophet.select_windows(drafter, given, given.hidden[target.num_layers], 3, phase)
         assert chosen.share == len(every) / 9
         places = zip(chosen.rows_W.tolist(), chosen.pending_W.tolist(), strict=True)
         found.append([every.index(place) for place in places])

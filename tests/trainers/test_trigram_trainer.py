@@ -116,7 +116,7 @@ def test_what_does_not_fit_lets_nothing_smaller_pass(tmp_path: Path, monkeypatch
     often = [*([0, 1, token] for token in range(4)), *([1, 2, token] for token in range(3))]
     monkeypatch.setattr(trigram, "MERGED_AT_A_TIME", 1)
     files = written([*twice, *often], tmp_path, 99)
-    assert len(list(trigram.merged(files, 4))) == 4
+    assert len(list(trigram.merge_counts(files, 4))) == 4
     table = build(files, 4, 12, 48 + 40 + 54)
     assert list(read(table)) == [(0, 0), (0, 1), (1, 2)]
 

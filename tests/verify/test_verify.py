@@ -13,7 +13,7 @@ from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.verify import choose, find, greedy, names
 from draftsmith.verify.lossy import bild, typical
 from draftsmith.verify.research import token
-from tests.support.exact import VOCAB_SIZE, texts_of
+from tests.support.enumeration import VOCAB_SIZE, texts_of
 
 
 def test_greedy_takes_the_argmaxes() -> None:
@@ -80,7 +80,9 @@ def test_typical_acceptance_by_hand() -> None:
 def draft_of(sampling_scheme: str, *, is_chain: bool = True) -> Draft:
     tree = chain(3) if is_chain else Tree.from_parents([[-1, 0, 0]])
     laws = None if sampling_scheme == "deterministic" else torch.full((1, 2, 3), 1 / 3)
-    return Draft(tokens_BN=torch.zeros(1, 3, dtype=torch.long), tree=tree, draft_probs_BNV=laws, sampling_scheme=sampling_scheme)  # type: ignore[arg-type]
+    return Draft(
+        tokens_BN=torch.zeros(1, 3, dtype=torch.long), tree=tree, draft_probs_BNV=laws, sampling_scheme=sampling_scheme
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.tree import Draft, Tree
-from draftsmith.verify import greedy_drafting, deterministic
-from tests.support.exact import (
+from draftsmith.verify import deterministic, greedy_drafting
+from tests.support.enumeration import (
     EXACT,
     TOKENS,
-    Laws,
+    Distributions,
     Shape,
     Text,
     Verify,
@@ -29,7 +29,7 @@ from tests.support.exact import (
     filled,
     fillings,
     full,
-    random_laws,
+    random_distributions,
     texts_of,
 )
 
@@ -70,7 +70,7 @@ def small_trees() -> Iterator[tuple[list[int], Text]]:
                     yield [-1, *parents], labels
 
 
-def deterministic_distribution(target: Laws, parents: list[int], labels: Text, used: int) -> dict[Text, float]:
+def deterministic_distribution(target: Distributions, parents: list[int], labels: Text, used: int) -> dict[Text, float]:
     """Returns the law of what the once-per-node rule puts out for a tree of which `used` nodes are in use."""
     texts: list[Text] = [()]
     for parent, label in zip(parents[1:], labels, strict=True):
@@ -86,7 +86,7 @@ def deterministic_distribution(target: Laws, parents: list[int], labels: Text, u
 
 @pytest.mark.parametrize("zeros", [False, True])
 def test_once_per_node_keeps_the_law_on_every_small_tree(zeros: bool) -> None:
-    target = random_laws(4, seed=21, zeros=zeros)
+    target = random_distributions(4, seed=21, zeros=zeros)
     for parents, labels in small_trees():
         found = deterministic_distribution(target, parents, labels, len(parents))
         assert error(found, target, 4) < EXACT, (parents, labels)
@@ -98,14 +98,14 @@ def test_once_per_node_keeps_the_law_on_every_small_tree(zeros: bool) -> None:
 
 def test_siblings_that_agree_keep_the_law_too() -> None:
     """Both stand for one text, whose next token must not be drawn twice."""
-    target = random_laws(4, seed=23)
+    target = random_distributions(4, seed=23)
     for parents, labels in (([-1, 0, 0, 2], (0, 0, 0)), ([-1, 0, 0, 1], (1, 1, 2)), ([-1, 0, 1, 1], (0, 2, 2))):
         assert error(deterministic_distribution(target, parents, labels, 4), target, 4) < EXACT, (parents, labels)
 
 
 @pytest.mark.parametrize("used", [1, 2, 3])
 def test_nodes_not_in_use_change_nothing(used: int) -> None:
-    target = random_laws(4, seed=22)
+    target = random_distributions(4, seed=22)
     for parents, labels in small_trees():
         if len(parents) > used:
             found = deterministic_distribution(target, parents, labels, used)
@@ -113,14 +113,14 @@ def test_nodes_not_in_use_change_nothing(used: int) -> None:
             assert found == pytest.approx(expected, abs=EXACT), (parents, labels)
 
 
-def rest_of(draft: Laws, text: Text, tops: list[int]) -> Tensor:
+def rest_of(draft: Distributions, text: Text, tops: list[int]) -> Tensor:
     """Returns the law that the last child is drawn from."""
     probs_V = draft[text].clone()
     probs_V[tops] = 0
     return probs_V / probs_V.sum()
 
 
-def greedy_drafting_distribution(shape: Shape, draft: Laws, target: Laws) -> dict[Text, float]:
+def greedy_drafting_distribution(shape: Shape, draft: Distributions, target: Distributions) -> dict[Text, float]:
     found: dict[Text, float] = defaultdict(float)
     for texts, used, weight in fillings(shape, draft):
         edges = []
@@ -142,7 +142,7 @@ def greedy_drafting_distribution(shape: Shape, draft: Laws, target: Laws) -> dic
 @pytest.mark.parametrize("zeros", [False, True])
 def test_greedy_drafting_keeps_the_law(widths: tuple[int, ...], zeros: bool) -> None:
     shape = full(*widths, sampling_scheme="top_and_drawn")
-    target, draft = random_laws(3, seed=5, zeros=zeros), random_laws(3, seed=6)
+    target, draft = random_distributions(3, seed=5, zeros=zeros), random_distributions(3, seed=6)
     assert error(greedy_drafting_distribution(shape, draft, target), target, shape.depth + 1) < EXACT
 
 
@@ -150,7 +150,7 @@ def test_greedy_drafting_keeps_the_law(widths: tuple[int, ...], zeros: bool) -> 
 def test_greedy_drafting_accepts_the_best_it_can(width: int) -> None:
     """P(top) + sum of min(target, rest) over the others: the optimum for drafts made so."""
     for seed in range(3):
-        target, draft = random_laws(2, seed=seed), random_laws(2, seed=seed + 50)
+        target, draft = random_distributions(2, seed=seed), random_distributions(2, seed=seed + 50)
         found = greedy_drafting_distribution(full(width, sampling_scheme="top_and_drawn"), draft, target)
         tops = draft[()].topk(width - 1).indices.tolist()
         others = [one for one in TOKENS if one not in tops]

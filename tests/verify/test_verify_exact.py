@@ -11,20 +11,20 @@ import torch
 from draftsmith.verify import block, traversal
 from draftsmith.verify.lossy import lenience
 from draftsmith.verify.research import kseq, multipath, recursive, token
-from eval.bakeoff.oracle import optimal_acceptance
-from tests.support import exact
-from tests.support.exact import (
+from eval.bakeoff.optimal_transport import optimal_acceptance
+from tests.support import enumeration
+from tests.support.enumeration import (
     EXACT,
     VOCAB_SIZE,
-    Laws,
+    Distributions,
+    GreedyText,
     Shape,
-    Text,
     error,
     expected_tokens,
     full,
-    output_law,
+    output_distribution,
     paths,
-    random_laws,
+    random_distributions,
 )
 
 W = "without_replacement"
@@ -45,7 +45,11 @@ WITHOUT = [
     Shape(parents=(-1, 0, 0, 0, 1, 1), sampling_scheme=W),
 ]
 LARGE = [paths(wide=2, deep=3), paths(wide=3, deep=2), full(2, 2, sampling_scheme="independent")]
-LARGE_WITHOUT = [full(2, 2, sampling_scheme=W), full(3, 1, sampling_scheme=W), Shape(parents=(-1, 0, 0, 1, 1, 3, 3), sampling_scheme=W)]
+LARGE_WITHOUT = [
+    full(2, 2, sampling_scheme=W),
+    full(3, 1, sampling_scheme=W),
+    Shape(parents=(-1, 0, 0, 1, 1, 3, 3), sampling_scheme=W),
+]
 ON_CHAINS, ON_TREES, ON_DISTINCT = (token, block), (recursive, traversal, kseq, multipath), (recursive, traversal)
 CASES = [
     *((verifier, shape) for verifier in ON_CHAINS for shape in [*CHAINS, *STOPPED]),
@@ -67,9 +71,9 @@ def name(value: object) -> str:
 
 def check(verifier: ModuleType, shape: Shape, *, seed: int, zeros: bool) -> None:
     longest = shape.depth + 1
-    target = random_laws(longest, seed=seed, zeros=zeros)
-    draft = random_laws(longest, seed=seed + 10, zeros=zeros)
-    found = output_law(verifier.verify, shape, draft, target)
+    target = random_distributions(longest, seed=seed, zeros=zeros)
+    draft = random_distributions(longest, seed=seed + 10, zeros=zeros)
+    found = output_distribution(verifier.verify, shape, draft, target)
     assert sum(found.values()) == pytest.approx(1, abs=EXACT)
     assert error(found, target, longest) < EXACT
 
@@ -89,37 +93,39 @@ def test_the_law_is_kept_on_larger_trees(verifier: ModuleType, shape: Shape) -> 
 @pytest.mark.parametrize("verifier", ON_DISTINCT, ids=name)
 def test_siblings_leave_the_drafts_law_for_good(verifier: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """With three tokens the third sibling is all that is left of both laws, whatever became of the draft's mass."""
-    monkeypatch.setattr(exact, "TOKENS", range(4))
-    monkeypatch.setattr(exact, "VOCAB_SIZE", 4)
+    monkeypatch.setattr(enumeration, "TOKENS", range(4))
+    monkeypatch.setattr(enumeration, "VOCAB_SIZE", 4)
     check(verifier, full(3, sampling_scheme=W), seed=4, zeros=False)
 
 
 @pytest.mark.parametrize("drafted", [(0,), (2, 1), (1, 1, 0)])
-def test_a_deterministic_chain_may_be_judged_token_by_token(drafted: Text) -> None:
+def test_a_deterministic_chain_may_be_judged_token_by_token(drafted: GreedyText) -> None:
     """Such a draft is drawn from a law that is one at its token."""
     one_hot = torch.eye(VOCAB_SIZE, dtype=torch.float64)
-    draft = {text: one_hot[drafted[len(text)] if len(text) < len(drafted) else 0] for text in random_laws(3, seed=0)}
+    draft = {
+        text: one_hot[drafted[len(text)] if len(text) < len(drafted) else 0] for text in random_distributions(3, seed=0)
+    }
     shape = Shape(parents=tuple(range(-1, len(drafted))), sampling_scheme="deterministic")
     for zeros in (False, True):
-        target = random_laws(4, seed=11, zeros=zeros)
-        assert error(output_law(token.verify, shape, draft, target), target, len(drafted) + 1) < EXACT
+        target = random_distributions(4, seed=11, zeros=zeros)
+        assert error(output_distribution(token.verify, shape, draft, target), target, len(drafted) + 1) < EXACT
 
 
 @pytest.mark.parametrize("verifier", [*ON_CHAINS, *ON_TREES], ids=name)
 def test_a_draft_by_the_targets_own_law_is_always_accepted(verifier: ModuleType) -> None:
-    target = random_laws(3, seed=3)
-    found = output_law(verifier.verify, CHAINS[1], target, target)
+    target = random_distributions(3, seed=3)
+    found = output_distribution(verifier.verify, CHAINS[1], target, target)
     assert sum(weight for text, weight in found.items() if len(text) < 3) < EXACT
 
 
-def tokens_of(verifier: ModuleType, shape: Shape, draft: Laws, target: Laws) -> float:
-    return expected_tokens(output_law(verifier.verify, shape, draft, target))
+def tokens_of(verifier: ModuleType, shape: Shape, draft: Distributions, target: Distributions) -> float:
+    return expected_tokens(output_distribution(verifier.verify, shape, draft, target))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_accepts_more_does(seed: int) -> None:
     """Block never below token; traversal never below recursive rejection; a choice of paths above both."""
-    target, draft = random_laws(3, seed=seed), random_laws(3, seed=seed + 20)
+    target, draft = random_distributions(3, seed=seed), random_distributions(3, seed=seed + 20)
     chain, pair = CHAINS[2], paths(wide=2, deep=2)
     of_chain = {
         verifier: tokens_of(verifier, chain, draft, target) for verifier in (token, block, recursive, traversal)
@@ -139,7 +145,7 @@ def test_no_rule_beats_the_optimum(num_drafts: int) -> None:
     """One level of independent drafts; K-SEQ reaches 1 - 1/e of it (SpecTr, theorem 3), and two rules can be beaten."""
     shape = full(num_drafts, sampling_scheme="independent")
     for seed in range(4):
-        target, draft = random_laws(1, seed=seed), random_laws(1, seed=seed + 30)
+        target, draft = random_distributions(1, seed=seed), random_distributions(1, seed=seed + 30)
         optimum = float(optimal_acceptance(target[()], draft[()], num_drafts))
         reached = {rule: tokens_of(rule, shape, draft, target) - 1 for rule in (recursive, kseq, traversal, multipath)}
         assert max(reached.values()) < optimum + EXACT
@@ -157,11 +163,11 @@ def test_the_optimum_by_hand() -> None:
 
 @pytest.mark.parametrize(("strength", "is_kept"), [(1.0, True), (0.5, False)])
 def test_lenience_is_lossy_unless_it_is_one(strength: float, is_kept: bool) -> None:
-    target, draft = random_laws(2, seed=0), random_laws(2, seed=40)
+    target, draft = random_distributions(2, seed=0), random_distributions(2, seed=40)
 
     def verify(*arguments: object) -> object:
         return lenience.verify(*arguments, lenience=strength)  # type: ignore[arg-type]
 
-    found = output_law(verify, CHAINS[0], draft, target)  # type: ignore[arg-type]
+    found = output_distribution(verify, CHAINS[0], draft, target)  # type: ignore[arg-type]
     assert (error(found, target, 2) < EXACT) == is_kept
     assert expected_tokens(found) >= tokens_of(token, CHAINS[0], draft, target) - EXACT

@@ -68,7 +68,7 @@ def test_activations() -> None:
                 block.self_attn.o_proj: lambda values, given=given: given.update(heads=values[0]),
                 block.mlp.down_proj: lambda values, given=given: given.update(neurons=values[0]),
             }
-            with importance.watched(watchers), torch.inference_mode():
+            with importance.capture_inputs(watchers), torch.inference_mode():
                 TARGET.model(input_ids=torch.tensor([ids]))
             for head in range(4):
                 norms = [float(values[8 * head : 8 * head + 8].norm()) for values in given["heads"]]
@@ -81,7 +81,7 @@ def test_activations() -> None:
 def test_watchers_leave_nothing_behind() -> None:
     module = torch.nn.Linear(2, 2)
     seen: list[Tensor] = []
-    with importance.watched({module: seen.append}):
+    with importance.capture_inputs({module: seen.append}):
         module(torch.ones(1, 2))
     module(torch.ones(1, 2))
     assert len(seen) == 1

@@ -27,7 +27,7 @@ def logits(model: Any) -> Tensor:
 def test_without_a_layer_it_is_the_target_that_skips_it(architecture: str) -> None:
     target = tiny_target(architecture)
     before = {name: weight.clone() for name, weight in target.model.state_dict().items()}
-    smaller = pruning.without_layers(target.model, [0, 2])
+    smaller = pruning.keep_layers(target.model, [0, 2])
     with torch.inference_mode():
         given = (TOKENS_1T, chain(TOKENS_1T.shape[1]), target.new_cache(1))
         out = target.forward(*given, skipped=sublayers((1,), (1,)))
@@ -41,7 +41,7 @@ def test_narrower_it_is_the_model_with_the_rest_silenced(architecture: str) -> N
     """Heads of 8 values; two query heads to a key-value head."""
     model = tiny_model(architecture)
     kept = {"heads": [[0, 3], [1, 2], [1, 3]], "neurons": [[*range(layer, 48, 3)] for layer in range(3)]}
-    smaller = pruning.narrower(model, **kept)
+    smaller = pruning.narrow(model, **kept)
     silenced = copy.deepcopy(model)
     for layer, block in enumerate(blocks_of(silenced)):
         values = [head * 8 + place for head in kept["heads"][layer] for place in range(8)]
@@ -57,7 +57,7 @@ def test_a_key_value_head_goes_with_its_queries(architecture: str) -> None:
     model = tiny_model(architecture)
     kv_heads = [[1], [0], [1]]
     heads = [[2, 3], [0, 1], [2, 3]]
-    smaller = pruning.narrower(model, heads=heads, kv_heads=kv_heads)
+    smaller = pruning.narrow(model, heads=heads, kv_heads=kv_heads)
     silenced = copy.deepcopy(model)
     for block, its_heads in zip(blocks_of(silenced), heads, strict=True):
         block.self_attn.o_proj.register_forward_pre_hook(only([h * 8 + place for h in its_heads for place in range(8)]))
@@ -81,18 +81,18 @@ def only(places: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[T
 def test_other_architectures_are_refused_by_name(architecture: str) -> None:
     model = tiny_model(architecture)
     with pytest.raises(ValueError, match=rf"^{type(model).__name__} cannot be narrowed: its \w+ has no \w+"):
-        pruning.narrower(model, neurons=[[0]] * 3)
+        pruning.narrow(model, neurons=[[0]] * 3)
 
 
 def test_what_is_kept() -> None:
-    assert pruning.least_influential([0.9, 0.1, 0.5, 0.3, 0.0], 3) == [0, 2, 4]
-    assert pruning.least_influential([0.1, 0.2, 0.9], 1) == [0]
-    assert pruning.around_span([0.0, 0.4, 0.2, 0.3, 0.1], 4, 6) == [0, 1, 4, 5]
-    assert pruning.around_span([0.0, 0.4], 1, 2) == [0]
+    assert pruning.drop_least_influential([0.9, 0.1, 0.5, 0.3, 0.0], 3) == [0, 2, 4]
+    assert pruning.drop_least_influential([0.1, 0.2, 0.9], 1) == [0]
+    assert pruning.drop_span([0.0, 0.4, 0.2, 0.3, 0.1], 4, 6) == [0, 1, 4, 5]
+    assert pruning.drop_span([0.0, 0.4], 1, 2) == [0]
     assert pruning.evenly_spaced(3, 7) == [0, 3, 6] and pruning.evenly_spaced(1, 4) == [0]
     scores = torch.tensor([0.1, 0.3, 0.2, 0.9, 0.8, 0.7])
-    assert pruning.largest_in_groups(scores, 2, 2) == [1, 2, 3, 4]
-    assert pruning.largest_in_groups(scores, 2, 1) == [3, 4]
+    assert pruning.top_indices_in_groups(scores, 2, 2) == [1, 2, 3, 4]
+    assert pruning.top_indices_in_groups(scores, 2, 1) == [3, 4]
 
 
 def test_shares_that_leave_nothing_or_all_are_refused() -> None:

@@ -11,7 +11,7 @@ from draftsmith import Target
 from draftsmith.core.views import blocks_of
 from tests.support.models import VOCAB_SIZE, tiny_model
 from trainers.compression import sparsity
-from trainers.compression.importance import watched
+from trainers.compression.importance import capture_inputs
 
 
 def texts() -> list[list[int]]:
@@ -21,11 +21,11 @@ def texts() -> list[list[int]]:
 
 def test_which_scores_are_kept() -> None:
     scores_OI = torch.tensor([[1.0, 5, 2, 3, 9, 8, 7, 6], [4, 3, 2, 1, 10, 20, 30, 40]])
-    by_row = sparsity.kept(scores_OI, 0.25, is_two_of_four=False, by_row=True)
+    by_row = sparsity.keep_mask(scores_OI, 0.25, is_two_of_four=False, by_row=True)
     assert by_row.tolist() == [[place in (4, 5) for place in range(8)], [place in (6, 7) for place in range(8)]]
-    of_all = sparsity.kept(scores_OI, 0.25, is_two_of_four=False, by_row=False)
+    of_all = sparsity.keep_mask(scores_OI, 0.25, is_two_of_four=False, by_row=False)
     assert scores_OI[of_all].sort().values.tolist() == [10, 20, 30, 40]
-    two = sparsity.kept(scores_OI, 0.5, is_two_of_four=True, by_row=True)
+    two = sparsity.keep_mask(scores_OI, 0.5, is_two_of_four=True, by_row=True)
     assert scores_OI[two].tolist() == [5, 3, 9, 8, 4, 3, 30, 40]
 
 
@@ -36,11 +36,11 @@ def test_wanda_takes_the_inputs_that_sparse_blocks_yield(architecture: str, is_t
     model = tiny_model(architecture)
     expected = copy.deepcopy(model)
     for block in blocks_of(expected):
-        layers = sparsity.linears(expected, block)
+        layers = sparsity.linear_layers(expected, block)
         given: dict[int, list[Tensor]] = {place: [] for place in range(len(layers))}
         for ids in texts():
             watchers = {one: lambda x, seen=given[place]: seen.append(x[0]) for place, one in enumerate(layers)}
-            with watched(watchers), torch.inference_mode():
+            with capture_inputs(watchers), torch.inference_mode():
                 expected(input_ids=torch.tensor([ids]))
         for place, layer in enumerate(layers):
             norms_I = torch.cat(given[place]).square().sum(0).sqrt()
@@ -51,7 +51,7 @@ def test_wanda_takes_the_inputs_that_sparse_blocks_yield(architecture: str, is_t
                     fewest = sorted(range(len(scores)), key=scores.__getitem__)[: len(scores) // 2]
                     group[fewest] = 0
     batches = [collate([example(ids, None, str(len(ids))) for ids in texts()])]
-    sparsity.by_wanda(Target(model), batches, 0.5, is_two_of_four=is_two_of_four)
+    sparsity.prune_by_wanda(Target(model), batches, 0.5, is_two_of_four=is_two_of_four)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(weight, expected.state_dict()[name], msg=name)
 
@@ -59,7 +59,7 @@ def test_wanda_takes_the_inputs_that_sparse_blocks_yield(architecture: str, is_t
 def test_magnitude_and_what_cannot_be_sparse() -> None:
     model = tiny_model("llama")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    sparsity.by_magnitude(model, 0.75, is_two_of_four=False)
+    sparsity.prune_by_magnitude(model, 0.75, is_two_of_four=False)
     for name, weight in model.state_dict().items():
         if "_proj" in name:
             is_zero, was = weight == 0, before[name].abs()
@@ -69,10 +69,10 @@ def test_magnitude_and_what_cannot_be_sparse() -> None:
             assert torch.equal(weight, before[name])
     assert sparsity.num_zeros(model) == sum(block_weights(model)) // 4
     with pytest.raises(ValueError, match=r"^GPT2LMHeadModel has no nn.Linear in its blocks"):
-        sparsity.by_magnitude(tiny_model("gpt2"), 0.5, is_two_of_four=False)
+        sparsity.prune_by_magnitude(tiny_model("gpt2"), 0.5, is_two_of_four=False)
     with pytest.raises(ValueError, match=r"a linear layer of 50 inputs has no groups of 4"):
-        sparsity.by_magnitude(tiny_model("llama", intermediate_size=50), 0.5, is_two_of_four=True)
+        sparsity.prune_by_magnitude(tiny_model("llama", intermediate_size=50), 0.5, is_two_of_four=True)
 
 
 def block_weights(model: torch.nn.Module) -> list[int]:
-    return [one.weight.numel() for block in blocks_of(model) for one in sparsity.linears(model, block)]
+    return [one.weight.numel() for block in blocks_of(model) for one in sparsity.linear_layers(model, block)]

@@ -16,7 +16,7 @@ from data.batches import Example, collate, example
 from draftsmith.drafters import lookup
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, prompts, tiny_target
 from trainers.corpora import corpus
-from trainers.corpora.corpus import documents, evaluate, keep, parts
+from trainers.corpora.corpus import documents, evaluate, select_documents, build_chunks
 
 ROWS = some.lists(some.lists(some.tuples(some.integers(0, 2), some.booleans()), min_size=1, max_size=9), max_size=6)
 FEW = settings(max_examples=60, deadline=None)
@@ -62,7 +62,7 @@ def test_a_decoders_text_begins_with_its_start_and_counts_for_every_source() -> 
     rows = [example(ids, [False, *[True] * (len(ids) - 1)], "row", source) for ids, source in written]
     for context in (0, 1, 3):
         assert lists([*documents(rows, context)]) == [[0, 5, 6], [0, 5, 6], [0, 4]]
-    assert lists(keep(rows, 100)) == [[0, 5, 6], [0, 4]], "a text is stored once"
+    assert lists(select_documents(rows, 100)) == [[0, 5, 6], [0, 4]], "a text is stored once"
 
 
 def ngrams(text: Sequence[int]) -> set[tuple[int, ...]]:
@@ -118,14 +118,14 @@ def test_frequent_text_and_text_that_recurs_is_kept(
     monkeypatch.setattr(corpus, "_digest", lambda text: bytes(text.tolist()))
     aside, alike, twice, odd = [1, 2, 3, 4, 5], [6, 2, 3, 4, 5], [7, 8, 9, 10, 11], [12, 13, 14, 15, 16]
     rows = rows_of([odd, twice, alike, twice, aside])
-    assert lists(keep(rows, 12)) == [twice, alike], "what was met twice, and what is like the text set aside"
+    assert lists(select_documents(rows, 12)) == [twice, alike], "what was met twice, and what is like the text set aside"
     said = capsys.readouterr().out
     assert "keeps 2 of 4 documents, 12 of 24 tokens; 100% of what recurs" in said
-    assert lists(keep(rows, 24)) == [odd, twice, alike, aside]
+    assert lists(select_documents(rows, 24)) == [odd, twice, alike, aside]
     assert capsys.readouterr().out == "", "nothing was dropped"
-    assert keep([], 5) == []
+    assert select_documents([], 5) == []
     with pytest.raises(ValueError, match="a budget of 5 tokens holds no document"):
-        keep(rows, 5)
+        select_documents(rows, 5)
 
 
 def sums(rows: Sequence[int]) -> dict[str, np.ndarray]:
@@ -142,18 +142,18 @@ def test_parts_are_made_once(tmp_path: Path) -> None:
         return sums(rows)
 
     with pytest.raises(KeyboardInterrupt):
-        parts(range(7), tmp_path / "run", 3, watched)
+        build_chunks(range(7), tmp_path / "run", 3, watched)
     (tmp_path / "run" / "parts" / ".0002.safetensors.part-77").write_bytes(b"cut sh")
-    files = parts(range(7), tmp_path / "run", 3, watched)
+    files = build_chunks(range(7), tmp_path / "run", 3, watched)
     assert made == [[0, 1, 2], [3, 4, 5], [6], [6]]
     assert [load_file(file)["sum"].tolist() for file in files] == [[3], [12], [6]]
-    whole = parts(range(7), tmp_path / "whole", 3, sums)
+    whole = build_chunks(range(7), tmp_path / "whole", 3, sums)
     assert [file.name for file in files] == ["0000.safetensors", "0001.safetensors", "0002.safetensors"]
     assert [file.read_bytes() for file in files] == [file.read_bytes() for file in whole]
     assert {file.name for file in files[0].parent.iterdir()} == {*(file.name for file in files), corpus.MARKER}
     with pytest.raises(ValueError, match="num_rows was 7, is 8"):
-        parts(range(8), tmp_path / "run", 3, sums)
-    assert parts([], tmp_path / "none", 3, sums) == []
+        build_chunks(range(8), tmp_path / "run", 3, sums)
+    assert build_chunks([], tmp_path / "none", 3, sums) == []
 
 
 def test_judged_by_decoding() -> None:

@@ -12,12 +12,12 @@ import draftsmith
 from data.batches import Batch
 from data.teacher import complete
 from draftsmith.artifacts.artifact import read_manifest
-from tests.support.gaps import with_gaps
+from tests.support.masked_batch import masked_batch
 from tests.support.models import tiny_target
 from tests.support.runs import SMALL, logged, make_data, make_target, weights
 from trainers import cnn, lstm, ngram
 from trainers.parts import distillation
-from trainers.parts.distillation import BEST_METRIC, accepted_in_a_row, summarise
+from trainers.parts.distillation import BEST_METRIC, run_acceptance, summarise
 from trainers.training import checkpoints, evaluation
 from trainers.training.evaluation import ON_DRAFT_TEXT
 from trainers.training.loop import train
@@ -43,7 +43,7 @@ def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
 
 def batch() -> Batch:
     """Returns three rows, supervised with gaps, and what the target says of them."""
-    return complete(with_gaps(), TARGET, (TARGET.num_layers,))
+    return complete(masked_batch(), TARGET, (TARGET.num_layers,))
 
 
 def test_acceptances_in_a_row() -> None:
@@ -59,7 +59,7 @@ def test_acceptances_in_a_row() -> None:
                 run.append(next(values))
             elif run:
                 runs, run = [*runs, run], []
-    found = accepted_in_a_row(accepted_N, given, 12)
+    found = run_acceptance(accepted_N, given, 12)
     assert list(found) == [f"accepted_to_{depth}" for depth in range(2, 13)]
     for depth in range(2, 13):
         windows = [run[at : at + depth] for run in runs for at in range(len(run) - depth + 1)]

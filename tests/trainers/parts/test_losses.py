@@ -11,12 +11,12 @@ from trainers.parts.losses import (
     DIVERGENCES,
     Teacher,
     acceptance,
-    chunked,
+    sum_in_chunks,
     cross_entropy,
     divergence,
     forward_kl,
     jensen_shannon,
-    laws,
+    outcome_log_probs,
     likelihood,
     likelihood_hybrid,
     reverse_kl,
@@ -97,7 +97,7 @@ def test_value_and_gradient_against_a_slow_reference(name: str) -> None:
 
 def test_limits_of_the_jensen_shannon_divergence() -> None:
     """Divided by beta (by 1 - beta) it tends to the forward (reverse) KL; the error is of first order."""
-    student, teacher = laws(random_logits(1, 3, 6), Teacher(logits=random_logits(2, 3, 6)))
+    student, teacher = outcome_log_probs(random_logits(1, 3, 6), Teacher(logits=random_logits(2, 3, 6)))
     small = 1e-6
     near_forward = jensen_shannon(student, teacher, beta=small) / small
     near_reverse = jensen_shannon(student, teacher, beta=1 - small) / small
@@ -106,7 +106,7 @@ def test_limits_of_the_jensen_shannon_divergence() -> None:
 
 
 def test_acceptance_is_one_less_total_variation_and_lk_is_its_negative_log() -> None:
-    student, teacher = laws(random_logits(1, 9, 6), Teacher(logits=random_logits(2, 9, 6)))
+    student, teacher = outcome_log_probs(random_logits(1, 9, 6), Teacher(logits=random_logits(2, 9, 6)))
     accepted_N = acceptance(student, teacher)
     torch.testing.assert_close(total_variation(student, teacher), 1 - accepted_N)
     torch.testing.assert_close(likelihood(student, teacher), -accepted_N.log())
@@ -151,7 +151,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="temperature"):
         divergence("tvd", temperature=0.0)
     with pytest.raises(ValueError, match="temperature is 2"):
-        laws(torch.zeros(1, 4), top_k(torch.zeros(1, 4), 2), temperature=2.0)
+        outcome_log_probs(torch.zeros(1, 4), top_k(torch.zeros(1, 4), 2), temperature=2.0)
 
 
 class Kept:
@@ -182,7 +182,7 @@ def test_chunks_change_neither_value_nor_gradient(size: int) -> None:
 
     whole = functional.cross_entropy(hidden_ND @ weight_VD.T, labels_N, reduction="sum")
     expected = torch.autograd.grad(whole, [hidden_ND, weight_VD])
-    total, count = chunked(
+    total, count = sum_in_chunks(
         lambda hidden, labels: cross_entropy(hidden @ weight_VD.T, labels),
         hidden_ND,
         labels_N,
@@ -206,9 +206,9 @@ def test_chunks_keep_no_logits() -> None:
         return cross_entropy(head(hidden), labels)
 
     with Kept() as whole:
-        chunked(loss, hidden_ND, labels_N, vocab_size=512, max_logits=256 * 512)
+        sum_in_chunks(loss, hidden_ND, labels_N, vocab_size=512, max_logits=256 * 512)
     with Kept() as in_chunks:
-        chunked(loss, hidden_ND, labels_N, vocab_size=512, max_logits=16 * 512)
+        sum_in_chunks(loss, hidden_ND, labels_N, vocab_size=512, max_logits=16 * 512)
     assert whole.largest == 256 * 512
     assert in_chunks.largest <= 512 * 8
 
@@ -216,7 +216,7 @@ def test_chunks_keep_no_logits() -> None:
 def test_no_positions_give_a_zero_with_a_gradient() -> None:
     """A rank with nothing to learn in its batch still takes part in the reduction of gradients."""
     head = torch.nn.Linear(4, 6)
-    total, count = chunked(lambda hidden: head(hidden).logsumexp(-1), torch.zeros(0, 4), vocab_size=6)
+    total, count = sum_in_chunks(lambda hidden: head(hidden).logsumexp(-1), torch.zeros(0, 4), vocab_size=6)
     assert count == 0 and total.item() == 0.0
     total.backward()
     assert head.weight.grad is not None and not head.weight.grad.any()

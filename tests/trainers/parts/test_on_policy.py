@@ -14,9 +14,9 @@ from draftsmith.drafters import cnn, lm, lstm
 from tests.support.distributions import NUM_TOKENS, PROMPT, cells, distribution_target, p_value
 from tests.support.family import built
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, prompts, tiny_config, tiny_target
-from tests.support.recurrent import fresh_logits
+from tests.support.recurrent_checks import fresh_logits
 from trainers.parts import on_policy
-from trainers.parts.on_policy import rewritten, write
+from trainers.parts.on_policy import rewrite_rows, generate_alone
 
 READING = {
     lstm: lstm.Config(hidden_size=24, num_layers=2, rank=8, num_draft=4),
@@ -66,7 +66,7 @@ def test_it_is_drawn_from_the_drafters_law(temperature: float) -> None:
             probs_C = (probs_C[:, None] * next_CV.softmax(-1)).flatten()
             rows = [[*ids, token] for ids in rows for token in range(target.vocab_size)]
         given = {"limits": [NUM_TOKENS] * count, "seeds": range(count), "temperature": temperature}
-        texts = torch.tensor(write(drafter, target, [PROMPT] * count, **given))
+        texts = torch.tensor(generate_alone(drafter, target, [PROMPT] * count, **given))
         counts_C = torch.bincount(cells(texts[:, len(PROMPT) :]), minlength=len(probs_C))
         assert p_value(counts_C.double(), probs_C) > 1e-4
 
@@ -78,12 +78,12 @@ def test_a_row_is_written_as_it_would_be_alone(architecture: str) -> None:
     for drafter in drafters(target):
         drafter.train()
         config, given = drafter.config, batch(target)
-        together = rewritten(drafter, given, target, range(5), temperature=1.0, salt="a")
-        again = rewritten(drafter, given, target, range(5), temperature=1.0, salt="b")
+        together = rewrite_rows(drafter, given, target, range(5), temperature=1.0, salt="a")
+        again = rewrite_rows(drafter, given, target, range(5), temperature=1.0, salt="b")
         assert drafter.config == config and drafter.training
         differ = []
         for row in range(5):
-            alone = rewritten(drafter, batch(target), target, [row], temperature=1.0, salt="a")
+            alone = rewrite_rows(drafter, batch(target), target, [row], temperature=1.0, salt="a")
             length = int(together.lengths_B[row])
             assert length == alone.lengths_B[row]
             text = together.tokens_BT[row, :length]
@@ -95,7 +95,7 @@ def test_a_row_is_written_as_it_would_be_alone(architecture: str) -> None:
 def test_greedily_it_is_the_likeliest_token_each_time() -> None:
     target = tiny_target("llama")
     for drafter in drafters(target):
-        texts = write(drafter, target, prompts(3), limits=[9, 0, 4], seeds=[0, 0, 0], temperature=0.0)
+        texts = generate_alone(drafter, target, prompts(3), limits=[9, 0, 4], seeds=[0, 0, 0], temperature=0.0)
         assert [len(text) for text in texts] == [18, 3, 5]
         for prompt, text in zip(prompts(3), texts, strict=True):
             for length in range(len(prompt), len(text)):
@@ -108,7 +108,7 @@ def test_what_becomes_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     target = tiny_target("llama")
     given = complete(batch(target), target, (target.num_layers,), 4)
     drafter = drafters(target)[0]
-    found = rewritten(drafter, given, target, [1, 3], temperature=1.0, salt="")
+    found = rewrite_rows(drafter, given, target, [1, 3], temperature=1.0, salt="")
     assert not found.hidden and found.top_ids_BTK is None
     for row in (0, 2, 4):
         length = int(given.lengths_B[row])
@@ -123,18 +123,18 @@ def test_what_becomes_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.loss_mask_BT[row].tolist() == [prompt_length <= place < length for place in range(25)]
     end = int(found.tokens_BT[3, 16])
     monkeypatch.setattr(target, "eos_token_ids", (end,))
-    ended = rewritten(drafter, given, target, [1, 3], temperature=1.0, salt="")
+    ended = rewrite_rows(drafter, given, target, [1, 3], temperature=1.0, salt="")
     place = found.tokens_BT[3, 14:].tolist().index(end) + 14
     assert int(ended.lengths_B[3]) == place + 1 and ended.tokens_BT[3, place] == end
-    assert rewritten(drafter, given, target, [], temperature=1.0, salt="") is given
-    few = rewritten(drafter, given, target, [3], temperature=1.0, salt="", most_tokens=2)
+    assert rewrite_rows(drafter, given, target, [], temperature=1.0, salt="") is given
+    few = rewrite_rows(drafter, given, target, [3], temperature=1.0, salt="", most_tokens=2)
     assert int(few.lengths_B[3]) == 16 and torch.equal(few.tokens_BT[3, :16], found.tokens_BT[3, :16])
 
 
 def test_sources_stay_with_their_rows() -> None:
     target = tiny_target("t5")
     given = batch(target)
-    found = rewritten(drafters(target)[0], given, target, [2], temperature=1.0, salt="")
+    found = rewrite_rows(drafters(target)[0], given, target, [2], temperature=1.0, salt="")
     assert torch.equal(found.source_BS, given.source_BS) and found.source is not None
     expected = complete(given, target).source
     assert expected is not None and torch.equal(found.source.encoded_BTD, expected.encoded_BTD)
@@ -144,11 +144,11 @@ def test_coins() -> None:
     """They fall by share, by row and by salt, the same for a row whatever stands beside it."""
     rows = [example([3, row % VOCAB_SIZE, row // VOCAB_SIZE], None, f"{row}") for row in range(2_000)]
     whole = collate(rows)
-    assert on_policy.draws(0.0, whole, "1") == [] and len(on_policy.draws(1.0, whole, "1")) == 2_000
-    one, other = (on_policy.draws(0.3, whole, salt) for salt in ("1", "2"))
+    assert on_policy.select_rows(0.0, whole, "1") == [] and len(on_policy.select_rows(1.0, whole, "1")) == 2_000
+    one, other = (on_policy.select_rows(0.3, whole, salt) for salt in ("1", "2"))
     assert abs(len(one) / 2_000 - 0.3) < 5 * (0.21 / 2_000) ** 0.5
     assert abs(len({*one} & {*other}) / 2_000 - 0.09) < 5 * (0.09 * 0.91 / 2_000) ** 0.5
-    assert [row + 1_000 for row in on_policy.draws(0.3, collate(rows[1_000:]), "1")] == [r for r in one if r >= 1_000]
+    assert [row + 1_000 for row in on_policy.select_rows(0.3, collate(rows[1_000:]), "1")] == [r for r in one if r >= 1_000]
 
 
 def test_the_cost_of_a_drafted_token() -> None:

@@ -13,7 +13,7 @@ from draftsmith.core.sampling import Sampling
 from trainers.parts import trees
 
 
-def independent(accuracy_KR: list[list[float]]) -> trees.Children:
+def independent(accuracy_KR: list[list[float]]) -> trees.ChildChances:
     """Returns the chances of heads that are right independently of each other."""
     return lambda path: accuracy_KR[len(path)] if len(path) < len(accuracy_KR) else []
 
@@ -46,7 +46,7 @@ def test_no_tree_of_its_size_is_better() -> None:
 def test_chances_after_a_path_by_hand() -> None:
     """Of four positions head 0 is right with guess 0 at two; there head 1 is right once; the last has no head 1."""
     ranks_MK = torch.tensor([[0, 0], [0, 1], [1, 5], [1, -1]])
-    children = trees.observed(ranks_MK, 3)
+    children = trees.conditional_accuracy(ranks_MK, 3)
     assert children(()) == pytest.approx([0.5, 0.5, 0])
     everywhere, prior = 1 / 3, trees.PRIOR
     share = (1 + prior * everywhere) / (2 + prior)
@@ -59,8 +59,8 @@ def test_rounds_by_hand() -> None:
     """A tree of (0), (0, 0) and (1) accepts 2, then from place 3 nothing, then 1 of two that are left."""
     nodes = [((0,), 0.5), ((0, 0), 0.3), ((1,), 0.2)]
     ranks_TK = torch.tensor([[0, 0], [7, 7], [7, 7], [0, 4], [1, -1]])
-    assert trees.tokens_a_round(nodes, [ranks_TK]) == pytest.approx((3 + 2) / 2)
-    assert trees.tokens_a_round(nodes[:1], [ranks_TK, ranks_TK[3:]]) == pytest.approx((2 + 1 + 2 + 2) / (1 + 1 + 1 + 1))
+    assert trees.tokens_per_round(nodes, [ranks_TK]) == pytest.approx((3 + 2) / 2)
+    assert trees.tokens_per_round(nodes[:1], [ranks_TK, ranks_TK[3:]]) == pytest.approx((2 + 1 + 2 + 2) / (1 + 1 + 1 + 1))
     # 1 node: 2, 1 and 2 tokens; 2 nodes: 3 and 2 tokens in twice the time.
     assert trees.best_size(nodes, [ranks_TK], {1: 1.0, 2: 1.2}) == 2
     assert trees.best_size(nodes, [ranks_TK], {1: 1.0, 2: 2.0}) == 1

@@ -11,7 +11,7 @@ import wandb
 from transformers.integrations.integration_utils import rewrite_logs
 
 from tests.support.runs import SMALL, make_data, make_target
-from tests.support.told import read_wandb
+from tests.support.wandb_files import read_wandb
 from trainers import layerskip, lookup, medusa
 from trainers.training import logs
 from trainers.training.jsonl import wandb_name

@@ -181,7 +181,7 @@ def test_what_is_refused_before_the_target_loads(folder: Path, tmp_path: Path, m
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "w1 w2"}\n{"prompt": \n')
     cases = {
-        "holds something else": {"output": str(tmp_path)},
+        "contains other files": {"output": str(tmp_path)},
         "nowhere": {"target": str(tmp_path / "nowhere")},
         "no such file or folder": {"data": str(tmp_path / "no-data")},
         "broken.jsonl, line 2": {"data": str(tmp_path / "broken.jsonl")},

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from trainers.training.settings import parse_settings
+from trainers.training.settings import flat, from_flat, nested, parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,29 @@ class Needed:
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise ValueError(f"share is {self.share}; it must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A drafter's configuration."""
+
+    num_draft: int = 6
+    """Tokens drafted per round."""
+    num_nodes: int = 16
+    num_blocks: int = 1
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_draft < 1:
+            raise ValueError(f"num_draft is {self.num_draft}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """A trainer's settings: a loss of its own beside the configuration of its drafter."""
+
+    config: Config = nested(Config(num_blocks=2), omit=("layers",), flags={"num_nodes": "tree_nodes"})
+    loss: Literal["ce", "kl"] = "ce"
 
 
 def parse(*argv: str) -> Run:
@@ -175,8 +198,59 @@ def test_what_a_dataclass_refuses_is_told_alike(capsys: pytest.CaptureFixture[st
 
 
 def test_two_settings_of_one_name_are_our_own_mistake() -> None:
-    with pytest.raises(AssertionError, match="two settings are called max_steps"):
+    with pytest.raises(AssertionError, match=r"two settings are called max_steps: Run.max_steps and Run.max_steps; "):
         parse_settings(Run, Run, description=None, argv=[])
+
+
+def test_nested_dataclass_gives_settings_of_the_same_level(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("num-draft: 3\ntree_nodes: 4\n")
+    trainer, run = parse_settings(
+        Trainer, Needed, description=None, argv=f"--config {preset} --num-draft 5 --loss kl --target t".split()
+    )
+    assert trainer == Trainer(config=Config(num_draft=5, num_nodes=4, num_blocks=2), loss="kl")
+    assert run == Needed(target="t")
+
+
+def test_flat_and_from_flat_are_inverse_and_use_the_names_of_flags() -> None:
+    values = {"num_draft": 5, "tree_nodes": 4, "num_blocks": 2, "loss": "kl"}
+    trainer = Trainer(config=Config(num_draft=5, num_nodes=4, num_blocks=2), loss="kl")
+    assert flat(trainer) == values
+    assert from_flat(Trainer, {**values, "target": "of another dataclass"}) == trainer
+    assert from_flat(Trainer, {}) == Trainer()
+
+
+@pytest.mark.parametrize(
+    ("argv", "fault"),
+    [
+        ("--num-darft 3", "unknown setting '--num-darft' on the command line; did you mean --num-draft?"),
+        ("--num-nodes 3", "unknown setting '--num-nodes' on the command line; did you mean --tree-nodes?"),
+        ("--num-draft many", "--num-draft takes a whole number, not 'many'"),
+        ("--num-draft 0", "num_draft is 0; it must be at least 1"),
+    ],
+)
+def test_faults_in_a_nested_dataclass(capsys: pytest.CaptureFixture[str], argv: str, fault: str) -> None:
+    assert refusal(capsys, *argv.split(), kinds=(Trainer,)) == [fault]
+
+
+def test_nested_setting_of_a_name_in_use_is_our_own_mistake() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Clash:
+        num_draft: int = 1
+        config: Config = nested(Config())
+
+    with pytest.raises(
+        AssertionError, match=r"called num_draft: Clash.num_draft and Config.num_draft; .*nested\(omit="
+    ):
+        parse_settings(Clash, description=None, argv=[])
+
+
+def test_help_of_a_nested_dataclass(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_settings(Trainer, description=None, argv=["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "  --num-draft N               Tokens drafted per round. [default 6]" in lines
+    assert "  --num-blocks N              [default 2]" in lines
 
 
 def test_help_shows_meaning_default_and_choices(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,11 +23,11 @@ HALVINGS = 54
 FAILS = 1 - 2.0**-53
 
 Text = tuple[int, ...]
-Laws = dict[Text, Tensor]  # what follows each text [V]
+Distributions = dict[Text, Tensor]  # what follows each text [V]
 Verify = Callable[[Tensor, Draft, Tensor], Verdict]
 
 
-def random_laws(longest: int, seed: int, *, zeros: bool = False) -> Laws:
+def random_distributions(longest: int, seed: int, *, zeros: bool = False) -> Distributions:
     """Returns a law after each text of up to `longest` tokens; with `zeros` some have no chance, as after top-k."""
     generator = torch.Generator().manual_seed(seed)
     laws = {}
@@ -41,7 +41,7 @@ def random_laws(longest: int, seed: int, *, zeros: bool = False) -> Laws:
     return laws
 
 
-def probability(laws: Laws, text: Text, given: Text = ()) -> float:
+def probability(laws: Distributions, text: Text, given: Text = ()) -> float:
     """Returns the probability of going on with `text` after `given`."""
     product = 1.0
     for at, one in enumerate(text):
@@ -49,7 +49,7 @@ def probability(laws: Laws, text: Text, given: Text = ()) -> float:
     return product
 
 
-def error(found: dict[Text, float], target: Laws, num_tokens: int) -> float:
+def error(found: dict[Text, float], target: Distributions, num_tokens: int) -> float:
     """Returns the largest error of the law of the first `num_tokens`, what is missing being sampled from the target."""
     probs: dict[Text, float] = defaultdict(float)
     for text, weight in found.items():
@@ -92,7 +92,7 @@ def full(*widths: int, sampling_scheme: str) -> Shape:
     return Shape(parents=tuple(parents), sampling_scheme=sampling_scheme)
 
 
-def fillings(shape: Shape, laws: Laws) -> Iterator[tuple[list[Text], list[bool], float]]:
+def fillings(shape: Shape, laws: Distributions) -> Iterator[tuple[list[Text], list[bool], float]]:
     """Yields each node's text and whether it is in use, for every way of drawing the tree, and its probability."""
 
     def grow(texts: list[Text], used: list[bool], weight: float) -> Iterator[tuple[list[Text], list[bool], float]]:
@@ -123,7 +123,9 @@ def fillings(shape: Shape, laws: Laws) -> Iterator[tuple[list[Text], list[bool],
     yield from grow([()], [True], 1.0)
 
 
-def filled(shape: Shape, rows: list[list[Text]], used: list[list[bool]], laws: Laws, target: Laws) -> tuple:
+def filled(
+    shape: Shape, rows: list[list[Text]], used: list[list[bool]], laws: Distributions, target: Distributions
+) -> tuple:
     """Returns the draft with one row a filling, nodes not in use last, and the target's laws at its nodes."""
     tables = []
     for table in (target, laws):
@@ -140,7 +142,7 @@ def filled(shape: Shape, rows: list[list[Text]], used: list[list[bool]], laws: L
     return draft, tables[0]
 
 
-def output_law(verify: Verify, shape: Shape, laws: Laws, target: Laws) -> dict[Text, float]:
+def output_distribution(verify: Verify, shape: Shape, laws: Distributions, target: Distributions) -> dict[Text, float]:
     """Returns the probability of each text that `verify` puts out: accepted tokens and the next one."""
     rows, used, weights = map(list, zip(*fillings(shape, laws), strict=True))
     num_nodes = len(shape.parents)
@@ -170,7 +172,9 @@ def output_law(verify: Verify, shape: Shape, laws: Laws, target: Laws) -> dict[T
     for node in range(1, num_nodes):
         passes_R = (uniforms_RU[:, node] == 0).nonzero()[:, 0]
         step = 2 ** (num_nodes - 1 - node)  # the same row with this test failed
-        differ_R = (end_R[passes_R] != end_R[passes_R + step]) | (probs_RV[passes_R] != probs_RV[passes_R + step]).any(1)
+        differ_R = (end_R[passes_R] != end_R[passes_R + step]) | (probs_RV[passes_R] != probs_RV[passes_R + step]).any(
+            1
+        )
         asked_R = passes_R[differ_R]
         low_R, high_R = torch.zeros(len(asked_R), dtype=torch.float64), torch.ones(len(asked_R), dtype=torch.float64)
         for _ in range(HALVINGS if len(asked_R) else 0):

@@ -6,7 +6,7 @@ from data.batches import Batch, collate, example
 from tests.support.models import VOCAB_SIZE
 
 
-def with_gaps(num_rows: int = 3) -> Batch:
+def masked_batch(num_rows: int = 3) -> Batch:
     """Returns rows of 9, 12 and 15 tokens in turn whose loss masks begin at different places and have a hole."""
     generator = torch.Generator().manual_seed(0)
     rows = []

@@ -61,7 +61,7 @@ def check_writing(family: ModuleType, config: Any) -> None:
     """As it is judged on its own text, batch after batch: what it multiplied out for one is there for the next."""
     drafter = built(family, dataclasses.replace(config, width=2), tiny_target("t5"))
     given = {"limits": [6], "seeds": [0], "temperature": 1.0, "source": source_of(drafter.target, 1)}
-    written = [on_policy.write(drafter, drafter.target, [[0]], **given) for _ in range(3)]
+    written = [on_policy.generate_alone(drafter, drafter.target, [[0]], **given) for _ in range(3)]
     assert written[0] == written[1] == written[2] and len(written[0][0]) == 7
     assert drafter.config.width == 2
 
