@@ -8,7 +8,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ import draftsmith
 from data.pseudo_data import MARKER
 from draftsmith import Target
 from draftsmith.core.drafter import find
-from eval.doctor.assisted import assisted
-from eval.doctor.doctor import Patient, check_export, check_position
-from eval.doctor.forced import Text, draft_within, places_of
-from eval.doctor.served import Served
+from eval.doctor.run_assisted import run_assisted
+from eval.doctor.checks import CheckContext, check_export, check_position
+from eval.doctor.teacher_forced import GreedyText, draft_from_positions, draft_positions
+from eval.doctor.serving import ServingCounts
 from recipes import doctor
 from recipes.doctor import RunSettings
 from tests.support.models import (
@@ -41,6 +40,7 @@ from tests.support.runs import make_data
 from trainers import distill, eagle3, lookup, medusa
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings as Training
+from trainers.training.settings import flat
 
 FIRST, STRIDE = 3, 7
 NEW_TOKENS = 16
@@ -110,7 +110,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = make_data(target, folder / "data", num_rows=40, max_new_tokens=NEW_TOKENS, temperature="0")
     given = {"target": str(folder / "target"), "data": str(data), "held_out_share": 0.2}
     for name, (drafter, settings) in drafters(target).items():
-        record = {"trainer": name, "settings": asdict(settings) | given | {"seed": 0}}
+        record = {"trainer": name, "settings": flat(settings) | given | {"seed": 0}}
         draftsmith.save(drafter, folder / name, target=target, record=record)
     train(lookup, lookup.Settings(), Training(output=str(folder / "lookup"), batch_size=4, **given))  # type: ignore
     return folder
@@ -224,7 +224,7 @@ def test_another_base_of_the_drafters_rotary_positions(tmp_path: Path) -> None:
     target = Target.from_pretrained(str(tmp_path / "target"), dtype="float32")
     make_data(target, tmp_path / "data", num_rows=40, max_new_tokens=NEW_TOKENS, temperature="0")
     drafter, settings = drafters(target)["distill"]
-    record = {"trainer": "distill", "settings": asdict(settings) | {"data": str(tmp_path / "data"), "seed": 0}}
+    record = {"trainer": "distill", "settings": flat(settings) | {"data": str(tmp_path / "data"), "seed": 0}}
     draftsmith.save(drafter, tmp_path / "distill", target=target, record=record)
     assert not faults(examined(tmp_path, "distill")[1])
     file = tmp_path / "distill" / "draft_config.json"
@@ -287,11 +287,11 @@ def test_a_state_that_is_not_carried_on(made: Path, monkeypatch: pytest.MonkeyPa
 def test_drafting_that_differs_from_training() -> None:
     target = tiny_target("llama")
     drafter = distill_copy(target)
-    texts = [Text(ids=ids, num_prompt=len(ids) - 12) for ids in greedy_by_transformers("llama", 3, 12)]
-    places = places_of(texts, 10**6)
-    forced = draft_within(target, drafter, texts, places, 2)
-    assert forced.shares() == [1.0, 1.0] and (forced.drafted, forced.num_drafts) == ([36, 33], 36)
-    patient = Patient(manifest={}, drafter=drafter, texts=texts, places=places, depth=2, forced=forced)
+    texts = [GreedyText(ids=ids, num_prompt=len(ids) - 12) for ids in greedy_by_transformers("llama", 3, 12)]
+    places = draft_positions(texts, 10**6)
+    teacher_forced = draft_from_positions(target, drafter, texts, places, 2)
+    assert teacher_forced.shares() == [1.0, 1.0] and (teacher_forced.drafted, teacher_forced.num_drafts) == ([36, 33], 36)
+    patient = CheckContext(manifest={}, drafter=drafter, texts=texts, places=places, depth=2, teacher_forced=teacher_forced)
     assert check_position(patient, 1.0).verdict == check_position(patient, None).verdict == "sound"
     found = check_position(patient, 0.9)
     assert found.verdict == "fault" and "100.0% of first tokens are right in drafts, 90.0%" in found.told
@@ -305,9 +305,9 @@ def distill_copy(target: Target) -> Any:
 
 
 def test_places_are_spread_evenly() -> None:
-    texts = [Text(ids=[0] * 6, num_prompt=2), Text(ids=[0] * 4, num_prompt=1)]
-    assert places_of(texts, 100) == [(0, 2), (0, 3), (0, 4), (0, 5), (1, 1), (1, 2), (1, 3)]
-    assert places_of(texts, 3) == [(0, 2), (0, 5), (1, 3)]
+    texts = [GreedyText(ids=[0] * 6, num_prompt=2), GreedyText(ids=[0] * 4, num_prompt=1)]
+    assert draft_positions(texts, 100) == [(0, 2), (0, 3), (0, 4), (0, 5), (1, 1), (1, 2), (1, 3)]
+    assert draft_positions(texts, 3) == [(0, 2), (0, 5), (1, 3)]
 
 
 def test_transformers_accepts_what_our_loop_accepts() -> None:
@@ -321,7 +321,7 @@ def test_transformers_accepts_what_our_loop_accepts() -> None:
             mine.copy_(0.15 * mine + theirs)
     before = drafter.model.generation_config
     asked = [ids for ids in prompts(4) if len(ids) > 1]
-    counts, texts = assisted(target, drafter.model, asked, 3, 21)
+    counts, texts = run_assisted(target, drafter.model, asked, 3, 21)
     assert drafter.model.generation_config is before
     expected = [
         row for ids, row in zip(prompts(4), greedy_by_transformers("llama", 4, 21), strict=True) if len(ids) > 1
@@ -329,7 +329,7 @@ def test_transformers_accepts_what_our_loop_accepts() -> None:
     assert texts == [row[len(ids) :] for ids, row in zip(asked, expected, strict=True)]
     drafted, accepted, num_drafts = [0] * 3, [0] * 3, 0
     for ids in asked:
-        for step in doctor.follow(drafter, ids, 21, length="fixed=3")[:-1]:
+        for step in doctor.greedy_steps(drafter, ids, 21, length="fixed=3")[:-1]:
             num_drafts += 1
             for depth in range(3):
                 drafted[depth] += max(map(len, step.drafted)) > depth
@@ -365,8 +365,8 @@ def test_no_python_with_vllm(made: Path) -> None:
         examined(made, "lookup", vllm_python=sys.executable)
 
 
-def served(*accepted: int) -> Served:
-    return Served(texts=[[3, 4]], num_drafts=40, num_drafted=80, accepted=list(accepted))
+def served(*accepted: int) -> ServingCounts:
+    return ServingCounts(texts=[[3, 4]], num_drafts=40, num_drafted=80, accepted=list(accepted))
 
 
 @pytest.mark.parametrize(

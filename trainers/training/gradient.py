@@ -61,7 +61,9 @@ class Step(nn.Module):
 
     def learning_rate_factors(self) -> dict[str, Callable[[int], float]]:
         """Returns the family's factors of the learning rate by prefix of its weights' names, none if it has none."""
-        given = self._family.learning_rate_factors(self._settings) if hasattr(self._family, "learning_rate_factors") else {}
+        given = (
+            self._family.learning_rate_factors(self._settings) if hasattr(self._family, "learning_rate_factors") else {}
+        )
         return {f"drafter.{prefix}": factor for prefix, factor in given.items()}
 
 

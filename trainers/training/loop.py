@@ -4,7 +4,6 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +27,7 @@ from trainers.training import checkpoints, evaluation, launchers, logs
 from trainers.training.evaluation import ACCEPTANCE
 from trainers.training.gradient import DraftTrainer, Step, arguments_of
 from trainers.training.run_settings import RunSettings
+from trainers.training.settings import flat
 
 
 def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
@@ -47,14 +47,14 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     _check_start(run, family, target_facts)
     examples = open_examples(run.data, target_facts)
     if launchers.rank() == 0:
-        identity = {"family": name, **asdict(settings), **run.identity()}
+        identity = {"family": name, **flat(settings), **run.identity()}
         if hasattr(family, "fit"):
             identity["data_fingerprint"] = examples.fingerprint
         open_folder(output, checkpoints.MARKER, identity, notes={"command": command})
     if checkpoints.is_finished(output):
         print(f"{output} holds the finished run of these very settings: nothing is left to do")
         return output
-    logs.begin(run, asdict(settings) | asdict(run), output)
+    logs.begin(run, flat(settings) | flat(run), output)
 
     target = Target.from_pretrained(run.target, dtype="bfloat16" if run.bf16 else "float32", device=launchers.device())
     target.model.requires_grad_(False)
@@ -82,7 +82,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
             "command": command,
             "trainer": name,
             "seed": run.seed,
-            "settings": asdict(settings) | asdict(run),
+            "settings": flat(settings) | flat(run),
             "data_fingerprint": examples.fingerprint,
             "measured_acceptance": acceptance,
             "train_s": round(spent_s + time.perf_counter() - started, 1),

@@ -1,6 +1,10 @@
 """Settings of a run: frozen dataclasses filled from `--config file.yaml` and `--key value`, all faults listed at once.
 
 Understood types: bool, int, float, str, Path, `Literal[...]`, `X | None`, `tuple[X, ...]`, `list[X]` and `dict`.
+
+A field may hold another dataclass, such as the drafter's Config: its fields are settings beside the others, with the
+values of the field's default as their defaults. `metadata={"omit": names}` names those that are not settings, and
+`metadata={"flags": {field: setting}}` those whose setting has another name.
 """
 
 import ast
@@ -12,7 +16,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +72,10 @@ def parse_settings(*kinds: type, description: str | None, argv: list[str] | None
     missing = [name for name, key in keys.items() if key.default is NO_DEFAULT and name not in {*preset, *flags}]
     faults += [f"{_flag(name)} must be given" for name in missing]
 
-    settings = []
+    settings: list[Any] = []
     for kind in kinds if not faults else ():
-        names = {field.name for field in dataclasses.fields(kind)}
         try:
-            settings.append(kind(**{name: value for name, value in values.items() if name in names}))
+            settings.append(from_flat(kind, values))
         except ValueError as error:
             faults.append(str(error))
     if faults:
@@ -81,19 +84,81 @@ def parse_settings(*kinds: type, description: str | None, argv: list[str] | None
     return tuple(settings)
 
 
+def flat(settings: Any) -> dict[str, Any]:
+    """Returns the values of a settings dataclass under the names of the command line."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            values |= {name: getattr(value, inner) for inner, name in _nested_names(type(value), field).items()}
+        else:
+            values[field.name] = value
+    return values
+
+
+def from_flat(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Returns the dataclass `kind` with `values` under the names of the command line, which may hold other names too.
+
+    Raises ValueError where a dataclass rejects its values.
+    """
+    given: dict[str, Any] = {}
+    annotations = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        annotation, default = annotations[field.name], _default(field)
+        if _is_nested(annotation):
+            names = _nested_names(annotation, field)
+            inner = {own: values[name] for own, name in names.items() if name in values}
+            given[field.name] = annotation(**inner) if default is NO_DEFAULT else dataclasses.replace(default, **inner)
+        elif field.name in values:
+            given[field.name] = values[field.name]
+    return kind(**given)
+
+
+def _nested_names(kind: Any, field: dataclasses.Field) -> dict[str, str]:
+    """Returns the setting's name of each field of the dataclass `kind` that `field` holds."""
+    omit, flags = field.metadata.get("omit", ()), field.metadata.get("flags", {})
+    names = [inner.name for inner in dataclasses.fields(kind)]
+    assert {*omit, *flags} <= {*names}, f"{kind.__module__}.{kind.__name__} lacks a field of {[*omit, *flags]}"
+    return {name: flags.get(name, name) for name in names if name not in omit}
+
+
+def _is_nested(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is NO_DEFAULT else field.default_factory()
+
+
 def _keys(kinds: tuple[type, ...]) -> dict[str, _Key]:
     keys: dict[str, _Key] = {}
+    origins: dict[str, str] = {}
     for kind in kinds:
-        annotations, docs = typing.get_type_hints(kind), _field_docs(kind)
-        for field in dataclasses.fields(kind):
-            assert field.name not in keys, f"two settings are called {field.name}"
-            assert field.name not in ("config", "local_rank"), f"{field.name} is taken"
-            default = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
-            literal = typing.get_args(annotations[field.name]) if _is_literal(annotations[field.name]) else None
-            choices = tuple(field.metadata.get("choices") or literal or ()) or None
-            help_text = docs.get(field.name, "")
-            keys[field.name] = _Key(kind=annotations[field.name], default=default, choices=choices, help=help_text)
+        for name, origin, key in _keys_of(kind):
+            assert name not in ("config", "local_rank"), f"{origin}: the name {name} is taken"
+            assert name not in keys, (
+                f"two settings are called {name}: {origins[name]} and {origin}; "
+                'drop or rename one, that of a nested dataclass in the metadata "omit" or "flags" of its field'
+            )
+            keys[name], origins[name] = key, origin
     return keys
+
+
+def _keys_of(kind: Any, defaults: Any = None) -> Iterator[tuple[str, str, _Key]]:
+    """Yields (name, class and field, key) of each setting; `defaults` is an instance that holds the defaults."""
+    annotations, docs = typing.get_type_hints(kind), _field_docs(kind)
+    for field in dataclasses.fields(kind):
+        annotation = annotations[field.name]
+        default = _default(field) if defaults is None else getattr(defaults, field.name)
+        if _is_nested(annotation):
+            names = _nested_names(annotation, field)
+            inner = _keys_of(annotation, None if default is NO_DEFAULT else default)
+            yield from ((names[name], origin, key) for name, origin, key in inner if name in names)
+            continue
+        literal = typing.get_args(annotation) if _is_literal(annotation) else None
+        choices = tuple(field.metadata.get("choices") or literal or ()) or None
+        key = _Key(kind=annotation, default=default, choices=choices, help=docs.get(field.name, ""))
+        yield field.name, f"{kind.__name__}.{field.name}", key
 
 
 def _field_docs(kind: type) -> dict[str, str]:
