@@ -61,7 +61,7 @@ def write_pseudo_data(
 ) -> None:
     """Writes a completion of every prompt to `folder`, making only the shards that an earlier run did not.
 
-    Raises ValueError for a folder made with other settings or that holds something else.
+    Raises ValueError for a folder made with other settings or that contains other files.
     """
     writer = LocalTarget(writer) if isinstance(writer, Target) else writer
     plan = plan_batches(prompts, settings)

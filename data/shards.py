@@ -20,7 +20,7 @@ def open_folder(folder: Path, marker: str, manifest: dict[str, Any], *, notes: d
     """Makes `folder` with `manifest` in its file `marker`, or checks that the folder is that of the same run.
 
     `notes` are written beside the manifest's keys and never compared. Raises ValueError, naming the keys that differ,
-    for another run's folder, and for one that holds something else.
+    for another run's folder, and for one that contains other files.
     """
     _clear_leftovers(folder, marker)
     check_replaceable(folder, marker=marker)

@@ -107,7 +107,7 @@ def plan_store(
 ) -> list[range]:
     """Returns which rows each shard will hold; needs no weights.
 
-    Raises ValueError when it is over the limit or the disk's free space, when the folder holds something else, and
+    Raises ValueError when it is over the limit or the disk's free space, when the folder contains other files, and
     for layers, tokens or masks that do not fit the target.
     """
     _check(target, rows, settings)

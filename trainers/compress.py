@@ -111,7 +111,7 @@ def compress(settings: CompressSettings) -> Path:
     """Returns the folder of the smaller model; says so and does nothing if it is there, made with the same settings.
 
     Raises ValueError, before weights load wherever they are not needed to tell, for a method that does not fit the
-    architecture, for a share that leaves nothing or all, and for a folder that holds something else.
+    architecture, for a share that leaves nothing or all, and for a folder that contains other files.
     """
     output = Path(settings.output).resolve()
     facts = _check_source(settings)
@@ -163,9 +163,9 @@ def _compressed(settings: CompressSettings, source: Target, batches: list[Batch]
         own = Target(copy.deepcopy(source.model), source.tokenizer)
         is_two_of_four = settings.pattern == TWO_OF_FOUR
         if settings.method == "wanda":
-            sparsity.by_wanda(own, batches, settings.keep, is_two_of_four=is_two_of_four)
+            sparsity.prune_by_wanda(own, batches, settings.keep, is_two_of_four=is_two_of_four)
         else:
-            sparsity.by_magnitude(own.model, settings.keep, is_two_of_four=is_two_of_four)
+            sparsity.prune_by_magnitude(own.model, settings.keep, is_two_of_four=is_two_of_four)
         return Compressed(model=own.model)
     scheme = TorchAoConfig(quantised.config_of(source.model, settings.method))
     model = AutoModelForCausalLM.from_pretrained(settings.source, dtype="auto", quantization_config=scheme)
@@ -177,17 +177,17 @@ def _fewer_layers(settings: CompressSettings, source: Target, batches: list[Batc
     if settings.method == "mask":
         check_fits(settings.mask, read_manifest(settings.mask), source)
         kept = _unmasked(settings.mask, num_layers)
-        return Compressed(model=pruning.without_layers(source.model, kept), kept_layers=kept)
+        return Compressed(model=pruning.keep_layers(source.model, kept), kept_layers=kept)
     number = pruning.num_kept(settings.keep, num_layers, "layers")
     if settings.method == "influence":
         scores = {"influence": importance.block_influence(source, batches)}
-        kept = pruning.least_influential(scores["influence"], number)
+        kept = pruning.drop_least_influential(scores["influence"], number)
     elif settings.method == "angular":
         scores = {"angular": importance.angular_distance(source, batches, num_layers - number)}
-        kept = pruning.around_span(scores["angular"], number, num_layers)
+        kept = pruning.drop_span(scores["angular"], number, num_layers)
     else:
         kept = pruning.evenly_spaced(number, num_layers)
-    model = pruning.without_layers(source.model, kept)
+    model = pruning.keep_layers(source.model, kept)
     return Compressed(model=model, kept_layers=kept, scores=scores)
 
 
@@ -198,17 +198,17 @@ def _narrower(settings: CompressSettings, source: Target, batches: list[Batch]) 
     heads_LH, neurons_LF = importance.activations(source, batches)
     if settings.method in ("width", "heads"):
         number = pruning.num_kept(settings.keep, group, "query heads of each key-value head", is_exact=True)
-        kept["heads"] = [pruning.largest_in_groups(one_H, number, num_kv_heads) for one_H in heads_LH]
+        kept["heads"] = [pruning.top_indices_in_groups(one_H, number, num_kv_heads) for one_H in heads_LH]
     if settings.method == "kv_heads":
         number = pruning.num_kept(settings.keep, num_kv_heads, "key-value heads", is_exact=True)
         groups_LK = heads_LH.unflatten(-1, (num_kv_heads, group)).norm(dim=-1)
-        kept["kv_heads"] = [pruning.largest_in_groups(one_K, number, 1) for one_K in groups_LK]
+        kept["kv_heads"] = [pruning.top_indices_in_groups(one_K, number, 1) for one_K in groups_LK]
         kept["heads"] = [[kv * group + place for kv in one for place in range(group)] for one in kept["kv_heads"]]
     if settings.method in ("width", "neurons"):
         number = pruning.num_kept(settings.keep, neurons_LF.shape[1], "neurons")
-        kept["neurons"] = [pruning.largest_in_groups(one_F, number, 1) for one_F in neurons_LF]
+        kept["neurons"] = [pruning.top_indices_in_groups(one_F, number, 1) for one_F in neurons_LF]
     return Compressed(
-        model=pruning.narrower(source.model, **kept),
+        model=pruning.narrow(source.model, **kept),
         kept_heads=kept.get("heads"),
         kept_kv_heads=kept.get("kv_heads"),
         kept_neurons=kept.get("neurons"),
@@ -246,7 +246,7 @@ def _check_source(settings: CompressSettings) -> TargetFacts:
 
 
 def _is_there(output: Path, identity: dict[str, Any]) -> bool:
-    """Returns whether a folder holds what these settings make; raises ValueError if it holds something else."""
+    """Returns whether a folder holds what these settings make; raises ValueError if it contains other files."""
     check_replaceable(output, marker=MARKER)
     if not (output / MARKER).is_file():
         return False

@@ -209,7 +209,7 @@ def _saved_dataset(folder: Path) -> list[Row]:
 
 def _read_hub(source: str) -> list[Row]:
     if os.environ.get("DRAFTSMITH_OFFLINE") == "1":
-        raise ValueError(f"{source!r} is no file or folder here, and $DRAFTSMITH_OFFLINE=1 forbids asking the hub")
+        raise ValueError(f"{source!r} is no file or folder here, and $DRAFTSMITH_OFFLINE=1 disables access to the hub")
     import datasets  # imported here: see _saved_dataset
 
     name, _, split = source.partition(":")

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Writes folders atomically: `atomic_folder`."""
 
 import os
 import shutil
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
-    """Yields an empty folder beside `path` that takes its place when the block ends without an error.
+    """Yields an empty folder beside `path` that replaces `path` when the block ends without an error.
 
-    A former folder at `path` is replaced only if it holds `marker` (the file by which such folders are known),
-    or nothing. Raises ValueError when it holds something else; nothing is written then.
+    A folder at `path` is replaced only if it is empty or contains the file `marker`. Raises ValueError otherwise;
+    nothing is written then.
     """
     check_replaceable(path, marker=marker)
     staging = path.with_name(f".{path.name}.staging-{os.getpid()}")
@@ -20,7 +20,7 @@ def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        # safetensors writes files that nobody else may read; a server often runs as somebody else.
+        # safetensors writes files that only their owner can read; servers often run as another user.
         mode = staging.stat().st_mode & 0o666
         for file in staging.rglob("*"):
             if file.is_file():
@@ -43,8 +43,8 @@ def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, *, marker: str) -> None:
-    """Raises ValueError if `path` is a file, or a folder that holds something but not `marker`."""
+    """Raises ValueError if `path` is a file, or a folder that is not empty and does not contain `marker`."""
     if path.is_file():
         raise ValueError(f"{path} is a file; name a folder to write to")
     if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
-        raise ValueError(f"{path} holds something else (no {marker} in it); name a new or empty folder")
+        raise ValueError(f"{path} contains other files (no {marker} among them); name a new or empty folder")

@@ -1,4 +1,4 @@
-"""Artifacts: what is saved is loaded, for its own target only; what is broken is named; writing is all or nothing."""
+"""Artifacts: save and load round trips, checks against the target, errors for broken files, atomic writes."""
 
 import json
 import shutil
@@ -29,20 +29,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, **changes: Any) -> None:
-    """Changes entries of the manifest; None removes one."""
+    """Changes entries of the manifest and removes those that are None."""
     manifest = json.loads((folder / "draft_config.json").read_text()) | changes
     kept = {key: value for key, value in manifest.items() if value is not None}
     (folder / "draft_config.json").write_text(json.dumps(kept))
 
 
-def refused(folder: Path, message: str, target: Target | None = None) -> None:
-    """Asserts that the artifact is refused with one sentence that holds `message`."""
+def check_error(folder: Path, message: str, target: Target | None = None) -> None:
+    """Asserts that loading raises a one-line ValueError that matches `message`."""
     with pytest.raises(ValueError, match=message) as error:
         draftsmith.load(folder, target or tiny_target("llama"))
     assert "\n" not in str(error.value)
 
 
-def test_the_manifest_says_what_was_made_of_what(folder: Path) -> None:
+def test_manifest_contents(folder: Path) -> None:
     manifest = read_manifest(folder)
     target = tiny_target("llama")
     assert manifest["format_version"] == 1 and manifest["family"] == "medusa"
@@ -57,7 +57,7 @@ def test_the_manifest_says_what_was_made_of_what(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "draft_config.json", "model.safetensors"]
 
 
-def test_weights_are_the_drafters_alone(folder: Path) -> None:
+def test_weights_exclude_the_target(folder: Path) -> None:
     drafter = draftsmith.load(folder, tiny_target("llama"))
     tensors = load_file(folder / "model.safetensors")
     assert set(tensors) == {f"blocks.{k}.{i}.{kind}" for k in (0, 1) for i in (0, 1) for kind in ("weight", "bias")}
@@ -66,14 +66,14 @@ def test_weights_are_the_drafters_alone(folder: Path) -> None:
     assert (loaded.num_heads, [list(path) for path in loaded.tree]) == (2, [list(path) for path in saved.tree])
 
 
-def test_whoever_may_read_the_folder_may_read_its_files(folder: Path) -> None:
+def test_files_are_readable_like_their_folder(folder: Path) -> None:
     expected = folder.stat().st_mode & 0o666
     assert {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()} == {
         file.name: expected for file in folder.iterdir()
     }
 
 
-def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
+def test_tied_weights_are_stored_once_and_stay_tied_when_loaded(tmp_path: Path) -> None:
     config = lm.Config(model=tiny_config("llama", tie_word_embeddings=True).to_dict())
     drafter = built(lm, config, tiny_target("llama"))
     draftsmith.save(drafter, tmp_path / "small", target=tiny_target("llama"))
@@ -85,8 +85,8 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     assert torch.equal(loaded.model(ids).logits, drafter.model(ids).logits)
 
 
-def test_weights_that_are_equal_but_not_tied_are_all_stored(tmp_path: Path) -> None:
-    """Own heads start as copies of the target's head, each of its own."""
+def test_equal_but_untied_weights_are_all_stored(tmp_path: Path) -> None:
+    """Untied LM heads start as copies of the target's head."""
     config = medusa.Config(num_heads=2, own_head=True, tree=((0,), (0, 0)))
     target = tiny_target("llama")
     draftsmith.save(medusa.Drafter(config, target), tmp_path / "own", target=target)
@@ -96,95 +96,95 @@ def test_weights_that_are_equal_but_not_tied_are_all_stored(tmp_path: Path) -> N
     assert len({output.weight.data_ptr() for output in (*loaded.outputs, target.model.lm_head)}) == 3
 
 
-def test_a_family_without_weights_is_a_manifest(tmp_path: Path) -> None:
+def test_family_without_weights_is_saved_as_a_manifest(tmp_path: Path) -> None:
     target = tiny_target("gpt2")
-    draftsmith.save(lookup.Drafter(lookup.Config(max_ngram=5), target), tmp_path / "copier", target=target)
-    assert sorted(path.name for path in (tmp_path / "copier").iterdir()) == ["README.md", "draft_config.json"]
-    assert draftsmith.load(str(tmp_path / "copier"), target).config == lookup.Config(max_ngram=5)
+    draftsmith.save(lookup.Drafter(lookup.Config(max_ngram=5), target), tmp_path / "lookup", target=target)
+    assert sorted(path.name for path in (tmp_path / "lookup").iterdir()) == ["README.md", "draft_config.json"]
+    assert draftsmith.load(str(tmp_path / "lookup"), target).config == lookup.Config(max_ngram=5)
 
 
-def test_another_target_is_refused(folder: Path) -> None:
-    refused(folder, "was made for target LlamaForCausalLM with weights", Target(tiny_model("llama", seed=3)))
-    refused(folder, "was made for target", tiny_target("mistral"))
+def test_load_rejects_another_target(folder: Path) -> None:
+    check_error(folder, "was made for target LlamaForCausalLM with weights", Target(tiny_model("llama", seed=3)))
+    check_error(folder, "was made for target", tiny_target("mistral"))
     smaller = Target(tiny_model("llama", vocab_size=VOCAB_SIZE - 1))
-    refused(folder, f"was made for a vocabulary of {VOCAB_SIZE}, and target LlamaForCausalLM has 63", smaller)
+    check_error(folder, f"was made for a vocabulary of {VOCAB_SIZE}, and target LlamaForCausalLM has 63", smaller)
 
 
-def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_load_rejects_another_tokenizer(tmp_path: Path) -> None:
     model = tiny_model("llama")
     target = Target(model, tiny_tokenizer())
-    draftsmith.save(lookup.Drafter(lookup.Config(), target), tmp_path / "copier", target=target)
-    assert read_manifest(tmp_path / "copier")["tokenizer_hash"] == target.tokenizer_hash
-    draftsmith.load(tmp_path / "copier", Target(model, tiny_tokenizer()))
-    draftsmith.load(tmp_path / "copier", Target(model))  # nothing to compare
-    refused(tmp_path / "copier", "was made with another tokenizer", Target(model, tiny_tokenizer(prefix="v")))
+    draftsmith.save(lookup.Drafter(lookup.Config(), target), tmp_path / "lookup", target=target)
+    assert read_manifest(tmp_path / "lookup")["tokenizer_hash"] == target.tokenizer_hash
+    draftsmith.load(tmp_path / "lookup", Target(model, tiny_tokenizer()))
+    draftsmith.load(tmp_path / "lookup", Target(model))  # without a tokenizer there is nothing to compare
+    check_error(tmp_path / "lookup", "was made with another tokenizer", Target(model, tiny_tokenizer(prefix="v")))
 
 
-def test_a_broken_weights_file_is_named(folder: Path) -> None:
+def test_load_names_a_broken_weights_file(folder: Path) -> None:
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     for size in (0, 7, 100, len(whole) - 1):
         file.write_bytes(whole[:size])
-        refused(folder, "model.safetensors is truncated or no safetensors file")
+        check_error(folder, "model.safetensors is truncated or not a safetensors file")
     file.unlink()
-    refused(folder, "model.safetensors is missing; the artifact must be made again")
+    check_error(folder, "model.safetensors is missing; the artifact must be made again")
 
 
-def test_a_missing_an_odd_and_a_misshapen_tensor_are_named(folder: Path) -> None:
+def test_load_names_missing_unknown_and_misshapen_tensors(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     save_file({name: tensor for name, tensor in tensors.items() if name != "blocks.1.0.bias"}, file)
-    refused(folder, "tensor 'blocks.1.0.bias' is missing")
+    check_error(folder, "tensor 'blocks.1.0.bias' is missing")
     save_file(tensors | {"blocks.9.weight": torch.zeros(2)}, file)
-    refused(folder, "tensor 'blocks.9.weight' is not part of this drafter")
+    check_error(folder, "tensor 'blocks.9.weight' is unknown to this drafter")
     save_file(tensors | {"blocks.0.1.weight": torch.zeros(32, 31)}, file)
-    refused(folder, r"'blocks.0.1.weight' has shape \(32, 31\), expected \(32, 32\)")
+    check_error(folder, r"'blocks.0.1.weight' has shape \(32, 31\), expected \(32, 32\)")
 
 
-def test_a_broken_manifest_is_named(folder: Path, tmp_path: Path) -> None:
+def test_load_names_a_broken_manifest(folder: Path, tmp_path: Path) -> None:
     edit(folder, config={"num_heads": 2, "num_block": 2})
-    refused(folder, "unknown setting 'num_block'; did you mean 'num_blocks'?")
+    check_error(folder, "unknown setting 'num_block'; did you mean 'num_blocks'?")
     edit(folder, config={"num_heads": 0, "tree": [[0]]})
-    refused(folder, "needs 1 to num_heads=0 ranks")
+    check_error(folder, "needs 1 to num_heads=0 ranks")
     edit(folder, config={"num_heads": 2}, family="medsua")
-    refused(folder, "unknown drafter family 'medsua'; did you mean 'medusa'?")
+    check_error(folder, "unknown drafter family 'medsua'; did you mean 'medusa'?")
     edit(folder, format_version=2)
-    refused(folder, "has format version 2, this draftsmith reads 1")
+    check_error(folder, "has format version 2; this version of draftsmith reads 1")
     edit(folder, vocab_size=None)
-    refused(folder, "draft_config.json lacks vocab_size")
+    check_error(folder, "draft_config.json lacks vocab_size")
     for text in ("{broken", "", "[]", "3", "null", '{"format_version": 1}'):
         (folder / "draft_config.json").write_text(text)
-        refused(folder, "draft_config.json")
+        check_error(folder, "draft_config.json")
     (folder / "draft_config.json").write_bytes(b"\xff\xfe{}")
-    refused(folder, "is not valid JSON")
+    check_error(folder, "is not valid JSON")
     (folder / "draft_config.json").unlink()
-    refused(folder, "is no draftsmith artifact: it has no draft_config.json")
-    refused(tmp_path / "nowhere", "no such folder")
+    check_error(folder, "is not a draftsmith artifact: it has no draft_config.json")
+    check_error(tmp_path / "nowhere", "no such folder")
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_save_keeps_a_folder_of_other_files(tmp_path: Path) -> None:
     target = tiny_target("llama")
     drafter = built(medusa, HEADS, target)
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter1.txt").write_text("important")
-    with pytest.raises(ValueError, match="thesis holds something else"):
+    with pytest.raises(ValueError, match="thesis contains other files"):
         draftsmith.save(drafter, other, target=target)
     with pytest.raises(ValueError, match=r"chapter1.txt is a file; name a folder"):
         draftsmith.save(drafter, other / "chapter1.txt", target=target)
-    assert snapshot(tmp_path) == {"thesis/chapter1.txt": b"important"}
+    assert read_files(tmp_path) == {"thesis/chapter1.txt": b"important"}
     (tmp_path / "empty").mkdir()
     draftsmith.save(drafter, tmp_path / "empty", target=target)
     draftsmith.save(drafter, tmp_path / "new" / "deep", target=target)
     draftsmith.load(tmp_path / "new" / "deep", target)
 
 
-def test_an_artifact_is_replaced_whole(folder: Path) -> None:
-    """By one without weights: none of the former's files may stay."""
+def test_save_replaces_all_files_of_an_artifact(folder: Path) -> None:
+    """Replaced by a drafter without weights: no file of the first artifact remains."""
     target = tiny_target("llama")
     draftsmith.save(lookup.Drafter(lookup.Config(), target), folder, target=target)
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "draft_config.json"]
@@ -193,12 +193,12 @@ def test_an_artifact_is_replaced_whole(folder: Path) -> None:
 
 @pytest.mark.parametrize("failure", ["weights", "manifest", "rename"])
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_write_that_fails_leaves_what_was_there(
+def test_failed_save_keeps_the_previous_artifact(
     folder: Path, failure: str, exists: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exists:
         shutil.rmtree(folder)
-    before = snapshot(folder.parent)
+    before = read_files(folder.parent)
     target = tiny_target("llama")
     record: dict[str, Any] = {}
     if failure == "weights":
@@ -213,19 +213,19 @@ def test_a_write_that_fails_leaves_what_was_there(
     else:
         rename = Path.rename
 
-        def refuse_final_name(self: Path, to: Path) -> Path:
+        def fail_final_rename(self: Path, to: Path) -> Path:
             if "staging" in self.name:
-                raise OSError("the disk has gone")
+                raise OSError("disk error")
             return rename(self, to)
 
-        monkeypatch.setattr(Path, "rename", refuse_final_name)
+        monkeypatch.setattr(Path, "rename", fail_final_rename)
     with pytest.raises((OSError, TypeError)):
         draftsmith.save(built(medusa, HEADS, target), folder, target=target, record=record)
-    assert snapshot(folder.parent) == before
+    assert read_files(folder.parent) == before
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name] * exists
 
 
-def test_families_are_found_by_name() -> None:
+def test_find_returns_families_by_name() -> None:
     assert {"lm", "lookup", "medusa"} <= set(names())
     assert find("medusa") is medusa
     with pytest.raises(ValueError, match="unknown drafter family 'lokup'; did you mean 'lookup'?"):

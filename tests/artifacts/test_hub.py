@@ -1,6 +1,6 @@
-"""Artifacts pushed to a hub and loaded from it: the real client, and a server in this process that answers as one does.
+"""Pushing artifacts to a hub and loading them from it, with the real client and a local server that answers like it.
 
-No real hub takes part: what the Hugging Face hub does beyond these answers is not tested.
+The Hugging Face hub itself is not contacted; only the answers that this server gives are tested.
 """
 
 import base64
@@ -29,7 +29,7 @@ COMMIT = "c" * 40
 
 
 class Hub:
-    """Repositories in memory, behind the addresses that the client asks for."""
+    """A hub with repositories in memory, which answers the requests that the client makes."""
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
@@ -71,12 +71,12 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def answer(self, path: str, body: bytes) -> tuple[int, bytes, str]:
-        """Returns status, content, and the hash of a file that is sent."""
+        """Returns (status, content, ETag); the ETag is empty for anything but a file."""
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}"
+            request = json.loads(body)
+            name = f"{request['organization']}/{request['name']}"
             self.repos.setdefault(name, {})
-            self.is_private[name] = asked.get("visibility") == "private"
+            self.is_private[name] = request.get("visibility") == "private"
             return 200, json.dumps({"url": f"{self.address}/{name}"}).encode(), ""
         if path == "/api/validate-yaml":
             yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
@@ -134,14 +134,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An artifact in the folder of a run, which holds what is nobody else's business too."""
+    """An artifact in the folder of a run, with a log that must not be pushed."""
     target = tiny_target("llama")
     draftsmith.save(built(medusa, HEADS, target), tmp_path / "heads", target=target, record={"seed": 3})
     (tmp_path / "heads" / "log.jsonl").write_text("{}\n")
     return tmp_path / "heads"
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
     assert stop.value.code == 2
@@ -150,20 +150,20 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return message
 
 
-def test_what_is_pushed_is_loaded_by_its_name(
+def test_pushed_artifact_loads_by_its_repository_name(
     hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     main(["push", str(folder), "someone/heads", "--private"])
     assert capsys.readouterr().out == f"{hub.address}/someone/heads\n"
     assert hub.is_private == {"someone/heads": True} and "Bearer hf_secret" in hub.tokens
-    there = hub.repos["someone/heads"]
-    assert set(there) == {"README.md", "draft_config.json", "model.safetensors"}
-    assert all(there[name] == (folder / name).read_bytes() for name in ("draft_config.json", "model.safetensors"))
-    assert 'draftsmith.load("someone/heads", target)' in there["README.md"].decode()
+    pushed = hub.repos["someone/heads"]
+    assert set(pushed) == {"README.md", "draft_config.json", "model.safetensors"}
+    assert all(pushed[name] == (folder / name).read_bytes() for name in ("draft_config.json", "model.safetensors"))
+    assert 'draftsmith.load("someone/heads", target)' in pushed["README.md"].decode()
     assert (
-        model_card.body(there["README.md"].decode()) is not None
-        and model_card.PLACE in (folder / "README.md").read_text()
+        model_card.body(pushed["README.md"].decode()) is not None
+        and model_card.PLACEHOLDER in (folder / "README.md").read_text()
     )
 
     target = tiny_target("llama")
@@ -174,52 +174,54 @@ def test_what_is_pushed_is_loaded_by_its_name(
     assert "a drafter of family medusa" in capsys.readouterr().out
 
 
-def test_a_readme_written_by_hand_is_pushed_as_it_is(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_keeps_a_hand_edited_readme(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    (folder / "README.md").write_text(text := f"---\nlicense: mit\n---\nMy heads, in {model_card.PLACE}.")
+    (folder / "README.md").write_text(text := f"---\nlicense: mit\n---\nMy heads, in {model_card.PLACEHOLDER}.")
     main(["push", str(folder), "someone/heads"])
     assert hub.repos["someone/heads"]["README.md"] == text.encode()
     assert hub.is_private == {"someone/heads": False}
 
 
-def test_pushing_is_refused_in_one_sentence(
+def test_push_errors_are_one_line(
     hub: Hub, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "cannot be pushed without a token: run `hf auth login`" in refusal(capsys, "push", folder, "someone/heads")
+    assert "cannot be pushed without a token: run `hf auth login`" in error_of(capsys, "push", folder, "someone/heads")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert "is no draftsmith artifact" in refusal(capsys, "push", tmp_path, "someone/heads")
-    assert "could not be pushed to some one/heads: " in refusal(capsys, "push", folder, "some one/heads")
+    assert "is not a draftsmith artifact" in error_of(capsys, "push", tmp_path, "someone/heads")
+    assert "could not be pushed to some one/heads: " in error_of(capsys, "push", folder, "some one/heads")
     monkeypatch.setattr(hub, "answer", lambda path, body: (403, b'{"error": "not yours"}', ""))
-    assert "could not be pushed to someone/heads: " in refusal(capsys, "push", folder, "someone/heads")
+    assert "could not be pushed to someone/heads: " in error_of(capsys, "push", folder, "someone/heads")
     monkeypatch.setenv("DRAFTSMITH_OFFLINE", "1")
-    sentence = f"draftsmith: {folder} cannot be pushed; DRAFTSMITH_OFFLINE=1 forbids asking the hub\n"
-    assert refusal(capsys, "push", folder, "someone/heads") == sentence
+    sentence = f"draftsmith: {folder} cannot be pushed; DRAFTSMITH_OFFLINE=1 disables access to the hub\n"
+    assert error_of(capsys, "push", folder, "someone/heads") == sentence
     assert hub.repos == {}
 
 
-def test_an_artifact_whose_files_are_not_known_is_not_pushed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One made before manifests named them may lie beside anything."""
+def test_push_rejects_a_manifest_without_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Early manifests have no list of files, and the folder may contain unrelated ones."""
     manifest = json.loads((folder / "draft_config.json").read_text())
     del manifest["files"]
     (folder / "draft_config.json").write_text(json.dumps(manifest))
-    assert "does not say which files are its own" in refusal(capsys, "push", folder, "someone/heads")
+    assert "does not say which files are its own" in error_of(capsys, "push", folder, "someone/heads")
 
 
-def test_what_is_neither_here_nor_there_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_names_an_artifact_found_neither_locally_nor_on_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tiny_target("llama")
-    with pytest.raises(ValueError, match=r"artifact someone/else: no such folder, and none from the hub: .*") as error:
+    with pytest.raises(
+        ValueError, match=r"artifact someone/else: no such folder, and the download from the hub failed: .*"
+    ) as error:
         draftsmith.load("someone/else", target)
     assert "\n" not in str(error.value)
     monkeypatch.setenv("DRAFTSMITH_OFFLINE", "1")
-    with pytest.raises(ValueError, match="someone/else: no such folder; DRAFTSMITH_OFFLINE=1 forbids asking the hub"):
+    with pytest.raises(
+        ValueError, match="someone/else: no such folder; DRAFTSMITH_OFFLINE=1 disables access to the hub"
+    ):
         draftsmith.load("someone/else", target)
 
 
-def test_a_folder_goes_before_a_repository_of_its_name(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_prefers_a_local_folder_to_a_repository(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     target = tiny_target("llama")
-    draftsmith.save(lookup.Drafter(lookup.Config(), target), "runs/copier", target=target)
-    draftsmith.load("runs/copier", target)
+    draftsmith.save(lookup.Drafter(lookup.Config(), target), "runs/lookup", target=target)
+    draftsmith.load("runs/lookup", target)
     assert hub.tokens == set()

@@ -1,11 +1,11 @@
-"""The card of an artifact: what it says, when it is written anew, and what becomes of one written by hand."""
+"""Model cards: their contents, when they are rewritten, and how hand-edited ones are kept."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from huggingface_hub import ModelCard
 
 import draftsmith
 from draftsmith import Target
@@ -32,27 +32,28 @@ def save(folder: Path, target: Target | None = None) -> Path:
     return folder
 
 
-def front_matter(text: str) -> dict[str, Any]:
-    return yaml.safe_load(text.split("---\n")[1])
+def metadata_of(folder: Path) -> dict[str, Any]:
+    """Returns the card's metadata as read by the hub's own parser."""
+    return ModelCard.load(folder / "README.md").data.to_dict()
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    """Returns a line of a comparison."""
+    """Returns a row of a comparison."""
     found = {"drafter": "heads", "family": "medusa", "is_ablation": False, "temperature": 0.0, "batch_size": 1}
     found |= {"tau": 1.5, "tokens_per_s": 1234.5, "speedup": 1.25, "identical": True, "lossless": True}
     found |= {"accepted_per_depth": [0.5, 0.25], "num_prompts": 8, "max_new_tokens": 32, "dtype": "float32"}
-    found |= {"hardware": "an abacus", "threads": 1, "rounds": 3, "commit": "abc", "torch": "2", "target": "tiny"}
+    found |= {"hardware": "a test machine", "threads": 1, "rounds": 3, "commit": "abc", "torch": "2", "target": "tiny"}
     return found | {"transformers_version": "5"} | changes
 
 
-def test_it_says_where_the_artifact_comes_from_and_how_to_use_it(tmp_path: Path) -> None:
+def test_card_contains_provenance_and_usage(tmp_path: Path) -> None:
     text = (save(tmp_path / "heads") / "README.md").read_text()
     manifest = read_manifest(tmp_path / "heads")
-    assert front_matter(text) == {
+    assert metadata_of(tmp_path / "heads") == {
         "library_name": "draftsmith",
         "tags": ["draftsmith", "speculative-decoding", "medusa"],
     }
-    for said in (
+    for expected in (
         manifest["target"]["fingerprint"],
         "| data | `runs/mine`, fingerprint d474 |",
         f"| command | `{manifest['command']}` |",
@@ -64,48 +65,48 @@ def test_it_says_where_the_artifact_comes_from_and_how_to_use_it(tmp_path: Path)
         'draftsmith.load("path/to/this/folder", target)',
         "draftsmith export path/to/this/folder --to vllm OUT\n",
     ):
-        assert said in text
+        assert expected in text
     assert model_card.body(text) is not None
 
 
-def test_the_base_model_is_named_where_the_hub_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_card_names_a_base_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tiny_target("llama")
     monkeypatch.setattr(target, "name", "someone/llama")
-    assert front_matter((save(tmp_path / "heads", target) / "README.md").read_text())["base_model"] == "someone/llama"
+    assert metadata_of(save(tmp_path / "heads", target))["base_model"] == "someone/llama"
 
 
-def test_a_drafter_that_tunes_its_target_says_so(tmp_path: Path) -> None:
+def test_card_of_a_drafter_that_fine_tunes_its_target(tmp_path: Path) -> None:
     target = tiny_target("llama")
     draftsmith.save(built(medusa2, medusa2.Config(rank=4, alpha=1.0), target), tmp_path / "tuned", target=target)
     text = (tmp_path / "tuned" / "README.md").read_text()
-    assert "It has tuned its target" in text and "It is lossless" not in text
+    assert "It has fine-tuned its target" in text and "It is lossless" not in text
     assert "draftsmith.generate(drafter.target, ids" in text
 
 
-def test_an_artifact_without_weights_has_one(tmp_path: Path) -> None:
+def test_card_of_an_artifact_without_weights(tmp_path: Path) -> None:
     target = tiny_target("llama")
-    draftsmith.save(lookup.Drafter(lookup.Config(), target), tmp_path / "copier", target=target)
-    text = (tmp_path / "copier" / "README.md").read_text()
+    draftsmith.save(lookup.Drafter(lookup.Config(), target), tmp_path / "lookup", target=target)
+    text = (tmp_path / "lookup" / "README.md").read_text()
     assert "| size |" not in text and "## Measured" not in text
 
 
-def test_the_python_in_it_runs(tmp_path: Path) -> None:
+def test_python_code_of_the_card_runs(tmp_path: Path) -> None:
     from tests.support.text import save_target, text_target
 
     path = save_target(tmp_path / "target")
     target = text_target()
     target.name = path
-    draftsmith.save(lookup.Drafter(lookup.Config(), target), tmp_path / "copier", target=target)
-    text = (tmp_path / "copier" / "README.md").read_text().replace(model_card.PLACE, str(tmp_path / "copier"))
+    draftsmith.save(lookup.Drafter(lookup.Config(), target), tmp_path / "lookup", target=target)
+    text = (tmp_path / "lookup" / "README.md").read_text().replace(model_card.PLACEHOLDER, str(tmp_path / "lookup"))
     code = text.split("```python\n")[1].split("```")[0].replace("max_new_tokens=64", "max_new_tokens=4")
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_one_written_by_hand_is_kept_beside_the_new(tmp_path: Path) -> None:
+def test_save_keeps_hand_edited_cards(tmp_path: Path) -> None:
     folder = save(tmp_path / "heads")
     for number in (1, 2):
         (folder / "README.md").write_text(f"by hand, {number}")
-        with pytest.warns(UserWarning, match=r"README.md was written by hand; it is kept as README.edited"):
+        with pytest.warns(UserWarning, match=r"README.md was edited by hand; it is kept as README.edited"):
             save(folder)
     assert (folder / "README.edited.md").read_text() == "by hand, 1"
     assert (folder / "README.edited2.md").read_text() == "by hand, 2"
@@ -117,15 +118,13 @@ def test_one_written_by_hand_is_kept_beside_the_new(tmp_path: Path) -> None:
     assert model_card.body((folder / "README.md").read_text()) is not None
 
 
-def test_one_that_nobody_edited_is_written_anew_without_a_word(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_save_replaces_an_unedited_card_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     folder = save(save(tmp_path / "heads"))
     assert not [warning for warning in recwarn if warning.category is UserWarning]
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", "draft_config.json", "model.safetensors"]
 
 
-def test_a_comparison_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_card_command_adds_the_rows_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, results = save(tmp_path / "heads"), tmp_path / "bakeoff.json"
     rows = [
         row(predicted_speedup=1.2),
@@ -138,8 +137,8 @@ def test_a_comparison_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == f"Written: {folder / 'README.md'}\n"
     text = (folder / "README.md").read_text()
     assert "| 0 | 1 | 1.50 | 1,234 | 1.25x | 1.20x | identical | 50 25 |" in text
-    assert "| 1 | 1 | 1.50 | 1,234 | 0.80x slower |  | same law | 50 25 |" in text
-    assert "an abacus" in text and "9.9" not in text and text.count("| 1.50 |") == 2
+    assert "| 1 | 1 | 1.50 | 1,234 | 0.80x slower |  | lossless | 50 25 |" in text
+    assert "a test machine" in text and "9.9" not in text and text.count("| 1.50 |") == 2
     (folder / "README.md").write_text("by hand")
     main(["card", str(folder)])
     assert "written by hand, is now README.edited.md" in capsys.readouterr().out
@@ -150,11 +149,11 @@ def test_a_comparison_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("content", "sentence"),
     [
         ("[", "cannot be read"),
-        ("{}", "holds no comparison"),
+        ("{}", "is not a comparison"),
         (json.dumps([row(drafter="other"), row(family="lm")]), "no drafter called heads of family medusa was compared"),
     ],
 )
-def test_a_comparison_that_is_none_of_it_is_refused(
+def test_card_command_rejects_a_file_that_is_no_comparison_of_the_drafter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, sentence: str
 ) -> None:
     folder, results = save(tmp_path / "heads"), tmp_path / "bakeoff.json"

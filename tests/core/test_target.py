@@ -401,7 +401,7 @@ def test_what_a_target_says_of_itself() -> None:
 
 def test_folders_that_hold_no_model_are_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRAFTSMITH_OFFLINE", "1")
-    with pytest.raises(ValueError, match="no local folder, and DRAFTSMITH_OFFLINE=1 forbids asking the hub"):
+    with pytest.raises(ValueError, match="no local folder, and DRAFTSMITH_OFFLINE=1 disables access to the hub"):
         Target.from_pretrained(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="has no config.json"):
         Target.from_pretrained(str(tmp_path))

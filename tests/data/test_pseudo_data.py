@@ -228,7 +228,7 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused(target, tmp_pat
     assert contents(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("dear")
-    with pytest.raises(ValueError, match=r"mine holds something else"):
+    with pytest.raises(ValueError, match=r"mine contains other files"):
         write_pseudo_data(target, prompts, tmp_path / "mine", SMALL)
 
 
@@ -268,7 +268,7 @@ def test_settings_out_of_range_are_refused(settings, message):
         (["--top-p", "2"], "top_p is 2.0; it must be above 0 and at most 1"),
         (["--data", "nothing.jsonl"], "no such file or folder: 'nothing.jsonl'"),
         (["--max-new-tokens", str(CONTEXT - 5)], "set --long-prompts to drop or cut"),
-        (["--output", "mine"], "mine holds something else"),
+        (["--output", "mine"], "mine contains other files"),
         (["--server", "http://localhost:1", "--draft", "a"], "--draft has no effect with --server"),
         (["--server", "http://localhost:1"], "no usable answer from http://localhost:1/v1/models"),
         (["--target", "./nowhere"], "target './nowhere' "),

@@ -227,7 +227,7 @@ def test_a_store_is_refused_where_it_does_not_belong(target, rows, tmp_path):
     assert contents(folder) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("dear")
-    with pytest.raises(ValueError, match=r"mine holds something else"):
+    with pytest.raises(ValueError, match=r"mine contains other files"):
         write(target, rows, tmp_path / "mine")
 
 
