@@ -26,7 +26,7 @@ from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import num_threads
 from eval.bakeoff.machine import commit, hardware
-from eval.bakeoff.oracle import Watched
+from eval.bakeoff.optimal_transport import FirstTokenRecorder
 from trainers.training.settings import parse_settings
 
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
@@ -83,7 +83,7 @@ def main(run: BenchmarkSettings) -> None:
             config = dataclasses.replace(given.config, num_draft=3, length="fixed", **changes)
             drafter = type(given)(config, target)
             drafter.load_state_dict(given.state_dict())
-            watched, taus = Watched(drafter.eval(), sampling), []
+            watched, taus = FirstTokenRecorder(drafter.eval(), sampling), []
             for number, rows in enumerate(batches):
                 ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
                 mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True)

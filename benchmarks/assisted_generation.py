@@ -17,8 +17,9 @@ from data import POCKET
 from data.prompts import load_prompts
 from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
-from eval.bakeoff.duel import DuelSettings, conditions, duel
-from eval.bakeoff.measure import Contender, own_loop, transformers_loop
+from eval.bakeoff.measure import DecodingMethod, draftsmith_method, transformers_method
+from eval.bakeoff.pairwise import PairSettings, compare_pair, describe_conditions
+from eval.doctor.assisted import assistant_of
 from trainers.training.settings import parse_settings
 
 
@@ -38,23 +39,27 @@ class BenchmarkSettings:
     """What the target's weights are loaded as."""
 
 
-def main(run: BenchmarkSettings, settings: DuelSettings) -> None:
+def main(run: BenchmarkSettings, settings: PairSettings) -> None:
     read_manifest(run.draft)
     target = Target.from_pretrained(run.target, dtype=run.dtype)
     prompts = load_prompts(run.data, target.tokenizer, max_prompts=run.num_prompts)
     drafter = draftsmith.load(run.draft, target)
-    if not hasattr(drafter, "model"):
+    assistant = assistant_of(drafter)
+    if assistant is None:
         raise ValueError(f"{run.draft} holds no causal LM, which is what transformers can be assisted by")
-    print(conditions(target, len(prompts), settings))
-    assisted = Contender(name="transformers", decode=transformers_loop(target, drafter.model))
-    ours = Contender(name="ours", decode=own_loop(target, drafter), drafter=drafter)
-    print("assisted generation:", duel(ours, assisted, target, prompts, settings))
-    plain = Contender(name="transformers", decode=transformers_loop(target))
-    print("plain decoding:", duel(Contender(name="ours", decode=own_loop(target)), plain, target, prompts, settings))
+    print(describe_conditions(target, len(prompts), settings))
+    run_assisted = DecodingMethod(name="transformers", decode=transformers_method(target, assistant))
+    ours = DecodingMethod(name="ours", decode=draftsmith_method(target, drafter), drafter=drafter)
+    print("assisted generation:", compare_pair(ours, run_assisted, target, prompts, settings))
+    plain = DecodingMethod(name="transformers", decode=transformers_method(target))
+    print(
+        "plain decoding:",
+        compare_pair(DecodingMethod(name="ours", decode=draftsmith_method(target)), plain, target, prompts, settings),
+    )
 
 
 if __name__ == "__main__":
     try:
-        main(*parse_settings(BenchmarkSettings, DuelSettings, description=__doc__))
+        main(*parse_settings(BenchmarkSettings, PairSettings, description=__doc__))
     except ValueError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")

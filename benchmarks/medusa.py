@@ -19,8 +19,8 @@ from data import POCKET
 from data.prompts import load_prompts
 from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
-from eval.bakeoff.duel import DuelSettings, conditions, duel
-from eval.bakeoff.measure import Contender, own_loop
+from eval.bakeoff.measure import DecodingMethod, draftsmith_method
+from eval.bakeoff.pairwise import PairSettings, compare_pair, describe_conditions
 from trainers.training.settings import parse_settings
 
 
@@ -40,18 +40,21 @@ class BenchmarkSettings:
     """What the target's weights are loaded as."""
 
 
-def main(run: BenchmarkSettings, settings: DuelSettings) -> None:
+def main(run: BenchmarkSettings, settings: PairSettings) -> None:
     read_manifest(run.draft)
     target = Target.from_pretrained(run.target, dtype=run.dtype)
     prompts = load_prompts(run.data, target.tokenizer, max_prompts=run.num_prompts)
     drafter = draftsmith.load(run.draft, target)
-    print(conditions(target, len(prompts), settings))
-    ours = Contender(name=Path(run.draft).name, decode=own_loop(target, drafter), drafter=drafter)
-    print("speed-up:", duel(ours, Contender(name="plain", decode=own_loop(target)), target, prompts, settings))
+    print(describe_conditions(target, len(prompts), settings))
+    ours = DecodingMethod(name=Path(run.draft).name, decode=draftsmith_method(target, drafter), drafter=drafter)
+    print(
+        "speed-up:",
+        compare_pair(ours, DecodingMethod(name="plain", decode=draftsmith_method(target)), target, prompts, settings),
+    )
 
 
 if __name__ == "__main__":
     try:
-        main(*parse_settings(BenchmarkSettings, DuelSettings, description=__doc__))
+        main(*parse_settings(BenchmarkSettings, PairSettings, description=__doc__))
     except ValueError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -16,31 +16,31 @@ from data.prompts import Prompt
 from draftsmith import Target
 from draftsmith.core.stats import num_threads
 from eval.bakeoff import forecast, machine
-from eval.bakeoff.entries import Entry, entries, fingerprint
-from eval.bakeoff.measure import Ask, Tally, measure, warm_up
-from eval.bakeoff.oracle import first_token
+from eval.bakeoff.contenders import Contender, contenders, fingerprint
+from eval.bakeoff.measure import DecodingRequest, Tally, measure, warm_up
+from eval.bakeoff.optimal_transport import first_token_acceptance
 from eval.bakeoff.results import Cell, Results, claim, publish
 from eval.bakeoff.rows import added_up, row_of
-from eval.bakeoff.settings import Settings
+from eval.bakeoff.settings import BakeoffSettings
 from eval.plots.bakeoff import draw
 from eval.report.page import write_report
+from eval.report.recorded_texts import record_texts
 from eval.report.table import header, table, to_csv
-from eval.report.texts import write_down
 
 OTHERS = "others"
 
 
 def compare(
-    target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path], output: Path, settings: Settings
+    target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path], output: Path, settings: BakeoffSettings
 ) -> list[dict[str, Any]]:
     """Returns one row for each contender, temperature and batch size, and writes them as `bakeoff.*` in `output`.
 
     A comparison that was killed continues with what had been measured. Raises ValueError for an artifact that does
-    not fit the target, too few prompts for a batch, or a folder that holds something else.
+    not fit the target, too few prompts for a batch, or a folder that contains other files.
     """
     settings.check_prompts(len(prompts))
     with num_threads(settings.threads):
-        competing = entries(target, prompts, artifacts, settings)
+        competing = contenders(target, prompts, artifacts, settings)
         facts = _facts(target, prompts, settings)
         identity = facts | asdict(settings) | {"artifacts": [fingerprint(path) for path in artifacts]}
         identity |= {"prompts": [prompt.key for prompt in prompts], "fingerprint": target.fingerprint}
@@ -51,14 +51,14 @@ def compare(
         _add_optima(rows, prompts, competing, settings)
         _add_forecasts(rows, prompts, competing, results, settings)
         drafters = {one.contender.name: one.drafter for one in competing if one.family and not one.is_ablation}
-        texts = write_down(target, prompts, drafters, settings.max_new_tokens)
+        texts = record_texts(target, prompts, drafters, settings.max_new_tokens)
     markdown = "\n".join([header(rows, "markdown"), *table(rows, "markdown"), "", "![speed-up](bakeoff.png)", ""])
     publish(output, rows, texts=texts, markdown=markdown, csv=to_csv(rows), picture=lambda path: draw(rows, path))
     write_report(output)
     return rows
 
 
-def _facts(target: Target, prompts: Sequence[Prompt], settings: Settings) -> dict[str, Any]:
+def _facts(target: Target, prompts: Sequence[Prompt], settings: BakeoffSettings) -> dict[str, Any]:
     """Returns what holds for every row."""
     return {
         "target": Path(target.name).name if Path(target.name).is_dir() else target.name,
@@ -91,7 +91,7 @@ def by_category(prompts: Sequence[Prompt], batch_size: int) -> dict[str, list[Pr
     return large | ({OTHERS: left} if len(left) >= batch_size else {})
 
 
-def _cells(prompts: Sequence[Prompt], settings: Settings) -> list[Cell]:
+def _cells(prompts: Sequence[Prompt], settings: BakeoffSettings) -> list[Cell]:
     """Returns (round, temperature, batch size, category) in the order in which they are measured."""
     return [
         (number, temperature, size, category)
@@ -102,12 +102,12 @@ def _cells(prompts: Sequence[Prompt], settings: Settings) -> list[Cell]:
     ]
 
 
-def _asks(prompts: Sequence[Prompt], cell: Cell, settings: Settings) -> list[Ask]:
+def _asks(prompts: Sequence[Prompt], cell: Cell, settings: BakeoffSettings) -> list[DecodingRequest]:
     """Returns a cell's full batches."""
     number, temperature, batch_size, category = cell
     ids = [prompt.ids for prompt in by_category(prompts, batch_size)[category]]
     return [
-        Ask(
+        DecodingRequest(
             prompts=ids[begin : begin + batch_size],
             temperature=temperature,
             max_new_tokens=settings.max_new_tokens,
@@ -118,7 +118,11 @@ def _asks(prompts: Sequence[Prompt], cell: Cell, settings: Settings) -> list[Ask
 
 
 def _measure(
-    target: Target, prompts: Sequence[Prompt], competing: Sequence[Entry], results: Results, settings: Settings
+    target: Target,
+    prompts: Sequence[Prompt],
+    competing: Sequence[Contender],
+    results: Results,
+    settings: BakeoffSettings,
 ) -> None:
     """Measures the cells that are missing."""
     cells = _cells(prompts, settings)
@@ -145,7 +149,7 @@ def _measure(
 
 
 def _tallies(
-    groups: Iterable[str], temperature: float, size: int, results: Results, settings: Settings
+    groups: Iterable[str], temperature: float, size: int, results: Results, settings: BakeoffSettings
 ) -> dict[str, list[dict[str, Tally]]]:
     """Returns, of each category, the tallies of all rounds."""
     return {
@@ -159,7 +163,7 @@ def _wholes(tallies: dict[str, list[dict[str, Tally]]]) -> list[dict[str, Tally]
 
 
 def _rows(
-    prompts: Sequence[Prompt], competing: Sequence[Entry], results: Results, settings: Settings
+    prompts: Sequence[Prompt], competing: Sequence[Contender], results: Results, settings: BakeoffSettings
 ) -> list[dict[str, Any]]:
     rows = []
     for temperature in settings.temperatures:
@@ -177,14 +181,14 @@ def _rows(
 
 
 def _add_optima(
-    rows: list[dict[str, Any]], prompts: Sequence[Prompt], competing: Sequence[Entry], settings: Settings
+    rows: list[dict[str, Any]], prompts: Sequence[Prompt], competing: Sequence[Contender], settings: BakeoffSettings
 ) -> None:
     """Adds, untimed, how close each verifier comes to the best that any could do."""
     ids = [prompt.ids for prompt in prompts[: max(8, *settings.batch_sizes)]]
     sampled = [temperature for temperature in settings.temperatures if temperature > 0]
     given = {"max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
     best = {
-        (entry.contender.name, temperature): first_token(
+        (entry.contender.name, temperature): first_token_acceptance(
             entry.drafter, ids, verifier=entry.verifier, temperature=temperature, **given
         )
         for entry in competing
@@ -199,9 +203,9 @@ def _add_optima(
 def _add_forecasts(
     rows: list[dict[str, Any]],
     prompts: Sequence[Prompt],
-    competing: Sequence[Entry],
+    competing: Sequence[Contender],
     results: Results,
-    settings: Settings,
+    settings: BakeoffSettings,
 ) -> None:
     """Adds the speed-ups to expect of each drafter's parts, and where it would stop paying."""
     sizes = {*settings.batch_sizes, *settings.forecast_sizes} if settings.forecast_sizes else set()
@@ -211,7 +215,7 @@ def _add_forecasts(
         for temperature, size in product(settings.temperatures, settings.batch_sizes)
     }
     costs = {
-        entry.drafter.target: forecast.Costs(entry.drafter.target, [prompt.ids for prompt in prompts])
+        entry.drafter.target: forecast.VerificationCosts(entry.drafter.target, [prompt.ids for prompt in prompts])
         for entry in drafting
     }
     found: dict[tuple[str, float], dict[int, float]] = {}
@@ -227,9 +231,9 @@ def _add_forecasts(
         for size in settings.batch_sizes:
             pairs = zip(plain[size], drafted[size], strict=True)
             measured[name, temperature, size] = median(
-                forecast.as_measured(one, other, size, priced) for one, other in pairs
+                forecast.predict_static_batching(one, other, size, priced) for one, other in pairs
             )
-        found[name, temperature] = forecast.by_batch_size(plain, drafted, sizes, priced)
+        found[name, temperature] = forecast.predict_by_batch_size(plain, drafted, sizes, priced)
     for row in rows:
         by_size = found.get((row["drafter"], row["temperature"]), {})
         row["predicted_speedup"] = measured.get((row["drafter"], row["temperature"], row["batch_size"]))

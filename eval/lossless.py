@@ -47,10 +47,22 @@ from draftsmith.artifacts.files import check_replaceable
 from draftsmith.core.stats import num_threads
 from eval.bakeoff import machine
 from eval.certificate.identity import FAILED, GreedySettings, compare_greedy
-from eval.certificate.sampled import BEYOND, TOO_FEW, WAYS, LawSettings, draw_and_judge, parse_law
+from eval.certificate.sampled import (
+    EXTRA_TOKENS,
+    GROUPINGS,
+    TOO_FEW,
+    SampledTestSettings,
+    parse_sampling,
+    sample_and_test,
+)
 from eval.report.table import Style, grid
 
-LOSSLESS, NOT_LOSSLESS, LOSSY, UNSHOWN = "lossless", "not lossless", "lossy by construction", "too few samples to say"
+LOSSLESS, NOT_LOSSLESS, LOSSY, INCONCLUSIVE = (
+    "lossless",
+    "not lossless",
+    "lossy by construction",
+    "too few samples to say",
+)
 NAME = "lossless"
 MARKER = f"{NAME}.json"
 GREEDY_COLUMNS = ("drafter", "compared with", "dtype", "batch", "rows", "tokens", "ties", "errors", "verdict")
@@ -62,7 +74,7 @@ def certify(
     load: Callable[[str], Target],
     artifacts: Sequence[Path],
     prompts: Sequence[Prompt],
-    settings: LawSettings,
+    settings: SampledTestSettings,
     greedy: GreedySettings,
 ) -> dict[str, Any]:
     """Returns the certificate of `artifacts` with the target that `load` loads as a given dtype.
@@ -70,13 +82,13 @@ def certify(
     Raises ValueError for an artifact of another target, a verifier that does not fit its drafts, or too few prompts.
     """
     greedy.check_prompts(len(prompts))
-    laws = [parse_law(law) for law in settings.laws]
-    level = settings.false_alarm / (len(WAYS) * len(artifacts) * len(laws))
+    laws = [parse_sampling(law) for law in settings.laws]
+    level = settings.false_alarm / (len(GROUPINGS) * len(artifacts) * len(laws))
     exact = cache(lambda: load("float64"))
     exact_for = cache(lambda path: draftsmith.load(path, exact()).target)
     verifier = settings.verifier if settings.is_lossy else "auto"
     draw = partial(
-        draw_and_judge, prompts=prompts[: settings.law_prompts], level=level, tie_tolerance=greedy.tie_tolerance
+        sample_and_test, prompts=prompts[: settings.law_prompts], level=level, tie_tolerance=greedy.tie_tolerance
     )
     told: dict[str, Any] = {}
     tests, drawn = [], []
@@ -108,16 +120,18 @@ def certify(
                         for test in draw(drafter.target, drafter, law, settings, done=bar.update)
                     ]
     verdicts = {test["verdict"] for test in tests + drawn}
-    verdict = NOT_LOSSLESS if FAILED in verdicts else UNSHOWN if TOO_FEW in verdicts else LOSSLESS
+    verdict = NOT_LOSSLESS if FAILED in verdicts else INCONCLUSIVE if TOO_FEW in verdicts else LOSSLESS
     return {"verdict": LOSSY if settings.is_lossy else verdict} | told | {"tests": tests + drawn}
 
 
-def _progress(artifacts: Sequence[Path], num_prompts: int, settings: LawSettings, greedy: GreedySettings) -> tqdm:
+def _progress(
+    artifacts: Sequence[Path], num_prompts: int, settings: SampledTestSettings, greedy: GreedySettings
+) -> tqdm:
     num_tuned = sum(read_manifest(path).get("tunes_target", False) for path in artifacts)
     num_decoders = len(artifacts) + 2 * (1 + num_tuned)
     num_greedy = len(greedy.dtypes) * len(greedy.batch_sizes) * num_decoders * num_prompts
     num_drawn = len(artifacts) * len(settings.laws) * settings.num_rows
-    total = num_greedy * greedy.max_new_tokens + num_drawn * (settings.num_tokens + BEYOND)
+    total = num_greedy * greedy.max_new_tokens + num_drawn * (settings.num_tokens + EXTRA_TOKENS)
     # Where there is no terminal every update is a line of its own.
     interval = 0.5 if sys.stderr.isatty() else 20
     return tqdm(total=total, desc="lossless", unit="token", unit_scale=True, mininterval=interval)
@@ -204,7 +218,7 @@ def _law_cells(test: dict[str, Any]) -> list[str]:
     shift = test["sees_shift"]
     return [
         _short(test["drafter"]),
-        law_name(test),
+        describe_sampling(test),
         test["verifier"],
         f"{test['tau']:.2f}",
         test["judged_by"],
@@ -216,7 +230,7 @@ def _law_cells(test: dict[str, Any]) -> list[str]:
     ]
 
 
-def law_name(test: dict[str, Any]) -> str:
+def describe_sampling(test: dict[str, Any]) -> str:
     """Returns a law in words."""
     parts = [f"temperature {test['temperature']:g}"]
     parts += [f"top-p {test['top_p']:g}"] * (test["top_p"] < 1) + [f"top-k {test['top_k']}"] * (test["top_k"] > 0)

@@ -28,7 +28,7 @@ from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.core.model_info import TargetFacts, prompt_room, read_facts
 from draftsmith.core.stats import num_threads
 from eval.bakeoff.results import check_output, claim
-from eval.bakeoff.settings import Settings
+from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.plots.track import to_wandb
 from eval.report.table import header, table
@@ -100,9 +100,9 @@ class RunSettings:
     wandb_project: str = "draftsmith"
     """Project in wandb."""
 
-    def comparison(self) -> Settings:
+    def comparison(self) -> BakeoffSettings:
         """Returns what `compare` wants; raises ValueError for what it cannot be."""
-        return Settings(
+        return BakeoffSettings(
             temperatures=tuple(_numbers("temperatures", self.temperatures, float)),
             batch_sizes=tuple(_numbers("batch_sizes", self.batch_sizes, int)),
             verifiers=tuple(filter(None, self.verifiers.split(","))),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from eval.doctor.run_assisted import assistant_of, run_assisted
 from tqdm import tqdm
 
 import draftsmith
@@ -34,13 +35,12 @@ from draftsmith.core.model_info import read_facts
 from draftsmith.core.stats import num_threads
 from draftsmith.export import export
 from draftsmith.export.launch import read_launch
-from eval.bakeoff.measure import Ask, own_loop
-from eval.doctor import doctor
-from eval.doctor.assisted import assistant_of, assisted
-from eval.doctor.doctor import Finding, Patient
-from eval.doctor.forced import Counts, Text, draft_within, places_of
-from eval.doctor.served import by_own_loop, by_vllm, check_python, drafts_trees
-from eval.report.texts import follow
+from eval.bakeoff.measure import DecodingRequest, draftsmith_method
+from eval.doctor import checks
+from eval.doctor.checks import CheckContext, Finding
+from eval.doctor.serving import check_python, drafts_trees, run_draftsmith, run_vllm
+from eval.doctor.teacher_forced import DraftCounts, GreedyText, draft_from_positions, draft_positions
+from eval.report.recorded_texts import greedy_steps
 from trainers.training.evaluation import Sums
 from trainers.training.settings import parse_settings
 
@@ -120,34 +120,39 @@ def examine(
     target = drafter.target
     texts = _texts(target, rows, run)
     findings = [
-        doctor.check_template(manifest, data, target.tokenizer),
-        doctor.check_mask(rows, target, data),
-        doctor.check_dtype(Path(run.draft), manifest, target),
-        doctor.check_vocabulary(drafter, texts),
+        checks.check_template(manifest, data, target.tokenizer),
+        checks.check_mask(rows, target, data),
+        checks.check_dtype(Path(run.draft), manifest, target),
+        checks.check_vocabulary(drafter, texts),
     ]
-    columns: dict[str, Counts] = {}
+    columns: dict[str, DraftCounts] = {}
     judged: dict[str, float] = {}
     if findings[-1].verdict != "fault":  # with a map that leads astray there may be no drafting at all
-        places = places_of(texts, run.num_places)
+        places = draft_positions(texts, run.num_places)
         with tqdm(total=len(places), desc="drafts begun afresh", unit="draft", leave=False, delay=2) as bar:
-            forced = draft_within(target, drafter, texts, places, run.depth, done=bar.update)
+            teacher_forced = draft_from_positions(target, drafter, texts, places, run.depth, done=bar.update)
         carried, began = _decoded(drafter, texts, run)
-        afresh = draft_within(target, drafter, texts, began, run.depth)
-        columns = {"begun everywhere": forced, "begun where decoding did": afresh, "in decoding": carried}
+        afresh = draft_from_positions(target, drafter, texts, began, run.depth)
+        columns = {"begun everywhere": teacher_forced, "begun where decoding did": afresh, "in decoding": carried}
         assistant = assistant_of(drafter)
         if assistant is not None:
             prompts = [text.ids[: text.num_prompt] for text in texts]
-            columns["by transformers"], _ = assisted(target, assistant, prompts, run.depth, run.max_new_tokens)
+            columns["by transformers"], _ = run_assisted(target, assistant, prompts, run.depth, run.max_new_tokens)
         judged = _judged(manifest, drafter, texts, run)
         first_right = next((judged[name] for name in FIRST_RIGHT if name in judged), None)
-        patient = Patient(
-            manifest=manifest, drafter=drafter, texts=texts, places=places, depth=run.depth, forced=forced
+        patient = CheckContext(
+            manifest=manifest,
+            drafter=drafter,
+            texts=texts,
+            places=places,
+            depth=run.depth,
+            teacher_forced=teacher_forced,
         )
         findings += [
-            doctor.check_layers(patient),
-            doctor.check_rotary(patient),
-            doctor.check_position(patient, first_right),
-            doctor.check_carried(patient, afresh, carried),
+            checks.check_layers(patient),
+            checks.check_rotary(patient),
+            checks.check_position(patient, first_right),
+            checks.check_carried(patient, afresh, carried),
         ]
         if run.vllm_python:
             finding, counts = _served(drafter, texts, run)
@@ -178,26 +183,28 @@ def lines(report: dict[str, Any]) -> list[str]:
     return found + [f"{one['verdict']:<10}{one['name']:<15}{one['told']}" for one in report["findings"]]
 
 
-def _texts(target: Target, rows: list[Example], run: RunSettings) -> list[Text]:
+def _texts(target: Target, rows: list[Example], run: RunSettings) -> list[GreedyText]:
     """Returns the rows' prompts, or first halves where all is supervised, with what the target writes after them."""
     prompts = []
     for row in rows:
         first = int(row.loss_mask_T.long().argmax())
         ids = row.tokens_T[: first if first > 1 else max(2, len(row.tokens_T) // 2)].tolist()
         prompts.append(ids[-(target.context_length - run.max_new_tokens) :])
-    ask = Ask(prompts=prompts, temperature=0.0, max_new_tokens=run.max_new_tokens, seed=0)
-    written = own_loop(target)(ask).rows
+    ask = DecodingRequest(prompts=prompts, temperature=0.0, max_new_tokens=run.max_new_tokens, seed=0)
+    written = draftsmith_method(target)(ask).rows
     return [
-        Text(ids=prompt + text, num_prompt=len(prompt)) for prompt, text in zip(prompts, written, strict=True) if text
+        GreedyText(ids=prompt + text, num_prompt=len(prompt))
+        for prompt, text in zip(prompts, written, strict=True)
+        if text
     ]
 
 
-def _decoded(drafter: Any, texts: list[Text], run: RunSettings) -> tuple[Counts, list[tuple[int, int]]]:
+def _decoded(drafter: Any, texts: list[GreedyText], run: RunSettings) -> tuple[DraftCounts, list[tuple[int, int]]]:
     """Returns what real decoding accepts, and where its drafts began: (text, length of what stands before)."""
-    counts, began = Counts(), []
+    counts, began = DraftCounts(), []
     for number, text in enumerate(tqdm(texts, desc="decoding", unit="text", leave=False, delay=2)):
         end = text.num_prompt
-        for step in follow(drafter, text.ids[:end], run.max_new_tokens, length=f"fixed={run.depth}"):
+        for step in greedy_steps(drafter, text.ids[:end], run.max_new_tokens, length=f"fixed={run.depth}"):
             if step.drafted:
                 counts.add(min(max(map(len, step.drafted)), len(text.ids) - end), len(step.path))
                 began.append((number, end))
@@ -205,7 +212,7 @@ def _decoded(drafter: Any, texts: list[Text], run: RunSettings) -> tuple[Counts,
     return counts, began
 
 
-def _served(drafter: Any, texts: list[Text], run: RunSettings) -> tuple[Finding, dict[str, Counts]]:
+def _served(drafter: Any, texts: list[GreedyText], run: RunSettings) -> tuple[Finding, dict[str, DraftCounts]]:
     """Returns how vLLM does with the artifact's export, beside draftsmith's loop drafting as much."""
     prompts = [text.ids[: text.num_prompt] for text in texts]
     with tempfile.TemporaryDirectory() as folder:
@@ -214,17 +221,19 @@ def _served(drafter: Any, texts: list[Text], run: RunSettings) -> tuple[Finding,
         except ValueError as error:
             return Finding(name="export", verdict="not known", told=str(error)), {}
         num_draft = launch["settings"]["num_speculative_tokens"]
-        found = by_vllm(run.vllm_python, drafter.target, prompts, run.max_new_tokens, Path(folder) / "run", launch)
-    own = by_own_loop(drafter, prompts, run.max_new_tokens, num_draft)
+        found = run_vllm(run.vllm_python, drafter.target, prompts, run.max_new_tokens, Path(folder) / "run", launch)
+    own = run_draftsmith(drafter, prompts, run.max_new_tokens, num_draft)
     is_tree = drafts_trees(drafter, prompts[0], run.max_new_tokens, num_draft)
     counts = {
-        name: Counts(drafted=[one.num_drafts] * len(one.accepted), accepted=one.accepted, num_drafts=one.num_drafts)
+        name: DraftCounts(
+            drafted=[one.num_drafts] * len(one.accepted), accepted=one.accepted, num_drafts=one.num_drafts
+        )
         for name, one in (("by vLLM", found), (f"in decoding, drafts of {num_draft}", own))
     }
-    return doctor.check_export(found, own, is_tree=is_tree), counts
+    return checks.check_export(found, own, is_tree=is_tree), counts
 
 
-def _judged(manifest: dict[str, Any], drafter: Any, texts: list[Text], run: RunSettings) -> dict[str, float]:
+def _judged(manifest: dict[str, Any], drafter: Any, texts: list[GreedyText], run: RunSettings) -> dict[str, float]:
     """Returns the trainer's judgement of the texts, nothing if the artifact does not say how it was trained."""
     kept, name = manifest.get("settings"), f"trainers.{manifest.get('trainer', manifest['family'])}"
     if not kept or importlib.util.find_spec(name) is None:
@@ -232,7 +241,7 @@ def _judged(manifest: dict[str, Any], drafter: Any, texts: list[Text], run: RunS
     family = importlib.import_module(name)
     own = {field.name for field in dataclasses.fields(family.Settings)}
     settings = make_config(family.Settings, {name: kept[name] for name in kept if name in own}, run.draft)
-    base = getattr(drafter.target, "base", drafter.target)
+    base = drafter.target.base
     needs, sums = family.needs(settings, base), Sums()
     for text in texts:
         mask = [place >= text.num_prompt for place in range(len(text.ids))]

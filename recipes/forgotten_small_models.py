@@ -33,7 +33,7 @@ from draftsmith import Target
 from draftsmith.core.model_info import TargetFacts, prompt_room, read_facts
 from draftsmith.core.stats import num_threads
 from eval.bakeoff.results import claim
-from eval.bakeoff.settings import Settings
+from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.plots.pairs import draw_pairs, pair_table, pairs_of
 from trainers.sweeps import lineup
@@ -142,7 +142,7 @@ def _compared(
             print(f"{way}, of {data}", flush=True)
             made = lineup.make(line_ups[way], output / way, is_quiet=True, data=data, **given)
             artifacts += lineup.say(made, len(line_ups[way]))
-    settings = Settings(
+    settings = BakeoffSettings(
         rounds=run.rounds, max_new_tokens=run.max_new_tokens, batch_sizes=(1,), seed=run.seed, forecast_sizes=()
     )
     return compare(target, held_out, artifacts, output, settings)

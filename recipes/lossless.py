@@ -19,7 +19,7 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.core.model_info import prompt_room, read_facts
 from eval.certificate.identity import GreedySettings
-from eval.certificate.sampled import BEYOND, LawSettings
+from eval.certificate.sampled import EXTRA_TOKENS, SampledTestSettings
 from eval.lossless import LOSSLESS, certify, check_output, lines, save
 from trainers.training.settings import parse_settings
 
@@ -54,7 +54,7 @@ class RunSettings:
             raise ValueError(f"drafts are {list(self.draft)}; name each artifact once")
 
 
-def main(run: RunSettings, settings: LawSettings, greedy: GreedySettings) -> int:
+def main(run: RunSettings, settings: SampledTestSettings, greedy: GreedySettings) -> int:
     """Returns the process's status."""
     output = Path(run.output)
     check_output(output)
@@ -69,7 +69,7 @@ def main(run: RunSettings, settings: LawSettings, greedy: GreedySettings) -> int
         run.data or of_this_machine("", is_encoder_decoder=facts.is_encoder_decoder),
         facts.tokenizer,
         max_prompts=run.num_prompts,
-        max_prompt_tokens=prompt_room(facts, max(greedy.max_new_tokens, settings.num_tokens + BEYOND)),
+        max_prompt_tokens=prompt_room(facts, max(greedy.max_new_tokens, settings.num_tokens + EXTRA_TOKENS)),
         prompt_tokens=run.prompt_tokens,
         long_prompts=run.long_prompts,
         is_encoder_decoder=facts.is_encoder_decoder,
@@ -91,6 +91,6 @@ def main(run: RunSettings, settings: LawSettings, greedy: GreedySettings) -> int
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(*parse_settings(RunSettings, LawSettings, GreedySettings, description=__doc__)))
+        sys.exit(main(*parse_settings(RunSettings, SampledTestSettings, GreedySettings, description=__doc__)))
     except ValueError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -27,7 +27,7 @@ from typing import Any
 from data.prompts import load_prompts
 from draftsmith import Target
 from eval.bakeoff.results import claim
-from eval.bakeoff.settings import Settings
+from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.plots.curves import Panel, publish_curves, read_curve
 from eval.plots.track import to_wandb
@@ -71,7 +71,7 @@ def main(wanted: ComparisonSettings, run: RunSettings) -> None:
     if launchers.num_ranks() > 1:
         raise ValueError("the comparison is one process; run the recipes of both to train on several devices")
     output = Path(run.output or "runs/prophet_vs_early_exit")
-    settings = Settings(
+    settings = BakeoffSettings(
         rounds=wanted.rounds,
         max_new_tokens=wanted.max_new_tokens,
         batch_sizes=(1,),

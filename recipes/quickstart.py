@@ -25,7 +25,7 @@ from draftsmith import Target
 from draftsmith.core.model_info import read_facts
 from draftsmith.core.stats import num_threads
 from eval.bakeoff.results import claim
-from eval.bakeoff.settings import Settings
+from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.report.table import header, table
 from trainers.training import launchers
@@ -78,7 +78,7 @@ def main(run: QuickstartSettings) -> None:
     if launchers.num_ranks() > 1:
         raise ValueError("the quickstart is one process; run the recipes one by one to train on several devices")
     began, output = time.perf_counter(), Path(run.output)
-    settings = Settings(rounds=run.rounds, max_new_tokens=run.max_new_tokens, forecast_sizes=(), seed=run.seed)
+    settings = BakeoffSettings(rounds=run.rounds, max_new_tokens=run.max_new_tokens, forecast_sizes=(), seed=run.seed)
     transformers.utils.logging.disable_progress_bar()
     claim(output)
     learnt, judged = _prompts(run)

@@ -31,7 +31,7 @@ from draftsmith.core.stats import num_threads
 from draftsmith.length.costs import verify_ms
 from draftsmith.parts.neural.quantised import SCHEMES
 from eval.bakeoff.results import claim
-from eval.bakeoff.settings import Settings
+from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.plots.tradeoff import Point, publish_tradeoff
 from recipes.compress import accepted, draft_with, held_out
@@ -86,7 +86,7 @@ def main(wanted: SweepSettings, loss: distill.Settings, run: RunSettings) -> Non
             artifacts.append(train(distill, how, healed))
     target = Target.from_pretrained(run.target, dtype="float32")
     prompts = load_prompts(wanted.held_out, target.tokenizer, max_prompts=wanted.num_prompts, seed=run.seed)
-    laws = Settings(
+    laws = BakeoffSettings(
         rounds=wanted.rounds, max_new_tokens=wanted.max_new_tokens, batch_sizes=(1,), forecast_sizes=(), seed=run.seed
     )
     judged = held_out(next(_choices(wanted, run, output)), target)
@@ -115,7 +115,7 @@ def _points(
     drafter = draftsmith.load(artifact, target)
     acceptance = accepted(drafter, judged, target)
     with num_threads(1):
-        ratios = [verify_ms(drafter.engine, (0,))[0] / verify_ms(target, (0,))[0] for _ in range(COST_ROUNDS)]
+        ratios = [verify_ms(drafter.draft_model, (0,))[0] / verify_ms(target, (0,))[0] for _ in range(COST_ROUNDS)]
     method, kind = artifact.name.partition("-")[0], artifact.parent.name
     num_weights = sum(int((one != 0).sum()) for one in load_file(artifact / WEIGHTS).values())
     for temperature in sorted({row["temperature"] for row in rows}):

@@ -16,7 +16,7 @@ import torch
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.drafter import Session, Step
+from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.stats import GenerationStats
 from draftsmith.core.tree import Draft, ResumePoint
 from draftsmith.length.costs import flat
@@ -26,30 +26,30 @@ NUM_NODES = (0, 1, 2, 4, 8, 16, 32, 63)
 ROUNDS, REPEATS = 6, 7
 
 
-class Blind:
+class DummyDrafter(Drafter):
     """A drafter that always drafts so many tokens for the next place, as if it had run the target's first blocks."""
 
     def __init__(self, target: Target, num_nodes: int, layer: int) -> None:
         self.config, self.target, self.hidden_layers = SimpleNamespace(length="fixed"), target, ()
-        self._tree, self._layer = flat(target, num_nodes), layer
+        self._tree_statistics, self._layer = flat(target, num_nodes), layer
 
     def start(self, session: Session) -> None:
         self._session = session
 
     def propose(self, budget: int) -> Draft:
         pending_B1 = self._session.pending()[:, None]
-        tokens_BN = pending_B1.repeat(1, self._tree.num_nodes)
+        tokens_BN = pending_B1.repeat(1, self._tree_statistics.num_nodes)
         resume_point = None
         if self._layer:
             hidden_BND = torch.zeros(*tokens_BN.shape, self.target.hidden_size, device=self.target.device)
             resume_point = ResumePoint(layer=self._layer, hidden_BND=hidden_BND.to(self.target.dtype))
-        return Draft(tokens_BN=tokens_BN, tree=self._tree, resume_point=resume_point)
+        return Draft(tokens_BN=tokens_BN, tree=self._tree_statistics, resume_point=resume_point)
 
     def observe(self, step: Step) -> None:
         """Learns nothing."""
 
 
-class Costs:
+class VerificationCosts:
     """What rounds of decoding take the target, by batch size and nodes verified; measured when first asked for."""
 
     def __init__(self, target: Target, prompts: Rows) -> None:
@@ -76,7 +76,7 @@ class Costs:
     def _measured(self, batch_size: int, num_nodes: int, layer: int) -> tuple[float, float]:
         """Returns milliseconds of a plain round, and one over so many nodes in plain ones: medians of several turns."""
         rows = [self._prompts[row % len(self._prompts)] for row in range(batch_size)]
-        blind = Blind(self._target, num_nodes, layer)
+        blind = DummyDrafter(self._target, num_nodes, layer)
         turns = []
         for _ in range(REPEATS):
             stats = self._decoded(rows, None)
@@ -100,7 +100,7 @@ class Costs:
         return sum(rounds * ratio for rounds, ratio in found) / tally.rounds
 
 
-def as_measured(plain: Tally, drafted: Tally, batch_size: int, costs: Costs) -> float:
+def predict_static_batching(plain: Tally, drafted: Tally, batch_size: int, costs: VerificationCosts) -> float:
     """Returns the speed-up to expect of what was decoded side by side: rounds counted, forwards at their cost alone.
 
     (N' / N) (S + R s) / (S' + R' (d + s r)): N the tokens, S the time before the first round, R the rounds, s a plain
@@ -114,7 +114,9 @@ def as_measured(plain: Tally, drafted: Tally, batch_size: int, costs: Costs) -> 
     return drafted.tokens / plain.tokens * plain_ms / drafted_ms
 
 
-def kept_full(plain: Mapping[int, Tally], drafted: Mapping[int, Tally], batch_size: int, costs: Costs) -> float:
+def predict_continuous_batching(
+    plain: Mapping[int, Tally], drafted: Mapping[int, Tally], batch_size: int, costs: VerificationCosts
+) -> float:
     """Returns the speed-up to expect in batches of which no row waits for slower ones, as servers keep them.
 
     Tallies are by the batch sizes that were measured: of those, the nearest below gives tokens a round and the nodes
@@ -142,14 +144,14 @@ def kept_full(plain: Mapping[int, Tally], drafted: Mapping[int, Tally], batch_si
     return call_ms(plain, 1.0, 1.0) / call_ms(drafted, drafted[near].tokens / drafted[near].steps, ratio)
 
 
-def by_batch_size(
-    plain: Mapping[int, list[Tally]], drafted: Mapping[int, list[Tally]], sizes: set[int], costs: Costs
+def predict_by_batch_size(
+    plain: Mapping[int, list[Tally]], drafted: Mapping[int, list[Tally]], sizes: set[int], costs: VerificationCosts
 ) -> dict[int, float]:
     """Returns `kept_full` for each of `sizes`, the median over rounds of the comparison, each with its own tallies."""
     num_rounds = len(next(iter(plain.values())))
     return {
         size: median(
-            kept_full(
+            predict_continuous_batching(
                 {measured: tallies[number] for measured, tallies in plain.items()},
                 {measured: tallies[number] for measured, tallies in drafted.items()},
                 size,

@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.drafter import forget
 from draftsmith.core.stats import GenerationStats
 from draftsmith.length import policies
 
@@ -23,7 +22,7 @@ Rows = list[list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class DecodingRequest:
     """What every contender is asked for."""
 
     prompts: Rows
@@ -33,7 +32,7 @@ class Ask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoded:
+class DecodingResult:
     """What came of it."""
 
     rows: Rows
@@ -43,11 +42,11 @@ class Decoded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
+class DecodingMethod:
     """One way of decoding, and the name of the one it is compared with."""
 
     name: str
-    decode: Callable[[Ask], Decoded]
+    decode: Callable[[DecodingRequest], DecodingResult]
     reference: str | None = None
     """None is the first of several."""
     drafter: Any = None
@@ -78,7 +77,7 @@ class Tally:
     is_identical: bool = True
     """Whether every row equals the reference's."""
 
-    def add(self, decoded: Decoded, seconds: float, *, is_identical: bool) -> None:
+    def add(self, decoded: DecodingResult, seconds: float, *, is_identical: bool) -> None:
         self.seconds += seconds
         self.tokens += sum(map(len, decoded.rows))
         self.is_identical &= is_identical
@@ -110,9 +109,9 @@ def merged(parts: Iterable[Iterable[Sequence[int]]]) -> list[list[int]]:
     return [[*kind, rounds] for kind, rounds in sorted(found.items())]
 
 
-def own_loop(
+def draftsmith_method(
     target: Target, drafter: Any = None, *, verifier: str = "auto", policy: str = "auto"
-) -> Callable[[Ask], Decoded]:
+) -> Callable[[DecodingRequest], DecodingResult]:
     """Returns decoding by `draftsmith.generate`, plain without a drafter.
 
     A `policy` of lengths other than "auto" keeps what it learns, as on a server; each temperature and batch size has
@@ -122,7 +121,9 @@ def own_loop(
     return partial(_own_loop, target, drafter, verifier, policy_of)
 
 
-def _own_loop(target: Target, drafter: Any, verifier: str, policy_of: Callable[..., Any], ask: Ask) -> Decoded:
+def _own_loop(
+    target: Target, drafter: Any, verifier: str, policy_of: Callable[..., Any], ask: DecodingRequest
+) -> DecodingResult:
     tokens_BT, mask_BT = pad(ask.prompts, target.device, side="right")
     out = draftsmith.generate(
         target,
@@ -137,15 +138,15 @@ def _own_loop(target: Target, drafter: Any, verifier: str, policy_of: Callable[.
     )
     starts = [1 if target.is_encoder_decoder else len(prompt) for prompt in ask.prompts]
     found = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)
-    return Decoded(rows=[row[start:length] for row, start, length in found], stats=out.stats)
+    return DecodingResult(rows=[row[start:length] for row, start, length in found], stats=out.stats)
 
 
-def transformers_loop(target: Target, assistant: Any = None) -> Callable[[Ask], Decoded]:
+def transformers_method(target: Target, assistant: Any = None) -> Callable[[DecodingRequest], DecodingResult]:
     """Returns decoding by transformers' own `generate`, assisted if given a small model."""
     return partial(_transformers_loop, target, assistant)
 
 
-def _transformers_loop(target: Target, assistant: Any, ask: Ask) -> Decoded:
+def _transformers_loop(target: Target, assistant: Any, ask: DecodingRequest) -> DecodingResult:
     tokens_BT, mask_BT = pad(ask.prompts, target.device, side="right" if target.is_encoder_decoder else "left")
     is_sampling = ask.temperature > 0
     config = GenerationConfig(
@@ -162,17 +163,17 @@ def _transformers_loop(target: Target, assistant: Any, ask: Ask) -> Decoded:
         options = {} if assistant is None else {"assistant_model": assistant}
         out = target.model.generate(tokens_BT, attention_mask=mask_BT, generation_config=config, **options)
     start = 1 if target.is_encoder_decoder else tokens_BT.shape[1]
-    return Decoded(rows=[_until_end(row[start:], target.eos_token_ids) for row in out.tolist()])
+    return DecodingResult(rows=[_until_end(row[start:], target.eos_token_ids) for row in out.tolist()])
 
 
-def warm_up(contender: Contender, prompts: Rows, temperature: float) -> None:
+def warm_up(contender: DecodingMethod, prompts: Rows, temperature: float) -> None:
     """Decodes a few tokens untimed, so that neither first calls nor settings that do not fit fall into a round."""
-    contender.decode(Ask(prompts=prompts, temperature=temperature, max_new_tokens=4, seed=0))
+    contender.decode(DecodingRequest(prompts=prompts, temperature=temperature, max_new_tokens=4, seed=0))
 
 
 def measure(
-    contenders: Sequence[Contender],
-    asks: Sequence[Ask],
+    contenders: Sequence[DecodingMethod],
+    asks: Sequence[DecodingRequest],
     device: torch.device,
     *,
     first: int = 0,
@@ -186,13 +187,14 @@ def measure(
     tallies = {contender.name: Tally() for contender in contenders}
     drafters = [id(contender.drafter) for contender in contenders]
     for contender in contenders:
-        forget(contender.drafter)
+        if contender.drafter is not None:
+            contender.drafter.forget()
     for turn, ask in enumerate(asks, start=first):
         decoded, seconds = {}, {}
         for place in range(len(contenders)):
             contender = contenders[(turn + place) % len(contenders)]
-            if drafters.count(id(contender.drafter)) > 1:
-                forget(contender.drafter)  # another contender has told it of these very prompts
+            if contender.drafter is not None and drafters.count(id(contender.drafter)) > 1:
+                contender.drafter.forget()  # another contender has told it of these very prompts
             began = _now(device)
             decoded[contender.name] = contender.decode(ask)
             seconds[contender.name] = _now(device) - began

@@ -22,7 +22,7 @@ def check_output(folder: Path) -> None:
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder to write to")
     if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob(f"{NAME}.*")):
-        raise ValueError(f"{folder} holds something else (no {NAME}.json in it); name a new or empty folder")
+        raise ValueError(f"{folder} contains other files (no {NAME}.json in it); name a new or empty folder")
 
 
 def claim(folder: Path) -> None:

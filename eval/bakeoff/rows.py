@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.bakeoff.entries import Entry
+from eval.bakeoff.contenders import Contender
 from eval.bakeoff.measure import Tally, add_up, merged
 
 
@@ -27,7 +27,7 @@ def sum_of(tallies: Sequence[Tally]) -> Tally:
     )
 
 
-def row_of(entry: Entry, temperature: float, batch_size: int, rounds: Sequence[dict[str, Tally]]) -> dict[str, Any]:
+def row_of(entry: Contender, temperature: float, batch_size: int, rounds: Sequence[dict[str, Tally]]) -> dict[str, Any]:
     """Returns a contender's row of the table, from its tally of each round."""
     tallies = [tallies[entry.contender.name] for tallies in rounds]
     speeds = [tally.tokens / tally.seconds for tally in tallies]

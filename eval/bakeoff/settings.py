@@ -7,7 +7,7 @@ from draftsmith.length import policies
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class BakeoffSettings:
     """How much is decoded, and under which laws."""
 
     temperatures: tuple[float, ...] = (0.0, 1.0)

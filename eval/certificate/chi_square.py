@@ -23,17 +23,17 @@ RANK_ENDS = (1, 2, 4, 8)
 CERTAINTY = 0.9
 """With which `smallest_shift` would be seen."""
 
-Text = tuple[int, ...]
-LawsAlong = Callable[[int, list[Text]], Iterable[tuple[Tensor, Tensor]]]
+Tokens = tuple[int, ...]
+ReferenceProbs = Callable[[int, list[Tokens]], Iterable[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class SampledText:
     """One text, and what was drafted for it."""
 
     prompt: int
     """The number of the prompt that it continues."""
-    tokens: Text
+    tokens: Tokens
     drafts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """For positions where a draft began: different tokens [K] that it favoured, and how much [K]."""
 
@@ -119,7 +119,7 @@ def _normal_scores(counts_C: Tensor, trials_C: Tensor, chances_C: Tensor, genera
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
+class EvidenceByGrouping:
     """What texts are evidence of, in three ways."""
 
     by_prefix: list[Evidence]
@@ -128,7 +128,9 @@ class Judgement:
     by_draft: Evidence
 
 
-def judge(texts: Iterable[Drawn], num_tokens: int, laws_along: LawsAlong, generator: torch.Generator) -> Judgement:
+def collect_evidence(
+    texts: Iterable[SampledText], num_tokens: int, probs_for: ReferenceProbs, generator: torch.Generator
+) -> EvidenceByGrouping:
     """Returns the evidence of texts of at most `num_tokens` tokens.
 
     `laws_along(prompt, texts)` gives, of different texts of one prompt, each one's laws [T, V] before its tokens, and
@@ -141,15 +143,15 @@ def judge(texts: Iterable[Drawn], num_tokens: int, laws_along: LawsAlong, genera
     before, but not on the token that comes. Both sums, less what the laws expect, are martingales, whose squares over
     their own predicted variance are chi-squares in the limit.
     """
-    different: dict[int, dict[Text, list[Drawn]]] = defaultdict(lambda: defaultdict(list))
-    groups: dict[tuple[int, Text], list[int]] = defaultdict(list)
+    different: dict[int, dict[Tokens, list[SampledText]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[int, Tokens], list[int]] = defaultdict(list)
     for drawn in texts:
         different[drawn.prompt][drawn.tokens].append(drawn)
         for at, token in enumerate(drawn.tokens):
             groups[drawn.prompt, drawn.tokens[:at]].append(token)
-    positions, ranks, favour = [Evidence()] * num_tokens, _Ranks(), _Favour()
+    positions, ranks, favour = [Evidence()] * num_tokens, _RankCounts(), _DraftWeights()
     for prompt, by_text in different.items():
-        laws = laws_along(prompt, list(by_text))
+        laws = probs_for(prompt, list(by_text))
         for (tokens, same), (probs_TV, is_clear_T) in zip(by_text.items(), laws, strict=True):
             for at in range(len(tokens)):
                 group = groups.pop((prompt, tokens[:at]), [])
@@ -164,10 +166,10 @@ def judge(texts: Iterable[Drawn], num_tokens: int, laws_along: LawsAlong, genera
                 for at, (drafted_K, weights_K) in drawn.drafts.items():
                     if at < len(tokens) and is_clear_T[at]:
                         favour.add(tokens[at], probs_TV[at], drafted_K, weights_K)
-    return Judgement(by_prefix=positions, by_rank=ranks.evidence(), by_draft=favour.evidence())
+    return EvidenceByGrouping(by_prefix=positions, by_rank=ranks.evidence(), by_draft=favour.evidence())
 
 
-class _Favour:
+class _DraftWeights:
     """How much what came was favoured by the draft, what the laws expect of that, and how much it varies."""
 
     def __init__(self) -> None:
@@ -202,7 +204,7 @@ class _Favour:
         )
 
 
-class _Ranks:
+class _RankCounts:
     """Tokens counted by their rank in their laws, what these expect, and how much the counts vary."""
 
     def __init__(self) -> None:
@@ -264,7 +266,7 @@ def p_value(statistic: float, freedom: int) -> float:
     return float(torch.special.gammaincc(*halves))
 
 
-def fisher(p_values: Sequence[float]) -> tuple[float, int]:
+def combine_p_values(p_values: Sequence[float]) -> tuple[float, int]:
     """Returns (statistic, degrees of freedom) of independent p-values combined: -2 times the sum of their logarithms.
 
     Positions are combined so, and not by adding their statistics up: how many degrees of freedom one has depends on the
@@ -273,7 +275,7 @@ def fisher(p_values: Sequence[float]) -> tuple[float, int]:
     return sum(-2 * math.log(max(value, sys.float_info.min)) for value in p_values), 2 * len(p_values)
 
 
-def smallest_shift(evidence: Evidence, level: float) -> float | None:
+def detectable_shift(evidence: Evidence, level: float) -> float | None:
     """Returns the least share of probability that, moved everywhere, is seen with CERTAINTY; None if none would be.
 
     It moves to each law's likeliest token, or where drafts are judged to what the draft favours. By the normal

@@ -10,8 +10,8 @@ from typing import Any
 
 from data.prompts import Prompt
 from draftsmith import Target
-from eval.bakeoff.measure import Ask, own_loop, transformers_loop
-from eval.certificate.reference import own_logits, rounding
+from eval.bakeoff.measure import DecodingRequest, draftsmith_method, transformers_method
+from eval.certificate.reference import reference_logits, rounding_error
 
 KIND = "greedy identity"
 PLAIN, TRANSFORMERS = "plain decoding", "transformers"
@@ -70,14 +70,14 @@ def compare_greedy(
         # Prompts cut from documents are of one length; ragged ones test padding too.
         rows = [row[: max(1, len(row) - 3 * number)] for number, row in enumerate(rows)]
     plain, transformers = PLAIN + tuned_by, TRANSFORMERS + tuned_by
-    decoders = {plain: own_loop(target), transformers: transformers_loop(target)}
-    decoders |= {name: own_loop(target, drafter, verifier=verifier) for name, drafter in drafters.items()}
+    decoders = {plain: draftsmith_method(target), transformers: transformers_method(target)}
+    decoders |= {name: draftsmith_method(target, drafter, verifier=verifier) for name, drafter in drafters.items()}
     tests = []
     for batch_size in settings.batch_sizes:
         found: dict[str, list[list[int]]] = {name: [] for name in decoders}
         for begin in range(0, len(rows), batch_size):
             part = rows[begin : begin + batch_size]
-            ask = Ask(prompts=part, temperature=0.0, max_new_tokens=settings.max_new_tokens, seed=0)
+            ask = DecodingRequest(prompts=part, temperature=0.0, max_new_tokens=settings.max_new_tokens, seed=0)
             for name, decode in decoders.items():
                 found[name] += decode(ask).rows
                 done(len(part) * settings.max_new_tokens)
@@ -136,8 +136,8 @@ def explain(
     told: dict[str, Any] = {"position": position, "tokens": tokens, "num_not_compared": len(expected) - position}
     if None in tokens:
         return told | {"is_tie": False, "gap": None, "gap_float64": None, "tolerance": None}
-    logits_V, exact_V = (next(own_logits(one, prompt, [expected[:position]]))[-1] for one in (target, exact()))
+    logits_V, exact_V = (next(reference_logits(one, prompt, [expected[:position]]))[-1] for one in (target, exact()))
     gap, exact_gap = (float(one_V.max() - one_V[tokens].min()) for one_V in (logits_V, exact_V))
-    tolerance = float(rounding(exact_V, target.dtype, tie_tolerance))
+    tolerance = float(rounding_error(exact_V, target.dtype, tie_tolerance))
     told |= {"gap": gap, "gap_float64": exact_gap, "tolerance": tolerance}
     return told | {"is_tie": max(gap, exact_gap) <= tolerance}

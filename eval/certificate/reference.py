@@ -20,7 +20,7 @@ FORWARD_ROWS = 16
 """Texts fed at once: the logits of all their positions are in memory."""
 
 
-def own_logits(target: Target, prompt: list[int], texts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+def reference_logits(target: Target, prompt: list[int], texts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """Yields for each text the logits [T + 1, V] in float64: after `prompt`, and after each of the text's T tokens."""
     rows, source = start_rows(target, torch.tensor([prompt], device=target.device), None)
     for begin in range(0, len(texts), FORWARD_ROWS):
@@ -38,12 +38,12 @@ def own_logits(target: Target, prompt: list[int], texts: Sequence[Sequence[int]]
             yield logits_TV[: len(text) + 1].double()
 
 
-def rounding(logits_TV: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
+def rounding_error(logits_TV: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
     """Returns by how much logits computed in `dtype` may be off [T]: `factor` times its epsilon times the largest."""
     return factor * torch.finfo(dtype).eps * logits_TV.abs().where(logits_TV.isfinite(), 0.0).amax(-1)
 
 
-def own_laws(logits_TV: Tensor, sampling: Sampling, blur_T: Tensor) -> tuple[Tensor, Tensor]:
+def reference_probs(logits_TV: Tensor, sampling: Sampling, blur_T: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the laws [T, V], and which are clear [T]: not so if logits off by `blur_T` could move an edge.
 
     Where the edge of top-k or top-p is moved a token is in one law and not in the other.

@@ -13,24 +13,32 @@ from torch import Tensor
 import draftsmith
 from data.prompts import Prompt
 from draftsmith import Target, verify
-from draftsmith.core.drafter import Session
+from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft
-from eval.certificate.chi_square import Drawn, Evidence, Text, fisher, judge, p_value, smallest_shift
+from eval.certificate.chi_square import (
+    Evidence,
+    SampledText,
+    Tokens,
+    collect_evidence,
+    combine_p_values,
+    detectable_shift,
+    p_value,
+)
 from eval.certificate.identity import FAILED, PASSED
-from eval.certificate.reference import own_laws, own_logits, rounding
+from eval.certificate.reference import reference_logits, reference_probs, rounding_error
 
 KIND = "sampled law"
 TOO_FEW = "too few samples"
-WAYS = ("prefix", "rank", "draft")
-BEYOND = 2
+GROUPINGS = ("prefix", "rank", "draft")
+EXTRA_TOKENS = 2
 """Tokens drawn beyond those judged, so that no draft is cut short among these."""
-NUM_FAVOURED = 16
+NUM_TOP_TOKENS = 16
 """Of a draft's law, so many of the likeliest tokens are noted."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LawSettings:
+class SampledTestSettings:
     """What is drawn, and how sharply it is judged."""
 
     verifier: str = "auto"
@@ -65,7 +73,7 @@ class LawSettings:
         if not self.laws:
             raise ValueError("laws must name one or more")
         for law in self.laws:
-            parse_law(law)
+            parse_sampling(law)
         if self.law_dtype not in ("float32", "float64"):
             raise ValueError(f"law_dtype is {self.law_dtype!r}; it must be float32 or float64")
         if not 0 < self.false_alarm < 1:
@@ -79,7 +87,7 @@ class LawSettings:
         return self.verifier != "auto" and not verify.find(self.verifier)[0].LOSSLESS
 
 
-def parse_law(text: str) -> Sampling:
+def parse_sampling(text: str) -> Sampling:
     """Returns the sampling that `temperature=X,top_p=X,top_k=N` says; raises ValueError for anything else."""
     kinds: dict[str, type] = {"temperature": float, "top_p": float, "top_k": int}
     values: dict[str, Any] = {"temperature": 1.0}
@@ -95,11 +103,11 @@ def parse_law(text: str) -> Sampling:
     return law
 
 
-def draw_and_judge(
+def sample_and_test(
     target: Target,
     drafter: Any,
     law: Sampling,
-    settings: LawSettings,
+    settings: SampledTestSettings,
     *,
     prompts: Sequence[Prompt],
     level: float,
@@ -111,8 +119,8 @@ def draw_and_judge(
     `tie_tolerance` is that of GreedySettings; `done` is called with the number of tokens after each batch. Raises
     ValueError for a verifier that does not fit what is drafted.
     """
-    watched = _Watched(drafter, settings.verifier, law)
-    texts: list[Drawn] = []
+    watched = _RecordedDrafter(drafter, settings.verifier, law)
+    texts: list[SampledText] = []
     num_steps = num_new = 0
     for number, prompt in enumerate(prompts):
         left = len(range(number, settings.num_rows, len(prompts)))
@@ -122,7 +130,7 @@ def draw_and_judge(
                 target,
                 torch.tensor([prompt.ids] * size, device=target.device),
                 watched,
-                max_new_tokens=settings.num_tokens + BEYOND,
+                max_new_tokens=settings.num_tokens + EXTRA_TOKENS,
                 seed=(settings.seed << 20) + len(texts),
                 verifier=settings.verifier,
                 **asdict(law),
@@ -130,20 +138,20 @@ def draw_and_judge(
             rows = zip(out.sequences.tolist(), out.lengths.tolist(), watched.drafts, strict=True)
             for row, length, drafts in rows:
                 tokens = tuple(row[watched.start_length : length][: settings.num_tokens])
-                texts.append(Drawn(prompt=number, tokens=tokens, drafts=drafts))
+                texts.append(SampledText(prompt=number, tokens=tokens, drafts=drafts))
             num_steps, num_new, left = num_steps + out.stats.steps, num_new + out.stats.new_tokens, left - size
-            done(size * (settings.num_tokens + BEYOND))
+            done(size * (settings.num_tokens + EXTRA_TOKENS))
 
-    def laws_along(number: int, different: list[Text]) -> Iterator[tuple[Tensor, Tensor]]:
+    def probs_for(number: int, different: list[Tokens]) -> Iterator[tuple[Tensor, Tensor]]:
         # What follows the last token is not judged.
-        for logits_TV in own_logits(target, prompts[number].ids, [text[:-1] for text in different]):
-            yield own_laws(logits_TV, law, rounding(logits_TV, target.dtype, tie_tolerance))
+        for logits_TV in reference_logits(target, prompts[number].ids, [text[:-1] for text in different]):
+            yield reference_probs(logits_TV, law, rounding_error(logits_TV, target.dtype, tie_tolerance))
 
-    judged = judge(texts, settings.num_tokens, laws_along, torch.Generator().manual_seed(settings.seed))
+    judged = collect_evidence(texts, settings.num_tokens, probs_for, torch.Generator().manual_seed(settings.seed))
     chances = [evidence.p_value for evidence in judged.by_prefix if evidence.freedom or evidence.num_excluded]
     of_positions = [asdict(evidence) | {"p_value": evidence.p_value} for evidence in judged.by_prefix]
     outcomes = [
-        {"positions": of_positions} | _outcome(sum(judged.by_prefix, Evidence()), *fisher(chances), level),
+        {"positions": of_positions} | _outcome(sum(judged.by_prefix, Evidence()), *combine_p_values(chances), level),
         *(_outcome(one, one.statistic, one.freedom, level) for one in (judged.by_rank, judged.by_draft)),
     ]
     told = {
@@ -157,12 +165,12 @@ def draw_and_judge(
         "num_tokens": settings.num_tokens,
         "tau": num_new / num_steps,
     }
-    return [told | {"judged_by": way} | outcome for way, outcome in zip(WAYS, outcomes, strict=True)]
+    return [told | {"judged_by": way} | outcome for way, outcome in zip(GROUPINGS, outcomes, strict=True)]
 
 
 def _outcome(evidence: Evidence, statistic: float, freedom: int, level: float) -> dict[str, Any]:
     chance = 0.0 if evidence.num_excluded else p_value(statistic, freedom)
-    shift = smallest_shift(evidence, level)
+    shift = detectable_shift(evidence, level)
     return {
         "num_samples": evidence.num_samples,
         "num_excluded": evidence.num_excluded,
@@ -176,15 +184,14 @@ def _outcome(evidence: Evidence, statistic: float, freedom: int, level: float) -
     }
 
 
-class _Watched:
+class _RecordedDrafter(Drafter):
     """A drafter, what it favours where a draft begins, and the verifiers that its drafts meet."""
 
     def __init__(self, drafter: Any, verifier: str, law: Sampling) -> None:
+        self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
+        self.policy = drafter.policy
         self._drafter, self._verifier, self._law = drafter, verifier, law
         self.verifiers: set[str] = set()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._drafter, name)
 
     def start(self, session: Session) -> None:
         self._rows, self.start_length = session.rows, len(session.rows[0])
@@ -201,6 +208,9 @@ class _Watched:
                 self.drafts[row][len(ids) - self.start_length] = favoured
         return draft
 
+    def observe(self, step: Step) -> None:
+        self._drafter.observe(step)
+
 
 def _favoured(draft: Draft) -> list[tuple[Tensor, Tensor]]:
     """Returns, for each row, tokens [K] that may be drafted first and their weights [K].
@@ -209,7 +219,7 @@ def _favoured(draft: Draft) -> list[tuple[Tensor, Tensor]]:
     """
     if draft.draft_probs_BNV is not None:
         probs_BV = draft.draft_probs_BNV[:, 0].cpu()
-        weights_BK, tokens_BK = probs_BV.topk(min(NUM_FAVOURED, probs_BV.shape[1]))
+        weights_BK, tokens_BK = probs_BV.topk(min(NUM_TOP_TOKENS, probs_BV.shape[1]))
         return list(zip(tokens_BK, weights_BK, strict=True))
     is_child_BN = (draft.tree.parents_RN == 0).expand_as(draft.tokens_BN)
     if (valid_BN := draft.valid_BN()) is not None:

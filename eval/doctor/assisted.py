@@ -4,24 +4,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from draftsmith import Target
-from eval.doctor.forced import Counts
+from eval.doctor.teacher_forced import DraftCounts
 
 
 def assistant_of(drafter: Any) -> PreTrainedModel | None:
     """Returns the drafter's own language model if transformers can draft with it, else None."""
-    model = getattr(drafter, "model", None)
+    model = drafter.draft_model.model if isinstance(drafter, nn.Module) and drafter.draft_model is not None else None
     if not isinstance(model, PreTrainedModel) or drafter.target.is_encoder_decoder or not model.can_generate():
         return None
     return model if model.config.vocab_size == drafter.target.vocab_size else None
 
 
 @torch.inference_mode()
-def assisted(
+def run_assisted(
     target: Target, assistant: PreTrainedModel, prompts: Sequence[list[int]], num_draft: int, max_new_tokens: int
-) -> tuple[Counts, list[list[int]]]:
+) -> tuple[DraftCounts, list[list[int]]]:
     """Returns what `generate(assistant_model=)` accepts of drafts of `num_draft` tokens, and the texts it writes.
 
     Every forward of the target reads the pending token and the draft, the first one the prompt too; what of it is kept
@@ -34,7 +35,7 @@ def assisted(
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=(target.eos_token_ids or (0,))[0]
     )
-    counts, texts = Counts(), []
+    counts, texts = DraftCounts(), []
     try:
         for prompt in prompts:
             calls: list[tuple[int, int]] = []

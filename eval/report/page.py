@@ -42,7 +42,7 @@ def write_report(folder: Path) -> Path:
 
 
 def page(rows: Sequence[Row], written: dict[str, Any]) -> str:
-    """Returns the page of a comparison's rows and of what eval/report/texts.py wrote down."""
+    """Returns the page of a comparison's rows and of what eval/report/recorded_texts.py wrote down."""
     laws = [(title, list(group)) for title, group in groupby(rows, key=_law)]
     sections = [
         ("table", "Table", _tables(laws)),

@@ -1,4 +1,4 @@
-"""Texts written down by eval/report/texts.py as HTML: who wrote each token, told by marks as well as by colours.
+"""Texts written down by eval/report/recorded_texts.py as HTML: who wrote each token, told by marks as well as by colours.
 
 Tokens are reached by the arrow keys; what is known of one is in its `data-note`, which the page's script shows.
 """

@@ -16,11 +16,11 @@ from data.prompts import Prompt
 from draftsmith import Target
 from draftsmith.core.drafter import find
 from eval import compare as bakeoff
-from eval.bakeoff import entries
-from eval.bakeoff.measure import Ask, Contender, Tally, measure, own_loop
+from eval.bakeoff import contenders
+from eval.bakeoff.measure import DecodingMethod, DecodingRequest, Tally, draftsmith_method, measure
 from eval.bakeoff.results import PARTIAL, check_output
 from eval.bakeoff.rows import row_of
-from eval.bakeoff.settings import Settings
+from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import by_category, compare
 from eval.report.table import header, table
 from recipes.bakeoff import RunSettings
@@ -31,7 +31,7 @@ KEYS = {
     *("drafter", "temperature", "batch_size", "tau", "tokens_per_s", "speedup", "identical", "lossless", "draft_ms"),
     *("verify_ms", "accepted_per_depth", "num_parameters", "artifact_mb", "train_s"),
 }
-SMALL = Settings(rounds=2, max_new_tokens=8, batch_sizes=(1, 2), verifiers=("typical",), forecast_sizes=(1, 4))
+SMALL = BakeoffSettings(rounds=2, max_new_tokens=8, batch_sizes=(1, 2), verifiers=("typical",), forecast_sizes=(1, 4))
 
 
 def some_prompts(number: int = 4) -> list[Prompt]:
@@ -99,7 +99,7 @@ def test_a_row_says_how_close_its_verifier_comes_to_the_best(tmp_path: Path) -> 
     draftsmith.save(drafter, tmp_path / "copy", target=target)
     torch.manual_seed(0)
     draftsmith.save(family.Drafter(drafter.config, target), tmp_path / "other", target=target)
-    settings = Settings(rounds=1, max_new_tokens=24, batch_sizes=(4,), verifiers=("token",), forecast_sizes=())
+    settings = BakeoffSettings(rounds=1, max_new_tokens=24, batch_sizes=(4,), verifiers=("token",), forecast_sizes=())
     rows = compare(target, some_prompts(), [tmp_path / "copy", tmp_path / "other"], tmp_path / "out", settings)
     found = {row["drafter"]: row for row in rows if row["temperature"] == 1}
     assert found["plain"]["first_optimum"] is found["transformers"]["first_optimum"] is None
@@ -117,7 +117,7 @@ def test_a_drafter_that_tunes_its_target_is_compared_with_that_one(tmp_path: Pat
     target, family = tiny_target("llama"), find("medusa2")
     drafter = built(family, family.Config(rank=4, alpha=1.0), target)
     draftsmith.save(drafter, tmp_path / "tuner", target=target)
-    settings = Settings(
+    settings = BakeoffSettings(
         rounds=1, max_new_tokens=12, batch_sizes=(2,), verifiers=("typical",), gates=(0.5,), forecast_sizes=()
     )
     rows = compare(target, some_prompts(), [tmp_path / "tuner"], tmp_path / "out", settings)
@@ -191,7 +191,7 @@ def test_categories_are_told_apart_where_prompts_carry_them(tmp_path: Path) -> N
     assert {name: len(group) for name, group in by_category(named, 3).items()} == {"maths": 3, "others": 4}
     assert {name: len(group) for name, group in by_category(named, 4).items()} == {"": 7}
     assert {name: len(group) for name, group in by_category(some_prompts(2), 1).items()} == {"": 2}
-    settings = Settings(rounds=2, max_new_tokens=6, batch_sizes=(1, 4), temperatures=(0.0,), forecast_sizes=())
+    settings = BakeoffSettings(rounds=2, max_new_tokens=6, batch_sizes=(1, 4), temperatures=(0.0,), forecast_sizes=())
     rows = compare(target, named, make_artifacts(target, tmp_path)[1:], tmp_path / "out", settings)
     (row, whole) = (row for row in rows if row["drafter"] == "lookup")
     assert set(row["speedup_by_category"]) == {"maths", "code", "rare", "others"} and not whole["speedup_by_category"]
@@ -245,10 +245,10 @@ def test_lengths_and_gates_have_rows_of_their_own(tmp_path: Path, capsys: pytest
             "gate 0.5": ("auto", 0.5),
         }.get(row["drafter"].partition(" (")[2].rstrip(")"), ("auto", None))
     drafter = draftsmith.load(tmp_path / "medusa", target)
-    own = Contender(name="mine", decode=own_loop(target, drafter))
-    (gated,) = entries._ablations(own, drafter, {}, Settings(gates=(0.999,)))
-    ask = Ask(prompts=prompts(2), temperature=0.0, max_new_tokens=12, seed=0)
-    drafted = [decode(ask).stats.drafted[0] for decode in (gated.contender.decode, own_loop(target, drafter))]
+    own = DecodingMethod(name="mine", decode=draftsmith_method(target, drafter))
+    (gated,) = contenders._ablations(own, drafter, {}, BakeoffSettings(gates=(0.999,)))
+    ask = DecodingRequest(prompts=prompts(2), temperature=0.0, max_new_tokens=12, seed=0)
+    drafted = [decode(ask).stats.drafted[0] for decode in (gated.contender.decode, draftsmith_method(target, drafter))]
     assert drafted[0] < drafted[1], "a gate that hardly opens"
     lines = table(rows, "terminal")
     sizes = lines[next(at for at, line in enumerate(lines) if "parameters" in line) + 1 :]
@@ -258,7 +258,7 @@ def test_lengths_and_gates_have_rows_of_their_own(tmp_path: Path, capsys: pytest
 def test_what_was_measured_is_kept_when_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, output = tiny_target("llama"), tmp_path / "out"
     artifacts = make_artifacts(target, tmp_path)
-    settings = Settings(rounds=2, max_new_tokens=4, batch_sizes=(1,), forecast_sizes=())
+    settings = BakeoffSettings(rounds=2, max_new_tokens=4, batch_sizes=(1,), forecast_sizes=())
     calls = 0
 
     def killed_at_the_third(*args: Any, **options: Any) -> dict[str, Tally]:
@@ -286,7 +286,9 @@ def test_what_was_measured_is_kept_when_killed(tmp_path: Path, monkeypatch: pyte
 
 
 def test_speed_up_is_the_median_of_ratios_within_rounds() -> None:
-    entry = entries.Entry(contender=Contender(name="mine", decode=own_loop(tiny_target("llama"))), family="lookup")
+    entry = contenders.Contender(
+        contender=DecodingMethod(name="mine", decode=draftsmith_method(tiny_target("llama"))), family="lookup"
+    )
     seconds = [(1.0, 0.5), (10.0, 4.0), (2.0, 1.9)]  # the second round ran on a busy machine
     rounds = [
         {
@@ -314,14 +316,14 @@ def test_speed_up_is_the_median_of_ratios_within_rounds() -> None:
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Settings(**changes)
+        BakeoffSettings(**changes)
 
 
 def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     check_output(tmp_path)
     check_output(tmp_path / "new")
     (tmp_path / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="contains other files"):
         check_output(tmp_path)
     with pytest.raises(ValueError, match="is a file"):
         check_output(tmp_path / "thesis.txt")
@@ -331,6 +333,6 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
 
 def test_artifacts_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     names = [tmp_path / "one" / "heads", tmp_path / "two" / "heads", tmp_path / "plain"]
-    assert entries._names(names) == ["one/heads", "two/heads", f"{tmp_path.name}/plain"]
+    assert contenders._names(names) == ["one/heads", "two/heads", f"{tmp_path.name}/plain"]
     with pytest.raises(ValueError, match="two artifacts are called"):
-        entries._names([tmp_path / "heads", tmp_path / "heads"])
+        contenders._names([tmp_path / "heads", tmp_path / "heads"])

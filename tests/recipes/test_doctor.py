@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
+from eval.doctor.run_assisted import run_assisted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,10 +22,9 @@ import draftsmith
 from data.pseudo_data import MARKER
 from draftsmith import Target
 from draftsmith.core.drafter import find
-from eval.doctor.run_assisted import run_assisted
 from eval.doctor.checks import CheckContext, check_export, check_position
-from eval.doctor.teacher_forced import GreedyText, draft_from_positions, draft_positions
 from eval.doctor.serving import ServingCounts
+from eval.doctor.teacher_forced import GreedyText, draft_from_positions, draft_positions
 from recipes import doctor
 from recipes.doctor import RunSettings
 from tests.support.models import (
@@ -290,8 +290,13 @@ def test_drafting_that_differs_from_training() -> None:
     texts = [GreedyText(ids=ids, num_prompt=len(ids) - 12) for ids in greedy_by_transformers("llama", 3, 12)]
     places = draft_positions(texts, 10**6)
     teacher_forced = draft_from_positions(target, drafter, texts, places, 2)
-    assert teacher_forced.shares() == [1.0, 1.0] and (teacher_forced.drafted, teacher_forced.num_drafts) == ([36, 33], 36)
-    patient = CheckContext(manifest={}, drafter=drafter, texts=texts, places=places, depth=2, teacher_forced=teacher_forced)
+    assert teacher_forced.shares() == [1.0, 1.0] and (teacher_forced.drafted, teacher_forced.num_drafts) == (
+        [36, 33],
+        36,
+    )
+    patient = CheckContext(
+        manifest={}, drafter=drafter, texts=texts, places=places, depth=2, teacher_forced=teacher_forced
+    )
     assert check_position(patient, 1.0).verdict == check_position(patient, None).verdict == "sound"
     found = check_position(patient, 0.9)
     assert found.verdict == "fault" and "100.0% of first tokens are right in drafts, 90.0%" in found.told

@@ -27,8 +27,8 @@ from draftsmith.drafters import eagle3, lm, lstm, medusa, ngram
 from draftsmith.export import export
 from draftsmith.export.launch import read_launch
 from draftsmith.export.models import cut
-from eval.doctor.doctor import check_export
-from eval.doctor.served import Served, by_own_loop, by_vllm, is_close
+from eval.doctor.checks import check_export
+from eval.doctor.serving import ServingCounts, agrees, run_draftsmith, run_vllm
 from recipes import doctor
 from trainers.corpora import kneser_ney
 
@@ -94,7 +94,7 @@ def skipping(target: Target, texts: list[list[int]], folder: Path) -> Any:
 def counting(target: Target, texts: list[list[int]], folder: Path) -> Any:
     config = ngram.Config(num_draft=NUM_DRAFT, length="fixed", order=3)
     known = [np.array(text) for text in texts[::2]]
-    save_arrays(kneser_ney.counted(known, config.order, target.vocab_size), folder / "part.safetensors")
+    save_arrays(kneser_ney.count_ngrams(known, config.order, target.vocab_size), folder / "part.safetensors")
     files = [folder / "part.safetensors"]
     return ngram.Drafter(config, target, kneser_ney.build(files, config.order, target.vocab_size, folder / "store"))
 
@@ -175,23 +175,29 @@ MAKERS = {"draft_model": skipping, "ngram": counting, "lstm": recurrent, "medusa
 
 
 @pytest.fixture(scope="module")
-def plain(target: Target, rows: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return by_vllm(sys.executable, target, rows, NUM_NEW, tmp_path_factory.mktemp("plain") / "run")
+def plain(target: Target, rows: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> ServingCounts:
+    return run_vllm(sys.executable, target, rows, NUM_NEW, tmp_path_factory.mktemp("plain") / "run")
 
 
-def test_plain_text_is_the_same(plain: Served, rows: list[list[int]], texts: list[list[int]]) -> None:
+def test_plain_text_is_the_same(plain: ServingCounts, rows: list[list[int]], texts: list[list[int]]) -> None:
     assert plain.texts == [text[len(row) : len(row) + NUM_NEW] for row, text in zip(rows, texts, strict=True)]
 
 
 @pytest.mark.parametrize(("name", "to"), [*((name, "vllm") for name in MAKERS), ("head", "speculators")])
 def test_vllm_accepts_what_draftsmith_accepts(
-    target: Target, rows: list[list[int]], texts: list[list[int]], plain: Served, tmp_path: Path, name: str, to: str
+    target: Target,
+    rows: list[list[int]],
+    texts: list[list[int]],
+    plain: ServingCounts,
+    tmp_path: Path,
+    name: str,
+    to: str,
 ) -> None:
     drafter = MAKERS[name](target, texts, tmp_path)
-    expected = by_own_loop(drafter, rows, NUM_NEW, NUM_DRAFT)
+    expected = run_draftsmith(drafter, rows, NUM_NEW, NUM_DRAFT)
     draftsmith.save(drafter, tmp_path / "artifact", target)
     launch = read_launch(export(tmp_path / "artifact", to, tmp_path / "out"))
-    found = by_vllm(sys.executable, target, rows, NUM_NEW, tmp_path / "run", launch)
+    found = run_vllm(sys.executable, target, rows, NUM_NEW, tmp_path / "run", launch)
     print(
         f"{name} {to}: vLLM {found.num_drafts} {found.accepted}, draftsmith {expected.num_drafts} {expected.accepted}"
     )
@@ -199,7 +205,7 @@ def test_vllm_accepts_what_draftsmith_accepts(
     assert found.num_drafted == NUM_DRAFT * found.num_drafts
     assert sum(expected.accepted) > 20 and expected.accepted[1] > 0, "nearly nothing is accepted: nothing is shown"
     assert expected.accepted[0] < expected.num_drafts, "all is accepted: nothing is shown"
-    assert is_close(found, expected), (found, expected)
+    assert agrees(found, expected), (found, expected)
 
 
 def test_the_doctor_looks_at_vllm(target: Target, texts: list[list[int]], tmp_path: Path) -> None:
@@ -216,7 +222,7 @@ def test_the_doctor_looks_at_vllm(target: Target, texts: list[list[int]], tmp_pa
 
 
 def test_a_tensor_that_is_lost_is_noticed(
-    target: Target, rows: list[list[int]], texts: list[list[int]], plain: Served, tmp_path: Path
+    target: Target, rows: list[list[int]], texts: list[list[int]], plain: ServingCounts, tmp_path: Path
 ) -> None:
     """vLLM loads a head that lacks a tensor and says nothing: its text is right, its acceptance is another."""
     drafter = fused(target, texts, tmp_path)
@@ -225,8 +231,8 @@ def test_a_tensor_that_is_lost_is_noticed(
     tensors = load_file(out / "model.safetensors")
     del tensors["fc.weight"]
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    found = by_vllm(sys.executable, target, rows, NUM_NEW, tmp_path / "run", read_launch(out))
-    expected = by_own_loop(drafter, rows, NUM_NEW, NUM_DRAFT)
+    found = run_vllm(sys.executable, target, rows, NUM_NEW, tmp_path / "run", read_launch(out))
+    expected = run_draftsmith(drafter, rows, NUM_NEW, NUM_DRAFT)
     print(f"lost: vLLM {found.num_drafts} {found.accepted}, draftsmith {expected.num_drafts} {expected.accepted}")
     assert found.texts == plain.texts
     assert check_export(found, expected, is_tree=False).verdict == "fault", (found, expected)

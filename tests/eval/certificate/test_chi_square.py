@@ -11,8 +11,17 @@ from torch import Tensor
 
 from draftsmith.core.sampling import Sampling
 from eval.certificate import chi_square
-from eval.certificate.chi_square import Drawn, Evidence, Judgement, Text, fisher, judge, p_value, smallest_shift
-from eval.certificate.reference import own_laws, own_logits
+from eval.certificate.chi_square import (
+    Evidence,
+    EvidenceByGrouping,
+    SampledText,
+    Tokens,
+    collect_evidence,
+    combine_p_values,
+    detectable_shift,
+    p_value,
+)
+from eval.certificate.reference import reference_logits, reference_probs
 from tests.support.models import tiny_target
 
 
@@ -23,7 +32,7 @@ def toy_laws() -> Tensor:
     return probs_VV / probs_VV.sum(1, keepdim=True)
 
 
-def toy_texts(probs_VV: Tensor, num_rows: int, generator: torch.Generator) -> list[Drawn]:
+def toy_texts(probs_VV: Tensor, num_rows: int, generator: torch.Generator) -> list[SampledText]:
     """Returns texts of four tokens after two prompts, 0 and 1, drawn from the toy's laws; some end after a 6."""
     prompt_B = torch.arange(num_rows) % 2
     tokens = [prompt_B]
@@ -32,7 +41,7 @@ def toy_texts(probs_VV: Tensor, num_rows: int, generator: torch.Generator) -> li
     rows = torch.stack(tokens[1:], dim=1).tolist()
     ends = [row.index(6) + 1 if 6 in row else 4 for row in rows]
     return [
-        Drawn(prompt=prompt, tokens=tuple(row[:end]), drafts=drafts)
+        SampledText(prompt=prompt, tokens=tuple(row[:end]), drafts=drafts)
         for prompt, row, end, drafts in zip(prompt_B.tolist(), rows, ends, toy_drafts(num_rows), strict=True)
     ]
 
@@ -48,23 +57,23 @@ def toy_drafts(num_rows: int) -> list[dict[int, tuple[Tensor, Tensor]]]:
     ]
 
 
-def toy_laws_along(probs_VV: Tensor) -> chi_square.LawsAlong:
-    def laws_along(prompt: int, texts: list[Text]) -> Iterator[tuple[Tensor, Tensor]]:
+def toy_laws_along(probs_VV: Tensor) -> chi_square.ReferenceProbs:
+    def probs_for(prompt: int, texts: list[Tokens]) -> Iterator[tuple[Tensor, Tensor]]:
         for text in texts:
             before = torch.tensor([prompt, *text[:-1]])
             yield probs_VV[before], before != 4  # what follows a 4 is unclear
 
-    return laws_along
+    return probs_for
 
 
-def toy_chances(probs_VV: Tensor, num_rows: int, times: int) -> tuple[Tensor, Judgement]:
+def toy_chances(probs_VV: Tensor, num_rows: int, times: int) -> tuple[Tensor, EvidenceByGrouping]:
     """Returns p-values [times, 3] by prefix, rank and draft of texts drawn from `laws_VV`, and the last judgement."""
     generator = torch.Generator().manual_seed(0)
     chances = []
     for _ in range(times):
         texts = toy_texts(probs_VV, num_rows, generator)
-        judged = judge(texts, 4, toy_laws_along(toy_laws()), generator)
-        by_prefix = p_value(*fisher([evidence.p_value for evidence in judged.by_prefix if evidence.freedom]))
+        judged = collect_evidence(texts, 4, toy_laws_along(toy_laws()), generator)
+        by_prefix = p_value(*combine_p_values([evidence.p_value for evidence in judged.by_prefix if evidence.freedom]))
         chances.append((by_prefix, judged.by_rank.p_value, judged.by_draft.p_value))
     return torch.tensor(chances), judged
 
@@ -96,7 +105,7 @@ def moved(share: float, to_drafted: bool) -> Tensor:
 def test_a_shift_is_seen_as_often_as_promised(way: int) -> None:
     _, judged = toy_chances(toy_laws(), num_rows=400, times=1)
     evidence = (sum(judged.by_prefix, Evidence()), judged.by_rank, judged.by_draft)[way]
-    share = smallest_shift(evidence, 1e-3)
+    share = detectable_shift(evidence, 1e-3)
     assert share is not None
     assert 0.03 < share < 0.3
     chances, _ = toy_chances(moved(share, to_drafted=way == 2), num_rows=400, times=20)
@@ -106,9 +115,11 @@ def test_a_shift_is_seen_as_often_as_promised(way: int) -> None:
 
 
 def test_where_nothing_can_be_seen() -> None:
-    assert smallest_shift(Evidence(), 1e-3) is None
-    assert smallest_shift(Evidence(freedom=1, leverage=1.0), 1e-3) is None
-    judged = judge(toy_texts(toy_laws(), 8, torch.Generator()), 4, toy_laws_along(toy_laws()), torch.Generator())
+    assert detectable_shift(Evidence(), 1e-3) is None
+    assert detectable_shift(Evidence(freedom=1, leverage=1.0), 1e-3) is None
+    judged = collect_evidence(
+        toy_texts(toy_laws(), 8, torch.Generator()), 4, toy_laws_along(toy_laws()), torch.Generator()
+    )
     assert [evidence.freedom for evidence in judged.by_prefix] == [0] * 4
     assert judged.by_rank.freedom == judged.by_draft.freedom == 0
 
@@ -146,7 +157,7 @@ def test_cells_by_hand() -> None:
     assert heads.freedom == 1
     assert 7.8**2 < heads.statistic < 8.6**2
     assert p_value(3.841, 1) == pytest.approx(0.05, abs=1e-4)
-    assert fisher([0.5, 0.0, 1.0])[1] == 6
+    assert combine_p_values([0.5, 0.0, 1.0])[1] == 6
 
 
 # --- The model's own word --------------------------------------------------------------------------------------------
@@ -156,7 +167,7 @@ def test_cells_by_hand() -> None:
 def test_own_logits_are_those_after_each_token(architecture: str) -> None:
     target, prompt = tiny_target(architecture), [5, 9, 11]
     texts = [[7, 8, 9], [3], [], [7, 8]] * 5  # more than are fed at once
-    found = list(own_logits(target, prompt, texts))
+    found = list(reference_logits(target, prompt, texts))
     assert [len(logits_TV) for logits_TV in found] == [len(text) + 1 for text in texts]
     for logits_TV, text in zip(found, texts, strict=True):
         assert logits_TV.dtype == torch.float64
@@ -179,7 +190,7 @@ def test_own_laws_and_where_they_are_unclear() -> None:
         (Sampling(temperature=0.5, top_k=3, top_p=0.8), [0, 2 / 3, 1 / 3, 0], [True, True]),
     ]
     for sampling, first, is_clear in cases:
-        sampled_probs_TV, is_clear_T = own_laws(logits_TV, sampling, blur_T)
+        sampled_probs_TV, is_clear_T = reference_probs(logits_TV, sampling, blur_T)
         assert sampled_probs_TV[0].tolist() == pytest.approx(first)
         assert sampled_probs_TV.sum(1).tolist() == pytest.approx([1, 1])
         assert is_clear_T.tolist() == is_clear
@@ -192,4 +203,4 @@ def test_own_laws_and_where_they_are_unclear() -> None:
         (Sampling(temperature=0.5, top_p=0.751), [False, True]),
         (Sampling(temperature=0.5, top_p=0.599), [True, False]),
     ):
-        assert own_laws(logits_TV, sampling, torch.tensor([1e-3, 1e-3]))[1].tolist() == is_clear, sampling
+        assert reference_probs(logits_TV, sampling, torch.tensor([1e-3, 1e-3]))[1].tolist() == is_clear, sampling

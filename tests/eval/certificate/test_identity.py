@@ -13,8 +13,8 @@ from draftsmith.core.tree import Draft, Verdict
 from draftsmith.drafters import lookup
 from draftsmith.verify.paths import walk
 from eval.certificate.identity import GreedySettings, explain
-from eval.certificate.reference import own_logits
-from eval.certificate.sampled import LawSettings
+from eval.certificate.reference import reference_logits
+from eval.certificate.sampled import SampledTestSettings
 from eval.lossless import LOSSLESS, NOT_LOSSLESS, certify, lines
 from tests.eval.test_lossless import judge_by, loader, of_greedy, some_prompts
 from tests.support.models import tiny_model, tiny_target
@@ -44,7 +44,7 @@ def test_a_numeric_tie_is_told_from_an_error(
 
     judge_by(monkeypatch, prefer_the_twin, greedily=True)
     settings = GreedySettings(dtypes=("float32",), batch_sizes=(3,), max_new_tokens=12)
-    laws = LawSettings(laws=("temperature=1",), num_rows=1200, num_tokens=3, law_prompts=1, rows_at_once=400)
+    laws = SampledTestSettings(laws=("temperature=1",), num_rows=1200, num_tokens=3, law_prompts=1, rows_at_once=400)
     told = certify(loader(model), [tmp_path / "lookup"], some_prompts(vocab_size=64), laws, settings)
     plain, ours, transformers = of_greedy(told)
     assert (plain["ties"], plain["errors"], plain["verdict"]) == ([], [], "passed")
@@ -67,7 +67,7 @@ def test_an_error_among_unlikely_tokens_is_no_tie() -> None:
     """Two tokens may have equal logits and both be wrong."""
     model, often, twin = twin_model(0.0)
     target, prompt = Target(model), some_prompts(1, vocab_size=64)[0].ids
-    logits_V = next(own_logits(target, prompt, [[often, often]]))[-1]
+    logits_V = next(reference_logits(target, prompt, [[often, often]]))[-1]
     assert int(logits_V.argmax()) not in (often, twin)
     exact, texts = loader(model), ([often, often, twin, 5], [often, often, often, 5])
     told = explain(target, prompt, *texts, exact=lambda: exact("float64"), tie_tolerance=8)

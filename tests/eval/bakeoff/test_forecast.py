@@ -5,12 +5,18 @@ import pytest
 import draftsmith
 from draftsmith.core.drafter import find
 from eval.bakeoff import forecast
-from eval.bakeoff.forecast import Blind, Costs, as_measured, break_even, kept_full
-from eval.bakeoff.measure import Ask, Contender, Tally, measure, merged, own_loop
+from eval.bakeoff.forecast import (
+    DummyDrafter,
+    VerificationCosts,
+    break_even,
+    predict_continuous_batching,
+    predict_static_batching,
+)
+from eval.bakeoff.measure import DecodingMethod, DecodingRequest, Tally, draftsmith_method, measure, merged
 from tests.support.models import padded, prompts, tiny_target
 
 
-class ByHand(Costs):
+class ByHand(VerificationCosts):
     """A step of 4 ms and one more for each row over the first; a node of a row costs a quarter of a step."""
 
     def __init__(self) -> None:
@@ -56,13 +62,15 @@ def drafted(size: int, rounds: int = 32) -> Tally:
 def test_what_was_decoded_side_by_side() -> None:
     """Plain 20 + 40 + 320 = 380 ms; drafted 40 + 64 + 16 + 32 * 4 * (1.25 + 1.75) / 2 = 312 ms."""
     costs = ByHand()
-    assert as_measured(plain(1), drafted(1), 1, costs) == pytest.approx(380 / 312)
+    assert predict_static_batching(plain(1), drafted(1), 1, costs) == pytest.approx(380 / 312)
     assert costs.asked == {0, 2}
-    assert as_measured(plain(1, slower=2), drafted(1), 1, costs) == pytest.approx(700 / (120 + 2 * 192))
+    assert predict_static_batching(plain(1, slower=2), drafted(1), 1, costs) == pytest.approx(700 / (120 + 2 * 192))
     shorter = drafted(1)
     shorter.tokens = 60  # the end came sooner
-    assert as_measured(plain(1), shorter, 1, costs) == pytest.approx(0.75 * 380 / 312)
-    assert as_measured(plain(4), drafted(4, rounds=48), 4, costs) < as_measured(plain(4), drafted(4), 4, costs)
+    assert predict_static_batching(plain(1), shorter, 1, costs) == pytest.approx(0.75 * 380 / 312)
+    assert predict_static_batching(plain(4), drafted(4, rounds=48), 4, costs) < predict_static_batching(
+        plain(4), drafted(4), 4, costs
+    )
 
 
 def test_batches_that_are_kept_full() -> None:
@@ -75,28 +83,28 @@ def test_batches_that_are_kept_full() -> None:
         return own / (20 * size + 16 * (1.5 + size + (3 + size) * (1 + size / 2)))
 
     for size in (1, 2, 4, 8):  # rows that end before others, as those in 48 rounds, cost nothing here
-        assert kept_full(*several, size, costs) == pytest.approx(by_hand(size))
-    assert kept_full({1: plain(1)}, {1: drafted(1)}, 1, costs) == pytest.approx(by_hand(1))
-    assert kept_full({1: plain(1)}, {1: drafted(1)}, 1, costs) == pytest.approx(
-        as_measured(plain(1), drafted(1), 1, costs)
+        assert predict_continuous_batching(*several, size, costs) == pytest.approx(by_hand(size))
+    assert predict_continuous_batching({1: plain(1)}, {1: drafted(1)}, 1, costs) == pytest.approx(by_hand(1))
+    assert predict_continuous_batching({1: plain(1)}, {1: drafted(1)}, 1, costs) == pytest.approx(
+        predict_static_batching(plain(1), drafted(1), 1, costs)
     )
     # Of one size alone, what is not a forward grows as the step does: by 6 / 4 from one row to three.
     expected = 1.5 * (10 + 40 * 4.5) / (1.5 * (20 + 16 * 2.5) + 16 * 6 * (1 + 3 / 2))
-    assert kept_full({1: plain(1)}, {1: drafted(1)}, 3, costs) == pytest.approx(expected)
+    assert predict_continuous_batching({1: plain(1)}, {1: drafted(1)}, 3, costs) == pytest.approx(expected)
 
 
 def test_medians_and_where_it_stops_paying() -> None:
     rounds = {1: [plain(1, slower) for slower in (1, 2, 9)]}, {1: [drafted(1)] * 3}
-    found = forecast.by_batch_size(*rounds, {1, 16}, ByHand())
+    found = forecast.predict_by_batch_size(*rounds, {1, 16}, ByHand())
     assert list(found) == [1, 16]
-    assert found[1] == pytest.approx(as_measured(plain(1, 2), drafted(1), 1, ByHand()))
+    assert found[1] == pytest.approx(predict_static_batching(plain(1, 2), drafted(1), 1, ByHand()))
     assert break_even({1: 1.2, 2: 1.1, 4: 0.9, 8: 0.8}) == 4
     assert break_even({1: 1.2, 2: 1.1}) is None
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_costs_lie_between_those_measured_and_beyond(architecture: str) -> None:
-    costs = Costs(tiny_target(architecture), prompts(2))
+    costs = VerificationCosts(tiny_target(architecture), prompts(2))
     assert costs.ratio(3, 0, 0) == 1 and costs.step_ms(3) > 0
     assert costs.ratio(3, 3, 0) == pytest.approx((costs.ratio(3, 2, 0) + costs.ratio(3, 4, 0)) / 2)
     assert costs.ratio(3, 31, 0) == costs.ratio(3, 31, 0), "measured once"
@@ -114,7 +122,7 @@ def test_verification_from_a_block_on_runs_the_others_alone() -> None:
         for number, block in enumerate(target.model.model.layers)
     ]
     run.clear()
-    stats = Costs(target, prompts(1))._decoded(prompts(1), Blind(target, 2, last))
+    stats = VerificationCosts(target, prompts(1))._decoded(prompts(1), DummyDrafter(target, 2, last))
     for hook in hooks:
         hook.remove()
     assert stats.verified[last, 2] > 2
@@ -128,10 +136,12 @@ def test_rounds_are_counted_by_what_was_verified(architecture: str) -> None:
     target, family = tiny_target(architecture), find("lookup")
     drafter = family.Drafter(family.Config(num_draft=3), target)
     contenders = [
-        Contender(name="plain", decode=own_loop(target)),
-        Contender(name="x", decode=own_loop(target, drafter)),
+        DecodingMethod(name="plain", decode=draftsmith_method(target)),
+        DecodingMethod(name="x", decode=draftsmith_method(target, drafter)),
     ]
-    asks = [Ask(prompts=prompts(2, seed=seed), temperature=0.0, max_new_tokens=6, seed=0) for seed in (0, 1)]
+    asks = [
+        DecodingRequest(prompts=prompts(2, seed=seed), temperature=0.0, max_new_tokens=6, seed=0) for seed in (0, 1)
+    ]
     tallies = measure(contenders, asks, target.device)
     for tally in tallies.values():
         assert sum(rounds for _, _, rounds in tally.verified) == tally.rounds and tally.calls == 2

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import draftsmith
-from draftsmith.core.drafter import Drafter, Step
+from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.sampling import Sampling
+from draftsmith.core.tree import Draft
 
 ENOUGH, MOST_REPEATS = 1000, 8
 
@@ -31,14 +32,19 @@ def optimal_acceptance(target_probs_V: Tensor, draft_probs_V: Tensor, num_drafts
     return 1 + (target_mass_V - draft_mass_V.clamp(max=1) ** powers).amin(-1).clamp(max=0)
 
 
-class Watched:
+class FirstTokenRecorder(Drafter):
     """A drafter of which is noted how often its first tokens were accepted, and how often they could have been."""
 
     def __init__(self, drafter: Drafter, sampling: Sampling) -> None:
         self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
         self._drafter, self._sampling = drafter, sampling
         self.num_steps, self.num_accepted, self.optimum = 0, 0, 0.0
-        self.start, self.propose = drafter.start, drafter.propose
+
+    def start(self, session: Session) -> None:
+        self._drafter.start(session)
+
+    def propose(self, budget: int) -> Draft:
+        return self._drafter.propose(budget)
 
     def observe(self, step: Step) -> None:
         """Adds up the steps whose first siblings were drawn independently; one sibling always is."""
@@ -52,7 +58,7 @@ class Watched:
         self._drafter.observe(step)
 
 
-def first_token(
+def first_token_acceptance(
     drafter: Drafter, prompts: list[list[int]], *, verifier: str, seed: int, **settings: Any
 ) -> tuple[float, float] | None:
     """Returns how often a draft's first token was accepted by `verifier`, and by the best rule could have been.
@@ -61,7 +67,7 @@ def first_token(
     for chance alone; `settings` are of `draftsmith.generate`. None if no first tokens were drawn from a law.
     """
     rows = [torch.tensor(prompt, device=drafter.target.device) for prompt in prompts]
-    watched = Watched(drafter, Sampling(temperature=settings["temperature"]))
+    watched = FirstTokenRecorder(drafter, Sampling(temperature=settings["temperature"]))
     for number in range(MOST_REPEATS):
         draftsmith.generate(
             drafter.target,

@@ -13,17 +13,17 @@ from data.shards import hash_files
 from draftsmith import Target, verify
 from draftsmith.artifacts.artifact import own_files, read_manifest
 from draftsmith.length.target_confidence import TargetConfidenceThreshold
-from eval.bakeoff.measure import Contender, own_loop, transformers_loop, warm_up
-from eval.bakeoff.settings import Settings
+from eval.bakeoff.measure import DecodingMethod, draftsmith_method, transformers_method, warm_up
+from eval.bakeoff.settings import BakeoffSettings
 
 PLAIN, TRANSFORMERS = "plain", "transformers"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class Contender:
     """A contender and what the table says of it beside its speed."""
 
-    contender: Contender
+    contender: DecodingMethod
     family: str | None = None
     """None where nothing drafts."""
     drafter: Any = None
@@ -53,16 +53,18 @@ class Entry:
         return (self.verifier, self.length, self.gate) != ("auto", "auto", None)
 
 
-def entries(target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path], settings: Settings) -> list[Entry]:
+def contenders(
+    target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path], settings: BakeoffSettings
+) -> list[Contender]:
     """Returns plain decoding first; raises ValueError for an artifact that does not fit, or two of one name."""
     found = [
-        Entry(contender=Contender(name=PLAIN, decode=own_loop(target))),
-        Entry(contender=Contender(name=TRANSFORMERS, decode=transformers_loop(target))),
+        Contender(contender=DecodingMethod(name=PLAIN, decode=draftsmith_method(target))),
+        Contender(contender=DecodingMethod(name=TRANSFORMERS, decode=transformers_method(target))),
     ]
     for name, path in zip(_names(artifacts), artifacts, strict=True):
         manifest = read_manifest(path)
         drafter = draftsmith.load(path, target)
-        parameters: list[Tensor] = list(getattr(drafter, "parameters", list)())
+        parameters: list[Tensor] = list(drafter.parameters())
         facts: dict[str, Any] = {
             "family": manifest["family"],
             "drafter": drafter,
@@ -75,10 +77,12 @@ def entries(target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path]
         if facts["is_tuned"]:
             # What it drafts for is decoded plainly too: its text is another than the target's own.
             reference = f"{name} ({PLAIN})"
-            decode = own_loop(drafter.target)
-            found.append(Entry(contender=Contender(name=reference, decode=decode), is_tuned=True))
-        contender = Contender(name=name, decode=own_loop(drafter.target, drafter), reference=reference, drafter=drafter)
-        found.append(Entry(contender=contender, **facts))
+            decode = draftsmith_method(drafter.target)
+            found.append(Contender(contender=DecodingMethod(name=reference, decode=decode), is_tuned=True))
+        contender = DecodingMethod(
+            name=name, decode=draftsmith_method(drafter.target, drafter), reference=reference, drafter=drafter
+        )
+        found.append(Contender(contender=contender, **facts))
         for entry in _ablations(contender, drafter, facts, settings):
             try:
                 warm_up(entry.contender, [prompts[0].ids], temperature=1.0)
@@ -88,20 +92,26 @@ def entries(target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path]
     return found
 
 
-def _ablations(own: Contender, drafter: Any, facts: dict[str, Any], settings: Settings) -> Iterator[Entry]:
+def _ablations(
+    own: DecodingMethod, drafter: Any, facts: dict[str, Any], settings: BakeoffSettings
+) -> Iterator[Contender]:
     """Yields the drafter, in its own way contender `own`, with each other verifier, policy of lengths and gate."""
 
-    def other(what: str, **options: Any) -> Contender:
+    def other(what: str, **options: Any) -> DecodingMethod:
         given = {"drafter": drafter} | options
-        return replace(own, name=f"{own.name} ({what})", decode=own_loop(drafter.target, **given))
+        return replace(own, name=f"{own.name} ({what})", decode=draftsmith_method(drafter.target, **given))
 
     for verifier in settings.verifiers:
         is_lossless = verify.find(verifier)[0].LOSSLESS
-        yield Entry(contender=other(verifier, verifier=verifier), verifier=verifier, is_lossless=is_lossless, **facts)
+        yield Contender(
+            contender=other(verifier, verifier=verifier), verifier=verifier, is_lossless=is_lossless, **facts
+        )
     for policy in settings.lengths:
-        yield Entry(contender=other(policy, policy=policy), length=policy, **facts)
+        yield Contender(contender=other(policy, policy=policy), length=policy, **facts)
     for gate in settings.gates:
-        yield Entry(contender=other(f"gate {gate:g}", drafter=TargetConfidenceThreshold(drafter, gate)), gate=gate, **facts)
+        yield Contender(
+            contender=other(f"gate {gate:g}", drafter=TargetConfidenceThreshold(drafter, gate)), gate=gate, **facts
+        )
 
 
 def _names(artifacts: Sequence[Path]) -> list[str]:

@@ -17,11 +17,19 @@ from data.prompts import Prompt
 from draftsmith import Target
 from draftsmith.core.drafter import find
 from eval.bakeoff.results import TEXTS
-from eval.bakeoff.settings import Settings
+from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.report import charts
 from eval.report.page import PAGE, page, write_report
-from eval.report.texts import Taken, _pieces, _spelt, _tree, chosen, follow, write_down
+from eval.report.recorded_texts import (
+    DecodingStep,
+    _as_text,
+    _pieces,
+    _tree_statistics,
+    chosen,
+    greedy_steps,
+    record_texts,
+)
 from eval.report.token_view import token_view
 from tests.support.family import built
 from tests.support.models import greedy_by_transformers, prompts, tiny_model, tiny_target
@@ -55,7 +63,7 @@ def test_steps_are_those_of_decoding(family: str) -> None:
     drafter = drafter_of(family, target)
     expected = greedy_by_transformers("llama", 4, 20)
     for ids, text in zip(prompts(4), expected, strict=True):
-        steps = follow(drafter, ids, 20)
+        steps = greedy_steps(drafter, ids, 20)
         assert [token for step in steps for token in (*step.accepted, step.own)] == text[len(ids) :]
         stats = draftsmith.generate(target, torch.tensor([ids]), drafter, max_new_tokens=20).stats
         assert len(steps) == stats.steps
@@ -73,16 +81,16 @@ def test_a_text_may_end_within_a_draft() -> None:
     model.generation_config.eos_token_id = new[5]
     end = new.index(new[5]) + 1
     target = Target(model)
-    steps = follow(drafter_of("lm", target), ids, 20)
+    steps = greedy_steps(drafter_of("lm", target), ids, 20)
     assert [token for step in steps for token in step.accepted + [step.own] * (step.own is not None)] == new[:end]
 
 
 def test_rejected_are_the_siblings_of_what_was_right() -> None:
     drafted = {(0,): 5, (1,): 6, (0, 0): 7, (0, 1): 8, (1, 0): 9}
-    steps = [Taken(drafted=drafted, path=(0,), own=3), Taken(drafted=drafted, path=(1, 0), own=4)]
+    steps = [DecodingStep(drafted=drafted, path=(0,), own=3), DecodingStep(drafted=drafted, path=(1, 0), own=4)]
     assert (steps[0].accepted, steps[0].rejected) == ([5], [7, 8])
     assert (steps[1].accepted, steps[1].rejected) == ([6, 9], [])
-    told = _tree(steps)
+    told = _tree_statistics(steps)
     assert told["num_nodes"] == 5
     assert {node["path"]: (node["drafted"], node["accepted"]) for node in told["nodes"]} == {
         (0,): (2, 1),
@@ -106,15 +114,15 @@ def test_pieces_join_to_the_text_and_hold_back_parts_of_characters() -> None:
     pieces = _pieces(target, ids[:3], ids[3:])
     assert "".join(pieces) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:3])) :]
     assert "" in pieces and not any("\ufffd" in piece for piece in pieces)
-    step = Taken(drafted={(0,): ids[1]}, path=(0,), own=None)
-    (told,) = _spelt(target, ids[:1], [step])
+    step = DecodingStep(drafted={(0,): ids[1]}, path=(0,), own=None)
+    (told,) = _as_text(target, ids[:1], [step])
     assert told == {"accepted": [tokenizer.decode(ids[1:2])], "own": None, "rejected": [], "num_drafted": 1}
 
 
 def test_what_is_written_down_is_json_of_every_drafter() -> None:
     target = tiny_target("llama")
     drafters = {"one": drafter_of("lookup", target), "two": drafter_of("medusa", target)}
-    written = write_down(target, [prompt_of(ids) for ids in prompts(4)], drafters, 12)
+    written = record_texts(target, [prompt_of(ids) for ids in prompts(4)], drafters, 12)
     assert [set(text["steps"]) for text in written["texts"]] == [{"one", "two"}] * 3
     assert set(written["trees"]) == {"one", "two"}
     assert len(json.loads(json.dumps(written))["trees"]["two"]["nodes"]) > 3
@@ -296,7 +304,7 @@ def test_a_comparison_leaves_its_page(tmp_path: Path) -> None:
     for name in ("lookup", "medusa"):
         made = drafter_of(name, target)
         draftsmith.save(made, tmp_path / "made" / name, target=target, record={"train_s": 3.0})
-    settings = Settings(rounds=1, max_new_tokens=8, batch_sizes=(1,), temperatures=(0.0,), lengths=("fixed=1",))
+    settings = BakeoffSettings(rounds=1, max_new_tokens=8, batch_sizes=(1,), temperatures=(0.0,), lengths=("fixed=1",))
     artifacts = [tmp_path / "made" / name for name in ("lookup", "medusa")]
     rows = compare(target, [prompt_of(ids) for ids in prompts(2)], artifacts, tmp_path / "out", settings)
     assert any(row["is_ablation"] for row in rows)

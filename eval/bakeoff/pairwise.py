@@ -8,11 +8,11 @@ from data.prompts import Prompt
 from draftsmith import Target
 from draftsmith.core.stats import num_threads
 from eval.bakeoff.machine import commit, hardware
-from eval.bakeoff.measure import Ask, Contender, measure, warm_up
+from eval.bakeoff.measure import DecodingMethod, DecodingRequest, measure, warm_up
 
 
 @dataclass(frozen=True, kw_only=True)
-class DuelSettings:
+class PairSettings:
     """How both decode."""
 
     max_new_tokens: int = 128
@@ -27,7 +27,9 @@ class DuelSettings:
     """CPU threads, 0 for torch's own choice."""
 
 
-def duel(ours: Contender, theirs: Contender, target: Target, prompts: Sequence[Prompt], settings: DuelSettings) -> str:
+def compare_pair(
+    ours: DecodingMethod, theirs: DecodingMethod, target: Target, prompts: Sequence[Prompt], settings: PairSettings
+) -> str:
     """Returns a line with both medians of tokens/s over rounds and the median, least and largest ratio within one."""
     ids = [prompt.ids for prompt in prompts]
     ratios, speeds, is_identical = [], [], True
@@ -36,7 +38,7 @@ def duel(ours: Contender, theirs: Contender, target: Target, prompts: Sequence[P
             warm_up(contender, ids[: settings.batch_size], settings.temperature)
         for number in range(settings.rounds):
             asks = [
-                Ask(
+                DecodingRequest(
                     prompts=ids[begin : begin + settings.batch_size],
                     temperature=settings.temperature,
                     max_new_tokens=settings.max_new_tokens,
@@ -57,7 +59,7 @@ def duel(ours: Contender, theirs: Contender, target: Target, prompts: Sequence[P
     )
 
 
-def conditions(target: Target, num_prompts: int, settings: DuelSettings) -> str:
+def describe_conditions(target: Target, num_prompts: int, settings: PairSettings) -> str:
     """Returns what a benchmark's first line says."""
     return (
         f"{hardware(target.device)}, {settings.threads} thread(s), {str(target.dtype).removeprefix('torch.')};"

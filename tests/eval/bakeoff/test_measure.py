@@ -1,11 +1,18 @@
-"""eval/bakeoff/measure.py and eval/bakeoff/duel.py: contenders take turns, know nothing of each other, and say new tokens only."""
+"""eval/bakeoff/measure.py and eval/bakeoff/pairwise.py: contenders take turns, know nothing of each other, and say new tokens only."""
 
 import pytest
 import torch
 
 from draftsmith.core.stats import GenerationStats
-from eval.bakeoff.duel import DuelSettings, duel
-from eval.bakeoff.measure import Ask, Contender, Decoded, measure, own_loop, transformers_loop
+from eval.bakeoff.measure import (
+    DecodingMethod,
+    DecodingRequest,
+    DecodingResult,
+    draftsmith_method,
+    measure,
+    transformers_method,
+)
+from eval.bakeoff.pairwise import PairSettings, compare_pair
 from tests.eval.test_compare import some_prompts
 from tests.support.models import prompts, tiny_target
 
@@ -13,15 +20,15 @@ from tests.support.models import prompts, tiny_target
 def test_contenders_take_turns_and_are_compared_with_the_first() -> None:
     said = []
 
-    def decoder(name: str, token: int) -> Contender:
-        def decode(ask: Ask) -> Decoded:
+    def decoder(name: str, token: int) -> DecodingMethod:
+        def decode(ask: DecodingRequest) -> DecodingResult:
             said.append(name)
             stats = GenerationStats(num_rows=1, steps=2, new_tokens=3, drafted=[2, 1], accepted=[1])
-            return Decoded(rows=[[token] * 3 for _ in ask.prompts], stats=stats)
+            return DecodingResult(rows=[[token] * 3 for _ in ask.prompts], stats=stats)
 
-        return Contender(name=name, decode=decode)
+        return DecodingMethod(name=name, decode=decode)
 
-    asks = [Ask(prompts=[[1], [2]], temperature=0.0, max_new_tokens=3, seed=0)] * 2
+    asks = [DecodingRequest(prompts=[[1], [2]], temperature=0.0, max_new_tokens=3, seed=0)] * 2
     tallies = measure([decoder("a", 1), decoder("b", 1), decoder("c", 2)], asks, torch.device("cpu"), first=1)
     assert said == ["b", "c", "a", "c", "a", "b"]
     assert [tallies[name].is_identical for name in "abc"] == [True, True, False]
@@ -38,18 +45,18 @@ class Rememberer:
     def forget(self) -> None:
         self.known = []
 
-    def decode(self, ask: Ask) -> Decoded:
+    def decode(self, ask: DecodingRequest) -> DecodingResult:
         known, self.known = list(self.known), [*self.known, *ask.prompts[0]]
-        return Decoded(rows=[known])
+        return DecodingResult(rows=[known])
 
 
 def test_no_round_knows_of_another_and_no_contender_of_anothers() -> None:
-    asks = [Ask(prompts=[[token]], temperature=0.0, max_new_tokens=3, seed=0) for token in (1, 2, 3)]
+    asks = [DecodingRequest(prompts=[[token]], temperature=0.0, max_new_tokens=3, seed=0) for token in (1, 2, 3)]
     alone, shared = Rememberer(), Rememberer()
     for _ in range(2):
-        tallies = measure([Contender(name="a", decode=alone.decode, drafter=alone)], asks, torch.device("cpu"))
+        tallies = measure([DecodingMethod(name="a", decode=alone.decode, drafter=alone)], asks, torch.device("cpu"))
         assert tallies["a"].tokens == 0 + 1 + 2, "within a round it remembers"
-    pair = [Contender(name=name, decode=shared.decode, drafter=shared) for name in "ab"]
+    pair = [DecodingMethod(name=name, decode=shared.decode, drafter=shared) for name in "ab"]
     assert [tally.tokens for tally in measure(pair, asks, torch.device("cpu")).values()] == [0, 0]
 
 
@@ -57,11 +64,11 @@ def test_no_round_knows_of_another_and_no_contender_of_anothers() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_both_loops_return_new_tokens_only(architecture: str, temperature: float) -> None:
     target = tiny_target(architecture)
-    ask = Ask(prompts=prompts(3), temperature=temperature, max_new_tokens=5, seed=1)
+    ask = DecodingRequest(prompts=prompts(3), temperature=temperature, max_new_tokens=5, seed=1)
     before = torch.get_rng_state()
-    theirs = transformers_loop(target)(ask)
+    theirs = transformers_method(target)(ask)
     assert torch.equal(before, torch.get_rng_state())
-    ours = own_loop(target)(ask)
+    ours = draftsmith_method(target)(ask)
     assert [len(row) for row in ours.rows] == [len(row) for row in theirs.rows] == [5, 5, 5]
     if temperature == 0:
         assert ours.rows == theirs.rows
@@ -70,10 +77,10 @@ def test_both_loops_return_new_tokens_only(architecture: str, temperature: float
 def test_duel_says_both_speeds_and_their_ratio() -> None:
     target = tiny_target("llama")
     contenders = [
-        Contender(name="ours", decode=own_loop(target)),
-        Contender(name="theirs", decode=transformers_loop(target)),
+        DecodingMethod(name="ours", decode=draftsmith_method(target)),
+        DecodingMethod(name="theirs", decode=transformers_method(target)),
     ]
-    line = duel(*contenders, target, some_prompts(2), DuelSettings(rounds=2, max_new_tokens=4))
+    line = compare_pair(*contenders, target, some_prompts(2), PairSettings(rounds=2, max_new_tokens=4))
     assert line.startswith("ours ")
     assert "theirs" in line
     assert "in 2 rounds); output identical" in line

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from draftsmith import Target
-from draftsmith.core.drafter import Session, forget
+from draftsmith.core.drafter import Session
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import drafted_depth
 from draftsmith.core.tree import Draft
@@ -21,7 +21,7 @@ OFFSETS = (-2, -1, 0, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class GreedyText:
     """A prompt and what the target greedily wrote after it."""
 
     ids: list[int]
@@ -31,7 +31,7 @@ class Text:
 
 
 @dataclass(kw_only=True)
-class Counts:
+class DraftCounts:
     """What drafts came to, summed."""
 
     drafted: list[int] = field(default_factory=list)
@@ -57,28 +57,28 @@ class Counts:
         return self.first_right[offset] / max(self.num_drafts, 1)
 
 
-def places_of(texts: Sequence[Text], most: int) -> list[tuple[int, int]]:
+def draft_positions(texts: Sequence[GreedyText], most: int) -> list[tuple[int, int]]:
     """Returns (text, length of what stands before), every place written by the target, or `most` of them evenly."""
     places = [(number, end) for number, text in enumerate(texts) for end in range(text.num_prompt, len(text.ids))]
     step = max(1, -(-len(places) // most))
     return places[::step]
 
 
-def draft_within(
+def draft_from_positions(
     target: Target,
     drafter: Any,
-    texts: Sequence[Text],
+    texts: Sequence[GreedyText],
     places: Sequence[tuple[int, int]],
     depth: int,
     *,
     shift: int = 0,
     done: Callable[[int], Any] = lambda num_rows: None,
-) -> Counts:
+) -> DraftCounts:
     """Returns what came of a draft of at most `depth` tokens begun at each of `places`, greedily.
 
     With `shift` the drafter is given hidden layers so many blocks later than those that it asks for.
     """
-    counts = Counts()
+    counts = DraftCounts()
     for begin in range(0, len(places), AT_ONCE):
         part = places[begin : begin + AT_ONCE]
         drafts = _draft(target, drafter, [texts[number].ids[:end] for number, end in part], depth, shift)
@@ -91,7 +91,7 @@ def draft_within(
 
 @torch.inference_mode()
 def _draft(target: Target, drafter: Any, rows: list[list[int]], depth: int, shift: int) -> Draft:
-    forget(drafter)
+    drafter.forget()
     cache = target.new_cache(len(rows))
     layers = tuple(layer + shift for layer in drafter.hidden_layers)
     hidden = target.prefill([row[:-1] for row in rows], cache, layers=layers) if max(map(len, rows)) > 1 else {}
@@ -107,7 +107,7 @@ def _draft(target: Target, drafter: Any, rows: list[list[int]], depth: int, shif
     return drafter.propose(depth)
 
 
-def _count(counts: Counts, drafts: Draft, row: int, tokens: list[int], text: list[int], end: int) -> None:
+def _count(counts: DraftCounts, drafts: Draft, row: int, tokens: list[int], text: list[int], end: int) -> None:
     """Adds one row's draft; no deeper than the text goes on, as what came after is not known."""
     parents = drafts.tree.parents_RN[row % len(drafts.tree.parents_RN)].tolist()
     num_nodes = drafts.tree.num_nodes if drafts.num_nodes is None else drafts.num_nodes[row]

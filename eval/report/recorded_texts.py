@@ -14,7 +14,7 @@ from tqdm import tqdm
 import draftsmith
 from data.prompts import Prompt
 from draftsmith import Target
-from draftsmith.core.drafter import Session, forget
+from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.length.controller import with_length_control
 
@@ -24,12 +24,11 @@ Path = tuple[int, ...]
 """A node of a draft: at each depth, which of its siblings, from 0, leads there."""
 
 
-class Recorded:
+class DraftRecorder(Drafter):
     """A drafter of which every draft is kept, with the length of the text that it continues."""
 
     def __init__(self, drafter: Any) -> None:
         self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
-        self.observe = drafter.observe
         self.drafts: list[tuple[int, Draft]] = []
         self._drafter = drafter
 
@@ -42,9 +41,12 @@ class Recorded:
         self.drafts.append((len(self._rows[0]), draft))
         return draft
 
+    def observe(self, step: Step) -> None:
+        self._drafter.observe(step)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Taken:
+class DecodingStep:
     """One step of a greedy text."""
 
     drafted: dict[Path, int]
@@ -65,7 +67,7 @@ class Taken:
         return [token for path, token in self.drafted.items() if path[:-1] == self.path and len(path) == place + 1]
 
 
-def write_down(
+def record_texts(
     target: Target, prompts: Sequence[Prompt], drafters: Mapping[str, Any], max_new_tokens: int
 ) -> dict[str, Any]:
     """Returns what JSON holds of greedy texts after `chosen(prompts)`, step by step, and of the trees drafted there.
@@ -73,18 +75,18 @@ def write_down(
     At most `NUM_TOKENS` tokens are written to each.
     """
     texts: list[dict[str, Any]] = []
-    steps: dict[str, list[Taken]] = {name: [] for name in drafters}
+    steps: dict[str, list[DecodingStep]] = {name: [] for name in drafters}
     with tqdm(total=len(drafters) * len(chosen(prompts)), desc="texts", unit="text", leave=False, delay=2) as bar:
         for prompt in chosen(prompts):
             by_drafter = {}
             for name, drafter in drafters.items():
-                found = follow(drafter, prompt.ids, min(max_new_tokens, NUM_TOKENS))
-                by_drafter[name] = _spelt(drafter.target, prompt.ids, found)
+                found = greedy_steps(drafter, prompt.ids, min(max_new_tokens, NUM_TOKENS))
+                by_drafter[name] = _as_text(drafter.target, prompt.ids, found)
                 steps[name] += found
                 bar.update()
             shown = prompt.text or "".join(_pieces(target, [], prompt.ids))
             texts.append({"prompt": shown, "category": prompt.category, "steps": by_drafter})
-    return {"texts": texts, "trees": {name: _tree(found) for name, found in steps.items()}}
+    return {"texts": texts, "trees": {name: _tree_statistics(found) for name, found in steps.items()}}
 
 
 def chosen(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -96,26 +98,26 @@ def chosen(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [*ahead, *(prompt for prompt in prompts if prompt not in ahead)][:NUM_TEXTS]
 
 
-def follow(drafter: Any, prompt: list[int], max_new_tokens: int, *, length: str = "auto") -> list[Taken]:
+def greedy_steps(drafter: Any, prompt: list[int], max_new_tokens: int, *, length: str = "auto") -> list[DecodingStep]:
     """Returns the steps of greedy decoding after one prompt; `length` is as `draftsmith.generate` takes it."""
-    forget(drafter)
-    recorded = Recorded(with_length_control(drafter, length))
+    drafter.forget()
+    recorded = DraftRecorder(with_length_control(drafter, length))
     ids = torch.tensor([prompt], device=drafter.target.device)
     out = draftsmith.generate(drafter.target, ids, recorded, max_new_tokens=max_new_tokens, length="fixed")
     text = out.sequences[0, : out.lengths[0]].tolist()
     ends = [length for length, _ in recorded.drafts[1:]] + [len(text)]
     steps = []
     for (begin, draft), end in zip(recorded.drafts, ends, strict=True):
-        steps.append(_taken(draft, text[begin:end]))
+        steps.append(_step_of(draft, text[begin:end]))
         done = begin + len(steps[-1].path) + 1
         # Where one token more may be written nothing is drafted.
-        steps += [Taken(drafted={}, path=(), own=token) for token in text[done:end]]
+        steps += [DecodingStep(drafted={}, path=(), own=token) for token in text[done:end]]
     if not recorded.drafts:
-        steps = [Taken(drafted={}, path=(), own=token) for token in text[-max_new_tokens:]]
+        steps = [DecodingStep(drafted={}, path=(), own=token) for token in text[-max_new_tokens:]]
     return steps
 
 
-def _taken(draft: Draft, new: list[int]) -> Taken:
+def _step_of(draft: Draft, new: list[int]) -> DecodingStep:
     """Returns what became of a draft after which the text goes on with `new`: greedily, as far as it holds that."""
     num_nodes = draft.tree.num_nodes if draft.num_nodes is None else draft.num_nodes[0]
     tokens, parents = draft.tokens_BN[0].tolist(), draft.tree.parents_RN[0].tolist()
@@ -133,10 +135,10 @@ def _taken(draft: Draft, new: list[int]) -> Taken:
             break
         path = at
     own = new[len(path)] if len(path) < len(new) else None
-    return Taken(drafted=drafted, path=path, own=own)
+    return DecodingStep(drafted=drafted, path=path, own=own)
 
 
-def _spelt(target: Target, prompt: list[int], steps: Sequence[Taken]) -> list[dict[str, Any]]:
+def _as_text(target: Target, prompt: list[int], steps: Sequence[DecodingStep]) -> list[dict[str, Any]]:
     """Returns the steps with tokens as text."""
     ids = [token for step in steps for token in (*step.accepted, *([] if step.own is None else [step.own]))]
     pieces = iter(_pieces(target, [] if target.is_encoder_decoder else prompt, ids))
@@ -164,7 +166,7 @@ def _pieces(target: Target, before: list[int], ids: list[int]) -> list[str]:
     return found
 
 
-def _tree(steps: Sequence[Taken]) -> dict[str, Any]:
+def _tree_statistics(steps: Sequence[DecodingStep]) -> dict[str, Any]:
     """Returns how often each place of the trees was drafted, and how often the text went there."""
     drafted: Counter[Path] = Counter(path for step in steps for path in step.drafted)
     accepted: Counter[Path] = Counter(step.path[: depth + 1] for step in steps for depth in range(len(step.path)))

@@ -14,10 +14,9 @@ from torch import Tensor
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.drafter import forget
 from draftsmith.export.launch import ARTIFACT_VARIABLE
 from eval.doctor import vllm_process
-from eval.report.texts import follow
+from eval.report.recorded_texts import greedy_steps
 
 TOLERANCE = 40
 """vLLM sums in another order than PyTorch, so that now and then two tokens that are all but equally likely change
@@ -27,7 +26,7 @@ HAS_BOTH = "from importlib.util import find_spec; raise SystemExit(not (find_spe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class ServingCounts:
     """What came of all prompts."""
 
     texts: list[list[int]]
@@ -51,9 +50,9 @@ def check_python(python: str) -> None:
         raise ValueError(f"{python} lacks vLLM or draftsmith; ./launch.sh serving-test makes .venv-serving/bin/python")
 
 
-def by_vllm(
+def run_vllm(
     python: str, target: Target, prompts: Sequence[list[int]], num_new: int, folder: Path, launch: Any = None
-) -> Served:
+) -> ServingCounts:
     """Returns what vLLM makes of the prompts, greedily, launched as an export says, or without a drafter.
 
     `python` is one that has vLLM, `folder` is new and holds what is asked and answered. Raises ValueError if
@@ -85,7 +84,7 @@ def by_vllm(
         raise ValueError(f"vLLM, run by {python}, failed: {(done.stdout + done.stderr)[-4000:]}")
     answer = json.loads((folder / vllm_process.ANSWER).read_text())
     counts = {"num_drafts": 0, "num_draft_tokens": 0, "num_accepted_tokens_per_pos": []} | answer["counts"]
-    return Served(
+    return ServingCounts(
         texts=answer["texts"],
         num_drafts=int(counts["num_drafts"]),
         num_drafted=int(counts["num_draft_tokens"]),
@@ -93,7 +92,7 @@ def by_vllm(
     )
 
 
-class Sizes:
+class StepSizes:
     """A streamer that notes how many tokens each step gives."""
 
     def __init__(self) -> None:
@@ -106,7 +105,7 @@ class Sizes:
         """Nothing is held back."""
 
 
-def by_own_loop(drafter: Any, prompts: Sequence[list[int]], num_new: int, num_draft: int) -> Served:
+def run_draftsmith(drafter: Any, prompts: Sequence[list[int]], num_new: int, num_draft: int) -> ServingCounts:
     """Returns what draftsmith's loop makes of the prompts with drafts of `num_draft` tokens, counted as vLLM counts.
 
     vLLM drafts once the first token is there, counts whole the draft with which a text reaches its length, and is told
@@ -115,8 +114,8 @@ def by_own_loop(drafter: Any, prompts: Sequence[list[int]], num_new: int, num_dr
     new, sizes = [], []
     for prompt in prompts:
         first = draftsmith.generate(drafter.target, torch.tensor([prompt]), max_new_tokens=1, eos_token_id=[])
-        watch = Sizes()
-        forget(drafter)
+        watch = StepSizes()
+        drafter.forget()
         out = draftsmith.generate(
             drafter.target,
             first.sequences,
@@ -132,7 +131,7 @@ def by_own_loop(drafter: Any, prompts: Sequence[list[int]], num_new: int, num_dr
             if num_done < num_new:
                 sizes.append(size)
             num_done += size
-    return Served(
+    return ServingCounts(
         texts=new,
         num_drafts=len(sizes),
         num_drafted=len(sizes) * num_draft,
@@ -140,7 +139,7 @@ def by_own_loop(drafter: Any, prompts: Sequence[list[int]], num_new: int, num_dr
     )
 
 
-def is_close(found: Served, expected: Served) -> bool:
+def agrees(found: ServingCounts, expected: ServingCounts) -> bool:
     """Returns whether as much was accepted at each place, but for rounding."""
     if len(found.accepted) != len(expected.accepted):
         return False
@@ -151,5 +150,5 @@ def is_close(found: Served, expected: Served) -> bool:
 
 def drafts_trees(drafter: Any, prompt: list[int], num_new: int, num_draft: int) -> bool:
     """Returns whether more than one token is ever drafted for the same place, which vLLM does not verify."""
-    steps = follow(drafter, prompt, num_new, length=f"fixed={num_draft}")
+    steps = greedy_steps(drafter, prompt, num_new, length=f"fixed={num_draft}")
     return any(any(path) for step in steps for path in step.drafted)

@@ -20,8 +20,8 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import LAYER_INDEX
 from draftsmith.artifacts.model_card import WEIGHTS
 from draftsmith.artifacts.provenance import rotary, template_hash
-from eval.doctor.forced import OFFSETS, Counts, Text, draft_within
-from eval.doctor.served import Served, is_close
+from eval.doctor.serving import ServingCounts, agrees
+from eval.doctor.teacher_forced import OFFSETS, DraftCounts, GreedyText, draft_from_positions
 
 THETAS = (10_000.0, 500_000.0, 1_000_000.0)
 MARGIN, ERRORS = 0.05, 3
@@ -39,29 +39,29 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patient:
+class CheckContext:
     """An artifact, loaded, with texts that its target wrote greedily."""
 
     manifest: dict[str, Any]
     drafter: Any
-    texts: Sequence[Text]
+    texts: Sequence[GreedyText]
     places: Sequence[tuple[int, int]]
     depth: int
-    forced: Counts
+    teacher_forced: DraftCounts
     """What its drafts came to at `places`."""
 
     @property
     def target(self) -> Target:
         return self.drafter.target
 
-    def again(self, drafter: Any, *, shift: int = 0) -> Counts:
+    def again(self, drafter: Any, *, shift: int = 0) -> DraftCounts:
         """Returns the same of another drafter, or of this one reading other layers."""
-        return draft_within(self.target, drafter, self.texts, self.places, self.depth, shift=shift)
+        return draft_from_positions(self.target, drafter, self.texts, self.places, self.depth, shift=shift)
 
     def is_better(self, share: float) -> bool:
         """Returns whether so many first tokens right are clearly more than the drafter's own."""
-        own = self.forced.right_at(0)
-        error = math.sqrt(max(own * (1 - own), share * (1 - share)) / max(self.forced.num_drafts, 1))
+        own = self.teacher_forced.right_at(0)
+        error = math.sqrt(max(own * (1 - own), share * (1 - share)) / max(self.teacher_forced.num_drafts, 1))
         return share > own + max(MARGIN, ERRORS * error)
 
 
@@ -111,7 +111,7 @@ def check_mask(rows: Sequence[Example], target: Target, data: dict[str, Any] | N
     return Finding(name="mask", verdict="sound", told=told)
 
 
-def check_layers(patient: Patient) -> Finding:
+def check_layers(patient: CheckContext) -> Finding:
     """Gives the drafter the hidden layers before and after those it asks for."""
     if patient.manifest.get("layer_index", LAYER_INDEX) != LAYER_INDEX:
         told = f"the artifact counts layers so: {patient.manifest['layer_index']!r}; here {LAYER_INDEX!r}"
@@ -123,7 +123,7 @@ def check_layers(patient: Patient) -> Finding:
         shift for shift in (-1, 1) if min(layers) + shift >= 0 and max(layers) + shift <= patient.target.num_layers
     ]
     found = {shift: patient.again(patient.drafter, shift=shift).right_at(0) for shift in shifts}
-    own = f"{patient.forced.right_at(0):.0%} of first tokens are right with layers {_list(layers)}"
+    own = f"{patient.teacher_forced.right_at(0):.0%} of first tokens are right with layers {_list(layers)}"
     shares = "".join(f", {share:.0%} with {_list([one + shift for one in layers])}" for shift, share in found.items())
     better = [shift for shift, share in found.items() if patient.is_better(share)]
     if better:
@@ -132,7 +132,7 @@ def check_layers(patient: Patient) -> Finding:
     return Finding(name="layers", verdict="sound", told=own + shares)
 
 
-def check_rotary(patient: Patient) -> Finding:
+def check_rotary(patient: CheckContext) -> Finding:
     """Compares the target's rotary positions with those of training, and tries other bases in the drafter's own."""
     recorded = (patient.manifest.get("made_with") or {}).get("rotary")
     now = rotary(patient.target.model.config)
@@ -143,12 +143,12 @@ def check_rotary(patient: Patient) -> Finding:
         "the target's are those of training" if recorded is not None else "of the target's nothing is recorded"
     )
     bases = _bases(dataclasses.asdict(patient.drafter.config))
-    if not bases or patient.target is not getattr(patient.target, "base", patient.target):
+    if not bases or patient.target is not patient.target.base:
         verdict: Verdict = "sound" if recorded is not None else "not known"
         return Finding(name="rotary", verdict=verdict, told=f"{target_told}; the drafter sets none of its own")
     others = {*THETAS, *_bases(now)} - set(bases)
     found = {theta: patient.again(with_base(patient.drafter, theta)).right_at(0) for theta in sorted(others)}
-    own = f"{patient.forced.right_at(0):.0%} of first tokens are right with base {_list(bases)}"
+    own = f"{patient.teacher_forced.right_at(0):.0%} of first tokens are right with base {_list(bases)}"
     shares = "".join(f", {share:.0%} with {theta:g}" for theta, share in found.items())
     best = max(found, key=lambda theta: found[theta])
     if patient.is_better(found[best]):
@@ -157,9 +157,10 @@ def check_rotary(patient: Patient) -> Finding:
     return Finding(name="rotary", verdict="sound", told=f"{target_told}; {own}{shares}")
 
 
-def check_vocabulary(drafter: Any, texts: Sequence[Text]) -> Finding:
+def check_vocabulary(drafter: Any, texts: Sequence[GreedyText]) -> Finding:
     """Looks whether d2t and t2d name the same tokens, in order, and how much of the text these are."""
-    d2t, t2d = getattr(drafter, "d2t", None), getattr(drafter, "t2d", None)
+    buffers = dict(drafter.named_buffers()) if isinstance(drafter, nn.Module) else {}
+    d2t, t2d = buffers.get("d2t"), buffers.get("t2d")
     if d2t is None or t2d is None:
         return Finding(name="vocabulary", verdict="sound", told="it drafts with no map of its own")
     ids_W = d2t.cpu() + torch.arange(len(d2t))
@@ -201,12 +202,12 @@ def check_dtype(folder: Path, manifest: dict[str, Any], target: Target) -> Findi
     return Finding(name="dtype", verdict="sound", told=f"the target is in {now}, as in training")
 
 
-def check_position(patient: Patient, judged: float | None) -> Finding:
+def check_position(patient: CheckContext, judged: float | None) -> Finding:
     """Looks whether first tokens are right for another place, and compares them with the trainer's judgement.
 
     `judged` is how often the trainer says that the first token is right, None if it does not say.
     """
-    rates = {offset: patient.forced.right_at(offset) for offset in OFFSETS}
+    rates = {offset: patient.teacher_forced.right_at(offset) for offset in OFFSETS}
     best = max(rates, key=lambda offset: rates[offset])
     own = f"{rates[0]:.1%} of first tokens are right"
     if best and patient.is_better(rates[best]):
@@ -215,7 +216,7 @@ def check_position(patient: Patient, judged: float | None) -> Finding:
     if judged is None:
         return Finding(name="position", verdict="sound", told=f"{own}, and at no other place more are")
     told = f"{own} in drafts, {judged:.1%} by the trainer's own reckoning of the same texts"
-    error = math.sqrt(max(judged * (1 - judged), 0.01) / max(patient.forced.num_drafts, 1))
+    error = math.sqrt(max(judged * (1 - judged), 0.01) / max(patient.teacher_forced.num_drafts, 1))
     is_whole = len(patient.places) == sum(len(text.ids) - text.num_prompt for text in patient.texts)
     if abs(judged - rates[0]) > (0.02 if is_whole else max(MARGIN, ERRORS * error)):
         return Finding(
@@ -224,10 +225,10 @@ def check_position(patient: Patient, judged: float | None) -> Finding:
     return Finding(name="position", verdict="sound", told=told)
 
 
-def check_carried(patient: Patient, fresh: Counts, carried: Counts) -> Finding:
+def check_carried(patient: CheckContext, fresh: DraftCounts, carried: DraftCounts) -> Finding:
     """Compares drafts begun afresh with those of real decoding at the very same places."""
     told = f"decoding accepts {_mean(carried):.2f} tokens a draft, drafts begun afresh at its places {_mean(fresh):.2f}"
-    if hasattr(patient.drafter, "forget") or not isinstance(patient.drafter, nn.Module):
+    if patient.drafter.keeps_state_between_calls or not isinstance(patient.drafter, nn.Module):
         return Finding(name="carried state", verdict="sound", told=f"{told}; it may learn as it goes")
     # At the end of a text less is drafted in decoding, of which a tree may be another: a token a text proves nothing.
     slack = len(patient.texts) / max(carried.num_drafts, 1)
@@ -237,12 +238,12 @@ def check_carried(patient: Patient, fresh: Counts, carried: Counts) -> Finding:
     return Finding(name="carried state", verdict="sound", told=told)
 
 
-def check_export(served: Served, own: Served, *, is_tree: bool) -> Finding:
+def check_export(served: ServingCounts, own: ServingCounts, *, is_tree: bool) -> Finding:
     """Compares what vLLM accepts of the artifact's export with what draftsmith's loop accepts of as long drafts."""
     told = f"vLLM accepts {served.per_draft:.2f} tokens a draft, draftsmith's loop {own.per_draft:.2f}"
     if is_tree:
         return Finding(name="export", verdict="not known", told=f"{told}, of trees: vLLM verifies one token a place")
-    if is_close(served, own):
+    if agrees(served, own):
         return Finding(name="export", verdict="sound", told=told)
     same = sum(one == other for one, other in zip(served.texts, own.texts, strict=True))
     told += f" ({same} of {len(own.texts)} texts are the same): vLLM does not run what was exported"
@@ -279,7 +280,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, stored.get_tensor(name)
 
 
-def _mean(counts: Counts) -> float:
+def _mean(counts: DraftCounts) -> float:
     return sum(counts.accepted) / max(counts.num_drafts, 1)
 
 
