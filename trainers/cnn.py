@@ -18,7 +18,7 @@ from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(distillation.Loss):
+class Settings(distillation.LossSettings):
     """The network, its loss, and the drafts to be made with it."""
 
     num_channels: int = 256
@@ -69,7 +69,7 @@ def build(settings: Settings, target: Target) -> Drafter:
 
 def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
     """Gives the drafter its shortlist."""
-    corpus.take_commonest(drafter.ends.shortlist, rows)
+    corpus.fill_shortlist(drafter.ends.shortlist, rows)
 
 
 def needs(settings: Settings, target: Target) -> Needs:

@@ -21,18 +21,18 @@ from draftsmith.drafters.lm import Config, Drafter
 from draftsmith.length import policies
 from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics
-from trainers.compression import healing
+from trainers.compression import constraints
 from trainers.corpora import corpus
 from trainers.parts import distillation, small_models, trees
 from trainers.parts.distillation import before_supervised
-from trainers.parts.losses import chunked
+from trainers.parts.losses import sum_in_chunks
 from trainers.training.settings import part_of
 
 NUM_RANKS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(distillation.Loss, healing.Restraint):
+class Settings(distillation.LossSettings, constraints.WeightConstraints):
     """The draft model, what it starts from, and its loss."""
 
     init: str = ""
@@ -124,8 +124,8 @@ def build(settings: Settings, target: Target) -> Drafter:
 
 def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
     """Gives the drafter its shortlist, and what it starts from its restraint."""
-    healing.restrain(drafter.model, settings)
-    corpus.take_commonest(drafter.shortlist, rows)
+    constraints.constrain_weights(drafter.model, settings)
+    corpus.fill_shortlist(drafter.shortlist, rows)
 
 
 needs = distillation.needs
@@ -166,9 +166,9 @@ def _tree(drafter: Drafter, settings: Settings, target: Target, held_out: list[B
 
     for batch in held_out:
         both = (before_supervised(part, batch) for part in (_normed(drafter, batch), batch.hidden[target.num_layers]))
-        sums_R, count = chunked(ranks, *both, vocab_size=target.vocab_size)
+        sums_R, count = sum_in_chunks(ranks, *both, vocab_size=target.vocab_size)
         counts_R, total = counts_R + sums_R.cpu(), total + count
-    cost_ms = trees.round_ms(target, drafter.engine)
+    cost_ms = trees.round_ms(target, drafter.draft_model)
     sizes = {"max_nodes": settings.tree_nodes, "max_depth": settings.num_draft}
     return tuple(trees.best_tree((counts_R / max(total, 1)).tolist(), cost_ms, **sizes)) or ((0,),)
 
@@ -186,7 +186,7 @@ def _normed(drafter: Drafter, batch: Batch) -> Tensor:
 
 
 def _head(drafter: Drafter) -> distillation.Head:
-    return lambda normed_ND: drafter.engine.head(normed_ND[None])[0]
+    return lambda normed_ND: drafter.draft_model.head(normed_ND[None])[0]
 
 
 def _drafter(settings: Settings, config: PreTrainedConfig, target: Target, *, target_encoder: bool = False) -> Drafter:

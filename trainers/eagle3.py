@@ -22,8 +22,8 @@ from draftsmith.parts.neural.layers import Attention, ffn_width
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
 from trainers.parts import heads
-from trainers.parts.heads import ahead
-from trainers.parts.losses import chunked
+from trainers.parts.heads import shift_left
+from trainers.parts.losses import sum_in_chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence
     """Gives the drafter the tokens most often supervised in `rows` as its vocabulary, ties going to lower ids."""
     if not settings.draft_vocab:
         return
-    ids_W = corpus.commonest(rows, settings.draft_vocab, target.vocab_size)
+    ids_W = corpus.most_frequent_tokens(rows, settings.draft_vocab, target.vocab_size)
     _take_from_target(drafter, ids_W.to(target.device))
 
 
@@ -136,10 +136,10 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     """
     num_positions, device = batch.tokens_BT.shape[1], batch.tokens_BT.device
     steps_S = torch.arange(settings.num_steps, device=device)
-    outputs = unrolled(drafter, batch, settings.num_steps)
+    outputs = unroll(drafter, batch, settings.num_steps)
     # What all steps say at one position lies side by side, for the target's law there is the same to all.
     by_position = [functional.pad(output, (0, 0, 1 + s, 0))[:, :num_positions] for s, output in enumerate(outputs)]
-    mask_BT = ahead(batch.loss_mask_BT, 1)
+    mask_BT = shift_left(batch.loss_mask_BT, 1)
     places_N = torch.arange(num_positions, device=device).expand_as(mask_BT)[mask_BT]
 
     def compare(theirs_ND: Tensor, outputs_NSD: Tensor, places_N: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
         counts_NS = drafter.t2d[logits_NV.argmax(-1)][:, None] & (steps_S < places_N[:, None])
         return torch.stack([losses_NS * counts_NS, counts_NS.float()], dim=1)
 
-    sums_2S, _ = chunked(
+    sums_2S, _ = sum_in_chunks(
         compare,
         batch.hidden[target.num_layers][mask_BT],
         torch.stack(by_position, dim=2)[mask_BT],
@@ -167,28 +167,28 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
     The tokens read are the text's own, which are those drafted up to there; greedy drafts of greedy text would be
     accepted so.
     """
-    return judged(drafter, batch, settings.num_steps)
+    return step_metrics(drafter, batch, settings.num_steps)
 
 
-def judged(drafter: Drafter, batch: Batch, num_steps: int) -> Metrics:
+def step_metrics(drafter: Drafter, batch: Batch, num_steps: int) -> Metrics:
     """As `judge`, for so many steps."""
 
-    def steps() -> Iterator[heads.Part]:
-        for s, output_BTD in enumerate(unrolled(drafter, batch, num_steps)):
-            mask_BT = ahead(batch.loss_mask_BT, 2 + s)
-            labels_N = ahead(batch.tokens_BT, 2 + s)[mask_BT]
-            yield heads.Part(z_ND=output_BTD[mask_BT], labels_N=labels_N, mask_BT=mask_BT)
+    def steps() -> Iterator[heads.HeadOutputs]:
+        for s, output_BTD in enumerate(unroll(drafter, batch, num_steps)):
+            mask_BT = shift_left(batch.loss_mask_BT, 2 + s)
+            labels_N = shift_left(batch.tokens_BT, 2 + s)[mask_BT]
+            yield heads.HeadOutputs(z_ND=output_BTD[mask_BT], labels_N=labels_N, mask_BT=mask_BT)
 
-    return heads.judged(heads.ranks(steps(), lambda _, normed: drafter.logits(normed), batch))
+    return heads.accuracy_metrics(heads.label_ranks(steps(), lambda _, normed: drafter.logits(normed), batch))
 
 
-def unrolled(drafter: Drafter, batch: Batch, num_steps: int) -> list[Tensor]:
+def unroll(drafter: Drafter, batch: Batch, num_steps: int) -> list[Tensor]:
     """Returns the normed outputs [B, T, D] of each step of the drafts that begin at all positions."""
     features_BTD = drafter.fuse(drafter.join(batch.hidden))
     outputs: list[Tensor] = []
     past: list[tuple[Tensor, Tensor]] = []
     for step in range(num_steps):
-        tokens_BT = ahead(batch.tokens_BT, 1 + step)
+        tokens_BT = shift_left(batch.tokens_BT, 1 + step)
         features_BTD, normed_BTD = drafter(
             tokens_BT, features_BTD, lambda x_BTE: attention_in_step(drafter.attention, x_BTE, past)
         )

@@ -16,7 +16,7 @@ from draftsmith.drafters.early_exit import Config, Drafter
 from draftsmith.length import policies
 from trainers import Metrics, Needs
 from trainers.parts import exits
-from trainers.parts.losses import DIVERGENCES, Teacher, chunked, cross_entropy, divergence
+from trainers.parts.losses import DIVERGENCES, Teacher, cross_entropy, divergence, sum_in_chunks
 from trainers.training.settings import part_of
 
 
@@ -88,7 +88,7 @@ def loss(drafters: nn.ModuleList, batch: Batch, settings: Settings, target: Targ
         return torch.stack([compare(logits_NV, teacher) for logits_NV in logits], dim=1)
 
     outputs = [_read(one, batch, recycled_BTD)[:, :-1][mask_BT] for one in each]
-    sums_C, count = chunked(losses, given_BT[mask_BT], *outputs, vocab_size=target.vocab_size * len(each))
+    sums_C, count = sum_in_chunks(losses, given_BT[mask_BT], *outputs, vocab_size=target.vocab_size * len(each))
     metrics = {f"loss_{one.config.exit_layer}": (sums_C[at].detach(), count) for at, one in enumerate(each)}
     return sums_C.sum(), metrics if len(each) > 1 else {}
 
@@ -102,7 +102,7 @@ def evaluate(drafter: nn.ModuleList | Drafter, batch: Batch, settings: Settings,
     recycled_BTD = _recycled(batch, settings, target, torch.Generator().manual_seed(0))
     outputs = [_read(one, batch, recycled_BTD)[:, :-1][mask_BT] for one in each]
     heads = {one.config.exit_layer: one.head for one in each}
-    return exits.judged(heads, outputs, batch.hidden[target.num_layers][:, :-1][mask_BT], target)
+    return exits.acceptance_metrics(heads, outputs, batch.hidden[target.num_layers][:, :-1][mask_BT], target)
 
 
 @torch.no_grad()
@@ -116,8 +116,8 @@ def finish(drafters: nn.ModuleList, settings: Settings, target: Target, held_out
         outputs = [_read(drafter, batch, _recycled(batch, settings, target, generator)) for batch in held_out]
         # Costs are the same whatever the weights are.
         chains = Drafter(dataclasses.replace(drafter.config, width=0), target).eval()
-        found.append((chains, exits.texts(drafter.head, outputs, held_out, target)))
-    return each[exits.best(found, partial(policies.make, settings.length))]
+        found.append((chains, exits.row_outcomes(drafter.head, outputs, held_out, target)))
+    return each[exits.fastest(found, partial(policies.make, settings.length))]
 
 
 def _exits(drafter: nn.Module) -> list[Drafter]:
@@ -127,7 +127,7 @@ def _exits(drafter: nn.Module) -> list[Drafter]:
 
 
 def _layers(settings: Settings, target: Target) -> tuple[int, ...]:
-    return (settings.exit_layer,) if settings.exit_layer else exits.swept(target.num_layers)
+    return (settings.exit_layer,) if settings.exit_layer else exits.candidate_layers(target.num_layers)
 
 
 def _config(settings: Settings, exit_layer: int, num_heads: int) -> Config:

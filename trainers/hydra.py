@@ -20,7 +20,7 @@ from draftsmith.parts import growth
 from draftsmith.parts.neural.layers import ffn_width
 from trainers import Metrics, Needs
 from trainers.parts import heads, trees
-from trainers.parts.losses import DIVERGENCES, Teacher, chunked, cross_entropy, divergence
+from trainers.parts.losses import DIVERGENCES, Teacher, cross_entropy, divergence, sum_in_chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     hidden_BTD = batch.hidden[target.num_layers]
     for k, part in enumerate(_parts(drafter, batch)):
         if settings.loss == "ce":
-            head_loss, count = chunked(
+            head_loss, count = sum_in_chunks(
                 lambda z, labels, k=k: cross_entropy(drafter.head(k, z[None])[0], labels),
                 part.z_ND,
                 part.labels_N,
@@ -111,7 +111,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
             )
         else:
             compare = divergence(settings.loss, beta=settings.beta)
-            head_loss, count = chunked(
+            head_loss, count = sum_in_chunks(
                 lambda z, theirs, k=k, compare=compare: compare(
                     drafter.head(k, z[None])[0], Teacher(logits=target.logits(theirs[None])[0])
                 ),
@@ -129,7 +129,7 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
 
     Each is told the text's own tokens, as it is on the path of a tree that holds them.
     """
-    return heads.judged(_ranks(drafter, batch))
+    return heads.accuracy_metrics(_ranks(drafter, batch))
 
 
 @torch.no_grad()
@@ -137,8 +137,8 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     """Returns the drafter with the tree computed from its ranks on held-out text and measured costs, if it is fixed."""
     if settings.width:
         return drafter
-    rows = heads.rows_of(_ranks(drafter, batch) for batch in held_out)
-    children = trees.in_turn(trees.observed(torch.cat(rows), heads.NUM_RANKS))
+    rows = heads.ranks_by_row(_ranks(drafter, batch) for batch in held_out)
+    children = trees.non_increasing(trees.conditional_accuracy(torch.cat(rows), heads.NUM_RANKS))
     session = Session(
         target=target,
         rows=[[0, 0]],
@@ -152,21 +152,21 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     def draft_ms(tree: growth.Paths) -> float:
         return quickest_ms(lambda: growth.fill(drafter.logits, session, tree, "deterministic", settings.num_heads))
 
-    tree = heads.planned(children, rows, draft_ms, target, settings.tree_nodes)
+    tree = heads.plan_tree(children, rows, draft_ms, target, settings.tree_nodes)
     finished = Drafter(dataclasses.replace(drafter.config, tree=tree), target)
     finished.load_state_dict(drafter.state_dict())
     return finished.eval()
 
 
-def _parts(drafter: Drafter, batch: Batch) -> Iterator[heads.Part]:
+def _parts(drafter: Drafter, batch: Batch) -> Iterator[heads.HeadOutputs]:
     """Yields each head's features and labels wherever its label is supervised."""
     num_heads, tokens_BT = drafter.config.num_heads, batch.tokens_BT
     states_BTD = drafter.states(batch.hidden[drafter.target.num_layers])
-    for k, mask_BT in enumerate(heads.masks(batch, num_heads)):
-        told_NI = torch.stack([heads.ahead(tokens_BT, 1 + place)[mask_BT] for place in range(k + 1)], dim=-1)
+    for k, mask_BT in enumerate(heads.label_masks(batch, num_heads)):
+        told_NI = torch.stack([heads.shift_left(tokens_BT, 1 + place)[mask_BT] for place in range(k + 1)], dim=-1)
         z_1ND = drafter.features(states_BTD[mask_BT][None], told_NI[None])
-        yield heads.Part(z_ND=z_1ND[0], labels_N=heads.ahead(tokens_BT, 2 + k)[mask_BT], mask_BT=mask_BT)
+        yield heads.HeadOutputs(z_ND=z_1ND[0], labels_N=heads.shift_left(tokens_BT, 2 + k)[mask_BT], mask_BT=mask_BT)
 
 
 def _ranks(drafter: Drafter, batch: Batch) -> Tensor:
-    return heads.ranks(_parts(drafter, batch), drafter.head, batch)
+    return heads.label_ranks(_parts(drafter, batch), drafter.head, batch)

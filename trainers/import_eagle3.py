@@ -63,7 +63,7 @@ def needs(settings: Settings, target: Target) -> Needs:
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return eagle3.judged(drafter, batch, drafter.config.num_draft)
+    return eagle3.step_metrics(drafter, batch, drafter.config.num_draft)
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:

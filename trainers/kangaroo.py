@@ -17,7 +17,7 @@ from draftsmith.drafters.kangaroo import Config, Drafter
 from draftsmith.length import policies
 from trainers import Metrics, Needs
 from trainers.parts import exits
-from trainers.parts.losses import DIVERGENCES, Teacher, chunked, divergence
+from trainers.parts.losses import DIVERGENCES, Teacher, divergence, sum_in_chunks
 from trainers.training.settings import part_of
 
 
@@ -72,7 +72,7 @@ def loss(drafters: Sequence[Drafter], batch: Batch, settings: Settings, target: 
         teacher = Teacher(logits=target.logits(theirs_ND[None])[0])
         return torch.stack([compare(target.head(z[None])[0], teacher) for z in z_ND], dim=1)
 
-    sums_C, count = chunked(losses, *_supervised(drafters, batch), vocab_size=target.vocab_size * len(drafters))
+    sums_C, count = sum_in_chunks(losses, *_supervised(drafters, batch), vocab_size=target.vocab_size * len(drafters))
     metrics = {f"loss_{one.config.exit_layer}": (sums_C[at].detach(), count) for at, one in enumerate(drafters)}
     return sums_C.sum(), metrics if len(drafters) > 1 else {}
 
@@ -84,7 +84,9 @@ def evaluate(drafter: Sequence[Drafter] | Drafter, batch: Batch, settings: Setti
     """
     drafters = [drafter] if isinstance(drafter, Drafter) else drafter
     theirs_ND, *outputs = _supervised(drafters, batch)
-    return exits.judged({one.config.exit_layer: target.head for one in drafters}, outputs, theirs_ND, target)
+    return exits.acceptance_metrics(
+        {one.config.exit_layer: target.head for one in drafters}, outputs, theirs_ND, target
+    )
 
 
 @torch.no_grad()
@@ -94,14 +96,14 @@ def finish(drafters: Sequence[Drafter], settings: Settings, target: Target, held
         return drafters[0]
     found = []
     for drafter in drafters:
-        told = exits.texts(target.head, [_adapted(drafter, batch) for batch in held_out], held_out, target)
+        told = exits.row_outcomes(target.head, [_adapted(drafter, batch) for batch in held_out], held_out, target)
         # Costs are the same whatever the weights are.
         found.append((Drafter(dataclasses.replace(drafter.config, width=0), target).eval(), told))
-    return drafters[exits.best(found, partial(policies.make, settings.length))]
+    return drafters[exits.fastest(found, partial(policies.make, settings.length))]
 
 
 def _layers(settings: Settings, target: Target) -> tuple[int, ...]:
-    return (settings.exit_layer,) if settings.exit_layer else exits.swept(target.num_layers)
+    return (settings.exit_layer,) if settings.exit_layer else exits.candidate_layers(target.num_layers)
 
 
 def _config(settings: Settings, exit_layer: int, num_heads: int) -> Config:

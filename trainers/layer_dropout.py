@@ -23,7 +23,7 @@ from draftsmith.drafters.early_exit import Config, Drafter
 from draftsmith.length import policies
 from trainers import Metrics, Needs
 from trainers.parts import adapters, exits
-from trainers.parts.losses import chunked, cross_entropy
+from trainers.parts.losses import cross_entropy, sum_in_chunks
 
 ROTATIONAL, GRADUAL, ALL = "rotational", "gradual", "all"
 
@@ -85,10 +85,10 @@ def build(settings: Settings, target: Target) -> Drafter:
     if settings.rank:
         rank, alpha, dropout = settings.rank, settings.alpha, settings.dropout
         changed = drafter.config.modules
-        trained = adapters.attached(target, changed, drafter.adapters, rank=rank, alpha=alpha, dropout=dropout)
+        trained = adapters.attach_adapters(target, changed, drafter.adapters, rank=rank, alpha=alpha, dropout=dropout)
         object.__setattr__(drafter, "target", trained)
     else:
-        drafter.loaded()
+        drafter.on_weights_loaded()
 
     def now(rate: float) -> float:
         return rate if drafter.training else 0.0
@@ -121,7 +121,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     def losses(labels_N: Tensor, *hidden_ND: Tensor) -> Tensor:
         return torch.stack([cross_entropy(drafter.target.logits(one[None])[0], labels_N) for one in hidden_ND], dim=1)
 
-    sums_C, count = chunked(
+    sums_C, count = sum_in_chunks(
         losses,
         batch.tokens_BT[:, 1:][mask_BT],
         *(hidden[layer][:, :-1][mask_BT] for layer in weights),
@@ -142,10 +142,10 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
     mask_BT = batch.loss_mask_BT[:, 1:]
     hidden = own.read(batch.tokens_BT, (*layers, own.num_layers))
     hidden_ND = {layer: states_BTD[:, :-1][mask_BT] for layer, states_BTD in hidden.items()}
-    metrics = exits.judged(
+    metrics = exits.acceptance_metrics(
         dict.fromkeys(layers, own.logits), [hidden_ND[layer] for layer in layers], hidden_ND[own.num_layers], own
     )
-    right, count = chunked(
+    right, count = sum_in_chunks(
         lambda states, labels: (own.logits(states[None])[0].argmax(-1) == labels).float(),
         hidden_ND[own.num_layers],
         batch.tokens_BT[:, 1:][mask_BT],
@@ -159,14 +159,14 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     """Returns the drafter with its target changed, exiting where its chains promise most tokens a second."""
     finished = Drafter(drafter.config, target)
     finished.load_state_dict(drafter.state_dict())
-    finished.loaded()
+    finished.on_weights_loaded()
     own, layers, found = finished.target, _layers(settings, target), []
     for layer in layers if len(layers) > 1 else ():
         read = [own.read(batch.tokens_BT, (layer, own.num_layers)) for batch in held_out]
         judged = [dataclasses.replace(one, hidden=states) for one, states in zip(held_out, read, strict=True)]
         chains = Drafter(Config(exit_layer=layer, own_norm=False, num_draft=settings.num_draft, length="fixed"), own)
-        found.append((chains, exits.texts(own.logits, [states[layer] for states in read], judged, own)))
-    best = layers[exits.best(found, partial(policies.make, settings.length)) if found else 0]
+        found.append((chains, exits.row_outcomes(own.logits, [states[layer] for states in read], judged, own)))
+    best = layers[exits.fastest(found, partial(policies.make, settings.length)) if found else 0]
     finished.config = dataclasses.replace(finished.config, exit_layer=best)
     return finished.eval()
 
@@ -212,7 +212,7 @@ def _leave_out(rate: Callable[[], float], block: nn.Module, given: tuple[Any, ..
 
 
 def _layers(settings: Settings, target: Target) -> tuple[int, ...]:
-    return (settings.exit_layer,) if settings.exit_layer else exits.swept(target.num_layers)
+    return (settings.exit_layer,) if settings.exit_layer else exits.candidate_layers(target.num_layers)
 
 
 def _config(settings: Settings, exit_layer: int) -> Config:

@@ -23,7 +23,7 @@ from draftsmith.parts import growth
 from draftsmith.parts.self_drafting.sublayers import sublayers
 from trainers import Metrics, Needs
 from trainers.layer_search.search import METHODS, Bits, Space, search
-from trainers.layer_search.sublayers import Costs, Texts, influence, measure, simulate, speed_up
+from trainers.layer_search.sublayers import CachedTexts, SublayerCosts, influence, measure_costs, simulate, speed_up
 from trainers.training.logs import reporter
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import part_of
@@ -85,8 +85,8 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     num_ones = int(settings.skip_ratio * 2 * num_layers) if settings.skip_ratio else None
     space = Space(num_bits=2 * num_layers, num_ones=num_ones)
     picked = _picked(rows, settings, run.seed)
-    texts = Texts(target, collate(picked), settings.num_draft)
-    starts = probes(influence(target, picked), num_ones)
+    texts = CachedTexts(target, collate(picked), settings.num_draft)
+    starts = initial_masks(influence(target, picked), num_ones)
     score_of = _objective(settings, target, texts, picked, output)
     best = search(
         settings.search,
@@ -108,10 +108,10 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns the share of the target's own tokens that drafts guess, and what greedy decoding of the rows would do."""
-    texts, config = Texts(target, batch, drafter.config.num_draft), drafter.config
-    right_N, confidence_N = texts.right(drafter.skipped)
+    texts, config = CachedTexts(target, batch, drafter.config.num_draft), drafter.config
+    right_N, confidence_N = texts.agreement(drafter.skipped)
     policy = policies.make("fixed" if config.width else config.length)
-    rounds = simulate(texts.stretches(right_N, confidence_N), policy, config.num_draft)
+    rounds = simulate(texts.segments(right_N, confidence_N), policy, config.num_draft)
     num_drafted, num_tokens = (sum(drafted for drafted, _ in rounds), sum(matched + 1 for _, matched in rounds))
     return {
         "acceptance": (right_N.sum(), len(right_N)),
@@ -120,7 +120,7 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
     }
 
 
-def probes(influences: Sequence[float], num_ones: int | None) -> list[Bits]:
+def initial_masks(influences: Sequence[float], num_ones: int | None) -> list[Bits]:
     """Returns the choices to begin with: every second block, attention alone, and what has least influence.
 
     Each is an order in which to leave sublayers out, followed to a quarter, half or three quarters of what it holds, or
@@ -144,7 +144,7 @@ def probes(influences: Sequence[float], num_ones: int | None) -> list[Bits]:
 
 
 def _objective(
-    settings: Settings, target: Target, texts: Texts, rows: Sequence[Example], output: Path
+    settings: Settings, target: Target, texts: CachedTexts, rows: Sequence[Example], output: Path
 ) -> Callable[[Bits], dict[str, float]]:
     if settings.objective == "speed":
         _decoded(Drafter(_config(settings, (0,) * 2 * target.num_layers), target), rows[:1], settings.new_tokens)
@@ -154,12 +154,12 @@ def _objective(
 
     def score_of(bits: Bits) -> dict[str, float]:
         config = _config(settings, bits)
-        right_N, confidence_N = texts.right(sublayers(config.attention, config.mlp))
+        right_N, confidence_N = texts.agreement(sublayers(config.attention, config.mlp))
         share = right_N.float().mean().item()
         if costs is None:
             return {"score": share}
         policy = policies.make("fixed" if config.width else config.length)
-        rounds = simulate(texts.stretches(right_N, confidence_N), policy, config.num_draft)
+        rounds = simulate(texts.segments(right_N, confidence_N), policy, config.num_draft)
         return {
             "score": speed_up(rounds, bits, costs),
             "acceptance": share,
@@ -183,12 +183,12 @@ def _decoded(drafter: Drafter, rows: Sequence[Example], most: int) -> dict[str, 
     return {"score": tokens / (time.perf_counter() - began), "tau": tokens / steps}
 
 
-def _measured_once(target: Target, num_draft: int, path: Path) -> Costs:
+def _measured_once(target: Target, num_draft: int, path: Path) -> SublayerCosts:
     """Returns what `path` holds, which is measured and written if it is not there."""
     if not path.exists():
-        costs = measure(target, num_draft)
+        costs = measure_costs(target, num_draft)
         write_whole(path, lambda staging: staging.write_text(json.dumps(dataclasses.asdict(costs), indent=1)))
-    return Costs(**json.loads(path.read_text()))
+    return SublayerCosts(**json.loads(path.read_text()))
 
 
 def _config(settings: Settings, bits: Bits) -> Config:

@@ -63,7 +63,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return heads.judged(_ranks(drafter, batch))
+    return heads.accuracy_metrics(_ranks(drafter, batch))
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     hidden_11D = held_out[0].hidden[target.num_layers][:1, :1]
     tree = heads.best_tree(
         (_ranks(drafter, batch) for batch in held_out),
-        lambda: heads.guess(drafter.heads(drafter.target.norm(hidden_11D)), drafter.head),
+        lambda: heads.top_tokens(drafter.heads(drafter.target.norm(hidden_11D)), drafter.head),
         target,
         settings.tree_nodes,
     )
@@ -81,10 +81,10 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     return finished.eval()
 
 
-def _parts(drafter: Drafter, batch: Batch) -> Iterator[heads.Part]:
+def _parts(drafter: Drafter, batch: Batch) -> Iterator[heads.HeadOutputs]:
     normed_BTD = drafter.target.norm(batch.hidden[drafter.target.num_layers])
-    return heads.parts(drafter.heads, normed_BTD, batch, drafter.config.num_heads)
+    return heads.head_outputs(drafter.heads, normed_BTD, batch, drafter.config.num_heads)
 
 
 def _ranks(drafter: Drafter, batch: Batch) -> Tensor:
-    return heads.ranks(_parts(drafter, batch), drafter.head, batch)
+    return heads.label_ranks(_parts(drafter, batch), drafter.head, batch)

@@ -19,7 +19,7 @@ from draftsmith.drafters.medusa2 import Config, Drafter
 from draftsmith.parts.self_drafting.fine_tuned import has_tied_head
 from trainers import Metrics, Needs
 from trainers.parts import adapters, heads
-from trainers.parts.losses import Teacher, chunked, cross_entropy, divergence
+from trainers.parts.losses import Teacher, cross_entropy, divergence, sum_in_chunks
 
 SELF_DISTILLED, TWO_STAGE = "self_distilled", "two_stage"
 HEADS_WEIGHT = {SELF_DISTILLED: 0.01, TWO_STAGE: 0.2}
@@ -95,7 +95,9 @@ def build(settings: Settings, target: Target) -> Drafter:
     drafter = Drafter(config, target).float()
     drafter.register_buffer("steps", torch.tensor([0, 1], device=target.device), persistent=False)
     rank, alpha, dropout = settings.rank, settings.alpha, settings.dropout
-    trained = adapters.attached(target, config.modules, drafter.adapters, rank=rank, alpha=alpha, dropout=dropout)
+    trained = adapters.attach_adapters(
+        target, config.modules, drafter.adapters, rank=rank, alpha=alpha, dropout=dropout
+    )
     object.__setattr__(drafter, "target", trained)
     return drafter
 
@@ -136,10 +138,10 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
         return heads_loss + 0 * sum(factor.sum() for factor in drafter.adapters.parameters()), metrics
     normed_BTD = _read(drafter, batch)
     heads_loss, metrics = _heads_loss(drafter, batch, settings, normed_BTD)
-    mask_BT = heads.ahead(batch.loss_mask_BT, 1)
+    mask_BT = heads.shift_left(batch.loss_mask_BT, 1)
     if settings.method == TWO_STAGE:
-        labels_N = heads.ahead(batch.tokens_BT, 1)[mask_BT]
-        target_loss, count = chunked(
+        labels_N = heads.shift_left(batch.tokens_BT, 1)[mask_BT]
+        target_loss, count = sum_in_chunks(
             lambda own_ND, labels_N: cross_entropy(drafter.target.head(own_ND[None])[0], labels_N),
             normed_BTD[mask_BT],
             labels_N,
@@ -149,7 +151,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
         # From 1 on: with no weight at all the first gradient would be rounding, which Adam takes for a direction.
         weight *= math.sin(math.pi / 2 * (step + 1) / num_steps)
         forward_kl = divergence("forward_kl")
-        target_loss, count = chunked(
+        target_loss, count = sum_in_chunks(
             lambda own_ND, theirs_ND: forward_kl(
                 drafter.target.head(own_ND[None])[0], Teacher(logits=target.head(theirs_ND[None])[0])
             ),
@@ -165,7 +167,7 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
     ranks_KBT, said_BT = _ranks(drafter, batch)
     is_text_BT = (said_BT == batch.tokens_BT) & batch.loss_mask_BT
     kept = (is_text_BT[:, 1:].sum(), int(batch.loss_mask_BT[:, 1:].sum()))
-    return {**heads.judged(ranks_KBT), "target_accuracy": kept}
+    return {**heads.accuracy_metrics(ranks_KBT), "target_accuracy": kept}
 
 
 @torch.no_grad()
@@ -174,13 +176,13 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     hidden_11D = held_out[0].hidden[target.num_layers][:1, :1]
     tree = heads.best_tree(
         (_ranks(drafter, batch)[0] for batch in held_out),
-        lambda: heads.guess(drafter.heads(drafter.target.norm(hidden_11D)), drafter.head),
+        lambda: heads.top_tokens(drafter.heads(drafter.target.norm(hidden_11D)), drafter.head),
         target,
         settings.tree_nodes,
     )
     finished = Drafter(dataclasses.replace(drafter.config, tree=tree), target)
     finished.load_state_dict(drafter.state_dict())
-    finished.loaded()
+    finished.on_weights_loaded()
     tied = "; its output head, tied to the embedding, was left as it is" * has_tied_head(target)
     print(f"{len(finished.adapters)} matrices of {target.name} changed{tied}")
     return finished.eval()
@@ -197,8 +199,8 @@ def _heads_loss(drafter: Drafter, batch: Batch, settings: Settings, normed_BTD: 
     return heads.loss(parts, drafter.head, decay=settings.decay, vocab_size=drafter.target.vocab_size)
 
 
-def _parts(drafter: Drafter, batch: Batch, normed_BTD: Tensor) -> Iterator[heads.Part]:
-    return heads.parts(drafter.heads, normed_BTD, batch, drafter.config.num_heads)
+def _parts(drafter: Drafter, batch: Batch, normed_BTD: Tensor) -> Iterator[heads.HeadOutputs]:
+    return heads.head_outputs(drafter.heads, normed_BTD, batch, drafter.config.num_heads)
 
 
 def _ranks(drafter: Drafter, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -210,4 +212,4 @@ def _ranks(drafter: Drafter, batch: Batch) -> tuple[Tensor, Tensor]:
     )
     said_BT = torch.cat([batch.tokens_BT[:, :1], next_BT[:, :-1]], dim=1)
     told = dataclasses.replace(batch, tokens_BT=said_BT)
-    return heads.ranks(_parts(drafter, told, normed_BTD), drafter.head, told), said_BT
+    return heads.label_ranks(_parts(drafter, told, normed_BTD), drafter.head, told), said_BT

@@ -12,7 +12,7 @@ from draftsmith import Target
 from draftsmith.drafters.ngram import Config, Drafter
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
-from trainers.corpora.kneser_ney import build, counted
+from trainers.corpora.kneser_ney import build, count_ngrams
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import part_of
 
@@ -55,9 +55,9 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     order, vocab_size = settings.order, target.vocab_size
 
     def make(part: Sequence[Example]) -> dict[str, np.ndarray]:
-        return counted([*corpus.documents(part, context=order - 1)], order, vocab_size)
+        return count_ngrams([*corpus.documents(part, context=order - 1)], order, vocab_size)
 
-    parts = corpus.parts(rows, output, ROWS_A_PART, make)
+    parts = corpus.build_chunks(rows, output, ROWS_A_PART, make)
     # Beside the parts, with which it goes once the artifact holds its copy.
     model = build(parts, order, vocab_size, output / "parts" / "store", budget_mb=settings.budget_mb)
     print(f"{len(model.tokens_E):,} pairs after {len(model.keys_C):,} contexts, {model.num_bytes / 1e6:.1f} MB")

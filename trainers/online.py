@@ -23,7 +23,7 @@ import trainers
 from data.batches import Example, collate
 from data.shards import write_whole
 from data.teacher import complete
-from draftsmith.core.drafter import Session, Step, name_of
+from draftsmith.core.drafter import Drafter, Session, Step, name_of
 from draftsmith.core.tree import Draft
 from trainers.parts import distillation
 from trainers.parts.losses import DIVERGENCES
@@ -69,7 +69,7 @@ class _Rejections:
     normalisers: list[Tensor] = field(default_factory=list)
 
 
-class Online:
+class Online(Drafter):
     """A drafter for `generate` around one with weights, which learns between calls; saved as the one within."""
 
     def __init__(self, drafter: Any, settings: OnlineSettings | None = None) -> None:
@@ -77,7 +77,7 @@ class Online:
         self.settings = settings or OnlineSettings()
         self.drafter, self.config, self.target = drafter, drafter.config, drafter.target
         self.hidden_layers: tuple[int, ...] = drafter.hidden_layers
-        self.policy = getattr(drafter, "policy", None)
+        self.policy = drafter.policy
         self._trainer = trainer_of(drafter)
         self._num_kept = min(self.settings.top_k or self.target.vocab_size, self.target.vocab_size)
         self._loss = self._trainer.Settings(loss=self.settings.loss, teacher_top_k=self._num_kept)
@@ -146,7 +146,7 @@ class Online:
         """Writes the drafter within as an artifact, `record` added to its manifest."""
         draftsmith.save(self.drafter, folder, target=self.target, record=record)
 
-    def save_state(self, path: Path) -> None:
+    def save_optimizer(self, path: Path) -> None:
         """Writes what, beside the weights, it needs to learn on once all requests are learnt from."""
         state = {
             f"{name}.{part}": value
@@ -155,8 +155,8 @@ class Online:
         }
         write_whole(path, lambda temporary: save_file(state, temporary))
 
-    def load_state(self, path: Path) -> None:
-        """Takes what `save_state` wrote, the drafter being as it was then."""
+    def load_optimizer(self, path: Path) -> None:
+        """Takes what `save_optimizer` wrote, the drafter being as it was then."""
         for name, value in load_file(path).items():
             weight, _, part = name.rpartition(".")
             self._optimiser.state[self.drafter.get_parameter(weight)][part] = value
@@ -204,7 +204,7 @@ def trainer_of(drafter: Any) -> ModuleType:
         if info.ispkg:
             continue
         module = importlib.import_module(f"trainers.{info.name}")
-        is_distilled = issubclass(getattr(module, "Settings", object), distillation.Loss)
+        is_distilled = issubclass(getattr(module, "Settings", object), distillation.LossSettings)
         if is_distilled and getattr(module, "Drafter", None) is type(drafter):
             return module
     raise ValueError(f"a drafter of the family {name_of(drafter)} cannot learn while it serves: nothing distils it")

@@ -14,7 +14,15 @@ from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.prophet import Config, Drafter, places
 from trainers import Metrics, Needs
-from trainers.parts.losses import DIVERGENCES, Teacher, acceptance, chunked, cross_entropy, divergence, laws
+from trainers.parts.losses import (
+    DIVERGENCES,
+    Teacher,
+    acceptance,
+    cross_entropy,
+    divergence,
+    outcome_log_probs,
+    sum_in_chunks,
+)
 from trainers.training.settings import part_of
 
 
@@ -83,7 +91,7 @@ class Windows:
 def build(settings: Settings, target: Target) -> Drafter:
     """Returns a new prophet; in joint training its target is a copy whose weights are the drafter's own."""
     drafter = Drafter(settings.config(), target).float()
-    drafter.loaded()
+    drafter.on_weights_loaded()
     return drafter.requires_grad_()
 
 
@@ -99,10 +107,10 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     """
     normed_BTD = _read(drafter, batch)
     states_BTD = normed_BTD.detach() if settings.detach else normed_BTD
-    chosen = choose(drafter, batch, states_BTD, settings.windows, float(torch.rand(())))
+    chosen = select_windows(drafter, batch, states_BTD, settings.windows, float(torch.rand(())))
     z_NE, labels_N = chosen.z_WPE[chosen.mask_WP], chosen.labels_WP[chosen.mask_WP]
     if settings.loss == "ce":
-        total, _ = chunked(
+        total, _ = sum_in_chunks(
             lambda z, labels: cross_entropy(drafter.head(z[None])[0], labels),
             z_NE,
             labels_N,
@@ -110,7 +118,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
         )
     else:
         compare = divergence(settings.loss)
-        total, _ = chunked(
+        total, _ = sum_in_chunks(
             lambda z, theirs: compare(drafter.head(z[None])[0], _teacher(drafter, theirs)),
             z_NE,
             _theirs(chosen, normed_BTD.detach()),
@@ -130,10 +138,10 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
     in joint training also what the changed target has learnt of the text.
     """
     normed_BTD = _read(drafter, batch)
-    chosen = choose(drafter, batch, normed_BTD, settings.windows, 0.0)
+    chosen = select_windows(drafter, batch, normed_BTD, settings.windows, 0.0)
 
     def first(z_NE: Tensor, theirs_ND: Tensor) -> Tensor:
-        return acceptance(*laws(drafter.head(z_NE[None])[0], _teacher(drafter, theirs_ND)))
+        return acceptance(*outcome_log_probs(drafter.head(z_NE[None])[0], _teacher(drafter, theirs_ND)))
 
     def run(z_NPE: Tensor, labels_NP: Tensor, mask_NP: Tensor) -> Tensor:
         is_right_NP = drafter.head(z_NPE).argmax(-1) == labels_NP
@@ -141,9 +149,9 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
         return torch.stack([is_right_NP[:, 0], run_N * is_whole_N, is_whole_N], dim=1)
 
     theirs_WD = normed_BTD[chosen.rows_W, chosen.pending_W]
-    accepted, count = chunked(first, chosen.z_WPE[:, 0], theirs_WD, vocab_size=target.vocab_size)
+    accepted, count = sum_in_chunks(first, chosen.z_WPE[:, 0], theirs_WD, vocab_size=target.vocab_size)
     parts = (chosen.z_WPE, chosen.labels_WP, chosen.mask_WP)
-    sums_3, _ = chunked(run, *parts, vocab_size=target.vocab_size * settings.num_draft)
+    sums_3, _ = sum_in_chunks(run, *parts, vocab_size=target.vocab_size * settings.num_draft)
     right, run_length, num_whole = sums_3
     return {
         "acceptance": (run_length, int(num_whole)),
@@ -153,7 +161,7 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
     }
 
 
-def choose(drafter: Drafter, batch: Batch, normed_BTD: Tensor, windows: int, phase: float) -> Windows:
+def select_windows(drafter: Drafter, batch: Batch, normed_BTD: Tensor, windows: int, phase: float) -> Windows:
     """Returns at most `windows` windows a row of the batch, evenly spread; `phase`, in [0, 1), moves them along."""
     num_states, num_draft = drafter.config.num_states, drafter.config.num_draft
     rows_N, pending_N = functional.pad(batch.loss_mask_BT, (0, 1))[:, 1:].nonzero(as_tuple=True)
@@ -190,7 +198,7 @@ def _read(drafter: Drafter, batch: Batch) -> Tensor:
 def _main_loss(drafter: Drafter, batch: Batch, normed_BTD: Tensor) -> tuple[Tensor, int]:
     """Returns the cross-entropy of the drafter's target on the text, summed, and the number of tokens."""
     mask_BT = batch.loss_mask_BT[:, 1:]
-    return chunked(
+    return sum_in_chunks(
         lambda normed, labels: cross_entropy(drafter.target.head(normed[None])[0], labels),
         normed_BTD[:, :-1][mask_BT],
         batch.tokens_BT[:, 1:][mask_BT],

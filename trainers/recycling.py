@@ -67,12 +67,12 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
         read = [cut(dataclasses.replace(part[at], hidden={}), length) for at in range(len(part))]
         rows = [row for row in read if row.loss_mask_T[1:].any()]
         batches = [rows[begin : begin + run.batch_size] for begin in range(0, len(rows), run.batch_size)]
-        pairs = added(pairs_of(batch, target, num_kept) for batch in batches)
-        return dict(zip(NAMES, likeliest(*pairs, vocab_size, SPARE * num_kept), strict=True))
+        pairs = sum_weights(top_k_pairs(batch, target, num_kept) for batch in batches)
+        return dict(zip(NAMES, heaviest_pairs(*pairs, vocab_size, SPARE * num_kept), strict=True))
 
-    files = corpus.parts(Subset(rows, indices), output, BATCHES_A_PART * run.batch_size, found)  # type: ignore[arg-type]
+    files = corpus.build_chunks(Subset(rows, indices), output, BATCHES_A_PART * run.batch_size, found)  # type: ignore[arg-type]
     parts = [load_file(file) for file in files]
-    codes_N, _ = likeliest(*added((part["codes"], part["weights"]) for part in parts), vocab_size, num_kept)
+    codes_N, _ = heaviest_pairs(*sum_weights((part["codes"], part["weights"]) for part in parts), vocab_size, num_kept)
     tokens_N = codes_N // vocab_size
     # How many pairs of the same token come before each.
     ranks_N = np.arange(len(codes_N)) - np.searchsorted(tokens_N, tokens_N)
@@ -89,7 +89,7 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     """Returns the drafter with the tree that suits its guesses on held-out text and the target's measured cost."""
     if target.is_encoder_decoder:
         return drafter.like(tuple((0,) * depth for depth in range(1, DEPTH + 1)))
-    rows = heads.rows_of(ranks(drafter.successors, batch) for batch in held_out)
+    rows = heads.ranks_by_row(successor_ranks(drafter.successors, batch) for batch in held_out)
     session = _session(target, int(held_out[0].tokens_BT[0, 0]))
 
     def draft_ms(tree: growth.Paths) -> float:
@@ -97,8 +97,8 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
         trial.start(session)
         return quickest_ms(lambda: trial.propose(DEPTH))
 
-    children = trees.in_turn(trees.observed(torch.cat(rows), settings.num_successors))
-    return drafter.like(heads.planned(children, rows, draft_ms, target, settings.tree_nodes))
+    children = trees.non_increasing(trees.conditional_accuracy(torch.cat(rows), settings.num_successors))
+    return drafter.like(heads.plan_tree(children, rows, draft_ms, target, settings.tree_nodes))
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
@@ -106,24 +106,24 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
     return corpus.evaluate(drafter.like(drafter.config.tree), batch, target)
 
 
-def pairs_of(rows: Sequence[Example], target: Target, num_successors: int) -> Pairs:
+def top_k_pairs(rows: Sequence[Example], target: Target, num_successors: int) -> Pairs:
     """Returns what the target finds likeliest after each token that comes before a supervised one."""
     batch = complete(collate(rows), target, top_k=num_successors)
     assert batch.top_ids_BTK is not None and batch.top_logits_BTK is not None and batch.log_normaliser_BT is not None
-    is_learnt_BT = heads.ahead(batch.loss_mask_BT, 1)
+    is_learnt_BT = heads.shift_left(batch.loss_mask_BT, 1)
     codes_BTK = batch.tokens_BT[..., None] * target.vocab_size + batch.top_ids_BTK
     chances_BTK = (batch.top_logits_BTK - batch.log_normaliser_BT[..., None]).exp()
     return codes_BTK[is_learnt_BT].flatten().cpu().numpy(), chances_BTK[is_learnt_BT].flatten().double().cpu().numpy()
 
 
-def added(pairs: Iterable[Pairs]) -> Pairs:
+def sum_weights(pairs: Iterable[Pairs]) -> Pairs:
     """Returns each pair once, its weights added up, sorted."""
     codes, weights = zip((np.zeros(0, np.int64), np.zeros(0)), *pairs, strict=True)
     codes_N, places_N = np.unique(np.concatenate(codes), return_inverse=True)
     return codes_N, np.bincount(places_N, weights=np.concatenate(weights), minlength=len(codes_N))
 
 
-def likeliest(codes_N: np.ndarray, weights_N: np.ndarray, vocab_size: int, num_kept: int) -> Pairs:
+def heaviest_pairs(codes_N: np.ndarray, weights_N: np.ndarray, vocab_size: int, num_kept: int) -> Pairs:
     """Returns the heaviest pairs of each token, heaviest first; of equal ones the one of the smaller successor."""
     order_N = np.lexsort((codes_N, -weights_N, codes_N // vocab_size))
     tokens_N = codes_N[order_N] // vocab_size
@@ -131,7 +131,7 @@ def likeliest(codes_N: np.ndarray, weights_N: np.ndarray, vocab_size: int, num_k
     return codes_N[kept_N], weights_N[kept_N]
 
 
-def ranks(successors_VK: Tensor, batch: Batch) -> Tensor:
+def successor_ranks(successors_VK: Tensor, batch: Batch) -> Tensor:
     """Returns the place [D, B, T] of token t + d + 1 among the successors of token t + d, K if it is none of them.
 
     They are what is kept of that token when token t is pending: the target's likeliest where it last stood in the row

@@ -8,7 +8,7 @@ from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.core.model_info import TargetFacts
-from draftsmith.drafters.staged import Config, Drafter, engine_of
+from draftsmith.drafters.staged import Config, Drafter, draft_model_of
 from draftsmith.length import policies
 from draftsmith.parts.composites import load, named
 from trainers import Metrics, Needs
@@ -50,9 +50,9 @@ def needs(settings: Settings, target: Target) -> Needs:
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
     """Returns the drafter composed of the two artifacts."""
     larger = load(settings.parts[0], target)
-    engine = engine_of(larger)
+    draft_model = draft_model_of(larger)
     is_for_target = read_manifest(settings.parts[1])["target"]["fingerprint"] == target.fingerprint
-    small = load(settings.parts[1], engine, made_for=target if is_for_target else None)
+    small = load(settings.parts[1], draft_model, made_for=target if is_for_target else None)
     names = (named(larger.drafter), named(small.drafter))
     return Drafter(part_of(Config, settings, parts=names), target, [larger, small])
 

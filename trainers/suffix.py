@@ -9,17 +9,17 @@ from draftsmith import Target
 from draftsmith.drafters.suffix import Config, Drafter
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
-from trainers.corpora.suffix_arrays import Store, stored
+from trainers.corpora.suffix_arrays import StoreSettings, build_shards
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Store, Config):
+class Settings(StoreSettings, Config):
     """A store of text, and how it is drafted from."""
 
     def __post_init__(self) -> None:
-        Store.__post_init__(self)
+        StoreSettings.__post_init__(self)
         Config.__post_init__(self)
 
 
@@ -29,7 +29,7 @@ def needs(settings: Settings, target: Target) -> Needs:
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
     """Returns the drafter of a store of the rows' text, its shards kept in `output` until the run is finished."""
-    return Drafter(part_of(Config, settings), target, stored(settings, rows, target.vocab_size, run, output))
+    return Drafter(part_of(Config, settings), target, build_shards(settings, rows, target.vocab_size, run, output))
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:

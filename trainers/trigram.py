@@ -60,7 +60,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     if target.vocab_size > LARGEST_VOCABULARY:
         raise ValueError(f"a vocabulary of {target.vocab_size} is larger than the {LARGEST_VOCABULARY} it can count")
     texts = list(corpus.documents(rows, context=2))
-    files = corpus.parts(texts, output, settings.part_documents, partial(count, vocab_size=target.vocab_size))
+    files = corpus.build_chunks(texts, output, settings.part_documents, partial(count, vocab_size=target.vocab_size))
     table = build(files, target.vocab_size, settings.num_successors, int(settings.budget_mb * 1e6))
     config = part_of(Config, settings)
     return Drafter(config, target, table)
@@ -107,7 +107,7 @@ def build(files: Sequence[Path], vocab_size: int, num_successors: int, budget: i
     return Table(keys_K=keys_K, begins_K=begins_K, tokens_S=tokens_S, weights_S=weights_S)
 
 
-def merged(files: Sequence[Path], vocab_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def merge_counts(files: Sequence[Path], vocab_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the codes and counts of all files added up, in rising order; no block ends amid a pair's successors."""
     unread = [part for part in map(_Part, files) if part.num_left]
     while unread:
@@ -176,7 +176,7 @@ class _Pairs(NamedTuple):
 
 def _pairs(files: Sequence[Path], vocab_size: int, num_successors: int) -> Iterator[_Pairs]:
     """Yields the files' pairs, each successor weighing its share of all that followed; the likeliest are kept."""
-    for codes_N, counts_N in merged(files, vocab_size):
+    for codes_N, counts_N in merge_counts(files, vocab_size):
         keys_N, tokens_N = np.divmod(codes_N, vocab_size)
         begins_K = np.flatnonzero(np.diff(keys_N, prepend=-1))
         sizes_K, totals_K = np.diff(begins_K, append=len(keys_N)), np.add.reduceat(counts_N, begins_K)

@@ -12,7 +12,7 @@ from hypothesis import strategies as some
 from safetensors.numpy import save_file
 
 from draftsmith.drafters.ngram.kneser_ney import KneserNey, discounts
-from trainers.corpora.kneser_ney import build, counted
+from trainers.corpora.kneser_ney import build, count_ngrams
 
 VOCAB_SIZE = 4
 Texts = list[list[int]]
@@ -70,7 +70,7 @@ def made(texts: Texts, order: int, folder: Path, *, num_parts: int = 1, **option
     for part in range(num_parts):
         files.append(folder / f"{part}.safetensors")
         save_file(
-            counted([np.array(text, dtype=np.int64) for text in texts[part::num_parts]], order, VOCAB_SIZE), files[-1]
+            count_ngrams([np.array(text, dtype=np.int64) for text in texts[part::num_parts]], order, VOCAB_SIZE), files[-1]
         )
     return build(files, order, VOCAB_SIZE, folder / "store", **options)
 

@@ -27,7 +27,7 @@ from tests.support.family import Watched, check_family, check_greedy, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_target
 from tests.support.runs import make_data, make_target
 from trainers import ngram
-from trainers.corpora.kneser_ney import build, counted
+from trainers.corpora.kneser_ney import build, count_ngrams
 from trainers.ngram import Settings, evaluate
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
@@ -40,7 +40,7 @@ TOKENS = some.lists(some.integers(0, VOCAB_SIZE - 1), max_size=25)
 def counted_store(learnt: list[list[int]], order: int, vocab_size: int, folder: Path, **budget: float) -> KneserNey:
     """Returns the store of some texts, its files in `folder`."""
     folder.mkdir(exist_ok=True)
-    part = counted([np.array(text, dtype=np.int64) for text in learnt], order, vocab_size)
+    part = count_ngrams([np.array(text, dtype=np.int64) for text in learnt], order, vocab_size)
     save_file(part, folder / "part.safetensors")
     return build([folder / "part.safetensors"], order, vocab_size, folder / "store", **budget)
 
@@ -209,7 +209,7 @@ def test_a_build_that_was_stopped_leaves_the_same_bytes(folder: Path, monkeypatc
         calls.append(given)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return counted(*given)
+        return count_ngrams(*given)
 
     monkeypatch.setattr(ngram, "counted", stopping)
     with pytest.raises(KeyboardInterrupt):

@@ -279,7 +279,7 @@ def test_sums_and_the_likeliest_of_each_token(parts: list[list[tuple[int, int, i
         for token, found in sorted(sums.items())
         for successor, weight in sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:num_kept]
     ]
-    codes_N, weights_N = trainer.likeliest(*trainer.added(coded), 4, num_kept)
+    codes_N, weights_N = trainer.heaviest_pairs(*trainer.sum_weights(coded), 4, num_kept)
     assert list(zip(codes_N.tolist(), weights_N.tolist(), strict=True)) == expected
 
 
@@ -307,7 +307,7 @@ def test_ranks_are_of_what_is_kept_when_the_token_comes() -> None:
         top_k=8,
     )
     successors_VK = torch.randint(12, (VOCAB_SIZE + 1, 8), generator=generator, dtype=torch.int32)
-    found_DBT = trainer.ranks(successors_VK, batch)
+    found_DBT = trainer.successor_ranks(successors_VK, batch)
     for at, (row, mask) in enumerate(zip(rows, masks, strict=True)):
         assert batch.top_ids_BTK is not None
         expected = slow_ranks(successors_VK, row, mask, batch.top_ids_BTK[at])

@@ -35,7 +35,7 @@ from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, pa
 from tests.support.runs import command, environment, make_data, make_target
 from trainers import rest as trainer
 from trainers.corpora import corpus, suffix_arrays
-from trainers.corpora.suffix_arrays import build, grouped
+from trainers.corpora.suffix_arrays import build, group_texts
 from trainers.rest import Settings
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
@@ -307,7 +307,7 @@ def test_a_budget_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 @given(some.lists(some.integers(0, 30), max_size=10), some.integers(2, 12))
 def test_groups_hold_at_most_so_many_tokens(lengths: list[int], shard_tokens: int) -> None:
     whole = np.arange(sum(lengths))
-    groups = grouped(np.split(whole, np.cumsum(lengths))[:-1], shard_tokens)
+    groups = group_texts(np.split(whole, np.cumsum(lengths))[:-1], shard_tokens)
     pieces = [piece for group in groups for piece in group]
     assert np.array_equal(np.concatenate([*pieces, []]), whole)
     sizes = [sum(len(piece) + 1 for piece in group) for group in groups]

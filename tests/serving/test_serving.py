@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.drafter import find
+from draftsmith.core.drafter import Drafter, Session, Step, find
+from draftsmith.core.tree import Draft
 from draftsmith.drafters import cnn, lstm, medusa, ngram, recycling, rest, suffix, trigram
 from draftsmith.export.launch import ARTIFACT_VARIABLE, PROPOSER
 from draftsmith.serving.tokens import TokenTarget
@@ -84,7 +85,7 @@ def drafter_of(name: str, target: Target, whole: list[list[int]], folder: Path) 
     if name in ("rest", "suffix"):
         return family.Drafter(config, target, (build(texts, VOCAB_SIZE),))
     if family is ngram:
-        save_file(kneser_ney.counted(texts, config.order, VOCAB_SIZE), folder / "part.safetensors")
+        save_file(kneser_ney.count_ngrams(texts, config.order, VOCAB_SIZE), folder / "part.safetensors")
         model = kneser_ney.build([folder / "part.safetensors"], config.order, VOCAB_SIZE, folder / "store")
         return ngram.Drafter(config, target, model)
     drafter = built(family, config, target)
@@ -167,15 +168,20 @@ def run_engine(proposer: Proposer, requests: list[Request], num_slots: int, seed
                     slots[slot] = last
 
 
-class Noted:
+class Noted(Drafter):
     """A drafter whose drafts are written down, chains of one row."""
 
     def __init__(self, drafter: Any) -> None:
         self._drafter, self.drafts = drafter, []
         self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
-        self.start, self.observe = drafter.start, drafter.observe
 
-    def propose(self, budget: int) -> Any:
+    def start(self, session: Session) -> None:
+        self._drafter.start(session)
+
+    def observe(self, step: Step) -> None:
+        self._drafter.observe(step)
+
+    def propose(self, budget: int) -> Draft:
         draft = self._drafter.propose(budget)
         assert draft.tree.is_chain
         used = draft.num_nodes[0] if draft.num_nodes is not None else draft.tree.num_nodes

@@ -22,7 +22,7 @@ from tests.support.masked_batch import masked_batch
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, tiny_config, tiny_model, tiny_target, tiny_tokenizer
 from tests.support.runs import make_data, make_target
 from trainers import distill
-from trainers.parts.losses import DIVERGENCES, Teacher, divergence, restrict_to_shortlist, jensen_shannon
+from trainers.parts.losses import DIVERGENCES, Teacher, divergence, jensen_shannon, restrict_to_shortlist
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 

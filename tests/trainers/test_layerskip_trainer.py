@@ -22,7 +22,7 @@ from draftsmith.parts.self_drafting.sublayers import sublayers
 from tests.support.models import greedy_by_transformers, prompts, tiny_target
 from tests.support.runs import command, environment, make_data, make_target
 from trainers import layerskip
-from trainers.layer_search.sublayers import SublayerCosts, CachedTexts, influence, measure_costs, simulate, speed_up
+from trainers.layer_search.sublayers import CachedTexts, SublayerCosts, influence, measure_costs, simulate, speed_up
 from trainers.layerskip import Settings, evaluate, initial_masks
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
@@ -49,10 +49,10 @@ def segments(right: list[int], confidence: list[float] | None = None) -> Any:
 
 def test_rounds_by_hand() -> None:
     """Of drafts of three: two right and one wrong, none right, all right and the target's own, and the rest."""
-    assert simulate(stretches([1, 1, 0, 0, 1, 1, 1, 1, 1]), Fixed(), 3) == [(3, 2), (3, 0), (3, 3), (1, 1)]
+    assert simulate(segments([1, 1, 0, 0, 1, 1, 1, 1, 1]), Fixed(), 3) == [(3, 2), (3, 0), (3, 3), (1, 1)]
     sure = [0.9, 0.1, 0.9, 0.9, 0.9, 0.2, 0.9]
-    assert simulate(stretches([1, 1, 1, 1, 0, 1, 1], sure), Confidence(0.5), 3) == [(2, 2), (3, 1), (1, 1)]
-    twice = itertools.chain(stretches([1]), stretches([0, 1]))
+    assert simulate(segments([1, 1, 1, 1, 0, 1, 1], sure), Confidence(0.5), 3) == [(2, 2), (3, 1), (1, 1)]
+    twice = itertools.chain(segments([1]), segments([0, 1]))
     assert simulate(twice, Fixed(), 3) == [(1, 1), (2, 0), (1, 1)], "no draft goes on from one stretch to the next"
 
 

@@ -216,7 +216,9 @@ def test_judgement_by_hand() -> None:
 def test_rates_by_hand() -> None:
     heads, changes = medusa2.learning_rate_factors(settings_of()).values()
     assert [heads(step) for step in (0, 99)] == [4, 4] and [changes(step) for step in (0, 99)] == [1, 1]
-    heads, changes = medusa2.learning_rate_factors(settings_of(method="two_stage", head_steps=10, head_rate=2.0)).values()
+    heads, changes = medusa2.learning_rate_factors(
+        settings_of(method="two_stage", head_steps=10, head_rate=2.0)
+    ).values()
     assert heads(5) == 2 and [changes(step) for step in (9, 10, 59, 109, 500)] == [0, 0.01, 0.5, 1, 1]
 
 

@@ -120,7 +120,7 @@ def test_what_it_learns(architecture: str, top_k: int, monkeypatch: pytest.Monke
             theirs_BTV = target.logits(target.read(out.sequences, (last,), source)[last])
             for row, place in watched.places:
                 text = out.sequences[row : row + 1, : place + 1]
-                if isinstance(drafter, torch.nn.Module) and hasattr(drafter, "model"):
+                if drafter.draft_model is not None:
                     own_V = drafter.model(text).logits[0, -1]
                 else:
                     one = source and draftsmith.target.Source(**{k: v[row : row + 1] for k, v in vars(source).items()})

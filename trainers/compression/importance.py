@@ -20,12 +20,12 @@ from draftsmith.core.views import ATTENTIONS, MLPS, blocks_of, find_child
 from trainers.compression.pruning import OUT_OF_ATTENTION, OUT_OF_MLP, check_projections, head_counts
 
 
-def bar(batches: Iterable[Batch], what: str) -> Iterable[Batch]:
+def progress_bar(batches: Iterable[Batch], what: str) -> Iterable[Batch]:
     """Returns the batches with a progress bar."""
     return tqdm(batches, desc=what, unit="batch", mininterval=0.5)
 
 
-def real(batch: Batch) -> Tensor:
+def token_mask(batch: Batch) -> Tensor:
     """Returns where a batch holds text and no padding [B, T]."""
     return torch.arange(batch.tokens_BT.shape[1]) < batch.lengths_B[:, None]
 
@@ -34,7 +34,7 @@ def real(batch: Batch) -> Tensor:
 def block_influence(target: Target, batches: Iterable[Batch]) -> list[float]:
     """Returns 1 - the mean cosine of each layer's input and output (ShortGPT, 2403.03853, equation 1)."""
     totals_L, count = torch.zeros(target.num_layers, dtype=torch.float64), 0
-    for batch in bar(batches, "block influence"):
+    for batch in progress_bar(batches, "block influence"):
         hidden = _hidden(target, batch)
         alike = [torch.cosine_similarity(hidden[layer], hidden[layer + 1], dim=-1) for layer in range(len(totals_L))]
         totals_L += torch.stack([(1 - one_N.double()).sum().cpu() for one_N in alike])
@@ -50,7 +50,7 @@ def angular_distance(target: Target, batches: Iterable[Batch], num_layers: int) 
     """
     num_starts = target.num_layers - num_layers + 1
     totals, count = torch.zeros(num_starts, dtype=torch.float64), 0
-    for batch in bar(batches, "angular distance"):
+    for batch in progress_bar(batches, "angular distance"):
         hidden = _hidden(target, batch)
         for start in range(num_starts):
             alike_N = torch.cosine_similarity(hidden[start], hidden[start + num_layers], dim=-1)
@@ -88,15 +88,15 @@ def activations(target: Target, batches: Iterable[Batch]) -> tuple[Tensor, Tenso
         mlp = getattr(block, find_child(block, MLPS, "MLP"))
         inputs[getattr(attention, OUT_OF_ATTENTION)] = partial(add, "heads", layer)
         inputs[getattr(mlp, OUT_OF_MLP)] = partial(add, "neurons", layer)
-    with watched(inputs):
-        for batch in bar(batches, "activations"):
-            mask_BT = real(batch).to(target.device)
+    with capture_inputs(inputs):
+        for batch in progress_bar(batches, "activations"):
+            mask_BT = token_mask(batch).to(target.device)
             target.read(batch.tokens_BT.to(target.device), (target.num_layers,))
     return torch.stack(sums["heads"]).sqrt(), torch.stack(sums["neurons"]).sqrt()
 
 
 @contextmanager
-def watched(watchers: dict[nn.Module, Any]) -> Iterator[None]:
+def capture_inputs(watchers: dict[nn.Module, Any]) -> Iterator[None]:
     """Tells each watcher its module's first input whenever that runs, while the block lasts."""
     handles = [
         module.register_forward_pre_hook(lambda _, given, watcher=watcher: watcher(given[0]))
@@ -113,5 +113,5 @@ def _hidden(target: Target, batch: Batch) -> list[Tensor]:
     """Returns the hidden layers 0 to L at the real tokens [N, D] in float32."""
     layers = tuple(range(target.num_layers + 1))
     found = target.read(batch.tokens_BT.to(target.device), layers)
-    mask_BT = real(batch).to(target.device)
+    mask_BT = token_mask(batch).to(target.device)
     return [found[layer][mask_BT].float() for layer in layers]

@@ -33,7 +33,7 @@ def num_kept(keep: float, total: int, what: str, *, is_exact: bool = False) -> i
     return number
 
 
-def least_influential(influences: Sequence[float], number: int) -> list[int]:
+def drop_least_influential(influences: Sequence[float], number: int) -> list[int]:
     """Returns the layers kept, in order, when those of least influence go; the first and last stay if two can."""
     last = len(influences) - 1
     ends = [0, last] if number > 1 else [0]
@@ -41,7 +41,7 @@ def least_influential(influences: Sequence[float], number: int) -> list[int]:
     return sorted([*ends, *others[: number - len(ends)]])
 
 
-def around_span(distances: Sequence[float], number: int, num_layers: int) -> list[int]:
+def drop_span(distances: Sequence[float], number: int, num_layers: int) -> list[int]:
     """Returns the layers kept when the neighbours go over which the hidden states turn least.
 
     `distances[start]` is that from the input of layer `start` to the output of the last one that would go
@@ -58,7 +58,7 @@ def evenly_spaced(number: int, num_layers: int) -> list[int]:
     return [round(layer) for layer in torch.linspace(0, num_layers - 1, number).tolist()] if number > 1 else [0]
 
 
-def largest_in_groups(scores: Tensor, number: int, num_groups: int) -> list[int]:
+def top_indices_in_groups(scores: Tensor, number: int, num_groups: int) -> list[int]:
     """Returns the places of the `number` largest scores within each of `num_groups` equal groups, in order."""
     grouped = scores.view(num_groups, -1)
     places = grouped.topk(number, dim=1).indices.sort(dim=1).values
@@ -73,7 +73,7 @@ def head_counts(model: Any) -> tuple[int, int, int]:
     return num_heads, num_kv_heads, int(getattr(text, "head_dim", None) or text.hidden_size // num_heads)
 
 
-def without_layers(model: Any, kept: Sequence[int]) -> Any:
+def keep_layers(model: Any, kept: Sequence[int]) -> Any:
     """Returns a model of the layers `kept` alone, and of all that is no layer; the one given is left as it is."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
@@ -94,7 +94,7 @@ def without_layers(model: Any, kept: Sequence[int]) -> Any:
     return _made(model, config, weights)
 
 
-def narrower(
+def narrow(
     model: Any,
     *,
     heads: Sequence[Sequence[int]] | None = None,

@@ -17,32 +17,32 @@ from data.batches import Batch
 from draftsmith import Target
 from draftsmith.core.tree import chain
 from draftsmith.core.views import blocks_of
-from trainers.compression.importance import real, watched
+from trainers.compression.importance import capture_inputs, token_mask
 
 GROUP, KEPT_OF_GROUP = 4, 2
 """Of each four neighbouring inputs two are kept in the pattern that sparse tensor cores multiply."""
 
 
 @torch.no_grad()
-def by_magnitude(model: Any, keep: float, *, is_two_of_four: bool) -> None:
+def prune_by_magnitude(model: Any, keep: float, *, is_two_of_four: bool) -> None:
     """Zeroes all but the share `keep` of each linear layer's weights in blocks, by their absolute values."""
     for block in blocks_of(model):
-        for linear in linears(model, block):
+        for linear in linear_layers(model, block):
             _zero(linear, linear.weight.abs().float(), keep, is_two_of_four=is_two_of_four, by_row=False)
 
 
 @torch.no_grad()
-def by_wanda(target: Target, batches: Sequence[Batch], keep: float, *, is_two_of_four: bool) -> None:
+def prune_by_wanda(target: Target, batches: Sequence[Batch], keep: float, *, is_two_of_four: bool) -> None:
     """Zeroes in each row of weights all but the share `keep` with the largest |W_oi| ||X_i||_2, in the target itself.
 
     Block by block: each one's inputs X are those that the blocks before it yield once they are sparse.
     """
     hidden = [target.read(batch.tokens_BT.to(target.device), (0,))[0] for batch in batches]
     for layer, block in enumerate(tqdm(blocks_of(target.model), desc="wanda", unit="block", mininterval=0.5)):
-        squares = {one: one.weight.new_zeros(one.in_features).float() for one in linears(target.model, block)}
+        squares = {one: one.weight.new_zeros(one.in_features).float() for one in linear_layers(target.model, block)}
         for batch, entry_BTD in zip(batches, hidden, strict=True):
-            add = partial(_add_squares, squares, real(batch).to(target.device))
-            with watched({linear: partial(add, linear) for linear in squares}):
+            add = partial(_add_squares, squares, token_mask(batch).to(target.device))
+            with capture_inputs({linear: partial(add, linear) for linear in squares}):
                 _run(target, batch, layer, entry_BTD)
         for linear, squares_I in squares.items():
             scores_OI = linear.weight.abs().float() * squares_I.sqrt()
@@ -50,7 +50,7 @@ def by_wanda(target: Target, batches: Sequence[Batch], keep: float, *, is_two_of
         hidden = [_run(target, batch, layer, entry) for batch, entry in zip(batches, hidden, strict=True)]
 
 
-def linears(model: Any, block: nn.Module) -> list[nn.Linear]:
+def linear_layers(model: Any, block: nn.Module) -> list[nn.Linear]:
     """Returns a block's linear layers; raises ValueError naming the architecture if it has none."""
     found = [module for module in block.modules() if isinstance(module, nn.Linear)]
     if not found:
@@ -58,7 +58,7 @@ def linears(model: Any, block: nn.Module) -> list[nn.Linear]:
     return found
 
 
-def kept(scores_OI: Tensor, keep: float, *, is_two_of_four: bool, by_row: bool) -> Tensor:
+def keep_mask(scores_OI: Tensor, keep: float, *, is_two_of_four: bool, by_row: bool) -> Tensor:
     """Returns where the largest scores are [O, I]: two of each four inputs, or a share of each row or of all."""
     if is_two_of_four:
         grouped = scores_OI.unflatten(-1, (-1, GROUP))
@@ -71,7 +71,7 @@ def kept(scores_OI: Tensor, keep: float, *, is_two_of_four: bool, by_row: bool) 
 
 def num_zeros(model: Any) -> int:
     """Returns how many weights of linear layers in blocks are zero."""
-    return sum(int((one.weight == 0).sum()) for block in blocks_of(model) for one in linears(model, block))
+    return sum(int((one.weight == 0).sum()) for block in blocks_of(model) for one in linear_layers(model, block))
 
 
 def _add_squares(squares: dict[nn.Linear, Tensor], mask_BT: Tensor, linear: nn.Linear, given_BTI: Tensor) -> None:
@@ -83,7 +83,7 @@ def _zero(linear: nn.Linear, scores_OI: Tensor, keep: float, *, is_two_of_four: 
         raise ValueError(
             f"a linear layer of {linear.in_features} inputs has no groups of {GROUP}; take another pattern"
         )
-    linear.weight.mul_(kept(scores_OI, keep, is_two_of_four=is_two_of_four, by_row=by_row))
+    linear.weight.mul_(keep_mask(scores_OI, keep, is_two_of_four=is_two_of_four, by_row=by_row))
 
 
 def _run(target: Target, batch: Batch, layer: int, entry_BTD: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def documents(rows: Sequence[Example], context: int = 0) -> Iterator[np.ndarray]
                 yield text
 
 
-def keep(rows: Sequence[Example], budget_tokens: int, context: int = 0) -> list[np.ndarray]:
+def select_documents(rows: Sequence[Example], budget_tokens: int, context: int = 0) -> list[np.ndarray]:
     """Returns as many of `documents(rows, context)`, in their order, as the budget holds, and prints what it dropped.
 
     The next one kept is always that with the largest t h / l, of equal ones the one that came oftenest: the text came t
@@ -76,7 +76,7 @@ def keep(rows: Sequence[Example], budget_tokens: int, context: int = 0) -> list[
     return [text for name, text in texts.items() if name in kept]
 
 
-def commonest(rows: Sequence[Example], num_tokens: int, vocab_size: int) -> torch.Tensor:
+def most_frequent_tokens(rows: Sequence[Example], num_tokens: int, vocab_size: int) -> torch.Tensor:
     """Returns the tokens [num_tokens] most often supervised in `rows`, ascending, ties going to lower ids.
 
     Prints what share of the text they cover.
@@ -89,13 +89,13 @@ def commonest(rows: Sequence[Example], num_tokens: int, vocab_size: int) -> torc
     return ids
 
 
-def take_commonest(shortlist: Shortlist, rows: Sequence[Example]) -> None:
+def fill_shortlist(shortlist: Shortlist, rows: Sequence[Example]) -> None:
     """Makes a shortlist, unless it is of all tokens, that of the tokens most often supervised in `rows`."""
     if not shortlist.is_whole:
-        shortlist.take(commonest(rows, len(shortlist), shortlist.vocab_size).to(shortlist.ids_W.device))
+        shortlist.take(most_frequent_tokens(rows, len(shortlist), shortlist.vocab_size).to(shortlist.ids_W.device))
 
 
-def parts(
+def build_chunks(
     rows: Sequence[Row], output: Path, size: int, make: Callable[[Sequence[Row]], dict[str, np.ndarray]]
 ) -> list[Path]:
     """Returns the files `output/parts/NNNN.safetensors`, each what `make` returns for the next `size` rows.

@@ -56,7 +56,7 @@ class Level:
         )
 
 
-def counted(texts: Sequence[np.ndarray], order: int, vocab_size: int) -> dict[str, np.ndarray]:
+def count_ngrams(texts: Sequence[np.ndarray], order: int, vocab_size: int) -> dict[str, np.ndarray]:
     """Returns a part: the n-grams of `texts` in order, how often each came, and where those of each h_1 begin [V + 2].
 
     With `order` 1 there is no h_1, and w itself takes its place.

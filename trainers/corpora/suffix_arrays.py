@@ -21,7 +21,7 @@ LARGEST_SHARD = 2**29 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Store:
+class StoreSettings:
     """What goes into a store; `--max-steps` and the optimiser's settings mean nothing."""
 
     budget_mb: float = 0.0
@@ -39,20 +39,20 @@ class Store:
             raise ValueError(f"shard_tokens is {self.shard_tokens}; it must lie between 2 and {LARGEST_SHARD}")
 
 
-def stored(
-    store: Store, rows: Sequence[Example], vocab_size: int, run: RunSettings, output: Path
+def build_shards(
+    store: StoreSettings, rows: Sequence[Example], vocab_size: int, run: RunSettings, output: Path
 ) -> tuple[SuffixArray, ...]:
     """Returns the shards of a store of the rows' text, kept in `output` until the run is finished."""
     bytes_per_token = token_type(vocab_size).itemsize + np.dtype(np.int32).itemsize
     budget = int(store.budget_mb * MEGABYTE / bytes_per_token) if store.budget_mb else 2**63
-    groups = grouped(corpus.keep(rows, budget, store.context), store.shard_tokens)
+    groups = group_texts(corpus.select_documents(rows, budget, store.context), store.shard_tokens)
     if not groups:
         raise ValueError(f"{run.data} holds nothing to learn from")
-    files = corpus.parts(groups, output, 1, lambda group: build(group[0], vocab_size).arrays())
+    files = corpus.build_chunks(groups, output, 1, lambda group: build(group[0], vocab_size).arrays())
     return tuple(SuffixArray.read(file, vocab_size) for file in files)
 
 
-def grouped(texts: Sequence[np.ndarray], shard_tokens: int) -> list[list[np.ndarray]]:
+def group_texts(texts: Sequence[np.ndarray], shard_tokens: int) -> list[list[np.ndarray]]:
     """Returns the texts in turn, as many to a group as it holds with a separator after each; longer ones are cut."""
     groups: list[list[np.ndarray]] = []
     num_left = 0

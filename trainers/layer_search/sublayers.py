@@ -27,7 +27,7 @@ ROUNDS = 15
 
 
 @dataclass(frozen=True, kw_only=True)
-class Costs:
+class SublayerCosts:
     """What forwards take, in milliseconds, measured once so that the machine's moods do not steer the search."""
 
     whole: float
@@ -52,7 +52,7 @@ class Costs:
         return float(np.interp(num_drafted, list(map(float, self.verify)), list(self.verify.values())))
 
 
-class Texts:
+class CachedTexts:
     """Rows that the whole target has read once, to be read again without some sublayers: a single forward a choice."""
 
     @torch.inference_mode()
@@ -66,13 +66,13 @@ class Texts:
         self._labels_N, _ = self._guesses(out.hidden_BND[:, 1:-1])
 
     @torch.inference_mode()
-    def right(self, skipped: Sublayers) -> tuple[Tensor, Tensor]:
+    def agreement(self, skipped: Sublayers) -> tuple[Tensor, Tensor]:
         """Returns where drafting guesses what the target itself says [N], and how sure it is of each guess [N]."""
         hidden_BTD = reread(self._target, self._tokens_BT, self._cache, skipped, self._num_draft)
         guesses_N, confidence_N = self._guesses(hidden_BTD[:, :-1])
         return guesses_N == self._labels_N, confidence_N
 
-    def stretches(self, right_N: Tensor, confidence_N: Tensor) -> Iterator[tuple[list[bool], list[float]]]:
+    def segments(self, right_N: Tensor, confidence_N: Tensor) -> Iterator[tuple[list[bool], list[float]]]:
         """Yields what stands at each row's supervised positions, every unbroken stretch of them apart."""
         told = iter(zip(right_N.tolist(), confidence_N.tolist(), strict=True))
         for row in self.mask_BT.tolist():
@@ -91,7 +91,7 @@ class Texts:
 
 
 def simulate(
-    stretches: Iterator[tuple[list[bool], list[float]]], policy: Policy, num_draft: int
+    segments: Iterator[tuple[list[bool], list[float]]], policy: Policy, num_draft: int
 ) -> list[tuple[int, int]]:
     """Returns (tokens drafted, tokens accepted) of each round in which stretches of text would be decoded.
 
@@ -99,7 +99,7 @@ def simulate(
     """
     policy.start(1, num_draft)
     rounds = []
-    for right, confidence in stretches:
+    for right, confidence in segments:
         place = 0
         while place < len(right):
             told: list[float] = []
@@ -114,7 +114,7 @@ def simulate(
     return rounds
 
 
-def speed_up(rounds: Sequence[tuple[int, int]], bits: Bits, costs: Costs) -> float:
+def speed_up(rounds: Sequence[tuple[int, int]], bits: Bits, costs: SublayerCosts) -> float:
     """Returns tokens in the time of a plain step: sum (accepted + 1) whole / sum (drafted draft + verification)."""
     tokens = sum(num_matched + 1 for _, num_matched in rounds)
     spent = sum(num_drafted * costs.draft(bits) + costs.verification(num_drafted) for num_drafted, _ in rounds)
@@ -148,7 +148,7 @@ def influence(target: Target, rows: Sequence[Example]) -> list[float]:
 
 
 @torch.inference_mode()
-def measure(target: Target, num_draft: int) -> Costs:
+def measure_costs(target: Target, num_draft: int) -> SublayerCosts:
     """Returns costs after a context of `CONTEXT` tokens, each the least of `ROUNDS` in which all take turns.
 
     On a CPU it is the process's own time, to which others on the machine add nothing.
@@ -171,6 +171,6 @@ def measure(target: Target, num_draft: int) -> Costs:
     rounds = [{name: run_ms(*one) for name, one in asked.items()} for _ in range(ROUNDS)]
     least = {name: min(one[name] for one in rounds) for name in asked}
     verify = accumulate((least[str(size)] for size in sizes), max, initial=least["whole"])
-    return Costs(
+    return SublayerCosts(
         **{name: least[name] for name in kinds}, verify=dict(zip(["0", *map(str, sizes)], verify, strict=True))
     )

@@ -9,7 +9,7 @@ from draftsmith import Target
 from draftsmith.parts.self_drafting.fine_tuned import Tuned, matrices, twin
 
 
-def attached(
+def attach_adapters(
     base: Target, modules: tuple[str, ...], adapters: Iterable[Any], *, rank: int, alpha: float, dropout: float
 ) -> Tuned:
     """Returns a target with peft's layers around its linear layers called so; every other weight is `base`'s own.

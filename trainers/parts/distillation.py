@@ -24,24 +24,24 @@ from trainers.parts.losses import (
     DIVERGENCES,
     Teacher,
     acceptance,
-    chunked,
     cross_entropy,
     divergence,
-    each,
-    given_listed,
-    laws,
+    map_in_chunks,
+    outcome_log_probs,
+    restrict_to_shortlist,
+    sum_in_chunks,
 )
 
 Head = Callable[[Tensor], Tensor]
 """Features [N, D] -> logits [N, V]."""
 BEST_METRIC = "predicted_speedup"
-REACHED = "accepted_to_"
+ACCEPTED_TO = "accepted_to_"
 DRAFT_TOKENS = 64
 """Most tokens that a draft model writes of its own after a held-out prompt, to be judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss:
+class LossSettings:
     """What is learnt from the target: its text, or its laws."""
 
     loss: str = field(default="ce", metadata={"choices": ["ce", *DIVERGENCES]})
@@ -77,7 +77,7 @@ class Loss:
             raise ValueError(f"with teacher_top_k, loss_temperature must be 1, not {self.loss_temperature}")
 
 
-def needs(settings: Loss, target: Target) -> Needs:
+def needs(settings: LossSettings, target: Target) -> Needs:
     last = (target.num_layers,)
     if settings.loss == "ce" or settings.teacher_top_k:
         return Needs(top_k=settings.teacher_top_k, held_out_layers=last)
@@ -88,7 +88,7 @@ def loss(
     features_BTD: Tensor,
     head: Head,
     batch: Batch,
-    settings: Loss,
+    settings: LossSettings,
     target: Target,
     shortlist: Shortlist | None = None,
 ) -> tuple[Tensor, Metrics]:
@@ -103,7 +103,7 @@ def loss(
     metrics = {} if shortlist.is_whole else {"outside": ((~is_listed_N).sum(), len(labels_N))}
     features_ND = before_supervised(features_BTD, batch)
     if settings.loss == "ce":
-        total, _ = chunked(
+        total, _ = sum_in_chunks(
             lambda features, labels: cross_entropy(head(features), labels),
             features_ND[is_listed_N],
             labels_N[is_listed_N],
@@ -111,8 +111,8 @@ def loss(
         )
         return total, metrics
     compare = divergence(settings.loss, beta=settings.beta, temperature=settings.loss_temperature)
-    total, _ = chunked(
-        lambda features, *theirs: compare(head(features), given_listed(_teacher(target, *theirs), shortlist)),
+    total, _ = sum_in_chunks(
+        lambda features, *theirs: compare(head(features), restrict_to_shortlist(_teacher(target, *theirs), shortlist)),
         features_ND,
         *(before_supervised(part, batch) for part in _law(batch, settings, target)),
         vocab_size=target.vocab_size,
@@ -120,22 +120,22 @@ def loss(
     return total, metrics
 
 
-def transform_batch(drafter: Any, batch: Batch, settings: Loss, target: Target, salt: str) -> Batch:
+def transform_batch(drafter: Any, batch: Batch, settings: LossSettings, target: Target, salt: str) -> Batch:
     """Returns the batch with a share `on_policy` of its rows written by the drafter; the coin goes by row and salt."""
     if settings.on_policy and on_policy.is_sharded(drafter):
         raise ValueError(
             "on_policy needs the draft model's weights whole, which zero3 shards: name another --deepspeed"
         )
-    rows = on_policy.draws(settings.on_policy, batch, salt)
-    return on_policy.rewritten(drafter, batch, target, rows, temperature=settings.on_policy_temperature, salt=salt)
+    rows = on_policy.select_rows(settings.on_policy, batch, salt)
+    return on_policy.rewrite_rows(drafter, batch, target, rows, temperature=settings.on_policy_temperature, salt=salt)
 
 
-def self_generated(drafter: Any, batch: Batch, settings: Loss, target: Target) -> Batch | None:
+def self_generated(drafter: Any, batch: Batch, settings: LossSettings, target: Target) -> Batch | None:
     """Returns held-out rows' prompts with what the drafter writes after them at temperature 1, if it is whole."""
     if on_policy.is_sharded(drafter):
         return None
     every, most = range(len(batch.keys)), {"most_tokens": DRAFT_TOKENS}
-    return on_policy.rewritten(drafter, batch, target, every, temperature=1.0, salt="held out", **most)
+    return on_policy.rewrite_rows(drafter, batch, target, every, temperature=1.0, salt="held out", **most)
 
 
 def evaluate(features_BTD: Tensor, head: Head, batch: Batch, target: Target, *, num_draft: int = 1) -> Metrics:
@@ -145,18 +145,18 @@ def evaluate(features_BTD: Tensor, head: Head, batch: Batch, target: Target, *, 
     """
 
     def compare(features: Tensor, theirs: Tensor) -> Tensor:
-        student_NV, teacher_NV = laws(head(features), _teacher(target, theirs))
+        student_NV, teacher_NV = outcome_log_probs(head(features), _teacher(target, theirs))
         agrees_N = student_NV.argmax(-1) == teacher_NV.argmax(-1)
         return torch.stack([acceptance(student_NV, teacher_NV), agrees_N.float()], dim=1)
 
     both = (before_supervised(part, batch) for part in (features_BTD, batch.hidden[target.num_layers]))
-    found_N2 = each(compare, *both, vocab_size=target.vocab_size)
+    found_N2 = map_in_chunks(compare, *both, vocab_size=target.vocab_size)
     accepted, agrees, count = *found_N2.sum(0), len(found_N2)
     metrics = {"acceptance": (accepted, count), "greedy_agreement": (agrees, count)}
-    return metrics | accepted_in_a_row(found_N2[:, 0], batch, num_draft)
+    return metrics | run_acceptance(found_N2[:, 0], batch, num_draft)
 
 
-def accepted_in_a_row(accepted_N: Tensor, batch: Batch, num_draft: int) -> Metrics:
+def run_acceptance(accepted_N: Tensor, batch: Batch, num_draft: int) -> Metrics:
     """Returns the mean of the product of d acceptances in a row for d from 2 to `num_draft`, as `accepted_to_d`."""
     known_BP = batch.loss_mask_BT[:, 1:]
     accepted_BP = torch.zeros(known_BP.shape, device=accepted_N.device, dtype=accepted_N.dtype)
@@ -166,12 +166,12 @@ def accepted_in_a_row(accepted_N: Tensor, batch: Batch, num_draft: int) -> Metri
     for depth in range(2, num_draft + 1):
         product_BP = product_BP[:, :-1] * accepted_BP[:, depth - 1 :]
         is_whole_BP = is_whole_BP[:, :-1] & known_BP[:, depth - 1 :]
-        metrics[f"{REACHED}{depth}"] = (product_BP.sum(), int(is_whole_BP.sum()))
+        metrics[f"{ACCEPTED_TO}{depth}"] = (product_BP.sum(), int(is_whole_BP.sum()))
     return metrics
 
 
 @torch.no_grad()
-def measure_costs(drafter: Any, settings: Loss, target: Target) -> dict[str, float]:
+def measure_costs(drafter: Any, settings: LossSettings, target: Target) -> dict[str, float]:
     """Returns what a drafted token costs of a plain step, which no training changes."""
     return {"cost_ratio": on_policy.cost_ratio(drafter, target)}
 
@@ -183,7 +183,7 @@ def summarise(means: dict[str, float], costs: dict[str, float]) -> dict[str, flo
     with acceptances as they come one after the other); less than 1 is a slow-down.
     """
     reached = [means["acceptance"]]
-    while not math.isnan(further := means.get(f"{REACHED}{len(reached) + 1}", math.nan)):
+    while not math.isnan(further := means.get(f"{ACCEPTED_TO}{len(reached) + 1}", math.nan)):
         reached.append(further)
     speedups = (
         predicted_speedup.speedup(predicted_speedup.tokens_by_depth(reached[:number]), number, costs["cost_ratio"])
@@ -197,7 +197,7 @@ def before_supervised(values_BTD: Tensor, batch: Batch) -> Tensor:
     return values_BTD[:, :-1][batch.loss_mask_BT[:, 1:]]
 
 
-def _law(batch: Batch, settings: Loss, target: Target) -> tuple[Tensor, ...]:
+def _law(batch: Batch, settings: LossSettings, target: Target) -> tuple[Tensor, ...]:
     """Returns what the batch holds of the target's law [B, T, ...]: last hidden states, or the top of its logits."""
     if not settings.teacher_top_k:
         return (batch.hidden[target.num_layers],)

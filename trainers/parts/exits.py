@@ -18,24 +18,24 @@ from draftsmith.length.costs import CONTEXT, quickest_ms
 from draftsmith.length.policies import Policy
 from trainers import Metrics
 from trainers.layer_search.sublayers import simulate
-from trainers.parts.losses import Teacher, acceptance, chunked, laws
+from trainers.parts.losses import Teacher, acceptance, outcome_log_probs, sum_in_chunks
 
-Text = tuple[list[bool], list[float]]
+RowOutcomes = tuple[list[bool], list[float]]
 """Of a row's supervised tokens, whether draft and target agree, and how likely the draft finds its own."""
 
-SWEPT = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+CANDIDATE_LAYERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Exit layers that are tried, up to half of the target's."""
-TURNS = 3
+NUM_REPEATS = 3
 """Times that the rounds of each are measured."""
 
 
-def swept(num_layers: int) -> tuple[int, ...]:
+def candidate_layers(num_layers: int) -> tuple[int, ...]:
     """Returns the exit layers worth trying in a target of so many blocks."""
-    return tuple(layer for layer in SWEPT if layer <= max(num_layers // 2, 1))
+    return tuple(layer for layer in CANDIDATE_LAYERS if layer <= max(num_layers // 2, 1))
 
 
 @torch.inference_mode()
-def rounds_ms(drafter: Any, num_draft: int) -> list[float]:
+def round_costs_ms(drafter: Any, num_draft: int) -> list[float]:
     """Returns the milliseconds of a round that drafts 0, 1, ... `num_draft` tokens, in a chain, and verifies them.
 
     One row after `CONTEXT` tokens, the quickest of several runs each, and never less than with fewer tokens.
@@ -72,7 +72,7 @@ def tokens_per_ms(rounds: Sequence[tuple[int, int]], costs_ms: Sequence[float]) 
     return sum(accepted + 1 for _, accepted in rounds) / sum(costs_ms[drafted] for drafted, _ in rounds)
 
 
-def judged(
+def acceptance_metrics(
     heads: Mapping[int, Callable[[Tensor], Tensor]], outputs: Sequence[Tensor], theirs_ND: Tensor, target: Target
 ) -> Metrics:
     """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and how often both laws' likeliest agree.
@@ -83,12 +83,14 @@ def judged(
 
     def compare(theirs_ND: Tensor, *outputs_ND: Tensor) -> Tensor:
         teacher = Teacher(logits=target.logits(theirs_ND[None])[0])
-        both = [laws(head(z[None])[0], teacher) for head, z in zip(heads.values(), outputs_ND, strict=True)]
+        both = [
+            outcome_log_probs(head(z[None])[0], teacher) for head, z in zip(heads.values(), outputs_ND, strict=True)
+        ]
         accepted_NC = torch.stack([acceptance(*pair) for pair in both], dim=1)
         agrees_NC = torch.stack([own.argmax(-1) == theirs.argmax(-1) for own, theirs in both], dim=1)
         return torch.stack([accepted_NC, agrees_NC.float()], dim=1)
 
-    sums_MC, count = chunked(compare, theirs_ND, *outputs, vocab_size=target.vocab_size * len(heads))
+    sums_MC, count = sum_in_chunks(compare, theirs_ND, *outputs, vocab_size=target.vocab_size * len(heads))
     names = ("acceptance", "greedy_agreement")
     metrics: Metrics = {name: (sums_C.sum(), count * len(heads)) for name, sums_C in zip(names, sums_MC, strict=True)}
     if len(heads) > 1:
@@ -96,9 +98,9 @@ def judged(
     return metrics
 
 
-def texts(
+def row_outcomes(
     head: Callable[[Tensor], Tensor], outputs: Sequence[Tensor], batches: Sequence[Batch], target: Target
-) -> list[Text]:
+) -> list[RowOutcomes]:
     """Returns what an exit says of each row; `head` makes logits of its `outputs` [B, T, D], one for each batch."""
     found = []
     for batch, output_BTD in zip(batches, outputs, strict=True):
@@ -110,10 +112,10 @@ def texts(
     return found
 
 
-def best(drafters: Sequence[tuple[Any, Sequence[Text]]], policy: Callable[[], Policy]) -> int:
+def fastest(drafters: Sequence[tuple[Any, Sequence[RowOutcomes]]], policy: Callable[[], Policy]) -> int:
     """Returns which of the drafters, given with what `texts` says of each, promises most tokens a second in chains."""
     # In turn and more than once, so that a machine busy with other work is so for all of them.
-    turns = [[rounds_ms(drafter, drafter.config.num_draft) for drafter, _ in drafters] for _ in range(TURNS)]
+    turns = [[round_costs_ms(drafter, drafter.config.num_draft) for drafter, _ in drafters] for _ in range(NUM_REPEATS)]
     lowest_ms = [[min(times) for times in zip(*of_one, strict=True)] for of_one in zip(*turns, strict=True)]
     plain_ms, rates = min(costs_ms[0] for costs_ms in lowest_ms), []
     for (drafter, told), costs_ms in zip(drafters, lowest_ms, strict=True):

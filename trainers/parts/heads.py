@@ -17,16 +17,16 @@ from draftsmith import Target
 from draftsmith.length.costs import SIZES, quickest_ms, verify_ms
 from trainers import Metrics
 from trainers.parts import trees
-from trainers.parts.losses import chunked, cross_entropy
+from trainers.parts.losses import cross_entropy, sum_in_chunks
 
 NUM_RANKS = 10
-AT_ONCE = 1024
+CHUNK_SIZE = 1024
 Head = Callable[[int, Tensor], Tensor]
 """(k, features [B, T, D]) -> head k's logits [B, T, V]."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
+class HeadOutputs:
     """What one head is judged by in a batch."""
 
     z_ND: Tensor
@@ -37,32 +37,32 @@ class Part:
     """Where in the batch these positions are."""
 
 
-def ahead(values_BT: Tensor, offset: int) -> Tensor:
+def shift_left(values_BT: Tensor, offset: int) -> Tensor:
     """Returns at t what stands at t + offset; zeros past the end."""
     return functional.pad(values_BT, (0, offset))[:, offset:]
 
 
-def masks(batch: Batch, num_heads: int) -> list[Tensor]:
+def label_masks(batch: Batch, num_heads: int) -> list[Tensor]:
     """Returns for each head where its label is supervised [B, T]."""
-    return [ahead(batch.loss_mask_BT, 2 + k) for k in range(num_heads)]
+    return [shift_left(batch.loss_mask_BT, 2 + k) for k in range(num_heads)]
 
 
-def parts(
+def head_outputs(
     features: Callable[[Tensor], Iterable[Tensor]], normed_BTD: Tensor, batch: Batch, num_heads: int
-) -> Iterator[Part]:
+) -> Iterator[HeadOutputs]:
     """Yields each head's part; `features` gives all heads' features [1, T, D] from normed hidden states [1, T, D]."""
-    masks_BT = masks(batch, num_heads)
+    masks_BT = label_masks(batch, num_heads)
     any_BT = torch.stack(masks_BT).any(0)
     for k, (z_1TD, mask_BT) in enumerate(zip(features(normed_BTD[any_BT][None]), masks_BT, strict=True)):
-        labels_N = ahead(batch.tokens_BT, 2 + k)[mask_BT]
-        yield Part(z_ND=z_1TD[0][mask_BT[any_BT]], labels_N=labels_N, mask_BT=mask_BT)
+        labels_N = shift_left(batch.tokens_BT, 2 + k)[mask_BT]
+        yield HeadOutputs(z_ND=z_1TD[0][mask_BT[any_BT]], labels_N=labels_N, mask_BT=mask_BT)
 
 
-def loss(found: Iterable[Part], head: Head, *, decay: float, vocab_size: int) -> tuple[Tensor, Metrics]:
+def loss(found: Iterable[HeadOutputs], head: Head, *, decay: float, vocab_size: int) -> tuple[Tensor, Metrics]:
     """Returns the sum over heads k and positions t of decay^(k + 1) CE(head k at t, token t + 2 + k)."""
     losses, metrics = [], {}
     for k, part in enumerate(found):
-        head_loss, count = chunked(
+        head_loss, count = sum_in_chunks(
             lambda z, labels, k=k: cross_entropy(head(k, z[None])[0], labels),
             part.z_ND,
             part.labels_N,
@@ -73,12 +73,12 @@ def loss(found: Iterable[Part], head: Head, *, decay: float, vocab_size: int) ->
     return torch.stack(losses).sum(), metrics
 
 
-def ranks(found: Iterable[Part], head: Head, batch: Batch) -> Tensor:
+def label_ranks(found: Iterable[HeadOutputs], head: Head, batch: Batch) -> Tensor:
     """Returns the place [K, B, T] of the right token among each head's guesses, -1 where nothing is supervised."""
     of_heads = []
     for k, part in enumerate(found):
         places = []
-        for z_ND, labels_N in zip(part.z_ND.split(AT_ONCE), part.labels_N.split(AT_ONCE), strict=True):
+        for z_ND, labels_N in zip(part.z_ND.split(CHUNK_SIZE), part.labels_N.split(CHUNK_SIZE), strict=True):
             logits_NV = head(k, z_ND[None])[0]
             places.append((logits_NV > logits_NV.gather(1, labels_N[:, None])).sum(1))
         ranks_BT = torch.full_like(batch.tokens_BT, -1)
@@ -87,7 +87,7 @@ def ranks(found: Iterable[Part], head: Head, batch: Batch) -> Tensor:
     return torch.stack(of_heads)
 
 
-def judged(ranks_KBT: Tensor) -> Metrics:
+def accuracy_metrics(ranks_KBT: Tensor) -> Metrics:
     """Returns each head's top-1 accuracy, and as acceptance how many heads are right before the first wrong one."""
     metrics = {}
     for k, ranks_BT in enumerate(ranks_KBT):
@@ -97,7 +97,7 @@ def judged(ranks_KBT: Tensor) -> Metrics:
     return {"acceptance": (run_BT[is_whole_BT].sum(), int(is_whole_BT.sum())), **metrics}
 
 
-def guess(features: Iterable[Tensor], head: Head) -> Tensor:
+def top_tokens(features: Iterable[Tensor], head: Head) -> Tensor:
     """Returns each head's likeliest tokens [K, T, R] from features [1, T, D], as a draft does with T = 1."""
     logits_KTV = torch.cat([head(k, z_1TD) for k, z_1TD in enumerate(features)])
     return logits_KTV.topk(NUM_RANKS, dim=-1).indices
@@ -110,13 +110,15 @@ def best_tree(
 
     With `num_nodes` 0 it is as large as gives most tokens a second at the target's measured cost.
     """
-    rows = rows_of(of_batches)
+    rows = ranks_by_row(of_batches)
     draft_ms = 0.0 if num_nodes else quickest_ms(draft)
-    return planned(trees.observed(torch.cat(rows), NUM_RANKS), rows, lambda _: draft_ms, target, num_nodes)
+    return plan_tree(
+        trees.conditional_accuracy(torch.cat(rows), NUM_RANKS), rows, lambda _: draft_ms, target, num_nodes
+    )
 
 
-def planned(
-    children: trees.Children,
+def plan_tree(
+    children: trees.ChildChances,
     rows: list[Tensor],
     draft_ms: Callable[[tuple[trees.Path, ...]], float],
     target: Target,
@@ -131,11 +133,11 @@ def planned(
     if not num_nodes:
         cost_ms = {size: draft_ms(paths[:size]) + cost for size, cost in verify_ms(target).items()}
         nodes = nodes[: trees.best_size(nodes, rows, cost_ms)]
-    print(f"tree of {len(nodes)} nodes: {trees.tokens_a_round(nodes, rows):.2f} tokens a round on held-out text")
+    print(f"tree of {len(nodes)} nodes: {trees.tokens_per_round(nodes, rows):.2f} tokens a round on held-out text")
     return paths[: len(nodes)]
 
 
-def rows_of(of_batches: Iterable[Tensor]) -> list[Tensor]:
+def ranks_by_row(of_batches: Iterable[Tensor]) -> list[Tensor]:
     """Returns each row's ranks [T, K], on the host, where at least the first head's token is supervised."""
     rows = [ranks_TK for ranks_KBT in of_batches for ranks_TK in ranks_KBT.permute(1, 2, 0).cpu()]
     return [ranks_TK[ranks_TK[:, 0] >= 0] for ranks_TK in rows]

@@ -32,7 +32,7 @@ class Teacher:
     """Log of the sum of exponentials of all V logits."""
 
 
-def given_listed(teacher: Teacher, shortlist: Shortlist) -> Teacher:
+def restrict_to_shortlist(teacher: Teacher, shortlist: Shortlist) -> Teacher:
     """Returns the teacher's law given that the next token is on the shortlist, p(x) / sum of p over the shortlist.
 
     Of its K largest logits those outside are taken out of the sum; what lies outside beyond them stays in "any other".
@@ -54,7 +54,7 @@ def given_listed(teacher: Teacher, shortlist: Shortlist) -> Teacher:
     )
 
 
-def laws(student_logits_NV: Tensor, teacher: Teacher, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def outcome_log_probs(student_logits_NV: Tensor, teacher: Teacher, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Returns the log-probabilities (student_logp_NC, teacher_logp_NC) of the outcomes both laws are compared on.
 
     With the teacher's top K the outcomes are those K tokens and "any other": teacher 1 - sum_K p, student
@@ -154,12 +154,12 @@ def divergence(name: str, *, beta: float = 0.5, temperature: float = 1.0) -> Cal
     compare = partial(jensen_shannon, beta=beta) if name == "jsd" else DIVERGENCES[name]
 
     def loss(student_logits_NV: Tensor, teacher: Teacher) -> Tensor:
-        return compare(*laws(student_logits_NV, teacher, temperature)) * temperature**2
+        return compare(*outcome_log_probs(student_logits_NV, teacher, temperature)) * temperature**2
 
     return loss
 
 
-def chunked(
+def sum_in_chunks(
     loss: Callable[..., Tensor], *inputs: Tensor, vocab_size: int, max_logits: int = MAX_LOGITS
 ) -> tuple[Tensor, int]:
     """Returns (sum of `loss(*inputs)` over its first dimension, number of positions N).
@@ -179,7 +179,9 @@ def chunked(
 
 
 @torch.no_grad()
-def each(compare: Callable[..., Tensor], *inputs: Tensor, vocab_size: int, max_logits: int = MAX_LOGITS) -> Tensor:
+def map_in_chunks(
+    compare: Callable[..., Tensor], *inputs: Tensor, vocab_size: int, max_logits: int = MAX_LOGITS
+) -> Tensor:
     """Returns `compare(*inputs)` [N, ...] without gradient, computed as `chunked` does."""
     size = max(1, max_logits // vocab_size)
     return torch.cat([compare(*chunk) for chunk in zip(*(one.split(size) for one in inputs), strict=True)])

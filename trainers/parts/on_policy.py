@@ -32,12 +32,12 @@ def is_sharded(drafter: nn.Module) -> bool:
     return any(hasattr(weight, "ds_tensor") for weight in drafter.parameters())
 
 
-def draws(share: float, batch: Batch, salt: str) -> list[int]:
+def select_rows(share: float, batch: Batch, salt: str) -> list[int]:
     """Returns which rows of the batch a coin that falls so for this share of rows is in favour of."""
     return [row for row in range(len(batch.keys)) if _number(batch, row, f"coin:{salt}") < share * 2**63]
 
 
-def rewritten(
+def rewrite_rows(
     drafter: Any,
     batch: Batch,
     target: Target,
@@ -60,7 +60,7 @@ def rewritten(
     masks = [mask[: len(text)] for mask, text in zip(batch.loss_mask_BT.tolist(), texts, strict=True)]
     prompts = [texts[row][: max(masks[row].index(True), 1)] for row in rows]
     wanted = [sum(masks[row][len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
-    written = write(
+    written = generate_alone(
         drafter,
         target,
         prompts,
@@ -80,7 +80,7 @@ def rewritten(
     )
 
 
-def write(
+def generate_alone(
     drafter: Any,
     target: Target,
     prompts: Sequence[Sequence[int]],

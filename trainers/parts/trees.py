@@ -19,12 +19,12 @@ from draftsmith.parts.growth import draw_siblings
 from draftsmith.verify.research import recursive
 
 Path = tuple[int, ...]
-Children = Callable[[Path], list[float]]
+ChildChances = Callable[[Path], list[float]]
 """The chance of each next guess, by rank, once a path has been accepted; nothing past the last head."""
 PRIOR = 16
 
 
-def grow(children: Children, num_nodes: int) -> list[tuple[Path, float]]:
+def grow(children: ChildChances, num_nodes: int) -> list[tuple[Path, float]]:
     """Returns up to `num_nodes` nodes, best first, each with the chance that it is accepted.
 
     Greedy as in Medusa (2401.10774, section 2.3.3): of all nodes whose parent is in the tree add the one with the
@@ -44,7 +44,7 @@ def grow(children: Children, num_nodes: int) -> list[tuple[Path, float]]:
     return nodes
 
 
-def observed(ranks_MK: Tensor, num_ranks: int) -> Children:
+def conditional_accuracy(ranks_MK: Tensor, num_ranks: int) -> ChildChances:
     """Returns how often each guess was right at M positions, given that the guesses before it on its path were.
 
     `ranks_MK[m, k]` is the place of the right token among head k's guesses, -1 where there was none. Heads are right
@@ -68,12 +68,12 @@ def observed(ranks_MK: Tensor, num_ranks: int) -> Children:
     return children
 
 
-def in_turn(children: Children) -> Children:
+def non_increasing(children: ChildChances) -> ChildChances:
     """Returns these chances with none above that of the guess before it: a tree then holds guesses in turn, from 0."""
     return lambda path: list(accumulate(children(path), min))
 
 
-def tokens_a_round(nodes: list[tuple[Path, float]], rows: list[Tensor]) -> float:
+def tokens_per_round(nodes: list[tuple[Path, float]], rows: list[Tensor]) -> float:
     """Returns how many tokens a round brings when each row's text, of ranks [T, K], is decoded with this tree.
 
     A round begins where the last one ended, which is rather where heads were wrong: fewer tokens than the chances of
@@ -96,7 +96,7 @@ def tokens_a_round(nodes: list[tuple[Path, float]], rows: list[Tensor]) -> float
 def best_size(nodes: list[tuple[Path, float]], rows: list[Tensor], cost_ms: dict[int, float]) -> int:
     """Returns how many nodes decode `rows` with the most tokens a millisecond; `cost_ms` is of a round so large."""
     sizes = [size for size in cost_ms if size <= len(nodes)]
-    return max(sizes, key=lambda size: tokens_a_round(nodes[:size], rows) / cost_ms[size])
+    return max(sizes, key=lambda size: tokens_per_round(nodes[:size], rows) / cost_ms[size])
 
 
 def best_tree(

@@ -16,7 +16,7 @@ from data.batches import Example, collate, example
 from draftsmith.drafters import lookup
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, prompts, tiny_target
 from trainers.corpora import corpus
-from trainers.corpora.corpus import documents, evaluate, select_documents, build_chunks
+from trainers.corpora.corpus import build_chunks, documents, evaluate, select_documents
 
 ROWS = some.lists(some.lists(some.tuples(some.integers(0, 2), some.booleans()), min_size=1, max_size=9), max_size=6)
 FEW = settings(max_examples=60, deadline=None)
@@ -118,7 +118,9 @@ def test_frequent_text_and_text_that_recurs_is_kept(
     monkeypatch.setattr(corpus, "_digest", lambda text: bytes(text.tolist()))
     aside, alike, twice, odd = [1, 2, 3, 4, 5], [6, 2, 3, 4, 5], [7, 8, 9, 10, 11], [12, 13, 14, 15, 16]
     rows = rows_of([odd, twice, alike, twice, aside])
-    assert lists(select_documents(rows, 12)) == [twice, alike], "what was met twice, and what is like the text set aside"
+    assert lists(select_documents(rows, 12)) == [twice, alike], (
+        "what was met twice, and what is like the text set aside"
+    )
     said = capsys.readouterr().out
     assert "keeps 2 of 4 documents, 12 of 24 tokens; 100% of what recurs" in said
     assert lists(select_documents(rows, 24)) == [odd, twice, alike, aside]

@@ -11,15 +11,15 @@ from trainers.parts.losses import (
     DIVERGENCES,
     Teacher,
     acceptance,
-    sum_in_chunks,
     cross_entropy,
     divergence,
     forward_kl,
     jensen_shannon,
-    outcome_log_probs,
     likelihood,
     likelihood_hybrid,
+    outcome_log_probs,
     reverse_kl,
+    sum_in_chunks,
     total_variation,
 )
 

@@ -16,7 +16,7 @@ from tests.support.family import built
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, prompts, tiny_config, tiny_target
 from tests.support.recurrent_checks import fresh_logits
 from trainers.parts import on_policy
-from trainers.parts.on_policy import rewrite_rows, generate_alone
+from trainers.parts.on_policy import generate_alone, rewrite_rows
 
 READING = {
     lstm: lstm.Config(hidden_size=24, num_layers=2, rank=8, num_draft=4),
@@ -148,7 +148,9 @@ def test_coins() -> None:
     one, other = (on_policy.select_rows(0.3, whole, salt) for salt in ("1", "2"))
     assert abs(len(one) / 2_000 - 0.3) < 5 * (0.21 / 2_000) ** 0.5
     assert abs(len({*one} & {*other}) / 2_000 - 0.09) < 5 * (0.09 * 0.91 / 2_000) ** 0.5
-    assert [row + 1_000 for row in on_policy.select_rows(0.3, collate(rows[1_000:]), "1")] == [r for r in one if r >= 1_000]
+    assert [row + 1_000 for row in on_policy.select_rows(0.3, collate(rows[1_000:]), "1")] == [
+        r for r in one if r >= 1_000
+    ]
 
 
 def test_the_cost_of_a_drafted_token() -> None:

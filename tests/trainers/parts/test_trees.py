@@ -60,7 +60,9 @@ def test_rounds_by_hand() -> None:
     nodes = [((0,), 0.5), ((0, 0), 0.3), ((1,), 0.2)]
     ranks_TK = torch.tensor([[0, 0], [7, 7], [7, 7], [0, 4], [1, -1]])
     assert trees.tokens_per_round(nodes, [ranks_TK]) == pytest.approx((3 + 2) / 2)
-    assert trees.tokens_per_round(nodes[:1], [ranks_TK, ranks_TK[3:]]) == pytest.approx((2 + 1 + 2 + 2) / (1 + 1 + 1 + 1))
+    assert trees.tokens_per_round(nodes[:1], [ranks_TK, ranks_TK[3:]]) == pytest.approx(
+        (2 + 1 + 2 + 2) / (1 + 1 + 1 + 1)
+    )
     # 1 node: 2, 1 and 2 tokens; 2 nodes: 3 and 2 tokens in twice the time.
     assert trees.best_size(nodes, [ranks_TK], {1: 1.0, 2: 1.2}) == 2
     assert trees.best_size(nodes, [ranks_TK], {1: 1.0, 2: 2.0}) == 1

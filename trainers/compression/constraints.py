@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Restraint:
+class WeightConstraints:
     """What training does not change."""
 
     keep_zeros: bool = False
@@ -16,7 +16,7 @@ class Restraint:
     """Whether embedding and head stay as they are at first."""
 
 
-def restrain(model: Any, restraint: Restraint) -> None:
+def constrain_weights(model: Any, restraint: WeightConstraints) -> None:
     """Has a model's weights change no further than `restraint` allows; raises ValueError if they are sharded (ZeRO-3).
 
     A gradient of zero at a weight of zero leaves AdamW nothing to move it by: no moments, nothing to decay.
