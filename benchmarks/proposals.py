@@ -24,7 +24,7 @@ from data import POCKET
 from data.prompts import load_prompts
 from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
-from draftsmith.core.drafter import Session, Step
+from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.stats import num_threads
 from draftsmith.core.tree import Draft
 from eval.bakeoff.machine import commit, hardware
@@ -66,15 +66,14 @@ class Times:
     """Nodes verified, the pending one included."""
 
 
-class Timed:
+class Timed(Drafter):
     """A drafter under the clock; without one, plain decoding."""
 
     def __init__(self, drafter: Any, target: Target) -> None:
         self.drafter, self.target, self.times = drafter, target, Times()
-        self.config = getattr(drafter, "config", None)
-        self.hidden_layers: tuple[int, ...] = getattr(drafter, "hidden_layers", ())
-        if hasattr(drafter, "policy"):
-            self.policy = drafter.policy
+        self.config = None
+        if drafter is not None:
+            self.config, self.hidden_layers, self.policy = drafter.config, drafter.hidden_layers, drafter.policy
 
     def start(self, session: Session) -> None:
         self._session = session

@@ -8,7 +8,7 @@
     ./launch.sh distill --init runs/compress --loss forward_kl      # heals it; --keep-zeros where it is sparse
 
 `compression.json` says which layers, heads and neurons are left. `artifact/` in the output drafts for the target as
-the model is, unhealed. Fewer bits need torchao: pip install -e '.[compress]'.
+the model is, unhealed. Fewer bits need torchao: pip install -e '.[quantised]'.
 
 A share of a CPU core, pocket target: half a minute. Four of eight layers by least influence: 4.0 M of 7.0 M weights, a
 token at 0.59 of a step, held-out acceptance 0.66; healed by 300 steps (`distill --loss forward_kl --learning-rate 1e-3`
@@ -55,7 +55,7 @@ def draft_with(folder: Path, settings: CompressSettings, output: Path | None = N
         return drafter
 
     judged = made()
-    judged.loaded()
+    judged.on_weights_loaded()
     acceptance = accepted(judged, held_out(settings, target), target)
     compression = json.loads((folder / MARKER).read_text())
     record = {"measured_acceptance": acceptance, "compression": compression, "train_s": 0.0}

@@ -130,7 +130,7 @@ def examine(
     if findings[-1].verdict != "fault":  # with a map that leads astray there may be no drafting at all
         places = draft_positions(texts, run.num_places)
         with tqdm(total=len(places), desc="drafts begun afresh", unit="draft", leave=False, delay=2) as bar:
-            teacher_forced = draft_from_positions(target, drafter, texts, places, run.depth, done=bar.update)
+            teacher_forced = draft_from_positions(target, drafter, texts, places, run.depth, on_progress=bar.update)
         carried, began = _decoded(drafter, texts, run)
         afresh = draft_from_positions(target, drafter, texts, began, run.depth)
         columns = {"begun everywhere": teacher_forced, "begun where decoding did": afresh, "in decoding": carried}

@@ -80,7 +80,7 @@ def main(serving: ServingSettings, settings: OnlineSettings) -> None:
     frozen = draftsmith.load(serving.draft, target)
     online = Online(draftsmith.load(saved or serving.draft, target), settings)
     if served:
-        online.load_state(_state(output, len(served)))
+        online.load_optimizer(_state(output, len(served)))
         online.num_steps = served[-1]["steps"]
     begins = range(0, len(prompts), serving.block)[: serving.max_steps or None]
     for begin in tqdm(begins[len(served) :], desc="serving", unit="block", initial=len(served), total=len(begins)):
@@ -100,7 +100,7 @@ def main(serving: ServingSettings, settings: OnlineSettings) -> None:
                 found[name].append(out.stats)
         online.learn()
         served.append({"steps": online.num_steps, **{name: _figures(stats) for name, stats in found.items()}})
-        online.save_state(_state(output, len(served)))
+        online.save_optimizer(_state(output, len(served)))
         online.save(output / "artifact", record={"served": served, "settings": identity})
         _state(output, len(served) - 1).unlink(missing_ok=True)
         tqdm.write("; ".join(f"{name} {one}" for name, one in served[-1].items()))

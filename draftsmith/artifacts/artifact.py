@@ -17,7 +17,7 @@ from draftsmith.artifacts import hub
 from draftsmith.artifacts.files import atomic_folder
 from draftsmith.artifacts.model_card import CARD, WEIGHTS, card, is_hub_name, keep_edited, warn_of_kept
 from draftsmith.artifacts.provenance import run_provenance, target_provenance
-from draftsmith.core.drafter import find, name_of, names
+from draftsmith.core.drafter import Drafter, find, name_of, names
 from draftsmith.core.model_info import TargetFacts
 from draftsmith.core.target import Target
 
@@ -75,7 +75,7 @@ def load(path: str | Path, target: Target, *, made_for: Target | None = None) ->
     check_fits(folder, manifest, made_for or target)
     module = find(manifest["family"])
     config = make_config(module.Config, manifest["config"], folder / MANIFEST)
-    drafter = module.Drafter.load_state(folder, config, target)
+    drafter: Drafter = module.Drafter.load_state(folder, config, target)
     if isinstance(drafter, nn.Module):
         _load_weights(drafter, folder / WEIGHTS)
         drafter.eval().requires_grad_(False)

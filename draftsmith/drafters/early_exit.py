@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftsmith.core.cache import KVCache
 from draftsmith.core import drafter
+from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree
@@ -24,7 +24,7 @@ from draftsmith.parts.neural.layers import Block, gather_path
 from draftsmith.parts.neural.token_heads import last_accepted_hidden, untied_lm_heads
 from draftsmith.parts.self_drafting.early_exit import Shallow, Trail
 from draftsmith.parts.self_drafting.fine_tuned import Adapter, Tuned, matrices, merged, tuned, twin
-from draftsmith.verify.paths import at
+from draftsmith.verify.paths import values_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ class Drafter(nn.Module, drafter.Drafter):
             no_hidden_BTD = self.recycle.weight.new_zeros(len(lengths), 0, self.target.hidden_size)
             before_BTD = nn.functional.pad(session.hidden.get(self.target.num_layers, no_hidden_BTD), (0, 0, 1, 0))
             ends_B = torch.tensor(lengths, device=before_BTD.device) - 1
-            self._recycled_B1D = at(before_BTD, ends_B)[:, None]
+            self._recycled_B1D = values_at(before_BTD, ends_B)[:, None]
             before_BTD = before_BTD[:, :-1]
         if config.num_blocks and session.hidden:
             x_BTD = self.entrance(session.hidden[config.exit_layer], before_BTD)

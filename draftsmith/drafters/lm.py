@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from draftsmith.core.cache import KVCache
 from draftsmith.core import drafter
+from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
 from draftsmith.parts import growth
 from draftsmith.parts.neural import quantised
-from draftsmith.parts.neural.shortlist import OUTSIDE, ShortHead, Shortlist
-from draftsmith.parts.neural.tied_heads import Encoder, Ends, Words
-from draftsmith.verify.paths import at
+from draftsmith.parts.neural.shortlist import OUTSIDE, Shortlist, ShortlistHead
+from draftsmith.parts.neural.tied_heads import TargetEncoder, TiedEmbedding, TiedHead
+from draftsmith.verify.paths import values_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,7 @@ class Drafter(nn.Module, drafter.Drafter):
     """The draft model with a cache of its own, whose rows advance as the target's do."""
 
     draft_model: Target
+
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
         self.config = config
@@ -153,7 +154,8 @@ class Drafter(nn.Module, drafter.Drafter):
     @torch.no_grad()
     def _check_shortlist(self) -> None:
         size = self.model.get_decoder().config.hidden_size
-        logits_V = self.draft_model.head(torch.zeros(1, 1, size, device=self.draft_model.device, dtype=self.draft_model.dtype))[0, 0]
+        model = self.draft_model
+        logits_V = model.head(torch.zeros(1, 1, size, device=model.device, dtype=model.dtype))[0, 0]
         if logits_V.max() - logits_V.min() < -OUTSIDE / 10:
             raise ValueError(f"{type(self.model).__name__} scales or caps its logits, so that it can have no shortlist")
 
@@ -170,7 +172,7 @@ class Drafter(nn.Module, drafter.Drafter):
         out = self.draft_model.forward(missing_BT, chain(longest, device), self._cache)
         self._cache.commit([list(range(len(ids) - 1)) for ids in missing])
         last_B = torch.tensor([len(ids) - 1 for ids in missing], device=device)
-        return self.draft_model.logits(at(out.hidden_BND, last_B)[:, None])
+        return self.draft_model.logits(values_at(out.hidden_BND, last_B)[:, None])
 
 
 def _model(config: Config, target: Target) -> Any:
@@ -189,11 +191,11 @@ def _model(config: Config, target: Target) -> Any:
     model = (AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM).from_config(made)
     width = made.get_text_config(decoder=True).hidden_size
     if config.rank:
-        ends = Ends(target, width, config.rank, shortlist=config.shortlist)
-        model.set_input_embeddings(Words(ends, width))
-        model.set_output_embeddings(ends)
+        head = TiedHead(target, width, config.rank, shortlist=config.shortlist)
+        model.set_input_embeddings(TiedEmbedding(head, width))
+        model.set_output_embeddings(head)
     elif config.shortlist:
-        model.set_output_embeddings(ShortHead(model.get_output_embeddings(), config.shortlist))
+        model.set_output_embeddings(ShortlistHead(model.get_output_embeddings(), config.shortlist))
     if made.is_encoder_decoder and config.target_encoder:
-        model.set_encoder(Encoder(target, width))
+        model.set_encoder(TargetEncoder(target, width))
     return model

@@ -21,7 +21,7 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.parts import trie
-from draftsmith.verify.paths import at
+from draftsmith.verify.paths import values_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Drafter(drafter.Drafter):
                     ends[row] = found
         places_X2 = [(row, node) for row, nodes in ends.items() for node in nodes]
         row_X, node_X = torch.tensor(places_X2, device=self.target.device).reshape(-1, 2).long().unbind(1)
-        likeliest = iter(at(step.logits_BNV, node_X, row_X).argmax(-1).tolist())
+        likeliest = iter(values_at(step.logits_BNV, node_X, row_X).argmax(-1).tolist())
         for row, nodes in ends.items():
             self._windows[row].move(tokens[row][0], [next(likeliest) for _ in nodes])
 

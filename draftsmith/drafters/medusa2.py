@@ -86,7 +86,9 @@ class Drafter(nn.Module, drafter.Drafter):
         return self.outputs[k](z_BTD) if self.config.own_head else self.target.head(z_BTD)
 
     def start(self, session: Session) -> None:
-        self._state = token_heads.TokenHeadsState(session, self._tree, self.blocks, self.outputs if self.config.own_head else None)
+        self._state = token_heads.TokenHeadsState(
+            session, self._tree, self.blocks, self.outputs if self.config.own_head else None
+        )
 
     def propose(self, budget: int) -> Draft:
         return self._state.propose(budget)

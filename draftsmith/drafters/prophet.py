@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from draftsmith.core.cache import KVCache
 from draftsmith.core import drafter
+from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree, chain

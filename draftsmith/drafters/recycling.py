@@ -67,9 +67,8 @@ class Config:
 class Drafter(nn.Module, drafter.Drafter):
     """The matrix of successors, and trees filled with it level by level; an encoder-decoder's are the first chain."""
 
-    successors: Tensor
-
     keeps_state_between_calls = True
+    successors: Tensor
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()

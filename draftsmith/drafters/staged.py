@@ -58,6 +58,7 @@ class Drafter(drafter.Drafter):
     begun anew at every draft: one that looks up the text's own past reads all of it again.
     """
 
+    draft_model: Target
     keeps_state_between_calls = True
 
     def __init__(self, config: Config, target: Target, parts: Sequence[Part] | None = None) -> None:
@@ -65,9 +66,9 @@ class Drafter(drafter.Drafter):
         self.target = target
         if parts is None:
             larger = made(config.parts[0], target)
-            parts = [larger, made(config.parts[1], engine_of(larger))]
+            parts = [larger, made(config.parts[1], draft_model_of(larger))]
         self.parts = list(parts)
-        self.draft_model = engine_of(self.parts[0])
+        self.draft_model = draft_model_of(self.parts[0])
         self._small = self.parts[1]
         if self._small.hidden_layers:
             raise ValueError(f"{self._small.name} reads hidden layers; the small drafter must go by the text alone")
@@ -78,7 +79,7 @@ class Drafter(drafter.Drafter):
     @classmethod
     def load_state(cls, folder: Path, config: Config, target: Target) -> Self:
         larger = load_part(folder, config.parts, 0, target)
-        return cls(config, target, [larger, load_part(folder, config.parts, 1, engine_of(larger))])
+        return cls(config, target, [larger, load_part(folder, config.parts, 1, draft_model_of(larger))])
 
     def parameters(self) -> Iterator[Tensor]:
         return parameters(self.parts)
@@ -188,7 +189,7 @@ class Drafter(drafter.Drafter):
         )
 
 
-def engine_of(part: Part) -> Target:
+def draft_model_of(part: Part) -> Target:
     """Returns the model that a part drafts with; raises ValueError if it has none of its own."""
     draft_model = part.drafter.draft_model
     if draft_model is None:

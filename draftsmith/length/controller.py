@@ -24,7 +24,7 @@ def with_length_control(drafter: Drafter, length: str | Policy) -> Drafter:
     supports_early_stop = getattr(drafter.config, "supports_early_stop", False)
     if length == "auto":
         # A drafter may have a policy that it keeps from call to call.
-        length = getattr(drafter, "policy", None) or (drafter.config.length if supports_early_stop else "fixed")
+        length = drafter.policy or (drafter.config.length if supports_early_stop else "fixed")
     policy = make(length) if isinstance(length, str) else length
     if policy.needs_confidence and not supports_early_stop:
         name = type(policy).__name__.lower()
@@ -34,7 +34,7 @@ def with_length_control(drafter: Drafter, length: str | Policy) -> Drafter:
     return LengthControlled(drafter, policy, supports_early_stop=supports_early_stop)
 
 
-class LengthControlled:
+class LengthControlled(Drafter):
     """A drafter held to a policy: rows get a budget each before anything is drafted, or are asked token by token."""
 
     def __init__(self, drafter: Drafter, policy: Policy, *, supports_early_stop: bool) -> None:

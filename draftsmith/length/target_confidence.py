@@ -11,10 +11,10 @@ import torch
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.length.controller import cut
-from draftsmith.verify.paths import at, pick
+from draftsmith.verify.paths import values_at, pick
 
 
-class TargetConfidenceThreshold:
+class TargetConfidenceThreshold(Drafter):
     """A drafter whose rows draft nothing while their gate is shut.
 
     Confidence is the softmax of the target's logits, before temperature, top-k and top-p: these sharpen a law without
@@ -40,7 +40,7 @@ class TargetConfidenceThreshold:
 
     def observe(self, step: Step) -> None:
         draft, ends_B = step.draft, pick(step.verdict.path_BP, step.verdict.num_accepted_B)
-        chosen_B = pick(at(step.logits_BNV, ends_B).float().softmax(-1), step.verdict.next_token_B)
+        chosen_B = pick(values_at(step.logits_BNV, ends_B).float().softmax(-1), step.verdict.next_token_B)
         is_child_BN = (draft.tree.parents_RN == ends_B[:, None]).expand_as(draft.tokens_BN)
         if (valid_BN := draft.valid_BN()) is not None:
             is_child_BN = is_child_BN & valid_BN

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from draftsmith.artifacts import artifact
-from draftsmith.core.drafter import Drafter, Session, Step, always, find, forget, name_of
+from draftsmith.core.drafter import Drafter, Session, Step, always, find, name_of
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.length.controller import LengthControlled, with_length_control
@@ -45,11 +45,9 @@ class Part:
 
         A drafter that defines `rewind` is told the same; any other is begun anew and keeps what its policy has learnt.
         """
-        if not hasattr(self.drafter, "rewind"):
+        if not self.drafter.rewind(lengths):
             self._controlled.start(self._session)
-            return
-        self.drafter.rewind(lengths)
-        if isinstance(self._controlled, LengthControlled):
+        elif isinstance(self._controlled, LengthControlled):
             self._controlled.reactivate()
 
     def propose(self, budget: int) -> Draft:
@@ -80,10 +78,10 @@ def made(part: dict[str, Any], target: Target) -> Part:
     """Returns a new drafter, its weights, if any, as they are made."""
     module = find(part["family"])
     config = artifact.make_config(module.Config, part["config"], f"part {part['family']}")
-    drafter = module.Drafter(config, target)
+    drafter: Drafter = module.Drafter(config, target)
     if isinstance(drafter, nn.Module):
         drafter.eval().requires_grad_(False)
-        getattr(drafter, "loaded", lambda: None)()
+        drafter.on_weights_loaded()
     return fit(Part(drafter), target)
 
 
@@ -122,7 +120,7 @@ def load_part(folder: Path, names: Names, place: int, target: Target) -> Part:
 def forget_all(parts: Iterable[Part]) -> None:
     """Makes parts forget earlier calls."""
     for part in parts:
-        forget(part.drafter)
+        part.drafter.forget()
 
 
 def layers(parts: Iterable[Part]) -> tuple[int, ...]:
@@ -133,4 +131,4 @@ def layers(parts: Iterable[Part]) -> tuple[int, ...]:
 def parameters(parts: Iterable[Part]) -> Iterator[Tensor]:
     """Yields the weights of all parts."""
     for part in parts:
-        yield from getattr(part.drafter, "parameters", tuple)()
+        yield from part.drafter.parameters()

@@ -16,7 +16,7 @@ import torch
 
 from draftsmith.artifacts import artifact
 from draftsmith.core.cache import KVCache
-from draftsmith.core.drafter import Session, Step, forget
+from draftsmith.core.drafter import Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Verdict
@@ -53,7 +53,7 @@ class Proposer:
         self._drafter = artifact.load(path, self._target)
         # Weights are laid out for single steps once, here, and not again for every request.
         self._drafter.start(self._session([0]))
-        forget(self._drafter)
+        self._drafter.forget()
         self._requests: list[_Request] = []
         self._slots: dict[int, _Request] = {}
         self._last_s = time.perf_counter()

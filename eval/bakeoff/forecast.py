@@ -1,7 +1,7 @@
-"""What a drafter's speed-up should be by its parts, and the batch size at which it stops paying.
+"""Predicts a drafter's speed-up from its acceptance and costs, and the batch size at which it becomes a slow-down.
 
-What was counted (tokens a round, nodes verified) and the drafter's own time are those of the comparison; verification
-is put in at what it costs without any drafter, measured apart for each batch size and number of nodes.
+Tokens per round, verified nodes and the drafter's own time come from the comparison. The cost of verification is
+measured separately with a dummy drafter, for each batch size and number of draft nodes.
 """
 
 from bisect import bisect_left
@@ -27,68 +27,68 @@ ROUNDS, REPEATS = 6, 7
 
 
 class DummyDrafter(Drafter):
-    """A drafter that always drafts so many tokens for the next place, as if it had run the target's first blocks."""
+    """Always drafts `num_nodes` tokens for the next position, as if it had run the target's blocks up to `layer`."""
 
     def __init__(self, target: Target, num_nodes: int, layer: int) -> None:
         self.config, self.target, self.hidden_layers = SimpleNamespace(length="fixed"), target, ()
-        self._tree_statistics, self._layer = flat(target, num_nodes), layer
+        self._tree, self._layer = flat(target, num_nodes), layer
 
     def start(self, session: Session) -> None:
         self._session = session
 
     def propose(self, budget: int) -> Draft:
         pending_B1 = self._session.pending()[:, None]
-        tokens_BN = pending_B1.repeat(1, self._tree_statistics.num_nodes)
+        tokens_BN = pending_B1.repeat(1, self._tree.num_nodes)
         resume_point = None
         if self._layer:
             hidden_BND = torch.zeros(*tokens_BN.shape, self.target.hidden_size, device=self.target.device)
             resume_point = ResumePoint(layer=self._layer, hidden_BND=hidden_BND.to(self.target.dtype))
-        return Draft(tokens_BN=tokens_BN, tree=self._tree_statistics, resume_point=resume_point)
+        return Draft(tokens_BN=tokens_BN, tree=self._tree, resume_point=resume_point)
 
     def observe(self, step: Step) -> None:
-        """Learns nothing."""
+        """Keeps no state."""
 
 
 class VerificationCosts:
-    """What rounds of decoding take the target, by batch size and nodes verified; measured when first asked for."""
+    """Cost of target forwards by batch size, draft nodes and start layer; each is measured on first use."""
 
     def __init__(self, target: Target, prompts: Rows) -> None:
         self._target, self._prompts = target, [ids[: target.context_length - ROUNDS] for ids in prompts]
-        self._pair = cache(self._measured)
+        self._timing = cache(self._measure)
 
     def step_ms(self, batch_size: int) -> float:
-        """Returns the milliseconds of verifying nothing but the pending tokens."""
-        return self._pair(batch_size, 1, 0)[0]
+        """Returns the milliseconds of a plain decoding step."""
+        return self._timing(batch_size, 1, 0)[0]
 
     def ratio(self, batch_size: int, num_nodes: int, layer: int) -> float:
-        """Returns the time of verifying so many nodes from a block on, over that of the pending tokens alone.
+        """Returns the time of verifying `num_nodes` nodes from block `layer` on, relative to a plain decoding step.
 
-        Between numbers of nodes that are measured, and beyond, in proportion.
+        Interpolates linearly between measured numbers of nodes, and extrapolates proportionally beyond the largest.
         """
         if not num_nodes and not layer:
             return 1.0
         high = min(bisect_left(NUM_NODES, num_nodes), len(NUM_NODES) - 1)
-        knots = [num_nodes] if NUM_NODES[high] == num_nodes else list(NUM_NODES[max(high - 1, 0) : high + 1])
-        ratios = [self._pair(batch_size, knot, layer)[1] if knot or layer else 1.0 for knot in knots]
+        measured = [num_nodes] if NUM_NODES[high] == num_nodes else list(NUM_NODES[max(high - 1, 0) : high + 1])
+        ratios = [self._timing(batch_size, nodes, layer)[1] if nodes or layer else 1.0 for nodes in measured]
         beyond = max(1.0, (num_nodes + 1) / (NUM_NODES[-1] + 1))
-        return beyond * float(np.interp(num_nodes, knots, ratios))
+        return beyond * float(np.interp(num_nodes, measured, ratios))
 
-    def _measured(self, batch_size: int, num_nodes: int, layer: int) -> tuple[float, float]:
-        """Returns milliseconds of a plain round, and one over so many nodes in plain ones: medians of several turns."""
+    def _measure(self, batch_size: int, num_nodes: int, layer: int) -> tuple[float, float]:
+        """Returns (ms of a plain step, cost of verifying the nodes relative to it), each the median of `REPEATS` runs."""
         rows = [self._prompts[row % len(self._prompts)] for row in range(batch_size)]
-        blind = DummyDrafter(self._target, num_nodes, layer)
-        turns = []
+        dummy = DummyDrafter(self._target, num_nodes, layer)
+        runs = []
         for _ in range(REPEATS):
-            stats = self._decoded(rows, None)
+            stats = self._decode(rows, None)
             plain_ms = stats.verify_ms / stats.rounds
-            stats = self._decoded(rows, blind)
+            stats = self._decode(rows, dummy)
             num_drafted = stats.verified[layer, num_nodes]
-            # Where one token more may be written nothing is drafted.
+            # Rounds with room for a single token draft nothing.
             drafted_ms = (stats.verify_ms - (stats.rounds - num_drafted) * plain_ms) / num_drafted
-            turns.append((plain_ms, drafted_ms / plain_ms))
-        return median(plain_ms for plain_ms, _ in turns), median(ratio for _, ratio in turns)
+            runs.append((plain_ms, drafted_ms / plain_ms))
+        return median(plain_ms for plain_ms, _ in runs), median(ratio for _, ratio in runs)
 
-    def _decoded(self, rows: Rows, drafter: Any) -> GenerationStats:
+    def _decode(self, rows: Rows, drafter: Any) -> GenerationStats:
         tokens_BT, mask_BT = pad(rows, self._target.device, side="right")
         return draftsmith.generate(
             self._target, tokens_BT, drafter, attention_mask=mask_BT, max_new_tokens=ROUNDS, eos_token_id=[]
@@ -124,19 +124,21 @@ def predict_continuous_batching(
     grow as the target's step does.
     """
     near = max((size for size in drafted if size <= batch_size), default=min(drafted))
-    is_slower_now = plain[near].verify_ms / plain[near].rounds / costs.step_ms(near)
-    step_ms = costs.step_ms(batch_size) * is_slower_now
+    slowdown = plain[near].verify_ms / plain[near].rounds / costs.step_ms(near)
+    step_ms = costs.step_ms(batch_size) * slowdown
 
-    def line(values: dict[int, float]) -> float:
+    def interpolate(values: dict[int, float]) -> float:
         if len(values) == 1:
             return values[near] * costs.step_ms(batch_size) / costs.step_ms(near)
         low, high = sorted(sorted(values, key=lambda size: abs(size - batch_size))[:2])
-        found = values[low] + (values[high] - values[low]) * (batch_size - low) / (high - low)
-        return max(found, min(values.values()))
+        value = values[low] + (values[high] - values[low]) * (batch_size - low) / (high - low)
+        return max(value, min(values.values()))
 
     def call_ms(tallies: Mapping[int, Tally], tau: float, ratio: float) -> float:
-        start_ms = line({size: tally.prefill_ms / tally.calls for size, tally in tallies.items()})
-        own_ms = line({size: (tally.draft_ms + tally.commit_ms) / tally.rounds for size, tally in tallies.items()})
+        start_ms = interpolate({size: tally.prefill_ms / tally.calls for size, tally in tallies.items()})
+        own_ms = interpolate(
+            {size: (tally.draft_ms + tally.commit_ms) / tally.rounds for size, tally in tallies.items()}
+        )
         num_tokens = drafted[near].tokens / (drafted[near].calls * near)
         return start_ms + num_tokens / tau * (own_ms + step_ms * ratio)
 

@@ -1,4 +1,4 @@
-"""Decodes the same prompts by several contenders in turn, and counts and times what each did."""
+"""Timed decoding of the same prompts by several methods in turn, with counts of what each did."""
 
 import time
 from collections import Counter
@@ -23,9 +23,10 @@ Rows = list[list[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingRequest:
-    """What every contender is asked for."""
+    """A batch of prompts to decode."""
 
     prompts: Rows
+    """Token ids."""
     temperature: float
     max_new_tokens: int
     seed: int
@@ -33,39 +34,42 @@ class DecodingRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingResult:
-    """What came of it."""
+    """The output of one batch."""
 
     rows: Rows
-    """New tokens of each prompt, an end-of-sequence included."""
+    """New tokens after each prompt, including an end-of-sequence token."""
     stats: GenerationStats | None = None
-    """None where transformers decoded, which keeps none."""
+    """None for transformers' `generate`, which keeps no statistics."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingMethod:
-    """One way of decoding, and the name of the one it is compared with."""
+    """A named way to decode."""
 
     name: str
     decode: Callable[[DecodingRequest], DecodingResult]
     reference: str | None = None
-    """None is the first of several."""
+    """Name of the method that it is compared with; None means the first in the list."""
     drafter: Any = None
-    """What is to forget earlier rounds, in which it met the same prompts."""
+    """Drafter whose state is reset before each measurement, because earlier rounds decoded the same prompts."""
 
 
 @dataclass(kw_only=True)
 class Tally:
-    """What one contender did in one round, over all prompts."""
+    """Counts and times of one method in one measurement round, summed over prompts."""
 
     seconds: float = 0.0
+    """Wall-clock time."""
     tokens: int = 0
+    """New tokens."""
     calls: int = 0
+    """Batches decoded by draftsmith."""
     rounds: int = 0
-    """Target forwards over all rows of a batch at once."""
+    """Target forwards, each over all rows of a batch."""
     steps: int = 0
-    """Verified drafts, summed over rows."""
+    """Verification steps, summed over rows."""
     verified: list[list[int]] = field(default_factory=list)
-    """Of each kind of round: the block after which the target went on, the nodes drafted, and how many there were."""
+    """Entries (start layer, draft nodes, number of target forwards): how many forwards verified drafts of each size."""
     prefill_ms: float = 0.0
     draft_ms: float = 0.0
     verify_ms: float = 0.0
@@ -73,135 +77,138 @@ class Tally:
     drafted: list[int] = field(default_factory=list)
     """Entry d counts the drafts that reached depth d + 1."""
     accepted: list[int] = field(default_factory=list)
-    """Entry d counts those accepted to depth d + 1."""
+    """Entry d counts the drafts accepted up to depth d + 1."""
     is_identical: bool = True
-    """Whether every row equals the reference's."""
+    """True if every row equals the reference method's."""
 
-    def add(self, decoded: DecodingResult, seconds: float, *, is_identical: bool) -> None:
+    def add(self, result: DecodingResult, seconds: float, *, is_identical: bool) -> None:
+        """Adds one batch."""
         self.seconds += seconds
-        self.tokens += sum(map(len, decoded.rows))
+        self.tokens += sum(map(len, result.rows))
         self.is_identical &= is_identical
-        stats = decoded.stats
+        stats = result.stats
         if stats is None:
             return
         self.calls += 1
         self.rounds += stats.rounds
         self.steps += stats.steps
-        self.verified = merged([self.verified, ([*kind, rounds] for kind, rounds in stats.verified.items())])
+        self.verified = merge_forwards([self.verified, ([*kind, rounds] for kind, rounds in stats.verified.items())])
         self.prefill_ms += stats.prefill_ms
         self.draft_ms += stats.draft_ms
         self.verify_ms += stats.verify_ms
         self.commit_ms += stats.commit_ms
-        self.drafted, self.accepted = add_up([self.drafted, stats.drafted]), add_up([self.accepted, stats.accepted])
+        self.drafted = sum_counts([self.drafted, stats.drafted])
+        self.accepted = sum_counts([self.accepted, stats.accepted])
 
 
-def add_up(counts: Iterable[Sequence[int]]) -> list[int]:
-    """Returns the sums of lists of counts, short ones taken to end in zeros."""
+def sum_counts(counts: Iterable[Sequence[int]]) -> list[int]:
+    """Returns the element-wise sum of lists of counts, padding shorter ones with zeros."""
     lists = list(counts)
-    return [sum(one[at] for one in lists if at < len(one)) for at in range(max(map(len, lists), default=0))]
+    return [sum(one[index] for one in lists if index < len(one)) for index in range(max(map(len, lists), default=0))]
 
 
-def merged(parts: Iterable[Iterable[Sequence[int]]]) -> list[list[int]]:
-    """Returns lists of (layer, nodes, rounds) as one, each kind of round once."""
-    found: Counter[tuple[int, int]] = Counter()
-    for layer, nodes, rounds in chain.from_iterable(parts):
-        found[layer, nodes] += rounds
-    return [[*kind, rounds] for kind, rounds in sorted(found.items())]
+def merge_forwards(parts: Iterable[Iterable[Sequence[int]]]) -> list[list[int]]:
+    """Returns lists of (start layer, draft nodes, forwards) as one, with the forwards of equal (layer, nodes) summed."""
+    totals: Counter[tuple[int, int]] = Counter()
+    for layer, nodes, forwards in chain.from_iterable(parts):
+        totals[layer, nodes] += forwards
+    return [[*kind, forwards] for kind, forwards in sorted(totals.items())]
 
 
 def draftsmith_method(
     target: Target, drafter: Any = None, *, verifier: str = "auto", policy: str = "auto"
 ) -> Callable[[DecodingRequest], DecodingResult]:
-    """Returns decoding by `draftsmith.generate`, plain without a drafter.
+    """Returns a function that decodes with `draftsmith.generate`; without a drafter that is plain decoding.
 
-    A `policy` of lengths other than "auto" keeps what it learns, as on a server; each temperature and batch size has
-    one of its own.
+    A draft-length `policy` other than "auto" keeps its state from call to call, as on a server; each temperature and
+    batch size has its own instance.
     """
     policy_of = cache(lambda temperature, num_rows: "auto" if policy == "auto" else policies.make(policy))
-    return partial(_own_loop, target, drafter, verifier, policy_of)
+    return partial(_draftsmith_decode, target, drafter, verifier, policy_of)
 
 
-def _own_loop(
-    target: Target, drafter: Any, verifier: str, policy_of: Callable[..., Any], ask: DecodingRequest
+def _draftsmith_decode(
+    target: Target, drafter: Any, verifier: str, policy_of: Callable[..., Any], request: DecodingRequest
 ) -> DecodingResult:
-    tokens_BT, mask_BT = pad(ask.prompts, target.device, side="right")
+    tokens_BT, mask_BT = pad(request.prompts, target.device, side="right")
     out = draftsmith.generate(
         target,
         tokens_BT,
         drafter,
         attention_mask=mask_BT,
-        max_new_tokens=ask.max_new_tokens,
-        temperature=ask.temperature,
-        seed=ask.seed,
+        max_new_tokens=request.max_new_tokens,
+        temperature=request.temperature,
+        seed=request.seed,
         verifier=verifier,
-        length=policy_of(ask.temperature, len(ask.prompts)),
+        length=policy_of(request.temperature, len(request.prompts)),
     )
-    starts = [1 if target.is_encoder_decoder else len(prompt) for prompt in ask.prompts]
-    found = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)
-    return DecodingResult(rows=[row[start:length] for row, start, length in found], stats=out.stats)
+    starts = [1 if target.is_encoder_decoder else len(prompt) for prompt in request.prompts]
+    rows = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)
+    return DecodingResult(rows=[row[start:length] for row, start, length in rows], stats=out.stats)
 
 
 def transformers_method(target: Target, assistant: Any = None) -> Callable[[DecodingRequest], DecodingResult]:
-    """Returns decoding by transformers' own `generate`, assisted if given a small model."""
-    return partial(_transformers_loop, target, assistant)
+    """Returns a function that decodes with transformers' `generate`, assisted generation if given an assistant model."""
+    return partial(_transformers_decode, target, assistant)
 
 
-def _transformers_loop(target: Target, assistant: Any, ask: DecodingRequest) -> DecodingResult:
-    tokens_BT, mask_BT = pad(ask.prompts, target.device, side="right" if target.is_encoder_decoder else "left")
-    is_sampling = ask.temperature > 0
+def _transformers_decode(target: Target, assistant: Any, request: DecodingRequest) -> DecodingResult:
+    tokens_BT, mask_BT = pad(request.prompts, target.device, side="right" if target.is_encoder_decoder else "left")
+    is_sampling = request.temperature > 0
     config = GenerationConfig(
         do_sample=is_sampling,
-        **({"temperature": ask.temperature, "top_k": 0, "top_p": 1.0} if is_sampling else {}),
+        **({"temperature": request.temperature, "top_k": 0, "top_p": 1.0} if is_sampling else {}),
         num_beams=1,
         repetition_penalty=1.0,
-        max_new_tokens=ask.max_new_tokens,
-        pad_token_id=_fill(target),
+        max_new_tokens=request.max_new_tokens,
+        pad_token_id=_pad_token_id(target),
     )
-    # transformers draws from the global generator, which is left as it was found.
+    # transformers samples from the global generator, whose state is restored afterwards.
     with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(ask.seed)
+        torch.manual_seed(request.seed)
         options = {} if assistant is None else {"assistant_model": assistant}
         out = target.model.generate(tokens_BT, attention_mask=mask_BT, generation_config=config, **options)
     start = 1 if target.is_encoder_decoder else tokens_BT.shape[1]
-    return DecodingResult(rows=[_until_end(row[start:], target.eos_token_ids) for row in out.tolist()])
+    return DecodingResult(rows=[_cut_after_eos(row[start:], target.eos_token_ids) for row in out.tolist()])
 
 
-def warm_up(contender: DecodingMethod, prompts: Rows, temperature: float) -> None:
-    """Decodes a few tokens untimed, so that neither first calls nor settings that do not fit fall into a round."""
-    contender.decode(DecodingRequest(prompts=prompts, temperature=temperature, max_new_tokens=4, seed=0))
+def warm_up(method: DecodingMethod, prompts: Rows, temperature: float) -> None:
+    """Decodes a few tokens untimed, so that first calls are not measured and invalid settings raise early."""
+    method.decode(DecodingRequest(prompts=prompts, temperature=temperature, max_new_tokens=4, seed=0))
 
 
 def measure(
-    contenders: Sequence[DecodingMethod],
-    asks: Sequence[DecodingRequest],
+    methods: Sequence[DecodingMethod],
+    requests: Sequence[DecodingRequest],
     device: torch.device,
     *,
     first: int = 0,
-    done: Callable[[int], Any] = lambda num_rows: None,
+    on_progress: Callable[[int], Any] = lambda num_rows: None,
 ) -> dict[str, Tally]:
-    """Returns each contender's tally over `asks`; calls `done` with the number of rows after each decoding.
+    """Decodes all requests with every method and returns each method's tally.
 
-    Contenders take turns at every ask, and another one begins each time (with number `first` at the first ask), so
-    that whatever slows the machine for a while slows them all. No drafter knows what it was taught before.
+    The methods take turns on every request, and the starting method rotates (number `first` starts on the first
+    request), so that a temporary slow-down of the machine affects all of them. Drafters' states are reset first.
+    `on_progress` is called with the number of rows after each batch.
     """
-    tallies = {contender.name: Tally() for contender in contenders}
-    drafters = [id(contender.drafter) for contender in contenders]
-    for contender in contenders:
-        if contender.drafter is not None:
-            contender.drafter.forget()
-    for turn, ask in enumerate(asks, start=first):
-        decoded, seconds = {}, {}
-        for place in range(len(contenders)):
-            contender = contenders[(turn + place) % len(contenders)]
-            if contender.drafter is not None and drafters.count(id(contender.drafter)) > 1:
-                contender.drafter.forget()  # another contender has told it of these very prompts
+    tallies = {method.name: Tally() for method in methods}
+    drafters = [id(method.drafter) for method in methods]
+    for method in methods:
+        if method.drafter is not None:
+            method.drafter.forget()
+    for turn, request in enumerate(requests, start=first):
+        results, seconds = {}, {}
+        for offset in range(len(methods)):
+            method = methods[(turn + offset) % len(methods)]
+            if method.drafter is not None and drafters.count(id(method.drafter)) > 1:
+                method.drafter.forget()  # another method has already decoded these prompts with the same drafter
             began = _now(device)
-            decoded[contender.name] = contender.decode(ask)
-            seconds[contender.name] = _now(device) - began
-            done(len(ask.prompts))
-        for contender in contenders:
-            name, reference = contender.name, contender.reference or contenders[0].name
-            tallies[name].add(decoded[name], seconds[name], is_identical=decoded[name].rows == decoded[reference].rows)
+            results[method.name] = method.decode(request)
+            seconds[method.name] = _now(device) - began
+            on_progress(len(request.prompts))
+        for method in methods:
+            name, reference = method.name, method.reference or methods[0].name
+            tallies[name].add(results[name], seconds[name], is_identical=results[name].rows == results[reference].rows)
     return tallies
 
 
@@ -212,17 +219,17 @@ def _now(device: torch.device) -> float:
 
 
 def pad(prompts: Rows, device: torch.device, *, side: str) -> tuple[Tensor, Tensor]:
-    """Returns token ids and mask [B, T]."""
+    """Returns the prompts as padded token ids [B, T] and their attention mask [B, T]."""
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]
     masks = [torch.ones_like(row) for row in rows]
     return pad_sequence(rows, True, padding_side=side), pad_sequence(masks, True, padding_side=side)
 
 
-def _fill(target: Target) -> int:
+def _pad_token_id(target: Target) -> int:
     pad = target.model.generation_config.pad_token_id
     return pad if pad is not None else (target.eos_token_ids or (0,))[0]
 
 
-def _until_end(row: list[int], eos: tuple[int, ...]) -> list[int]:
-    end = next((at for at, token in enumerate(row) if token in eos), len(row))
+def _cut_after_eos(row: list[int], eos: tuple[int, ...]) -> list[int]:
+    end = next((index for index, token in enumerate(row) if token in eos), len(row))
     return row[: end + 1]

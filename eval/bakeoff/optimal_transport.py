@@ -1,4 +1,4 @@
-"""How often any rule could accept one of several drafted tokens: what a verifier is measured against.
+"""The optimal-transport bound on the acceptance rate of first tokens, which every verifier can be compared with.
 
 Shape suffixes: B rows, N nodes, V vocabulary; `...` any leading dimensions.
 """
@@ -14,14 +14,14 @@ from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft
 
-ENOUGH, MOST_REPEATS = 1000, 8
+MIN_DRAFTS, MAX_REPEATS = 1000, 8
 
 
 def optimal_acceptance(target_probs_V: Tensor, draft_probs_V: Tensor, num_drafts: Tensor | int) -> Tensor:
-    """Returns the best chance [...] of accepting one of `num_drafts` tokens drawn independently from the draft's law.
+    """Returns the largest possible probability [...] of accepting one of `num_drafts` independently drawn tokens.
 
-    1 + min_i [P(H_i) - Q(H_i)^k], H_i being the i tokens with the largest draft / target, P and Q both laws' mass of
-    it (2502.18779, theorem 4): the value of the optimal transport between the target and k drafts.
+    1 + min_i [P(H_i) - Q(H_i)^k], where H_i are the i tokens with the largest ratio draft / target, and P and Q their
+    probability under target and draft (2502.18779, theorem 4): the optimal transport between the target and k drafts.
     """
     ratio_V = torch.where(target_probs_V > 0, draft_probs_V / target_probs_V, torch.inf)
     order_V = ratio_V.argsort(dim=-1, descending=True)
@@ -33,12 +33,12 @@ def optimal_acceptance(target_probs_V: Tensor, draft_probs_V: Tensor, num_drafts
 
 
 class FirstTokenRecorder(Drafter):
-    """A drafter of which is noted how often its first tokens were accepted, and how often they could have been."""
+    """Wraps a drafter and records the acceptance rate of its first tokens and the optimal-transport bound on it."""
 
     def __init__(self, drafter: Drafter, sampling: Sampling) -> None:
         self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
         self._drafter, self._sampling = drafter, sampling
-        self.num_steps, self.num_accepted, self.optimum = 0, 0, 0.0
+        self.num_steps, self.num_accepted, self.sum_of_bounds = 0, 0, 0.0
 
     def start(self, session: Session) -> None:
         self._drafter.start(session)
@@ -47,12 +47,12 @@ class FirstTokenRecorder(Drafter):
         return self._drafter.propose(budget)
 
     def observe(self, step: Step) -> None:
-        """Adds up the steps whose first siblings were drawn independently; one sibling always is."""
+        """Counts steps whose tokens at depth 1 were drawn independently; a single token always is."""
         draft, running = step.draft, [row for row, path in enumerate(step.paths) if path]
         num_first = int((draft.tree.depths_RN[0] == 1).sum())
         if draft.draft_probs_BNV is not None and (draft.sampling_scheme == "independent" or num_first == 1):
             target_BV, draft_BV = self._sampling.probs(step.logits_BNV[:, 0]), draft.draft_probs_BNV[:, 0]
-            self.optimum += float(optimal_acceptance(target_BV, draft_BV, num_first)[running].sum())
+            self.sum_of_bounds += float(optimal_acceptance(target_BV, draft_BV, num_first)[running].sum())
             self.num_accepted += int((step.verdict.num_accepted_B[running] > 0).sum())
             self.num_steps += len(running)
         self._drafter.observe(step)
@@ -63,23 +63,23 @@ def first_token_acceptance(
 ) -> tuple[float, float] | None:
     """Returns how often a draft's first token was accepted by `verifier`, and by the best rule could have been.
 
-    Decodes `prompts` at once, again and again until `ENOUGH` drafts have been seen, by which the two may differ by 0.03
+    Decodes `prompts` at once, again and again until `MIN_DRAFTS` drafts have been seen, by which the two may differ by 0.03
     for chance alone; `settings` are of `draftsmith.generate`. None if no first tokens were drawn from a law.
     """
     rows = [torch.tensor(prompt, device=drafter.target.device) for prompt in prompts]
-    watched = FirstTokenRecorder(drafter, Sampling(temperature=settings["temperature"]))
-    for number in range(MOST_REPEATS):
+    recorder = FirstTokenRecorder(drafter, Sampling(temperature=settings["temperature"]))
+    for number in range(MAX_REPEATS):
         draftsmith.generate(
             drafter.target,
             pad_sequence(rows, batch_first=True),
-            watched,
+            recorder,
             attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             verifier=verifier,
             seed=seed + number,
             **settings,
         )
-        if not watched.num_steps:
+        if not recorder.num_steps:
             return None
-        if watched.num_steps >= ENOUGH:
+        if recorder.num_steps >= MIN_DRAFTS:
             break
-    return watched.num_accepted / watched.num_steps, watched.optimum / watched.num_steps
+    return recorder.num_accepted / recorder.num_steps, recorder.sum_of_bounds / recorder.num_steps

@@ -8,10 +8,11 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from draftsmith import Target
+from draftsmith.core.drafter import Drafter
 from eval.doctor.teacher_forced import DraftCounts
 
 
-def assistant_of(drafter: Any) -> PreTrainedModel | None:
+def assistant_of(drafter: Drafter) -> PreTrainedModel | None:
     """Returns the drafter's own language model if transformers can draft with it, else None."""
     model = drafter.draft_model.model if isinstance(drafter, nn.Module) and drafter.draft_model is not None else None
     if not isinstance(model, PreTrainedModel) or drafter.target.is_encoder_decoder or not model.can_generate():

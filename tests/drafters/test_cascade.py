@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import draftsmith
-from draftsmith.core.drafter import Session, Step, find, names
+from draftsmith.core.drafter import Drafter, Session, Step, find, names
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, chain
 from draftsmith.drafters import cascade, kangaroo, lm, lookup, medusa
@@ -56,10 +56,8 @@ def test_greedy_output_of_an_adaptive_one_is_the_targets_own() -> None:
     check_distribution(built(cascade, EXAMPLE, distribution_target()), distribution_target(), num_samples=2_000)
 
 
-class Scripted:
+class Scripted(Drafter):
     """Drafts chains as deep as it is told, -1 for never being asked."""
-
-    hidden_layers: tuple[int, ...] = ()
 
     def __init__(self, *depths: int) -> None:
         self.target: Any = None

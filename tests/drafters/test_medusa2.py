@@ -85,7 +85,7 @@ def test_a_new_drafter_drafts_for_the_target_as_it_is() -> None:
     target = tiny_target("llama")
     drafter = Drafter(Config(num_heads=2, tree=((0,), (0, 0))), target)
     assert drafter.target is target
-    drafter.loaded()
+    drafter.on_weights_loaded()
     ids = torch.tensor(prompts(1))
     assert torch.equal(drafter.target.model(ids).logits, target.model(ids).logits)
 

@@ -147,7 +147,7 @@ def test_of_nodes_with_the_same_token_the_deepest_accepted_counts() -> None:
         for node in range(4):
             logits_BNV[row, node, 10 * row + node] = 2
             logits_BNV[row, node, 20 + node] = 1
-    tree = draftsmith.tree.chain(4)
+    tree = draftsmith.core.tree.chain(4)
     verdict: Any = type("Verdict", (), {"path_BP": torch.tensor([[0, 1, 2, 2], [0, 1, 2, 2]])})()
 
     def observed(

@@ -55,7 +55,7 @@ def target_of(root: Path, architecture: str = "llama") -> Target:
 
 
 def artifact_of(drafter: Any, folder: Path) -> Path:
-    draftsmith.save(drafter, folder, getattr(drafter, "base", drafter.target))
+    draftsmith.save(drafter, folder, drafter.target.base)
     return folder
 
 
@@ -322,7 +322,7 @@ def test_what_cannot_be_is_refused_before_weights_load(
         ("lm", "vllm", "my-eagle3-run", {}, "has 'eagle3' in its path"),
         ("lm", "vllm", "DFlash", {}, "has 'DFlash' in its path"),
         ("medusa", "vllm", "eagle-1", {}, "has 'eagle-' in its path"),
-        ("lm", "vllm", "taken", {}, "holds something else"),
+        ("lm", "vllm", "taken", {}, "contains other files"),
         ("lm", "vllm", "lm", {}, "is an artifact; name another folder"),
         ("lm", "vllm", "out", {"target": str(root / "t5")}, "tokenizer|vocabulary|does not draft for encoder"),
         ("lm", "vllm", "out", {"target": "nowhere"}, "'nowhere' is no local folder"),

@@ -63,7 +63,7 @@ def head(target: Target, **changes: Any) -> eagle3.Drafter:
 
 
 def exported(drafter: Any, engine: str, folder: Path) -> tuple[Path, dict[str, Any]]:
-    draftsmith.save(drafter, folder / "artifact", getattr(drafter, "base", drafter.target))
+    draftsmith.save(drafter, folder / "artifact", drafter.target.base)
     out = export(folder / "artifact", engine, folder / "out")
     return out, read_launch(out)
 

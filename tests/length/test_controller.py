@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import draftsmith
-from draftsmith.core.drafter import Session, Step
+from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import GenerationStats
 from draftsmith.core.tree import Draft, Tree, chain
@@ -26,10 +26,10 @@ NUM_NEW = 20
 NUM_SAMPLES = 5_000
 
 
-class Chains:
+class Chains(Drafter):
     """Drafts chains as deep as it may, and keeps the budgets that it was given."""
 
-    target, hidden_layers = None, ()
+    target: Any = None
 
     def __init__(self, **config: Any) -> None:
         self.config, self.budgets = SimpleNamespace(**config), []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import draftsmith
-from draftsmith.core.drafter import Session, Step, find
+from draftsmith.core.drafter import Drafter, Session, Step, find
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import eagle3, early_exit, hydra, kangaroo, layerskip, lm, lookup, medusa, medusa2, prophet
 from draftsmith.length.controller import LengthControlled
@@ -41,7 +41,7 @@ DRAFTERS: dict[str, tuple[Any, Any]] = {
 }
 
 
-class Interrupted:
+class Interrupted(Drafter):
     """Asks its drafter in two steps of three; what is verified in two of three is another draft.
 
     Its drafter's drafts must be what a drafter begun anew on the same text drafts.
@@ -113,7 +113,7 @@ def test_a_draft_model_that_is_told_to_forget_drafts_as_one_begun_anew() -> None
     family, config = DRAFTERS["lm chains"]
     ours, fresh = built(family, config, TARGET), built(family, config, TARGET)
     given: Any = {"target": TARGET, "cache": None, "generator": torch.Generator()}
-    given["sampling"] = draftsmith.sampling.Sampling()
+    given["sampling"] = draftsmith.core.sampling.Sampling()
     ours.start(Session(rows=rows, **given))
     ours.propose(4)
     for row, ids in zip(rows, ([20, 21], [22, 23, 24]), strict=True):
@@ -136,7 +136,7 @@ def test_a_policy_learns_of_its_own_drafts_alone() -> None:
     assert len(told) == len(own_steps) < len(turns.verified)
 
 
-class Turns:
+class Turns(Drafter):
     """Drafters that propose in turn, all of them told of every step."""
 
     config = None

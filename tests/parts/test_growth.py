@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import draftsmith
+from draftsmith.core import drafter
+from draftsmith.core.drafter import Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import lm
 from draftsmith.drafters.lm import Config, Drafter
@@ -105,13 +107,18 @@ def test_top_siblings_and_a_drawn_one() -> None:
     assert p_value(counts, torch.tensor([1 / 3, 0, 2 / 3, 0]).double()) > FALSE_ALARM
 
 
-class _Keeps:
+class _Keeps(drafter.Drafter):
     """A drafter that remembers its drafts."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
         self._drafter, self.drafts = drafter, list[Draft]()
-        self.start, self.observe = drafter.start, drafter.observe
+
+    def start(self, session: Session) -> None:
+        self._drafter.start(session)
+
+    def observe(self, step: Step) -> None:
+        self._drafter.observe(step)
 
     def propose(self, budget: int) -> Draft:
         self.drafts.append(self._drafter.propose(budget))

@@ -11,7 +11,7 @@ import torch
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.drafter import Session, Step
+from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters import lm, lookup, medusa
 from tests.support.distributions import VOCAB_SIZE as SAMPLED_VOCAB_SIZE
@@ -26,7 +26,7 @@ SMALL = lm.Config(model=tiny_config("llama", num_hidden_layers=1).to_dict(), num
 SAMPLED_SMALL = tiny_config("llama", vocab_size=SAMPLED_VOCAB_SIZE, num_hidden_layers=1).to_dict()
 
 
-class Scripted:
+class Scripted(Drafter):
     """Drafts each row's expected text: along a random path of a random tree, or as a chain.
 
     With `wrong_every` n, every n-th token of the text is wrong, so that drafts are accepted up to there.

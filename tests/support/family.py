@@ -23,7 +23,7 @@ import draftsmith
 from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.core.drafter import Session, Step
+from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import lookup
 from tests.support.distributions import check_distribution, distribution_target
@@ -70,7 +70,7 @@ def check_family(
 def built(family: ModuleType, config: ConfigOf, target: Target) -> Any:
     """Returns the family's drafter for the target, its weights, if any, at random."""
     made = config(target) if callable(config) else config
-    drafter = made if hasattr(made, "propose") else family.Drafter(made, target)
+    drafter = made if isinstance(made, Drafter) else family.Drafter(made, target)
     if isinstance(drafter, nn.Module):
         scramble(drafter, seed=1)
         drafter.eval()
@@ -168,7 +168,7 @@ def texts(out: Any) -> list[list[int]]:
     return [ids[:length].tolist() for ids, length in zip(out.sequences, out.lengths, strict=True)]
 
 
-class Watched:
+class Watched(Drafter):
     """A drafter under watch: asserts at every call what the loop and the verifiers rely on."""
 
     def __init__(self, inner: Any) -> None:
@@ -215,7 +215,7 @@ class Watched:
         assert (drawn_BN > 0)[valid_BN[:, 1:] if valid_BN is not None else ...].all(), "drafted what its law excludes"
 
 
-class Alternating:
+class Alternating(Drafter):
     """Proposes what a lookup finds at every second step; the drafter, under watch, sees all of them."""
 
     def __init__(self, inner: Watched) -> None:

@@ -80,7 +80,7 @@ def listed(settings: distill.Settings) -> tuple[Drafter, Batch]:
     """Returns a drafter of the tokens LISTED, and a batch."""
     torch.manual_seed(0)
     drafter = distill.build(settings, TARGET)
-    drafter.shortlist.take(LISTED)
+    drafter.shortlist.set_tokens(LISTED)
     return drafter, batch(settings)
 
 
@@ -119,7 +119,7 @@ def test_of_the_largest_logits_those_not_listed_are_taken_out(name: str) -> None
     """Outcomes by hand: the listed ones among the five, and any other; the law without the mass known to be outside."""
     torch.manual_seed(0)
     shortlist = Shortlist(len(LISTED), VOCAB_SIZE)
-    shortlist.take(LISTED)
+    shortlist.set_tokens(LISTED)
     teacher_NV, student_NW = 2 * torch.randn(6, VOCAB_SIZE).double(), torch.randn(6, len(LISTED)).double()
     top = teacher_NV.topk(5)
     given = Teacher(logits=top.values, ids_NK=top.indices, log_normaliser_N=teacher_NV.logsumexp(-1))

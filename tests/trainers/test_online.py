@@ -123,7 +123,7 @@ def test_what_it_learns(architecture: str, top_k: int, monkeypatch: pytest.Monke
                 if drafter.draft_model is not None:
                     own_V = drafter.model(text).logits[0, -1]
                 else:
-                    one = source and draftsmith.target.Source(**{k: v[row : row + 1] for k, v in vars(source).items()})
+                    one = source and draftsmith.core.target.Source(**{k: v[row : row + 1] for k, v in vars(source).items()})
                     own_V = drafter.head(one)(drafter(text, one))[0, -1]
                 terms.append(divergence("forward_kl")(own_V[None], _teacher(theirs_BTV[row, place], top_k)))
         if not target.is_encoder_decoder:

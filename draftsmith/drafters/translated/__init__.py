@@ -23,7 +23,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters.translated.spelling import BOS, EOS, Translation, Vocabulary
 from draftsmith.parts import growth, trie
-from draftsmith.verify.paths import at
+from draftsmith.verify.paths import values_at
 
 TOKENIZER = "tokenizer.json"
 
@@ -195,4 +195,4 @@ class Drafter(nn.Module, drafter.Drafter):
         out = self.draft_model.forward(missing_BT, chain(longest, device), self._cache)
         self._cache.commit([list(range(len(ids))) for ids in missing])
         last_B = torch.tensor([len(ids) - 1 for ids in missing], device=device)
-        return self.draft_model.logits(at(out.hidden_BND, last_B)[:, None])
+        return self.draft_model.logits(values_at(out.hidden_BND, last_B)[:, None])
