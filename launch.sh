@@ -11,11 +11,12 @@ takes='a minute or so and 2 GB'
 
 usage() {
     cat <<EOF
-usage: ./launch.sh setup | test | serving-test | <recipe> [--key value ...]
+usage: ./launch.sh setup | test | serving-test | docs | <recipe> [--key value ...]
 
   setup                makes the environment in .venv; every other command does so when there is none
   test                 ruff, mypy and pytest, up to four at once; what follows is passed on to pytest (-n 0: one)
   serving-test         exports run by vLLM and speculators, in an environment of their own, .venv-serving (4 GB)
+  docs                 builds the documentation into site/, strictly; what follows is passed on to mkdocs build
 
 recipes; each has its own --help:
 $(for name in $(recipes); do printf '  %-20s %s\n' "$name" "$(first_docstring_line "$name")"; done)
@@ -40,7 +41,7 @@ first_docstring_line() { sed -n '/^"""/{s/"""//g;p;q;}' "$root/recipes/$1.py"; }
 unknown_command() {
     local nearest=""
     nearest=$(python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1))' \
-        "$1" setup test serving-test $(recipes) 2>/dev/null) || true
+        "$1" setup test serving-test docs $(recipes) 2>/dev/null) || true
     refuse "unknown command or recipe '$1'; ${nearest:+did you mean '$nearest'? }./launch.sh --help lists them"
 }
 
@@ -105,7 +106,7 @@ make_environment() {
 install_draftsmith() { { install_with_uv || install_with_pip; } && install_sampler; }
 
 install_with_uv() {
-    uv_install --constraints constraints.txt --build-constraints constraints.txt --editable '.[train,dev]'
+    uv_install --constraints constraints.txt --build-constraints constraints.txt --editable . --group train --group dev
 }
 
 uv_install() {
@@ -120,7 +121,8 @@ uv_install() {
 
 install_with_pip() {
     echo "uv did not succeed; trying pip, which takes a few minutes."
-    "$python" -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+    "$python" -m pip install -qq --disable-pip-version-check 'pip>=25.1' && # older ones know no dependency groups
+        "$python" -m pip install --constraint constraints.txt --editable . --group train --group dev
 }
 
 # wandb's sampler, for ./launch.sh sweep: it asks for numpy 1, and works with 2. What else it needs is installed by now.
@@ -137,6 +139,8 @@ install_serving() {
     "$python" -m uv pip uninstall --python "$python" torchaudio torchcodec torchvision || return
     uv_install --no-deps --editable .
 }
+
+install_docs() { uv_install --constraints constraints.txt --group docs; }
 
 # Where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would else compile torch anew.
 write_bytecode() {
@@ -212,6 +216,12 @@ case ${1:-} in
         ensure_environment
         cd "$root"
         exec "$python" -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile "${@:2}"
+        ;;
+    docs)
+        ensure_environment
+        cd "$root"
+        "$python" -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || install_docs
+        exec "$python" -m mkdocs build --strict "${@:2}"
         ;;
     serving-test)
         venv=$root/.venv-serving

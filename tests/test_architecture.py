@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: who may import whom, where families are named, lengths, safety."""
+"""Rules that a machine can check: import directions, rooms, families, safety of loading, links of the documentation."""
 
 import ast
 import os
@@ -6,39 +6,40 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
+from draftsmith.core.drafter import names
+
 ROOT = Path(__file__).resolve().parents[1]
-MAY_IMPORT = {
-    "draftsmith": set(),
-    "data": {"draftsmith"},
-    "trainers": {"draftsmith", "data"},
-    "eval": {"draftsmith", "data"},
-}
-OWN_FOLDERS = {*MAY_IMPORT, "recipes", "tests", "benchmarks"}
+PACKAGES = ("draftsmith", "data", "trainers", "eval")
+OWN_FOLDERS = {*PACKAGES, "recipes", "tests", "benchmarks"}
 THIN_NEEDS = {"torch", "transformers", "numpy", "safetensors"}
-MORE_NEEDS = {
+OPTIONAL_NEEDS = {
     "draftsmith/drafters/trigram/compiled.py": "numba",
     "draftsmith/artifacts/hub.py": "huggingface_hub",
+    "draftsmith/artifacts/model_card.py": "huggingface_hub",
     "draftsmith/parts/neural/quantised.py": "torchao",
 }
-"""The one file that may import what: drafters that need the compiler ask for it when they are made, the hub's client
-comes with transformers and is loaded when the hub is asked."""
+"""Further packages that single files may import: numba and torchao are imported when a drafter needs them, the hub's
+client comes with transformers."""
 NOT_IN_SERVERS = ("deepspeed", "wandb", "datasets", "peft", "matplotlib", "numba")
-FAMILY_FOLDERS = ("draftsmith.drafters", "trainers", "draftsmith.export")
-EVERYDAY_WORDS = {"lm_head", "lm_heads", "original_lm_head"}
-"""Identifiers that hold a family's name and do not mean the family."""
-EVERYDAY_NAMES = {"ngram", "recycling", "rest", "suffix", "merge", "staged"}
-"""Families called by everyday words: they are recognised where they are imported or named whole, as text."""
+MAX_FLAT = 9
+"""Most modules that lie flat in one package, `__init__.py` not counted."""
+LISTS = {"draftsmith/drafters", "draftsmith/export/families", "trainers", "recipes", "tests/drafters", "tests/trainers"}
+"""Packages that are lists, of families, trainers or recipes, and as long as there are members."""
+CORE = ("draftsmith/core", "draftsmith/verify", "draftsmith/decoding.py")
+RESEARCH = ("draftsmith/verify/research", "draftsmith/verify/lossy")
+MAX_CORE_LINES = 2_000
 
 
 @lru_cache
 def files(*endings: str) -> list[Path]:
-    """Returns the repository's files with these endings, those that git ignores left out."""
+    """Returns the repository's files with these endings, without those that git ignores."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True
     )
@@ -46,7 +47,7 @@ def files(*endings: str) -> list[Path]:
         paths = [ROOT / name for name in os.fsdecode(listed.stdout).split("\0") if name]
     else:
         paths = [path for path in ROOT.rglob("*") if not any(part.startswith(".") for part in path.parts)]
-    return sorted(path for path in paths if path.suffix in endings and path.is_file())
+    return sorted(path for path in set(paths) if path.suffix in endings and path.is_file())
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -58,15 +59,15 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
-def place(path: Path, node: ast.AST) -> str:
+def location(path: Path, node: ast.AST) -> str:
     return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
 
 
-# --- Who may import whom -----------------------------------------------------------------------------------------
+# --- Imports -----------------------------------------------------------------------------------------------------
 
 
 def imports(path: Path) -> Iterator[tuple[ast.AST, str]]:
-    """Yields every import, those inside functions too, as (where, top-level package)."""
+    """Yields every import, those inside functions too, as (node, top-level package)."""
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from ((node, alias.name.split(".")[0]) for alias in node.names)
@@ -74,42 +75,46 @@ def imports(path: Path) -> Iterator[tuple[ast.AST, str]]:
             yield node, path.relative_to(ROOT).parts[0] if node.level else (node.module or "").split(".")[0]
 
 
-@pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_arrows_point_inward(folder: str) -> None:
-    allowed = MAY_IMPORT[folder] | {folder}
+def test_import_rules_of_pyproject_hold() -> None:
+    """Layers, cycles, and families that nobody imports but through `find`: `[tool.importlinter]` in pyproject.toml."""
+    run_python("-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache", cwd=ROOT)
+
+
+def test_packages_import_no_recipes_tests_or_benchmarks() -> None:
     wrong = [
-        f"{place(path, node)} imports {package}"
-        for path in python_files(folder)
+        f"{location(path, node)} imports {package}"
+        for path in python_files(*PACKAGES)
         for node, package in imports(path)
-        if package in OWN_FOLDERS - allowed
+        if package in OWN_FOLDERS - set(PACKAGES)
     ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_thin_module_needs_little() -> None:
+def test_inference_module_needs_few_packages() -> None:
     allowed = THIN_NEEDS | set(sys.stdlib_module_names) | {"draftsmith"}
     wrong = [
-        f"{place(path, node)} imports {package}"
+        f"{location(path, node)} imports {package}"
         for path in python_files("draftsmith")
         for node, package in imports(path)
-        if package not in allowed and MORE_NEEDS.get(str(path.relative_to(ROOT))) != package
+        if package not in allowed and OPTIONAL_NEEDS.get(str(path.relative_to(ROOT))) != package
     ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_folder_imports_from_anywhere_and_draftsmith_loads_no_training_packages(tmp_path: Path) -> None:
-    look = f"print([name for name in {NOT_IN_SERVERS} if name in sys.modules])"
-    code = f"import sys, draftsmith; {look}; import data, trainers, eval, recipes"
+def test_packages_import_from_any_folder_and_draftsmith_loads_no_training_packages(tmp_path: Path) -> None:
+    loaded = f"print([name for name in {NOT_IN_SERVERS} if name in sys.modules])"
+    code = f"import sys, draftsmith; {loaded}; import data, trainers, eval, recipes"
     assert run_python("-c", code, cwd=tmp_path).stdout.strip() == "[]"
 
 
-def test_the_wheel_holds_draftsmith_alone(tmp_path: Path) -> None:
+def test_wheel_holds_draftsmith_alone(tmp_path: Path) -> None:
     run_python("-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path), cwd=ROOT)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"draftsmith"}
     modules = {str(path.relative_to(ROOT)) for path in python_files("draftsmith")}
     assert {name for name in names if name.endswith(".py")} == modules
+    assert "draftsmith/py.typed" in names
 
 
 def test_recipes_shadow_no_package() -> None:
@@ -118,153 +123,38 @@ def test_recipes_shadow_no_package() -> None:
     assert not taken & {path.stem for path in python_files("recipes")}
 
 
-# --- Families ----------------------------------------------------------------------------------------------------
+# --- Rooms and families ------------------------------------------------------------------------------------------
 
 
-@lru_cache
-def families() -> set[str]:
-    """Returns the name of every family: a file of drafters/, or of trainers/ with `Settings` and `build` or `fit`."""
-    names = {path.stem for path in (ROOT / "draftsmith" / "drafters").glob("*.py")} - {"__init__", "blocks"}
-    for path in python_files("trainers"):
-        defined = {getattr(node, "name", None) for node in parsed(path).body}
-        if "Settings" in defined and defined & {"build", "fit"}:
-            names.add(path.stem)
-    return names
-
-
-@lru_cache
-def own_names(path: Path) -> set[str]:
-    """Returns the families that a file may name: its own, and the drafter it trains if that has another name."""
-    if path.stem not in families() or (ROOT / "draftsmith" / "drafters" / path.name).exists():
-        return {path.stem}
-    imported = {
-        f"{node.module}.{alias.name}"
-        for node in ast.walk(parsed(path))
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    drafters = {
-        name for name in families() if any(f"{one}.".startswith(f"draftsmith.drafters.{name}.") for one in imported)
-    }
-    return {path.stem} | drafters
-
-
-def code_words(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
-    """Yields identifiers and string constants; docstrings, also those beneath fields, are no code."""
-    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-            yield from ((node, word) for word in re.findall(r"\w+", node.value))
-        for attribute in ("id", "attr", "arg", "name", "asname", "module"):
-            identifier = getattr(node, attribute, None)
-            if isinstance(identifier, str):
-                yield from ((node, word) for word in identifier.split("."))
-
-
-@lru_cache(None)
-def names_family(word: str, family: str) -> bool:
-    camel = family.title().replace("_", "")
-    return word not in EVERYDAY_WORDS and (
-        f"_{family}_" in f"_{word}_" or (len(family) > 3 and re.match(rf"_*{camel}(?![a-z])", word) is not None)
+def test_packages_hold_few_modules_flat() -> None:
+    """A reader who opens a folder sees at most nine modules; lists of families, trainers and recipes are longer."""
+    flat = Counter(
+        str(path.parent.relative_to(ROOT)) for path in python_files(*OWN_FOLDERS) if path.name != "__init__.py"
     )
+    wrong = [f"{folder}: {number} modules" for folder, number in flat.items() if number > MAX_FLAT]
+    assert not [line for line in wrong if line.split(":")[0] not in LISTS], "\n".join(wrong)
 
 
-def naming(tree: ast.Module, family: str) -> Iterator[tuple[ast.AST, str]]:
-    """Yields the words of code that mean the family."""
-    if family in EVERYDAY_NAMES:
-        yield from ((node, word) for node, word in listed(whole_names, tree) if word == family)
-    else:
-        yield from ((node, word) for node, word in listed(code_words, tree) if names_family(word, family))
+def test_verification_core_is_short() -> None:
+    """What decides that output is lossless, without families, growth of trees and length policies, is read in a day."""
+    paths = [path.relative_to(ROOT).as_posix() for path in python_files("draftsmith")]
+    core = [path for path in paths if path.startswith(CORE) and not path.startswith(RESEARCH)]
+    assert sum(len((ROOT / path).read_text().splitlines()) for path in core) <= MAX_CORE_LINES
 
 
-@lru_cache
-def listed(words: Callable[[ast.Module], Iterator[tuple[ast.AST, str]]], tree: ast.Module) -> list[tuple[ast.AST, str]]:
-    """Returns what is asked of a tree for one family after the other."""
-    return list(words(tree))
-
-
-def whole_names(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
-    """Yields texts that are one word, and what is imported from the folders of families.
-
-    What an engine is told by the key "method" is a word of the engine's.
-    """
-    pairs = [
-        pair
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Dict)
-        for pair in zip(node.keys, node.values, strict=True)
-    ]
-    methods = {id(value) for key, value in pairs if getattr(key, "value", None) == "method"}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in methods:
-            yield node, node.value
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            folder, _, name = node.module.rpartition(".")
-            if folder in FAMILY_FOLDERS:
-                yield node, name
-            if node.module in FAMILY_FOLDERS:
-                yield from ((node, alias.name) for alias in node.names)
-
-
-def test_no_family_is_named_outside_its_own_files() -> None:
-    wrong = [
-        f"{place(path, node)} names {family} ({word})"
-        for path in python_files(*MAY_IMPORT)
-        for family in families() - own_names(path)
-        for node, word in naming(parsed(path), family)
-    ]
-    assert not wrong, "\n".join(wrong)
-
-
-@pytest.mark.parametrize(
-    ("code", "found"),
-    [
-        ("medusa = 1", True),
-        ("from draftsmith.drafters import medusa", True),
-        ("if family == 'medusa': pass", True),
-        ("class MedusaHeads: pass", True),
-        ("def load_medusa_tree(): pass", True),
-        ("model.lm_head(x)", False),
-        ("from transformers import AutoModelForCausalLM", False),
-        ("'''Works as medusa does.'''", False),
-        ("from draftsmith.drafters import rest", True),
-        ("from trainers.rest import Settings", True),
-        ("from draftsmith.export import rest", True),
-        ("launch({'method': 'rest'})", False),
-        ("find('rest')", True),
-        ("first, *rest = rest_of(rows)", False),
-    ],
-)
-def test_how_a_family_is_recognised(code: str, found: bool) -> None:
-    assert any([*naming(ast.parse(code), family)] for family in ("medusa", "lm", "rest")) == found
-
-
-def test_what_writes_for_engines_is_called_as_its_family() -> None:
-    """A family's fifth file, if it has one, offers `WRITERS`; the other files of the folder offer none."""
-    for path in (ROOT / "draftsmith" / "export").glob("*.py"):
-        offers = any(
+def test_export_modules_are_called_as_their_families() -> None:
+    """A family that an engine runs has a module of its name that offers `WRITERS`."""
+    for path in sorted((ROOT / "draftsmith" / "export" / "families").glob("[a-z]*.py")):
+        assert path.stem in names(), path.name
+        assert any(
             isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "WRITERS" for node in parsed(path).body
-        )
-        assert offers == (path.stem in families()), path.name
-
-
-def test_files_are_short() -> None:
-    folders = [folder.replace(".", "/") for folder in FAMILY_FOLDERS]
-    own_files = {ROOT / folder / f"{name}.py" for folder in folders for name in families()}
-    lengths = {path: len(path.read_text().splitlines()) for path in files(".py", ".sh")}
-    limits = {path: 250 if path in own_files else 500 for path in lengths}
-    wrong = [
-        f"{path.relative_to(ROOT)}: {n} lines, at most {limits[path]}"
-        for path, n in lengths.items()
-        if n > limits[path]
-    ]
-    assert not wrong, "\n".join(wrong)
+        ), path.name
 
 
 # --- Safety ------------------------------------------------------------------------------------------------------
 
 
-def test_no_path_of_one_machine() -> None:
+def test_no_file_names_a_path_of_one_machine() -> None:
     pattern = re.compile(r"(?<![\w.~}\])$*-])/(tmp|work|root|home)/")
     wrong = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
@@ -276,7 +166,7 @@ def test_no_path_of_one_machine() -> None:
 
 
 def unsafe(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
-    """Yields what could run code found in a file: pickle, and remote code without anyone asking for it."""
+    """Yields calls that could run code found in a file: pickle, and remote code that the user did not allow."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = getattr(node, "module", None)
@@ -296,32 +186,37 @@ def unsafe(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
                 yield node, "trust_remote_code=True without the user's word"
 
 
-def test_nothing_runs_code_from_files() -> None:
-    wrong = [f"{place(path, node)} {what}" for path in files(".py") for node, what in unsafe(parsed(path))]
+def test_no_code_is_run_from_loaded_files() -> None:
+    wrong = [f"{location(path, node)} {what}" for path in files(".py") for node, what in unsafe(parsed(path))]
     assert not wrong, "\n".join(wrong)
 
 
-# --- README and style --------------------------------------------------------------------------------------------
+# --- Documentation and style ---------------------------------------------------------------------------------------
 
 
-def test_the_file_map_of_the_readme_is_true() -> None:
-    """In the section whose title holds "map", each table row's or code line's first word is a path from the root."""
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("README.md is not written yet")
-    sections = re.split(r"^#+ ", readme.read_text(), flags=re.MULTILINE)
-    (section,) = [text for text in sections if re.search(r"\bmap\b", text.splitlines()[0] if text else "", re.I)]
-    rows = re.findall(r"^\| *`([^`]+)`", section, flags=re.MULTILINE)
-    blocks = re.findall(r"^```\w*\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
-    paths = rows + [line.split()[0] for block in blocks for line in block.splitlines() if line.strip()]
-    assert paths, "the file map names no files"
-    assert not [path for path in paths if not list(ROOT.glob(path.rstrip("/")))]
+def test_links_and_paths_of_the_documentation_exist() -> None:
+    """Relative links of Markdown files, and paths in backticks that begin with a folder of the repository."""
+    missing = []
+    for page in files(".md"):
+        text = page.read_text()
+        links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)[^)]*\)", text)
+        missing += [f"{page.relative_to(ROOT)}: {link}" for link in links if not (page.parent / link).exists()]
+        if page.name in ("LOG.md", "CHANGELOG.md"):
+            continue  # they tell of files as they were called at the time
+        folders = "|".join((*OWN_FOLDERS, "docs", "findings"))
+        paths = re.findall(rf"`((?:{folders})/[\w./*-]+)`", text)
+        missing += [f"{page.relative_to(ROOT)}: {path}" for path in paths if not list(ROOT.glob(path.rstrip("/")))]
+    assert not missing, "\n".join(missing)
+
+
+def test_readme_is_at_most_150_lines() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 @pytest.mark.parametrize(
     "command", ["ruff format --check --quiet .", "ruff check --quiet --output-format concise .", "mypy"]
 )
-def test_formatter_linter_and_type_checker_are_content(command: str) -> None:
+def test_formatter_linter_and_type_checker_pass(command: str) -> None:
     run_python("-m", *command.split(), cwd=ROOT)
 
 
