@@ -184,7 +184,7 @@ class _Printer:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from draftsmith.artifacts.artifact import local_folder, read_manifest
+    from draftsmith.artifacts.artifact import family_of, local_folder, read_manifest
     from draftsmith.artifacts.model_card import num_parameters
 
     folder = local_folder(arguments.artifact)
@@ -197,6 +197,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(f"  {num_parameters(folder / 'model.safetensors'):,} parameters")
     for key, value in manifest.items():
         print(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
+    try:
+        family_of(manifest, folder)
+    except ValueError as error:
+        print(f"draftsmith: {error}", file=sys.stderr)
 
 
 def _card(arguments: argparse.Namespace) -> None:

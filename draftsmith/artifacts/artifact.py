@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import safetensors
@@ -17,7 +18,7 @@ from draftsmith.artifacts import hub
 from draftsmith.artifacts.files import atomic_folder
 from draftsmith.artifacts.model_card import CARD, WEIGHTS, card, is_hub_name, keep_edited, warn_of_kept
 from draftsmith.artifacts.provenance import run_provenance, target_provenance
-from draftsmith.core.drafter import Drafter, find, name_of, names
+from draftsmith.core.drafter import Drafter, find, name_of, names, package_of
 from draftsmith.core.model_info import TargetFacts
 from draftsmith.core.target import Target
 
@@ -34,7 +35,7 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
     """
     target = target.base if drafter.fine_tunes_target and target is drafter.target else target
     family = name_of(drafter)
-    assert family in names()
+    package = package_of(family)
     manifest = (
         {
             "format_version": FORMAT_VERSION,
@@ -48,6 +49,7 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
             "tunes_target": drafter.fine_tunes_target,
             "made_with": target_provenance(target),
         }
+        | ({} if package is None else {"family_package": package})
         | run_provenance()
         | (record or {})
     )
@@ -73,7 +75,7 @@ def load(path: str | Path, target: Target, *, made_for: Target | None = None) ->
     folder = local_folder(path)
     manifest = read_manifest(folder)
     check_fits(folder, manifest, made_for or target)
-    module = find(manifest["family"])
+    module = family_of(manifest, path)
     config = make_config(module.Config, manifest["config"], folder / MANIFEST)
     drafter: Drafter = module.Drafter.load_state(folder, config, target)
     if isinstance(drafter, nn.Module):
@@ -110,6 +112,16 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             f"{file} has format version {manifest['format_version']}; this version of draftsmith reads {FORMAT_VERSION}"
         )
     return manifest
+
+
+def family_of(manifest: dict[str, Any], path: str | Path) -> ModuleType:
+    """Returns the module of an artifact's family; raises ValueError naming the package to install if it is missing."""
+    family, package = manifest["family"], manifest.get("family_package")
+    if package is not None and family not in names():
+        raise ValueError(
+            f"artifact {path} is of family {family!r}, which the package {package} defines; install that package"
+        )
+    return find(family)
 
 
 def own_files(folder: Path) -> list[Path]:

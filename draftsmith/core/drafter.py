@@ -101,6 +101,8 @@ class Drafter(ABC):
     """The target to draft for: the one it was made for, or its fine-tuned version of that one."""
     hidden_layers: tuple[int, ...] = ()
     """Hidden layers of the target that it reads."""
+    serving_engines: tuple[str, ...] = ()
+    """Engines other than transformers that `draftsmith export` supports for the family."""
     draft_model: Target | None = None
     """The draft model, with a cache of its own, of a drafter that has one."""
     policy: Any = None

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 import draftsmith
 from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
-from draftsmith.core.drafter import find, names
 from draftsmith.drafters import lm, lookup, medusa
 from tests.support.family import built
 from tests.support.models import VOCAB_SIZE, tiny_config, tiny_model, tiny_target, tiny_tokenizer
@@ -223,12 +222,3 @@ def test_failed_save_keeps_the_previous_artifact(
         draftsmith.save(built(medusa, HEADS, target), folder, target=target, record=record)
     assert read_files(folder.parent) == before
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name] * exists
-
-
-def test_find_returns_families_by_name() -> None:
-    assert {"lm", "lookup", "medusa"} <= set(names())
-    assert find("medusa") is medusa
-    with pytest.raises(ValueError, match="unknown drafter family 'lokup'; did you mean 'lookup'?"):
-        find("lokup")
-    with pytest.raises(ValueError, match="unknown drafter family 'zzz'; there are "):
-        find("zzz")
