@@ -84,6 +84,7 @@ class Config:
 class Drafter(nn.Module, drafter.Drafter):
     """Logits head(norm(blocks(h + R r))): h leaves the target's first blocks, r is the last verified hidden state."""
 
+    serving_engines = ("vllm", "sglang")
     base: Target
     _changed: Any
 

@@ -1,8 +1,9 @@
-"""Hydra's heads (2402.05109): Medusa's, each told the tokens before the one that it guesses, so that a tree's paths
-part ways; with a block of attention over the text so far, Hydra++ (section 4).
+"""Hydra heads (2402.05109): Medusa heads that also read the drafted tokens before theirs, so that paths of a tree differ.
 
-Shape suffixes: B rows, T positions, N nodes, M new nodes, I tokens told to a head, D hidden width, E width of the
-embedding, F width of a head's input, V vocabulary, R is B or 1.
+With a decoder block over the text so far they are Hydra++ (section 4).
+
+Shape suffixes: B rows, T positions, N nodes, M new nodes, I drafted tokens that a head reads, D hidden width, E width of
+the embedding, F width of a head's input, V vocabulary, R is B or 1.
 """
 
 from dataclasses import dataclass
@@ -10,52 +11,54 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from draftsmith.core.cache import KVCache
 from draftsmith.core import drafter
+from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import PREFILL_CHUNK, Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.parts import growth
-from draftsmith.parts.neural import layers, token_heads
-from draftsmith.verify.paths import at
+from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.neural.layers import Block, gather_path, prepare_cache
+from draftsmith.parts.neural.token_heads import ResidualHead, untied_lm_heads
+from draftsmith.verify.paths import values_at
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The heads' shape, what they read, and the tree they fill."""
+    """The shape of the heads, their inputs, and the shape of the draft tree."""
 
     num_heads: int = 4
-    """Head k (from 0), at the position of token t, predicts token t + 2 + k from tokens t + 1 to t + 1 + k."""
+    """Number of heads; head k (from 0), at the position of token t, predicts token t + 2 + k from t + 1 to t + 1 + k."""
     num_blocks: int = 1
-    """Residual blocks a head, each with weights of its own."""
+    """Number of residual blocks per head."""
     own_head: bool = False
-    """Whether each head has its own output matrix, started as a copy of the target's, or uses the target's head."""
+    """Give each head an LM head of its own, initialised from the target's, instead of sharing the target's."""
     prefix_heads: int = 0
-    """Attention heads of a block that reads the hidden states of the whole text; 0 for none, the last state alone."""
+    """Attention heads of a decoder block over the hidden states of the text so far; 0 for no block, the last state alone."""
     prefix_width: int = 0
-    """Inner width of that block's feed-forward layer."""
+    """Inner width of that block's MLP."""
     tree: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0))
-    """Each node as the ranks along its path: (0, 2) is the third guess of head 1 after the first guess of head 0."""
+    """Each node as the ranks along its path: (0, 2) is head 1's third choice after head 0's first."""
     siblings: str = "without_replacement"
-    """How siblings in that tree are drawn where text is sampled: without_replacement, independent, top_and_drawn or
-    deterministic, as their parent's likeliest tokens."""
+    """Sampling scheme of siblings in that tree where text is sampled: without_replacement, independent, top_and_drawn, or
+    deterministic for their parent's most likely tokens."""
     width: int = 0
-    """If not 0, in place of `tree`, trees grow where the heads are confident: so many nodes a level are given so many
-    children."""
+    """If not 0, drafts are dynamic trees instead of `tree`: the `width` likeliest nodes per level get `width` children."""
     num_nodes: int = 16
-    """Nodes kept of such a tree."""
+    """Number of nodes kept in a dynamic tree."""
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(self, 1, "num_heads", "num_blocks")
         if (self.prefix_heads > 0) != (self.prefix_width > 0) or min(self.prefix_heads, self.prefix_width) < 0:
-            raise ValueError(f"prefix_heads {self.prefix_heads} and prefix_width {self.prefix_width} go together")
+            raise ValueError(
+                f"prefix_heads is {self.prefix_heads} and prefix_width {self.prefix_width}; give both as positive"
+                " numbers, or neither"
+            )
         growth.check_shape(self)
         growth.check_paths(self.tree)
         growth.check_siblings(self.siblings)
         if bool(self.tree) == bool(self.width):
-            raise ValueError("give either a tree or a width for trees that grow, and tree=() for the latter")
+            raise ValueError("give either a tree, or tree=() and a width for dynamic trees")
         if self.tree and max(map(len, self.tree)) > self.num_heads:
             raise ValueError(f"the tree is {max(map(len, self.tree))} deep, and there are {self.num_heads} heads")
 
@@ -65,17 +68,17 @@ class Config:
 
 
 class Head(nn.Module):
-    """One head before its output matrix: skip(x) + SiLU(W x + b), then residual blocks.
+    """One head before its LM head: skip(x) + SiLU(W x + b), then residual blocks.
 
-    x is the state and the tokens told, side by side. A new head passes the state through.
+    x is the state and the embedded drafted tokens, concatenated. At initialisation the head returns the state.
     """
 
     def __init__(self, width: int, input_width: int, num_blocks: int) -> None:
         super().__init__()
         self.skip = nn.Linear(input_width, width)
         self.first = nn.Linear(input_width, width)
-        self.rest = token_heads.ResidualHead(width, num_blocks - 1)
-        # Its rate is the trainer's affair.
+        self.rest = ResidualHead(width, num_blocks - 1)
+        # The trainer sets its rate.
         self.dropout = nn.Dropout(0.0)
         for parameter in (*self.first.parameters(), self.skip.bias):
             nn.init.zeros_(parameter)
@@ -87,8 +90,7 @@ class Head(nn.Module):
 
 
 class Drafter(nn.Module, drafter.Drafter):
-    """K heads on a state of the text so far, and the embeddings of the tokens after it on a path of the tree."""
-
+    """K heads on a state of the text so far and the embeddings of the drafted tokens after it on a path of the tree."""
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
@@ -97,24 +99,24 @@ class Drafter(nn.Module, drafter.Drafter):
         self.hidden_layers = (target.num_layers,)
         num_ranks = config.width or 1 + max(map(max, config.tree))
         if num_ranks > target.vocab_size:
-            raise ValueError(f"the tree asks for {num_ranks} different tokens of a vocabulary of {target.vocab_size}")
+            raise ValueError(f"the tree needs {num_ranks} different tokens, and the vocabulary has {target.vocab_size}")
         width = target.hidden_size
         embedding_VE = target.model.get_input_embeddings().weight.detach()
-        # Embeddings are often far smaller than hidden states; brought to their size, heads learn a little sooner.
+        # Embeddings are often far smaller than hidden states; scaled to their size, heads learn a little faster.
         self._scale = float(embedding_VE.float().square().mean().rsqrt())
         self.heads = nn.ModuleList(
             Head(width, width + (k + 1) * embedding_VE.shape[1], config.num_blocks) for k in range(config.num_heads)
         )
         if config.own_head:
-            self.outputs = token_heads.untied_lm_heads(target, config.num_heads)
+            self.outputs = untied_lm_heads(target, config.num_heads)
         if config.prefix_heads:
-            self.prefix = layers.Block(width, num_heads=config.prefix_heads, inner_width=config.prefix_width)
+            self.prefix = Block(width, num_heads=config.prefix_heads, inner_width=config.prefix_width)
         self.to(device=target.device, dtype=target.dtype)
 
     def states(self, hidden_BTD: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Returns what heads know of the text [B, T, D], from the target's last hidden states at those positions.
+        """Returns the heads' state of the text [B, T, D] from the target's last hidden states at those positions.
 
-        With a cache they come after the positions that it holds, and nothing is committed.
+        With a cache the positions follow those that it holds, and nothing is committed.
         """
         normed_BTD = self.target.norm(hidden_BTD)
         if not self.config.prefix_heads:
@@ -122,11 +124,11 @@ class Drafter(nn.Module, drafter.Drafter):
         length, device = normed_BTD.shape[1], normed_BTD.device
         if cache is None:
             return self.prefix(normed_BTD, torch.arange(length, device=device)[None])
-        positions_RT, mask_R1TS = layers.prepare_cache(chain(length, device), cache)
+        positions_RT, mask_R1TS = prepare_cache(chain(length, device), cache)
         return self.prefix(normed_BTD, positions_RT, mask_R1NS=mask_R1TS, cache=cache)
 
     def features(self, state_BMD: Tensor, tokens_BMI: Tensor) -> Tensor:
-        """Returns head I - 1's features [B, M, D], before the output matrix, after these tokens that follow a state."""
+        """Returns the features [B, M, D] of head I - 1, before its LM head, for the I drafted tokens after a state."""
         embedded_BMIE = self.target.model.get_input_embeddings()(tokens_BMI) * self._scale
         return self.heads[tokens_BMI.shape[-1] - 1](torch.cat([state_BMD, embedded_BMIE.flatten(-2)], dim=-1))
 
@@ -135,7 +137,7 @@ class Drafter(nn.Module, drafter.Drafter):
         return self.outputs[k](z_BMD) if self.config.own_head else self.target.head(z_BMD)
 
     def logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
-        """Returns the logits [B, M, V] after the nodes from `first` on, all of them `tree.depth` deep."""
+        """Returns the logits [B, M, V] after the nodes from `first` on, all of depth `tree.depth`."""
         assert self._state_B1D is not None
         path_RMI = paths_to(tree, first)
         rows_B11 = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None, None]
@@ -146,9 +148,9 @@ class Drafter(nn.Module, drafter.Drafter):
         self._session = session
         self._cache = KVCache(num_layers=1, batch_size=len(session.rows))
         self._state_B1D: Tensor | None = None
-        # Rows of one token have no hidden state yet; if all are such, their first step is a plain one.
+        # Rows of one token have no hidden state yet; if all rows are such, the first step is a plain one.
         if self.hidden_layers[0] in session.hidden:
-            self._advance(session.hidden[self.hidden_layers[0]], [len(row) - 1 for row in session.rows])
+            self._update_state(session.hidden[self.hidden_layers[0]], [len(row) - 1 for row in session.rows])
 
     def propose(self, budget: int) -> Draft:
         config = self.config
@@ -161,11 +163,11 @@ class Drafter(nn.Module, drafter.Drafter):
 
     def observe(self, step: Step) -> None:
         counts = [len(path) for path in step.paths]
-        accepted_BPD = layers.gather_path(step.hidden[self.hidden_layers[0]], step.verdict)
-        self._advance(accepted_BPD[:, : max(counts)], counts)
+        accepted_BPD = gather_path(step.hidden[self.hidden_layers[0]], step.verdict)
+        self._update_state(accepted_BPD[:, : max(counts)], counts)
 
-    def _advance(self, hidden_BTD: Tensor, counts: list[int]) -> None:
-        """Takes in the hidden states of newly committed tokens, so many of each row; the last gives its state."""
+    def _update_state(self, hidden_BTD: Tensor, counts: list[int]) -> None:
+        """Reads the hidden states of newly committed tokens, `counts` of each row; the last one gives its state."""
         parts, left = [], counts
         for part_BTD in hidden_BTD.split(PREFILL_CHUNK, dim=1):
             parts.append(self.states(part_BTD, self._cache))
@@ -174,12 +176,12 @@ class Drafter(nn.Module, drafter.Drafter):
                 left = [max(count - part_BTD.shape[1], 0) for count in left]
         state_BTD = torch.cat(parts, dim=1)
         last_B = torch.tensor([max(count - 1, 0) for count in counts], device=state_BTD.device)
-        self._state_B1D = at(state_BTD, last_B)[:, None]
+        self._state_B1D = values_at(state_BTD, last_B)[:, None]
 
 
 def paths_to(tree: Tree, first: int) -> Tensor:
-    """Returns the nodes from node 0 to each of those from `first` on [R, M, I], which must be the tree's deepest."""
-    climb = [torch.arange(first, tree.num_nodes, device=tree.parents_RN.device).expand(len(tree.parents_RN), -1)]
+    """Returns the paths [R, M, I] from node 0 to each node from `first` on; these must be the tree's deepest nodes."""
+    path = [torch.arange(first, tree.num_nodes, device=tree.parents_RN.device).expand(len(tree.parents_RN), -1)]
     for _ in range(tree.depth):
-        climb.insert(0, tree.parents_RN.gather(1, climb[0]))
-    return torch.stack(climb, dim=-1)
+        path.insert(0, tree.parents_RN.gather(1, path[0]))
+    return torch.stack(path, dim=-1)

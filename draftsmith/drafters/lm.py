@@ -76,6 +76,7 @@ class Config:
 class Drafter(nn.Module, drafter.Drafter):
     """The draft model with a cache of its own, whose rows advance as the target's do."""
 
+    serving_engines = ("vllm", "sglang")
     draft_model: Target
 
     def __init__(self, config: Config, target: Target) -> None:

@@ -1,7 +1,8 @@
-"""Deterministic trees: draw from the target's law once per node and descend if the token drawn is a child.
+"""Verification of deterministic drafts: samples a token from the target at each node and accepts the equal child.
 
-The output is what was drawn, so its law is the target's whatever the children are; no rule accepts a deterministic
-child more often than P(children). Drawing afresh for each branch would favour nodes that several branches share.
+The output is what was sampled, so it has the target's distribution whatever the children are; no rule accepts a
+deterministic child more often than its target probability. Sampling anew for each branch would favour nodes that
+several branches share.
 
 Shape suffixes: B rows, N nodes, V vocabulary.
 """
@@ -11,22 +12,22 @@ from torch import Tensor
 
 from draftsmith.core.sampling import draw
 from draftsmith.core.tree import Draft, Verdict
-from draftsmith.verify.paths import Siblings, at, path_to, pick
+from draftsmith.verify.paths import Siblings, path_to, pick, values_at
 
 LOSSLESS = True
 SCHEMES = ("deterministic",)
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """Returns the path of tokens drawn from the target's rows along it, by each node's uniform, and the token after."""
+    """Returns the path of tokens sampled from the target along it, by each node's uniform, and the token after it."""
     siblings = Siblings(draft)
     end_B = torch.zeros_like(draft.tokens_BN[:, 0])
     while True:
-        # A row that has ended draws the same token again.
-        drawn_B = draw(at(target_probs_BNV, end_B), pick(uniforms_BU, end_B))
-        is_drawn_BN = siblings.of(end_B) & (draft.tokens_BN == drawn_B[:, None])
-        if not is_drawn_BN.any():
+        # A row that is finished samples the same token again.
+        sampled_B = draw(values_at(target_probs_BNV, end_B), pick(uniforms_BU, end_B))
+        is_sampled_BN = siblings.of(end_B) & (draft.tokens_BN == sampled_B[:, None])
+        if not is_sampled_BN.any():
             break
-        end_B = torch.where(is_drawn_BN.any(1), is_drawn_BN.to(torch.uint8).argmax(1), end_B)
+        end_B = torch.where(is_sampled_BN.any(1), is_sampled_BN.to(torch.uint8).argmax(1), end_B)
     path_BP, num_accepted_B = path_to(end_B, draft)
-    return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=drawn_B)
+    return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=sampled_B)

@@ -1,4 +1,4 @@
-"""Temperature 0: accept while a child is the target's argmax (Stern et al. 2018; Leviathan et al. 2211.17192)."""
+"""Verification at temperature 0: accepts the target's argmax (Stern et al. 2018; Leviathan et al. 2211.17192)."""
 
 from torch import Tensor
 
@@ -10,5 +10,5 @@ SCHEMES = ("deterministic", "independent", "without_replacement", "top_and_drawn
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """Returns the longest path of argmaxes and the argmax after it; any scores that rank like the law will do."""
+    """Returns the longest path of argmaxes and the argmax after it; logits may be passed in place of probabilities."""
     return walk(target_probs_BNV.argmax(-1), draft)

@@ -1,6 +1,6 @@
-"""What verifiers share: walks down a tree, sets of siblings, what a rejection leaves.
+"""What verifiers share: following accepted paths in a tree, sets of siblings, sampling the next token.
 
-Shape suffixes: B rows, N nodes, V vocabulary, P length of the longest accepted path, X some of the rows.
+Shape suffixes: B rows, N nodes, V vocabulary, P length of the longest accepted path, X a subset of the rows.
 """
 
 import torch
@@ -11,9 +11,9 @@ from draftsmith.core.tree import Draft, Verdict
 
 
 def walk(choice_BN: Tensor, draft: Draft) -> Verdict:
-    """Follows, from node 0, the child that equals the token chosen at each node; the choice at the end comes next.
+    """Follows, from node 0, the child that equals the token chosen at each node; the choice at the last one is next.
 
-    Each node's choice is made once, whatever its children are, so that the output follows the law of the choices.
+    Each node's choice is made once, whatever its children are, so that the output has the distribution of the choices.
     """
     tree, tokens_BN = draft.tree, draft.tokens_BN
     parents_BN = tree.parents_RN.clamp(min=0).expand_as(tokens_BN)
@@ -22,131 +22,124 @@ def walk(choice_BN: Tensor, draft: Draft) -> Verdict:
         is_chosen_BN = is_chosen_BN & valid_BN
     is_chosen_BN[:, 0] = True
     if not tree.is_chain:
-        # Siblings that agree stand for one text, whose next token must not be chosen twice: the first one counts.
-        is_twin_BNN = (parents_BN[:, :, None] == parents_BN[:, None]) & (tokens_BN[:, :, None] == tokens_BN[:, None])
-        is_chosen_BN[:, 1:] &= ~is_twin_BNN[:, 1:, 1:].tril(-1).any(2)
+        # Siblings with the same token are one text, whose next token must not be chosen twice: only the first counts.
+        is_same_BNN = (parents_BN[:, :, None] == parents_BN[:, None]) & (tokens_BN[:, :, None] == tokens_BN[:, None])
+        is_chosen_BN[:, 1:] &= ~is_same_BNN[:, 1:, 1:].tril(-1).any(2)
     return follow(is_chosen_BN, draft, choice_BN)
 
 
 def follow(is_accepted_BN: Tensor, draft: Draft, next_BN: Tensor) -> Verdict:
-    """Returns the deepest path of accepted nodes, the first such in node order, and `next_BN` at its end."""
+    """Returns the deepest path of accepted nodes, the first of equals in node order, and `next_BN` at its end."""
     tree = draft.tree
     if tree.is_chain:
         num_accepted_B = is_accepted_BN[:, 1:].to(torch.long).cumprod(1).sum(1)
         order_P = torch.arange(tree.num_nodes, device=next_BN.device)
         path_BP = torch.minimum(order_P, num_accepted_B[:, None])
-        return Verdict(
-            path_BP=path_BP,
-            num_accepted_B=num_accepted_B,
-            next_token_B=next_BN.gather(1, num_accepted_B[:, None])[:, 0],
-        )
+        return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=pick(next_BN, num_accepted_B))
     parents_BN = tree.parents_RN.clamp(min=0).expand_as(draft.tokens_BN)
     reached_BN = is_accepted_BN
     for _ in range(tree.depth - 1):
         reached_BN = is_accepted_BN & reached_BN.gather(1, parents_BN)
-    score_BN = torch.where(reached_BN, tree.depths_RN, -1)
-    end_B = score_BN.argmax(1)
+    end_B = torch.where(reached_BN, tree.depths_RN, -1).argmax(1)
     path_BP, num_accepted_B = path_to(end_B, draft)
-    return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=next_BN.gather(1, end_B[:, None])[:, 0])
+    return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=pick(next_BN, end_B))
 
 
-def same_text(draft: Draft) -> Tensor:
-    """Returns, for each node [B, N], the first node that stands for the same text, itself if there is none before it.
+def first_duplicates(draft: Draft) -> Tensor:
+    """Returns, for each node [B, N], the first node with the same text, which is itself if none before it has it.
 
-    Siblings may agree unless they were drawn without replacement; they then share one text, whose children are those of
-    all of them.
+    Siblings may hold the same token unless they were drawn without replacement; they are then one text, whose children
+    are the children of all of them.
     """
     tokens_BN, num_nodes = draft.tokens_BN, draft.tree.num_nodes
     parents_BN = draft.tree.parents_RN.clamp(min=0).expand_as(tokens_BN)
     first_BN = torch.arange(num_nodes, device=tokens_BN.device).expand_as(tokens_BN)
     if draft.sampling_scheme in ("without_replacement", "top_and_drawn") or draft.tree.is_chain:
         return first_BN
-    agree_BNN = tokens_BN[:, :, None] == tokens_BN[:, None]
-    agree_BNN[:, :, 0] = agree_BNN[:, 0] = False
-    agree_BNN[:, 0, 0] = True
+    same_token_BNN = tokens_BN[:, :, None] == tokens_BN[:, None]
+    same_token_BNN[:, :, 0] = same_token_BNN[:, 0] = False
+    same_token_BNN[:, 0, 0] = True
     if (valid_BN := draft.valid_BN()) is not None:
-        agree_BNN &= valid_BN[:, None]
-        agree_BNN |= torch.eye(num_nodes, dtype=torch.bool, device=tokens_BN.device)
+        same_token_BNN &= valid_BN[:, None]
+        same_token_BNN |= torch.eye(num_nodes, dtype=torch.bool, device=tokens_BN.device)
     for _ in range(draft.tree.depth):
         above_BN = first_BN.gather(1, parents_BN)
-        is_twin_BNN = agree_BNN & (above_BN[:, :, None] == above_BN[:, None])
-        first_BN = is_twin_BNN.to(torch.uint8).argmax(-1)
+        same_text_BNN = same_token_BNN & (above_BN[:, :, None] == above_BN[:, None])
+        first_BN = same_text_BNN.to(torch.uint8).argmax(-1)
     return first_BN
 
 
 class Siblings:
-    """The children of each text in a tree, in node order."""
+    """The children of each text in a tree, in node order; the first node with a text stands for it."""
 
     def __init__(self, draft: Draft) -> None:
         tokens_BN = draft.tokens_BN
         self._parents_BN = draft.tree.parents_RN.clamp(min=0).expand_as(tokens_BN)
         self._tokens_BN = tokens_BN
-        self.first_BN = same_text(draft)
+        self.first_BN = first_duplicates(draft)
         self.above_BN = self.first_BN.gather(1, self._parents_BN)
-        """The text that each node goes on."""
+        """The text before each node's token."""
         self.is_child_BN = torch.ones_like(tokens_BN, dtype=torch.bool)
-        """Whether it may be accepted."""
+        """True for nodes that may be accepted."""
         if (valid_BN := draft.valid_BN()) is not None:
             self.is_child_BN &= valid_BN
         if draft.draft_probs_BNV is not None:
-            # A law with fewer tokens than children wanted of it has filled the rest with what it excludes.
-            self.is_child_BN &= self.chances(draft.draft_probs_BNV) > 0
+            # Where fewer tokens have a probability above 0 than there are children, the rest are fillers.
+            self.is_child_BN &= self.token_probs(draft.draft_probs_BNV) > 0
         self.is_child_BN[:, 0] = False
 
-    def chances(self, probs_BNV: Tensor) -> Tensor:
-        """Returns what the law after each node's parent gives its token [B, N]."""
+    def token_probs(self, probs_BNV: Tensor) -> Tensor:
+        """Returns each node's token's probability [B, N] after its parent."""
         rows_B1 = torch.arange(len(self._tokens_BN), device=self._tokens_BN.device)[:, None]
         return probs_BNV[rows_B1, self._parents_BN, self._tokens_BN]
 
     def of(self, text_B: Tensor) -> Tensor:
-        """Returns which nodes [B, N] are children of each row's text."""
+        """Returns a mask [B, N] of the children of each row's text."""
         return self.is_child_BN & (self.above_BN == text_B[:, None])
 
 
-def at(values_BNV: Tensor, node_X: Tensor, row_X: Tensor | None = None) -> Tensor:
-    """Returns the law, or whatever else stands at nodes, [X, V] at a node of each row, or of those `row_X` names.
+def values_at(values_BNV: Tensor, node_X: Tensor, row_X: Tensor | None = None) -> Tensor:
+    """Returns probabilities, or other values [X, V], at one node of each row, or of each row in `row_X`.
 
-    Nodes past the last law have no children, and any law will do.
+    A node past the last one gets the last one's: draft probabilities end before the leaves, which have no children.
     """
-    num_rows, num_laws, size = values_BNV.shape
+    num_rows, num_nodes, size = values_BNV.shape
     row_X = torch.arange(num_rows, device=node_X.device) if row_X is None else row_X
-    # Whole rows are copied several times as fast as by indices of two dimensions.
-    place_X = row_X * num_laws + node_X.clamp(max=num_laws - 1)
-    return values_BNV.reshape(num_rows * num_laws, size).index_select(0, place_X)
+    # index_select copies whole rows several times as fast as indexing by two dimensions.
+    index_X = row_X * num_nodes + node_X.clamp(max=num_nodes - 1)
+    return values_BNV.reshape(num_rows * num_nodes, size).index_select(0, index_X)
 
 
 def pick(values_BX: Tensor, index_B: Tensor) -> Tensor:
-    """Returns each row's value [B] at its own index, as the probability of its token."""
+    """Returns each row's value [B] at its own index."""
     return values_BX.gather(1, index_B[:, None])[:, 0]
 
 
 def path_to(end_B: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
-    """Returns the nodes from node 0 to each row's `end_B`, padded with it [B, P], and how many follow node 0 [B]."""
+    """Returns the path [B, P] from node 0 to each row's `end_B`, padded with `end_B`, and its number of edges [B]."""
     tree = draft.tree
     parents_BN = tree.parents_RN.clamp(min=0).expand_as(draft.tokens_BN)
-    num_accepted_B = tree.depths_RN.expand_as(draft.tokens_BN).gather(1, end_B[:, None])[:, 0]
-    climb = [end_B[:, None]]
+    num_accepted_B = pick(tree.depths_RN.expand_as(draft.tokens_BN), end_B)
+    upwards = [end_B[:, None]]
     for _ in range(tree.depth):
-        climb.append(parents_BN.gather(1, climb[-1]))
-    # The climb ends in zeros for short paths; turned round, each row starts where its own zeros end.
+        upwards.append(parents_BN.gather(1, upwards[-1]))
+    # Upwards, short paths end in zeros; reversed, each row starts where its own zeros end.
     steps_BP = num_accepted_B[:, None] - torch.arange(tree.depth + 1, device=end_B.device)
-    return torch.cat(climb, dim=1).gather(1, steps_BP.clamp(min=0)), num_accepted_B
+    return torch.cat(upwards, dim=1).gather(1, steps_BP.clamp(min=0)), num_accepted_B
 
 
-def drawn_at(
+def sample_next(
     end_B: Tensor, next_probs_BV: Tensor, target_probs_BNV: Tensor, uniform_B: Tensor, draft: Draft
 ) -> Verdict:
-    """Returns the verdict of a path that ends at `end_B`, the next token drawn from `law_BV`, not normalised.
+    """Returns the verdict of the path to `end_B`, with the next token drawn from `next_probs_BV`, not normalised.
 
-    Where rounding has left nothing of that law the target's own takes its place: two equal laws leave no residual.
+    Where rounding leaves a sum of 0, as the residual of two equal distributions, the target's probabilities are used.
     """
     is_empty_B = next_probs_BV.sum(-1) <= 0
     if is_empty_B.any():
-        next_probs_BV = torch.where(is_empty_B[:, None], at(target_probs_BNV, end_B), next_probs_BV)
+        next_probs_BV = torch.where(is_empty_B[:, None], values_at(target_probs_BNV, end_B), next_probs_BV)
     path_BP, num_accepted_B = path_to(end_B, draft)
+    next_token_B = draw(next_probs_BV, uniform_B)
     return Verdict(
-        path_BP=path_BP,
-        num_accepted_B=num_accepted_B,
-        next_token_B=draw(next_probs_BV, uniform_B),
-        next_probs_BV=next_probs_BV,
+        path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=next_token_B, next_probs_BV=next_probs_BV
     )

@@ -1,9 +1,10 @@
-"""The law that a verifier puts out, exactly: over all drafts of a shape and all uniforms, for a vocabulary of three.
+"""A verifier's exact output distribution, enumerated over all drafts of a shape and all uniforms, for three tokens.
 
-A verifier tests `uniform < chance` at most once a node, so that its outcome is a step function of each node's uniform
-with one step. Where it lies, given how the other tests end, is found by halving; the next token's law is the verdict's.
+A verifier tests `uniform < threshold` at most once per node, so that its outcome is a step function of each node's
+uniform with one step. The threshold, given the outcomes of the other tests, is found by bisection; the next token's
+distribution is the verdict's.
 
-Shape suffixes: R rows (a draft and how its tests end), N nodes, V vocabulary.
+Shape suffixes: R rows (a draft and the outcomes of its tests), N nodes, V vocabulary.
 """
 
 import itertools
@@ -23,51 +24,51 @@ HALVINGS = 54
 FAILS = 1 - 2.0**-53
 
 Text = tuple[int, ...]
-Distributions = dict[Text, Tensor]  # what follows each text [V]
+Distributions = dict[Text, Tensor]  # the probabilities [V] after each text
 Verify = Callable[[Tensor, Draft, Tensor], Verdict]
 
 
 def random_distributions(longest: int, seed: int, *, zeros: bool = False) -> Distributions:
-    """Returns a law after each text of up to `longest` tokens; with `zeros` some have no chance, as after top-k."""
+    """Returns a distribution after each text of up to `longest` tokens; with `zeros` some have zeros, as after top-k."""
     generator = torch.Generator().manual_seed(seed)
-    laws = {}
+    probs = {}
     for size in range(longest + 1):
         for text in itertools.product(TOKENS, repeat=size):
             probs_V = torch.rand(VOCAB_SIZE, generator=generator, dtype=torch.float64)
-            if zeros and len(laws) % 4:
-                probs_V[len(laws) % 3 :: 4 - len(laws) % 4] = 0
-                probs_V[(size + len(laws)) % 3] += 0.1
-            laws[text] = probs_V / probs_V.sum()
-    return laws
+            if zeros and len(probs) % 4:
+                probs_V[len(probs) % 3 :: 4 - len(probs) % 4] = 0
+                probs_V[(size + len(probs)) % 3] += 0.1
+            probs[text] = probs_V / probs_V.sum()
+    return probs
 
 
-def probability(laws: Distributions, text: Text, given: Text = ()) -> float:
-    """Returns the probability of going on with `text` after `given`."""
+def probability(probs: Distributions, text: Text, given: Text = ()) -> float:
+    """Returns the probability of `text` after `given`."""
     product = 1.0
     for at, one in enumerate(text):
-        product *= laws[given + text[:at]][one].item()
+        product *= probs[given + text[:at]][one].item()
     return product
 
 
 def error(found: dict[Text, float], target: Distributions, num_tokens: int) -> float:
-    """Returns the largest error of the law of the first `num_tokens`, what is missing being sampled from the target."""
-    probs: dict[Text, float] = defaultdict(float)
+    """Returns the largest error of the distribution of `num_tokens` tokens, shorter outputs completed by the target."""
+    total: dict[Text, float] = defaultdict(float)
     for text, weight in found.items():
         for rest in itertools.product(TOKENS, repeat=num_tokens - len(text)):
-            probs[text + rest] += weight * probability(target, rest, given=text)
+            total[text + rest] += weight * probability(target, rest, given=text)
     texts = itertools.product(TOKENS, repeat=num_tokens)
-    return max(abs(probs[text] - probability(target, text)) for text in texts)
+    return max(abs(total[text] - probability(target, text)) for text in texts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A tree to be filled, and how siblings are drawn."""
+    """The shape of a draft tree and the sampling scheme of its siblings."""
 
     parents: tuple[int, ...]
     """-1 first."""
     sampling_scheme: str
     stops_at: int = -1
-    """Nothing is drafted after this token, as drafting stops that looks at what it drew."""
+    """Nothing is drafted after this token: drafting may stop depending on what was drafted."""
 
     @property
     def depth(self) -> int:
@@ -92,8 +93,8 @@ def full(*widths: int, sampling_scheme: str) -> Shape:
     return Shape(parents=tuple(parents), sampling_scheme=sampling_scheme)
 
 
-def fillings(shape: Shape, laws: Distributions) -> Iterator[tuple[list[Text], list[bool], float]]:
-    """Yields each node's text and whether it is in use, for every way of drawing the tree, and its probability."""
+def fillings(shape: Shape, draft_probs: Distributions) -> Iterator[tuple[list[Text], list[bool], float]]:
+    """Yields each node's text, whether it is in use, and the probability, for every possible draft of the shape."""
 
     def grow(texts: list[Text], used: list[bool], weight: float) -> Iterator[tuple[list[Text], list[bool], float]]:
         node = len(texts)
@@ -103,7 +104,7 @@ def fillings(shape: Shape, laws: Distributions) -> Iterator[tuple[list[Text], li
         parent = shape.parents[node]
         siblings = [texts[other][-1] for other in range(1, node) if shape.parents[other] == parent]
         num_later = shape.parents[node + 1 :].count(parent)
-        probs_V = laws[texts[parent]].clone()
+        probs_V = draft_probs[texts[parent]].clone()
         is_used = used[parent] and not (texts[parent] and texts[parent][-1] == shape.stops_at)
         if not is_used:
             yield from grow([*texts, (*texts[parent], 0)], [*used, False], weight)
@@ -112,8 +113,8 @@ def fillings(shape: Shape, laws: Distributions) -> Iterator[tuple[list[Text], li
             probs_V[siblings] = 0
         if shape.sampling_scheme == "top_and_drawn" and num_later:
             probs_V = torch.nn.functional.one_hot(probs_V.argmax(), VOCAB_SIZE).double()
-        if probs_V.sum() == 0:  # no token is left to draw, and one that has no chance takes the place
-            excluded = int((laws[texts[parent]] == 0).nonzero()[0])
+        if probs_V.sum() == 0:  # no token is left to draw: a token of probability 0 fills the node
+            excluded = int((draft_probs[texts[parent]] == 0).nonzero()[0])
             yield from grow([*texts, (*texts[parent], excluded)], [*used, True], weight)
         for one in TOKENS:
             if probs_V[one] > 0:
@@ -124,14 +125,14 @@ def fillings(shape: Shape, laws: Distributions) -> Iterator[tuple[list[Text], li
 
 
 def filled(
-    shape: Shape, rows: list[list[Text]], used: list[list[bool]], laws: Distributions, target: Distributions
+    shape: Shape, rows: list[list[Text]], used: list[list[bool]], draft_probs: Distributions, target: Distributions
 ) -> tuple:
-    """Returns the draft with one row a filling, nodes not in use last, and the target's laws at its nodes."""
+    """Returns the draft whose rows are the fillings, unused nodes last, and the target's probabilities at its nodes."""
     tables = []
-    for table in (target, laws):
+    for table in (target, draft_probs):
         tables.append(torch.stack([torch.stack([table[text] for text in texts]) for texts in rows]))
     num_nodes = [sum(one) for one in used]
-    assert all(one == sorted(one, reverse=True) for one in used), "padding comes last"
+    assert all(one == sorted(one, reverse=True) for one in used), "unused nodes must come last"
     draft = Draft(
         tokens_BN=torch.tensor([[text[-1] if text else 0 for text in texts] for texts in rows]),
         tree=Tree.from_parents([list(shape.parents)]),
@@ -142,19 +143,21 @@ def filled(
     return draft, tables[0]
 
 
-def output_distribution(verify: Verify, shape: Shape, laws: Distributions, target: Distributions) -> dict[Text, float]:
-    """Returns the probability of each text that `verify` puts out: accepted tokens and the next one."""
-    rows, used, weights = map(list, zip(*fillings(shape, laws), strict=True))
+def output_distribution(
+    verify: Verify, shape: Shape, draft_probs: Distributions, target: Distributions
+) -> dict[Text, float]:
+    """Returns the probability of each output of `verify`: accepted tokens and the next one."""
+    rows, used, weights = map(list, zip(*fillings(shape, draft_probs), strict=True))
     num_nodes = len(shape.parents)
     # Node 0 is never tested.
     ends = torch.tensor(list(itertools.product([0.0, FAILS], repeat=num_nodes - 1)), dtype=torch.float64)
-    draft, target_RNV = filled(shape, rows, used, laws, target)
+    draft, target_RNV = filled(shape, rows, used, draft_probs, target)
     index_R = torch.arange(len(rows)).repeat_interleave(len(ends))
     uniforms_RU = torch.full((len(index_R), num_nodes + 1), 0.5, dtype=torch.float64)
     uniforms_RU[:, 1:num_nodes] = ends.repeat(len(rows), 1)
 
     def run(uniforms_RU: Tensor, index_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns each row's last accepted node and the law after it."""
+        """Returns each row's last accepted node and the distribution of the next token."""
         chosen = Draft(
             tokens_BN=draft.tokens_BN[index_R],
             tree=draft.tree,
@@ -164,48 +167,48 @@ def output_distribution(verify: Verify, shape: Shape, laws: Distributions, targe
         )
         verdict = verify(target_RNV[index_R], chosen, uniforms_RU)
         assert verdict.next_probs_BV is not None
-        probs_RV = verdict.next_probs_BV / verdict.next_probs_BV.sum(-1, keepdim=True)
-        return verdict.path_BP.gather(1, verdict.num_accepted_B[:, None])[:, 0], probs_RV
+        next_probs_RV = verdict.next_probs_BV / verdict.next_probs_BV.sum(-1, keepdim=True)
+        return verdict.path_BP.gather(1, verdict.num_accepted_B[:, None])[:, 0], next_probs_RV
 
-    end_R, probs_RV = run(uniforms_RU, index_R)
-    chance_R = torch.tensor(weights, dtype=torch.float64)[index_R]
+    end_R, next_probs_RV = run(uniforms_RU, index_R)
+    weight_R = torch.tensor(weights, dtype=torch.float64)[index_R]
     for node in range(1, num_nodes):
         passes_R = (uniforms_RU[:, node] == 0).nonzero()[:, 0]
-        step = 2 ** (num_nodes - 1 - node)  # the same row with this test failed
-        differ_R = (end_R[passes_R] != end_R[passes_R + step]) | (probs_RV[passes_R] != probs_RV[passes_R + step]).any(
-            1
-        )
+        step = 2 ** (num_nodes - 1 - node)  # distance to the same row with this test failed
+        differ_R = (end_R[passes_R] != end_R[passes_R + step]) | (
+            next_probs_RV[passes_R] != next_probs_RV[passes_R + step]
+        ).any(1)
         asked_R = passes_R[differ_R]
         low_R, high_R = torch.zeros(len(asked_R), dtype=torch.float64), torch.ones(len(asked_R), dtype=torch.float64)
         for _ in range(HALVINGS if len(asked_R) else 0):
             probed_RU = uniforms_RU[asked_R].clone()
             probed_RU[:, node] = (low_R + high_R) / 2
-            end, probs = run(probed_RU, index_R[asked_R])
-            is_pass_R = (end == end_R[asked_R]) & (probs == probs_RV[asked_R]).all(1)
+            end, next_probs = run(probed_RU, index_R[asked_R])
+            is_pass_R = (end == end_R[asked_R]) & (next_probs == next_probs_RV[asked_R]).all(1)
             low_R = torch.where(is_pass_R, probed_RU[:, node], low_R)
             high_R = torch.where(is_pass_R, high_R, probed_RU[:, node])
-        threshold_R = everywhere(index_R[passes_R], differ_R, (low_R + high_R) / 2, len(rows))
-        chance_R[passes_R] *= threshold_R
-        chance_R[passes_R + step] *= 1 - threshold_R
+        threshold_R = fill_thresholds(index_R[passes_R], differ_R, (low_R + high_R) / 2, len(rows))
+        weight_R[passes_R] *= threshold_R
+        weight_R[passes_R + step] *= 1 - threshold_R
     found: dict[Text, float] = defaultdict(float)
-    is_likely_R = chance_R > 0
-    for index, end, chance, probs in zip(
+    is_likely_R = weight_R > 0
+    for index, end, chance, next_probs in zip(
         index_R[is_likely_R].tolist(),
         end_R[is_likely_R].tolist(),
-        chance_R[is_likely_R].tolist(),
-        probs_RV[is_likely_R].tolist(),
+        weight_R[is_likely_R].tolist(),
+        next_probs_RV[is_likely_R].tolist(),
         strict=True,
     ):
         for one in TOKENS:
-            found[(*rows[index][end], one)] += chance * probs[one]
+            found[(*rows[index][end], one)] += chance * next_probs[one]
     return found
 
 
-def everywhere(index_R: Tensor, is_known_R: Tensor, known: Tensor, num_fillings: int) -> Tensor:
-    """Returns each row's threshold, also where the test changes nothing because of how others end.
+def fill_thresholds(index_R: Tensor, is_known_R: Tensor, known: Tensor, num_fillings: int) -> Tensor:
+    """Returns each row's threshold, also for tests without effect given the outcomes of the others.
 
-    If all known ones of a filling are the same, it is that one: two tests may each do what the other would have done.
-    If not, half: then nothing depends on it.
+    If all known thresholds of a filling are equal, theirs is used: two tests may each have the effect of the other. If
+    not, a half: then nothing depends on it.
     """
     lowest, highest = torch.full((num_fillings,), 2.0).double(), torch.full((num_fillings,), -1.0).double()
     lowest.scatter_reduce_(0, index_R[is_known_R], known, "amin")
@@ -217,12 +220,12 @@ def everywhere(index_R: Tensor, is_known_R: Tensor, known: Tensor, num_fillings:
 
 
 def texts_of(verdict: Verdict, tokens_BN: Tensor) -> Iterator[Text]:
-    """Yields what each row puts out: its accepted tokens and the next one."""
+    """Yields each row's output: its accepted tokens and the next one."""
     for row in range(len(tokens_BN)):
         path = verdict.path_BP[row, 1 : int(verdict.num_accepted_B[row]) + 1]
         yield (*tokens_BN[row, path].tolist(), int(verdict.next_token_B[row]))
 
 
 def expected_tokens(found: dict[Text, float]) -> float:
-    """Returns how many tokens a round brings."""
+    """Returns the mean number of tokens per round."""
     return sum(len(text) * weight for text, weight in found.items())

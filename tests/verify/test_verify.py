@@ -1,4 +1,4 @@
-"""Verifiers by hand: what they accept of small drafts, and which one is chosen. Their laws: test_verify_exact.py.
+"""Verifiers on hand-worked drafts, and the choice of a verifier; their distributions are in test_verify_exact.py.
 
 Shape suffixes: B rows, N nodes, V vocabulary, U uniforms.
 """
@@ -10,13 +10,13 @@ import torch
 
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Tree, chain
-from draftsmith.verify import choose, find, greedy, names
+from draftsmith.verify import VERIFIERS, choose, find, greedy
 from draftsmith.verify.lossy import bild, typical
 from draftsmith.verify.research import token
 from tests.support.enumeration import VOCAB_SIZE, texts_of
 
 
-def test_greedy_takes_the_argmaxes() -> None:
+def test_greedy_accepts_the_path_of_argmaxes() -> None:
     tree = Tree.from_parents([[-1, 0, 0, 1, 2, 2]])
     draft = Draft(tokens_BN=torch.tensor([[9, 0, 1, 2, 0, 2]] * 3), tree=tree)
     scores = torch.zeros(3, 6, VOCAB_SIZE)
@@ -33,16 +33,16 @@ def test_greedy_takes_the_argmaxes() -> None:
 @pytest.mark.parametrize(
     ("target_probs", "draft_probs", "accepted_below"),
     [
-        ([0.5, 0.3, 0.2], [0.5, 0.3, 0.2], 1.0),  # always: the same law
-        ([0.8, 0.1, 0.1], [0.5, 0.3, 0.2], 1.0),  # always: likelier still under the target
+        ([0.5, 0.3, 0.2], [0.5, 0.3, 0.2], 1.0),  # always: the same distribution
+        ([0.8, 0.1, 0.1], [0.5, 0.3, 0.2], 1.0),  # always: likelier under the target
         ([0.25, 0.5, 0.25], [0.5, 0.25, 0.25], 0.5),  # sometimes
         ([0.0, 0.6, 0.4], [1.0, 0.0, 0.0], 0.0),  # never: the target excludes it
     ],
 )
-def test_always_sometimes_never(
+def test_token_accepts_by_the_ratio_of_probabilities(
     dtype: torch.dtype, target_probs: list[float], draft_probs: list[float], accepted_below: float
 ) -> None:
-    """The hand-written logits of a draft of token 0, over uniforms that include both edges."""
+    """Hand-written logits and a draft of token 0, over uniforms that include both edges."""
     logits_BNV = torch.tensor([target_probs, target_probs], dtype=dtype).log().expand(6, 2, 3)
     uniforms = [0.0, 0.25, 0.499, 0.501, 0.75, math.nextafter(1.0, 0.0)]
     draft = Draft(
@@ -55,15 +55,15 @@ def test_always_sometimes_never(
     verdict = token.verify(Sampling(temperature=1.0).probs(logits_BNV), draft, uniforms_BU)
     assert verdict.num_accepted_B.tolist() == [int(uniform < accepted_below) for uniform in uniforms]
     for accepted, after in zip(verdict.num_accepted_B.tolist(), verdict.next_token_B.tolist(), strict=True):
-        law = target_probs if accepted else [max(p - q, 0) for p, q in zip(target_probs, draft_probs, strict=True)]
-        assert law[after] > 0
+        residual = [max(p - q, 0) for p, q in zip(target_probs, draft_probs, strict=True)]
+        assert (target_probs if accepted else residual)[after] > 0
 
 
-def test_typical_acceptance_by_hand() -> None:
-    """Accepts what is likelier than min(0.09, 0.3 exp(-entropy)), as in Medusa's paper.
+def test_typical_acceptance_hand_worked() -> None:
+    """Tokens likelier than min(0.09, 0.3 exp(-entropy)) are accepted, as in Medusa's paper.
 
-    Node 0: (0.90, 0.08, 0.02) has entropy 0.375, so that the bound is 0.09 and 0.08 falls short of it. Node 1: one
-    token at 0.34 and eleven at 0.06 have entropy 2.224: the bound is 0.0325, and 0.06 passes.
+    Node 0: (0.90, 0.08, 0.02) has entropy 0.375, so that the threshold is 0.09 and 0.08 fails. Node 1: one token at
+    0.34 and eleven at 0.06 have entropy 2.224: the threshold is 0.0325, and 0.06 passes.
     """
     sharp_V = torch.tensor([0.90, 0.08, 0.02] + [0.0] * 9, dtype=torch.float64)
     flat_V = torch.tensor([0.34] + [0.06] * 11, dtype=torch.float64)
@@ -73,20 +73,22 @@ def test_typical_acceptance_by_hand() -> None:
     uniforms_BU = torch.tensor([[0.0, 0.0, 0.0, 0.99, 0.0, 0.0]], dtype=torch.float64)
     verdict = typical.verify(target_probs_BNV, draft, uniforms_BU)
     assert verdict.path_BP[0].tolist() == [0, 1, 3] and verdict.next_token_B.tolist() == [11]
-    by_two = Draft(tokens_BN=torch.tensor([[5, 2, 1, 7, 0]]), tree=tree)
-    assert typical.verify(target_probs_BNV, by_two, uniforms_BU).num_accepted_B.tolist() == [0]
+    rejected = Draft(tokens_BN=torch.tensor([[5, 2, 1, 7, 0]]), tree=tree)
+    assert typical.verify(target_probs_BNV, rejected, uniforms_BU).num_accepted_B.tolist() == [0]
 
 
 def draft_of(sampling_scheme: str, *, is_chain: bool = True) -> Draft:
     tree = chain(3) if is_chain else Tree.from_parents([[-1, 0, 0]])
-    laws = None if sampling_scheme == "deterministic" else torch.full((1, 2, 3), 1 / 3)
     return Draft(
-        tokens_BN=torch.zeros(1, 3, dtype=torch.long), tree=tree, draft_probs_BNV=laws, sampling_scheme=sampling_scheme
-    )  # type: ignore[arg-type]
+        tokens_BN=torch.zeros(1, 3, dtype=torch.long),
+        tree=tree,
+        draft_probs_BNV=None if sampling_scheme == "deterministic" else torch.full((1, 2, 3), 1 / 3),
+        sampling_scheme=sampling_scheme,  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize(
-    ("sampling_scheme", "of_chain", "of_tree"),
+    ("sampling_scheme", "for_chain", "for_tree"),
     [
         ("deterministic", "deterministic", "deterministic"),
         ("independent", "block", "traversal"),
@@ -94,8 +96,10 @@ def draft_of(sampling_scheme: str, *, is_chain: bool = True) -> Draft:
         ("top_and_drawn", "greedy_drafting", "greedy_drafting"),
     ],
 )
-def test_auto_chooses_a_lossless_verifier_that_fits(sampling_scheme: str, of_chain: str, of_tree: str) -> None:
-    for is_chain, expected in ((True, of_chain), (False, of_tree)):
+def test_choose_auto_returns_the_lossless_verifier_of_the_scheme(
+    sampling_scheme: str, for_chain: str, for_tree: str
+) -> None:
+    for is_chain, expected in ((True, for_chain), (False, for_tree)):
         draft = draft_of(sampling_scheme, is_chain=is_chain)
         assert choose("auto", Sampling(), draft).name == "greedy"
         chosen = choose("auto", Sampling(temperature=1.0), draft)
@@ -103,24 +107,28 @@ def test_auto_chooses_a_lossless_verifier_that_fits(sampling_scheme: str, of_cha
         assert chosen == choose(expected, Sampling(temperature=1.0), draft)
 
 
-def test_what_is_lossy_must_be_asked_for() -> None:
+def test_choose_returns_lossy_verifiers_only_by_name() -> None:
     for name in ("typical", "lenience", "bild"):
         for sampling in (Sampling(temperature=1.0), Sampling()):
             assert not choose(name, sampling, draft_of("deterministic")).is_lossless
-    assert sorted(name for name in names() if not find(name)[0].LOSSLESS) == ["bild", "lenience", "typical"]
+    assert sorted(name for name in VERIFIERS if not find(name)[0].LOSSLESS) == ["bild", "lenience", "typical"]
 
 
-def test_a_verifier_may_take_a_number() -> None:
+def test_find_accepts_the_former_name_of_deterministic() -> None:
+    assert find("once") == find("deterministic")
+
+
+def test_choose_passes_a_number_to_the_verifier() -> None:
     draft = draft_of("deterministic")
     for name, parameter, value in (("lenience=0.7", "lenience", 0.7), ("bild=2", "rollback", 2.0)):
         assert choose(name, Sampling(temperature=1.0), draft).verify.keywords == {parameter: value}  # type: ignore[attr-defined]
     assert choose("bild", Sampling(), draft).sampling == Sampling(temperature=1.0)
 
 
-def test_rollback_by_hand() -> None:
-    """Accepts what is likelier than exp(-2) = 0.135, or the target's argmax; the argmax at the end comes next."""
-    laws = [[0.6, 0.2, 0.2], [0.1, 0.8, 0.1], [0.2, 0.3, 0.5], [0.4, 0.3, 0.3]]
-    target_probs_BNV = torch.tensor([laws] * 3).double()
+def test_bild_rollback_hand_worked() -> None:
+    """Tokens likelier than exp(-2) = 0.135, and argmaxes, are accepted; the argmax at the end is the next token."""
+    probs = [[0.6, 0.2, 0.2], [0.1, 0.8, 0.1], [0.2, 0.3, 0.5], [0.4, 0.3, 0.3]]
+    target_probs_BNV = torch.tensor([probs] * 3).double()
     draft = Draft(
         tokens_BN=torch.tensor([[9, 1, 1, 0], [9, 1, 0, 2], [9, 0, 1, 2]]), tree=chain(4), num_nodes=[4, 4, 2]
     )
@@ -131,20 +139,32 @@ def test_rollback_by_hand() -> None:
 @pytest.mark.parametrize(
     ("name", "temperature", "sampling_scheme", "is_chain", "message"),
     [
-        ("nosuch", 1.0, "deterministic", True, "unknown verifier 'nosuch'; there are auto, bild, block, "),
+        ("nosuch", 1.0, "deterministic", True, "unknown verifier 'nosuch'; choose one of auto, bild, block, "),
         ("verdict", 1.0, "deterministic", True, "unknown verifier 'verdict'"),
-        ("deterministic", 1.0, "independent", True, "verifier 'deterministic' does not fit a draft drawn independent"),
-        ("token", 1.0, "without_replacement", True, "verifier 'token' does not fit a draft drawn without replacement"),
+        (
+            "deterministic",
+            1.0,
+            "independent",
+            True,
+            "verifier 'deterministic' does not support drafts of .*'independent'",
+        ),
+        (
+            "token",
+            1.0,
+            "without_replacement",
+            True,
+            "verifier 'token' does not support drafts of .*'without_replacement'",
+        ),
         ("token", 1.0, "independent", False, "verifier 'token' takes chains"),
         ("token", 1.0, "deterministic", False, "verifier 'token' takes chains"),
-        ("lenience=much", 1.0, "deterministic", True, "verifier lenience=much: 'much' is no number"),
-        ("token=2", 1.0, "deterministic", True, "verifier 'token' takes no number, and '2' was given"),
-        ("recursive", 1.0, "top_and_drawn", False, "verifier 'recursive' does not fit a draft drawn top and drawn"),
+        ("lenience=much", 1.0, "deterministic", True, "verifier lenience=much: 'much' is not a number"),
+        ("token=2", 1.0, "deterministic", True, "verifier 'token' takes no number, but '2' was given"),
+        ("recursive", 1.0, "top_and_drawn", False, "verifier 'recursive' does not support drafts of .*'top_and_drawn'"),
         ("greedy", 0.5, "deterministic", True, "verifier 'greedy' is for temperature 0, not 0.5"),
-        ("deterministic", 0.0, "deterministic", True, "verifier 'deterministic' keeps a sampled law; at temperature 0"),
+        ("deterministic", 0.0, "deterministic", True, "verifier 'deterministic' is for sampling; at temperature 0"),
     ],
 )
-def test_a_verifier_that_would_not_keep_its_promise_is_refused(
+def test_choose_rejects_an_unknown_or_invalid_verifier(
     name: str, temperature: float, sampling_scheme: str, is_chain: bool, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

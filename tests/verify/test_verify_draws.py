@@ -1,7 +1,7 @@
-"""Verifiers that draw a token at each node, by exact enumeration: once per node, and greedy drafting.
+"""Verifiers that sample a token at each node, by exact enumeration: `deterministic` and `greedy_drafting`.
 
-They are step functions of each node's uniform. Where the steps lie is known in closed form, so that one uniform from
-each cell between two steps, weighted by the cell's width, integrates exactly.
+Their outputs are step functions of each node's uniform, with steps known in closed form, so that one uniform from each
+cell between two steps, weighted by the cell's width, integrates exactly.
 
 Shape suffixes: B rows, N nodes, V vocabulary, U uniforms.
 """
@@ -34,13 +34,15 @@ from tests.support.enumeration import (
 )
 
 
-def draws(weights_V: Tensor) -> list[float]:
-    """Returns where the token drawn changes."""
+def steps_of(weights_V: Tensor) -> list[float]:
+    """Returns the uniforms at which the sampled token changes."""
     return (weights_V.cumsum(-1) / weights_V.sum()).tolist()
 
 
-def cell_law(verify: Verify, draft: Draft, target_probs_1NV: Tensor, edges: list[list[float]]) -> dict[Text, float]:
-    """Returns the law of what `verify` puts out for one draft, the uniform of node n having steps at `edges[n]`."""
+def output_of_cells(
+    verify: Verify, draft: Draft, target_probs_1NV: Tensor, edges: list[list[float]]
+) -> dict[Text, float]:
+    """Returns the distribution of the output for one draft, node n's uniform having steps at `edges[n]`."""
     cells = []
     for steps in edges:
         ends = sorted({0.0, 1.0, *(edge for edge in steps if 0 < edge < 1)})
@@ -70,8 +72,8 @@ def small_trees() -> Iterator[tuple[list[int], Text]]:
                     yield [-1, *parents], labels
 
 
-def deterministic_distribution(target: Distributions, parents: list[int], labels: Text, used: int) -> dict[Text, float]:
-    """Returns the law of what the once-per-node rule puts out for a tree of which `used` nodes are in use."""
+def deterministic_output(target: Distributions, parents: list[int], labels: Text, used: int) -> dict[Text, float]:
+    """Returns the distribution of the output for a tree of which `used` nodes are in use."""
     texts: list[Text] = [()]
     for parent, label in zip(parents[1:], labels, strict=True):
         texts.append((*texts[parent], label))
@@ -81,77 +83,77 @@ def deterministic_distribution(target: Distributions, parents: list[int], labels
         num_nodes=None if used == len(parents) else [used],
     )
     target_probs_1NV = torch.stack([target[text] for text in texts])[None]
-    return cell_law(deterministic.verify, draft, target_probs_1NV, [draws(target[text]) for text in texts])
+    return output_of_cells(deterministic.verify, draft, target_probs_1NV, [steps_of(target[text]) for text in texts])
 
 
 @pytest.mark.parametrize("zeros", [False, True])
-def test_once_per_node_keeps_the_law_on_every_small_tree(zeros: bool) -> None:
+def test_deterministic_is_lossless_on_every_small_tree(zeros: bool) -> None:
     target = random_distributions(4, seed=21, zeros=zeros)
     for parents, labels in small_trees():
-        found = deterministic_distribution(target, parents, labels, len(parents))
+        found = deterministic_output(target, parents, labels, len(parents))
         assert error(found, target, 4) < EXACT, (parents, labels)
-        # No rule accepts more: the first token is accepted with the probability of node 0's children.
+        # The optimum: the first token is accepted with the probability of node 0's children.
         children = {label for parent, label in zip(parents[1:], labels, strict=True) if parent == 0}
         accepted = sum(weight for text, weight in found.items() if len(text) > 1)
         assert accepted == pytest.approx(sum(target[()][child].item() for child in children), abs=EXACT)
 
 
-def test_siblings_that_agree_keep_the_law_too() -> None:
-    """Both stand for one text, whose next token must not be drawn twice."""
+def test_deterministic_is_lossless_with_duplicate_siblings() -> None:
+    """Duplicates are one text, whose next token must be sampled once."""
     target = random_distributions(4, seed=23)
     for parents, labels in (([-1, 0, 0, 2], (0, 0, 0)), ([-1, 0, 0, 1], (1, 1, 2)), ([-1, 0, 1, 1], (0, 2, 2))):
-        assert error(deterministic_distribution(target, parents, labels, 4), target, 4) < EXACT, (parents, labels)
+        assert error(deterministic_output(target, parents, labels, 4), target, 4) < EXACT, (parents, labels)
 
 
 @pytest.mark.parametrize("used", [1, 2, 3])
-def test_nodes_not_in_use_change_nothing(used: int) -> None:
+def test_deterministic_ignores_padding_nodes(used: int) -> None:
     target = random_distributions(4, seed=22)
     for parents, labels in small_trees():
         if len(parents) > used:
-            found = deterministic_distribution(target, parents, labels, used)
-            expected = deterministic_distribution(target, parents[:used], labels[: used - 1], used)
+            found = deterministic_output(target, parents, labels, used)
+            expected = deterministic_output(target, parents[:used], labels[: used - 1], used)
             assert found == pytest.approx(expected, abs=EXACT), (parents, labels)
 
 
 def rest_of(draft: Distributions, text: Text, tops: list[int]) -> Tensor:
-    """Returns the law that the last child is drawn from."""
+    """Returns the distribution that the last child is drawn from."""
     probs_V = draft[text].clone()
     probs_V[tops] = 0
     return probs_V / probs_V.sum()
 
 
-def greedy_drafting_distribution(shape: Shape, draft: Distributions, target: Distributions) -> dict[Text, float]:
+def greedy_drafting_output(shape: Shape, draft: Distributions, target: Distributions) -> dict[Text, float]:
     found: dict[Text, float] = defaultdict(float)
     for texts, used, weight in fillings(shape, draft):
         edges = []
         for node, text in enumerate(texts):
             children = [texts[other][-1] for other in range(1, len(texts)) if shape.parents[other] == node]
-            chance, left_V = 0.0, target[text]
+            threshold, residual_V = 0.0, target[text]
             if children:
                 rest_V = rest_of(draft, text, children[:-1])
-                chance = min(1.0, float(target[text][children[-1]] / rest_V[children[-1]]))
-                left_V = (target[text] - rest_V).clamp(min=0)
-            edges.append([chance, *(chance + (1 - chance) * edge for edge in draws(left_V))])
+                threshold = min(1.0, float(target[text][children[-1]] / rest_V[children[-1]]))
+                residual_V = (target[text] - rest_V).clamp(min=0)
+            edges.append([threshold, *(threshold + (1 - threshold) * step for step in steps_of(residual_V))])
         one, target_probs_1NV = filled(shape, [texts], [used], draft, target)
-        for output, share in cell_law(greedy_drafting.verify, one, target_probs_1NV, edges).items():
+        for output, share in output_of_cells(greedy_drafting.verify, one, target_probs_1NV, edges).items():
             found[output] += weight * share
     return found
 
 
 @pytest.mark.parametrize("widths", [(1,), (2,), (3,), (2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("zeros", [False, True])
-def test_greedy_drafting_keeps_the_law(widths: tuple[int, ...], zeros: bool) -> None:
+def test_greedy_drafting_is_lossless(widths: tuple[int, ...], zeros: bool) -> None:
     shape = full(*widths, sampling_scheme="top_and_drawn")
     target, draft = random_distributions(3, seed=5, zeros=zeros), random_distributions(3, seed=6)
-    assert error(greedy_drafting_distribution(shape, draft, target), target, shape.depth + 1) < EXACT
+    assert error(greedy_drafting_output(shape, draft, target), target, shape.depth + 1) < EXACT
 
 
 @pytest.mark.parametrize("width", [2, 3])
-def test_greedy_drafting_accepts_the_best_it_can(width: int) -> None:
-    """P(top) + sum of min(target, rest) over the others: the optimum for drafts made so."""
+def test_greedy_drafting_reaches_the_optimal_acceptance_rate(width: int) -> None:
+    """The optimum for such drafts is P(top) + sum of min(target, rest) over the other tokens."""
     for seed in range(3):
         target, draft = random_distributions(2, seed=seed), random_distributions(2, seed=seed + 50)
-        found = greedy_drafting_distribution(full(width, sampling_scheme="top_and_drawn"), draft, target)
+        found = greedy_drafting_output(full(width, sampling_scheme="top_and_drawn"), draft, target)
         tops = draft[()].topk(width - 1).indices.tolist()
         others = [one for one in TOKENS if one not in tops]
         rest_V = rest_of(draft, (), tops)

@@ -1,6 +1,6 @@
-"""Verifiers, by exact enumeration: every draft, every uniform, completed by sampling from the target.
+"""Verifiers by exact enumeration of every draft and every uniform, completed by sampling from the target.
 
-Those that draw a token at each node are in test_verify_draws.py.
+Those that sample a token at each node are in test_verify_draws.py.
 """
 
 from types import ModuleType
@@ -17,8 +17,8 @@ from tests.support.enumeration import (
     EXACT,
     VOCAB_SIZE,
     Distributions,
-    GreedyText,
     Shape,
+    Text,
     error,
     expected_tokens,
     full,
@@ -79,28 +79,30 @@ def check(verifier: ModuleType, shape: Shape, *, seed: int, zeros: bool) -> None
 
 
 @pytest.mark.parametrize(("verifier", "shape"), CASES, ids=name)
-def test_the_law_is_kept(verifier: ModuleType, shape: Shape) -> None:
+def test_verifiers_are_lossless(verifier: ModuleType, shape: Shape) -> None:
     check(verifier, shape, seed=0, zeros=False)
     check(verifier, shape, seed=1, zeros=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("verifier", "shape"), LARGE_CASES, ids=name)
-def test_the_law_is_kept_on_larger_trees(verifier: ModuleType, shape: Shape) -> None:
+def test_verifiers_are_lossless_on_larger_trees(verifier: ModuleType, shape: Shape) -> None:
     check(verifier, shape, seed=2, zeros=False)
 
 
 @pytest.mark.parametrize("verifier", ON_DISTINCT, ids=name)
-def test_siblings_leave_the_drafts_law_for_good(verifier: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With three tokens the third sibling is all that is left of both laws, whatever became of the draft's mass."""
+def test_rejected_siblings_stay_out_of_the_draft_distribution(
+    verifier: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Needs four tokens: of three, the third sibling is all that remains, whatever the draft's mass is."""
     monkeypatch.setattr(enumeration, "TOKENS", range(4))
     monkeypatch.setattr(enumeration, "VOCAB_SIZE", 4)
     check(verifier, full(3, sampling_scheme=W), seed=4, zeros=False)
 
 
 @pytest.mark.parametrize("drafted", [(0,), (2, 1), (1, 1, 0)])
-def test_a_deterministic_chain_may_be_judged_token_by_token(drafted: GreedyText) -> None:
-    """Such a draft is drawn from a law that is one at its token."""
+def test_token_is_lossless_on_deterministic_chains(drafted: Text) -> None:
+    """The distribution of such a draft is one-hot at its token."""
     one_hot = torch.eye(VOCAB_SIZE, dtype=torch.float64)
     draft = {
         text: one_hot[drafted[len(text)] if len(text) < len(drafted) else 0] for text in random_distributions(3, seed=0)
@@ -112,62 +114,64 @@ def test_a_deterministic_chain_may_be_judged_token_by_token(drafted: GreedyText)
 
 
 @pytest.mark.parametrize("verifier", [*ON_CHAINS, *ON_TREES], ids=name)
-def test_a_draft_by_the_targets_own_law_is_always_accepted(verifier: ModuleType) -> None:
+def test_drafts_from_the_target_distribution_are_always_accepted(verifier: ModuleType) -> None:
     target = random_distributions(3, seed=3)
     found = output_distribution(verifier.verify, CHAINS[1], target, target)
     assert sum(weight for text, weight in found.items() if len(text) < 3) < EXACT
 
 
-def tokens_of(verifier: ModuleType, shape: Shape, draft: Distributions, target: Distributions) -> float:
+def mean_tokens(verifier: ModuleType, shape: Shape, draft: Distributions, target: Distributions) -> float:
     return expected_tokens(output_distribution(verifier.verify, shape, draft, target))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_accepts_more_does(seed: int) -> None:
-    """Block never below token; traversal never below recursive rejection; a choice of paths above both."""
+def test_verifiers_rank_by_mean_accepted_length(seed: int) -> None:
+    """Block is above token, traversal at least recursive rejection, and multi-path at least traversal."""
     target, draft = random_distributions(3, seed=seed), random_distributions(3, seed=seed + 20)
     chain, pair = CHAINS[2], paths(wide=2, deep=2)
-    of_chain = {
-        verifier: tokens_of(verifier, chain, draft, target) for verifier in (token, block, recursive, traversal)
+    on_chain = {
+        verifier: mean_tokens(verifier, chain, draft, target) for verifier in (token, block, recursive, traversal)
     }
-    assert of_chain[block] > of_chain[token] + 1e-6
-    assert of_chain[recursive] == pytest.approx(of_chain[token], abs=EXACT)
-    assert of_chain[traversal] == pytest.approx(of_chain[block], abs=EXACT)
-    of_pair = {verifier: tokens_of(verifier, pair, draft, target) for verifier in (recursive, traversal, multipath)}
-    assert of_pair[traversal] > of_pair[recursive] - EXACT
-    assert of_pair[multipath] > of_pair[traversal] - EXACT
+    assert on_chain[block] > on_chain[token] + 1e-6
+    assert on_chain[recursive] == pytest.approx(on_chain[token], abs=EXACT)
+    assert on_chain[traversal] == pytest.approx(on_chain[block], abs=EXACT)
+    on_pair = {verifier: mean_tokens(verifier, pair, draft, target) for verifier in (recursive, traversal, multipath)}
+    assert on_pair[traversal] > on_pair[recursive] - EXACT
+    assert on_pair[multipath] > on_pair[traversal] - EXACT
     for shape in WITHOUT:
-        assert tokens_of(traversal, shape, draft, target) > tokens_of(recursive, shape, draft, target) - EXACT
+        assert mean_tokens(traversal, shape, draft, target) > mean_tokens(recursive, shape, draft, target) - EXACT
 
 
 @pytest.mark.parametrize("num_drafts", [2, 3])
-def test_no_rule_beats_the_optimum(num_drafts: int) -> None:
-    """One level of independent drafts; K-SEQ reaches 1 - 1/e of it (SpecTr, theorem 3), and two rules can be beaten."""
+def test_acceptance_rates_are_at_most_the_optimal_transport_bound(num_drafts: int) -> None:
+    """On one level of independent drafts; K-SEQ reaches 1 - 1/e of the bound (SpecTr, theorem 3)."""
     shape = full(num_drafts, sampling_scheme="independent")
     for seed in range(4):
         target, draft = random_distributions(1, seed=seed), random_distributions(1, seed=seed + 30)
         optimum = float(optimal_acceptance(target[()], draft[()], num_drafts))
-        reached = {rule: tokens_of(rule, shape, draft, target) - 1 for rule in (recursive, kseq, traversal, multipath)}
+        reached = {
+            rule: mean_tokens(rule, shape, draft, target) - 1 for rule in (recursive, kseq, traversal, multipath)
+        }
         assert max(reached.values()) < optimum + EXACT
         assert reached[kseq] > (1 - 1 / torch.e) * optimum
         assert reached[kseq] > reached[recursive] - EXACT
 
 
-def test_the_optimum_by_hand() -> None:
-    """Laws (0.9, 0.1) and (0.5, 0.5): one draft is accepted with the sum of the smaller chances, 0.6."""
+def test_optimal_acceptance_hand_worked() -> None:
+    """With (0.9, 0.1) and (0.5, 0.5) one draft is accepted with the sum of the minima, 0.6."""
     target_V, draft_V = torch.tensor([0.9, 0.1]).double(), torch.tensor([0.5, 0.5]).double()
     assert float(optimal_acceptance(target_V, draft_V, 1)) == pytest.approx(0.6)
-    # Token 0 is among two drafts with 0.75, all of which is wanted, and token 1 is wanted with 0.1 alone.
+    # Token 0 is among two drafts with probability 0.75 and can always be accepted, token 1 only with 0.1.
     assert float(optimal_acceptance(target_V, draft_V, 2)) == pytest.approx(0.85)
 
 
-@pytest.mark.parametrize(("strength", "is_kept"), [(1.0, True), (0.5, False)])
-def test_lenience_is_lossy_unless_it_is_one(strength: float, is_kept: bool) -> None:
+@pytest.mark.parametrize(("strength", "is_lossless"), [(1.0, True), (0.5, False)])
+def test_lenience_is_lossy_unless_it_is_one(strength: float, is_lossless: bool) -> None:
     target, draft = random_distributions(2, seed=0), random_distributions(2, seed=40)
 
     def verify(*arguments: object) -> object:
         return lenience.verify(*arguments, lenience=strength)  # type: ignore[arg-type]
 
     found = output_distribution(verify, CHAINS[0], draft, target)  # type: ignore[arg-type]
-    assert (error(found, target, 2) < EXACT) == is_kept
-    assert expected_tokens(found) >= tokens_of(token, CHAINS[0], draft, target) - EXACT
+    assert (error(found, target, 2) < EXACT) == is_lossless
+    assert expected_tokens(found) >= mean_tokens(token, CHAINS[0], draft, target) - EXACT

@@ -12,7 +12,7 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.parts import growth
-from draftsmith.verify.paths import at, pick
+from draftsmith.verify.paths import pick, values_at
 
 Paths = tuple[tuple[int, ...], ...]
 
@@ -67,12 +67,12 @@ def last_prompt_hidden(session: Session, layer: int) -> Tensor | None:
     if layer not in session.hidden:
         return None
     hidden_BND = session.hidden[layer]
-    return at(hidden_BND, torch.tensor([max(len(row) - 2, 0) for row in session.rows], device=hidden_BND.device))
+    return values_at(hidden_BND, torch.tensor([max(len(row) - 2, 0) for row in session.rows], device=hidden_BND.device))
 
 
 def last_accepted_hidden(step: Step, layer: int) -> Tensor:
     """Returns a hidden layer at each row's last accepted node [B, D]."""
-    return at(step.hidden[layer], pick(step.verdict.path_BP, step.verdict.num_accepted_B))
+    return values_at(step.hidden[layer], pick(step.verdict.path_BP, step.verdict.num_accepted_B))
 
 
 def check_tree(paths: Paths, num_heads: int) -> None:
@@ -124,7 +124,7 @@ class TokenHeadsState:
         self._last_BD = last_prompt_hidden(session, self._layer)
 
     def propose(self, budget: int) -> Draft:
-        """Returns the static tree, at most `budget` levels deep; its logits are the target's LM head's without others."""
+        """Returns the static tree, at most `budget` levels deep, from the heads' own LM heads or the target's."""
         if self._last_BD is None:
             return self._session.only_pending()
         target = self._session.target

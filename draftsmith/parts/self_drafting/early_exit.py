@@ -1,6 +1,6 @@
-"""Drafting from inside the target: its first blocks over a draft's nodes, and layers of the drafter's own above them.
+"""Self-drafting by early exit: the target's first blocks run over a draft's nodes, below layers of the drafter's own.
 
-The keys and values of those first blocks are the target's own, so that verification goes on from where they ended.
+The keys and values of those first blocks are written to the target's cache, so that verification resumes after them.
 
 Shape suffixes: B rows, T positions, N nodes, M new nodes, P length of the longest accepted path, D hidden width,
 R is B or 1, S cache slots.
@@ -13,43 +13,64 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.cache import KVCache
-from draftsmith.core.drafter import Session
-from draftsmith.core.target import PREFILL_CHUNK
+from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import PREFILL_CHUNK, Target
 from draftsmith.core.tree import Draft, ResumePoint, Tree, chain
+from draftsmith.parts.draft_progress import DraftProgress
 from draftsmith.parts.neural.layers import prepare_cache
-from draftsmith.verify.paths import at
+from draftsmith.verify.paths import values_at
 
-Layers = Callable[[Tensor, Tensor, Tensor, KVCache], Tensor]
-"""(x_BMD, positions_BM, mask_R1MS, cache) -> [B, M, D], written to the cache as its layers' keys and values."""
+CachedLayers = Callable[[Tensor, Tensor, Tensor, KVCache], Tensor]
+"""Maps (x_BMD, positions_BM, mask_R1MS, cache) to [B, M, D] and writes its layers' keys and values to the cache."""
 
 
-class Shallow:
-    """The target's first `layer` blocks, run over the nodes of one draft after another in the target's own cache."""
+def check_exit_layer(exit_layer: int, target: Target) -> None:
+    """Raises ValueError unless the target's blocks can be run up to this layer and resumed there."""
+    if target.is_encoder_decoder:
+        raise ValueError(f"{target.name} is an encoder-decoder, whose blocks cannot be run in two parts")
+    if exit_layer > target.num_layers:
+        raise ValueError(f"exit_layer is {exit_layer}; {target.name} has {target.num_layers} blocks")
+
+
+class EarlyExitRunner:
+    """Runs the target's first `layer` blocks over the nodes of one draft after another, in the target's own cache."""
 
     def __init__(self, session: Session, layer: int) -> None:
         self._target, self._cache, self._layer = session.target, session.cache, layer
-        self._parts: list[Tensor] = []
+        self._hidden: list[Tensor] = []
+        self._progress = DraftProgress(session)
 
     def run(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
-        """Returns what the blocks make of the nodes from `first` on [B, M, D]; a new draft begins with node 0."""
+        """Returns the exit layer [B, M, D] at the nodes from `first` on; `first` = 0 begins a new draft."""
         span = (0, self._layer)
         out = self._target.forward(tokens_BN[:, first:], tree, self._cache, span=span, first=first)
-        self._parts = [*self._parts, out.hidden_BND] if first else [out.hidden_BND]
+        self._hidden = [*self._hidden, out.hidden_BND] if first else [out.hidden_BND]
         return out.hidden_BND
 
-    def entered(self, draft: Draft, num_in_place: int) -> Draft:
-        """Returns the draft with its entry, having run what is new or was moved: the nodes from `num_in_place` on."""
-        self._parts = [torch.cat(self._parts, dim=1)[:, :num_in_place]]
-        self.run(draft.tokens_BN, draft.tree, num_in_place)
-        return dataclasses.replace(draft, resume_point=ResumePoint(layer=self._layer, hidden_BND=torch.cat(self._parts, dim=1)))
+    def with_resume_point(self, draft: Draft, *, is_reordered: bool) -> Draft:
+        """Returns the draft with the exit layer at its nodes as its resume point.
+
+        It runs the nodes that have not been run in the draft's order: the last one of a chain, and all but node 0 of a
+        dynamic tree, which is reordered.
+        """
+        self._progress.drafted(draft, draft.tree.num_nodes - 1, is_reordered=is_reordered)
+        num_processed = self._progress.num_processed
+        self._hidden = [torch.cat(self._hidden, dim=1)[:, :num_processed]]
+        self.run(draft.tokens_BN, draft.tree, num_processed)
+        resume_point = ResumePoint(layer=self._layer, hidden_BND=torch.cat(self._hidden, dim=1))
+        return dataclasses.replace(draft, resume_point=resume_point)
+
+    def accepted(self, step: Step) -> list[list[int]]:
+        """Returns each row's accepted nodes that layers above the exit have processed in their order."""
+        return self._progress.accepted(step)
 
 
-class Trail:
-    """Keys and values of a drafter's own layers over the committed text; what they have not read waits for them."""
+class DrafterCache:
+    """The KV cache of a drafter's own layers over the committed text, and their inputs that are still to be read."""
 
-    def __init__(self, layers: Layers, num_layers: int, num_rows: int) -> None:
+    def __init__(self, layers: CachedLayers, num_layers: int, num_rows: int) -> None:
         self._layers = layers
-        self.cache = KVCache(num_layers=num_layers, batch_size=num_rows)
+        self._cache = KVCache(num_layers=num_layers, batch_size=num_rows)
         self._unread: list[list[Tensor]] = [[] for _ in range(num_rows)]
 
     def read(self, x_BTD: Tensor, lengths: list[int]) -> None:
@@ -57,12 +78,12 @@ class Trail:
         for part_BTD in x_BTD.split(PREFILL_CHUNK, dim=1):
             chunk = part_BTD.shape[1]
             self._run(part_BTD, chain(chunk, x_BTD.device), 0)
-            # Shorter rows run along at the same slots and are cut back below.
-            self.cache.commit([list(range(chunk)) for _ in lengths])
-        self.cache.lengths = list(lengths)
+            # Shorter rows are padded to the same slots, and cut back below.
+            self._cache.commit([list(range(chunk)) for _ in lengths])
+        self._cache.lengths = list(lengths)
 
     def run(self, x_BMD: Tensor, tree: Tree, first: int) -> Tensor:
-        """Returns the layers' output [B, M, D] at the nodes from `first` on; before node 0 they read what they lack."""
+        """Returns the layers' output [B, M, D] at the nodes from `first` on; unread inputs are read before node 0."""
         if first:
             return self._run(x_BMD, tree, first)
         rows = [torch.cat([*unread, x_1D]) for unread, x_1D in zip(self._unread, x_BMD, strict=True)]
@@ -70,18 +91,17 @@ class Trail:
         out_BTD = self._run(
             torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), chain(max(map(len, rows)), x_BMD.device), 0
         )
-        self.cache.commit([list(range(len(row) - 1)) for row in rows])
+        self._cache.commit([list(range(len(row) - 1)) for row in rows])
         last_B = torch.tensor([len(row) - 1 for row in rows], device=x_BMD.device)
-        return at(out_BTD, last_B)[:, None]
+        return values_at(out_BTD, last_B)[:, None]
 
-    def keep(self, x_BPD: Tensor, paths: list[list[int]], num_in_place: int) -> None:
-        """Commits the accepted nodes that were read in their places; of the others the inputs `x_BPD` are kept."""
-        read = [[node for node in path if node < num_in_place] for path in paths]
-        self.cache.commit(read)
-        for row, (path, before) in enumerate(zip(paths, read, strict=True)):
+    def keep(self, x_BPD: Tensor, paths: list[list[int]], processed: list[list[int]]) -> None:
+        """Commits the `processed` nodes of the accepted paths; the inputs `x_BPD` of the others are read later."""
+        self._cache.commit(processed)
+        for row, (path, before) in enumerate(zip(paths, processed, strict=True)):
             if len(path) > len(before):
                 self._unread[row].append(x_BPD[row, len(before) : len(path)])
 
     def _run(self, x_BMD: Tensor, tree: Tree, first: int) -> Tensor:
-        positions_BM, mask_R1MS = prepare_cache(tree, self.cache, first=first)
-        return self._layers(x_BMD, positions_BM, mask_R1MS, self.cache)
+        positions_BM, mask_R1MS = prepare_cache(tree, self._cache, first=first)
+        return self._layers(x_BMD, positions_BM, mask_R1MS, self._cache)

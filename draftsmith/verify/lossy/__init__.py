@@ -1,1 +1,1 @@
-"""Verifiers that change the target's distribution; each says how in its docstring."""
+"""Lossy verifiers: their output does not have the target's distribution; each docstring says how it differs."""

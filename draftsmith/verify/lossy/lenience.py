@@ -1,4 +1,4 @@
-"""LOSSY. The token rule with lenience, Leviathan et al. 2211.17192 appendix A.5: drafts are let through more easily."""
+"""LOSSY. Token verification with lenience, Leviathan et al. 2211.17192 appendix A.5: accepts drafts more often."""
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ PARAMETER = "lenience"
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor, *, lenience: float = 0.5) -> Verdict:
-    """Accepts x with probability min(1, target(x) / (lenience draft(x))); 1 would be the token rule itself.
+    """Accepts x with probability min(1, target(x) / (lenience draft(x))); a lenience of 1 is token verification.
 
     Raises ValueError for a lenience that is not above 0 and at most 1.
     """

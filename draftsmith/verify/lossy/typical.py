@@ -1,4 +1,4 @@
-"""LOSSY. Typical acceptance, Medusa 2401.10774 section 2.3.1: keeps what the target finds plausible, not its law."""
+"""LOSSY. Typical acceptance, Medusa 2401.10774 section 2.3.1: accepts tokens that the target finds plausible."""
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ EPSILON, DELTA = 0.09, 0.3
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """Accepts x where target(x) > min(EPSILON, DELTA * exp(-entropy)); the deepest path wins, the next token is drawn.
+    """Accepts x where target(x) > min(EPSILON, DELTA * exp(-entropy)) and keeps the deepest path, the first of equals.
 
-    Among equally deep paths the first in node order wins.
+    The next token is sampled from the target.
     """
     entropy_BN = -torch.special.xlogy(target_probs_BNV, target_probs_BNV).sum(-1)
     threshold_BN = torch.clamp(DELTA * torch.exp(-entropy_BN), max=EPSILON)

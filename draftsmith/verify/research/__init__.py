@@ -1,1 +1,1 @@
-"""Lossless verifiers of the literature that `verifier="auto"` does not choose."""
+"""Lossless verifiers from the literature that `verifier="auto"` does not choose."""

@@ -1,4 +1,4 @@
-"""Several independent drafts, level by level: K-SEQ of SpecTr, Sun et al. 2310.15141, algorithm 2.
+"""K-SEQ verification of several independent drafts, level by level: SpecTr, Sun et al. 2310.15141, algorithm 2.
 
 Shape suffixes: B rows, N nodes, V vocabulary.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.tree import Draft, Verdict
-from draftsmith.verify.paths import Siblings, at, drawn_at
+from draftsmith.verify.paths import Siblings, sample_next, values_at
 
 LOSSLESS = True
 SCHEMES = ("independent",)
@@ -15,45 +15,45 @@ HALVINGS = 10
 
 
 def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """Takes the first of k children for which u rho draft(x) < target(x); all that share its text go on from there.
+    """Accepts, on each level, the first of k children with u rho draft(x) < target(x); nodes of equal text are one.
 
     With beta = sum min(draft, target / rho), rho is the least in [1, k] for which a = 1 - (1 - beta)^k <= rho beta:
-    within 1 - 1/e of the best chance of acceptance. If none passes the next token follows
+    the acceptance rate is within a factor 1 - 1/e of the optimum. If no child passes, the next token follows
     target - min(draft, target / rho) a / beta.
     """
     assert draft.draft_probs_BNV is not None
     siblings, tokens_BN = Siblings(draft), draft.tokens_BN
     rows_B1 = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None]
     end_B = torch.zeros_like(tokens_BN[:, 0])
-    goes_on_B = torch.ones_like(end_B, dtype=torch.bool)
-    end_rho_B, end_share_B = torch.ones_like(target_probs_BNV[:, 0, 0]), torch.zeros_like(target_probs_BNV[:, 0, 0])
+    is_active_B = torch.ones_like(end_B, dtype=torch.bool)
+    end_rho_B, end_factor_B = torch.ones_like(target_probs_BNV[:, 0, 0]), torch.zeros_like(target_probs_BNV[:, 0, 0])
     draft_probs_BNV = draft.draft_probs_BNV.to(target_probs_BNV.dtype)
     while True:
-        is_child_BN = siblings.of(end_B) & goes_on_B[:, None]
+        is_child_BN = siblings.of(end_B) & is_active_B[:, None]
         num_children_B = is_child_BN.sum(1)
         if not num_children_B.any():
             break
-        target_BV, draft_BV = at(target_probs_BNV, end_B), at(draft_probs_BNV, end_B)
+        target_BV, draft_BV = values_at(target_probs_BNV, end_B), values_at(draft_probs_BNV, end_B)
         rho_B, beta_B = least_rho(target_BV, draft_BV, num_children_B)
         threshold_BN = uniforms_BU[:, :-1] * rho_B[:, None] * draft_BV[rows_B1, tokens_BN]
         passes_BN = is_child_BN & (threshold_BN < target_BV[rows_B1, tokens_BN])
         child_B1 = passes_BN.to(torch.uint8).argmax(1, keepdim=True)
-        goes_on_B = passes_BN.any(1)
-        is_over_B = ~goes_on_B & (num_children_B > 0)
-        chance_B = 1 - (1 - beta_B).clamp(min=0) ** num_children_B
-        end_rho_B = torch.where(is_over_B, rho_B, end_rho_B)
-        end_share_B = torch.where(is_over_B & (beta_B > 0), chance_B / beta_B, end_share_B)
-        end_B = torch.where(goes_on_B, siblings.first_BN.gather(1, child_B1)[:, 0], end_B)
-    target_BV = at(target_probs_BNV, end_B)
-    shared_BV = (target_BV / end_rho_B[:, None]).minimum(at(draft_probs_BNV, end_B))
-    next_probs_BV = target_BV.addcmul_(shared_BV, end_share_B[:, None], value=-1).clamp_(min=0)
-    return drawn_at(end_B, next_probs_BV, target_probs_BNV, uniforms_BU[:, -1], draft)
+        is_active_B = passes_BN.any(1)
+        is_rejected_B = ~is_active_B & (num_children_B > 0)
+        acceptance_B = 1 - (1 - beta_B).clamp(min=0) ** num_children_B
+        end_rho_B = torch.where(is_rejected_B, rho_B, end_rho_B)
+        end_factor_B = torch.where(is_rejected_B & (beta_B > 0), acceptance_B / beta_B, end_factor_B)
+        end_B = torch.where(is_active_B, siblings.first_BN.gather(1, child_B1)[:, 0], end_B)
+    target_BV = values_at(target_probs_BNV, end_B)
+    shared_BV = (target_BV / end_rho_B[:, None]).minimum(values_at(draft_probs_BNV, end_B))
+    next_probs_BV = target_BV.addcmul_(shared_BV, end_factor_B[:, None], value=-1).clamp_(min=0)
+    return sample_next(end_B, next_probs_BV, target_probs_BNV, uniforms_BU[:, -1], draft)
 
 
 def least_rho(target_BV: Tensor, draft_BV: Tensor, num_children_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns about the least rho [B] in [1, k] with 1 - (1 - beta)^k <= rho beta, never less, and its beta [B].
+    """Returns approximately the least rho [B] in [1, k] with 1 - (1 - beta)^k <= rho beta, never less, and beta [B].
 
-    Any rho for which that holds keeps the law; halving stops where acceptance no longer gains.
+    Verification is lossless for any rho that satisfies this; `HALVINGS` are enough for the acceptance rate.
     """
     memory_BV = torch.empty_like(target_BV)
 
