@@ -221,7 +221,7 @@ case ${1:-} in
         ensure_environment
         cd "$root"
         "$python" -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || install_docs
-        exec "$python" -m mkdocs build --strict "${@:2}"
+        NO_MKDOCS_2_WARNING=1 exec "$python" -m mkdocs build --strict "${@:2}"
         ;;
     serving-test)
         venv=$root/.venv-serving
