@@ -63,7 +63,7 @@ def check(settings: Settings, target: TargetFacts) -> None:
 
 def build(settings: Settings, target: Target) -> Drafter:
     drafter = Drafter(settings.config(), target).float()
-    drafter.ends.take_directions()
+    drafter.ends.init_principal_directions()
     return drafter
 
 

@@ -219,7 +219,7 @@ def _take_ends(drafter: Drafter, settings: Settings, target: Target) -> None:
     words, head = drafter.model.get_input_embeddings(), drafter.model.get_output_embeddings()
     theirs = target.model.get_input_embeddings().weight
     if settings.rank:
-        head.take_directions()
+        head.init_principal_directions()
         if settings.start == "embedding" and words.map.in_features == words.map.out_features:
             nn.init.eye_(words.map.weight)
     elif settings.start == "embedding" and words.weight.shape == theirs.shape:

@@ -136,7 +136,7 @@ def _config(settings: Settings, exit_layer: int, num_heads: int) -> Config:
 
 def _read(drafter: Drafter, batch: Batch, recycled_BTD: Tensor | None) -> Tensor:
     """Returns what the exit's head takes [B, T, D]."""
-    return drafter(drafter.entrance(batch.hidden[drafter.config.exit_layer], recycled_BTD))
+    return drafter(drafter.block_input(batch.hidden[drafter.config.exit_layer], recycled_BTD))
 
 
 def _recycled(batch: Batch, settings: Settings, target: Target, generator: torch.Generator | None) -> Tensor | None:

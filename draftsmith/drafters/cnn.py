@@ -10,7 +10,6 @@ Shape suffixes: B rows, T tokens, C channels, K kernel, S inputs that a layer lo
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,11 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft
 from draftsmith.length import policies
-from draftsmith.parts import growth
+from draftsmith.parts import autoregressive
 from draftsmith.parts.neural.cross_attention import CrossAttention, ProjectedSource
-from draftsmith.parts.neural.recurrent import Reading, State
-from draftsmith.parts.neural.shortlist import stamp
-from draftsmith.parts.neural.tied_heads import Ends
+from draftsmith.parts.neural.recurrent import RecurrentDraftState, State
+from draftsmith.parts.neural.shortlist import WeightCache
+from draftsmith.parts.neural.tied_heads import TiedHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class Config:
             raise ValueError(f"dilations are {list(self.dilations)}; name one of at least 1 for each layer")
         if self.copy and self.shortlist:
             raise ValueError("copy and shortlist exclude each other: what is copied need not be on a list")
-        growth.check_shape(self)
+        autoregressive.check_shape(self)
         policies.make(self.length)
 
     @property
@@ -74,18 +73,20 @@ class Config:
 class Drafter(nn.Module, drafter.Drafter):
     """The network; its state is, for each layer, the last inputs [B, S, C], zeros where the text had not begun."""
 
+    serving_engines = ("vllm",)
+
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
         self.config = config
         object.__setattr__(self, "target", target)
         size = config.num_channels
-        self.ends = Ends(target, size, config.rank, shortlist=config.shortlist)
+        self.ends = TiedHead(target, size, config.rank, shortlist=config.shortlist)
         self.input = nn.Linear(self.ends.input_width, size)
         # Taps side by side, the earliest first.
         self.layers = nn.ModuleList(nn.Linear(config.kernel_size * size, 2 * size) for _ in config.dilations)
         self.reader = CrossAttention(target, size, size, copies=config.copy)
         self.to(device=target.device, dtype=target.dtype)
-        self._stamp: list[Any] | None = None
+        self._folded = WeightCache(self, self._fold)
 
     def forward(self, tokens_BT: Tensor, source: Source | None = None, *, dropout: float = 0.0) -> Tensor:
         """Returns the features [B, T, ...] after each token, which `head` takes.
@@ -102,25 +103,23 @@ class Drafter(nn.Module, drafter.Drafter):
     # Drafting
 
     def start(self, session: Session) -> None:
-        if self._stamp != (now := stamp(self)):
-            self._fold()
-            self._stamp = now
+        self._folded()
         self._source = self.reader.project(session.source)
         self._logits = self.reader.copy_head(self._head, session.source)
-        self._reading = Reading(self, session, self.config)
+        self._state = RecurrentDraftState(self, session, self.config)
 
     def propose(self, budget: int) -> Draft:
-        return self._reading.propose(budget)
+        return self._state.propose(budget)
 
     def observe(self, step: Step) -> None:
-        self._reading.observe(step)
+        self._state.observe(step)
 
     def rewind(self, lengths: list[int]) -> bool:
         """Forgets what it read of each row past so many tokens, which were taken back."""
-        self._reading.rewind(lengths)
+        self._state.rewind(lengths)
         return True
 
-    # What `Reading` asks
+    # RecurrentNetwork
 
     def read(self, tokens_BT: Tensor, lengths: list[int]) -> State:
         if not any(lengths):
@@ -150,7 +149,9 @@ class Drafter(nn.Module, drafter.Drafter):
     def logits(self, features: Tensor) -> Tensor:
         return self._logits(features)
 
-    def _run(self, tokens_BT: Tensor, source: ProjectedSource | None, dropout: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+    def _run(
+        self, tokens_BT: Tensor, source: ProjectedSource | None, dropout: float = 0.0
+    ) -> tuple[Tensor, list[Tensor]]:
         """Returns the features [B, T, C], and each layer's inputs [B, C, S + T], of which the first S are zeros."""
         x_BTC, inputs = self.input(self.ends.embed(tokens_BT)), []
         x_BCT = (x_BTC if source is None else x_BTC + source.summary_BG[:, None]).transpose(1, 2)

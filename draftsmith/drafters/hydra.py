@@ -1,9 +1,9 @@
-"""Hydra heads (2402.05109): Medusa heads that also read the drafted tokens before theirs, so that paths of a tree differ.
+"""Hydra heads (2402.05109): Medusa heads that also read the drafted tokens on the path to theirs.
 
 With a decoder block over the text so far they are Hydra++ (section 4).
 
-Shape suffixes: B rows, T positions, N nodes, M new nodes, I drafted tokens that a head reads, D hidden width, E width of
-the embedding, F width of a head's input, V vocabulary, R is B or 1.
+Shape suffixes: B rows, T positions, N nodes, M new nodes, I drafted tokens that a head reads, D hidden width, E width
+of the embedding, F width of a head's input, V vocabulary, R is B or 1.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import PREFILL_CHUNK, Target
 from draftsmith.core.tree import Draft, Tree, chain
-from draftsmith.parts import growth
+from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural.layers import Block, gather_path, prepare_cache
 from draftsmith.parts.neural.token_heads import ResidualHead, untied_lm_heads
@@ -28,22 +28,22 @@ class Config:
     """The shape of the heads, their inputs, and the shape of the draft tree."""
 
     num_heads: int = 4
-    """Number of heads; head k (from 0), at the position of token t, predicts token t + 2 + k from t + 1 to t + 1 + k."""
+    """Number of heads; head k (from 0), at the position of token t, predicts token t + 2 + k from those before."""
     num_blocks: int = 1
     """Number of residual blocks per head."""
     own_head: bool = False
     """Give each head an LM head of its own, initialised from the target's, instead of sharing the target's."""
     prefix_heads: int = 0
-    """Attention heads of a decoder block over the hidden states of the text so far; 0 for no block, the last state alone."""
+    """Attention heads of a decoder block over the hidden states of the text so far; 0 for the last state alone."""
     prefix_width: int = 0
     """Inner width of that block's MLP."""
     tree: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0))
     """Each node as the ranks along its path: (0, 2) is head 1's third choice after head 0's first."""
     siblings: str = "without_replacement"
-    """Sampling scheme of siblings in that tree where text is sampled: without_replacement, independent, top_and_drawn, or
-    deterministic for their parent's most likely tokens."""
+    """Sampling scheme of siblings in that tree where text is sampled: without_replacement, independent, top_and_drawn,
+    or deterministic for their parent's most likely tokens."""
     width: int = 0
-    """If not 0, drafts are dynamic trees instead of `tree`: the `width` likeliest nodes per level get `width` children."""
+    """If not 0, drafts are dynamic trees: the `width` likeliest nodes per level get `width` children each."""
     num_nodes: int = 16
     """Number of nodes kept in a dynamic tree."""
 
@@ -54,9 +54,9 @@ class Config:
                 f"prefix_heads is {self.prefix_heads} and prefix_width {self.prefix_width}; give both as positive"
                 " numbers, or neither"
             )
-        growth.check_shape(self)
-        growth.check_paths(self.tree)
-        growth.check_siblings(self.siblings)
+        autoregressive.check_shape(self)
+        autoregressive.check_paths(self.tree)
+        autoregressive.check_siblings(self.siblings)
         if bool(self.tree) == bool(self.width):
             raise ValueError("give either a tree, or tree=() and a width for dynamic trees")
         if self.tree and max(map(len, self.tree)) > self.num_heads:
@@ -155,11 +155,11 @@ class Drafter(nn.Module, drafter.Drafter):
     def propose(self, budget: int) -> Draft:
         config = self.config
         if self._state_B1D is None:
-            return self._session.only_pending()
+            return self._session.empty_draft()
         if config.width:
-            return growth.draft(self.logits, self._session, config, budget)
+            return autoregressive.draft(self.logits, self._session, config, budget)
         siblings = config.siblings
-        return growth.fill(self.logits, self._session, config.tree, siblings, budget)  # type: ignore[arg-type]
+        return autoregressive.draft_static_tree(self.logits, self._session, config.tree, siblings, budget)  # type: ignore[arg-type]
 
     def observe(self, step: Step) -> None:
         counts = [len(path) for path in step.paths]

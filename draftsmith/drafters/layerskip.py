@@ -18,8 +18,8 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.length import policies
-from draftsmith.parts import growth
-from draftsmith.parts.self_drafting.sublayers import Sublayers, reread, sublayers
+from draftsmith.parts import autoregressive
+from draftsmith.parts.self_drafting.sublayers import Sublayers, draft_hidden, sublayers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Config:
     """Choices tried in one call at most."""
 
     def __post_init__(self) -> None:
-        growth.check_shape(self)
+        autoregressive.check_shape(self)
         policies.make(self.length)
         for name in ("attention", "mlp"):
             blocks = getattr(self, name)
@@ -71,6 +71,8 @@ class Config:
 
 class Drafter(drafter.Drafter):
     """The target without the sublayers that `skipped` names."""
+
+    serving_engines = ("vllm", "sglang")
 
     def __init__(self, config: Config, target: Target) -> None:
         last = max((*config.attention, *config.mlp), default=0)
@@ -92,7 +94,7 @@ class Drafter(drafter.Drafter):
     def propose(self, budget: int) -> Draft:
         if self.config.online:
             self._try_another()
-        return growth.draft(self._logits, self._session, self.config, budget)
+        return autoregressive.draft(self._logits, self._session, self.config, budget)
 
     def observe(self, step: Step) -> None:
         self._is_running = [len(path) > 0 for path in step.paths]
@@ -164,7 +166,7 @@ class _Trials:
 
     def _score(self, skipped: Sublayers) -> float:
         """Returns the share of the window's tokens that drafting would have guessed."""
-        hidden_BTD = reread(self._target, self._rows_BT[:, :-1], self._cache, skipped, self._config.num_draft)
+        hidden_BTD = draft_hidden(self._target, self._rows_BT[:, :-1], self._cache, skipped, self._config.num_draft)
         guesses_BT = self._target.logits(hidden_BTD).argmax(-1)
         return (guesses_BT == self._rows_BT[:, 2:]).float().mean().item()
 

@@ -1,4 +1,4 @@
-"""A small LM with the target's vocabulary, drafting chains (2211.17192; 2302.01318) or trees (`growth`).
+"""A small LM with the target's vocabulary, drafting chains (2211.17192; 2302.01318) or trees (parts/autoregressive.py).
 
 For an encoder-decoder target it may be one too: its decoder reads the source by an encoder of its own, or what the
 target's encoder made of it (`tied`). Those draft chains only.
@@ -20,7 +20,7 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
-from draftsmith.parts import growth
+from draftsmith.parts import autoregressive
 from draftsmith.parts.neural import quantised
 from draftsmith.parts.neural.shortlist import OUTSIDE, Shortlist, ShortlistHead
 from draftsmith.parts.neural.tied_heads import TargetEncoder, TiedEmbedding, TiedHead
@@ -57,9 +57,9 @@ class Config:
     """Nodes kept of such a tree."""
 
     def __post_init__(self) -> None:
-        growth.check_paths(self.tree)
-        growth.check_siblings(self.siblings)
-        growth.check_shape(self)
+        autoregressive.check_paths(self.tree)
+        autoregressive.check_siblings(self.siblings)
+        autoregressive.check_shape(self)
         if self.rank < 0:
             raise ValueError(f"rank is {self.rank}; it must be at least 1, or 0 for an embedding and head of its own")
         if self.width and self.tree:
@@ -129,9 +129,9 @@ class Drafter(nn.Module, drafter.Drafter):
         budget = min(budget, self.draft_model.context_length - max(map(len, session.rows)))
         if config.tree and budget > 0:
             depth = min(budget, config.num_draft)
-            draft = growth.fill(self._logits, session, config.tree, config.siblings, depth)  # type: ignore[arg-type]
+            draft = autoregressive.draft_static_tree(self._logits, session, config.tree, config.siblings, depth)  # type: ignore[arg-type]
         else:
-            draft = growth.draft(self._logits, session, config, budget)
+            draft = autoregressive.draft(self._logits, session, config, budget)
         self._draft = draft
         # The nodes of a tree that grew have been put in another order.
         self._num_in_place = min(self._num_in_place, 1) if config.width else self._num_in_place
@@ -139,7 +139,7 @@ class Drafter(nn.Module, drafter.Drafter):
 
     def observe(self, step: Step) -> None:
         # Of another drafter's draft only node 0 is the same.
-        in_place = self._num_in_place if step.is_of(self._draft) else min(self._num_in_place, 1)
+        in_place = self._num_in_place if step.is_for(self._draft) else min(self._num_in_place, 1)
         self._cache.commit([[node for node in path if node < in_place] for path in step.paths])
         self._num_in_place = 0
         # A row that ended within its path holds less than was accepted.

@@ -9,7 +9,6 @@ Shape suffixes: B rows, T tokens, L layers, H width, E width of the target's emb
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,11 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft
 from draftsmith.length import policies
-from draftsmith.parts import growth
+from draftsmith.parts import autoregressive
 from draftsmith.parts.neural.cross_attention import CrossAttention, ProjectedSource
-from draftsmith.parts.neural.recurrent import Reading, State
-from draftsmith.parts.neural.shortlist import stamp
-from draftsmith.parts.neural.tied_heads import Ends
+from draftsmith.parts.neural.recurrent import RecurrentDraftState, State
+from draftsmith.parts.neural.shortlist import WeightCache
+from draftsmith.parts.neural.tied_heads import TiedHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.copy and self.shortlist:
             raise ValueError("copy and shortlist exclude each other: what is copied need not be on a list")
-        growth.check_shape(self)
+        autoregressive.check_shape(self)
         policies.make(self.length)
 
     @property
@@ -67,16 +66,18 @@ class Config:
 class Drafter(nn.Module, drafter.Drafter):
     """The network; its state is (h, c) of each layer, each [B, H]."""
 
+    serving_engines = ("vllm",)
+
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
         self.config = config
         object.__setattr__(self, "target", target)
-        self.ends = Ends(target, config.hidden_size, config.rank, shortlist=config.shortlist)
+        self.ends = TiedHead(target, config.hidden_size, config.rank, shortlist=config.shortlist)
         self.layers = nn.LSTM(self.ends.input_width, config.hidden_size, config.num_layers, batch_first=True)
         summary_width = config.num_layers * config.hidden_size
         self.reader = CrossAttention(target, config.hidden_size, summary_width, copies=config.copy)
         self.to(device=target.device, dtype=target.dtype)
-        self._stamp: list[Any] | None = None
+        self._folded = WeightCache(self, self._fold)
 
     def forward(
         self, tokens_BT: Tensor, source: Source | None = None, *, dropout: float = 0.0, drop_connect: float = 0.0
@@ -106,25 +107,23 @@ class Drafter(nn.Module, drafter.Drafter):
     # Drafting
 
     def start(self, session: Session) -> None:
-        if self._stamp != (now := stamp(self)):
-            self._fold()
-            self._stamp = now
+        self._folded()
         self._source = self.reader.project(session.source)
         self._logits = self.reader.copy_head(self._head, session.source)
-        self._reading = Reading(self, session, self.config)
+        self._state = RecurrentDraftState(self, session, self.config)
 
     def propose(self, budget: int) -> Draft:
-        return self._reading.propose(budget)
+        return self._state.propose(budget)
 
     def observe(self, step: Step) -> None:
-        self._reading.observe(step)
+        self._state.observe(step)
 
     def rewind(self, lengths: list[int]) -> bool:
         """Forgets what it read of each row past so many tokens, which were taken back."""
-        self._reading.rewind(lengths)
+        self._state.rewind(lengths)
         return True
 
-    # What `Reading` asks
+    # RecurrentNetwork
 
     def read(self, tokens_BT: Tensor, lengths: list[int]) -> State:
         inputs_BTE = self.ends.embed(tokens_BT)

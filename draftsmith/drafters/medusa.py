@@ -11,45 +11,52 @@ from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts.neural import token_heads
+from draftsmith.parts.neural.token_heads import (
+    ResidualHead,
+    StaticTree,
+    TokenHeadsState,
+    check_tree,
+    untied_lm_heads,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The heads' shape and the tree they fill."""
+    """The shape of the heads and of the draft tree."""
 
     num_heads: int = 4
-    """Head k (from 0), at the position of token t, predicts token t + 2 + k."""
+    """Number of heads; head k (from 0), at the position of token t, predicts token t + 2 + k."""
     num_blocks: int = 1
-    """Residual blocks a head, each with weights of its own."""
+    """Number of residual blocks per head."""
     own_head: bool = False
-    """Whether each head has its own output matrix, started as a copy of the target's, or uses the target's head."""
+    """Give each head an LM head of its own, initialised from the target's, instead of sharing the target's."""
     tree: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0))
-    """Each node as the ranks along its path: (0, 2) is the third guess of head 1 after the first guess of head 0."""
+    """Each node as the ranks along its path: (0, 2) is head 1's third choice after head 0's first."""
 
     def __post_init__(self) -> None:
-        token_heads.check_tree(self.tree, self.num_heads)
+        check_tree(self.tree, self.num_heads)
 
 
 class Drafter(nn.Module, drafter.Drafter):
-    """K heads: z = h + SiLU(W h + b) for each block, then the output head; h is the last hidden state, normed."""
+    """K heads: z = h + SiLU(W h + b) per block, then an LM head; h is the last hidden state after the final norm."""
 
+    serving_engines = ("vllm",)
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
         self.config = config
         object.__setattr__(self, "target", target)
         self.hidden_layers = (target.num_layers,)
-        self._tree = token_heads.StaticTree(config.tree, target)
+        self._tree = StaticTree(config.tree, target)
         self.blocks = nn.ModuleList(
-            token_heads.ResidualHead(target.hidden_size, config.num_blocks) for _ in range(config.num_heads)
+            ResidualHead(target.hidden_size, config.num_blocks) for _ in range(config.num_heads)
         )
         if config.own_head:
-            self.outputs = token_heads.untied_lm_heads(target, config.num_heads)
+            self.outputs = untied_lm_heads(target, config.num_heads)
         self.to(device=target.device, dtype=target.dtype)
 
     def heads(self, normed_BTD: Tensor) -> list[Tensor]:
-        """Returns each head's features [B, T, D] before the output matrix."""
+        """Returns each head's features [B, T, D] before the LM head."""
         return [head(normed_BTD) for head in self.blocks]
 
     def head(self, k: int, z_BTD: Tensor) -> Tensor:
@@ -57,7 +64,8 @@ class Drafter(nn.Module, drafter.Drafter):
         return self.outputs[k](z_BTD) if self.config.own_head else self.target.head(z_BTD)
 
     def start(self, session: Session) -> None:
-        self._state = token_heads.TokenHeadsState(session, self._tree, self.blocks, self.outputs if self.config.own_head else None)
+        lm_heads = self.outputs if self.config.own_head else None
+        self._state = TokenHeadsState(session, self._tree, self.blocks, lm_heads)
 
     def propose(self, budget: int) -> Draft:
         return self._state.propose(budget)

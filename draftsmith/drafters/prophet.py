@@ -29,10 +29,10 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
-from draftsmith.parts import growth
+from draftsmith.parts import autoregressive
 from draftsmith.parts.neural.layers import Block, ffn_width, gather_path, prepare_cache
 from draftsmith.parts.neural.token_heads import untied_lm_heads
-from draftsmith.parts.self_drafting.fine_tuned import Tuned, twin
+from draftsmith.parts.self_drafting.fine_tuned import FineTunedTarget, copy_with_own_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.hidden_size < 0:
             raise ValueError(f"hidden_size is {self.hidden_size}; it must not be negative")
-        growth.check_shape(self)
+        autoregressive.check_shape(self)
         policies.make(self.length)
 
     @property
@@ -98,7 +98,7 @@ class Drafter(nn.Module, drafter.Drafter):
             self.outputs = untied_lm_heads(target, 1)
         if config.joint:
             # Of the copy only the parameters are the drafter's: a change of dtype must not touch its buffers.
-            object.__setattr__(self, "changed", twin(target.model, own=dict(target.model.named_parameters())))
+            object.__setattr__(self, "changed", copy_with_own_parameters(target.model))
             self.weights = nn.ParameterList(self.changed.parameters())
         self.to(device=target.device, dtype=target.dtype)
 
@@ -109,7 +109,7 @@ class Drafter(nn.Module, drafter.Drafter):
     def on_weights_loaded(self) -> None:
         """Makes `target` the changed one, if it comes with one."""
         if self.config.joint:
-            object.__setattr__(self, "target", Tuned(self.changed, self.base))
+            object.__setattr__(self, "target", FineTunedTarget(self.changed, self.base))
 
     def forward(self, normed_BSD: Tensor, tokens_BT: Tensor, is_there_BZ: Tensor) -> Tensor:
         """Returns what `head` reads at every slot from the pending token on [B, T - S + 1, E], of windows of a text.
@@ -142,7 +142,7 @@ class Drafter(nn.Module, drafter.Drafter):
         self._states_BSD = _at(hidden_BTD, places_BS.clamp(min=0))
 
     def propose(self, budget: int) -> Draft:
-        return growth.draft(self._logits, self._session, self.config, budget)
+        return autoregressive.draft(self._logits, self._session, self.config, budget)
 
     def observe(self, step: Step) -> None:
         path_BPD = gather_path(step.hidden[self.hidden_layers[0]], step.verdict)

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from draftsmith.artifacts import artifact
-from draftsmith.core.drafter import Drafter, Session, Step, always, find, name_of
+from draftsmith.artifacts.families import find, name_of
+from draftsmith.core.drafter import Drafter, Session, Step, always_continue
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.length.controller import LengthControlled, with_length_control
@@ -36,7 +37,7 @@ class Part:
 
     def start(self, session: Session) -> None:
         # What the whole is asked by is no concern of its parts.
-        self._session = replace(session, hidden=self._own(session.hidden), should_continue=always)
+        self._session = replace(session, hidden=self._own(session.hidden), should_continue=always_continue)
         self._controlled = with_length_control(self.drafter, "auto")
         self._controlled.start(self._session)
 

@@ -13,7 +13,7 @@ from draftsmith.core.tree import Draft, Tree, chain
 
 
 @dataclass(kw_only=True, eq=False)
-class Branches:
+class TokenTree:
     """One row's tree; entry i is node i + 1, its parent an earlier node."""
 
     tokens: list[int] = field(default_factory=list)
@@ -22,9 +22,9 @@ class Branches:
     """What all continuations through a node weigh: never more than its parent's."""
 
 
-def join(continuations: Iterable[tuple[Sequence[int], float]]) -> Branches:
+def build_trie(continuations: Iterable[tuple[Sequence[int], float]]) -> TokenTree:
     """Returns the trie of (tokens, weight) pairs; a node's children come in the order in which they were met."""
-    branches = Branches()
+    branches = TokenTree()
     number: dict[tuple[int, int], int] = {}
     for tokens, weight in continuations:
         node = 0
@@ -40,20 +40,20 @@ def join(continuations: Iterable[tuple[Sequence[int], float]]) -> Branches:
     return branches
 
 
-def heaviest(branches: Branches, num_nodes: int) -> Branches:
+def heaviest_nodes(branches: TokenTree, num_nodes: int) -> TokenTree:
     """Returns the tree of its `num_nodes` heaviest nodes, of equal ones the earlier: a parent is always among them."""
     weights = branches.weights
     # Sorting in reverse leaves equal ones in their order.
     kept = sorted(sorted(range(len(weights)), key=weights.__getitem__, reverse=True)[:num_nodes])
     number = {0: 0} | {node + 1: place for place, node in enumerate(kept, start=1)}
-    return Branches(
+    return TokenTree(
         tokens=[branches.tokens[node] for node in kept],
         parents=[number[branches.parents[node]] for node in kept],
         weights=[weights[node] for node in kept],
     )
 
 
-def heaviest_path(branches: Branches) -> Branches:
+def heaviest_path(branches: TokenTree) -> TokenTree:
     """Returns the one branch that takes the heaviest child at every node, of equal ones the first."""
     best: dict[int, int] = {}
     for node, parent in enumerate(branches.parents, start=1):
@@ -63,35 +63,35 @@ def heaviest_path(branches: Branches) -> Branches:
     while node in best:
         node = best[node]
         path.append(node - 1)
-    return Branches(
+    return TokenTree(
         tokens=[branches.tokens[node] for node in path],
         parents=list(range(len(path))),
         weights=[branches.weights[node] for node in path],
     )
 
 
-def by_level(branches: Branches) -> Branches:
+def sort_by_level(branches: TokenTree) -> TokenTree:
     """Returns the same tree level by level, as what is to be cut at a depth must come; siblings keep their order."""
     depths = [0]
     for parent in branches.parents:
         depths.append(depths[parent] + 1)
     order = sorted(range(len(depths)), key=depths.__getitem__)
     number = {node: place for place, node in enumerate(order)}
-    return Branches(
+    return TokenTree(
         tokens=[branches.tokens[node - 1] for node in order[1:]],
         parents=[number[branches.parents[node - 1]] for node in order[1:]],
         weights=[branches.weights[node - 1] for node in order[1:]],
     )
 
 
-def as_draft(session: Session, rows: Sequence[Branches]) -> Draft:
+def to_draft(session: Session, rows: Sequence[TokenTree]) -> Draft:
     """Returns the deterministic draft of each row's tree, level by level; a chain if none of them branches.
 
     Shorter rows are padded, with siblings of their last node.
     """
     device = session.target.device
     is_chain = all(branches.parents == list(range(len(branches.parents))) for branches in rows)
-    rows = rows if is_chain else [by_level(branches) for branches in rows]
+    rows = rows if is_chain else [sort_by_level(branches) for branches in rows]
     num_nodes = [len(branches.tokens) + 1 for branches in rows]
     most = max(num_nodes)
     tokens = [

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import draftsmith
-from draftsmith.core.drafter import Drafter, Session, Step, find, names
+from draftsmith.artifacts.families import find, names
+from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, chain
 from draftsmith.drafters import cascade, kangaroo, lm, lookup, medusa

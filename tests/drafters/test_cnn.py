@@ -119,7 +119,7 @@ def test_what_is_refused() -> None:
         ("name one of at least 1 for each layer", {"dilations": ()}),
         ("dilations are \\[1, 0\\]", {"dilations": (1, 0)}),
         ("dropout is 1", {"dropout": 1.0}),
-        ("loss is ce", {"teacher_top_k": 4}),
+        ("choose a --loss besides ce", {"teacher_top_k": 4}),
         ("rank is 0", {"rank": 0}),
         ("num_draft is 0", {"num_draft": 0}),
     ]

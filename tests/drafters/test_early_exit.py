@@ -76,7 +76,7 @@ def test_the_network_is_that_of_a_loop() -> None:
             gate, up, down = (getattr(block.feed_forward, name).weight for name in ("gate", "up", "down"))
             x_TD[t] = x_D + down @ ((gate @ y_D) * torch.sigmoid(gate @ y_D) * (up @ y_D))
     expected = torch.stack([drafter.output.weight @ normed(x, drafter.norm.weight) for x in x_TD])
-    found = drafter.head(drafter(drafter.entrance(hidden_TD[None], recycled_TD[None])))[0]
+    found = drafter.head(drafter(drafter.block_input(hidden_TD[None], recycled_TD[None])))[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_the_network_is_that_of_a_loop() -> None:
 def test_a_new_exit_says_what_the_targets_own_norm_and_head_say(architecture: str, own_head: bool) -> None:
     target = tiny_target(architecture)
     drafter, hidden_BTD = Drafter(Config(own_head=own_head, recycling=True), target), random(1, 4, WIDTH)
-    logits_BTV = drafter.head(drafter(drafter.entrance(hidden_BTD, random(1, 4, WIDTH))))
+    logits_BTV = drafter.head(drafter(drafter.block_input(hidden_BTD, random(1, 4, WIDTH))))
     # A head of its own has no soft-capping, which keeps the order of the tokens.
     assert torch.equal(logits_BTV.argsort(), target.logits(hidden_BTD).argsort())
     assert drafter.norm is not target.norm and not {id(one) for one in drafter.parameters()} & {
@@ -114,7 +114,7 @@ class Compared(Watched):
             states = [hidden[last][0, at] if at >= 0 else torch.zeros(WIDTH) for at in sources]
             recycled_1TD = torch.stack(states)[None]
         drafter = self.inner
-        return hidden[layer][0], drafter.head(drafter(drafter.entrance(hidden[layer], recycled_1TD)))[0]
+        return hidden[layer][0], drafter.head(drafter(drafter.block_input(hidden[layer], recycled_1TD)))[0]
 
     def propose(self, budget: int) -> Draft:
         draft = super().propose(budget)

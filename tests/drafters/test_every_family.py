@@ -10,7 +10,7 @@ import torch
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.drafter import find, names
+from draftsmith.artifacts.families import find, names
 from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, built, texts
 from tests.support.models import (

@@ -106,7 +106,7 @@ class Compared(Watched):
         self.inner(hidden_1TD, torch.arange(len(ids))[None], cache=own)
         own.commit([list(range(len(ids)))])
         check_rows(self._session.cache, fresh, row)
-        check_rows(self.inner._trail.cache, own, row)
+        check_rows(self.inner._cache.cache, own, row)
 
     def check_nodes(self, draft: Draft, row: int, ids: list[int]) -> None:
         """Each node's exit layer, and the law of its children, are those of the whole text that leads to it."""
@@ -194,7 +194,7 @@ class Plain(Watched):
     def propose(self, budget: int) -> Draft:
         self.num_steps = getattr(self, "num_steps", 0) + 1
         if self.num_steps % 2:
-            return self._session.only_pending()
+            return self._session.empty_draft()
         draft = super().propose(budget)
         num_nodes = [1 if row % 2 else draft.tree.num_nodes for row in range(len(self._session.rows))]
         return dataclasses.replace(draft, num_nodes=num_nodes)

@@ -15,7 +15,7 @@ from draftsmith.core.tree import Draft, chain
 from draftsmith.drafters import layerskip
 from draftsmith.drafters.layerskip import Config, Drafter
 from draftsmith.length.policies import Adaptive, Outcome
-from draftsmith.parts.self_drafting.sublayers import Sublayers, reread, sublayers
+from draftsmith.parts.self_drafting.sublayers import Sublayers, draft_hidden, sublayers
 from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import NUM_LAYERS, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
@@ -127,8 +127,8 @@ def test_a_text_reread_in_one_pass_is_what_drafting_reads_token_by_token(archite
     target.prefill([[7] * 5, [9] * 2], cache)
     lengths = list(cache.lengths)
     target.forward(tokens_BT, chain(17), cache)
-    found_BTD = reread(target, tokens_BT, cache, skipped, block)
-    again_BTD = reread(target, tokens_BT, cache, skipped, block)
+    found_BTD = draft_hidden(target, tokens_BT, cache, skipped, block)
+    again_BTD = draft_hidden(target, tokens_BT, cache, skipped, block)
     assert torch.equal(found_BTD, again_BTD) and cache.lengths == lengths, "the whole model's cache is as it was"
     for begin in range(1, 17, block):
         target.forward(tokens_BT[:, :begin], chain(begin), cache)

@@ -190,7 +190,7 @@ def test_what_is_not_on_the_shortlist_is_never_drafted(rank: int) -> None:
     target = tiny_target("llama")
     drafter = built(lm, dataclasses.replace(small(target, length="fixed"), rank=rank, shortlist=20), target)
     listed = torch.arange(1, 64, 3)[:20]
-    drafter.shortlist.take(listed)
+    drafter.shortlist.set_tokens(listed)
     ids, mask = padded(prompts(5))
     for temperature in (0.0, 1.0):
         watched = Watched(drafter)

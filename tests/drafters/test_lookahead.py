@@ -199,7 +199,7 @@ class Interrupted(Watched):
         if self.is_own[-1]:
             return draft
         if self.is_plain:
-            return self._session.only_pending()
+            return self._session.empty_draft()
         others_BN = (draft.tokens_BN + 1) % VOCAB_SIZE
         others_BN[:, 0] = draft.tokens_BN[:, 0]
         return Draft(tokens_BN=others_BN, tree=draft.tree, num_nodes=draft.num_nodes)

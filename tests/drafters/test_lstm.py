@@ -131,7 +131,7 @@ def test_what_is_refused() -> None:
         ("num_draft is 0", {"num_draft": 0}),
         ("dropout is 1", {"dropout": 1.0}),
         ("drop_connect is -0.1", {"drop_connect": -0.1}),
-        ("loss is ce", {"teacher_top_k": 4}),
+        ("choose a --loss besides ce", {"teacher_top_k": 4}),
         ("unknown length policy", {"length": "long"}),
     ]
     for message, changes in cases:

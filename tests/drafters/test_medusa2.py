@@ -14,7 +14,7 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.drafters import medusa2
 from draftsmith.drafters.medusa2 import Config, Drafter
-from draftsmith.parts.self_drafting.fine_tuned import matrices
+from draftsmith.parts.self_drafting.fine_tuned import linear_layers
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import CAUSAL, VOCAB_SIZE, WIDTH, greedy_by_model, padded, prompts, tiny_model, tiny_target
 from tests.support.runs import environment, make_target
@@ -37,7 +37,7 @@ def test_heads_by_hand() -> None:
     """z = h + SiLU(W h + b), once for each block; then the output head of the tuned target."""
     drafter = built(medusa2, Config(num_heads=2, num_blocks=2, tree=((0,),), rank=2), tiny_target("llama"))
     normed_BTD = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(0))
-    head = drafter.merged()["lm_head.weight"]
+    head = drafter.merged_weights()["lm_head.weight"]
     for k, features_BTD in enumerate(drafter.heads(normed_BTD)):
         z_BTD = normed_BTD
         for block in drafter.blocks[k]:
@@ -52,7 +52,7 @@ def test_merged_by_hand(architecture: str) -> None:
     target = Target(tiny_model(architecture))
     before = {name: weight.clone() for name, weight in target.model.state_dict().items()}
     drafter = built(medusa2, Config(num_heads=1, tree=((0,),), rank=3, alpha=2.0), target)
-    names = list(matrices(target))
+    names = list(linear_layers(target))
     assert len(names) == len(drafter.adapters) > 3
     for name, adapter in zip(names, drafter.adapters, strict=True):
         change_IO = sum(
@@ -73,10 +73,10 @@ def test_merged_by_hand(architecture: str) -> None:
 
 def test_what_is_changed_is_named_by_the_ends_of_names() -> None:
     target = tiny_target("llama")
-    last = {name.rpartition(".")[2] for name in matrices(target)}
+    last = {name.rpartition(".")[2] for name in linear_layers(target)}
     assert last == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
-    assert list(matrices(target, ["v_proj"])) == [f"model.layers.{layer}.self_attn.v_proj" for layer in range(3)]
-    assert "lm_head" not in matrices(Target(tiny_model("llama", tie_word_embeddings=True)))
+    assert list(linear_layers(target, ["v_proj"])) == [f"model.layers.{layer}.self_attn.v_proj" for layer in range(3)]
+    assert "lm_head" not in linear_layers(Target(tiny_model("llama", tie_word_embeddings=True)))
     with pytest.raises(ValueError, match=r"no linear layer called c_attn; there are down_proj, gate_proj, k_proj"):
         Drafter(Config(modules=("c_attn",)), target)
 

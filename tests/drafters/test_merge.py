@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import draftsmith
-from draftsmith.core.drafter import Session, find, names
+from draftsmith.artifacts.families import find, names
+from draftsmith.core.drafter import Session
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.drafters import hydra, kangaroo, lm, lookup, medusa, merge
 from draftsmith.drafters.merge import Config, Drafter, Guesses, chances_of
 from draftsmith.parts.composites import Part
-from draftsmith.parts.trie import join
+from draftsmith.parts.trie import build_trie
 from tests.support.drafters import Scripted
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_config, tiny_target
@@ -75,7 +76,7 @@ def test_random_trees_keep_their_likeliest_nodes() -> None:
         trees, shares = [], rng.uniform(0.05, 0.95, 2).tolist()
         for _ in range(2):
             texts_drawn = [tuple(rng.integers(0, 3, rng.integers(1, 5)).tolist()) for _ in range(rng.integers(1, 4))]
-            tree = join((text, 1.0) for text in texts_drawn)
+            tree = build_trie((text, 1.0) for text in texts_drawn)
             trees.append(list(zip(tree.tokens, tree.parents, strict=True)))
         paths: list[dict[tuple[int, ...], float]] = []
         for tree, share in zip(trees, shares, strict=True):

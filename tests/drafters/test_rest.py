@@ -26,7 +26,7 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.drafters import rest
 from draftsmith.drafters.rest import UNSEEN, Config, Drafter
-from draftsmith.parts.trie import Branches
+from draftsmith.parts.trie import TokenTree
 from tests.parts.test_suffix_array import DOCUMENTS, TOKENS, slow_match
 from tests.parts.test_suffix_array import VOCAB_SIZE as FEW_TOKENS
 from tests.parts.test_trie import texts_of
@@ -73,7 +73,7 @@ def slow_branches(config: Config, documents: list[list[int]], text: list[int], b
     return dict(sorted(chances.items(), key=lambda item: -item[1]))
 
 
-def branches_of(drafter: Drafter, text: list[int], budget: int) -> tuple[Branches, dict[tuple, float]]:
+def branches_of(drafter: Drafter, text: list[int], budget: int) -> tuple[TokenTree, dict[tuple, float]]:
     branches = drafter.branches(text, budget)
     return branches, dict(zip(texts_of(branches), branches.weights, strict=True))
 

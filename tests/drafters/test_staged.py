@@ -24,8 +24,8 @@ from tests.support.distributions import (
     VOCAB_SIZE,
     cells,
     check_distribution,
-    exact_distribution,
     distribution_target,
+    exact_distribution,
     p_value,
 )
 from tests.support.family import Watched, built, check_family, texts

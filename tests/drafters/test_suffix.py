@@ -19,7 +19,7 @@ from draftsmith.core.drafter import Step
 from draftsmith.drafters import suffix
 from draftsmith.drafters.suffix import Config, Drafter
 from draftsmith.drafters.suffix.growing_text import GrowingText
-from draftsmith.parts.trie import Branches
+from draftsmith.parts.trie import TokenTree
 from tests.parts.test_suffix_array import DOCUMENTS, TOKENS
 from tests.parts.test_suffix_array import VOCAB_SIZE as FEW_TOKENS
 from tests.parts.test_trie import texts_of
@@ -164,7 +164,7 @@ def is_fitting(config: Config, paths: list[tuple[int, ...]], chances: Chances, l
 
 def drafted(
     config: Config, own: list[int], recent: Sequence[list[int]] = (), kept: Sequence[list[int]] = ()
-) -> Branches:
+) -> TokenTree:
     drafter = few_tokens(config, list(kept), list(recent))
     return drafter._best(own, GrowingText(config.max_match, FEW_TOKENS, own), 9)
 

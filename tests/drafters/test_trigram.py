@@ -78,7 +78,7 @@ class Mixed(Watched):
             for token, parent in zip(draft.tokens_BN[row, :num_nodes].tolist(), parents, strict=True):
                 found.append((*found[parent], token) if found else ())
             assert set(found[1:]) == set(expected)
-        return draft if self.num_rounds % 2 else self._session.only_pending()
+        return draft if self.num_rounds % 2 else self._session.empty_draft()
 
     def observe(self, step: Any) -> None:
         super().observe(step)

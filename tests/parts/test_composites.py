@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import draftsmith
-from draftsmith.core.drafter import Drafter, Session, Step, find
+from draftsmith.artifacts.families import find
+from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import eagle3, early_exit, hydra, kangaroo, layerskip, lm, lookup, medusa, medusa2, prophet
 from draftsmith.length.controller import LengthControlled

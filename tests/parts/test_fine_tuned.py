@@ -5,7 +5,7 @@ import torch
 
 import draftsmith
 from draftsmith.drafters import lookup
-from draftsmith.parts.self_drafting.fine_tuned import tuned
+from draftsmith.parts.self_drafting.fine_tuned import fine_tuned_target
 from tests.support.family import texts
 from tests.support.models import CAUSAL, greedy_by_transformers, prompts, tiny_model, tiny_target
 
@@ -20,7 +20,7 @@ def test_a_tuned_target_is_the_model_with_those_weights(architecture: str) -> No
     target = tiny_target(architecture)
     before = {name: weight.clone() for name, weight in target.model.state_dict().items()}
     changes = {name: 0.5 * before[name] for name in names(target)}
-    found, expected = tuned(target, changes), tiny_model(architecture)
+    found, expected = fine_tuned_target(target, changes), tiny_model(architecture)
     assert changes
     with torch.no_grad():
         for name, weight in changes.items():
@@ -36,7 +36,7 @@ def test_a_tuned_target_is_the_model_with_those_weights(architecture: str) -> No
 
 def test_nothing_is_decoded_for_one_with_a_drafter_of_the_other() -> None:
     target = tiny_target("llama")
-    own = tuned(target, {name: torch.zeros_like(target.model.get_parameter(name)) for name in names(target)})
+    own = fine_tuned_target(target, {name: torch.zeros_like(target.model.get_parameter(name)) for name in names(target)})
     ids = torch.tensor(prompts(1))
     drafter = lookup.Drafter(lookup.Config(), own)
     with pytest.raises(ValueError, match=r"drafts for another Target object.*drafter\.target"):
@@ -48,7 +48,7 @@ def test_nothing_is_decoded_for_one_with_a_drafter_of_the_other() -> None:
 
 def test_weights_that_are_not_the_models_are_refused() -> None:
     target = tiny_target("llama")
-    with pytest.raises(ValueError, match="has no parameter 'nowhere' to be tuned"):
-        tuned(target, {"nowhere": torch.zeros(1)})
+    with pytest.raises(ValueError, match="has no parameter 'nowhere' to be fine-tuned"):
+        fine_tuned_target(target, {"nowhere": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"is \(64, 32\) in"):
-        tuned(target, {"lm_head.weight": torch.zeros(2, 2)})
+        fine_tuned_target(target, {"lm_head.weight": torch.zeros(2, 2)})

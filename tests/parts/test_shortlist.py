@@ -1,49 +1,49 @@
-"""Shortlists: which tokens get logits, what the others get, and heads cut down to them."""
+"""Tests of shortlists, and of LM heads restricted to them."""
 
 import pytest
 import torch
 from torch import nn
 
 from draftsmith.core.sampling import Sampling
-from draftsmith.parts.neural import tied_heads
-from draftsmith.parts.neural.shortlist import ShortHead, Shortlist, stamp
+from draftsmith.parts.neural.shortlist import Shortlist, ShortlistHead, weights_version
+from draftsmith.parts.neural.tied_heads import TiedHead
 from tests.support.models import tiny_target
 
 
-def test_others_are_never_drawn() -> None:
+def test_shortlist_gives_other_tokens_probability_zero() -> None:
     torch.manual_seed(0)
     shortlist = Shortlist(3, 7)
-    shortlist.take(torch.tensor([1, 4, 6]))
+    shortlist.set_tokens(torch.tensor([1, 4, 6]))
     logits_W = torch.randn(2, 5, 3)
     for temperature in (0.5, 1.0, 20.0):
         probs_V = Sampling(temperature=temperature).probs(shortlist.spread(logits_W))
         assert probs_V[..., [0, 2, 3, 5]].eq(0).all()
         torch.testing.assert_close(probs_V[..., [1, 4, 6]], (logits_W / temperature).softmax(-1))
-    assert shortlist.holds(torch.tensor([[0, 1], [6, 5]])).tolist() == [[False, True], [True, False]]
+    assert shortlist.contains(torch.tensor([[0, 1], [6, 5]])).tolist() == [[False, True], [True, False]]
     assert len(shortlist) == 3 and not shortlist.is_whole
 
 
-def test_none_is_the_whole_vocabulary() -> None:
+def test_empty_shortlist_keeps_whole_vocabulary() -> None:
     whole, logits_V = Shortlist(0, 7), torch.randn(2, 7)
     assert whole.is_whole and len(whole) == 7 and not whole.state_dict()
     assert whole.spread(logits_V) is logits_V and whole.rows(logits_V.T).shape == (7, 2)
-    assert whole.holds(torch.arange(7)).all()
+    assert whole.contains(torch.arange(7)).all()
 
 
 @pytest.mark.parametrize("num_tokens", [-1, 8])
-def test_what_is_refused(num_tokens: int) -> None:
+def test_shortlist_rejects_invalid_size(num_tokens: int) -> None:
     with pytest.raises(ValueError, match=f"shortlist is {num_tokens}; it must lie between 0, for none, and 7"):
         Shortlist(num_tokens, 7)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_short_head_gives_the_whole_ones_logits(bias: bool) -> None:
-    """With gradients and without, before and after its weights or its tokens change."""
+def test_shortlist_head_matches_whole_head(bias: bool) -> None:
+    """With and without gradients, before and after its weights or tokens change."""
     torch.manual_seed(0)
     whole = nn.Linear(5, 7, bias=bias)
-    head, features = ShortHead(whole, 3), torch.randn(2, 4, 5)
+    head, features = ShortlistHead(whole, 3), torch.randn(2, 4, 5)
     for ids in ([0, 1, 2], [1, 4, 6]):
-        head.shortlist.take(torch.tensor(ids))
+        head.shortlist.set_tokens(torch.tensor(ids))
         for _ in range(2):
             expected = whole(features)[..., ids]
             torch.testing.assert_close(head(features)[..., ids], expected)
@@ -56,25 +56,25 @@ def test_a_short_head_gives_the_whole_ones_logits(bias: bool) -> None:
     assert whole.weight.grad.abs().sum(1).gt(0).tolist() == [at in (1, 4, 6) for at in range(7)]
 
 
-def test_products_are_good_until_something_changes() -> None:
-    head = ShortHead(nn.Linear(5, 7), 3).eval()
-    stamps = [stamp(head)]
+def test_weights_version_changes_with_weights_tokens_and_mode() -> None:
+    head = ShortlistHead(nn.Linear(5, 7), 3).eval()
+    versions = [weights_version(head)]
     with torch.no_grad():
         head.weight.add_(1)
-    stamps.append(stamp(head))
-    head.shortlist.take(torch.tensor([0, 1, 3]))
-    stamps.append(stamp(head))
-    assert stamps[0] != stamps[1] != stamps[2] == stamp(head.eval())
-    assert stamp(head.train()) != stamp(head)
-    assert stamps[2] != stamp(head.eval()) == stamp(head)
+    versions.append(weights_version(head))
+    head.shortlist.set_tokens(torch.tensor([0, 1, 3]))
+    versions.append(weights_version(head))
+    assert versions[0] != versions[1] != versions[2] == weights_version(head.eval())
+    assert weights_version(head.train()) != weights_version(head)
+    assert versions[2] != weights_version(head.eval()) == weights_version(head)
 
 
 @pytest.mark.parametrize("is_fused", [False, True])
-def test_a_head_is_the_one_just_trained(is_fused: bool) -> None:
-    """A fused optimiser changes weights behind PyTorch's back."""
+def test_lm_heads_use_weights_of_last_training_step(is_fused: bool) -> None:
+    """Fused optimisers change weights without counting the writes."""
     torch.manual_seed(0)
     whole, features = nn.Linear(5, 7), torch.randn(2, 5)
-    heads = [ShortHead(whole, 3), tied_heads.Ends(tiny_target("llama"), 5, 4, shortlist=3)]
+    heads = [ShortlistHead(whole, 3), TiedHead(tiny_target("llama"), 5, 4, shortlist=3)]
     for head in heads:
         optimiser = torch.optim.AdamW(head.parameters(), lr=0.1, fused=is_fused)
         for _ in range(3):

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as some
 
-from draftsmith.parts.trie import Branches, as_draft, heaviest, heaviest_path, join
+from draftsmith.parts.trie import TokenTree, to_draft, heaviest_nodes, heaviest_path, build_trie
 
 CONTINUATIONS = some.lists(some.tuples(some.lists(some.integers(0, 3), max_size=5), some.integers(1, 4)), max_size=8)
 
 
-def texts_of(branches: Branches) -> list[tuple[int, ...]]:
+def texts_of(branches: TokenTree) -> list[tuple[int, ...]]:
     """Returns what is read on the way to each node."""
     texts: list[tuple[int, ...]] = [()]
     for token, parent in zip(branches.tokens, branches.parents, strict=True):
@@ -27,7 +27,7 @@ def session(rows: list[list[int]]) -> Any:
 
 @given(CONTINUATIONS)
 def test_a_node_for_each_beginning_weighs_all_that_begin_so(continuations: list[tuple[list[int], int]]) -> None:
-    branches = join(continuations)
+    branches = build_trie(continuations)
     weights: Counter[tuple[int, ...]] = Counter()
     for tokens, weight in continuations:
         for end in range(1, len(tokens) + 1):
@@ -38,8 +38,8 @@ def test_a_node_for_each_beginning_weighs_all_that_begin_so(continuations: list[
 
 @given(CONTINUATIONS, some.integers(0, 12))
 def test_the_heaviest_are_a_tree(continuations: list[tuple[list[int], int]], num_nodes: int) -> None:
-    branches = join(continuations)
-    kept = heaviest(branches, num_nodes)
+    branches = build_trie(continuations)
+    kept = heaviest_nodes(branches, num_nodes)
     assert sorted(kept.weights, reverse=True) == sorted(branches.weights, reverse=True)[:num_nodes]
     weight = dict(zip(texts_of(branches), branches.weights, strict=True))
     assert [weight[text] for text in texts_of(kept)] == kept.weights
@@ -47,7 +47,7 @@ def test_the_heaviest_are_a_tree(continuations: list[tuple[list[int], int]], num
 
 @given(CONTINUATIONS)
 def test_the_heaviest_path_takes_the_heaviest_child(continuations: list[tuple[list[int], int]]) -> None:
-    branches = join(continuations)
+    branches = build_trie(continuations)
     weight = dict(zip(texts_of(branches), branches.weights, strict=True))
     text: tuple[int, ...] = ()
     while children := [one for one in weight if one[:-1] == text and len(one) == len(text) + 1]:
@@ -59,13 +59,13 @@ def test_the_heaviest_path_takes_the_heaviest_child(continuations: list[tuple[li
 
 @given(some.lists(CONTINUATIONS, min_size=1, max_size=3))
 def test_each_row_has_its_own_tree_level_by_level(rows: list[list[tuple[list[int], int]]]) -> None:
-    tries = [join(row) for row in rows]
-    draft = as_draft(session([[7, row] for row in range(len(rows))]), tries)
+    tries = [build_trie(row) for row in rows]
+    draft = to_draft(session([[7, row] for row in range(len(rows))]), tries)
     assert draft.tree.is_chain == all(trie.parents == list(range(len(trie.parents))) for trie in tries)
     for row, trie in enumerate(tries):
         used = draft.num_nodes[row] if draft.num_nodes else draft.tree.num_nodes
         shared = row if len(draft.tree.parents_RN) > 1 else 0
-        found = Branches(
+        found = TokenTree(
             tokens=draft.tokens_BN[row, 1:used].tolist(), parents=draft.tree.parents_RN[shared, 1:used].tolist()
         )
         assert draft.tokens_BN[row, 0] == row

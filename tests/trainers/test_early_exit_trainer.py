@@ -55,7 +55,7 @@ def slow_logits(drafter: Drafter, given: Batch, recycled_BTD: Tensor | None) -> 
     for row, length in enumerate(given.lengths_B.tolist()):
         hidden_1TD = given.hidden[drafter.config.exit_layer][row : row + 1, :length]
         recycled_1TD = None if recycled_BTD is None else recycled_BTD[row : row + 1, :length]
-        logits_BTV[row, :length] = drafter.head(drafter(drafter.entrance(hidden_1TD, recycled_1TD)))[0]
+        logits_BTV[row, :length] = drafter.head(drafter(drafter.block_input(hidden_1TD, recycled_1TD)))[0]
     return logits_BTV
 
 

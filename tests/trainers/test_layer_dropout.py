@@ -15,7 +15,7 @@ from data.batches import Batch
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.drafters import early_exit
-from draftsmith.parts.self_drafting.fine_tuned import matrices
+from draftsmith.parts.self_drafting.fine_tuned import linear_layers
 from tests.support.family import check_family, texts
 from tests.support.masked_batch import masked_batch
 from tests.support.models import NUM_LAYERS, greedy_by_model, prompts, tiny_model, tiny_target
@@ -159,7 +159,7 @@ def test_judgement_by_hand() -> None:
 def test_low_rank_changes_begin_as_none_and_touch_what_they_are_told_to() -> None:
     settings = layer_dropout.Settings(exit_layer=1, rank=2, modules=("q_proj", "down_proj"))
     drafter, ids = layer_dropout.build(settings, TARGET).eval(), torch.tensor(prompts(1))
-    assert len(drafter.adapters) == len(matrices(TARGET, settings.modules)) == 2 * NUM_LAYERS
+    assert len(drafter.adapters) == len(linear_layers(TARGET, settings.modules)) == 2 * NUM_LAYERS
     with torch.no_grad():
         assert torch.equal(drafter.target.model(ids).logits, TARGET.model(ids).logits)
         for adapter in drafter.adapters:
@@ -188,7 +188,7 @@ def test_trained_it_drafts_for_the_copy_and_says_so(tmp_path: Path, rank: int) -
     out = draftsmith.generate(drafter.target, ids, drafter, max_new_tokens=20)
     assert texts(out) == greedy_by_model(drafter.target.model, 1, 20)
     changed = [name for name, one in drafter.target.model.named_parameters() if not torch.equal(one, before[name])]
-    assert len(changed) >= len(matrices(target))
+    assert len(changed) >= len(linear_layers(target))
     assert all(torch.equal(weight, before[name]) for name, weight in target.model.named_parameters())
 
 

@@ -18,7 +18,7 @@ import draftsmith
 from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.parts.self_drafting.fine_tuned import matrices
+from draftsmith.parts.self_drafting.fine_tuned import linear_layers
 from tests.support.models import VOCAB_SIZE, tiny_model
 from tests.support.runs import SMALL, command, logged, make_data, make_target, run, weights
 from trainers import medusa2
@@ -70,7 +70,7 @@ def slow_logits(drafter: medusa2.Drafter, given: Batch, *, is_tuned: bool) -> tu
     model, scale = TARGET.model, drafter.config.alpha / drafter.config.rank
     changed = {
         f"{name}.weight": model.get_parameter(f"{name}.weight") + scale * adapter.up.weight @ adapter.down.weight
-        for name, adapter in zip(matrices(TARGET), drafter.adapters, strict=True)
+        for name, adapter in zip(linear_layers(TARGET), drafter.adapters, strict=True)
     }
     inner = {name.removeprefix("model."): weight for name, weight in changed.items() if name != "lm_head.weight"}
     normed_BTD = functional_call(model.model, inner if is_tuned else {}, (given.tokens_BT,)).last_hidden_state
@@ -157,7 +157,7 @@ def test_merged_is_what_peft_merges(architecture: str) -> None:
     """Weights to 1e-6, and so does the target that is trained, whose changes are not merged, give the same logits."""
     target = Target(tiny_model(architecture))
     drafter = shaken(settings_of(), target)
-    names = list(matrices(target))
+    names = list(linear_layers(target))
     model = get_peft_model(
         tiny_model(architecture),
         LoraConfig(r=3, lora_alpha=2, target_modules=names, fan_in_fan_out=architecture == "gpt2"),
@@ -167,7 +167,7 @@ def test_merged_is_what_peft_merges(architecture: str) -> None:
         layer.lora_A["default"].weight.data.copy_(adapter.down.weight)
         layer.lora_B["default"].weight.data.copy_(adapter.up.weight)
     merged = model.merge_and_unload(safe_merge=True)
-    for name, weight in drafter.merged().items():
+    for name, weight in drafter.merged_weights().items():
         torch.testing.assert_close(weight, merged.get_parameter(name), rtol=0, atol=1e-6)
         assert not torch.equal(weight, target.model.get_parameter(name))
     ids = batch(target).tokens_BT
@@ -250,7 +250,7 @@ def test_a_run_leaves_the_target_as_it_was_and_an_artifact_that_tunes_it(folder:
     assert len(drafter.config.tree) == 4 and drafter.target is not target
     after = target.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert all((adapter.change() != 0).any() for adapter in drafter.adapters)
+    assert all((adapter.delta() != 0).any() for adapter in drafter.adapters)
     ids = torch.tensor([[5, 6, 7, 8]])
     out = draftsmith.generate(drafter.target, ids, drafter, max_new_tokens=12)
     expected = drafter.target.model.generate(

@@ -19,7 +19,7 @@ from draftsmith import Target
 from draftsmith.core.tree import chain
 from draftsmith.length.costs import CONTEXT, SIZES
 from draftsmith.length.policies import Outcome, Policy
-from draftsmith.parts.self_drafting.sublayers import Sublayers, reread, sublayers
+from draftsmith.parts.self_drafting.sublayers import Sublayers, draft_hidden, sublayers
 from trainers.layer_search.search import Bits
 
 POSITIONS_AT_ONCE = 1024
@@ -68,7 +68,7 @@ class CachedTexts:
     @torch.inference_mode()
     def agreement(self, skipped: Sublayers) -> tuple[Tensor, Tensor]:
         """Returns where drafting guesses what the target itself says [N], and how sure it is of each guess [N]."""
-        hidden_BTD = reread(self._target, self._tokens_BT, self._cache, skipped, self._num_draft)
+        hidden_BTD = draft_hidden(self._target, self._tokens_BT, self._cache, skipped, self._num_draft)
         guesses_N, confidence_N = self._guesses(hidden_BTD[:, :-1])
         return guesses_N == self._labels_N, confidence_N
 

@@ -1,4 +1,4 @@
-"""Low-rank changes of a target while they are trained: peft's layers, run over factors that belong to a drafter."""
+"""Training of a target's low-rank adapters (LoRA): peft's layers, whose factors belong to a drafter."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,30 +6,31 @@ from typing import Any
 import torch
 
 from draftsmith import Target
-from draftsmith.parts.self_drafting.fine_tuned import Tuned, matrices, twin
+from draftsmith.parts.self_drafting.fine_tuned import FineTunedTarget, linear_layers, weight_sharing_copy
 
 
 def attach_adapters(
     base: Target, modules: tuple[str, ...], adapters: Iterable[Any], *, rank: int, alpha: float, dropout: float
-) -> Tuned:
-    """Returns a target with peft's layers around its linear layers called so; every other weight is `base`'s own.
+) -> FineTunedTarget:
+    """Returns a target with peft's layers around the linear layers named by `modules`, all other weights shared.
 
-    The factors are those of `adapters`, one for each of the layers.
+    `adapters` holds the low-rank factors, one adapter for each of these layers.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    layers, adapters = list(matrices(base, modules)), list(adapters)
+    layers, adapters = list(linear_layers(base, modules)), list(adapters)
     lora = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=layers,
         fan_in_fan_out=any(adapter.is_transposed for adapter in adapters),
     )
-    model = inject_adapter_in_model(lora, twin(base.model), "default")
+    model = inject_adapter_in_model(lora, weight_sharing_copy(base.model), "default")
     for name, adapter in zip(layers, adapters, strict=True):
         layer = model.get_submodule(name)
         layer.lora_A["default"], layer.lora_B["default"] = adapter.down, adapter.up
-        # The drafter tells its dropout when it trains. The head runs again in the backward pass: no other mask there.
+        # train() of the drafter switches this dropout on. The head runs again in the backward pass, where another
+        # dropout mask would give another loss.
         adapter.dropout = torch.nn.Dropout(0.0 if layer is model.get_output_embeddings() else dropout)
         layer.lora_dropout["default"] = adapter.dropout
-    return Tuned(model.eval(), base)
+    return FineTunedTarget(model.eval(), base)

@@ -1,8 +1,8 @@
-"""What trainers of draft models with laws of their own share: losses against the target's text or laws, and judgement.
+"""Distillation of draft models: losses against the target's text or distribution, and held-out metrics.
 
-A draft model is given as its features after every token of a batch, and the head that makes logits of them.
+A draft model is given by its features after every token of a batch and the head that computes logits from them.
 
-Shape suffixes: B rows, T positions, P = T - 1, N supervised positions, D width of the features, K likeliest tokens,
+Shape suffixes: B rows, T positions, P = T - 1, N supervised positions, D width of the features, K most likely tokens,
 V vocabulary.
 """
 
@@ -37,38 +37,36 @@ Head = Callable[[Tensor], Tensor]
 BEST_METRIC = "predicted_speedup"
 ACCEPTED_TO = "accepted_to_"
 DRAFT_TOKENS = 64
-"""Most tokens that a draft model writes of its own after a held-out prompt, to be judged."""
+"""Largest number of tokens that a draft model generates after a held-out prompt to be evaluated on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """What is learnt from the target: its text, or its laws."""
+    """The loss against the target's text or distribution."""
 
     loss: str = field(default="ce", metadata={"choices": ["ce", *DIVERGENCES]})
-    """Cross-entropy on the text, or a divergence from the target's law at each of its tokens."""
+    """Cross-entropy on the text (ce), or a divergence from the target's distribution at each of its tokens."""
     beta: float = 0.5
-    """Of the Jensen-Shannon divergence (`jsd`)."""
+    """Weight in the Jensen-Shannon divergence (jsd)."""
     loss_temperature: float = 1.0
-    """Both laws are taken at this temperature in a divergence."""
+    """Temperature of both distributions in a divergence."""
     teacher_top_k: int = 0
-    """A divergence sees so many of the target's largest logits and the rest as one, 0 for all of them."""
+    """Number of the target's largest logits that a divergence uses, all other tokens being one outcome; 0 for all."""
     on_policy: float = 0.0
-    """Share of the rows, drawn anew at each step, whose text the draft model writes itself after the row's prompt, for
-    a divergence to correct; the other rows keep the text that --data has."""
+    """Fraction of the rows, chosen anew at each step, whose text the draft model generates itself after the row's
+    prompt; needs a divergence. The other rows keep the text of --data."""
     on_policy_temperature: float = 1.0
-    """At which it writes."""
+    """Sampling temperature of that text."""
 
     def __post_init__(self) -> None:
         if self.teacher_top_k < 0:
             raise ValueError(f"teacher_top_k is {self.teacher_top_k}; it must not be negative")
         if self.loss == "ce" and (self.teacher_top_k or self.loss_temperature != 1):
-            raise ValueError("teacher_top_k and loss_temperature belong to a divergence, and loss is ce: name another")
+            raise ValueError("teacher_top_k and loss_temperature apply to divergences only; choose a --loss besides ce")
         if not 0 <= self.on_policy <= 1:
-            raise ValueError(f"on_policy is {self.on_policy}; it is a share, from 0 to 1")
+            raise ValueError(f"on_policy is {self.on_policy}; it is a fraction from 0 to 1")
         if self.on_policy and self.loss == "ce":
-            raise ValueError(
-                "on_policy needs a divergence: by cross-entropy a draft model learns nothing of its own text"
-            )
+            raise ValueError("on_policy needs a divergence: cross-entropy would teach a draft model its own text")
         if not 0 <= self.on_policy_temperature < math.inf:
             raise ValueError(f"on_policy_temperature is {self.on_policy_temperature}; it must not be negative")
         if self.loss != "ce":
@@ -94,12 +92,12 @@ def loss(
 ) -> tuple[Tensor, Metrics]:
     """Returns the loss summed over supervised tokens, each predicted at the position before it.
 
-    With a shortlist the cross-entropy leaves out tokens that are not on it, and divergences are from the target's law
-    given that the token is; `outside` is the share that is not.
+    With a shortlist, the cross-entropy skips tokens off the list, and divergences are from the target's distribution
+    conditioned on the list; the metric `outside` is the fraction of tokens off the list.
     """
     shortlist = shortlist or Shortlist(0, target.vocab_size)
     labels_N = batch.tokens_BT[:, 1:][batch.loss_mask_BT[:, 1:]]
-    is_listed_N = shortlist.holds(labels_N)
+    is_listed_N = shortlist.contains(labels_N)
     metrics = {} if shortlist.is_whole else {"outside": ((~is_listed_N).sum(), len(labels_N))}
     features_ND = before_supervised(features_BTD, batch)
     if settings.loss == "ce":
@@ -114,34 +112,34 @@ def loss(
     total, _ = sum_in_chunks(
         lambda features, *theirs: compare(head(features), restrict_to_shortlist(_teacher(target, *theirs), shortlist)),
         features_ND,
-        *(before_supervised(part, batch) for part in _law(batch, settings, target)),
+        *(before_supervised(part, batch) for part in _teacher_inputs(batch, settings, target)),
         vocab_size=target.vocab_size,
     )
     return total, metrics
 
 
 def transform_batch(drafter: Any, batch: Batch, settings: LossSettings, target: Target, salt: str) -> Batch:
-    """Returns the batch with a share `on_policy` of its rows written by the drafter; the coin goes by row and salt."""
+    """Returns the batch with a fraction `on_policy` of its rows generated by the drafter, chosen by row and salt."""
     if settings.on_policy and on_policy.is_sharded(drafter):
         raise ValueError(
-            "on_policy needs the draft model's weights whole, which zero3 shards: name another --deepspeed"
+            "on_policy needs unsharded draft model weights, and zero3 shards them: use another --deepspeed"
         )
     rows = on_policy.select_rows(settings.on_policy, batch, salt)
     return on_policy.rewrite_rows(drafter, batch, target, rows, temperature=settings.on_policy_temperature, salt=salt)
 
 
 def self_generated(drafter: Any, batch: Batch, settings: LossSettings, target: Target) -> Batch | None:
-    """Returns held-out rows' prompts with what the drafter writes after them at temperature 1, if it is whole."""
+    """Returns held-out prompts continued by the drafter at temperature 1; None if ZeRO-3 shards its weights."""
     if on_policy.is_sharded(drafter):
         return None
-    every, most = range(len(batch.keys)), {"most_tokens": DRAFT_TOKENS}
-    return on_policy.rewrite_rows(drafter, batch, target, every, temperature=1.0, salt="held out", **most)
+    rows, options = range(len(batch.keys)), {"most_tokens": DRAFT_TOKENS}
+    return on_policy.rewrite_rows(drafter, batch, target, rows, temperature=1.0, salt="held out", **options)
 
 
 def evaluate(features_BTD: Tensor, head: Head, batch: Batch, target: Target, *, num_draft: int = 1) -> Metrics:
-    """Returns acceptance, the mean of b = sum_x min(p, q) at temperature 1, and how often both laws' likeliest agree.
+    """Returns acceptance, the mean of b = sum_x min(p, q) at temperature 1, and the rate of agreement of both argmaxes.
 
-    With more than one to draft also `accepted_to_d`, the mean of b_1 b_2 ... b_d over supervised positions in a row.
+    With `num_draft` above 1 also `accepted_to_d`, the mean of b_1 b_2 ... b_d over consecutive supervised positions.
     """
 
     def compare(features: Tensor, theirs: Tensor) -> Tensor:
@@ -157,11 +155,11 @@ def evaluate(features_BTD: Tensor, head: Head, batch: Batch, target: Target, *, 
 
 
 def run_acceptance(accepted_N: Tensor, batch: Batch, num_draft: int) -> Metrics:
-    """Returns the mean of the product of d acceptances in a row for d from 2 to `num_draft`, as `accepted_to_d`."""
+    """Returns the mean product of d consecutive acceptances for d from 2 to `num_draft`, as `accepted_to_d`."""
     known_BP = batch.loss_mask_BT[:, 1:]
     accepted_BP = torch.zeros(known_BP.shape, device=accepted_N.device, dtype=accepted_N.dtype)
     accepted_BP[known_BP] = accepted_N
-    # Zeros where nothing is supervised: a run that meets one counts for nothing.
+    # Runs that contain an unsupervised position are not counted.
     product_BP, is_whole_BP, metrics = accepted_BP, known_BP, {}
     for depth in range(2, num_draft + 1):
         product_BP = product_BP[:, :-1] * accepted_BP[:, depth - 1 :]
@@ -172,40 +170,40 @@ def run_acceptance(accepted_N: Tensor, batch: Batch, num_draft: int) -> Metrics:
 
 @torch.no_grad()
 def measure_costs(drafter: Any, settings: LossSettings, target: Target) -> dict[str, float]:
-    """Returns what a drafted token costs of a plain step, which no training changes."""
+    """Returns the cost of a drafted token relative to a plain decoding step, which does not depend on the weights."""
     return {"cost_ratio": on_policy.cost_ratio(drafter, target)}
 
 
 def summarise(means: dict[str, float], costs: dict[str, float]) -> dict[str, float]:
-    """Returns the speed-up over plain decoding to expect of chains as long as pays best, one token at least.
+    """Returns the predicted speed-up over plain decoding with chains of the best length, at least one token.
 
     For n tokens drafted at cost c each, (1 + mean b_1 + ... + mean b_1 ... b_n) / (n c + 1) (2211.17192, theorem 3.8,
-    with acceptances as they come one after the other); less than 1 is a slow-down.
+    with the acceptances of consecutive positions); less than 1 is a slow-down.
     """
-    reached = [means["acceptance"]]
-    while not math.isnan(further := means.get(f"{ACCEPTED_TO}{len(reached) + 1}", math.nan)):
-        reached.append(further)
+    accepted = [means["acceptance"]]
+    while not math.isnan(further := means.get(f"{ACCEPTED_TO}{len(accepted) + 1}", math.nan)):
+        accepted.append(further)
     speedups = (
-        predicted_speedup.speedup(predicted_speedup.tokens_by_depth(reached[:number]), number, costs["cost_ratio"])
-        for number in range(1, len(reached) + 1)
+        predicted_speedup.speedup(predicted_speedup.tokens_by_depth(accepted[:number]), number, costs["cost_ratio"])
+        for number in range(1, len(accepted) + 1)
     )
     return {BEST_METRIC: max(speedups), **costs}
 
 
 def before_supervised(values_BTD: Tensor, batch: Batch) -> Tensor:
-    """Returns what stands at the positions before supervised tokens [N, D]."""
+    """Returns the values at the positions before supervised tokens [N, D]."""
     return values_BTD[:, :-1][batch.loss_mask_BT[:, 1:]]
 
 
-def _law(batch: Batch, settings: LossSettings, target: Target) -> tuple[Tensor, ...]:
-    """Returns what the batch holds of the target's law [B, T, ...]: last hidden states, or the top of its logits."""
+def _teacher_inputs(batch: Batch, settings: LossSettings, target: Target) -> tuple[Tensor, ...]:
+    """Returns the target's outputs in the batch [B, T, ...]: last hidden states, or the largest logits."""
     if not settings.teacher_top_k:
         return (batch.hidden[target.num_layers],)
     assert batch.top_logits_BTK is not None and batch.top_ids_BTK is not None and batch.log_normaliser_BT is not None
     return batch.top_logits_BTK, batch.top_ids_BTK, batch.log_normaliser_BT
 
 
-def _teacher(target: Target, *law: Tensor) -> Teacher:
-    if len(law) == 1:
-        return Teacher(logits=target.logits(law[0][None])[0])
-    return Teacher(logits=law[0], ids_NK=law[1], log_normaliser_N=law[2])
+def _teacher(target: Target, *inputs: Tensor) -> Teacher:
+    if len(inputs) == 1:
+        return Teacher(logits=target.logits(inputs[0][None])[0])
+    return Teacher(logits=inputs[0], ids_NK=inputs[1], log_normaliser_N=inputs[2])

@@ -1,7 +1,7 @@
-"""Training losses: pure functions of logits at N positions, and `chunked`, which sums them without keeping the logits.
+"""Training losses as pure functions of logits at N positions, and their sum over chunks without keeping the logits.
 
-Shape suffixes: N positions, V vocabulary, K likeliest tokens kept, C outcomes: the vocabulary, or the K likeliest and
-one more outcome, "any other token". `student_logp_NC` and `teacher_logp_NC` are log-probabilities of outcomes.
+Shape suffixes: N positions, V vocabulary, K most likely tokens kept, C outcomes: the vocabulary, or the K most likely
+tokens and one more outcome, "any other token". `student_logp_NC` and `teacher_logp_NC` are outcomes' log-probabilities.
 """
 
 import math
@@ -17,36 +17,36 @@ from torch.utils.checkpoint import checkpoint
 from draftsmith.parts.neural.shortlist import OUTSIDE, Shortlist
 
 MAX_LOGITS = 2**24
-"""Logits computed at once, 64 MiB in float32."""
+"""Number of logits computed at once, 64 MiB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Teacher:
-    """The target's law at N positions: all its logits, or its K largest with the exact log-normaliser."""
+    """The target's distribution at N positions: all its logits, or the K largest with the exact log-normaliser."""
 
     logits: Tensor
     """[N, V], or [N, K] when `ids` are given."""
     ids_NK: Tensor | None = None
     """Token ids of the K largest logits."""
     log_normaliser_N: Tensor | None = None
-    """Log of the sum of exponentials of all V logits."""
+    """Log-sum-exp of all V logits."""
 
 
 def restrict_to_shortlist(teacher: Teacher, shortlist: Shortlist) -> Teacher:
-    """Returns the teacher's law given that the next token is on the shortlist, p(x) / sum of p over the shortlist.
+    """Returns the teacher conditioned on the next token being on the shortlist, p(x) / sum of p over the shortlist.
 
-    Of its K largest logits those outside are taken out of the sum; what lies outside beyond them stays in "any other".
+    With a top K, only tokens among the K that are off the shortlist leave the sum; the rest stay in "any other".
     """
     if shortlist.is_whole:
         return teacher
     if teacher.ids_NK is None:
         every_V = torch.arange(teacher.logits.shape[-1], device=teacher.logits.device)
-        return Teacher(logits=teacher.logits.masked_fill(~shortlist.holds(every_V), OUTSIDE))
+        return Teacher(logits=teacher.logits.masked_fill(~shortlist.contains(every_V), OUTSIDE))
     assert teacher.log_normaliser_N is not None
-    is_listed_NK = shortlist.holds(teacher.ids_NK)
-    chances_NK = (_wide(teacher.logits) - teacher.log_normaliser_N[:, None]).exp()
-    # Rounding must not leave less than nothing where almost all the mass is outside.
-    listed_N = (1 - (chances_NK * ~is_listed_NK).sum(-1)).clamp(min=torch.finfo(chances_NK.dtype).eps)
+    is_listed_NK = shortlist.contains(teacher.ids_NK)
+    probs_NK = (_upcast(teacher.logits) - teacher.log_normaliser_N[:, None]).exp()
+    # Where almost all the mass is off the shortlist, rounding must not make the rest negative.
+    listed_N = (1 - (probs_NK * ~is_listed_NK).sum(-1)).clamp(min=torch.finfo(probs_NK.dtype).eps)
     return Teacher(
         logits=teacher.logits.masked_fill(~is_listed_NK, OUTSIDE),
         ids_NK=teacher.ids_NK,
@@ -55,24 +55,24 @@ def restrict_to_shortlist(teacher: Teacher, shortlist: Shortlist) -> Teacher:
 
 
 def outcome_log_probs(student_logits_NV: Tensor, teacher: Teacher, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Returns the log-probabilities (student_logp_NC, teacher_logp_NC) of the outcomes both laws are compared on.
+    """Returns the log-probabilities (student_logp_NC, teacher_logp_NC) of the outcomes that are compared.
 
     With the teacher's top K the outcomes are those K tokens and "any other": teacher 1 - sum_K p, student
-    sum_{x not in K} q(x). No mass is dropped; every divergence below is then that of the coarser laws, which is at
-    most the full one and equals it for K = V. Raises ValueError for a temperature other than 1 with a top K, because
-    the stored normaliser holds for 1 only.
+    sum_{x not in K} q(x). No mass is dropped; every divergence below is then that of the coarser distributions, which
+    is at most the full one and equals it for K = V. Raises ValueError for a temperature other than 1 with a top K,
+    because the stored normaliser holds for 1 only.
     """
-    student_logp_NV = (_wide(student_logits_NV) / temperature).log_softmax(-1)
+    student_logp_NV = (_upcast(student_logits_NV) / temperature).log_softmax(-1)
     if teacher.ids_NK is None:
-        return student_logp_NV, (_wide(teacher.logits) / temperature).log_softmax(-1)
+        return student_logp_NV, (_upcast(teacher.logits) / temperature).log_softmax(-1)
     assert teacher.log_normaliser_N is not None
     if temperature != 1.0:
         raise ValueError(f"temperature is {temperature}; with the teacher's top logits only it must be 1")
-    top_teacher_NK = _wide(teacher.logits) - teacher.log_normaliser_N[:, None]
+    top_teacher_NK = _upcast(teacher.logits) - teacher.log_normaliser_N[:, None]
     top_student_NK = student_logp_NV.gather(-1, teacher.ids_NK)
     if teacher.ids_NK.shape[-1] == student_logp_NV.shape[-1]:
         return top_student_NK, top_teacher_NK
-    # The normaliser's own rounding hides a smaller rest; a zero would make the reverse divergences infinite.
+    # A smaller rest is below the normaliser's rounding; a zero would make the reverse divergences infinite.
     smallest = torch.finfo(top_teacher_NK.dtype).eps
     rest_teacher_N = (1 - top_teacher_NK.exp().sum(-1)).clamp(min=smallest).log()
     rest_student_N = student_logp_NV.scatter(-1, teacher.ids_NK, -math.inf).logsumexp(-1)
@@ -84,7 +84,7 @@ def outcome_log_probs(student_logits_NV: Tensor, teacher: Teacher, temperature: 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Returns -log q(label) [N]."""
-    return functional.cross_entropy(_wide(logits_NV), labels_N, reduction="none")
+    return functional.cross_entropy(_upcast(logits_NV), labels_N, reduction="none")
 
 
 def forward_kl(student_logp_NC: Tensor, teacher_logp_NC: Tensor) -> Tensor:
@@ -107,12 +107,12 @@ def jensen_shannon(student_logp_NC: Tensor, teacher_logp_NC: Tensor, *, beta: fl
 
 
 def total_variation(student_logp_NC: Tensor, teacher_logp_NC: Tensor) -> Tensor:
-    """Returns half of sum_x |p - q| [N], which is one less the acceptance."""
+    """Returns half of sum_x |p - q| [N], which is 1 - acceptance."""
     return 0.5 * (teacher_logp_NC.exp() - student_logp_NC.exp()).abs().sum(-1)
 
 
 def acceptance(student_logp_NC: Tensor, teacher_logp_NC: Tensor) -> Tensor:
-    """Returns sum_x min(p, q) [N]: the chance that the target accepts a token drawn from the student."""
+    """Returns sum_x min(p, q) [N], the probability that the target accepts a token sampled from the student."""
     return torch.minimum(student_logp_NC, teacher_logp_NC).exp().sum(-1)
 
 
@@ -124,7 +124,7 @@ def likelihood(student_logp_NC: Tensor, teacher_logp_NC: Tensor) -> Tensor:
 def likelihood_hybrid(student_logp_NC: Tensor, teacher_logp_NC: Tensor) -> Tensor:
     """Returns w KL(p | q) + (1 - w) TV(p, q) [N] with w = exp(-3 acceptance), held constant (2602.23881).
 
-    The weight is taken position by position, so that the loss of a batch is the sum of its rows'.
+    The weight is computed at each position, so that the loss of a batch is the sum over its rows.
     """
     weight_N = torch.exp(-3 * acceptance(student_logp_NC, teacher_logp_NC)).detach()
     kl_N, tv_N = forward_kl(student_logp_NC, teacher_logp_NC), total_variation(student_logp_NC, teacher_logp_NC)
@@ -142,15 +142,15 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 
 
 def divergence(name: str, *, beta: float = 0.5, temperature: float = 1.0) -> Callable[[Tensor, Teacher], Tensor]:
-    """Returns (student_logits_NV, teacher) -> loss [N] by its name in `DIVERGENCES`, times temperature squared.
+    """Returns the function (student_logits_NV, teacher) -> loss [N] of a name in `DIVERGENCES`, times temperature^2.
 
-    The square keeps the size of the gradient (Hinton et al. 2015). `beta` is of `jsd` alone.
+    The square keeps the size of the gradient (Hinton et al. 2015). Only `jsd` uses `beta`.
     Raises ValueError for a beta outside (0, 1) and a temperature that is not positive.
     """
     if not 0 < beta < 1:
         raise ValueError(f"beta is {beta}; it must lie between 0 and 1, both excluded")
     if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; a loss needs it positive")
+        raise ValueError(f"temperature is {temperature}; it must be positive")
     compare = partial(jensen_shannon, beta=beta) if name == "jsd" else DIVERGENCES[name]
 
     def loss(student_logits_NV: Tensor, teacher: Teacher) -> Tensor:
@@ -164,18 +164,18 @@ def sum_in_chunks(
 ) -> tuple[Tensor, int]:
     """Returns (sum of `loss(*inputs)` over its first dimension, number of positions N).
 
-    `inputs` are [N, ...]; `loss`, which applies the head itself, is called on `max_logits / vocab_size` positions at a
-    time and again in the backward pass, so that no chunk's logits outlive it. Give supervised positions only.
+    `inputs` are [N, ...], of supervised positions only. `loss` applies the head itself; it is called on
+    `max_logits / vocab_size` positions at a time and again in the backward pass, so that no chunk's logits are kept.
     """
     num_positions = len(inputs[0])
     size = max(1, max_logits // vocab_size)
     if num_positions <= size:
         return loss(*inputs).sum(0), num_positions
-    parts = [
-        checkpoint(_summed, loss, *chunk, use_reentrant=False, preserve_rng_state=False)
+    sums = [
+        checkpoint(_sum_loss, loss, *chunk, use_reentrant=False, preserve_rng_state=False)
         for chunk in zip(*(one.split(size) for one in inputs), strict=True)
     ]
-    return torch.stack(parts).sum(0), num_positions
+    return torch.stack(sums).sum(0), num_positions
 
 
 @torch.no_grad()
@@ -187,9 +187,9 @@ def map_in_chunks(
     return torch.cat([compare(*chunk) for chunk in zip(*(one.split(size) for one in inputs), strict=True)])
 
 
-def _summed(loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def _sum_loss(loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return loss(*inputs).sum(0)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def _upcast(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
         return attended_BMD.view(*features.shape[:-1], -1)
 
     def copy_head(self, head: Callable[[Tensor], Tensor], source: Source | None) -> Callable[[Tensor], Tensor]:
-        """Returns the map from the output of `attend` to logits [..., V]: `head`, mixed with copies if there are any."""
+        """Returns the map from the output of `attend` to logits [..., V]: `head`, mixed with copies if any."""
         gate = self.gate
         if gate is None or source is None:
             return head

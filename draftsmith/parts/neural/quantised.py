@@ -1,4 +1,4 @@
-"""Weights of linear layers in fewer bits, by torchao, which nothing else needs and which is imported late."""
+"""Quantisation of linear layers by torchao, which only this module needs and imports when it is used."""
 
 import importlib.util
 import math
@@ -10,13 +10,13 @@ from torch import nn
 from draftsmith.core.views import blocks_of
 
 SCHEMES = ("int8", "int8_dynamic", "int4")
-"""Weights alone; inputs too, each token's as it comes; weights alone, in groups."""
+"""Weights only; weights and dynamically quantised activations, per token; weights only, in groups."""
 GROUP = 32
-"""Neighbouring inputs that share a scale in int4, or as many as divide every layer's."""
+"""Neighbouring inputs that share a scale in int4, or the largest divisor of this that divides every layer's width."""
 
 
 def check(scheme: str) -> None:
-    """Raises ValueError for schemes that there are not, and without torchao."""
+    """Raises ValueError for an unknown scheme, or if torchao is not installed."""
     if scheme not in SCHEMES:
         raise ValueError(f"quantised is {scheme!r}; it must be one of {', '.join(SCHEMES)}")
     if importlib.util.find_spec("torchao") is None:
@@ -26,7 +26,7 @@ def check(scheme: str) -> None:
 def config_of(model: nn.Module, scheme: str) -> Any:
     """Returns torchao's configuration of a scheme.
 
-    torchao 0.18 packs two values of four bits into a byte for CUDA and XPU alone: these int4 take a byte each, which
+    torchao 0.18 packs two 4-bit values into a byte for CUDA and XPU only: these int4 weights take a byte each, which
     runs anywhere.
     """
     from torchao import quantization
@@ -42,7 +42,7 @@ def config_of(model: nn.Module, scheme: str) -> Any:
 
 
 def quantise(model: nn.Module, scheme: str) -> None:
-    """Quantises the linear layers of a model's blocks in place; embedding and head keep their precision."""
+    """Quantises the linear layers of a model's blocks in place; embedding and LM head keep their precision."""
     from torchao.quantization import quantize_
 
     quantize_(blocks_of(model), config_of(model, scheme))

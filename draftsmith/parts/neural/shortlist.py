@@ -1,28 +1,31 @@
-"""A shortlist: the few tokens that a drafter gives logits to, where the whole vocabulary would cost most of a step.
+"""A shortlist: the few tokens that a drafter computes logits for, where the whole vocabulary would dominate a step.
 
-Verification needs no more: what the drafter never draws comes from the target's residual law (FR-Spec, 2502.14856).
+Drafting stays lossless: other tokens come from the target's residual distribution (FR-Spec, 2502.14856).
 
 Shape suffixes: V vocabulary, W tokens of the shortlist, H width of the features; `...` any leading dimensions.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 OUTSIDE = -1e4
-"""The logit of any other token, of which no softmax has anything left; finite, as losses multiply it by zero."""
+"""The logit of all other tokens: their probability is 0, and it is finite because losses multiply it by zero."""
+
+T = TypeVar("T")
 
 
 def check_size(num_tokens: int, vocab_size: int) -> None:
-    """Raises ValueError for a shortlist of a number of tokens that is negative or more than the vocabulary."""
+    """Raises ValueError unless the number of tokens is between 0 and the size of the vocabulary."""
     if not 0 <= num_tokens <= vocab_size:
         raise ValueError(f"shortlist is {num_tokens}; it must lie between 0, for none, and {vocab_size}, all tokens")
 
 
 class Shortlist(nn.Module):
-    """The tokens that get logits, in ascending order; until `take` the first of the vocabulary. All of them if 0."""
+    """The tokens that get logits, in ascending order: the vocabulary's first until `set_tokens`, or all if it is 0."""
 
     ids_W: Tensor
 
@@ -40,13 +43,13 @@ class Shortlist(nn.Module):
     def __len__(self) -> int:
         return self.vocab_size if self.is_whole else len(self.ids_W)
 
-    def take(self, ids_W: Tensor) -> None:
-        """Makes these the tokens."""
+    def set_tokens(self, ids_W: Tensor) -> None:
+        """Sets the tokens."""
         assert ids_W.shape == self.ids_W.shape and (ids_W.diff() > 0).all()
         self.ids_W.copy_(ids_W)
 
     def rows(self, matrix_VH: Tensor) -> Tensor:
-        """Returns the tokens' rows [W, ...] of something that has one for each of the vocabulary."""
+        """Returns the rows [W, ...] of the shortlist's tokens."""
         return matrix_VH if self.is_whole else matrix_VH[self.ids_W]
 
     def spread(self, logits_W: Tensor) -> Tensor:
@@ -55,56 +58,66 @@ class Shortlist(nn.Module):
             return logits_W
         return logits_W.new_full((*logits_W.shape[:-1], self.vocab_size), OUTSIDE).index_copy(-1, self.ids_W, logits_W)
 
-    def holds(self, tokens: Tensor) -> Tensor:
-        """Returns which of the tokens are on it, a boolean of their shape."""
+    def contains(self, tokens: Tensor) -> Tensor:
+        """Returns, for each token, whether it is on the shortlist."""
         return torch.ones_like(tokens, dtype=torch.bool) if self.is_whole else torch.isin(tokens, self.ids_W)
 
 
-class ShortHead(nn.Module):
-    """A model's own output layer, in its own place, of which only the shortlist's rows are multiplied out."""
+class ShortlistHead(nn.Module):
+    """Replaces a model's LM head and multiplies only the shortlist's rows."""
 
     def __init__(self, whole: nn.Linear, num_tokens: int) -> None:
         super().__init__()
         self.weight, self.bias = whole.weight, whole.bias
         self.shortlist = Shortlist(num_tokens, len(whole.weight))
-        self.trainings = Trainings()
-        self._stamp: list[Any] | None = None
+        self.training_switches = TrainingSwitches()
+        self._cached_rows: WeightCache[tuple[Tensor, Tensor | None]] = WeightCache(self, self._rows)
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns logits [..., V] of features [..., H]."""
-        if torch.is_grad_enabled() or self.training:
-            return self.shortlist.spread(functional.linear(features, *self._rows()))
-        if self._stamp != (now := stamp(self)):
-            self._kept, self._stamp = self._rows(), now
-        return self.shortlist.spread(functional.linear(features, *self._kept))
+        rows = self._rows() if torch.is_grad_enabled() or self.training else self._cached_rows()
+        return self.shortlist.spread(functional.linear(features, *rows))
 
     def _rows(self) -> tuple[Tensor, Tensor | None]:
         return self.shortlist.rows(self.weight), None if self.bias is None else self.shortlist.rows(self.bias)
 
 
-class Trainings(nn.Module):
-    """A child of a module that keeps products of its weights: counts how often that began and ended training.
+class TrainingSwitches(nn.Module):
+    """Counts how often the module that it is a child of entered or left training mode.
 
-    Fused optimisers count no writes, so that only this tells that weights are others afterwards.
+    Fused optimisers do not count their writes to a tensor, so only this shows that the weights changed.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.number = 0
+        self.count = 0
 
-    def train(self, mode: bool = True) -> "Trainings":
-        self.number += mode != self.training
+    def train(self, mode: bool = True) -> "TrainingSwitches":
+        self.count += mode != self.training
         return super().train(mode)
 
 
-def stamp(module: nn.Module) -> list[Any]:
-    """Returns what changes whenever a weight or buffer does, by which it is known whether products of them are good.
+def weights_version(module: nn.Module) -> list[Any]:
+    """Returns a value that changes whenever a weight or buffer does, and at every call in training mode.
 
-    In training it is never the same. The module needs `Trainings` among its children, or theirs.
+    The module, or one inside it, needs a `TrainingSwitches` child.
     """
     tensors = [*module.parameters(), *module.buffers()]
-    # Tensors made in inference mode count no writes.
+    # Tensors made in inference mode do not count their writes.
     writes = [(one.data_ptr(), -1 if one.is_inference() else one._version) for one in tensors]
-    trainings = [child.number for child in module.modules() if isinstance(child, Trainings)]
-    assert trainings
-    return [writes, trainings, object() if module.training else None]
+    switches = [child.count for child in module.modules() if isinstance(child, TrainingSwitches)]
+    assert switches
+    return [writes, switches, object() if module.training else None]
+
+
+class WeightCache(Generic[T]):
+    """Caches what `compute` makes of a module's weights until one of them changes (`weights_version`)."""
+
+    def __init__(self, module: nn.Module, compute: Callable[[], T]) -> None:
+        self._module, self._compute = module, compute
+        self._version: list[Any] | None = None
+
+    def __call__(self) -> T:
+        if self._version != (now := weights_version(self._module)):
+            self._value, self._version = self._compute(), now
+        return self._value

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts import growth
+from draftsmith.parts import autoregressive
 from draftsmith.verify.paths import pick, values_at
 
 Paths = tuple[tuple[int, ...], ...]
@@ -99,7 +99,7 @@ class StaticTree:
                 f"a tree node has rank {self.num_ranks - 1}; the vocabulary of {target.vocab_size} has ranks below"
                 f" {target.vocab_size}"
             )
-        self._trees = [tree for tree, _ in growth.levels(tuple(ordered), target.device)]
+        self._trees = [tree for tree, _ in autoregressive.levels(tuple(ordered), target.device)]
         flat = [(len(path) - 1) * self.num_ranks + path[-1] for path in ordered]
         self._flat_index = torch.tensor(flat, dtype=torch.long, device=target.device)
 
@@ -126,7 +126,7 @@ class TokenHeadsState:
     def propose(self, budget: int) -> Draft:
         """Returns the static tree, at most `budget` levels deep, from the heads' own LM heads or the target's."""
         if self._last_BD is None:
-            return self._session.only_pending()
+            return self._session.empty_draft()
         target = self._session.target
         features_BKD = self._fused_heads(target.norm(self._last_BD), min(budget, self._tree.depth))
         if self._lm_heads is None:

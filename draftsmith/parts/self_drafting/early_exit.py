@@ -70,7 +70,7 @@ class DrafterCache:
 
     def __init__(self, layers: CachedLayers, num_layers: int, num_rows: int) -> None:
         self._layers = layers
-        self._cache = KVCache(num_layers=num_layers, batch_size=num_rows)
+        self.cache = KVCache(num_layers=num_layers, batch_size=num_rows)
         self._unread: list[list[Tensor]] = [[] for _ in range(num_rows)]
 
     def read(self, x_BTD: Tensor, lengths: list[int]) -> None:
@@ -79,8 +79,8 @@ class DrafterCache:
             chunk = part_BTD.shape[1]
             self._run(part_BTD, chain(chunk, x_BTD.device), 0)
             # Shorter rows are padded to the same slots, and cut back below.
-            self._cache.commit([list(range(chunk)) for _ in lengths])
-        self._cache.lengths = list(lengths)
+            self.cache.commit([list(range(chunk)) for _ in lengths])
+        self.cache.lengths = list(lengths)
 
     def run(self, x_BMD: Tensor, tree: Tree, first: int) -> Tensor:
         """Returns the layers' output [B, M, D] at the nodes from `first` on; unread inputs are read before node 0."""
@@ -91,17 +91,17 @@ class DrafterCache:
         out_BTD = self._run(
             torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), chain(max(map(len, rows)), x_BMD.device), 0
         )
-        self._cache.commit([list(range(len(row) - 1)) for row in rows])
+        self.cache.commit([list(range(len(row) - 1)) for row in rows])
         last_B = torch.tensor([len(row) - 1 for row in rows], device=x_BMD.device)
         return values_at(out_BTD, last_B)[:, None]
 
     def keep(self, x_BPD: Tensor, paths: list[list[int]], processed: list[list[int]]) -> None:
         """Commits the `processed` nodes of the accepted paths; the inputs `x_BPD` of the others are read later."""
-        self._cache.commit(processed)
+        self.cache.commit(processed)
         for row, (path, before) in enumerate(zip(paths, processed, strict=True)):
             if len(path) > len(before):
                 self._unread[row].append(x_BPD[row, len(before) : len(path)])
 
     def _run(self, x_BMD: Tensor, tree: Tree, first: int) -> Tensor:
-        positions_BM, mask_R1MS = prepare_cache(tree, self._cache, first=first)
-        return self._layers(x_BMD, positions_BM, mask_R1MS, self._cache)
+        positions_BM, mask_R1MS = prepare_cache(tree, self.cache, first=first)
+        return self._layers(x_BMD, positions_BM, mask_R1MS, self.cache)

@@ -1,4 +1,4 @@
-"""The target without some of its sublayers, over text that it has read whole: what drafting would make of it.
+"""Self-drafting with sublayers of the target skipped: which ones, and a whole text re-read as drafting would read it.
 
 Shape suffixes: B rows, T tokens, D hidden width.
 """
@@ -13,7 +13,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Tree
 
 Sublayers = frozenset[tuple[str, int]]
-"""Sublayers to leave out, as ("attention", block) and ("mlp", block), blocks counted from 0."""
+"""Sublayers to skip, as ("attention", block) and ("mlp", block), blocks counted from 0."""
 
 
 def sublayers(attention: tuple[int, ...], mlp: tuple[int, ...]) -> Sublayers:
@@ -22,22 +22,22 @@ def sublayers(attention: tuple[int, ...], mlp: tuple[int, ...]) -> Sublayers:
 
 
 @lru_cache(maxsize=32)
-def twice(num_tokens: int, block: int, device: torch.device) -> Tree:
-    """Returns the tree of a text and, from its second token on, the same tokens again as drafting would read them.
+def text_and_drafts(num_tokens: int, block: int, device: torch.device) -> Tree:
+    """Returns the tree of a text and of drafts of the same tokens, from its second token on.
 
-    Nodes 0 to T - 1 are the text, node T - 1 + i is token i again. Every `block` tokens a draft begins: a token sees
-    the text before its draft and the draft itself.
+    Nodes 0 to T - 1 are the text, and node T - 1 + i is token i as drafted. A draft begins every `block` tokens: a
+    drafted token attends to the text before its draft and to the draft itself.
     """
-    again = [token - 1 if (token - 1) % block == 0 else num_tokens + token - 2 for token in range(1, num_tokens)]
-    return Tree.from_parents([[*range(-1, num_tokens - 1), *again]], device)
+    drafts = [token - 1 if (token - 1) % block == 0 else num_tokens + token - 2 for token in range(1, num_tokens)]
+    return Tree.from_parents([[*range(-1, num_tokens - 1), *drafts]], device)
 
 
-def reread(target: Target, tokens_BT: Tensor, cache: KVCache, skipped: Sublayers, block: int) -> Tensor:
-    """Returns hidden states [B, T - 1, D] of tokens 1 to T - 1 as drafts without `skipped` would have them.
+def draft_hidden(target: Target, tokens_BT: Tensor, cache: KVCache, skipped: Sublayers, block: int) -> Tensor:
+    """Returns hidden states [B, T - 1, D] of tokens 1 to T - 1 as drafting without `skipped` computes them.
 
-    In a single pass: drafts of `block` tokens each, the text's own. The cache must hold the whole model's keys and
-    values of all T tokens in the slots after those it owns; they stay as they are, and it owns no more afterwards.
+    One forward covers drafts of `block` tokens each, all accepted. The cache must hold the whole model's keys and
+    values of all T tokens in the slots beyond its lengths; they are left unchanged, and so are the lengths.
     """
     num_tokens = tokens_BT.shape[1]
-    tree = twice(num_tokens, block, tokens_BT.device)
+    tree = text_and_drafts(num_tokens, block, tokens_BT.device)
     return target.forward(tokens_BT[:, 1:], tree, cache, skipped=skipped, first=num_tokens).hidden_BND

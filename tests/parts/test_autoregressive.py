@@ -1,4 +1,4 @@
-"""Trees of a draft model: their shapes, the laws of their siblings, and the target's law at the end of it all.
+"""Tests of trees drafted by a draft model: their shapes, how siblings are sampled, and that decoding is lossless.
 
 Shape suffixes: B rows, F parents, C children, N nodes, V vocabulary.
 """
@@ -16,7 +16,7 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import lm
 from draftsmith.drafters.lm import Config, Drafter
-from draftsmith.parts import growth
+from draftsmith.parts import autoregressive
 from tests.support.distributions import FALSE_ALARM, check_distribution, distribution_target, p_value
 from tests.support.family import Watched, built, texts
 from tests.support.models import greedy_by_transformers, padded, prompts, tiny_config, tiny_target
@@ -28,9 +28,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "independent": {"tree": TREE, "siblings": "independent"},
     "independent paths": {"tree": PAIR, "siblings": "independent"},
     "top and drawn": {"tree": TREE, "siblings": "top_and_drawn"},
-    "grown": {"width": 3, "num_nodes": 7, "num_draft": 3},
+    "dynamic": {"width": 3, "num_nodes": 7, "num_draft": 3},
 }
-RULES = [
+VERIFIERS = [
     ("without replacement", "recursive"),
     ("independent", "recursive"),
     ("independent", "kseq"),
@@ -44,7 +44,7 @@ def small(vocab_size: int, **changes: Any) -> Config:
     return Config(model=model, **{"num_draft": 3, "length": "fixed"} | changes)
 
 
-def drafter_for_law(**changes: Any) -> Drafter:
+def small_drafter(**changes: Any) -> Drafter:
     return built(lm, small(distribution_target().vocab_size, **changes), distribution_target())
 
 
@@ -62,22 +62,22 @@ def test_greedy_output_is_transformers_own(architecture: str, shape: str) -> Non
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.7, "temperature": 0.8}])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sampled_text_follows_the_law(shape: str, settings: dict[str, Any]) -> None:
-    """With top-k 3 a node has fewer tokens to give than the tree has places for children and cousins."""
-    check_distribution(drafter_for_law(**SHAPES[shape]), distribution_target(), num_samples=5_000, **settings)
+def test_sampled_text_follows_the_target_distribution(shape: str, settings: dict[str, Any]) -> None:
+    """With top-k 3 a distribution has fewer tokens than a level of the tree has nodes."""
+    check_distribution(small_drafter(**SHAPES[shape]), distribution_target(), num_samples=5_000, **settings)
 
 
-@pytest.mark.parametrize(("shape", "verifier"), RULES)
-def test_and_so_it_does_by_other_rules(shape: str, verifier: str) -> None:
-    drafter = drafter_for_law(**SHAPES[shape])
+@pytest.mark.parametrize(("shape", "verifier"), VERIFIERS)
+def test_sampled_text_follows_the_target_distribution_with_other_verifiers(shape: str, verifier: str) -> None:
+    drafter = small_drafter(**SHAPES[shape])
     check_distribution(drafter, distribution_target(), num_samples=5_000, verifier=verifier, seed=2)
     check_distribution(drafter, distribution_target(), num_samples=3_000, verifier=verifier, seed=2, top_k=3)
 
 
-def test_a_copy_of_the_target_has_its_first_path_accepted() -> None:
-    """The draft model sees each node's own ancestors, whatever stands beside them."""
+def test_first_path_of_a_copy_of_the_target_is_accepted() -> None:
+    """The tree mask shows the draft model each node's ancestors only."""
     target = tiny_target("llama")
-    for shape, num_levels in (("without replacement", 3), ("grown", 1)):
+    for shape, num_levels in (("without replacement", 3), ("dynamic", 1)):
         config = Config(model=target.model.config.to_dict(), **{"num_draft": 3, "length": "fixed"} | SHAPES[shape])
         drafter = Drafter(config, target)
         drafter.model.load_state_dict(target.model.state_dict())
@@ -87,10 +87,10 @@ def test_a_copy_of_the_target_has_its_first_path_accepted() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_siblings_without_replacement_follow_the_law_of_drawing_in_turn(count: int) -> None:
+def test_draw_siblings_without_replacement_matches_sequential_sampling(count: int) -> None:
     probs_V = torch.tensor([0.5, 0.3, 0.2, 0.0]).double()
     num_drawn, generator = 20_000, torch.Generator().manual_seed(0)
-    drawn_BFC = growth.draw_siblings(probs_V.expand(num_drawn, 1, 4), count, "without_replacement", generator)
+    drawn_BFC = autoregressive.draw_siblings(probs_V.expand(num_drawn, 1, 4), count, "without_replacement", generator)
     expected, counts = [], []
     for tokens in itertools.permutations(range(4), count):
         left = [1 - sum(probs_V[list(tokens[:at])].tolist()) for at in range(count)]
@@ -99,16 +99,18 @@ def test_siblings_without_replacement_follow_the_law_of_drawing_in_turn(count: i
     assert p_value(torch.tensor(counts).double(), torch.tensor(expected).double()) > FALSE_ALARM
 
 
-def test_top_siblings_and_a_drawn_one() -> None:
+def test_draw_siblings_returns_the_top_tokens_and_a_sampled_one() -> None:
     probs_V = torch.tensor([0.1, 0.4, 0.2, 0.3]).double()
-    drawn_BFC = growth.draw_siblings(probs_V.expand(4_000, 1, 4), 3, "top_and_drawn", torch.Generator().manual_seed(0))
+    drawn_BFC = autoregressive.draw_siblings(
+        probs_V.expand(4_000, 1, 4), 3, "top_and_drawn", torch.Generator().manual_seed(0)
+    )
     assert (drawn_BFC[:, 0, :2] == torch.tensor([1, 3])).all()
     counts = torch.bincount(drawn_BFC[:, 0, 2], minlength=4).double()
     assert p_value(counts, torch.tensor([1 / 3, 0, 2 / 3, 0]).double()) > FALSE_ALARM
 
 
-class _Keeps(drafter.Drafter):
-    """A drafter that remembers its drafts."""
+class _Recorder(drafter.Drafter):
+    """A drafter that keeps its drafts."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
@@ -125,10 +127,10 @@ class _Keeps(drafter.Drafter):
         return self.drafts[-1]
 
 
-def test_grown_trees_hold_the_likeliest_nodes() -> None:
-    """Against every path of up to three tokens, for a draft model whose levels are wide enough to miss none."""
+def test_dynamic_tree_holds_the_likeliest_nodes() -> None:
+    """Compares with all paths of up to two tokens, with levels wide enough to visit each of them."""
     target = distribution_target()
-    drafter = _Keeps(drafter_for_law(width=8, num_nodes=10, num_draft=2))
+    drafter = _Recorder(small_drafter(width=8, num_nodes=10, num_draft=2))
     ids = torch.tensor([[1, 4, 2, 7]])
     draftsmith.generate(target, ids, drafter, max_new_tokens=8, seed=0)
     model, rows = drafter._drafter.model, torch.tensor([[1, 4, 2, 7]])
@@ -151,11 +153,11 @@ def test_grown_trees_hold_the_likeliest_nodes() -> None:
         ({"tree": ((0,), (2,))}, r"tree node \[2\] needs node \[1\]"),
         ({"tree": ((0,), (0,))}, "lists a node twice"),
         ({"tree": ((-1,),)}, "ranks from 0 up"),
-        ({"siblings": "twins"}, "siblings is 'twins'; there are without_replacement"),
+        ({"siblings": "twins"}, "siblings is 'twins'; it must be one of without_replacement"),
         ({"width": -1}, "must not be negative"),
         ({"width": 2, "tree": ((0,),)}, "exclude each other"),
     ],
 )
-def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_config_rejects_invalid_shapes(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(8, **changes)

@@ -1,10 +1,9 @@
-"""Drafts of a model that is asked again at every level: chains, trees of a fixed shape, or grown where it is confident.
+"""Autoregressive drafting with one forward of the draft model per level: chains, static trees and dynamic trees.
 
-The draft model is a function of the draft so far: its tokens [B, N], its shape, and the first node that the model has
-not been given yet, all before that being as they were. It returns logits [B, M, V] at the M new nodes.
+The draft model is a function of the draft so far: its tokens [B, N], its tree, and the first node that the model has
+not processed yet; earlier nodes are unchanged. It returns logits [B, M, V] at the M new nodes.
 
-Shape suffixes: B rows, N nodes, M new nodes, F nodes that are given children, C children each,
-V vocabulary.
+Shape suffixes: B rows, N nodes, M new nodes, F nodes that get children, C children of each, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -19,28 +18,29 @@ from draftsmith.core.sampling import draw
 from draftsmith.core.tree import Draft, SamplingScheme, Tree, chain
 
 Paths = tuple[tuple[int, ...], ...]
+"""A tree's nodes, each as the ranks among siblings along its path; node 0 is left out."""
 Model = Callable[[Tensor, Tree, int], Tensor]
 SIBLINGS = ("without_replacement", "independent", "top_and_drawn", "deterministic")
 
 
 class Shape(Protocol):
-    """What the configuration of a drafter says of its drafts: chains, or trees that grow."""
+    """The settings of a drafter's configuration that select chains or dynamic trees."""
 
     @property
     def num_draft(self) -> int:
-        """Most levels."""
+        """Maximum depth."""
 
     @property
     def width(self) -> int:
-        """If not 0, so many nodes a level are given so many children."""
+        """Nodes expanded per level and children of each, of a dynamic tree; 0 for chains."""
 
     @property
     def num_nodes(self) -> int:
-        """Nodes kept of such a tree."""
+        """Nodes kept of a dynamic tree."""
 
 
 def check_shape(shape: Shape) -> None:
-    """Raises ValueError unless there can be such drafts."""
+    """Raises ValueError if a setting is out of range."""
     if shape.num_draft < 1:
         raise ValueError(f"num_draft is {shape.num_draft}; it must be at least 1")
     if shape.width < 0 or shape.num_nodes < 1:
@@ -48,22 +48,22 @@ def check_shape(shape: Shape) -> None:
 
 
 def draft(model: Model, session: Session, shape: Shape, budget: int) -> Draft:
-    """Returns a draft of this shape, no deeper than `budget`."""
+    """Drafts a chain or, if `shape.width` is not 0, a dynamic tree, no deeper than `budget`."""
     depth = min(budget, shape.num_draft)
     if depth < 1:
-        return session.only_pending()
+        return session.empty_draft()
     if shape.width:
-        return grow(model, session, width=shape.width, num_nodes=shape.num_nodes, depth=depth)
-    return line(model, session, depth)
+        return draft_dynamic_tree(model, session, width=shape.width, num_nodes=shape.num_nodes, depth=depth)
+    return draft_chain(model, session, depth)
 
 
-def line(model: Model, session: Session, num_draft: int) -> Draft:
-    """Returns a chain, each token drawn from the model's law after those before it (2211.17192; 2302.01318).
+def draft_chain(model: Model, session: Session, num_draft: int) -> Draft:
+    """Drafts a chain, each token sampled from the model's distribution after those before it (2211.17192; 2302.01318).
 
-    It ends where the session's length policy says so, which is asked after each token.
+    A row stops early when `session.should_continue` returns False after a token.
     """
     device, sampling = session.target.device, session.sampling
-    tokens_BN, laws = session.pending()[:, None], []
+    tokens_BN, probs = session.pending()[:, None], []
     num_nodes, is_drafting = [1] * len(session.rows), [True] * len(session.rows)
     while tokens_BN.shape[1] <= num_draft and any(is_drafting):
         length = tokens_BN.shape[1]
@@ -71,8 +71,8 @@ def line(model: Model, session: Session, num_draft: int) -> Draft:
         if sampling.is_greedy:
             token_B = logits_BV.argmax(-1)
         else:
-            laws.append(sampling.probs(logits_BV))
-            token_B = draw(laws[-1], session.uniforms())
+            probs.append(sampling.probs(logits_BV))
+            token_B = draw(probs[-1], session.uniforms())
         confidences = logits_BV.float().softmax(-1).gather(1, token_B[:, None])[:, 0].tolist()
         tokens_BN = torch.cat([tokens_BN, token_B[:, None]], dim=1)
         for row, is_row_drafting in enumerate(is_drafting):
@@ -82,17 +82,20 @@ def line(model: Model, session: Session, num_draft: int) -> Draft:
         tokens_BN=tokens_BN,
         tree=chain(tokens_BN.shape[1], device),
         num_nodes=num_nodes if min(num_nodes) < tokens_BN.shape[1] else None,
-        draft_probs_BNV=torch.stack(laws, dim=1) if laws else None,
-        sampling_scheme="independent" if laws else "deterministic",
+        draft_probs_BNV=torch.stack(probs, dim=1) if probs else None,
+        sampling_scheme="independent" if probs else "deterministic",
     )
 
 
 def check_paths(paths: Paths) -> None:
-    """Raises ValueError unless every node's parent and, as draws come in turn, its earlier siblings are there too."""
+    """Raises ValueError for a repeated node, or one whose parent or earlier siblings are not in the tree.
+
+    Earlier siblings are needed because siblings are drawn in order.
+    """
     nodes = set(paths)
     for path in paths:
         if not path or min(path) < 0:
-            raise ValueError(f"tree node {list(path)} must be a list of ranks from 0 up")
+            raise ValueError(f"tree node {list(path)} must be a non-empty list of ranks from 0 up")
         before = path[:-1] if path[-1] == 0 else (*path[:-1], path[-1] - 1)
         if before and before not in nodes:
             raise ValueError(f"tree node {list(path)} needs node {list(before)}, which is not in the tree")
@@ -101,14 +104,14 @@ def check_paths(paths: Paths) -> None:
 
 
 def check_siblings(sampling_scheme: str) -> None:
-    """Raises ValueError unless siblings can be drawn so."""
+    """Raises ValueError for an unknown sampling scheme of siblings."""
     if sampling_scheme not in SIBLINGS:
-        raise ValueError(f"siblings is {sampling_scheme!r}; there are {', '.join(SIBLINGS)}")
+        raise ValueError(f"siblings is {sampling_scheme!r}; it must be one of {', '.join(SIBLINGS)}")
 
 
 @lru_cache(maxsize=64)
 def levels(paths: Paths, device: torch.device) -> list[tuple[Tree, dict[int, list[int]]]]:
-    """Returns, for each level from node 0 on, the tree down to it and which of its nodes get how many children."""
+    """Returns, for each level from node 0 on, the tree down to it and its nodes by their number of children."""
     ordered = [(), *sorted(paths, key=lambda path: (len(path), path))]
     number = {path: node for node, path in enumerate(ordered)}
     found = []
@@ -124,46 +127,49 @@ def levels(paths: Paths, device: torch.device) -> list[tuple[Tree, dict[int, lis
     return found
 
 
-def fill(model: Model, session: Session, paths: Paths, sampling_scheme: SamplingScheme, depth: int) -> Draft:
-    """Returns a tree of a fixed shape cut to `depth` levels, its siblings drawn as `drawn` says.
+def draft_static_tree(
+    model: Model, session: Session, paths: Paths, sampling_scheme: SamplingScheme, depth: int
+) -> Draft:
+    """Drafts a tree of a fixed shape, cut to `depth` levels.
 
-    Greedily, and where they are to be deterministic, they are their parent's likeliest. A node's children come in the
-    order in which they were drawn.
+    Siblings are drawn by `sampling_scheme`; at temperature 0, and with the scheme "deterministic", they are the
+    likeliest tokens after their parent. A node's children are in the order in which they were drawn.
     """
     device, sampling = session.target.device, session.sampling
     plan = levels(paths, device)
     is_drawn = sampling_scheme != "deterministic" and not sampling.is_greedy
     tokens_BN = session.pending()[:, None]
-    laws: list[Tensor] = []
+    probs: list[Tensor] = []
     for level in range(min(depth, len(plan) - 1)):
         tree, by_count = plan[level]
         first = int((tree.depths_RN[0] < level).sum())
         logits_BMV = model(tokens_BN, tree, first)
         if is_drawn:
-            laws.append(sampling.probs(logits_BMV))
+            probs.append(sampling.probs(logits_BMV))
         children: dict[int, Tensor] = {}
         for count, nodes in by_count.items():
-            places = [node - first for node in nodes]
+            new = [node - first for node in nodes]
             if is_drawn:
-                drawn_BFC = draw_siblings(laws[-1][:, places], count, sampling_scheme, session.generator)
+                drawn_BFC = draw_siblings(probs[-1][:, new], count, sampling_scheme, session.generator)
             else:
-                drawn_BFC = logits_BMV[:, places].topk(count, dim=-1).indices
+                drawn_BFC = logits_BMV[:, new].topk(count, dim=-1).indices
             children |= dict(zip(nodes, drawn_BFC.unbind(1), strict=True))
         tokens_BN = torch.cat([tokens_BN, *(children[node] for node in sorted(children))], dim=1)
     tree = plan[min(depth, len(plan) - 1)][0]
     return Draft(
         tokens_BN=tokens_BN,
         tree=tree,
-        draft_probs_BNV=torch.cat(laws, dim=1) if laws else None,
-        sampling_scheme=sampling_scheme if laws else "deterministic",
+        draft_probs_BNV=torch.cat(probs, dim=1) if probs else None,
+        sampling_scheme=sampling_scheme if probs else "deterministic",
     )
 
 
 def draw_siblings(probs_BFV: Tensor, count: int, sampling_scheme: SamplingScheme, generator: torch.Generator) -> Tensor:
-    """Returns tokens [B, F, C] of siblings, in the order in which they are drawn from their parent's law.
+    """Returns tokens [B, F, C] of siblings, in the order in which they are drawn from their parent's distribution.
 
-    Without replacement they are the first to arrive in a race of exponential clocks whose rates are the law: the next
-    one follows the law less those before it. A law with too few tokens is filled with some that it excludes.
+    Without replacement they are the first arrivals of exponential clocks whose rates are the probabilities: each token
+    follows the distribution without those before it, renormalised. A distribution of too few tokens is filled up with
+    tokens of probability 0.
     """
     shape, device = probs_BFV.shape[:-1], probs_BFV.device
 
@@ -171,7 +177,7 @@ def draw_siblings(probs_BFV: Tensor, count: int, sampling_scheme: SamplingScheme
         return torch.rand(*size, generator=generator, dtype=torch.float64).to(device)
 
     if sampling_scheme == "without_replacement":
-        # A token's arrival is -ln(u) / law.
+        # A token arrives at -ln(u) / probability.
         arrivals_BFV = -uniforms(*probs_BFV.shape).log_() / probs_BFV
         return arrivals_BFV.topk(count, dim=-1, largest=False).indices
     if sampling_scheme == "top_and_drawn":
@@ -182,31 +188,31 @@ def draw_siblings(probs_BFV: Tensor, count: int, sampling_scheme: SamplingScheme
     return torch.stack([draw(probs_BFV, uniforms(*shape)) for _ in range(count)], dim=-1)
 
 
-def grow(model: Model, session: Session, *, width: int, num_nodes: int, depth: int) -> Draft:
-    """Returns, for each row, the `num_nodes` nodes that the draft model finds likeliest; EAGLE-2's trees, 2406.16858.
+def draft_dynamic_tree(model: Model, session: Session, *, width: int, num_nodes: int, depth: int) -> Draft:
+    """Drafts, for each row, the tree of the `num_nodes` nodes likeliest under the draft model (EAGLE-2, 2406.16858).
 
-    Every level asks for the `width` best children of its `width` best nodes, by the product of probabilities along the
-    path, and of all children met the best are kept. A row's tree depends on laws that no token was drawn from: it is
-    deterministic. Its nodes are in another order than they were given to the model in, save node 0.
+    Each level expands its `width` best nodes by their `width` best children, scored by the product of probabilities
+    along the path; the best of all children are kept. No token is sampled, so the draft is deterministic. Its nodes,
+    save node 0, are in another order than the model processed them in.
     """
     num_rows, device = len(session.rows), session.target.device
     tokens, parents = [[row[-1]] for row in session.rows], [[-1] for _ in session.rows]
     scores = [[0.0] for _ in session.rows]
-    # What is fed: node 0 and each level's best, which come to lie in the same places in every row.
+    # Node 0 and each level's best are fed to the model; they have the same indices in every row.
     fed = [[0] for _ in session.rows]
     for level in range(depth):
-        places = [{node: place for place, node in enumerate(nodes)} for nodes in fed]
+        index = [{node: at for at, node in enumerate(nodes)} for nodes in fed]
         shape = Tree.from_parents(
-            [[places[row].get(parents[row][node], -1) for node in fed[row]] for row in range(num_rows)], device
+            [[index[row].get(parents[row][node], -1) for node in fed[row]] for row in range(num_rows)], device
         )
         fed_BN = torch.tensor([[tokens[row][node] for node in fed[row]] for row in range(num_rows)], device=device)
-        num_asked = 1 if level == 0 else width
-        chances_BFV = model(fed_BN, shape, len(fed[0]) - num_asked).float().log_softmax(-1)
-        best = chances_BFV.topk(width, dim=-1)
+        num_expanded = 1 if level == 0 else width
+        log_probs_BFV = model(fed_BN, shape, len(fed[0]) - num_expanded).float().log_softmax(-1)
+        best = log_probs_BFV.topk(width, dim=-1)
         for row, (logs, ids) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
-            asked = fed[row][-num_asked:]
+            expanded = fed[row][-num_expanded:]
             new = []
-            for node, node_logs, node_ids in zip(asked, logs, ids, strict=True):
+            for node, node_logs, node_ids in zip(expanded, logs, ids, strict=True):
                 for log, token in zip(node_logs, node_ids, strict=True):
                     new.append(len(tokens[row]))
                     tokens[row].append(token)
@@ -215,7 +221,7 @@ def grow(model: Model, session: Session, *, width: int, num_nodes: int, depth: i
             best_new = sorted(new, key=lambda node: -scores[row][node])[:width]
             fed[row] += sorted(best_new)
     kept = [sorted(sorted(range(len(one)), key=lambda node: (-one[node], node))[: num_nodes + 1]) for one in scores]
-    number = [{node: place for place, node in enumerate(nodes)} for nodes in kept]
+    number = [{node: at for at, node in enumerate(nodes)} for nodes in kept]
     return Draft(
         tokens_BN=torch.tensor([[tokens[row][node] for node in kept[row]] for row in range(num_rows)], device=device),
         tree=Tree.from_parents(
