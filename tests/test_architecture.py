@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.core.drafter import names
+from draftsmith.artifacts.families import names
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("draftsmith", "data", "trainers", "eval")

@@ -23,7 +23,8 @@ import trainers
 from data.batches import Example, collate
 from data.shards import write_whole
 from data.teacher import complete
-from draftsmith.core.drafter import Drafter, Session, Step, name_of
+from draftsmith.artifacts.families import name_of
+from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft
 from trainers.parts import distillation
 from trainers.parts.losses import DIVERGENCES
@@ -104,7 +105,7 @@ class Online(Drafter):
         return self._draft
 
     def observe(self, step: Step) -> None:
-        if step.is_of(self._draft):
+        if step.is_for(self._draft):
             self._note(step)
         self.drafter.observe(step)
 

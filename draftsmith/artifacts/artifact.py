@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from draftsmith.artifacts import hub
+from draftsmith.artifacts.families import find, name_of, names, package_of
 from draftsmith.artifacts.files import atomic_folder
 from draftsmith.artifacts.model_card import CARD, WEIGHTS, card, is_hub_name, keep_edited, warn_of_kept
 from draftsmith.artifacts.provenance import run_provenance, target_provenance
-from draftsmith.core.drafter import Drafter, find, name_of, names, package_of
+from draftsmith.core.drafter import Drafter
 from draftsmith.core.model_info import TargetFacts
 from draftsmith.core.target import Target
 

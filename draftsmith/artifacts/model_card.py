@@ -17,6 +17,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 
+from draftsmith.artifacts.families import find
+
 CARD, KEPT = "README.md", "README.edited"
 WEIGHTS = "model.safetensors"
 PLACEHOLDER = "path/to/this/folder"
@@ -206,10 +208,9 @@ print(target.tokenizer.decode(out.sequences[0]))
 or `draftsmith generate --target {manifest["target"]["name"]} --draft {path} "some text"`."""
 
 
-def _serving(family: str, place: str) -> str:
-    from draftsmith.export import writers
-
-    commands = "\n".join(f"draftsmith export {place} --to {engine} OUT" for engine in writers(family))
+def _serving(family: str, path: str) -> str:
+    engines = ("transformers", *find(family).Drafter.serving_engines)
+    commands = "\n".join(f"draftsmith export {path} --to {engine} OUT" for engine in engines)
     return f"```\n{commands}\n```\n\nEach writes a folder for that engine, and prints the command that starts it."
 
 

@@ -1,21 +1,13 @@
-"""The interface of drafters, and how families of drafters are found by name.
+"""The interface of drafters: `Drafter`, the `Session` that it drafts in, and the `Step` that it observes.
 
-A family is a module or package that defines `Config`, a frozen dataclass of what its artifact must remember, and
-`Drafter(config, target)`. It lies in draftsmith/drafters, or in an installed package that names it as an entry point.
 A drafter with weights is an `nn.Module` that hides the target from its state dict: the module that trains is the module
 that drafts.
 """
 
-import difflib
-import importlib
-import pkgutil
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 import torch
@@ -26,67 +18,64 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft, Verdict, chain
 
-FAMILIES = "draftsmith.drafters"
-ENTRY_POINTS = "draftsmith.families"
-"""Group of entry points by which an installed package names the modules of its families."""
 
-
-def always(row: int, confidence: float) -> bool:
-    """Returns True: a row drafts as far as it may."""
+def always_continue(row: int, confidence: float) -> bool:
+    """Returns True: no row stops early."""
     return True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Session:
-    """One call of `generate` as a drafter sees it; `rows` and `cache` are live."""
+    """The state of one call of `generate` that its drafter can read; the loop updates `rows` and `cache` in place."""
 
     target: Target
     rows: list[list[int]]
-    """Committed ids of each row; the last one is pending: not yet fed to the target."""
+    """Committed token ids of each row; the last one is pending: not yet fed to the target."""
     cache: KVCache
-    """The target's cache: it holds all of a row's ids but the pending one."""
+    """The target's KV cache, which holds all tokens of a row but the pending one."""
     sampling: Sampling
     generator: torch.Generator
-    """The call's randomness, for drafters that sample."""
+    """The call's random generator, for drafters that sample."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
-    """The drafter's hidden layers over the prompt [B, T, D], the pending token not included, right-padded."""
+    """By hidden layer that the drafter reads: its states over the prompt [B, T, D], right-padded, without the pending
+    token."""
     source: Source | None = None
-    """What an encoder-decoder target reads."""
-    should_continue: Callable[[int, float], bool] = always
-    """Asked by a drafter that drafts token by token, of each row still drafting, after each token: whether the row goes
-    on after one of this probability by the draft model. The `Config` of such a drafter says so by `asks_length`, and
-    names the policy of draftsmith/length/policies.py that it is to be asked by, `length`."""
+    """The encoded source of an encoder-decoder target."""
+    should_continue: Callable[[int, float], bool] = always_continue
+    """Returns whether a row drafts another token after one of this probability under the draft model. A drafter that
+    drafts token by token calls it for each row still drafting, after each token. The `Config` of such a drafter has
+    `supports_early_stop`, and names its default policy of draftsmith/length/policies.py in `length`."""
 
     def pending(self) -> Tensor:
         """Returns each row's pending token [B]."""
         return torch.tensor([row[-1] for row in self.rows], device=self.target.device)
 
     def uniforms(self) -> Tensor:
-        """Returns what a token of each row is to be drawn by [B], between 0 and 1, in float64."""
+        """Returns one uniform random number per row [B], in float64, to draw a token with."""
         return torch.rand(len(self.rows), generator=self.generator, dtype=torch.float64).to(self.target.device)
 
-    def only_pending(self) -> Draft:
-        """Returns the draft of a plain step."""
+    def empty_draft(self) -> Draft:
+        """Returns a draft of no tokens: the pending ones alone, as in a step of plain decoding."""
         return Draft(tokens_BN=self.pending()[:, None], tree=chain(1, self.target.device))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """One verified draft, as `observe` is told of it."""
+    """One verified draft, as passed to `observe`."""
 
     draft: Draft
     logits_BNV: Tensor
-    """The target's logits at every node fed."""
+    """The target's logits at every node."""
     hidden: dict[int, Tensor]
-    """The drafter's hidden layers at every node [B, N, D]."""
+    """By hidden layer that the drafter reads: its states at every node [B, N, D]."""
     verdict: Verdict
     paths: list[list[int]]
-    """The nodes of each row that were committed, node 0 first; none for a row that had finished before."""
+    """The committed nodes of each row, node 0 first; empty for a row that had finished before."""
     cost_ms: float
-    """What drafting and verifying took."""
+    """Milliseconds of drafting and verification."""
 
-    def is_of(self, draft: Draft | None) -> bool:
-        """Returns whether this draft was verified, whole or cut, and not that of another drafter or a plain step's."""
+    def is_for(self, draft: Draft | None) -> bool:
+        """Returns whether the verified draft is this one, whole or cut."""
         return draft is not None and self.draft.tokens_BN is draft.tokens_BN
 
 
@@ -163,65 +152,3 @@ class Drafter(ABC):
         """
         make: Any = cls
         return make(config, target)
-
-
-def names() -> list[str]:
-    """Returns the families of draftsmith and of installed packages."""
-    return sorted({*_built_in(), *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
-
-
-def find(name: str) -> ModuleType:
-    """Returns a family's module.
-
-    Raises ValueError for an unknown name, giving the nearest spelling, and for a family of an installed package whose
-    name is taken or whose module cannot be imported.
-    """
-    entries = list(entry_points(group=ENTRY_POINTS, name=name))
-    packages = ["draftsmith"] * (name in _built_in()) + [_package(entry) for entry in entries]
-    if not packages:
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the families are {', '.join(names())}"
-        raise ValueError(f"unknown drafter family {name!r}; {hint}")
-    if len(packages) > 1:
-        raise ValueError(f"drafter family {name!r} is defined by {' and '.join(packages)}; uninstall all but one")
-    if not entries:
-        return importlib.import_module(f"{FAMILIES}.{name}")
-    try:
-        module = importlib.import_module(entries[0].value)
-        missing = [part for part in ("Config", "Drafter") if part not in vars(module)]
-        if missing:
-            raise ImportError(f"{entries[0].value} does not define {' and '.join(missing)}")
-    except Exception as error:  # another package's code may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"drafter family {name!r} of the installed package {packages[0]} cannot be imported ({reason}); update or"
-            " uninstall the package"
-        ) from error
-    return module
-
-
-def name_of(drafter: Drafter) -> str:
-    """Returns the name of a drafter's family; raises ValueError if it belongs to none."""
-    paths = {f"{FAMILIES}.{name}": name for name in _built_in()}
-    paths |= {entry.value: entry.name for entry in entry_points(group=ENTRY_POINTS)}
-    families = {vars(sys.modules[path]).get("Drafter"): name for path, name in paths.items() if path in sys.modules}
-    for kind in type(drafter).__mro__:
-        if kind in families:
-            return families[kind]
-    raise ValueError(
-        f"{type(drafter).__qualname__} is the Drafter of no family; name its module in the entry-point group"
-        f" {ENTRY_POINTS!r} of an installed package"
-    )
-
-
-def package_of(name: str) -> str | None:
-    """Returns the installed package that defines a family, None for draftsmith's own."""
-    return next((_package(entry) for entry in entry_points(group=ENTRY_POINTS, name=name)), None)
-
-
-def _built_in() -> list[str]:
-    return [info.name for info in pkgutil.iter_modules(importlib.import_module(FAMILIES).__path__)]
-
-
-def _package(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else entry.value

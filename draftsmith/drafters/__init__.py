@@ -1,1 +1,1 @@
-"""One family of drafters a module or folder; `draftsmith.core.drafter.find(name)` is the only way in."""
+"""One family of drafters a module or folder; `draftsmith.artifacts.families.find(name)` is the only way in."""

@@ -110,7 +110,7 @@ def test_batches_hold_every_prompt_once_with_little_padding(tmp_path):
 
 
 def test_a_drafter_leaves_greedy_text_as_it_is(target, tmp_path):
-    lookup = draftsmith.core.drafter.find("lookup")
+    lookup = draftsmith.artifacts.families.find("lookup")
     artifact = tmp_path / "artifact"
     draftsmith.save(lookup.Drafter(lookup.Config(), target), artifact, target=target, record={})
     prompts = some_prompts(tmp_path, 7)

@@ -14,7 +14,7 @@ import torch
 import draftsmith
 from data.prompts import Prompt
 from draftsmith import Target
-from draftsmith.core.drafter import find
+from draftsmith.artifacts.families import find
 from eval import compare as bakeoff
 from eval.bakeoff import contenders
 from eval.bakeoff.measure import DecodingMethod, DecodingRequest, Tally, draftsmith_method, measure
@@ -248,7 +248,7 @@ def test_lengths_and_gates_have_rows_of_their_own(tmp_path: Path, capsys: pytest
     own = DecodingMethod(name="mine", decode=draftsmith_method(target, drafter))
     (gated,) = contenders._ablations(own, drafter, {}, BakeoffSettings(gates=(0.999,)))
     ask = DecodingRequest(prompts=prompts(2), temperature=0.0, max_new_tokens=12, seed=0)
-    drafted = [decode(ask).stats.drafted[0] for decode in (gated.contender.decode, draftsmith_method(target, drafter))]
+    drafted = [decode(ask).stats.drafted[0] for decode in (gated.method.decode, draftsmith_method(target, drafter))]
     assert drafted[0] < drafted[1], "a gate that hardly opens"
     lines = table(rows, "terminal")
     sizes = lines[next(at for at, line in enumerate(lines) if "parameters" in line) + 1 :]
@@ -287,7 +287,7 @@ def test_what_was_measured_is_kept_when_killed(tmp_path: Path, monkeypatch: pyte
 
 def test_speed_up_is_the_median_of_ratios_within_rounds() -> None:
     entry = contenders.Contender(
-        contender=DecodingMethod(name="mine", decode=draftsmith_method(tiny_target("llama"))), family="lookup"
+        method=DecodingMethod(name="mine", decode=draftsmith_method(tiny_target("llama"))), family="lookup"
     )
     seconds = [(1.0, 0.5), (10.0, 4.0), (2.0, 1.9)]  # the second round ran on a busy machine
     rounds = [

@@ -20,7 +20,7 @@ from torch import Tensor
 import draftsmith
 from data.prompts import Prompt
 from draftsmith import Target, verify
-from draftsmith.core.drafter import find
+from draftsmith.artifacts.families import find
 from draftsmith.core.sampling import Sampling, draw
 from draftsmith.core.tree import Draft, Verdict
 from draftsmith.drafters import lm, lookup, medusa, medusa2

@@ -1,4 +1,4 @@
-"""Exports for transformers, run for real, and what exports have in common: refusals, launch.json, the command line."""
+"""Exports for transformers, run by transformers; and for all exports: rejected input, launch.json, the command line.
 
 import ast
 import importlib
@@ -20,8 +20,8 @@ from transformers import (
 
 import draftsmith
 from draftsmith import Target, hf
+from draftsmith.artifacts.families import find, names
 from draftsmith.cli import main
-from draftsmith.core.drafter import find, names
 from draftsmith.drafters import early_exit, layerskip, lm, lookup
 from draftsmith.export import ENGINES, export, writers
 from draftsmith.export.launch import LAUNCH, read_launch
@@ -30,12 +30,12 @@ from tests.support.models import NUM_LAYERS, VOCAB_SIZE, padded, prompts, tiny_m
 
 NUM_NEW = 12
 ARCHITECTURES = ("llama", "qwen2", "gemma3_text", "gpt2")
-UNSERVED = ("hydra", "kangaroo", "prophet", "merge", "cascade", "staged", "translated", "lookahead", "medusa2")
+FAMILIES_WITHOUT_SERVER = ("hydra", "kangaroo", "prophet", "merge", "cascade", "staged", "translated", "lookahead", "medusa2")
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny targets, each with a tokenizer, called as their architectures."""
+    """A folder with tiny targets and their tokenizers, in subfolders named after the architectures.""" 
     root = tmp_path_factory.mktemp("export")
     for architecture in (*ARCHITECTURES, "t5"):
         model = tiny_model(architecture)
@@ -46,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_cache_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
@@ -64,26 +64,26 @@ def example(family: str, target: Target) -> Any:
 
 
 def copy_of(target: Target, **changes: Any) -> Any:
-    """Returns a draft model that is the target itself, so that all it drafts is accepted."""
+    """Returns a draft model that is a copy of the target, so that all its tokens are accepted."""
     drafter = lm.Drafter(lm.Config(model=target.model.config.to_dict(), num_draft=4, **changes), target)
     drafter.model.load_state_dict(target.model.state_dict())
     return drafter.eval()
 
 
 def generated(model: Any, ids: Any, **settings: Any) -> tuple[list[list[int]], int]:
-    """Returns greedy texts and how often the model was run."""
+    """Returns (greedy texts, number of forward passes of the model)."""
     runs: list[int] = []
     hook = model.register_forward_hook(lambda *_: runs.append(1))
     ids_BT = torch.as_tensor(ids)
-    given = {"attention_mask": torch.ones_like(ids_BT), "max_new_tokens": NUM_NEW, "do_sample": False} | settings
-    given = {key: value for key, value in given.items() if value is not None}
-    out = model.generate(ids_BT, **given)
+    arguments = {"attention_mask": torch.ones_like(ids_BT), "max_new_tokens": NUM_NEW, "do_sample": False} | settings
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    out = model.generate(ids_BT, **arguments)
     hook.remove()
     return out.tolist(), len(runs)
 
 
-def from_folder(out: Path) -> dict[str, Any]:
-    """Returns what `model.generate` is told to run an export, whose code is ours."""
+def custom_arguments(out: Path) -> dict[str, Any]:
+    """Returns the arguments with which `model.generate` runs an export."""
     return {"custom_generate": str(out), "trust_remote_code": True}
 
 
@@ -91,10 +91,10 @@ def from_folder(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", names())
-def test_every_family_drafts_inside_transformers(
+def test_custom_generate_runs_every_family(
     root: Path, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a folder that was moved, for a model that knows nothing of draftsmith; the text is the target's own."""
+    """From a folder that was moved; the text is the target's own."""
     drafter = example(family, target_of(root))
     out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
     launch = read_launch(out)
@@ -103,46 +103,46 @@ def test_every_family_drafts_inside_transformers(
     drafters = []
     decode = hf.generate
 
-    def watch(target: Target, ids: Any, drafter: Any, **settings: Any) -> Any:
+    def record(target: Target, ids: Any, drafter: Any, **settings: Any) -> Any:
         drafters.append(drafter)
         return decode(target, ids, drafter, **settings)
 
-    monkeypatch.setattr(hf, "generate", watch)
+    monkeypatch.setattr(hf, "generate", record)
     model = AutoModelForCausalLM.from_pretrained(root / "llama")
     if "custom_generate" not in launch["settings"]:
         assert family in ("lm", "lookup")
         return
     for num_rows, num_new in ((1, 2), (3, 8)):
         ids, mask = padded(prompts(num_rows), side="left")
-        given = {"attention_mask": mask, "max_new_tokens": num_new}
-        text, _ = generated(model, ids, **given, **from_folder(out))
-        assert text == generated(drafter.target.model, ids, **given)[0]
+        arguments = {"attention_mask": mask, "max_new_tokens": num_new}
+        text, _ = generated(model, ids, **arguments, **custom_arguments(out))
+        assert text == generated(drafter.target.model, ids, **arguments)[0]
     assert [find(family).Drafter] * 2 == [type(drafter) for drafter in drafters]
-    assert drafters[0] is drafters[1], "it stays loaded"
+    assert drafters[0] is drafters[1], "the drafter stays loaded"
 
 
-def test_sampling_and_the_name_of_an_artifact_pass_through(root: Path, tmp_path: Path) -> None:
+def test_custom_generate_passes_sampling_arguments_and_artifact(root: Path, tmp_path: Path) -> None:
     out = export(
         artifact_of(example("medusa", target_of(root)), tmp_path / "artifact"), "transformers", tmp_path / "out"
     )
     model = AutoModelForCausalLM.from_pretrained(root / "llama")
-    given = from_folder(out) | {"do_sample": True}
-    texts = [generated(model, prompts(1), **given, seed=seed)[0] for seed in (1, 1, 2)]
+    arguments = custom_arguments(out) | {"do_sample": True}
+    texts = [generated(model, prompts(1), **arguments, seed=seed)[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
-    away = (out / "artifact").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="is no local folder with an artifact; name one by artifact=PATH"):
-        generated(model, prompts(1), **given)
-    assert generated(model, prompts(1), **given, seed=1, artifact=str(away))[0] == texts[0]
+    moved = (out / "artifact").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="is not a local folder with an artifact; pass artifact=PATH"):
+        generated(model, prompts(1), **arguments)
+    assert generated(model, prompts(1), **arguments, seed=1, artifact=str(moved))[0] == texts[0]
     with pytest.raises(ValueError, match="was made for target"):
-        generated(tiny_model("llama", seed=3), prompts(1), **given, artifact=str(away))
+        generated(tiny_model("llama", seed=3), prompts(1), **arguments, artifact=str(moved))
 
 
-def test_an_encoder_decoder_is_drafted_for(root: Path, tmp_path: Path) -> None:
+def test_custom_generate_drafts_for_an_encoder_decoder(root: Path, tmp_path: Path) -> None:
     drafter = lookup.Drafter(lookup.Config(), target_of(root, "t5"))
     artifact = artifact_of(drafter, tmp_path / "artifact")
     out = export(artifact, "transformers", tmp_path / "out")
     model = AutoModelForSeq2SeqLM.from_pretrained(root / "t5")
-    assert generated(model, prompts(1), **from_folder(out))[0] == generated(model, prompts(1))[0]
+    assert generated(model, prompts(1), **custom_arguments(out))[0] == generated(model, prompts(1))[0]
     with pytest.raises(ValueError, match="vLLM does not draft for encoder-decoders .* export it --to transformers"):
         export(artifact, "vllm", tmp_path / "other")
 
@@ -150,7 +150,7 @@ def test_an_encoder_decoder_is_drafted_for(root: Path, tmp_path: Path) -> None:
 # --- Assistants ----------------------------------------------------------------------------------------------------
 
 
-def test_a_draft_model_assists(root: Path, tmp_path: Path) -> None:
+def test_draft_model_runs_as_an_assistant(root: Path, tmp_path: Path) -> None:
     target = target_of(root)
     out = export(artifact_of(copy_of(target, length="fixed"), tmp_path / "artifact"), "transformers", tmp_path / "out")
     assistant = AutoModelForCausalLM.from_pretrained(out)
@@ -160,13 +160,13 @@ def test_a_draft_model_assists(root: Path, tmp_path: Path) -> None:
         text, num_runs = generated(target.model, [row], assistant_model=assistant)
         expected, num_plain = generated(target.model, [row])
         assert text == expected
-        assert num_plain == NUM_NEW and num_runs <= NUM_NEW // 3, "all that was drafted is accepted"
+        assert num_plain == NUM_NEW and num_runs <= NUM_NEW // 3, "every drafted token is accepted"
     other = tiny_model("llama", seed=5)
     text, num_runs = generated(other, prompts(1), assistant_model=assistant)
-    assert text == generated(other, prompts(1))[0] and num_runs > 3, "and what is not is corrected"
+    assert text == generated(other, prompts(1))[0] and num_runs > 3, "rejected tokens are replaced"
 
 
-def test_the_threshold_of_an_assistant_is_that_of_its_policy(root: Path, tmp_path: Path) -> None:
+def test_assistant_has_the_confidence_threshold_of_the_policy(root: Path, tmp_path: Path) -> None:
     target = target_of(root)
     for length, threshold in (("fixed", 0.0), ("confidence=0.7", 0.7)):
         drafter = copy_of(target, length=length)
@@ -176,10 +176,10 @@ def test_the_threshold_of_an_assistant_is_that_of_its_policy(root: Path, tmp_pat
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("own", [{}, {"own_head": True}], ids=["norm", "norm and head"])
-def test_an_exit_with_a_norm_of_its_own_becomes_a_model(
+def test_early_exit_with_its_own_norm_is_exported_as_a_model(
     root: Path, tmp_path: Path, architecture: str, own: dict[str, bool]
 ) -> None:
-    """It drafts what the drafter does, with the blocks that it needs alone."""
+    """Its logits are the drafter's, and it has only the blocks up to the exit."""
     target = target_of(root, architecture)
     drafter = built(early_exit, early_exit.Config(exit_layer=2, num_draft=4, length="fixed", **own), target)
     out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
@@ -192,7 +192,7 @@ def test_an_exit_with_a_norm_of_its_own_becomes_a_model(
     assert generated(target.model, prompts(1), assistant_model=assistant)[0] == generated(target.model, prompts(1))[0]
 
 
-def test_an_exit_through_the_targets_own_norm_and_head_is_a_setting(root: Path, tmp_path: Path) -> None:
+def test_early_exit_with_the_targets_norm_and_head_is_exported_as_a_setting(root: Path, tmp_path: Path) -> None:
     target = target_of(root)
     drafter = built(early_exit, early_exit.Config(exit_layer=2, own_norm=False, num_draft=4), target)
     out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
@@ -204,19 +204,19 @@ def test_an_exit_through_the_targets_own_norm_and_head_is_a_setting(root: Path, 
         assert text == generated(target.model, [row])[0]
 
 
-def test_a_changed_target_comes_along(root: Path, tmp_path: Path) -> None:
-    """The export holds it as a model of its own, and its early exit drafts for that."""
+def test_export_contains_a_fine_tuned_target(root: Path, tmp_path: Path) -> None:
+    """The export contains it as a model, and the early exit drafts for that."""
     target = target_of(root)
     config = early_exit.Config(exit_layer=2, own_norm=False, tunes=True, rank=2, alpha=1.0)
     drafter = built(early_exit, config, target)
     out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
-    changed = AutoModelForCausalLM.from_pretrained(out / "target")
+    tuned = AutoModelForCausalLM.from_pretrained(out / "target")
     assert read_launch(out)["target"] == str(out / "target")
-    text, _ = generated(changed, prompts(1), generation_config=GenerationConfig.from_pretrained(out))
+    text, _ = generated(tuned, prompts(1), generation_config=GenerationConfig.from_pretrained(out))
     assert text == generated(drafter.target.model, prompts(1))[0] != generated(target.model, prompts(1))[0]
 
 
-def test_lookup_is_a_setting(root: Path, tmp_path: Path) -> None:
+def test_lookup_is_exported_as_a_setting(root: Path, tmp_path: Path) -> None:
     target = target_of(root)
     drafter = lookup.Drafter(lookup.Config(num_draft=5, max_ngram=2), target)
     out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
@@ -228,8 +228,8 @@ def test_lookup_is_a_setting(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_whole_blocks_left_out_make_a_model(root: Path, tmp_path: Path, architecture: str) -> None:
-    """It says what the target does once a block is taken out of it by hand."""
+def test_skipped_blocks_are_exported_as_a_model(root: Path, tmp_path: Path, architecture: str) -> None:
+    """Its logits are the target's after a block is removed from it by hand."""
     target = target_of(root, architecture)
     drafter = layerskip.Drafter(layerskip.Config(attention=(1,), mlp=(1,), num_draft=4), target)
     out = export(artifact_of(drafter, tmp_path / "artifact"), "vllm", tmp_path / "out")
@@ -246,7 +246,7 @@ def test_whole_blocks_left_out_make_a_model(root: Path, tmp_path: Path, architec
     config.num_hidden_layers = left
     ids_BT = torch.tensor([list(range(3, 20))])
     given = {"use_cache": False}
-    assert (model(ids_BT, **given).logits - target.model(ids_BT, **given).logits).abs().max() < 1e-4
+    assert (model(ids_BT, **arguments).logits - target.model(ids_BT, **arguments).logits).abs().max() < 1e-4
 
 
 # --- What all have in common ---------------------------------------------------------------------------------------
@@ -264,8 +264,8 @@ def test_tensors_are_plain_and_of_the_targets_type(root: Path, tmp_path: Path) -
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_the_launch_says_all_and_its_python_runs(root: Path, tmp_path: Path) -> None:
-    """Every export for transformers prints lines that run as they stand."""
+def test_launch_json_is_complete_and_its_python_runs(root: Path, tmp_path: Path) -> None:
+    """The Python code of every export for transformers runs unchanged."""
     target = target_of(root)
     drafters = [copy_of(target), lookup.Drafter(lookup.Config(), target)]
     drafters += [example(family, target) for family in ("medusa", "medusa2")]
@@ -279,8 +279,8 @@ def test_the_launch_says_all_and_its_python_runs(root: Path, tmp_path: Path) -> 
         exec(launch["command"].replace("some text", "w3 w4 w3 w4").replace("=64", "=4"), {})
 
 
-@pytest.mark.parametrize("family", UNSERVED)
-def test_what_no_server_runs_is_refused_by_name(
+@pytest.mark.parametrize("family", FAMILIES_WITHOUT_SERVER)
+def test_export_rejects_families_that_no_server_supports(
     root: Path, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = artifact_of(example(family, target_of(root)), tmp_path / "artifact")
@@ -295,7 +295,7 @@ def test_what_no_server_runs_is_refused_by_name(
     assert writers(family).keys() == {"transformers"}
 
 
-def test_what_cannot_be_is_refused_before_weights_load(
+def test_export_rejects_unsupported_input_before_loading_weights(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = target_of(root)
@@ -316,9 +316,9 @@ def test_what_cannot_be_is_refused_before_weights_load(
         ("medusa", "vlm", "out", {}, "unknown engine 'vlm'; did you mean 'vllm'?"),
         ("medusa", "mlx", "out", {}, "there are transformers, vllm, sglang, speculators"),
         ("medusa", "sglang", "out", {}, "SGLang does not run drafters of family 'medusa'; export it --to vllm, or run"),
-        ("blocks", "vllm", "out", {}, "an exit with blocks of its own or recycling is no prefix of the target"),
-        ("part", "vllm", "out", {}, r"blocks \[0\] are left out in part"),
-        ("none", "sglang", "out", {}, "nothing is left out"),
+        ("blocks", "vllm", "out", {}, "an exit with its own blocks or recycling is not a prefix of the target"),
+        ("part", "vllm", "out", {}, r"blocks \[0\] are skipped in part"),
+        ("none", "sglang", "out", {}, "no block is skipped"),
         ("lm", "vllm", "my-eagle3-run", {}, "has 'eagle3' in its path"),
         ("lm", "vllm", "DFlash", {}, "has 'DFlash' in its path"),
         ("medusa", "vllm", "eagle-1", {}, "has 'eagle-' in its path"),
@@ -337,7 +337,7 @@ def test_what_cannot_be_is_refused_before_weights_load(
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*staging*"))
 
 
-def test_an_artifact_of_another_target_is_refused(root: Path, tmp_path: Path) -> None:
+def test_export_rejects_an_artifact_of_another_target(root: Path, tmp_path: Path) -> None:
     artifact = artifact_of(copy_of(target_of(root)), tmp_path / "artifact")
     tiny_model("llama", seed=9).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
@@ -346,7 +346,7 @@ def test_an_artifact_of_another_target_is_refused(root: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
     shutil.move(root / "llama", root / "gone")
     try:
-        with pytest.raises(ValueError, match="say where the artifact's target lies with --target"):
+        with pytest.raises(ValueError, match="name the artifact's target with --target"):
             export(artifact, "vllm", tmp_path / "out")
         out = export(artifact, "vllm", tmp_path / "out", str(root / "gone"))
     finally:
@@ -354,19 +354,19 @@ def test_an_artifact_of_another_target_is_refused(root: Path, tmp_path: Path) ->
     assert f"vllm serve {root / 'gone'} " in read_launch(out)["command"]
 
 
-def test_a_failed_export_leaves_the_former_one(root: Path, tmp_path: Path) -> None:
+def test_failed_export_keeps_the_previous_one(root: Path, tmp_path: Path) -> None:
     target = target_of(root)
     out = export(artifact_of(copy_of(target), tmp_path / "artifact"), "vllm", tmp_path / "out")
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     blocks = artifact_of(example("early_exit", target), tmp_path / "blocks")
-    with pytest.raises(ValueError, match="no prefix of the target"):
+    with pytest.raises(ValueError, match="not a prefix of the target"):
         export(blocks, "vllm", tmp_path / "out")
     assert before == {file.name: file.read_bytes() for file in out.iterdir()}
     export(blocks, "transformers", tmp_path / "out")
     assert {file.name for file in out.iterdir()} == {"artifact", "custom_generate", LAUNCH}
 
 
-def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = artifact_of(copy_of(target_of(root)), tmp_path / "artifact")
     main(["export", str(artifact), "--to", "vllm", str(tmp_path / "out"), "--target", str(root / "llama")])
     printed = capsys.readouterr().out

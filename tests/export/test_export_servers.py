@@ -1,4 +1,4 @@
-"""Exports for vLLM and SGLang: what stands in their files and commands, read as those servers read it.
+"""Exports for vLLM and SGLang: their files and commands, read as those servers read them.
 
 Shape suffixes: B rows, N tokens, D hidden width.
 """
@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM
 import draftsmith
 from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
-from draftsmith.core.drafter import find, names
+from draftsmith.artifacts.families import find, names
 from draftsmith.drafters import eagle3, early_exit, layerskip, lm, lookup, medusa, rest, suffix
 from draftsmith.export import export, writers
-from draftsmith.export.families.eagle3 import check_vocabulary, flat_config, kinds
-from draftsmith.export.given import read_given
+from draftsmith.export.families.eagle3 import check_vocabulary, flat_config, tensor_specs
 from draftsmith.export.launch import ARTIFACT_VARIABLE, PROPOSER, read_launch
+from draftsmith.export.source import open_source
 from draftsmith.export.tensors import check_file, write_tensors
 from tests.support.family import built
 from tests.support.models import CONTEXT, VOCAB_SIZE, WIDTH, prompts, scramble, tiny_model, tiny_tokenizer
@@ -37,7 +37,7 @@ from trainers.training.run_settings import RunSettings
 NUM_LAYERS = 8
 HEAD = {"num_heads": 4, "num_kv_heads": 2, "head_width": 8, "inner_width": 24}
 TOKEN_FAMILIES = {"cnn": 4, "lstm": 4, "ngram": 4, "recycling": 0, "rest": 0, "suffix": 0, "trigram": 4}
-"""Families that vLLM runs by draftsmith's proposer, and tokens drafted by their examples where that is `num_draft`."""
+"""Families that vLLM runs with draftsmith's proposer; the draft length of their examples if that is `num_draft`."""
 
 
 @pytest.fixture(scope="session")
@@ -68,14 +68,14 @@ def exported(drafter: Any, engine: str, folder: Path) -> tuple[Path, dict[str, A
     return out, read_launch(out)
 
 
-def told(launch: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a shell would hand vLLM as --speculative-config."""
+def speculative_config(launch: dict[str, Any]) -> dict[str, Any]:
+    """Returns the value of vLLM's --speculative-config as a shell passes it."""
     words = shlex.split(launch["command"])
     return json.loads(words[words.index("--speculative-config") + 1])
 
 
 def flags(launch: dict[str, Any]) -> dict[str, str]:
-    """Returns SGLang's flags as a shell would hand them on."""
+    """Returns SGLang's flags as a shell passes them."""
     words = shlex.split(launch["command"])
     assert words[:3] == ["python", "-m", "sglang.launch_server"]
     return dict(zip(words[3::2], words[4::2], strict=True))
@@ -89,33 +89,33 @@ OWN = {"fusion_norm": "whole", "norm_residual": True, "own_embedding": True, "la
 
 @pytest.mark.parametrize("changes", [{}, FULL, OWN, {"layers": (1, 7)}], ids=["usual", "full", "own", "two"])
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "speculators"])
-def test_a_head_comes_back_from_its_export(
+def test_eagle3_head_is_imported_from_its_export(
     target: Target, path: Path, tmp_path: Path, engine: str, changes: dict[str, Any]
 ) -> None:
-    """What reads published heads makes of it the drafter that it was, weights and settings."""
+    """The importer of published heads returns a drafter with the same weights and settings."""
     drafter = head(target, **changes)
     if engine == "sglang" and changes is OWN:
         return
     out, _ = exported(drafter, engine, tmp_path)
-    read = import_eagle3.Settings(head=str(out))
-    import_eagle3.check(read, target)  # type: ignore[arg-type]
-    again = import_eagle3.fit(read, target, [], RunSettings(), tmp_path)
-    assert again.config == drafter.config
-    state = again.state_dict()
+    settings = import_eagle3.Settings(head=str(out))
+    import_eagle3.check(settings, target)  # type: ignore[arg-type]
+    imported = import_eagle3.fit(settings, target, [], RunSettings(), tmp_path)
+    assert imported.config == drafter.config
+    state = imported.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in drafter.state_dict().items())
 
 
-def test_one_folder_serves_both_engines(target: Target, path: Path, tmp_path: Path) -> None:
+def test_vllm_and_sglang_exports_of_a_head_are_the_same_folder(target: Target, path: Path, tmp_path: Path) -> None:
     out, launch = exported(head(target), "vllm", tmp_path)
     other, sglang = exported(head(target), "sglang", tmp_path / "sglang")
     config = json.loads((out / "config.json").read_text())
     assert config == json.loads((other / "config.json").read_text())
     assert (out / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     ids = "eagle_aux_hidden_state_layer_ids"
-    # vLLM counts blocks run, SGLang the block whose output it is.
+    # vLLM numbers hidden layers as draftsmith does, SGLang by the block whose output they are.
     assert config[ids] == [2, 4, 5] and config["eagle_config"] == {"use_aux_hidden_state": True, ids: [1, 3, 4]}
     off = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias", "tie_word_embeddings")
-    assert [config[flag] for flag in off] == [False] * len(off), "written out, each"
+    assert [config[flag] for flag in off] == [False] * len(off), "every flag is explicit"
     assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["num_hidden_layers"] == 1
     assert (config["vocab_size"], config["draft_vocab_size"]) == (VOCAB_SIZE, 40)
     assert config["max_position_embeddings"] == CONTEXT and config["dtype"] == "float32"
@@ -124,7 +124,7 @@ def test_one_folder_serves_both_engines(target: Target, path: Path, tmp_path: Pa
     assert tensors["d2t"].dtype == torch.int64 and tensors["t2d"].dtype == torch.bool
     assert torch.equal(tensors["d2t"] + torch.arange(40), tensors["t2d"].nonzero()[:, 0])
     assert (
-        told(launch)
+        speculative_config(launch)
         == launch["settings"]
         == {
             "method": "eagle3",
@@ -144,7 +144,7 @@ def test_one_folder_serves_both_engines(target: Target, path: Path, tmp_path: Pa
     }
 
 
-def test_a_head_of_the_whole_vocabulary_needs_no_map(target: Target, tmp_path: Path) -> None:
+def test_head_of_the_whole_vocabulary_has_no_vocabulary_map(target: Target, tmp_path: Path) -> None:
     out, _ = exported(head(target, draft_vocab=0, width=0), "sglang", tmp_path)
     assert not {"d2t", "t2d"} & load_file(out / "model.safetensors").keys()
     assert json.loads((out / "config.json").read_text())["draft_vocab_size"] == VOCAB_SIZE
@@ -155,13 +155,13 @@ def test_a_head_of_the_whole_vocabulary_needs_no_map(target: Target, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"own_embedding": True}, "SGLang puts the target's embedding in place of the head's own; export it --to vllm"),
-        ({"norm_residual": True}, "residual stream begins normed"),
+        ({"own_embedding": True}, "SGLang replaces the head's own embedding by the target's; export it --to vllm"),
+        ({"norm_residual": True}, "does not support a normed residual stream"),
         ({"layers": (0, 4, 5)}, r"reads hidden layers \[0, 4, 5\] of 8"),
         ({"layers": (2, 4, 8)}, r"reads hidden layers \[2, 4, 8\] of 8"),
     ],
 )
-def test_heads_that_sglang_would_misread_are_refused(
+def test_export_rejects_heads_that_sglang_would_misread(
     target: Target, tmp_path: Path, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drafter = head(target, **changes)
@@ -171,8 +171,8 @@ def test_heads_that_sglang_would_misread_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_targets_that_sglang_counts_otherwise_get_no_list(tmp_path: Path) -> None:
-    """gpt-oss: layers that it takes unasked go without a list, any others are refused."""
+def test_targets_with_sglangs_other_layer_numbering_have_no_layer_list(tmp_path: Path) -> None:
+    """gpt-oss: heads on SGLang's default layers have no list, heads on other layers are rejected."""
     sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["full_attention"] * NUM_LAYERS}
     model = tiny_model("llama", num_hidden_layers=NUM_LAYERS)
     model.save_pretrained(tmp_path / "target")
@@ -183,10 +183,10 @@ def test_targets_that_sglang_counts_otherwise_get_no_list(tmp_path: Path) -> Non
     config = json.loads((tmp_path / "target" / "config.json").read_text())
     (tmp_path / "target" / "config.json").write_text(json.dumps(config | sizes | {"model_type": "gpt_oss"}))
     artifact = tmp_path / "artifact2"
-    given = read_given(artifact, read_manifest(artifact), tmp_path / "out", None)
-    vars(given)["drafter"] = head(target)
-    assert not [key for key in flat_config(given) if key.startswith("eagle")]
-    with pytest.raises(ValueError, match=r"SGLang counts the layers of gpt_oss .* train the head on \[2, 4, 5\]"):
+    source = open_source(artifact, read_manifest(artifact), tmp_path / "out", None)
+    vars(source)["drafter"] = head(target)
+    assert not [key for key in flat_config(source) if key.startswith("eagle")]
+    with pytest.raises(ValueError, match=r"SGLang numbers the layers of gpt_oss .* train the head on \[2, 4, 5\]"):
         export(tmp_path / "artifact1", "sglang", tmp_path / "out")
 
 
@@ -194,39 +194,45 @@ def test_targets_that_sglang_counts_otherwise_get_no_list(tmp_path: Path) -> Non
     ("change", "message"),
     [
         (lambda tensors: tensors.pop("norm.weight"), "tensor 'norm.weight' is missing"),
-        (lambda tensors: tensors.update({"fc.bias": torch.zeros(WIDTH)}), "'fc.bias' is none that the engine loads"),
-        (lambda tensors: tensors.update({"model.norm.weight": tensors["norm.weight"]}), "'model.norm.weight' is none"),
-        (lambda tensors: tensors.update({"norm.weight": torch.zeros(3)}), r"'norm.weight' is \(3,\) of torch.float32"),
-        (lambda tensors: tensors.update({"d2t": tensors["d2t"].int()}), "'d2t' is .* of torch.int32"),
-        (lambda tensors: tensors.update({"norm.weight": tensors["norm.weight"].half()}), "of torch.float16"),
+        (lambda tensors: tensors.update({"fc.bias": torch.zeros(WIDTH)}), "'fc.bias' is unknown to the engine"),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": tensors["norm.weight"]}),
+            "'model.norm.weight' is unknown",
+        ),
+        (
+            lambda tensors: tensors.update({"norm.weight": torch.zeros(3)}),
+            r"'norm.weight' has shape \(3,\) and dtype torch.float32",
+        ),
+        (lambda tensors: tensors.update({"d2t": tensors["d2t"].int()}), "'d2t' has .* dtype torch.int32"),
+        (lambda tensors: tensors.update({"norm.weight": tensors["norm.weight"].half()}), "dtype torch.float16"),
     ],
     ids=["missing", "more", "prefix", "shape", "map", "type"],
 )
-def test_every_tensor_is_checked(target: Target, tmp_path: Path, change: Any, message: str) -> None:
+def test_write_tensors_checks_every_tensor(target: Target, tmp_path: Path, change: Any, message: str) -> None:
     out, _ = exported(head(target), "vllm", tmp_path)
     config = json.loads((out / "config.json").read_text())
-    wanted = kinds(config, "midlayer", torch.float32, has_embedding=False)
-    check_file(out / "model.safetensors", wanted)
+    expected = tensor_specs(config, "midlayer", torch.float32, has_embedding=False)
+    check_file(out / "model.safetensors", expected)
     tensors = load_file(out / "model.safetensors")
     change(tensors)
     with pytest.raises(ValueError, match=message):
-        write_tensors(tmp_path, tensors, wanted)
+        write_tensors(tmp_path, tensors, expected)
 
 
-def test_a_vocabulary_map_that_contradicts_itself_is_refused(target: Target) -> None:
+def test_check_vocabulary_rejects_a_contradictory_map(target: Target) -> None:
     drafter = head(target)
     check_vocabulary({"d2t": drafter.d2t, "t2d": drafter.t2d})
-    with pytest.raises(ValueError, match="do not name the same tokens"):
+    with pytest.raises(ValueError, match="are not the same tokens"):
         check_vocabulary({"d2t": drafter.d2t.flip(0), "t2d": drafter.t2d})
-    with pytest.raises(ValueError, match="do not name the same tokens"):
+    with pytest.raises(ValueError, match="are not the same tokens"):
         check_vocabulary({"d2t": drafter.d2t, "t2d": ~drafter.t2d})
 
 
 # --- Medusa --------------------------------------------------------------------------------------------------------
 
 
-class MedusaOfVLLM(nn.Module):
-    """Heads as vLLM 0.32.0 describes them in config.json: x + SiLU(W x + b) for each layer, then an output matrix."""
+class VLLMMedusa(nn.Module):
+    """Medusa heads as in vLLM 0.32.0, built from config.json: x + SiLU(W x + b) for each layer, then an LM head."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -242,31 +248,31 @@ class MedusaOfVLLM(nn.Module):
             self.lm_heads = nn.ModuleList(nn.Linear(width, vocab_size, bias=False) for _ in self.blocks)
 
     def forward(self, x_BND: torch.Tensor) -> list[torch.Tensor]:
-        found = []
+        logits = []
         for number, block in enumerate(self.blocks):
             z_BND = x_BND
             for layer in block.layers:
                 z_BND = z_BND + nn.functional.silu(layer(z_BND))
-            found.append((self.lm_head if hasattr(self, "lm_head") else self.lm_heads[number])(z_BND))
-        return found
+            logits.append((self.lm_head if hasattr(self, "lm_head") else self.lm_heads[number])(z_BND))
+        return logits
 
 
 @pytest.mark.parametrize("own_head", [False, True])
-def test_medusa_heads_say_the_same_to_vllm(target: Target, tmp_path: Path, own_head: bool) -> None:
+def test_exported_medusa_heads_have_the_same_logits_in_vllm(target: Target, tmp_path: Path, own_head: bool) -> None:
     config = medusa.Config(num_heads=3, num_blocks=2, own_head=own_head, tree=((0,), (0, 0)))
     drafter = built(medusa, config, target)
     out, launch = exported(drafter, "vllm", tmp_path)
     written = json.loads((out / "config.json").read_text())
     assert written["medusa_fc_bias"] is True and written["original_lm_head"] is not own_head
     assert written["truncated_vocab_size"] == written["vocab_size"] == VOCAB_SIZE and "token_map" not in written
-    # vLLM takes any key with "num" and "heads", or "num" and "layers", for its own.
+    # vLLM interprets any key with "num" and "heads", or "num" and "layers".
     assert [key for key in written if "num" in key] == ["num_heads", "num_hidden_layers"]
-    model = MedusaOfVLLM(written)
+    model = VLLMMedusa(written)
     model.load_state_dict(load_file(out / "model.safetensors"))
     normed_BND = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(0))
     expected = [drafter.head(k, z_BND) for k, z_BND in enumerate(drafter.heads(normed_BND))]
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(model(normed_BND), expected, strict=True))
-    assert told(launch) == {"method": "medusa", "model": str(out), "num_speculative_tokens": 3}
+    assert speculative_config(launch) == {"method": "medusa", "model": str(out), "num_speculative_tokens": 3}
     assert launch["checked_with"].startswith("vLLM 0.32.0") and "vllm<=0.32.0" in launch["notes"][0]
 
 
@@ -274,7 +280,7 @@ def test_medusa_heads_say_the_same_to_vllm(target: Target, tmp_path: Path, own_h
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_draft_models_load_as_what_they_were(target: Target, tmp_path: Path, engine: str) -> None:
+def test_exported_draft_models_load_in_transformers(target: Target, tmp_path: Path, engine: str) -> None:
     small = lm.Config(model=target.model.config.to_dict() | {"num_hidden_layers": 1, "layer_types": None}, num_draft=3)
     makers = {
         "lm": lambda: built(lm, small, target),
@@ -287,7 +293,11 @@ def test_draft_models_load_as_what_they_were(target: Target, tmp_path: Path, eng
         assert model.config.num_hidden_layers == {"lm": 1, "exit": 3, "skip": 6}[name]
         assert model.config.vocab_size == VOCAB_SIZE and (out / "tokenizer.json").is_file()
         if engine == "vllm":
-            assert told(launch) == {"method": "draft_model", "model": str(out), "num_speculative_tokens": 3}
+            assert speculative_config(launch) == {
+                "method": "draft_model",
+                "model": str(out),
+                "num_speculative_tokens": 3,
+            }
         else:
             found = flags(launch)
             assert found["--speculative-algorithm"] == "STANDALONE"
@@ -295,19 +305,21 @@ def test_draft_models_load_as_what_they_were(target: Target, tmp_path: Path, eng
             assert (found["--speculative-num-steps"], found["--speculative-num-draft-tokens"]) == ("3", "4")
 
 
-@pytest.mark.parametrize("ends", [{"rank": 8}, {"shortlist": 20}])
-def test_draft_models_with_the_targets_ends_stay_with_draftsmith(
-    target: Target, tmp_path: Path, ends: dict[str, int]
+@pytest.mark.parametrize("heads", [{"rank": 8}, {"shortlist": 20}])
+def test_draft_models_with_tied_heads_or_shortlist_are_not_exported_to_servers(
+    target: Target, tmp_path: Path, heads: dict[str, int]
 ) -> None:
-    drafter = built(lm, lm.Config(model=target.model.config.to_dict() | {"num_hidden_layers": 1}, **ends), target)
+    drafter = built(lm, lm.Config(model=target.model.config.to_dict() | {"num_hidden_layers": 1}, **heads), target)
     _, launch = exported(drafter, "transformers", tmp_path)
     assert "custom_generate" in launch["settings"]
     for engine in ("vllm", "sglang"):
-        with pytest.raises(ValueError, match="is no ordinary model; make one without, or run it with draftsmith"):
+        with pytest.raises(
+            ValueError, match="is not an ordinary model; train one without them, run it with draftsmith"
+        ):
             export(tmp_path / "artifact", engine, tmp_path / "other")
 
 
-def test_a_changed_target_is_what_the_server_runs(target: Target, tmp_path: Path) -> None:
+def test_server_runs_the_fine_tuned_target(target: Target, tmp_path: Path) -> None:
     config = early_exit.Config(exit_layer=2, tunes=True, rank=2, alpha=1.0)
     drafter = built(early_exit, config, target)
     out, launch = exported(drafter, "vllm", tmp_path)
@@ -318,30 +330,34 @@ def test_a_changed_target_is_what_the_server_runs(target: Target, tmp_path: Path
     assert not all(torch.equal(served[name], weight) for name, weight in target.model.state_dict().items())
 
 
-# --- Drafters that go by tokens alone ------------------------------------------------------------------------------
+# --- Token-only drafters -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", TOKEN_FAMILIES)
-def test_vllm_runs_token_families_by_the_proposer(target: Target, tmp_path: Path, family: str) -> None:
-    """The copy in the export loads as the same drafter, and the command names it."""
+def test_vllm_runs_token_only_families_with_the_proposer(target: Target, tmp_path: Path, family: str) -> None:
+    """The copy of the artifact in the export loads as the same drafter, and the command names it."""
     drafter = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, target)
     out, launch = exported(drafter, "vllm", tmp_path)
-    most = TOKEN_FAMILIES[family] or getattr(drafter.config, "num_draft", 0) or max(map(len, drafter.config.tree))
-    assert told(launch) == {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": most}
+    num_draft = TOKEN_FAMILIES[family] or getattr(drafter.config, "num_draft", 0) or max(map(len, drafter.config.tree))
+    assert speculative_config(launch) == {
+        "method": "custom_class",
+        "model": PROPOSER,
+        "num_speculative_tokens": num_draft,
+    }
     name, _, artifact = shlex.split(launch["command"])[0].partition("=")
     assert name == ARTIFACT_VARIABLE and artifact == str(out / "artifact")
     loaded = draftsmith.load(artifact, target)
     assert json.dumps(dataclasses.asdict(loaded.config)) == json.dumps(dataclasses.asdict(drafter.config))
 
 
-def test_only_those_go_by_the_proposer() -> None:
+def test_other_families_of_vllm_do_not_use_the_proposer() -> None:
     served = {name for name in names() if "vllm" in writers(name)}
     assert served == TOKEN_FAMILIES.keys() | {"lm", "medusa", "eagle3", "early_exit", "layerskip", "lookup"}
 
 
 @pytest.mark.parametrize("family", [rest, suffix])
-def test_stored_text_is_a_corpus_for_sglang(target: Target, tmp_path: Path, family: Any) -> None:
-    """Read as SGLang reads it, the corpus is the text that was stored."""
+def test_datastore_is_exported_as_a_corpus_for_sglang(target: Target, tmp_path: Path, family: Any) -> None:
+    """The corpus, tokenized as SGLang does, is the stored text."""
     texts = prompts(6, seed=3)
     halves = [[np.array(text) for text in half] for half in (texts[:4], texts[4:])]
     drafter = family.Drafter(family.Config(), target, tuple(build(half, VOCAB_SIZE) for half in halves))
@@ -353,22 +369,22 @@ def test_stored_text_is_a_corpus_for_sglang(target: Target, tmp_path: Path, fami
     assert found["--speculative-ngram-external-corpus-path"] == str(out / "corpus.jsonl")
     budget = int(found["--speculative-ngram-external-sam-budget"])
     assert budget == drafter.config.num_draft == int(found["--speculative-num-draft-tokens"]) - 1
-    # Documents are parted by a token of their own.
+    # SGLang adds a separator token between documents.
     assert sum(map(len, texts)) + len(texts) - 1 <= int(found["--speculative-ngram-external-corpus-max-tokens"])
-    assert launch["notes"] == ["6 of 6 texts are cut into the very tokens that the store has."]
+    assert launch["notes"] == ["6 of 6 texts are tokenized as in the datastore."]
 
 
-def test_a_store_without_text_is_no_corpus(target: Target, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no text"):
+def test_export_rejects_an_empty_datastore(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="contains no text"):
         exported(suffix.Drafter(suffix.Config(), target), "sglang", tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_lookup_is_the_servers_own(target: Target, path: Path, tmp_path: Path) -> None:
+def test_lookup_is_exported_as_the_servers_own(target: Target, path: Path, tmp_path: Path) -> None:
     drafter = lookup.Drafter(lookup.Config(max_ngram=4, min_ngram=2, num_draft=3, num_continuations=2), target)
     _, launch = exported(drafter, "vllm", tmp_path / "vllm")
     expected = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-    assert told(launch) == expected
+    assert speculative_config(launch) == expected
     out, launch = exported(drafter, "sglang", tmp_path / "sglang")
     assert flags(launch)["--speculative-algorithm"] == "NGRAM" and flags(launch)["--model-path"] == str(path)
     assert os.listdir(out) == ["launch.json"]

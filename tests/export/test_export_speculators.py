@@ -1,8 +1,8 @@
-"""Exports for the speculators library, by that library: it reads their settings, has their tensors, says what they say.
+"""Exports for the speculators library, checked with that library: settings, tensors and logits.
 
-./launch.sh serving-test runs it, where that library is installed.
+Run by ./launch.sh serving-test, which installs the library.
 
-Shape suffixes: N places, D hidden width, E widths of the fused layers together, W draft vocabulary.
+Shape suffixes: N positions, D hidden width, E widths of the fused layers together, W draft vocabulary.
 """
 
 import json
@@ -50,8 +50,8 @@ def pair(request: pytest.FixtureRequest, target: Target, tmp_path: Path) -> tupl
     return drafter, export(tmp_path / "artifact", "speculators", tmp_path / "out")
 
 
-def test_its_configuration_is_read(pair: tuple[eagle3.Drafter, Path], target: Target) -> None:
-    """Every setting has the value written, and nothing written is left over."""
+def test_speculators_reads_the_configuration(pair: tuple[eagle3.Drafter, Path], target: Target) -> None:
+    """Every setting has the written value, and every written key is read."""
     drafter, out = pair
     ours = drafter.config
     read = speculators.SpeculatorModelConfig.from_pretrained(out)
@@ -69,7 +69,7 @@ def test_its_configuration_is_read(pair: tuple[eagle3.Drafter, Path], target: Ta
     assert not written["transformer_layer_config"].keys() - inner.to_dict().keys()
 
 
-def test_its_model_has_the_same_tensors(pair: tuple[eagle3.Drafter, Path]) -> None:
+def test_speculators_model_has_the_same_tensors(pair: tuple[eagle3.Drafter, Path]) -> None:
     _, out = pair
     config = speculators.SpeculatorModelConfig.from_pretrained(out)
     config.speculators_config.verifier.name_or_path = None
@@ -81,21 +81,21 @@ def test_its_model_has_the_same_tensors(pair: tuple[eagle3.Drafter, Path]) -> No
 
 
 @torch.no_grad()
-def test_it_says_the_same(pair: tuple[eagle3.Drafter, Path], target: Target) -> None:
-    """Loaded with its verifier, its forward over a text gives the drafter's logits."""
+def test_speculators_model_has_the_same_logits(pair: tuple[eagle3.Drafter, Path], target: Target) -> None:
+    """Loaded with its verifier, its forward pass over a text gives the drafter's logits."""
     drafter, out = pair
     config = speculators.SpeculatorModelConfig.from_pretrained(out)
     config.transformer_layer_config._attn_implementation = "eager"
     model = speculators.SpeculatorModel.from_pretrained(out, config=config).eval()
-    said: list[Tensor] = []
-    model.lm_head.register_forward_hook(lambda _, __, logits: said.append(logits))
+    outputs: list[Tensor] = []
+    model.lm_head.register_forward_hook(lambda _, __, logits: outputs.append(logits))
     generator = torch.Generator().manual_seed(0)
-    num_places = 12
-    joined_1NE = torch.randn(1, num_places, WIDTH * len(drafter.config.layers), generator=generator)
-    tokens_1N = torch.randint(VOCAB_SIZE, (1, num_places), generator=generator)
-    model(joined_1NE, tokens_1N, torch.zeros(1, num_places, dtype=torch.long), ttt_steps=1)
-    positions_1N = torch.arange(num_places)[None]
+    num_positions = 12
+    joined_1NE = torch.randn(1, num_positions, WIDTH * len(drafter.config.layers), generator=generator)
+    tokens_1N = torch.randint(VOCAB_SIZE, (1, num_positions), generator=generator)
+    model(joined_1NE, tokens_1N, torch.zeros(1, num_positions, dtype=torch.long), ttt_steps=1)
+    positions_1N = torch.arange(num_positions)[None]
     features_1ND = drafter.fuse(joined_1NE)
     _, normed_1ND = drafter(tokens_1N, features_1ND, lambda x_1NE: drafter.attention(x_1NE, positions_1N))
     logits_1NW = drafter.head(normed_1ND)
-    assert (said[0] - logits_1NW).abs().max() < 1e-4 * logits_1NW.abs().max()
+    assert (outputs[0] - logits_1NW).abs().max() < 1e-4 * logits_1NW.abs().max()

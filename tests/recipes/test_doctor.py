@@ -21,7 +21,7 @@ from torch import Tensor
 import draftsmith
 from data.pseudo_data import MARKER
 from draftsmith import Target
-from draftsmith.core.drafter import find
+from draftsmith.artifacts.families import find
 from eval.doctor.checks import CheckContext, check_export, check_position
 from eval.doctor.serving import ServingCounts
 from eval.doctor.teacher_forced import GreedyText, draft_from_positions, draft_positions

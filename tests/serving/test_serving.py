@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.drafter import Drafter, Session, Step, find
+from draftsmith.artifacts.families import find
+from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import cnn, lstm, medusa, ngram, recycling, rest, suffix, trigram
 from draftsmith.export.launch import ARTIFACT_VARIABLE, PROPOSER

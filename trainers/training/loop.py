@@ -20,7 +20,7 @@ from data.shards import open_folder
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
-from draftsmith.core.drafter import find
+from draftsmith.artifacts.families import find
 from draftsmith.core.model_info import TargetFacts, read_facts
 from draftsmith.core.stats import num_threads
 from trainers.training import checkpoints, evaluation, launchers, logs

@@ -3,7 +3,7 @@
 import pytest
 
 import draftsmith
-from draftsmith.core.drafter import find
+from draftsmith.artifacts.families import find
 from eval.bakeoff import forecast
 from eval.bakeoff.forecast import (
     DummyDrafter,
@@ -12,7 +12,7 @@ from eval.bakeoff.forecast import (
     predict_continuous_batching,
     predict_static_batching,
 )
-from eval.bakeoff.measure import DecodingMethod, DecodingRequest, Tally, draftsmith_method, measure, merged
+from eval.bakeoff.measure import DecodingMethod, DecodingRequest, Tally, draftsmith_method, measure, merge_forwards
 from tests.support.models import padded, prompts, tiny_target
 
 
@@ -149,7 +149,7 @@ def test_rounds_are_counted_by_what_was_verified(architecture: str) -> None:
     assert tallies["plain"].verified == [[0, 0, tallies["plain"].rounds]]
     assert {layer for layer, _, _ in tallies["x"].verified} == {0}
     assert 0 < max(nodes for _, nodes, _ in tallies["x"].verified) <= 3
-    again = merged([tallies["x"].verified, tallies["x"].verified])
+    again = merge_forwards([tallies["x"].verified, tallies["x"].verified])
     assert again == [[layer, nodes, 2 * rounds] for layer, nodes, rounds in tallies["x"].verified]
 
 

@@ -15,7 +15,7 @@ import torch
 import draftsmith
 from data.prompts import Prompt
 from draftsmith import Target
-from draftsmith.core.drafter import find
+from draftsmith.artifacts.families import find
 from eval.bakeoff.results import TEXTS
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
@@ -26,9 +26,9 @@ from eval.report.recorded_texts import (
     _as_text,
     _pieces,
     _tree_statistics,
-    chosen,
     greedy_steps,
     record_texts,
+    select_prompts,
 )
 from eval.report.token_view import token_view
 from tests.support.family import built
@@ -64,12 +64,12 @@ def test_steps_are_those_of_decoding(family: str) -> None:
     expected = greedy_by_transformers("llama", 4, 20)
     for ids, text in zip(prompts(4), expected, strict=True):
         steps = greedy_steps(drafter, ids, 20)
-        assert [token for step in steps for token in (*step.accepted, step.own)] == text[len(ids) :]
+        assert [token for step in steps for token in (*step.accepted, step.target_token)] == text[len(ids) :]
         stats = draftsmith.generate(target, torch.tensor([ids]), drafter, max_new_tokens=20).stats
         assert len(steps) == stats.steps
         assert sum(len(step.path) for step in steps) == sum(stats.accepted)
         assert sum(max(map(len, step.drafted), default=0) for step in steps) == sum(stats.drafted)
-        assert all(step.own not in step.rejected for step in steps)
+        assert all(step.target_token not in step.rejected for step in steps)
     if family == "lm":
         assert len(steps) == 5, "a copy of the target is always right"
 
@@ -82,12 +82,12 @@ def test_a_text_may_end_within_a_draft() -> None:
     end = new.index(new[5]) + 1
     target = Target(model)
     steps = greedy_steps(drafter_of("lm", target), ids, 20)
-    assert [token for step in steps for token in step.accepted + [step.own] * (step.own is not None)] == new[:end]
+    assert [token for step in steps for token in step.accepted + [step.target_token] * (step.target_token is not None)] == new[:end]
 
 
 def test_rejected_are_the_siblings_of_what_was_right() -> None:
     drafted = {(0,): 5, (1,): 6, (0, 0): 7, (0, 1): 8, (1, 0): 9}
-    steps = [DecodingStep(drafted=drafted, path=(0,), own=3), DecodingStep(drafted=drafted, path=(1, 0), own=4)]
+    steps = [DecodingStep(drafted=drafted, path=(0,), target_token=3), DecodingStep(drafted=drafted, path=(1, 0), target_token=4)]
     assert (steps[0].accepted, steps[0].rejected) == ([5], [7, 8])
     assert (steps[1].accepted, steps[1].rejected) == ([6, 9], [])
     told = _tree_statistics(steps)
@@ -103,8 +103,8 @@ def test_rejected_are_the_siblings_of_what_was_right() -> None:
 
 def test_texts_are_of_different_categories() -> None:
     found = [prompt_of([row], category) for row, category in enumerate(["a", "a", "b", None, "c"])]
-    assert [prompt.ids for prompt in chosen(found)] == [[0], [2], [3]]
-    assert [prompt.ids for prompt in chosen(found[:2])] == [[0], [1]]
+    assert [prompt.ids for prompt in select_prompts(found)] == [[0], [2], [3]]
+    assert [prompt.ids for prompt in select_prompts(found[:2])] == [[0], [1]]
 
 
 def test_pieces_join_to_the_text_and_hold_back_parts_of_characters() -> None:
@@ -114,7 +114,7 @@ def test_pieces_join_to_the_text_and_hold_back_parts_of_characters() -> None:
     pieces = _pieces(target, ids[:3], ids[3:])
     assert "".join(pieces) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:3])) :]
     assert "" in pieces and not any("\ufffd" in piece for piece in pieces)
-    step = DecodingStep(drafted={(0,): ids[1]}, path=(0,), own=None)
+    step = DecodingStep(drafted={(0,): ids[1]}, path=(0,), target_token=None)
     (told,) = _as_text(target, ids[:1], [step])
     assert told == {"accepted": [tokenizer.decode(ids[1:2])], "own": None, "rejected": [], "num_drafted": 1}
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import draftsmith
+from draftsmith.artifacts.families import find, name_of, names, package_of
 from draftsmith.cli import main
-from draftsmith.core.drafter import Drafter, find, name_of, names, package_of
+from draftsmith.core.drafter import Drafter
 from draftsmith.drafters import lookup, medusa, suffix
 from tests.support.models import tiny_target
 
@@ -50,7 +51,7 @@ class Drafter(nn.Module, drafter.Drafter):
 '''
 SCRIPT = """
 import sys, torch, draftsmith
-from draftsmith.core.drafter import find, name_of, names
+from draftsmith.artifacts.families import find, name_of, names
 from tests.support.models import tiny_target
 
 target = tiny_target("llama")
