@@ -84,7 +84,7 @@ class Timed(Drafter):
 
     def propose(self, budget: int) -> Draft:
         self._began = self._now_ms()
-        draft = self._session.only_pending() if self.drafter is None else self.drafter.propose(budget)
+        draft = self._session.empty_draft() if self.drafter is None else self.drafter.propose(budget)
         self.times.propose.append(self._now_ms() - self._began)
         return draft
 

@@ -88,7 +88,7 @@ def generate(
 
     while any(is_running):
         budget = max(limit - len(row) for limit, row, runs in zip(limits, rows, is_running, strict=True) if runs) - 1
-        draft = drafter.propose(budget) if drafter is not None and budget > 0 else session.only_pending()
+        draft = drafter.propose(budget) if drafter is not None and budget > 0 else session.empty_draft()
         stats.draft_ms += (draft_ms := watch.lap_ms())
 
         out = target.forward_draft(draft, cache, layers=wanted)

@@ -16,7 +16,7 @@ from draftsmith.core.drafter import Session
 from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.hydra import Config, Drafter
 from draftsmith.length.costs import quickest_ms
-from draftsmith.parts import growth
+from draftsmith.parts import autoregressive
 from draftsmith.parts.neural.layers import ffn_width
 from trainers import Metrics, Needs
 from trainers.parts import heads, trees
@@ -45,7 +45,7 @@ class Settings:
     """Of the Jensen-Shannon divergence (`jsd`)."""
     dropout: float = 0.0
     """Share of each head's input, and of its features before the output matrix, that is dropped in training."""
-    siblings: str = field(default="without_replacement", metadata={"choices": list(growth.SIBLINGS)})
+    siblings: str = field(default="without_replacement", metadata={"choices": list(autoregressive.SIBLINGS)})
     """How siblings in the tree are drawn where text is sampled; greedily they are the likeliest."""
     tree_nodes: int = 0
     """Nodes in the tree; 0 takes what gives most tokens a second as measured on this machine."""
@@ -149,8 +149,10 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     )
     drafter.start(session)
 
-    def draft_ms(tree: growth.Paths) -> float:
-        return quickest_ms(lambda: growth.fill(drafter.logits, session, tree, "deterministic", settings.num_heads))
+    def draft_ms(tree: autoregressive.Paths) -> float:
+        return quickest_ms(
+            lambda: autoregressive.draft_static_tree(drafter.logits, session, tree, "deterministic", settings.num_heads)
+        )
 
     tree = heads.plan_tree(children, rows, draft_ms, target, settings.tree_nodes)
     finished = Drafter(dataclasses.replace(drafter.config, tree=tree), target)

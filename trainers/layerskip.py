@@ -19,7 +19,7 @@ from draftsmith import Target
 from draftsmith.core.model_info import TargetFacts
 from draftsmith.drafters.layerskip import Config, Drafter
 from draftsmith.length import policies
-from draftsmith.parts import growth
+from draftsmith.parts import autoregressive
 from draftsmith.parts.self_drafting.sublayers import sublayers
 from trainers import Metrics, Needs
 from trainers.layer_search.search import METHODS, Bits, Space, search
@@ -58,7 +58,7 @@ class Settings:
     """Whether the drafter goes on searching while it generates, among choices of as many sublayers."""
 
     def __post_init__(self) -> None:
-        growth.check_shape(self)
+        autoregressive.check_shape(self)
         policies.make(self.length)
         for name, least in (("num_texts", 1), ("text_tokens", 3), ("new_tokens", 1)):
             if getattr(self, name) < least:

@@ -22,7 +22,7 @@ from draftsmith.core.drafter import Session
 from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.recycling import Config, Drafter
 from draftsmith.length.costs import quickest_ms
-from draftsmith.parts import growth
+from draftsmith.parts import autoregressive
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
 from trainers.parts import heads, trees
@@ -92,7 +92,7 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     rows = heads.ranks_by_row(successor_ranks(drafter.successors, batch) for batch in held_out)
     session = _session(target, int(held_out[0].tokens_BT[0, 0]))
 
-    def draft_ms(tree: growth.Paths) -> float:
+    def draft_ms(tree: autoregressive.Paths) -> float:
         trial = drafter.like(tree)
         trial.start(session)
         return quickest_ms(lambda: trial.propose(DEPTH))

@@ -81,7 +81,7 @@ class Drafter(drafter.Drafter):
         for place in self._order():
             is_plain = place == len(self.parts)
             self._place = place
-            self._draft = self._session.only_pending() if is_plain else self.parts[place].propose(budget)
+            self._draft = self._session.empty_draft() if is_plain else self.parts[place].propose(budget)
             if is_plain or self._has_found(self._draft):
                 break
         assert self._draft is not None
@@ -91,7 +91,7 @@ class Drafter(drafter.Drafter):
         self._is_running = [len(path) > 0 for path in step.paths]
         for estimate in self._estimates:
             estimate.num_since += 1
-        if step.is_of(self._draft) and (step.draft.tree.depth > 0 or self._place == len(self.parts)):
+        if step.is_for(self._draft) and (step.draft.tree.depth > 0 or self._place == len(self.parts)):
             tokens = sum(map(len, step.paths)) / max(sum(self._is_running), 1)
             self._estimates[self._place].add(tokens, step.cost_ms)
         self._draft = None

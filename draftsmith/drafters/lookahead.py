@@ -63,8 +63,8 @@ class Drafter(drafter.Drafter):
             columns = window.columns()
             texts: list[Sequence[int]] = [guess[:budget] for guess in window.guesses(row[-1])]
             texts += columns if len(columns[-1]) <= budget else []
-            drafts.append(trie.join((text, 1.0) for text in texts))
-        return trie.as_draft(self._session, drafts)
+            drafts.append(trie.build_trie((text, 1.0) for text in texts))
+        return trie.to_draft(self._session, drafts)
 
     def observe(self, step: Step) -> None:
         """Moves the window of each row whose columns were all among the nodes fed, whoever drafted them."""

@@ -33,6 +33,8 @@ class Config:
 class Drafter(drafter.Drafter):
     """Keeps, for each row, where each n-gram last ended, so that a look-up and an update take constant time."""
 
+    serving_engines = ("vllm", "sglang")
+
     def __init__(self, config: Config, target: Target) -> None:
         self.config = config
         self.target = target
@@ -51,7 +53,7 @@ class Drafter(drafter.Drafter):
             index.extend(row)
             found = index.continuations(min(budget, self.config.num_draft))
             copied.append(found[:1] if self.target.is_encoder_decoder else found)
-        return trie.as_draft(self._session, [trie.join((tokens, 1.0) for tokens in found) for found in copied])
+        return trie.to_draft(self._session, [trie.build_trie((tokens, 1.0) for tokens in found) for found in copied])
 
     def observe(self, step: Step) -> None:
         """Nothing to learn: the next `propose` reads the new tokens."""

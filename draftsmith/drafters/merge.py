@@ -21,7 +21,7 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.parts.composites import Names, Part, check, forget_all, layers, load_part, made, parameters, save_parts
-from draftsmith.parts.trie import Branches, as_draft, heaviest_path
+from draftsmith.parts.trie import TokenTree, to_draft, heaviest_path
 
 STORE, PRIOR = "counts.npy", 8
 
@@ -118,7 +118,7 @@ class Drafter(drafter.Drafter):
         rows = [self._joined(of_parts, chances) for of_parts in self._guessed]
         if self.target.is_encoder_decoder:
             rows = [heaviest_path(branches) for branches in rows]
-        return as_draft(self._session, rows)
+        return to_draft(self._session, rows)
 
     def observe(self, step: Step) -> None:
         for row, of_parts in enumerate(self._guessed):
@@ -134,7 +134,7 @@ class Drafter(drafter.Drafter):
         """Lets later calls begin with what this one has learnt."""
         self.counts_PDR2 = self._counts_PDR2.copy()
 
-    def _joined(self, of_parts: Sequence["Guesses"], chances: list) -> Branches:
+    def _joined(self, of_parts: Sequence["Guesses"], chances: list) -> TokenTree:
         """Returns one row's tree; a node's weight is its chance of being right."""
         missed: dict[tuple[int, ...], float] = {}
         for part, guessed in enumerate(of_parts):
@@ -146,7 +146,7 @@ class Drafter(drafter.Drafter):
             key=lambda path: (missed[path], len(path)),
         )[: self.config.num_nodes]
         number = {(): 0} | {path: node for node, path in enumerate(likely, start=1)}
-        return Branches(
+        return TokenTree(
             tokens=[path[-1] for path in likely],
             parents=[number[path[:-1]] for path in likely],
             weights=[1 - missed[path] for path in likely],

@@ -19,11 +19,11 @@ from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts import growth
-from draftsmith.parts.trie import Branches, as_draft
+from draftsmith.parts import autoregressive
+from draftsmith.parts.trie import TokenTree, to_draft
 
 
-def shape(counts: tuple[int, ...], num_successors: int) -> growth.Paths:
+def shape(counts: tuple[int, ...], num_successors: int) -> autoregressive.Paths:
     """Returns a tree with so many nodes a level: of all children of the level before, those of least (r + 1)(s + 1)...
 
     r, s, ... are the ranks along the path, as if a guess were right with a chance of one by its place.
@@ -48,13 +48,13 @@ class Config:
 
     num_successors: int = 8
     """Tokens kept after each token, the likeliest first."""
-    tree: growth.Paths = TREE
+    tree: autoregressive.Paths = TREE
     """Each node as the ranks along its path; by default as many nodes a level as in the paper, 80 in all."""
 
     def __post_init__(self) -> None:
         if self.num_successors < 1:
             raise ValueError(f"num_successors is {self.num_successors}; it must be at least 1")
-        growth.check_paths(self.tree)
+        autoregressive.check_paths(self.tree)
         if not self.tree:
             raise ValueError("the tree has no node; list at least one")
         highest = max(map(max, self.tree))
@@ -67,6 +67,7 @@ class Config:
 class Drafter(nn.Module, drafter.Drafter):
     """The matrix of successors, and trees filled with it level by level; an encoder-decoder's are the first chain."""
 
+    serving_engines = ("vllm",)
     keeps_state_between_calls = True
     successors: Tensor
 
@@ -85,7 +86,7 @@ class Drafter(nn.Module, drafter.Drafter):
         self.register_buffer("successors", unknown_VK)
         self._given_VK = unknown_VK.clone()
         paths = tuple(path for path in config.tree if target.takes_trees or not any(path))
-        self._trees = [tree for tree, _ in growth.levels(paths, target.device)]
+        self._trees = [tree for tree, _ in autoregressive.levels(paths, target.device)]
         ranks = [path[-1] for path in sorted(paths, key=lambda path: (len(path), path))]
         self._levels: list[tuple[Tensor, Tensor]] = []
         for before, tree in zip(self._trees, self._trees[1:], strict=False):
@@ -106,7 +107,7 @@ class Drafter(nn.Module, drafter.Drafter):
         """Knows the successors that it was loaded with."""
         self.successors.copy_(self._given_VK)
 
-    def like(self, tree: growth.Paths) -> "Drafter":
+    def like(self, tree: autoregressive.Paths) -> "Drafter":
         """Returns a drafter with a copy of this one's matrix and another tree."""
         other = Drafter(Config(num_successors=self.config.num_successors, tree=tree), self.target)
         other.successors.copy_(self.successors)
@@ -138,7 +139,7 @@ class Drafter(nn.Module, drafter.Drafter):
         if int(tokens_BN.max()) < self.target.vocab_size:
             return Draft(tokens_BN=tokens_BN, tree=self._trees[depth])
         parents = self._trees[depth].parents_RN[0].tolist()
-        return as_draft(self._session, [self._known(tokens, parents) for tokens in tokens_BN.tolist()])
+        return to_draft(self._session, [self._known(tokens, parents) for tokens in tokens_BN.tolist()])
 
     def observe(self, step: Step) -> None:
         """Learns the successors of every token fed.
@@ -171,9 +172,9 @@ class Drafter(nn.Module, drafter.Drafter):
         if len(self._own_BVK) > 1:
             _write(self.successors, tokens_X, top_XK)
 
-    def _known(self, tokens: list[int], parents: list[int]) -> Branches:
+    def _known(self, tokens: list[int], parents: list[int]) -> TokenTree:
         """Returns the nodes after node 0 whose tokens are known; those of unknown ones are unknown too."""
-        known = Branches()
+        known = TokenTree()
         number = {0: 0}
         for node in range(1, len(tokens)):
             if tokens[node] < self.target.vocab_size:

@@ -14,7 +14,7 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.parts.suffix_array import SuffixArray, read_shards, write_shards
-from draftsmith.parts.trie import Branches, as_draft, heaviest, heaviest_path, join
+from draftsmith.parts.trie import TokenTree, to_draft, heaviest_nodes, heaviest_path, build_trie
 
 UNSEEN = 2
 
@@ -49,6 +49,8 @@ class Config:
 class Drafter(drafter.Drafter):
     """Looks up each row's last tokens in every shard of its store; nothing is kept between steps."""
 
+    serving_engines = ("vllm", "sglang")
+
     def __init__(self, config: Config, target: Target, shards: tuple[SuffixArray, ...] = ()) -> None:
         self.config = config
         self.target = target
@@ -60,12 +62,12 @@ class Drafter(drafter.Drafter):
 
     def propose(self, budget: int) -> Draft:
         rows = zip(self._session.rows, self._is_running, strict=True)
-        return as_draft(self._session, [self.branches(row, budget) if runs else Branches() for row, runs in rows])
+        return to_draft(self._session, [self.branches(row, budget) if runs else TokenTree() for row, runs in rows])
 
     def observe(self, step: Step) -> None:
         self._is_running = [len(path) > 0 for path in step.paths]
 
-    def branches(self, text: list[int], budget: int) -> Branches:
+    def branches(self, text: list[int], budget: int) -> TokenTree:
         """Returns the tree of what followed the text's last tokens, at most `budget` deep, weighed by chance."""
         config = self.config
         matches = [shard.match(text, config.max_match, config.min_match) for shard in self.shards]
@@ -79,9 +81,9 @@ class Drafter(drafter.Drafter):
             read = places[-num_passed % step :: step]
             times.update(shard.continuations(read, min(budget, config.num_draft)))
             num_passed += len(places)
-        branches = by_chance(join(times.items()), times.total())
+        branches = by_chance(build_trie(times.items()), times.total())
         num_likely = sum(chance >= config.min_chance for chance in branches.weights)
-        kept = heaviest(branches, min(num_likely, config.num_nodes))
+        kept = heaviest_nodes(branches, min(num_likely, config.num_nodes))
         return kept if self.target.takes_trees else heaviest_path(kept)
 
     def save_state(self, folder: Path) -> None:
@@ -93,7 +95,7 @@ class Drafter(drafter.Drafter):
         return cls(config, target, read_shards(folder, target.vocab_size))
 
 
-def by_chance(branches: Branches, times: int) -> Branches:
+def by_chance(branches: TokenTree, times: int) -> TokenTree:
     """Returns the tree weighed by each node's chance: its parent's, times t / (s + 2).
 
     The token came t times and its parent s times, node 0 `times` times; the 2 stand for what was not met yet.
@@ -102,4 +104,4 @@ def by_chance(branches: Branches, times: int) -> Branches:
     for parent, weight in zip(branches.parents, branches.weights, strict=True):
         before, chance = (branches.weights[parent - 1], chances[parent - 1]) if parent else (times, 1.0)
         chances.append(chance * weight / (before + UNSEEN))
-    return Branches(tokens=branches.tokens, parents=branches.parents, weights=chances)
+    return TokenTree(tokens=branches.tokens, parents=branches.parents, weights=chances)

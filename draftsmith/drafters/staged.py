@@ -102,7 +102,7 @@ class Drafter(drafter.Drafter):
         session = self._session
         most = min(budget, self.config.num_draft, self.draft_model.context_length - max(map(len, session.rows)))
         if most < 1:
-            return session.only_pending()
+            return session.empty_draft()
         self._return_to_text()
         laws: list[list[Tensor]] = [[] for _ in session.rows]
         ends = [len(row) + most if runs else 0 for row, runs in zip(session.rows, self._is_running, strict=True)]
@@ -139,7 +139,7 @@ class Drafter(drafter.Drafter):
         session, rows, cache = self._session, self._rows, self._cache
         watch = Stopwatch(self.draft_model.device)
         budget = max(end - len(row) for end, row in zip(ends, rows, strict=True)) - 1
-        draft = self._small.propose(budget) if budget > 0 else self._inner.only_pending()
+        draft = self._small.propose(budget) if budget > 0 else self._inner.empty_draft()
         logits_BNV = self.draft_model.logits(self.draft_model.forward_draft(draft, cache).hidden_BND)
         verdict = verify_draft(logits_BNV, draft, session.sampling, "auto", session.generator)
         paths, next_tokens = verdict.to_host()

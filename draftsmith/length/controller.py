@@ -54,12 +54,12 @@ class LengthControlled(Drafter):
         most = min(budget, self._num_draft)
         self._limits = [self._limit(row, most) if runs else 0 for row, runs in enumerate(self._is_running)]
         if not any(self._limits):
-            return self._session.only_pending()
+            return self._session.empty_draft()
         self._draft = cut(self._drafter.propose(max(self._limits)), self._limits)
         return self._draft
 
     def observe(self, step: Step) -> None:
-        if step.is_of(self._draft) or step.draft.tree.depth == 0:
+        if step.is_for(self._draft) or step.draft.tree.depth == 0:
             outcomes = []
             for row, path in enumerate(step.paths):
                 num_drafted = drafted_depth(step.draft, row)

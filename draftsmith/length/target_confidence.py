@@ -35,7 +35,7 @@ class TargetConfidenceThreshold(Drafter):
 
     def propose(self, budget: int) -> Draft:
         if all(self._is_shut):
-            return self._session.only_pending()
+            return self._session.empty_draft()
         return cut(self._drafter.propose(budget), [0 if shut else budget for shut in self._is_shut])
 
     def observe(self, step: Step) -> None:

@@ -20,7 +20,7 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.target import Source
 from draftsmith.core.tree import Draft, Tree, chain
-from draftsmith.parts import growth
+from draftsmith.parts import autoregressive
 from tests.support.family import built, check_family, check_greedy
 from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_target
 from tests.support.runs import SMALL, make_data, make_target
@@ -190,7 +190,7 @@ def check_trees(drafter: Any) -> None:
                     logits.append(fresh_logits(drafter, ids[:-1] + path, row)[-1])
             return torch.stack(logits).unflatten(0, (len(rows), -1))
 
-        expected = growth.draft(fresh, session, drafter.config, 4)
+        expected = autoregressive.draft(fresh, session, drafter.config, 4)
         found = drafter.propose(4)
         assert torch.equal(found.tokens_BN, expected.tokens_BN)
         assert torch.equal(found.tree.parents_RN, expected.tree.parents_RN)

@@ -1,6 +1,6 @@
-"""Static draft trees: grown from how often each guess is right, cut where another node costs more than it brings.
+"""Static draft trees, grown from measured acceptance and sized by measured costs.
 
-Shape suffixes: M, N positions, T positions of one row, K heads (depths), R ranks of a head's guesses.
+Shape suffixes: M, N positions, T positions of one row, K heads (depths), R ranks of a head's tokens.
 """
 
 import heapq
@@ -15,23 +15,29 @@ from draftsmith import Target
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.length.costs import verify_ms
-from draftsmith.parts.growth import draw_siblings
+from draftsmith.parts.autoregressive import draw_siblings
 from draftsmith.verify.research import recursive
 
 Path = tuple[int, ...]
 ChildChances = Callable[[Path], list[float]]
-"""The chance of each next guess, by rank, once a path has been accepted; nothing past the last head."""
+"""Path -> acceptance probability of each child, by rank, given that the path was accepted; empty past the last head."""
 PRIOR = 16
+"""Weight, in positions, of a head's overall accuracy in the estimates for one path."""
+
+
+def chain(depth: int) -> tuple[Path, ...]:
+    """Returns the chain of each head's most likely token."""
+    return tuple((0,) * size for size in range(1, depth + 1))
 
 
 def grow(children: ChildChances, num_nodes: int) -> list[tuple[Path, float]]:
-    """Returns up to `num_nodes` nodes, best first, each with the chance that it is accepted.
+    """Returns up to `num_nodes` nodes, best first, each with the probability that it is accepted.
 
-    Greedy as in Medusa (2401.10774, section 2.3.3): of all nodes whose parent is in the tree add the one with the
-    largest product of chances along its path. Any first part of the list is a tree too, and the best for its size;
-    nodes never right are left out.
+    Greedy as in Medusa (2401.10774, section 2.3.3): of all nodes whose parent is in the tree, add the one with the
+    largest product of probabilities along its path. Every prefix of the list is the best tree of its size; nodes of
+    probability 0 are left out.
     """
-    queue: list[tuple[float, Path]] = [(-chance, (rank,)) for rank, chance in enumerate(children(()))]
+    queue: list[tuple[float, Path]] = [(-prob, (rank,)) for rank, prob in enumerate(children(()))]
     heapq.heapify(queue)
     nodes: list[tuple[Path, float]] = []
     while queue and len(nodes) < num_nodes:
@@ -39,45 +45,45 @@ def grow(children: ChildChances, num_nodes: int) -> list[tuple[Path, float]]:
         if negative == 0:
             break
         nodes.append((path, -negative))
-        for rank, chance in enumerate(children(path)):
-            heapq.heappush(queue, (negative * chance, (*path, rank)))
+        for rank, prob in enumerate(children(path)):
+            heapq.heappush(queue, (negative * prob, (*path, rank)))
     return nodes
 
 
 def conditional_accuracy(ranks_MK: Tensor, num_ranks: int) -> ChildChances:
-    """Returns how often each guess was right at M positions, given that the guesses before it on its path were.
+    """Returns the accuracy of each head's token by rank over M positions, given that its path so far was correct.
 
-    `ranks_MK[m, k]` is the place of the right token among head k's guesses, -1 where there was none. Heads are right
-    together far more often than independent ones would be, as in text that repeats; so each share is that of the
-    positions where the path was right, and of `PRIOR` more that divide as the head's guesses do everywhere.
+    `ranks_MK[m, k]` is the rank of the label in head k's logits, -1 if there is none. Heads are correct together far
+    more often than independent ones would be, as in text that repeats; so accuracy is measured at the positions where
+    the path was correct, plus `PRIOR` positions with the head's accuracy over all positions.
     """
     right_MKR = ranks_MK[:, :, None] == torch.arange(num_ranks, device=ranks_MK.device)
     known_MK = ranks_MK >= 0
-    everywhere_KR = right_MKR.sum(0) / known_MK.sum(0).clamp(min=1)[:, None]
+    overall_KR = right_MKR.sum(0) / known_MK.sum(0).clamp(min=1)[:, None]
 
     def children(path: Path) -> list[float]:
         depth = len(path)
         if depth == ranks_MK.shape[1]:
             return []
-        is_there_M = known_MK[:, depth]
+        is_counted_M = known_MK[:, depth]
         for head, rank in enumerate(path):
-            is_there_M = is_there_M & right_MKR[:, head, rank]
-        right_R = right_MKR[is_there_M, depth].sum(0) + PRIOR * everywhere_KR[depth]
-        return (right_R / (is_there_M.sum() + PRIOR)).tolist()
+            is_counted_M = is_counted_M & right_MKR[:, head, rank]
+        right_R = right_MKR[is_counted_M, depth].sum(0) + PRIOR * overall_KR[depth]
+        return (right_R / (is_counted_M.sum() + PRIOR)).tolist()
 
     return children
 
 
 def non_increasing(children: ChildChances) -> ChildChances:
-    """Returns these chances with none above that of the guess before it: a tree then holds guesses in turn, from 0."""
+    """Returns these probabilities made non-increasing in rank, so that a tree contains ranks without gaps, from 0."""
     return lambda path: list(accumulate(children(path), min))
 
 
 def tokens_per_round(nodes: list[tuple[Path, float]], rows: list[Tensor]) -> float:
-    """Returns how many tokens a round brings when each row's text, of ranks [T, K], is decoded with this tree.
+    """Returns the tokens committed per round when rows with ranks [T, K] are decoded with this tree.
 
-    A round begins where the last one ended, which is rather where heads were wrong: fewer tokens than the chances of
-    the nodes promise, which are those of all positions alike.
+    Each round begins where the last one ended, more often where heads were wrong. The result is therefore smaller than
+    the sum of the nodes' probabilities, which are means over all positions.
     """
     num_tokens, num_rounds = 0, 0
     for ranks_TK in rows:
@@ -85,16 +91,16 @@ def tokens_per_round(nodes: list[tuple[Path, float]], rows: list[Tensor]) -> flo
         for path, _ in nodes:
             is_right_T = (ranks_TK[:, : len(path)] == torch.tensor(path)).all(1)
             accepted_T = torch.where(is_right_T, accepted_T.clamp(min=len(path)), accepted_T)
-        accepted, place = accepted_T.tolist(), 0
-        while place < len(accepted):
+        accepted, position = accepted_T.tolist(), 0
+        while position < len(accepted):
             num_rounds += 1
-            place += accepted[place] + 1
-        num_tokens += place
+            position += accepted[position] + 1
+        num_tokens += position
     return num_tokens / max(num_rounds, 1)
 
 
 def best_size(nodes: list[tuple[Path, float]], rows: list[Tensor], cost_ms: dict[int, float]) -> int:
-    """Returns how many nodes decode `rows` with the most tokens a millisecond; `cost_ms` is of a round so large."""
+    """Returns the number of nodes that decodes `rows` with the most tokens per ms; `cost_ms` maps sizes to costs."""
     sizes = [size for size in cost_ms if size <= len(nodes)]
     return max(sizes, key=lambda size: tokens_per_round(nodes[:size], rows) / cost_ms[size])
 
@@ -102,20 +108,20 @@ def best_size(nodes: list[tuple[Path, float]], rows: list[Tensor], cost_ms: dict
 def best_tree(
     acceptance: list[float], cost_ms: Callable[[int, int], float], *, max_nodes: int, max_depth: int
 ) -> list[Path]:
-    """Returns the nodes of the tree that brings most tokens a millisecond: Sequoia's dynamic program, 2402.12374.
+    """Returns the nodes of the tree with the most tokens per ms, by Sequoia's dynamic program (2402.12374).
 
-    `acceptance[r]` is the chance that child r of an accepted node is the one accepted next, the same at every node;
-    `cost_ms(n, d)` what a round with n nodes, d deep, takes. The most expected tokens of a subtree of m nodes (its root
-    among them), at most l levels and b children at its root is T(m, l, b) = max_y T(y, l, b - 1) + acceptance[b - 1]
-    max_c T(m - y, l - 1, c), and T(1, l, 0) = 1.
+    `acceptance[r]` is the probability that child r of an accepted node is accepted next, the same at every node;
+    `cost_ms(n, d)` the time of a round with n nodes at depths up to d. The largest expected number of tokens of a
+    subtree of m nodes, its root included, with at most l levels and b children of the root is
+    T(m, l, b) = max_y T(y, l, b - 1) + acceptance[b - 1] max_c T(m - y, l - 1, c), and T(1, l, 0) = 1.
     """
-    Found = tuple[float, list[Path]]  # expected tokens and the nodes that bring them, the root first
-    most: dict[tuple[int, int], Found] = {}
+    Subtree = tuple[float, list[Path]]  # expected tokens and its nodes, the root first
+    most: dict[tuple[int, int], Subtree] = {}
     for level in range(max_depth + 1):
-        with_children: dict[tuple[int, int], Found] = {(1, 0): (1.0, [()])}
+        with_children: dict[tuple[int, int], Subtree] = {(1, 0): (1.0, [()])}
         for branch in range(1, len(acceptance) + 1 if level else 1):
             for size in range(branch + 1, max_nodes + 2):
-                best: Found | None = None
+                best: Subtree | None = None
                 for before in range(branch, size):
                     left, below = with_children.get((before, branch - 1)), most.get((size - before, level - 1))
                     if left is None or below is None:
@@ -137,9 +143,10 @@ def best_tree(
 
 
 def accepted_ranks(target_logits_NV: Tensor, draft_logits_NV: Tensor, sampling: Sampling, num_ranks: int) -> Tensor:
-    """Returns which child [N, R] is accepted of so many siblings drafted at each position, ones and zeros.
+    """Returns 1 for the accepted one of `num_ranks` siblings drafted at each position, else 0 [N, R].
 
-    Greedily they are the draft's best; sampled they are drawn without replacement and judged by recursive rejection.
+    In greedy decoding siblings are the draft's most likely tokens; else they are sampled without replacement and
+    verified by recursive rejection.
     """
     if sampling.is_greedy:
         chosen_N1 = target_logits_NV.argmax(-1, keepdim=True)
@@ -161,6 +168,6 @@ def accepted_ranks(target_logits_NV: Tensor, draft_logits_NV: Tensor, sampling: 
 
 
 def round_ms(target: Target, draft: Target) -> Callable[[int, int], float]:
-    """Returns what a round takes, as measured: `draft` run once a level, and the target over all nodes."""
+    """Returns (nodes, depth) -> measured ms of a round, which runs `draft` once per level and the target once."""
     level_ms, costs = verify_ms(draft, sizes=(8,))[8], verify_ms(target)
     return lambda num_nodes, depth: depth * level_ms + float(np.interp(num_nodes, list(costs), list(costs.values())))

@@ -18,7 +18,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.drafters.ngram.kneser_ney import KneserNey
 from draftsmith.length import policies
-from draftsmith.parts.trie import as_draft, join
+from draftsmith.parts.trie import to_draft, build_trie
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,8 @@ class Drafter(drafter.Drafter):
     P_k = (1 - cache) P_(k-1) + cache E_k, where E_k(w) is the share of those places at which w followed. Each is a law,
     and so is their last.
     """
+
+    serving_engines = ("vllm",)
 
     def __init__(self, config: Config, target: Target, model: KneserNey | None = None) -> None:
         self.config = config
@@ -164,7 +166,7 @@ class Drafter(drafter.Drafter):
         return [*self._session.rows[row][-self.config.order :], *drafted]
 
     def _chains(self, chains: list[list[int]]) -> Draft:
-        return as_draft(self._session, [join([(tokens, 1.0)]) for tokens in chains])
+        return to_draft(self._session, [build_trie([(tokens, 1.0)]) for tokens in chains])
 
 
 class _Text:

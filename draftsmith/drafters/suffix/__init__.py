@@ -19,7 +19,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.drafters.suffix.growing_text import GrowingText
 from draftsmith.parts.suffix_array import SuffixArray, empty, read_shards, token_type, write_shards
-from draftsmith.parts.trie import Branches, as_draft, heaviest, heaviest_path, join
+from draftsmith.parts.trie import TokenTree, to_draft, heaviest_nodes, heaviest_path, build_trie
 
 RECENT = "recent.npy"
 
@@ -71,12 +71,13 @@ class _Found:
     """How many of its tokens are expected to be right: the sum of the chances of their paths."""
     length: int = 0
     """Of the match that it follows."""
-    branches: Branches = field(default_factory=Branches)
+    branches: TokenTree = field(default_factory=TokenTree)
 
 
 class Drafter(drafter.Drafter):
     """Each row's text, those of earlier calls and the stored ones."""
 
+    serving_engines = ("vllm", "sglang")
     keeps_state_between_calls = True
 
     def __init__(
@@ -108,12 +109,12 @@ class Drafter(drafter.Drafter):
 
     def propose(self, budget: int) -> Draft:
         assert self._session is not None
-        drafted = [Branches() for _ in self._own]
+        drafted = [TokenTree() for _ in self._own]
         for at, (row, own) in enumerate(zip(self._session.rows, self._own, strict=True)):
             if self._is_running[at]:
                 own.extend(row[len(own.tokens) - self._num_before[at] :])
                 drafted[at] = self._best(row, own, budget)
-        return as_draft(self._session, drafted)
+        return to_draft(self._session, drafted)
 
     def observe(self, step: Step) -> None:
         """Notes which rows go on: the next `propose` reads the new tokens."""
@@ -126,7 +127,7 @@ class Drafter(drafter.Drafter):
             own.cut(num_before + length)
         return True
 
-    def _best(self, row: list[int], own: GrowingText, budget: int) -> Branches:
+    def _best(self, row: list[int], own: GrowingText, budget: int) -> TokenTree:
         """Returns the best continuation; of equal ones that of the longer match, then of the row's own text."""
         best = _Found()
         texts: list[GrowingText | SuffixArray] = [own, self.recent, *self.shards]
@@ -151,11 +152,11 @@ class Drafter(drafter.Drafter):
     def _continue(self, text: GrowingText | SuffixArray, places: range, length: int, num_nodes: int) -> _Found:
         config = self.config
         read = places[:: -(-len(places) // config.max_matches)]
-        branches = join(Counter(text.continuations(read, num_nodes)).items())
+        branches = build_trie(Counter(text.continuations(read, num_nodes)).items())
         num_likely = sum(weight >= config.min_chance * len(read) for weight in branches.weights)
-        kept = heaviest(branches, num_likely)
+        kept = heaviest_nodes(branches, num_likely)
         is_tree = config.branches and self.target.takes_trees
-        kept = heaviest(kept, num_nodes) if is_tree else heaviest_path(kept)
+        kept = heaviest_nodes(kept, num_nodes) if is_tree else heaviest_path(kept)
         return _Found(score=sum(kept.weights) / len(read), length=length, branches=kept)
 
     def _remember(self) -> None:

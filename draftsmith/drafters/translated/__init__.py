@@ -22,7 +22,7 @@ from draftsmith.core.model_info import TargetFacts, tokenizer_hash
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters.translated.spelling import BOS, EOS, Translation, Vocabulary
-from draftsmith.parts import growth, trie
+from draftsmith.parts import autoregressive, trie
 from draftsmith.verify.paths import values_at
 
 TOKENIZER = "tokenizer.json"
@@ -149,14 +149,14 @@ class Drafter(nn.Module, drafter.Drafter):
         self._follow()
         room = min(self.config.num_draft, self.draft_model.context_length - max(map(len, self._own)))
         if room < 1:
-            return session.only_pending()
+            return session.empty_draft()
         if not session.sampling.is_greedy:
-            return growth.line(self._shared_model, session, min(room, budget))
-        own = growth.line(self._own_model, dataclasses.replace(session, rows=self._own), room)
+            return autoregressive.draft_chain(self._shared_model, session, min(room, budget))
+        own = autoregressive.draft_chain(self._own_model, dataclasses.replace(session, rows=self._own), room)
         num_nodes = own.num_nodes or [own.tree.num_nodes] * len(session.rows)
         drafted = [tokens[1:used] for tokens, used in zip(own.tokens_BN.tolist(), num_nodes, strict=True)]
         ahead = map(self.translation.ahead, session.rows, self._own, drafted)
-        return trie.as_draft(session, [trie.join([(ids[:budget], 1.0)]) for ids in ahead])
+        return trie.to_draft(session, [trie.build_trie([(ids[:budget], 1.0)]) for ids in ahead])
 
     def observe(self, step: Step) -> None:
         """Nothing to learn: the next `propose` reads the new tokens."""

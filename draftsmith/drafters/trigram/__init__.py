@@ -17,7 +17,7 @@ from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts.trie import Branches, as_draft, heaviest
+from draftsmith.parts.trie import TokenTree, to_draft, heaviest_nodes
 
 if TYPE_CHECKING:
     from draftsmith.drafters.trigram.compiled import Nodes, Overlay
@@ -72,6 +72,8 @@ class Config:
 class Drafter(drafter.Drafter):
     """The store, and for each row of a call what its own text has added to it."""
 
+    serving_engines = ("vllm",)
+
     def __init__(self, config: Config, target: Target, table: Sequence[np.ndarray] = ()) -> None:
         try:
             from draftsmith.drafters.trigram import compiled
@@ -93,8 +95,8 @@ class Drafter(drafter.Drafter):
 
     def propose(self, budget: int) -> Draft:
         rows = zip(self._overlays, self._session.rows, self._is_running, strict=True)
-        return as_draft(
-            self._session, [self._branches(overlay, ids, budget) if runs else Branches() for overlay, ids, runs in rows]
+        return to_draft(
+            self._session, [self._branches(overlay, ids, budget) if runs else TokenTree() for overlay, ids, runs in rows]
         )
 
     def observe(self, step: Step) -> None:
@@ -128,14 +130,14 @@ class Drafter(drafter.Drafter):
         recent_T = np.array(ids[-config.window :], dtype=np.int64)
         return self._compiled.learn(self.table, overlay, recent_T, self.target.vocab_size, config.bump, config.largest)
 
-    def _branches(self, overlay: "Overlay", ids: list[int], budget: int) -> Branches:
+    def _branches(self, overlay: "Overlay", ids: list[int], budget: int) -> TokenTree:
         """Returns a row's tree; a single branch for an encoder-decoder, which verifies nothing else."""
         if len(ids) < 2:
-            return Branches()
+            return TokenTree()
         before, pending = ids[-2:]
         tokens_N, parents_N, _, scores_N = self._nodes(overlay, before, pending, budget)
-        branches = Branches(tokens=tokens_N[1:].tolist(), parents=parents_N[1:].tolist(), weights=scores_N[1:].tolist())
-        return heaviest(branches, self.config.num_nodes)
+        branches = TokenTree(tokens=tokens_N[1:].tolist(), parents=parents_N[1:].tolist(), weights=scores_N[1:].tolist())
+        return heaviest_nodes(branches, self.config.num_nodes)
 
     def _nodes(self, overlay: "Overlay", before: int, pending: int, budget: int) -> "Nodes":
         """Returns the texts that are found to follow two tokens, each with its likeliest successor."""
