@@ -103,7 +103,7 @@ make_environment() {
     fi
 }
 
-install_draftsmith() { { install_with_uv || install_with_pip; } && install_sampler; }
+install_draftsmith() { install_with_uv || install_with_pip; }
 
 install_with_uv() {
     uv_install --constraints constraints.txt --build-constraints constraints.txt --editable . --group train --group dev
@@ -123,11 +123,6 @@ install_with_pip() {
     echo "uv did not succeed; trying pip, which takes a few minutes."
     "$python" -m pip install -qq --disable-pip-version-check 'pip>=25.1' && # older ones know no dependency groups
         "$python" -m pip install --constraint constraints.txt --editable . --group train --group dev
-}
-
-# wandb's sampler, for ./launch.sh sweep: it asks for numpy 1, and works with 2. What else it needs is installed by now.
-install_sampler() {
-    "$python" -m pip install -qq --disable-pip-version-check --constraint constraints.txt --no-deps sweeps
 }
 
 # vLLM and speculators ask for an older transformers than draftsmith does, which works with it all the same.

@@ -172,7 +172,7 @@ def search(
     `evaluate` returns a "score" and whatever else is to be noted. Each is appended to the log, and safely on disk,
     before the next begins. What it raises ends the search: a choice that cannot be run is no bad choice.
     """
-    scores: dict[Bits, float] = {_parsed(line["bits"]): line["score"] for line in jsonl.whole(path)}
+    scores: dict[Bits, float] = {_parsed(line["bits"]): line["score"] for line in jsonl.read(path)}
     interval = 0.5 if sys.stderr.isatty() else 20
     path.touch()
     with tqdm(

@@ -1,32 +1,34 @@
-"""Logs of one JSON object a line, and the names in them."""
+"""Log files with one JSON object per line, and the names of metrics in them."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-LOG, HELD_OUT = "log.jsonl", "eval_"
+LOG = "log.jsonl"
+HELD_OUT = "eval_"
+"""Prefix of metrics on held-out rows."""
 
 
 def wandb_name(name: str) -> str:
-    """Returns the name under which wandb shows what a log calls `name`."""
+    """Returns wandb's name of the metric that logs call `name`."""
     return f"eval/{name.removeprefix(HELD_OUT)}" if name.startswith(HELD_OUT) else f"train/{name}"
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Adds a line; it is on disk when this returns."""
+    """Appends a line and waits until it is on disk."""
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def whole(path: Path) -> list[dict[str, Any]]:
-    """Returns the log's lines, a last one that was cut short taken off the file as well."""
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the log's objects; an incomplete last line is removed from the file."""
     if not path.exists():
         return []
     text = path.read_text()
-    kept = text[: text.rfind("\n") + 1]
-    if kept != text:
-        os.truncate(path, len(kept.encode()))
-    return [json.loads(line) for line in kept.splitlines()]
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:
+        os.truncate(path, len(complete.encode()))
+    return [json.loads(line) for line in complete.splitlines()]
