@@ -1,4 +1,4 @@
-"""The bake-off: drafters, plain decoding and transformers' own `generate` on the same prompts, in one table."""
+"""The bake-off: drafters, plain decoding and transformers' `generate` on the same prompts, in one table."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from data.prompts import Prompt
 from draftsmith import Target
-from draftsmith.core.stats import num_threads
+from draftsmith.length.costs import num_threads
 from eval.bakeoff import forecast, machine
 from eval.bakeoff.contenders import Contender, contenders, fingerprint
 from eval.bakeoff.measure import DecodingRequest, Tally, measure, warm_up
 from eval.bakeoff.optimal_transport import first_token_acceptance
 from eval.bakeoff.results import Cell, Results, claim, publish
-from eval.bakeoff.rows import added_up, row_of
+from eval.bakeoff.rows import row_of, sum_categories
 from eval.bakeoff.settings import BakeoffSettings
 from eval.plots.bakeoff import draw
 from eval.report.page import write_report
@@ -33,24 +33,24 @@ OTHERS = "others"
 def compare(
     target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path], output: Path, settings: BakeoffSettings
 ) -> list[dict[str, Any]]:
-    """Returns one row for each contender, temperature and batch size, and writes them as `bakeoff.*` in `output`.
+    """Returns one row per contender, temperature and batch size, and writes them as `bakeoff.*` into `output`.
 
-    A comparison that was killed continues with what had been measured. Raises ValueError for an artifact that does
-    not fit the target, too few prompts for a batch, or a folder that contains other files.
+    An interrupted comparison continues from its measured parts. Raises ValueError for an artifact that does not fit the
+    target, too few prompts for a batch, or a folder that contains other files.
     """
     settings.check_prompts(len(prompts))
     with num_threads(settings.threads):
         competing = contenders(target, prompts, artifacts, settings)
-        facts = _facts(target, prompts, settings)
-        identity = facts | asdict(settings) | {"artifacts": [fingerprint(path) for path in artifacts]}
+        conditions = _conditions(target, prompts, settings)
+        identity = conditions | asdict(settings) | {"artifacts": [fingerprint(path) for path in artifacts]}
         identity |= {"prompts": [prompt.key for prompt in prompts], "fingerprint": target.fingerprint}
         claim(output)
         results = Results(output, identity)
         _measure(target, prompts, competing, results, settings)
-        rows = [row | facts for row in _rows(prompts, competing, results, settings)]
-        _add_optima(rows, prompts, competing, settings)
+        rows = [row | conditions for row in _rows(prompts, competing, results, settings)]
+        _add_first_token_acceptance(rows, prompts, competing, settings)
         _add_forecasts(rows, prompts, competing, results, settings)
-        drafters = {one.contender.name: one.drafter for one in competing if one.family and not one.is_ablation}
+        drafters = {one.method.name: one.drafter for one in competing if one.family and not one.is_ablation}
         texts = record_texts(target, prompts, drafters, settings.max_new_tokens)
     markdown = "\n".join([header(rows, "markdown"), *table(rows, "markdown"), "", "![speed-up](bakeoff.png)", ""])
     publish(output, rows, texts=texts, markdown=markdown, csv=to_csv(rows), picture=lambda path: draw(rows, path))
@@ -58,8 +58,8 @@ def compare(
     return rows
 
 
-def _facts(target: Target, prompts: Sequence[Prompt], settings: BakeoffSettings) -> dict[str, Any]:
-    """Returns what holds for every row."""
+def _conditions(target: Target, prompts: Sequence[Prompt], settings: BakeoffSettings) -> dict[str, Any]:
+    """Returns the conditions of the measurement, which every row repeats."""
     return {
         "target": Path(target.name).name if Path(target.name).is_dir() else target.name,
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -75,24 +75,27 @@ def _facts(target: Target, prompts: Sequence[Prompt], settings: BakeoffSettings)
 
 
 def _interval() -> float:
-    """Returns seconds between updates of a progress bar: where there is no terminal each is a line of its own."""
+    """Returns the seconds between progress-bar updates; without a terminal each update is a new line."""
     return 0.5 if sys.stderr.isatty() else 20
 
 
 def by_category(prompts: Sequence[Prompt], batch_size: int) -> dict[str, list[Prompt]]:
-    """Returns the prompts of each category that fills a batch, those of smaller ones together; "" if there are none."""
+    """Returns the prompts of each category that fills a batch, and those of smaller categories together.
+
+    If no category fills a batch, all prompts are in the category "".
+    """
     groups: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         groups.setdefault(prompt.category or OTHERS, []).append(prompt)
     large = {name: group for name, group in groups.items() if len(group) >= batch_size and name != OTHERS}
-    left = [prompt for prompt in prompts if prompt.category not in large]
+    rest = [prompt for prompt in prompts if prompt.category not in large]
     if not large:
-        return {"": left}
-    return large | ({OTHERS: left} if len(left) >= batch_size else {})
+        return {"": rest}
+    return large | ({OTHERS: rest} if len(rest) >= batch_size else {})
 
 
 def _cells(prompts: Sequence[Prompt], settings: BakeoffSettings) -> list[Cell]:
-    """Returns (round, temperature, batch size, category) in the order in which they are measured."""
+    """Returns the cells (round, temperature, batch size, category) in the order of measurement."""
     return [
         (number, temperature, size, category)
         for number in range(settings.rounds)
@@ -102,7 +105,7 @@ def _cells(prompts: Sequence[Prompt], settings: BakeoffSettings) -> list[Cell]:
     ]
 
 
-def _asks(prompts: Sequence[Prompt], cell: Cell, settings: BakeoffSettings) -> list[DecodingRequest]:
+def _requests(prompts: Sequence[Prompt], cell: Cell, settings: BakeoffSettings) -> list[DecodingRequest]:
     """Returns a cell's full batches."""
     number, temperature, batch_size, category = cell
     ids = [prompt.ids for prompt in by_category(prompts, batch_size)[category]]
@@ -124,80 +127,85 @@ def _measure(
     results: Results,
     settings: BakeoffSettings,
 ) -> None:
-    """Measures the cells that are missing."""
+    """Measures the cells that have no results yet."""
     cells = _cells(prompts, settings)
     num_rows = {
-        cell: cell[2] * len(_asks(prompts, cell, settings)) * sum(entry.competes_at(cell[1]) for entry in competing)
+        cell: cell[2] * len(_requests(prompts, cell, settings)) * sum(one.competes_at(cell[1]) for one in competing)
         for cell in cells
     }
     missing = [cell for cell in cells if cell not in results.cells]
     num_done = sum(num_rows.values()) - sum(num_rows[cell] for cell in missing)
     if num_done:
-        print(f"{results.path.parent}: continuing; {len(cells) - len(missing)} of {len(cells)} parts are there")
+        print(f"{results.path.parent}: continuing; {len(cells) - len(missing)} of {len(cells)} parts are measured")
     total = sum(num_rows.values())
     options = {"desc": "bake-off", "unit": "prompt", "smoothing": 0, "mininterval": _interval()}
     with tqdm(total=total, initial=num_done, **options) as bar:
         for cell in missing:
             number, temperature, batch_size, category = cell
-            where = [f"temperature {temperature:g}", f"batch {batch_size}", *([category] if category else [])]
-            bar.set_postfix_str(", ".join(where), refresh=False)
-            contenders = [entry.contender for entry in competing if entry.competes_at(temperature)]
-            asks = _asks(prompts, cell, settings)
-            for contender in contenders:
-                warm_up(contender, asks[0].prompts, temperature)
-            results.add(cell, measure(contenders, asks, target.device, first=number, done=bar.update))
+            status = [f"temperature {temperature:g}", f"batch {batch_size}", *([category] if category else [])]
+            bar.set_postfix_str(", ".join(status), refresh=False)
+            methods = [contender.method for contender in competing if contender.competes_at(temperature)]
+            requests = _requests(prompts, cell, settings)
+            for method in methods:
+                warm_up(method, requests[0].prompts, temperature)
+            results.add(cell, measure(methods, requests, target.device, first=number, on_progress=bar.update))
 
 
 def _tallies(
-    groups: Iterable[str], temperature: float, size: int, results: Results, settings: BakeoffSettings
+    categories: Iterable[str], temperature: float, size: int, results: Results, settings: BakeoffSettings
 ) -> dict[str, list[dict[str, Tally]]]:
-    """Returns, of each category, the tallies of all rounds."""
+    """Returns the tallies of each category, one entry per round."""
     return {
-        name: [results.cells[number, temperature, size, name] for number in range(settings.rounds)] for name in groups
+        name: [results.cells[number, temperature, size, name] for number in range(settings.rounds)]
+        for name in categories
     }
 
 
-def _wholes(tallies: dict[str, list[dict[str, Tally]]]) -> list[dict[str, Tally]]:
-    """Returns them of all categories together."""
-    return [added_up(parts) for parts in zip(*tallies.values(), strict=True)]
+def _totals(tallies: dict[str, list[dict[str, Tally]]]) -> list[dict[str, Tally]]:
+    """Returns the tallies of each round, summed over categories."""
+    return [sum_categories(parts) for parts in zip(*tallies.values(), strict=True)]
 
 
 def _rows(
     prompts: Sequence[Prompt], competing: Sequence[Contender], results: Results, settings: BakeoffSettings
 ) -> list[dict[str, Any]]:
+    """Returns the rows of the table, without forecasts."""
     rows = []
-    for temperature in settings.temperatures:
-        for size in settings.batch_sizes:
-            groups = by_category(prompts, size)
-            tallies = _tallies(groups, temperature, size, results, settings)
-            whole = _wholes(tallies)
-            for entry in competing:
-                if entry.competes_at(temperature):
-                    shares = {name: row_of(entry, temperature, size, found) for name, found in tallies.items() if name}
-                    row = row_of(entry, temperature, size, whole)
-                    row["speedup_by_category"] = {name: share["speedup"] for name, share in shares.items()}
-                    rows.append(row | {"prompts_by_category": {name: len(groups[name]) for name in shares}})
+    for temperature, size in product(settings.temperatures, settings.batch_sizes):
+        groups = by_category(prompts, size)
+        tallies = _tallies(groups, temperature, size, results, settings)
+        totals = _totals(tallies)
+        for contender in competing:
+            if contender.competes_at(temperature):
+                row = row_of(contender, temperature, size, totals)
+                row["speedup_by_category"] = {
+                    name: row_of(contender, temperature, size, rounds)["speedup"]
+                    for name, rounds in tallies.items()
+                    if name
+                }
+                row["prompts_by_category"] = {name: len(groups[name]) for name in row["speedup_by_category"]}
+                rows.append(row)
     return rows
 
 
-def _add_optima(
+def _add_first_token_acceptance(
     rows: list[dict[str, Any]], prompts: Sequence[Prompt], competing: Sequence[Contender], settings: BakeoffSettings
 ) -> None:
-    """Adds, untimed, how close each verifier comes to the best that any could do."""
+    """Adds the acceptance rate of first tokens and its optimal-transport bound, measured untimed."""
     ids = [prompt.ids for prompt in prompts[: max(8, *settings.batch_sizes)]]
     sampled = [temperature for temperature in settings.temperatures if temperature > 0]
-    given = {"max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
-    best = {
-        (entry.contender.name, temperature): first_token_acceptance(
-            entry.drafter, ids, verifier=entry.verifier, temperature=temperature, **given
+    options = {"max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
+    rates = {
+        (one.method.name, temperature): first_token_acceptance(
+            one.drafter, ids, verifier=one.verifier, temperature=temperature, **options
         )
-        for entry in competing
+        for one in competing
         for temperature in sampled
-        if entry.drafter is not None and entry.is_lossless and entry.length == "auto" and entry.gate is None
+        if one.drafter is not None and one.is_lossless and one.length == "auto" and one.gate is None
     }
     for row in rows:
-        found = best.get((row["drafter"], row["temperature"])) or (None, None)
-        row["first_accepted"], row["first_optimum"] = found
+        rate, bound = rates.get((row["drafter"], row["temperature"])) or (None, None)
+        row["first_accepted"], row["first_optimum"] = rate, bound
 
 
 def _add_forecasts(
@@ -207,35 +215,35 @@ def _add_forecasts(
     results: Results,
     settings: BakeoffSettings,
 ) -> None:
-    """Adds the speed-ups to expect of each drafter's parts, and where it would stop paying."""
+    """Adds predicted speed-ups and the batch size from which each drafter is predicted to slow decoding down."""
     sizes = {*settings.batch_sizes, *settings.forecast_sizes} if settings.forecast_sizes else set()
-    drafting = [entry for entry in competing if sizes and entry.drafter is not None]
-    wholes = {
-        (temperature, size): _wholes(_tallies(by_category(prompts, size), temperature, size, results, settings))
+    with_drafter = [contender for contender in competing if sizes and contender.drafter is not None]
+    totals = {
+        (temperature, size): _totals(_tallies(by_category(prompts, size), temperature, size, results, settings))
         for temperature, size in product(settings.temperatures, settings.batch_sizes)
     }
     costs = {
-        entry.drafter.target: forecast.VerificationCosts(entry.drafter.target, [prompt.ids for prompt in prompts])
-        for entry in drafting
+        one.drafter.target: forecast.VerificationCosts(one.drafter.target, [prompt.ids for prompt in prompts])
+        for one in with_drafter
     }
-    found: dict[tuple[str, float], dict[int, float]] = {}
-    measured: dict[tuple[str, float, int], float] = {}
-    asked = [(entry, at) for entry in drafting for at in settings.temperatures if entry.competes_at(at)]
-    for entry, temperature in tqdm(asked, desc="forecasts", unit="drafter", delay=2, mininterval=_interval()):
-        name = entry.contender.name
+    predicted: dict[tuple[str, float, int], float] = {}
+    by_batch_size: dict[tuple[str, float], dict[int, float]] = {}
+    wanted = [(one, at) for one in with_drafter for at in settings.temperatures if one.competes_at(at)]
+    for one, temperature in tqdm(wanted, desc="forecasts", unit="drafter", delay=2, mininterval=_interval()):
+        name = one.method.name
         plain, drafted = (
-            {size: [of[one] for of in wholes[temperature, size]] for size in settings.batch_sizes}
-            for one in (entry.reference, name)
+            {size: [tallies[method] for tallies in totals[temperature, size]] for size in settings.batch_sizes}
+            for method in (one.reference, name)
         )
-        priced = costs[entry.drafter.target]
+        target_costs = costs[one.drafter.target]
         for size in settings.batch_sizes:
-            pairs = zip(plain[size], drafted[size], strict=True)
-            measured[name, temperature, size] = median(
-                forecast.predict_static_batching(one, other, size, priced) for one, other in pairs
+            predicted[name, temperature, size] = median(
+                forecast.predict_static_batching(*pair, size, target_costs)
+                for pair in zip(plain[size], drafted[size], strict=True)
             )
-        found[name, temperature] = forecast.predict_by_batch_size(plain, drafted, sizes, priced)
+        by_batch_size[name, temperature] = forecast.predict_by_batch_size(plain, drafted, sizes, target_costs)
     for row in rows:
-        by_size = found.get((row["drafter"], row["temperature"]), {})
-        row["predicted_speedup"] = measured.get((row["drafter"], row["temperature"], row["batch_size"]))
-        row["predicted_by_batch_size"] = {str(size): speedup for size, speedup in by_size.items()}
-        row["break_even_batch"] = forecast.break_even(by_size)
+        speedups = by_batch_size.get((row["drafter"], row["temperature"]), {})
+        row["predicted_speedup"] = predicted.get((row["drafter"], row["temperature"], row["batch_size"]))
+        row["predicted_by_batch_size"] = {str(size): speedup for size, speedup in speedups.items()}
+        row["break_even_batch"] = forecast.break_even(speedups)

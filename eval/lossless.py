@@ -44,7 +44,7 @@ from data.shards import hash_files, write_whole
 from draftsmith import Target
 from draftsmith.artifacts.artifact import own_files, read_manifest
 from draftsmith.artifacts.files import check_replaceable
-from draftsmith.core.stats import num_threads
+from draftsmith.length.costs import num_threads
 from eval.bakeoff import machine
 from eval.certificate.identity import FAILED, GreedySettings, compare_greedy
 from eval.certificate.sampled import (
@@ -100,9 +100,11 @@ def certify(
                 told = facts(target, artifacts, prompts) | {"settings": asdict(settings) | asdict(greedy)}
                 # What does not fit is refused before anything takes long.
                 for drafter, law in itertools.product(drafters.values(), laws):
-                    draw(drafter.target, drafter, law, replace(settings, num_rows=1), done=lambda num_tokens: None)
+                    draw(
+                        drafter.target, drafter, law, replace(settings, num_rows=1), on_progress=lambda num_tokens: None
+                    )
             if dtype in greedy.dtypes:
-                given = {"verifier": verifier, "done": bar.update}
+                given = {"verifier": verifier, "on_progress": bar.update}
                 own = {name: drafter for name, drafter in drafters.items() if drafter.target is target}
                 tests += compare_greedy(target, own, prompts, greedy, exact=exact, **given)
                 for name, drafter in drafters.items():
@@ -117,7 +119,7 @@ def certify(
                 for (name, drafter), law in itertools.product(drafters.items(), laws):
                     drawn += [
                         {"drafter": name, "tuned": drafter.target is not target} | test
-                        for test in draw(drafter.target, drafter, law, settings, done=bar.update)
+                        for test in draw(drafter.target, drafter, law, settings, on_progress=bar.update)
                     ]
     verdicts = {test["verdict"] for test in tests + drawn}
     verdict = NOT_LOSSLESS if FAILED in verdicts else INCONCLUSIVE if TOO_FEW in verdicts else LOSSLESS

@@ -1,4 +1,4 @@
-"""Who competes: plain decoding, transformers' own `generate`, each drafter, and each drafter decoded otherwise."""
+"""The methods of a bake-off: plain decoding, transformers' `generate`, and each drafter with its ablations."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,45 +21,49 @@ PLAIN, TRANSFORMERS = "plain", "transformers"
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A contender and what the table says of it beside its speed."""
+    """A decoding method with the facts that its table row shows."""
 
-    contender: DecodingMethod
+    method: DecodingMethod
     family: str | None = None
-    """None where nothing drafts."""
+    """Family of its drafter, None without a drafter."""
     drafter: Any = None
     verifier: str = "auto"
     length: str = "auto"
     gate: float | None = None
+    """Threshold on the target's confidence below which drafting is skipped; None without one."""
     is_tuned: bool = False
-    """Whether it decodes for a target that its drafter has tuned."""
+    """True if it decodes with a target that its drafter fine-tuned."""
     is_lossless: bool = True
     num_parameters: int = 0
     artifact_mb: float = 0.0
     train_s: float | None = 0.0
-    """None where the manifest does not say."""
+    """Training time in seconds, None if the manifest does not record it."""
 
     @property
     def reference(self) -> str:
-        """The contender that it is compared with."""
-        return self.contender.reference or PLAIN
+        """Returns the name of the method that it is compared with."""
+        return self.method.reference or PLAIN
 
     def competes_at(self, temperature: float) -> bool:
-        """At temperature 0 the law is one-hot, and every verifier keeps what "auto" does."""
+        """Returns False for other verifiers at temperature 0, where all lossless verifiers agree."""
         return temperature > 0 or self.verifier == "auto"
 
     @property
     def is_ablation(self) -> bool:
-        """Whether its drafter has a row of its own, decoded otherwise."""
+        """Returns True if it decodes with another verifier, draft length or threshold than the drafter's own."""
         return (self.verifier, self.length, self.gate) != ("auto", "auto", None)
 
 
 def contenders(
     target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path], settings: BakeoffSettings
 ) -> list[Contender]:
-    """Returns plain decoding first; raises ValueError for an artifact that does not fit, or two of one name."""
+    """Returns all contenders, plain decoding first.
+
+    Raises ValueError for an artifact that does not fit the target, or for two artifacts of the same name.
+    """
     found = [
-        Contender(contender=DecodingMethod(name=PLAIN, decode=draftsmith_method(target))),
-        Contender(contender=DecodingMethod(name=TRANSFORMERS, decode=transformers_method(target))),
+        Contender(method=DecodingMethod(name=PLAIN, decode=draftsmith_method(target))),
+        Contender(method=DecodingMethod(name=TRANSFORMERS, decode=transformers_method(target))),
     ]
     for name, path in zip(_names(artifacts), artifacts, strict=True):
         manifest = read_manifest(path)
@@ -75,47 +79,47 @@ def contenders(
         }
         reference = None
         if facts["is_tuned"]:
-            # What it drafts for is decoded plainly too: its text is another than the target's own.
+            # The fine-tuned target writes other text than the original one, so it needs its own baseline.
             reference = f"{name} ({PLAIN})"
             decode = draftsmith_method(drafter.target)
-            found.append(Contender(contender=DecodingMethod(name=reference, decode=decode), is_tuned=True))
-        contender = DecodingMethod(
+            found.append(Contender(method=DecodingMethod(name=reference, decode=decode), is_tuned=True))
+        method = DecodingMethod(
             name=name, decode=draftsmith_method(drafter.target, drafter), reference=reference, drafter=drafter
         )
-        found.append(Contender(contender=contender, **facts))
-        for entry in _ablations(contender, drafter, facts, settings):
+        found.append(Contender(method=method, **facts))
+        for ablation in _ablations(method, drafter, facts, settings):
             try:
-                warm_up(entry.contender, [prompts[0].ids], temperature=1.0)
-                found.append(entry)
+                warm_up(ablation.method, [prompts[0].ids], temperature=1.0)
+                found.append(ablation)
             except ValueError as error:
-                print(f"{entry.contender.name} is left out: {error}")
+                print(f"{ablation.method.name} is left out: {error}")
     return found
 
 
 def _ablations(
     own: DecodingMethod, drafter: Any, facts: dict[str, Any], settings: BakeoffSettings
 ) -> Iterator[Contender]:
-    """Yields the drafter, in its own way contender `own`, with each other verifier, policy of lengths and gate."""
+    """Yields the drafter of `own` with each other verifier, draft-length policy and confidence threshold."""
 
-    def other(what: str, **options: Any) -> DecodingMethod:
+    def changed(what: str, **options: Any) -> DecodingMethod:
         given = {"drafter": drafter} | options
         return replace(own, name=f"{own.name} ({what})", decode=draftsmith_method(drafter.target, **given))
 
     for verifier in settings.verifiers:
         is_lossless = verify.find(verifier)[0].LOSSLESS
         yield Contender(
-            contender=other(verifier, verifier=verifier), verifier=verifier, is_lossless=is_lossless, **facts
+            method=changed(verifier, verifier=verifier), verifier=verifier, is_lossless=is_lossless, **facts
         )
     for policy in settings.lengths:
-        yield Contender(contender=other(policy, policy=policy), length=policy, **facts)
+        yield Contender(method=changed(policy, policy=policy), length=policy, **facts)
     for gate in settings.gates:
         yield Contender(
-            contender=other(f"gate {gate:g}", drafter=TargetConfidenceThreshold(drafter, gate)), gate=gate, **facts
+            method=changed(f"gate {gate:g}", drafter=TargetConfidenceThreshold(drafter, gate)), gate=gate, **facts
         )
 
 
 def _names(artifacts: Sequence[Path]) -> list[str]:
-    """Returns each folder's name, with its parent's before it where two are the same."""
+    """Returns each folder's name, prefixed with its parent's name where two are the same."""
     names = [path.resolve().name for path in artifacts]
     taken = [*names, PLAIN, TRANSFORMERS]
     longer = [
@@ -124,9 +128,10 @@ def _names(artifacts: Sequence[Path]) -> list[str]:
     ]
     repeated = next((name for name in longer if longer.count(name) > 1), None)
     if repeated is not None:
-        raise ValueError(f"two artifacts are called {repeated}; give them folders of different names")
+        raise ValueError(f"two artifacts are called {repeated}; rename the folder of one of them")
     return longer
 
 
 def fingerprint(artifact: Path) -> str:
+    """Returns a hash of the artifact's files."""
     return hash_files(own_files(artifact))

@@ -74,7 +74,7 @@ class VerificationCosts:
         return beyond * float(np.interp(num_nodes, measured, ratios))
 
     def _measure(self, batch_size: int, num_nodes: int, layer: int) -> tuple[float, float]:
-        """Returns (ms of a plain step, cost of verifying the nodes relative to it), each the median of `REPEATS` runs."""
+        """Returns (ms of a plain step, relative cost of verifying the nodes), each the median of `REPEATS` runs."""
         rows = [self._prompts[row % len(self._prompts)] for row in range(batch_size)]
         dummy = DummyDrafter(self._target, num_nodes, layer)
         runs = []
@@ -95,17 +95,17 @@ class VerificationCosts:
         ).stats
 
     def mean_ratio(self, batch_size: int, tally: Tally) -> float:
-        """Returns the mean of it over a tally's rounds."""
+        """Returns the mean of `ratio` over the target forwards of a tally."""
         found = [(rounds, self.ratio(batch_size, nodes, layer)) for layer, nodes, rounds in tally.verified]
         return sum(rounds * ratio for rounds, ratio in found) / tally.rounds
 
 
 def predict_static_batching(plain: Tally, drafted: Tally, batch_size: int, costs: VerificationCosts) -> float:
-    """Returns the speed-up to expect of what was decoded side by side: rounds counted, forwards at their cost alone.
+    """Returns the predicted speed-up of the measured decoding, in which rows of a batch start and end together.
 
-    (N' / N) (S + R s) / (S' + R' (d + s r)): N the tokens, S the time before the first round, R the rounds, s a plain
-    step, d the drafter's share of a round, r what a forward over a draft costs in plain ones, a ' what is the drafter's
-    (2211.17192, theorem 3.8, with drafts of any kind and verification at its cost).
+    (N' / N) (S + R s) / (S' + R' (d + s r)): N tokens, S time before the first round, R rounds, s time of a plain step,
+    d the drafter's time per round, r the relative cost of verifying a draft; primes mark decoding with the drafter
+    (2211.17192, theorem 3.8, for drafts of any shape and measured verification costs).
     """
     step_ms = plain.verify_ms / plain.rounds
     verify_ms = drafted.rounds * step_ms * costs.mean_ratio(batch_size, drafted)
@@ -117,11 +117,11 @@ def predict_static_batching(plain: Tally, drafted: Tally, batch_size: int, costs
 def predict_continuous_batching(
     plain: Mapping[int, Tally], drafted: Mapping[int, Tally], batch_size: int, costs: VerificationCosts
 ) -> float:
-    """Returns the speed-up to expect in batches of which no row waits for slower ones, as servers keep them.
+    """Returns the predicted speed-up under continuous batching, where no row waits for stragglers, as in servers.
 
-    Tallies are by the batch sizes that were measured: of those, the nearest below gives tokens a round and the nodes
-    verified. Times other than a forward's are in a straight line through two sizes; if one alone was measured, they
-    grow as the target's step does.
+    Tallies are keyed by measured batch size. Tokens per step and verified nodes are those of the nearest smaller
+    measured size. Times other than target forwards are linear in the batch size through the two nearest measured
+    sizes; with one measured size they grow as the target's step does.
     """
     near = max((size for size in drafted if size <= batch_size), default=min(drafted))
     slowdown = plain[near].verify_ms / plain[near].rounds / costs.step_ms(near)
@@ -136,11 +136,11 @@ def predict_continuous_batching(
 
     def call_ms(tallies: Mapping[int, Tally], tau: float, ratio: float) -> float:
         start_ms = interpolate({size: tally.prefill_ms / tally.calls for size, tally in tallies.items()})
-        own_ms = interpolate(
+        drafter_ms = interpolate(
             {size: (tally.draft_ms + tally.commit_ms) / tally.rounds for size, tally in tallies.items()}
         )
         num_tokens = drafted[near].tokens / (drafted[near].calls * near)
-        return start_ms + num_tokens / tau * (own_ms + step_ms * ratio)
+        return start_ms + num_tokens / tau * (drafter_ms + step_ms * ratio)
 
     ratio = costs.mean_ratio(batch_size, drafted[near])
     return call_ms(plain, 1.0, 1.0) / call_ms(drafted, drafted[near].tokens / drafted[near].steps, ratio)
@@ -149,7 +149,7 @@ def predict_continuous_batching(
 def predict_by_batch_size(
     plain: Mapping[int, list[Tally]], drafted: Mapping[int, list[Tally]], sizes: set[int], costs: VerificationCosts
 ) -> dict[int, float]:
-    """Returns `kept_full` for each of `sizes`, the median over rounds of the comparison, each with its own tallies."""
+    """Returns `predict_continuous_batching` for each of `sizes`: the median over the comparison's rounds."""
     num_rounds = len(next(iter(plain.values())))
     return {
         size: median(
@@ -166,5 +166,5 @@ def predict_by_batch_size(
 
 
 def break_even(speedups: Mapping[int, float]) -> int | None:
-    """Returns the smallest batch size at which the drafter is predicted to slow its user down, None if at no one."""
+    """Returns the smallest batch size with a predicted speed-up below 1, None if there is none."""
     return next((size for size in sorted(speedups) if speedups[size] < 1), None)

@@ -1,4 +1,4 @@
-"""What was measured on, for every table's header."""
+"""Hardware and commit of a measurement, for the header of every table."""
 
 import os
 import platform

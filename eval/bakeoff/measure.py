@@ -108,7 +108,7 @@ def sum_counts(counts: Iterable[Sequence[int]]) -> list[int]:
 
 
 def merge_forwards(parts: Iterable[Iterable[Sequence[int]]]) -> list[list[int]]:
-    """Returns lists of (start layer, draft nodes, forwards) as one, with the forwards of equal (layer, nodes) summed."""
+    """Returns lists of (start layer, draft nodes, forwards) as one, summing the forwards of equal entries."""
     totals: Counter[tuple[int, int]] = Counter()
     for layer, nodes, forwards in chain.from_iterable(parts):
         totals[layer, nodes] += forwards
@@ -148,7 +148,7 @@ def _draftsmith_decode(
 
 
 def transformers_method(target: Target, assistant: Any = None) -> Callable[[DecodingRequest], DecodingResult]:
-    """Returns a function that decodes with transformers' `generate`, assisted generation if given an assistant model."""
+    """Returns a function that decodes with transformers' `generate`, with an assistant model if given."""
     return partial(_transformers_decode, target, assistant)
 
 

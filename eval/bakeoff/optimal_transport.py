@@ -61,10 +61,10 @@ class FirstTokenRecorder(Drafter):
 def first_token_acceptance(
     drafter: Drafter, prompts: list[list[int]], *, verifier: str, seed: int, **settings: Any
 ) -> tuple[float, float] | None:
-    """Returns how often a draft's first token was accepted by `verifier`, and by the best rule could have been.
+    """Returns the acceptance rate of drafts' first tokens under `verifier`, and its optimal-transport bound.
 
-    Decodes `prompts` at once, again and again until `MIN_DRAFTS` drafts have been seen, by which the two may differ by 0.03
-    for chance alone; `settings` are of `draftsmith.generate`. None if no first tokens were drawn from a law.
+    Decodes `prompts` as one batch, repeatedly until `MIN_DRAFTS` drafts were verified; with that number the two may
+    differ by 0.03 by chance. `settings` go to `draftsmith.generate`. Returns None if first tokens are not sampled.
     """
     rows = [torch.tensor(prompt, device=drafter.target.device) for prompt in prompts]
     recorder = FirstTokenRecorder(drafter, Sampling(temperature=settings["temperature"]))

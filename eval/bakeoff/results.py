@@ -1,4 +1,4 @@
-"""A comparison's folder: `bakeoff.json`, `.md`, `.csv`, `.png`, its texts, and while unfinished what was measured."""
+"""The output folder of a comparison: `bakeoff.json`, `.md`, `.csv`, `.png`, its texts, and measurements so far."""
 
 import json
 import os
@@ -14,11 +14,11 @@ NAME = "bakeoff"
 PARTIAL, TEXTS = f"{NAME}.partial.jsonl", f"{NAME}.texts.json"
 
 Cell = tuple[int, float, int, str]
-"""Round, temperature, batch size and category of the prompts, "" where they have none."""
+"""(round, temperature, batch size, prompt category); the category is "" for prompts without one."""
 
 
 def check_output(folder: Path) -> None:
-    """Raises ValueError if `folder` is a file, or holds something but no comparison."""
+    """Raises ValueError if `folder` is a file, or contains files but no comparison."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder to write to")
     if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob(f"{NAME}.*")):
@@ -26,33 +26,43 @@ def check_output(folder: Path) -> None:
 
 
 def claim(folder: Path) -> None:
-    """Makes `folder` a comparison's; raises ValueError as `check_output` does."""
+    """Creates `folder` and marks it as a comparison's output; raises ValueError as `check_output` does."""
     check_output(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PARTIAL).touch()
 
 
 class Results:
-    """Tallies of the cells measured so far, each a line on disk; lines of a comparison other than `identity` go."""
+    """Tallies of the cells measured so far, one line per cell on disk.
+
+    Lines of a comparison with another `identity` (settings, commit, artifacts, prompts) are discarded with a message.
+    """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.path = folder / PARTIAL
         self.cells: dict[Cell, dict[str, Tally]] = {}
         self._identity = json.loads(json.dumps(identity))
-        lines = [_parsed(line) for line in self.path.read_text().splitlines()]
-        if lines and lines[0] == self._identity:
-            for line in filter(None, lines[1:]):
+        header, *lines = [_parse(line) for line in self.path.read_text().splitlines()] or [None]
+        if header != self._identity:
+            self._report_discarded(header, len(lines))
+        else:
+            for line in filter(None, lines):
                 tallies = {name: Tally(**counts) for name, counts in line["tallies"].items()}
                 self.cells[tuple(line["cell"])] = tallies
         write_whole(self.path, self._rewrite)
 
     def add(self, cell: Cell, tallies: dict[str, Tally]) -> None:
-        """Notes what was measured; it is on disk when this returns."""
+        """Stores a cell's tallies; they are on disk when this returns."""
         self.cells[cell] = tallies
         with self.path.open("a") as file:
             file.write(self._line(cell) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def _report_discarded(self, header: Any, num_lines: int) -> None:
+        if num_lines and isinstance(header, dict):
+            changed = ", ".join(sorted(key for key in self._identity if header.get(key) != self._identity[key]))
+            print(f"{self.path.parent}: starting over, since the {num_lines} measured parts differ in: {changed}")
 
     def _rewrite(self, path: Path) -> None:
         lines = [json.dumps(self._identity), *map(self._line, self.cells)]
@@ -72,7 +82,7 @@ def publish(
     csv: str,
     picture: Callable[[Path], None],
 ) -> None:
-    """Writes the files, each whole or not at all, and removes what they were made from."""
+    """Writes the result files, each atomically, and removes the file of partial measurements."""
     write_whole(folder / TEXTS, lambda path: path.write_text(json.dumps(texts) + "\n"))
     write_whole(folder / f"{NAME}.png", picture)
     write_whole(folder / f"{NAME}.csv", lambda path: path.write_text(csv, newline=""))
@@ -81,8 +91,8 @@ def publish(
     (folder / PARTIAL).unlink()
 
 
-def _parsed(line: str) -> Any:
-    """Returns the line's value; None for the last line of a killed run, cut short."""
+def _parse(line: str) -> Any:
+    """Returns a line's JSON value, or None for the truncated last line of a killed run."""
     try:
         return json.loads(line)
     except ValueError:

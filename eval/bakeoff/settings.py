@@ -1,4 +1,4 @@
-"""How much a comparison decodes, and under which laws."""
+"""Settings of a bake-off."""
 
 from dataclasses import dataclass
 
@@ -8,28 +8,28 @@ from draftsmith.length import policies
 
 @dataclass(frozen=True, kw_only=True)
 class BakeoffSettings:
-    """How much is decoded, and under which laws."""
+    """What a bake-off decodes, and how."""
 
     temperatures: tuple[float, ...] = (0.0, 1.0)
-    """0 is greedy."""
+    """Sampling temperatures; 0 is greedy decoding."""
     batch_sizes: tuple[int, ...] = (1, 8)
-    """Prompts decoded at once."""
+    """Prompts per batch."""
     rounds: int = 3
-    """Times that everything is decoded; speed-ups are medians over rounds."""
+    """Number of times that everything is decoded; speed-ups are medians over rounds."""
     max_new_tokens: int = 64
-    """After each prompt."""
+    """New tokens per prompt."""
     verifiers: tuple[str, ...] = ()
-    """Further rows for each drafter, with these verifiers in place of the default lossless ones."""
+    """Verifiers to compare in extra rows of each drafter, in place of the default lossless one."""
     lengths: tuple[str, ...] = ()
-    """Further rows for each drafter, with these policies of draftsmith/length/policies.py in place of its own."""
+    """Draft-length policies (draftsmith/length/policies.py) to compare in extra rows of each drafter."""
     gates: tuple[float, ...] = ()
-    """Further rows for each drafter, which drafts nothing where the target is less confident than this."""
+    """Confidence thresholds on the target to compare in extra rows of each drafter; drafting is skipped below them."""
     forecast_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Batch sizes for which speed-ups are predicted, beside those that are measured; empty for no predictions."""
+    """Batch sizes for which speed-ups are predicted, beside the measured ones; empty for no predictions."""
     seed: int = 0
-    """Of what is sampled."""
+    """Random seed of sampling."""
     threads: int = 1
-    """CPU threads, 0 for torch's own choice; a small target is fastest and steadiest on one."""
+    """CPU threads; 0 uses torch's default. A small target is fastest and most stable on one."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "max_new_tokens"):
@@ -52,6 +52,8 @@ class BakeoffSettings:
                 raise ValueError(f"gates are {list(self.gates)}; each must lie between 0 and 1")
 
     def check_prompts(self, num_prompts: int) -> None:
-        """Raises ValueError if there are too few for a batch."""
+        """Raises ValueError if there are too few prompts to fill the largest batch."""
         if num_prompts < max(self.batch_sizes):
-            raise ValueError(f"batch size {max(self.batch_sizes)} needs as many prompts, and there are {num_prompts}")
+            raise ValueError(
+                f"batch size {max(self.batch_sizes)} needs at least as many prompts, but there are {num_prompts}"
+            )

@@ -56,13 +56,13 @@ def compare_greedy(
     *,
     verifier: str,
     exact: Callable[[], Target],
-    done: Callable[[int], Any],
+    on_progress: Callable[[int], Any],
     tuned_by: str = "",
 ) -> list[dict[str, Any]]:
     """Returns a test for each batch size, drafter, and reference: plain decoding by our loop, and transformers' own.
 
     Plain decoding is itself compared with transformers. `exact()` is the target in float64, asked for where something
-    differs; `done` is called with the number of tokens after each decoding. `tuned_by`
+    differs; `on_progress` is called with the number of tokens after each decoding. `tuned_by`
     is added to the references' names.
     """
     rows = [prompt.ids for prompt in prompts]
@@ -80,7 +80,7 @@ def compare_greedy(
             ask = DecodingRequest(prompts=part, temperature=0.0, max_new_tokens=settings.max_new_tokens, seed=0)
             for name, decode in decoders.items():
                 found[name] += decode(ask).rows
-                done(len(part) * settings.max_new_tokens)
+                on_progress(len(part) * settings.max_new_tokens)
         for name, reference in [(plain, transformers), *itertools.product(drafters, (plain, transformers))]:
             differences: list[dict[str, Any]] = [
                 {"prompt": prompt.key, "num_prompt_tokens": len(row)}

@@ -112,11 +112,11 @@ def sample_and_test(
     prompts: Sequence[Prompt],
     level: float,
     tie_tolerance: float,
-    done: Callable[[int], Any],
+    on_progress: Callable[[int], Any],
 ) -> list[dict[str, Any]]:
     """Returns a test for each of WAYS, of continuations of `prompts`; each fails with a p-value below `level`.
 
-    `tie_tolerance` is that of GreedySettings; `done` is called with the number of tokens after each batch. Raises
+    `tie_tolerance` is that of GreedySettings; `on_progress` is called with the number of tokens after each batch. Raises
     ValueError for a verifier that does not fit what is drafted.
     """
     watched = _RecordedDrafter(drafter, settings.verifier, law)
@@ -140,7 +140,7 @@ def sample_and_test(
                 tokens = tuple(row[watched.start_length : length][: settings.num_tokens])
                 texts.append(SampledText(prompt=number, tokens=tokens, drafts=drafts))
             num_steps, num_new, left = num_steps + out.stats.steps, num_new + out.stats.new_tokens, left - size
-            done(size * (settings.num_tokens + EXTRA_TOKENS))
+            on_progress(size * (settings.num_tokens + EXTRA_TOKENS))
 
     def probs_for(number: int, different: list[Tokens]) -> Iterator[tuple[Tensor, Tensor]]:
         # What follows the last token is not judged.

@@ -72,7 +72,7 @@ def draft_from_positions(
     depth: int,
     *,
     shift: int = 0,
-    done: Callable[[int], Any] = lambda num_rows: None,
+    on_progress: Callable[[int], Any] = lambda num_rows: None,
 ) -> DraftCounts:
     """Returns what came of a draft of at most `depth` tokens begun at each of `places`, greedily.
 
@@ -85,7 +85,7 @@ def draft_from_positions(
         tokens = drafts.tokens_BN.tolist()
         for row, (number, end) in enumerate(part):
             _count(counts, drafts, row, tokens[row], texts[number].ids, end)
-        done(len(part))
+        on_progress(len(part))
     return counts
 
 

@@ -1,22 +1,22 @@
 "use strict";
 
-// Tables: a heading's button sorts by its column, largest first, then the other way round.
+// Tables: a heading's button sorts by its column in descending order, then in ascending order.
 for (const button of document.querySelectorAll("thead button")) {
   button.addEventListener("click", () => {
     const head = button.parentElement;
-    const place = head.cellIndex;
-    const rising = head.getAttribute("aria-sort") === "descending" || (place === 0 && !head.hasAttribute("aria-sort"));
+    const column = head.cellIndex;
+    const rising = head.getAttribute("aria-sort") === "descending" || (column === 0 && !head.hasAttribute("aria-sort"));
     for (const other of head.parentElement.children) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", rising ? "ascending" : "descending");
     const body = head.closest("table").tBodies[0];
     const rows = [...body.rows];
     rows.sort((one, other) => {
-      const [left, right] = [one.cells[place], other.cells[place]];
+      const [left, right] = [one.cells[column], other.cells[column]];
       const [first, second] = [parseFloat(left.dataset.value), parseFloat(right.dataset.value)];
       if (isNaN(first) && isNaN(second)) {
         return left.textContent.localeCompare(right.textContent) * (rising ? 1 : -1);
       }
-      // What is not known stays last either way.
+      // Missing values stay last in both orders.
       if (isNaN(first) || isNaN(second)) return isNaN(first) ? 1 : -1;
       return (first - second) * (rising ? 1 : -1);
     });
@@ -24,7 +24,7 @@ for (const button of document.querySelectorAll("thead button")) {
   });
 }
 
-// Tokens: one of each text is in the order of tabs; arrows lead to the others, and what is known of one is shown below.
+// Tokens: one token per text is a tab stop, the arrow keys move between tokens, and the note of the current one is shown.
 const note = document.getElementById("note");
 
 function show(token) {

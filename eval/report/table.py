@@ -1,4 +1,4 @@
-"""A comparison's rows as text: Markdown, the terminal's 120 columns, and CSV."""
+"""Formats the rows of a comparison as Markdown, as text for a terminal of 120 columns, and as CSV."""
 
 import csv
 import io
@@ -10,109 +10,145 @@ from typing import Any, Literal
 
 Row = dict[str, Any]
 Style = Literal["markdown", "terminal"]
-MAX_NAME, MAX_DEPTHS = 26, 5
+WIDTH, MAX_NAME, MIN_NAME, MAX_DEPTHS = 120, 26, 12, 5
 COLUMNS = (
     "drafter",
-    "tau",
-    "tokens/s",
+    "mean accepted\nlength (tau)",
+    "tok/s",
     "speed-up",
     "quartiles",
-    "predicted",
+    "predicted\nspeed-up",
     "output",
-    "draft ms",
-    "verify ms",
-    "accepted, %",
-    "first, best",
+    "draft\nms",
+    "verify\nms",
+    "accepted\nby depth,\n%",
+    "first\ntoken,\nbound",
 )
-FACTS = ("drafter", "parameters", "artifact MB", "training s")
+"""Headings; the terminal breaks them at line ends."""
+SIZE_COLUMNS = ("drafter", "parameters", "artifact MB", "training s")
 
 
 def header(rows: Sequence[Row], style: Style) -> str:
-    """Returns what was measured, and where, from any row."""
+    """Returns the conditions of the measurement: target, hardware, prompts and versions."""
     row = rows[0]
     text = (
         f"{row['target']} ({row['dtype']}) on {row['hardware']}, {row['threads']} thread(s);"
         f" {row['num_prompts']} prompts, {row['max_new_tokens']} new tokens each, {row['rounds']} rounds;"
         f" commit {row['commit'] or 'unknown'}, torch {row['torch']}, transformers {row['transformers_version']}"
     )
-    return f"# Bake-off\n\n{text}" if style == "markdown" else textwrap.fill(text, 120)
+    return f"# Bake-off\n\n{text}" if style == "markdown" else textwrap.fill(text, WIDTH)
 
 
 def table(rows: Sequence[Row], style: Style) -> list[str]:
-    """Returns the lines of one table for each temperature and batch size, then one of the drafters' sizes."""
+    """Returns one table per temperature and batch size, then drafter sizes, categories, forecasts and definitions."""
     lines = []
     for (temperature, batch_size), group in groupby(rows, key=lambda row: (row["temperature"], row["batch_size"])):
-        title = f"temperature {temperature:g}, batch {batch_size}"
-        lines += ["", f"## {title}" if style == "markdown" else title, ""]
-        lines += grid(_without_empty([COLUMNS, *map(_cells, group)]), style)
-    sizes = {row["drafter"]: row for row in rows if row["family"] is not None and not row["is_ablation"]}
-    if sizes:
-        lines += ["", "## Drafters", ""] if style == "markdown" else [""]
-        lines += grid([FACTS, *map(_fact_cells, sizes.values())], style)
-    lines += _by_category(rows, style) + _break_even(rows, style)
-    lines += [
-        "",
-        "tau: tokens a target forward. Speed-up: over plain decoding in the same round; median, quartiles of rounds.",
-        "Draft and verify ms: a row's share of one step. Accepted: % of the drafts that reached depth 1, 2, ...",
+        lines += _title(f"temperature {temperature:g}, batch {batch_size}", style)
+        lines += _measurements(list(group), style)
+    drafters = {row["drafter"]: row for row in rows if row["family"] is not None and not row["is_ablation"]}
+    if drafters:
+        lines += _title("Drafters", style) + grid([SIZE_COLUMNS, *map(_size_cells, drafters.values())], style)
+    lines += [*_by_category(rows, style), *_forecasts(rows, style), ""]
+    for term, definition in definitions(rows):
+        text = f"{term}: {definition}"
+        lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ") if style == "terminal" else [f"- {text}"]
+    return lines
+
+
+def definitions(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Returns the terms in the tables of these rows with their definitions."""
+    found = [
+        ("tau", "committed tokens per target forward, for each row of the batch"),
+        ("tok/s", "new tokens per second of wall-clock time, summed over the batch; median over rounds"),
+        ("speed-up", "tok/s relative to plain decoding in the same round; median and quartiles over rounds"),
+        (
+            "output",
+            "identical: equal to plain greedy decoding, token for token; lossless: sampled from the target's"
+            " distribution; lossy: by a verifier that changes the distribution; DIFFERS: not equal to greedy decoding",
+        ),
+        ("draft ms, verify ms", "time per step, divided by the number of rows in the batch"),
+        ("accepted by depth", "percentage of the drafts that reached depth 1, 2, ... that were accepted up to it"),
     ]
-    if any(row["predicted_speedup"] is not None for row in rows):
-        lines += [
-            "Predicted: by the rounds counted and the drafter's own time, the target's forwards at their cost alone.",
-            "Kept full: no row waits for slower ones, as on servers; measured, rows of a batch begin and end together.",
+    if any(row.get("predicted_speedup") is not None for row in rows):
+        found += [
+            ("predicted speed-up", "from the measured tau and draft time, and target forwards timed without drafters"),
+            ("continuous batching", "finished rows are replaced, so none waits for stragglers, as in servers"),
+            ("break-even batch", "smallest of these batch sizes at which the drafter is predicted to be a slow-down"),
         ]
+    if any(row.get("first_optimum") is not None for row in rows):
+        found.append(
+            (
+                "first token, bound",
+                "acceptance rate of sampled first tokens, and its optimal-transport upper bound",
+            )
+        )
     if any(row["tuned"] for row in rows):
-        lines += ["*: of the target as its drafter has tuned it; the speed-up is over plain decoding of that one too."]
-    if any(row["first_optimum"] is not None for row in rows):
-        lines += [
-            "First, best: how often a drawn first token was accepted, and would be by the best rule there can be."
-        ]
+        found.append(("*", "compared with plain decoding of the target as fine-tuned by this drafter"))
+    return found
+
+
+def _title(text: str, style: Style) -> list[str]:
+    return ["", f"## {text}" if style == "markdown" else text, ""]
+
+
+def _measurements(rows: Sequence[Row], style: Style) -> list[str]:
+    """Returns the table of one temperature and batch size; on a terminal fewer depths are shown if it is too wide."""
+    for max_depths in range(MAX_DEPTHS, 0, -1):
+        lines = grid(_without_empty([COLUMNS, *(_cells(row, max_depths) for row in rows)]), style)
+        if style == "markdown" or max(map(len, lines)) <= WIDTH:
+            return lines
     return lines
 
 
 def _by_category(rows: Sequence[Row], style: Style) -> list[str]:
-    """Returns a table of speed-ups at the first temperature and batch size that has categories, if there is one."""
-    with_some = [row for row in rows if row["speedup_by_category"]]
-    if not with_some:
+    """Returns a table of speed-ups by category at the first temperature and batch size that has categories."""
+    with_categories = [row for row in rows if row["speedup_by_category"]]
+    if not with_categories:
         return []
-    law = (with_some[0]["temperature"], with_some[0]["batch_size"])
-    found = [row for row in with_some if (row["temperature"], row["batch_size"]) == law and row["family"] is not None]
-    numbers = [f"{name} ({count})" for name, count in with_some[0]["prompts_by_category"].items()]
-    cells = [[_name(row), *(f"{ratio:.2f}x" for ratio in row["speedup_by_category"].values())] for row in found]
-    title = f"Speed-up by category (prompts), temperature {law[0]:g}, batch {law[1]}"
-    return ["", f"## {title}" if style == "markdown" else title, "", *grid([["drafter", *numbers], *cells], style)]
+    first = with_categories[0]
+    at = (first["temperature"], first["batch_size"])
+    chosen = [
+        row for row in with_categories if (row["temperature"], row["batch_size"]) == at and row["family"] is not None
+    ]
+    categories = [f"{name} ({count})" for name, count in first["prompts_by_category"].items()]
+    cells = [[_name(row), *(f"{ratio:.2f}x" for ratio in row["speedup_by_category"].values())] for row in chosen]
+    title = f"Speed-up by category (prompts), temperature {at[0]:g}, batch {at[1]}"
+    return _title(title, style) + grid([["drafter", *categories], *cells], style)
 
 
-def _break_even(rows: Sequence[Row], style: Style) -> list[str]:
-    """Returns what is predicted of each drafter as batches grow, and who is predicted to slow the user down."""
-    found = [row for row in rows if row["predicted_by_batch_size"]]
+def _forecasts(rows: Sequence[Row], style: Style) -> list[str]:
+    """Returns the predicted speed-ups by batch size, and the drafters that are predicted never to pay off."""
+    with_forecast = [row for row in rows if row["predicted_by_batch_size"]]
     lines = []
-    for temperature, group in groupby(found, key=lambda row: row["temperature"]):
+    for temperature, group in groupby(with_forecast, key=lambda row: row["temperature"]):
         drafters = list({row["drafter"]: row for row in group}.values())
         cells = [
-            [_name(row), *(f"{ratio:.2f}x" for ratio in row["predicted_by_batch_size"].values()), _end(row)]
+            [_name(row), *(f"{ratio:.2f}x" for ratio in row["predicted_by_batch_size"].values()), _break_even(row)]
             for row in drafters
         ]
-        title = f"Predicted speed-up by batch size, batches kept full, temperature {temperature:g}"
-        heading = ["drafter", *drafters[0]["predicted_by_batch_size"], "stops paying at"]
-        lines += ["", f"## {title}" if style == "markdown" else title, "", *grid([heading, *cells], style)]
+        lines += _title(f"Predicted speed-up by batch size, continuous batching, temperature {temperature:g}", style)
+        lines += grid([["drafter", *drafters[0]["predicted_by_batch_size"], "break-even batch"], *cells], style)
         slow = [row["drafter"] for row in drafters if row["break_even_batch"] == 1]
         if slow:
-            told = f"At temperature {temperature:g} these are predicted to slow you down: {', '.join(slow)}."
-            lines += ["", *(textwrap.wrap(told, 120) if style == "terminal" else [told])]
+            text = (
+                f"Predicted to slow decoding down even at batch size 1, temperature {temperature:g}: {', '.join(slow)}."
+            )
+            lines += ["", *(textwrap.wrap(text, WIDTH) if style == "terminal" else [text])]
     return lines
 
 
-def _end(row: Row) -> str:
-    return "-" if row["break_even_batch"] is None else f"batch {row['break_even_batch']}"
+def _break_even(row: Row) -> str:
+    size = row["break_even_batch"]
+    return f"over {max(map(int, row['predicted_by_batch_size']))}" if size is None else str(size)
 
 
 def is_slower(speedup: float) -> bool:
-    """Returns whether a speed-up, as it is shown, is less than none."""
+    """Returns True for a speed-up that is displayed as less than 1.00x."""
     return speedup < 0.995
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Returns all columns; lists and truth values are written as in JSON, what is not known is left empty."""
+    """Returns all columns; lists and booleans are written as JSON, missing values are empty."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
@@ -127,7 +163,7 @@ def _csv_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, max_depths: int) -> list[str]:
     speedup = f"{row['speedup']:.2f}x" + " slower" * is_slower(row["speedup"])
     return [
         _name(row),
@@ -139,36 +175,40 @@ def _cells(row: Row) -> list[str]:
         output_of(row),
         _number(row["draft_ms"], 2),
         _number(row["verify_ms"], 2),
-        " ".join(f"{100 * share:.0f}" for share in row["accepted_per_depth"][:MAX_DEPTHS]),
-        "" if row["first_optimum"] is None else f"{row['first_accepted']:.2f} of {row['first_optimum']:.2f}",
+        " ".join(f"{100 * rate:.0f}" for rate in row["accepted_per_depth"][:max_depths]),
+        "" if row["first_optimum"] is None else f"{row['first_accepted']:.2f}, {row['first_optimum']:.2f}",
     ]
 
 
 def _without_empty(cells: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """Returns the table without columns that say nothing in any row."""
+    """Returns the table without columns that are empty in all rows."""
     kept = [any(column) for column in zip(*cells[1:], strict=True)]
     return [list(compress(line, kept)) for line in cells]
 
 
 def output_of(row: Row) -> str:
-    """Returns what became of the target's own output or law, or of those of the target that its drafter has tuned."""
+    """Returns how the output relates to the target's; a star marks the target as fine-tuned by the drafter."""
     if row["tuned"] and row["family"] is None:
-        return "tuned*"
+        return "fine-tuned*"
     mark = "*" * row["tuned"]
     if row["identical"]:
         return f"identical{mark}"
     if not row["lossless"]:
         return "lossy"
-    return f"same law{mark}" if row["identical"] is None else "DIFFERS"
+    return f"lossless{mark}" if row["identical"] is None else "DIFFERS"
 
 
-def _fact_cells(row: Row) -> list[str]:
+def _size_cells(row: Row) -> list[str]:
     return [_name(row), f"{row['num_parameters']:,}", f"{row['artifact_mb']:.2f}", _number(row["train_s"], 0)]
 
 
 def _name(row: Row) -> str:
-    name = row["drafter"]
-    return name if len(name) <= MAX_NAME else "..." + name[3 - MAX_NAME :]
+    return shorten(row["drafter"], MAX_NAME)
+
+
+def shorten(name: str, width: int) -> str:
+    """Returns the name, or its end after "..." if it is longer than `width`."""
+    return name if len(name) <= width else "..." + name[3 - width :]
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -176,8 +216,19 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def grid(cells: Sequence[Sequence[str]], style: Style) -> list[str]:
-    """Returns aligned lines: the first column to the left, the others to the right."""
+    """Returns the lines of a table, the first column aligned left and the others right; the first row is the heading.
+
+    Line ends in headings break them on a terminal only. A terminal's table is narrowed by shortening its names.
+    """
+    heading, *body = cells
+    broken = [text.split("\n") if style == "terminal" else [text.replace("\n", " ")] for text in heading]
+    height = max(map(len, broken))
+    cells = [*zip(*([""] * (height - len(words)) + words for words in broken), strict=True), *body]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    excess = sum(widths) + 2 * (len(widths) - 1) - WIDTH
+    if style == "terminal" and excess > 0:
+        widths[0] = max(widths[0] - excess, MIN_NAME)
+        cells = [[shorten(name, widths[0]), *others] for name, *others in cells]
     aligned = []
     for name, *numbers in cells:
         padded = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
