@@ -1,11 +1,11 @@
-"""Makes an artifact of a published EAGLE-3 head, judged on held-out text, to stand in the same table as others.
+"""Makes an artifact of a published EAGLE-3 head and evaluates it on held-out rows, for comparison with other drafters.
 
     ./launch.sh import_eagle3 --head downloads/EAGLE3-LLaMA3.1-Instruct-8B --target T --data runs/mine
     ./launch.sh import_eagle3 --head H --width 0 --num-draft 3                  # drafts chains
 
 A head is a folder with config.json and weights, as the EAGLE repository, SpecForge (SGLang) or speculators write it,
-for instance by `hf download`. Nothing is trained: settings of the optimiser have no effect, and the artifact is there
-as soon as the held-out rows have been judged.
+downloaded with `hf download` for example. Nothing is trained: optimiser settings have no effect, and the artifact is
+written once the held-out rows have been evaluated.
 """
 
 import sys

@@ -20,7 +20,7 @@ from draftsmith.artifacts.files import atomic_folder
 from draftsmith.artifacts.model_card import CARD, WEIGHTS, card, is_hub_name, keep_edited, warn_of_kept
 from draftsmith.artifacts.provenance import run_provenance, target_provenance
 from draftsmith.core.drafter import Drafter
-from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.model_info import TargetInfo
 from draftsmith.core.target import Target
 
 FORMAT_VERSION = 1
@@ -166,7 +166,7 @@ def _load_weights(drafter: nn.Module, file: Path) -> None:
     drafter.load_state_dict(tensors, strict=False)
 
 
-def check_fits(folder: str | Path, manifest: dict[str, Any], target: Target | TargetFacts) -> None:
+def check_fits(folder: str | Path, manifest: dict[str, Any], target: Target | TargetInfo) -> None:
     """Raises ValueError if the artifact was made for another vocabulary, tokenizer or, where known, other weights."""
     if manifest["vocab_size"] != target.vocab_size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How an export is launched: the exact command, what it was checked with, and where the drafter came from."""
+"""Launch commands of exports, written to `launch.json` with the versions they were checked with."""
 
 import json
 import re
@@ -7,43 +7,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from draftsmith.export.given import Given
+from draftsmith.export.source import ExportSource
 
 LAUNCH = "launch.json"
-NAMES = {"transformers": "transformers", "vllm": "vLLM", "sglang": "SGLang", "speculators": "speculators"}
-"""The engines, and what they call themselves."""
+ENGINE_NAMES = {"transformers": "transformers", "vllm": "vLLM", "sglang": "SGLang", "speculators": "speculators"}
+"""Engines and the names to print."""
 CHECKED_WITH = {
     "transformers": "transformers 5.23.0",
     "vllm": "vLLM 0.32.0 on a CPU (./launch.sh serving-test); the code of 0.33.0 was read and not run",
     "sglang": "SGLang 0.5.23, whose code was read and not run",
     "speculators": "speculators 0.9.0",
 }
-MISLEADING = re.compile("eagle[-3]|dflash|dspark", re.IGNORECASE)
-"""Parts of a path by which vLLM takes a draft model for something else, whatever method it was told."""
+MISLEADING_PATH = re.compile("eagle[-3]|dflash|dspark", re.IGNORECASE)
+"""Parts of a path that make vLLM treat a draft model as another kind of drafter, whatever `method` says."""
 PROPOSER = "draftsmith.serving.vllm.Proposer"
-"""The class by which vLLM runs drafters that go by tokens alone."""
+"""The class with which vLLM runs token-only drafters."""
 ARTIFACT_VARIABLE = "DRAFTSMITH_ARTIFACT"
-"""Environment variable that tells that class which artifact it runs."""
+"""Environment variable that names the artifact for that class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How one export is launched."""
+    """Launch command of one export, with its settings and notes."""
 
     command: str
-    """What to run, every path whole."""
+    """Command or Python code to run, with absolute paths."""
     target: str
-    """The model that is served."""
+    """The served model."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """The engine's own settings of speculation, as the command has them."""
+    """The engine's settings for speculative decoding, as in the command."""
     checked_with: str = ""
-    """Versions, if others than all exports for the engine."""
+    """Versions it was checked with, if other than `CHECKED_WITH`."""
     notes: tuple[str, ...] = ()
-    """What differs from the drafter as draftsmith runs it."""
+    """Differences from the drafter as draftsmith runs it."""
 
 
-def write_launch(folder: Path, given: Given, engine: str, launch: Launch) -> None:
-    """Writes launch.json: the command and settings, the versions they were checked with, the artifact's manifest."""
+def write_launch(folder: Path, source: ExportSource, engine: str, launch: Launch) -> None:
+    """Writes launch.json: command, settings, the versions they were checked with, and the artifact's manifest."""
     record = {
         "engine": engine,
         "command": launch.command,
@@ -51,60 +51,63 @@ def write_launch(folder: Path, given: Given, engine: str, launch: Launch) -> Non
         "checked_with": launch.checked_with or CHECKED_WITH[engine],
         "notes": list(launch.notes),
         "target": launch.target,
-        "artifact": given.manifest,
+        "artifact": source.manifest,
     }
     (folder / LAUNCH).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def read_launch(folder: Path) -> dict[str, Any]:
-    """Returns what launch.json of an export says."""
+    """Returns the contents of an export's launch.json."""
     return json.loads((folder / LAUNCH).read_text())
 
 
-def in_python(
-    given: Given, *lines: str, target: str | None = None, notes: tuple[str, ...] = (), **settings: Any
+def python_launch(
+    source: ExportSource, *lines: str, target: str | None = None, notes: tuple[str, ...] = (), **settings: Any
 ) -> Launch:
-    """Returns how `model.generate` of transformers is called; `lines` come after what loads `target` as `model`."""
-    target = target or given.served
-    auto = "AutoModelForSeq2SeqLM" if given.facts.is_encoder_decoder else "AutoModelForCausalLM"
+    """Returns Python code that loads `target` as `model`, followed by `lines`, which call `model.generate`."""
+    target = target or source.served_model
+    auto_class = "AutoModelForSeq2SeqLM" if source.facts.is_encoder_decoder else "AutoModelForCausalLM"
     first = [
-        f"from transformers import {auto}, AutoTokenizer, GenerationConfig",
-        f"tokenizer = AutoTokenizer.from_pretrained({given.target_name!r})",
-        f"model = {auto}.from_pretrained({target!r})",
+        f"from transformers import {auto_class}, AutoTokenizer, GenerationConfig",
+        f"tokenizer = AutoTokenizer.from_pretrained({source.target_name!r})",
+        f"model = {auto_class}.from_pretrained({target!r})",
         'inputs = tokenizer("some text", return_tensors="pt")',
     ]
     return Launch(command="\n".join([*first, *lines]), target=target, settings=settings, notes=notes)
 
 
-def for_vllm(
-    given: Given,
+def vllm_launch(
+    source: ExportSource,
     settings: dict[str, Any],
     *,
     checked_with: str = "",
     notes: tuple[str, ...] = (),
     environment: dict[str, str] | None = None,
 ) -> Launch:
-    """Returns how vLLM is launched with such a `--speculative-config`."""
-    before = "".join(f"{name}={shlex.quote(value)} " for name, value in (environment or {}).items())
-    told = shlex.quote(json.dumps(settings))
-    command = f"{before}vllm serve {shlex.quote(given.served)} --speculative-config {told}"
-    limits = ("min_p and logit_bias do not work while vLLM drafts.",)
-    told_all = (*notes, *limits)
-    return Launch(command=command, target=given.served, settings=settings, checked_with=checked_with, notes=told_all)
+    """Returns the command that launches vLLM with `settings` as its `--speculative-config`."""
+    variables = "".join(f"{name}={shlex.quote(value)} " for name, value in (environment or {}).items())
+    config = shlex.quote(json.dumps(settings))
+    return Launch(
+        command=f"{variables}vllm serve {shlex.quote(source.served_model)} --speculative-config {config}",
+        target=source.served_model,
+        settings=settings,
+        checked_with=checked_with,
+        notes=(*notes, "min_p and logit_bias do not work with speculative decoding in vLLM."),
+    )
 
 
-def for_sglang(given: Given, settings: dict[str, Any], *, notes: tuple[str, ...] = ()) -> Launch:
-    """Returns how SGLang is launched with such flags, by their names without `--speculative-`."""
+def sglang_launch(source: ExportSource, settings: dict[str, Any], *, notes: tuple[str, ...] = ()) -> Launch:
+    """Returns the command that launches SGLang with `settings` as flags, named without `--speculative-`."""
     flags = " ".join(f"--speculative-{name} {shlex.quote(str(value))}" for name, value in settings.items())
-    command = f"python -m sglang.launch_server --model-path {shlex.quote(given.served)} {flags}"
-    return Launch(command=command, target=given.served, settings=settings, notes=notes)
+    command = f"python -m sglang.launch_server --model-path {shlex.quote(source.served_model)} {flags}"
+    return Launch(command=command, target=source.served_model, settings=settings, notes=notes)
 
 
-def check_path(given: Given) -> None:
-    """Raises ValueError for an output whose path would make vLLM take a draft model for something else."""
-    found = MISLEADING.search(str(given.output))
+def check_path(source: ExportSource) -> None:
+    """Raises ValueError if the output's path would make vLLM treat the draft model as another kind of drafter."""
+    found = MISLEADING_PATH.search(str(source.output))
     if found:
         raise ValueError(
-            f"{given.output} has {found[0]!r} in its path, by which vLLM takes any model for a drafter of that kind;"
-            " name another folder"
+            f"{source.output} has {found[0]!r} in its path, from which vLLM concludes that any model is a drafter of"
+            " that kind; name another folder"
         )

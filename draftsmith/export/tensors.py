@@ -1,6 +1,7 @@
-"""Tensors as servers want them: contiguous, in one safetensors file, their names, shapes and types as expected.
+"""Writes the tensors of an export and checks names, shapes and dtypes against those that the server's loader expects.
 
-Loaders leave out what they do not know and start at random what they miss, and text stays right: only acceptance tells.
+Loaders ignore unknown tensors and initialise missing ones at random. The output stays correct then, and the mistake
+shows in the acceptance rate only.
 """
 
 from collections.abc import Mapping
@@ -12,28 +13,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS = "model.safetensors"
-Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shape and type of each tensor, by name."""
+Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each tensor, by name."""
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], wanted: Kinds) -> None:
-    """Writes tensors, and compares the file with what the engine's loader wants; raises ValueError if they differ."""
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Specs) -> None:
+    """Writes `tensors` to a safetensors file; raises ValueError if they are not those `expected` by the loader."""
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
-    check_file(folder / WEIGHTS, wanted)
+    check_file(folder / WEIGHTS, expected)
 
 
-def check_file(file: Path, wanted: Kinds) -> None:
-    """Raises ValueError unless the file holds just these tensors."""
+def check_file(file: Path, expected: Specs) -> None:
+    """Raises ValueError unless the file contains exactly the expected tensors."""
     with safe_open(file, framework="pt") as opened:
         found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    for name in sorted(wanted.keys() ^ found.keys()):
-        what = "is missing" if name in wanted else "is none that the engine loads"
-        raise ValueError(f"tensor {name!r} {what}; the drafter cannot be exported so")
-    for name, (shape, dtype) in wanted.items():
+    for name in sorted(expected.keys() ^ found.keys()):
+        fault = "is missing" if name in expected else "is unknown to the engine"
+        raise ValueError(f"tensor {name!r} {fault}; the drafter cannot be exported")
+    for name, (shape, dtype) in expected.items():
         tensor = found[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(
-                f"tensor {name!r} is {tuple(tensor.shape)} of {tensor.dtype}, and the engine loads {shape} of {dtype};"
-                " the drafter cannot be exported so"
+                f"tensor {name!r} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, and the engine expects"
+                f" {shape} and {dtype}; the drafter cannot be exported"
             )

@@ -1,1 +1,1 @@
-"""Drafters inside other engines, which run them by classes of ours."""
+"""Drafters inside other serving engines, as classes that those engines load."""

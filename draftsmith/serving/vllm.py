@@ -1,7 +1,7 @@
-"""Drafters that go by tokens alone inside vLLM, by its method `custom_class` (0.32 and 0.33).
+"""Token-only drafters inside vLLM, through its speculative method `custom_class` (0.32 and 0.33).
 
-vLLM shows such a class the tokens of every request, and neither hidden layers nor logits; it verifies chains, and takes
-them for deterministic at any temperature. Each request has a drafter of its own, all with the same weights and stores.
+vLLM passes the tokens of every request to such a class, but neither hidden states nor logits. It verifies chains and
+treats them as deterministic drafts at any temperature. Each request has its own drafter; all share weights and state.
 
 Shape suffixes: B requests of a batch, T tokens of one.
 """
@@ -27,31 +27,31 @@ from draftsmith.serving.tokens import TokenTarget
 
 
 class Proposer:
-    """What vLLM asks for drafts; lengths go by the artifact's own policy, up to num_speculative_tokens.
+    """Drafts for vLLM, with the artifact's own length policy and at most num_speculative_tokens.
 
-    A request is recognised by its tokens: vLLM tells no names, moves requests from slot to slot, and takes them out for
-    a while. What became of a draft is read off the tokens that follow. Raises ValueError for an artifact that cannot be
-    run so, or was made for another target.
+    Requests are recognised by their tokens, because vLLM passes no request ids, moves requests between slots and
+    preempts them. The number of accepted tokens is inferred from the tokens that follow a draft. Raises ValueError if
+    the artifact is not a token-only drafter or was made for another target.
     """
 
     def __init__(self, vllm_config: Any) -> None:
         path = os.environ.get(ARTIFACT_VARIABLE)
         if not path:
-            raise ValueError(f"{ARTIFACT_VARIABLE} names no artifact; set it as launch.json of the export says")
+            raise ValueError(f"{ARTIFACT_VARIABLE} is not set; set it to the artifact, as in the export's launch.json")
         model = vllm_config.model_config
         self._num_draft = int(vllm_config.speculative_config.num_speculative_tokens)
         self._max_length = int(model.max_model_len)
         device = torch.device(vllm_config.device_config.device)
-        # What its sizes are is known without weights: a wrong artifact shall not wait for them.
+        # Sizes are known without weights, so that a wrong artifact is rejected before weights load.
         self._target = cast(Target, TokenTarget(model.model, model.dtype, device))
         family = artifact.read_manifest(path)["family"]
-        if not _goes_by_tokens(family):
+        if not _is_token_only(family):
             raise ValueError(
-                f"artifact {path} is of family {family!r}, whose drafters go by hidden layers or change the target;"
-                " vLLM shows tokens alone"
+                f"artifact {path} is of family {family!r}, whose drafters read hidden states or change the target;"
+                " vLLM passes tokens only"
             )
         self._drafter = artifact.load(path, self._target)
-        # Weights are laid out for single steps once, here, and not again for every request.
+        # The first start prepares the weights for single steps, once for all requests.
         self._drafter.start(self._session([0]))
         self._drafter.forget()
         self._requests: list[_Request] = []
@@ -59,7 +59,7 @@ class Proposer:
         self._last_s = time.perf_counter()
 
     def load_model(self, target_model: Any, *_: Any, **__: Any) -> None:
-        """Does nothing: all was loaded when this was made."""
+        """Does nothing: the constructor has loaded everything."""
 
     @torch.inference_mode()
     def propose(
@@ -69,10 +69,10 @@ class Proposer:
         token_ids_cpu: np.ndarray,
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Returns a chain for each slot, empty where nothing was sampled or no room is left.
+        """Returns a chain for each slot, empty where no token was sampled or the context is full.
 
-        `token_ids_cpu` [B, T] holds the tokens of each slot, `num_tokens_no_spec` [B] how many: those sampled now are
-        the last.
+        `token_ids_cpu` [B, T] contains the tokens of each slot, `num_tokens_no_spec` [B] their number; the tokens
+        sampled in this step are the last.
         """
         now_s = time.perf_counter()
         cost_ms, self._last_s = 1e3 * (now_s - self._last_s), now_s
@@ -89,26 +89,26 @@ class Proposer:
         return drafts
 
     def _assign(self, texts: dict[int, np.ndarray]) -> None:
-        """Puts into each slot the request whose text has gone on there, or a new one in a place that is free."""
-        free = list(self._requests)
-        found: dict[int, _Request] = {}
+        """Assigns each slot the request that its text continues, or starts a new request in an unused object."""
+        unassigned = list(self._requests)
+        assigned: dict[int, _Request] = {}
         for slot, text_T in texts.items():
-            held = self._slots.get(slot)
-            if held in free and held.goes_on_as(text_T):
-                found[slot] = held
-                free.remove(held)
+            previous = self._slots.get(slot)
+            if previous in unassigned and previous.is_continued_by(text_T):
+                assigned[slot] = previous
+                unassigned.remove(previous)
         for slot, text_T in texts.items():
-            moved = [one for one in free if slot not in found and one.goes_on_as(text_T)]
+            moved = [one for one in unassigned if slot not in assigned and one.is_continued_by(text_T)]
             if moved:
-                found[slot] = max(moved, key=lambda one: len(one.text_T))
-                free.remove(found[slot])
+                assigned[slot] = max(moved, key=lambda one: len(one.text_T))
+                unassigned.remove(assigned[slot])
         for slot, text_T in texts.items():
-            if slot not in found:
-                # The one that has waited longest: its drafter may remember what it wrote.
-                found[slot] = free.pop(0) if free else _Request(copy.copy(self._drafter))
-                found[slot].begin(text_T, self._session(text_T.tolist()))
-        self._requests = [*free, *found.values()]
-        self._slots = found
+            if slot not in assigned:
+                # Reuses the request unassigned for longest: its drafter may remember the text that it wrote.
+                assigned[slot] = unassigned.pop(0) if unassigned else _Request(copy.copy(self._drafter))
+                assigned[slot].begin(text_T, self._session(text_T.tolist()))
+        self._requests = [*unassigned, *assigned.values()]
+        self._slots = assigned
 
     def _session(self, row: list[int]) -> Session:
         return Session(
@@ -121,21 +121,21 @@ class Proposer:
 
 
 class _Request:
-    """One request: its text as far as it was seen, its drafter, and the last draft."""
+    """One request: its known text, its drafter and its latest draft."""
 
     def __init__(self, drafter: Any) -> None:
         self._drafter = drafter
         self.text_T = np.zeros(0, dtype=np.int64)
 
     def begin(self, text_T: np.ndarray, session: Session) -> None:
-        """Starts anew with another text."""
+        """Starts the drafter on a new text."""
         self._session, self.text_T = session, text_T.copy()
         self._draft: Draft | None = None
         self._controlled = with_length_control(self._drafter, "auto")
         self._controlled.start(session)
 
-    def goes_on_as(self, text_T: np.ndarray) -> bool:
-        """Returns whether its text is the beginning of this one."""
+    def is_continued_by(self, text_T: np.ndarray) -> bool:
+        """Returns whether the request's text is a proper prefix of `text_T`."""
         length = len(self.text_T)
         return (
             length < len(text_T)
@@ -144,7 +144,7 @@ class _Request:
         )
 
     def draft(self, text_T: np.ndarray, room: int, cost_ms: float) -> list[int]:
-        """Returns what may follow a text, at most `room` tokens, once it has learnt what followed the last draft."""
+        """Updates the drafter with the new tokens of the text and returns a draft of at most `room` tokens."""
         new = text_T[len(self.text_T) :].tolist()
         self._session.rows[0] += new
         self.text_T = text_T.copy()
@@ -154,13 +154,13 @@ class _Request:
         return [int(draft.tokens_BN[0, node]) for node in _first_path(draft)[1 : room + 1]]
 
 
-def _goes_by_tokens(family: str) -> bool:
-    """Returns whether the family's drafters are exported for this class."""
+def _is_token_only(family: str) -> bool:
+    """Returns whether the family is exported for this class."""
     return getattr(writers(family).get("vllm"), "__module__", None) == tokens.__name__
 
 
 def _first_path(draft: Draft) -> list[int]:
-    """Returns the nodes from node 0 on, each the first child of the one before: a drafter's best."""
+    """Returns the nodes of the path of first children from node 0, which are a drafter's most likely tokens."""
     num_nodes = draft.num_nodes[0] if draft.num_nodes is not None else draft.tree.num_nodes
     parents, path = draft.tree.parents_RN[0, :num_nodes].tolist(), [0]
     while path[-1] in parents:
@@ -169,9 +169,9 @@ def _first_path(draft: Draft) -> list[int]:
 
 
 def _step(draft: Draft, new: list[int], cost_ms: float) -> Step:
-    """Returns the step in which a draft was verified, told by the tokens that came of it; its logits [1, N, 0] are not.
+    """Returns the verification step of a draft, inferred from the `new` tokens; its logits [1, N, 0] are empty.
 
-    The last token is the target's own, and those before it were drafted.
+    The last new token is the target's own; those before it are accepted draft tokens.
     """
     drafted, path = draft.tokens_BN[0].tolist(), _first_path(draft)
     num_accepted = 0

@@ -1,4 +1,4 @@
-"""Published EAGLE-3 heads: each layout of one and the same head drafts alike, and what differs is refused.
+"""Published EAGLE-3 heads: every layout of a head is imported as the same drafter; unsupported heads are rejected.
 
 Shape suffixes: B rows, N nodes, V vocabulary.
 """
@@ -32,7 +32,7 @@ ROPE["original_max_position_embeddings"] = 16
 
 
 def head(**changes: Any) -> Drafter:
-    """Returns a head of 40 of the 64 tokens, with random weights, fusing what published heads do."""
+    """Returns a head with random weights and 40 of the 64 tokens, which fuses the usual layers of published heads."""
     shape: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_width": 8, "inner_width": 24, "eps": 1e-5}
     config = Config(**{"layers": (2, 4, 5), "draft_vocab": 40, "theta": 5e3} | shape | changes)
     drafter = Drafter(config, TARGET)
@@ -42,7 +42,7 @@ def head(**changes: Any) -> Drafter:
 
 
 def published(drafter: Drafter, layer: str) -> dict[str, Tensor]:
-    """Returns the head's tensors by their published names, `layer` being that of the layer."""
+    """Returns the head's tensors by their published names, with `layer` as the layer's prefix."""
     attention, feed_forward = drafter.attention, drafter.feed_forward
     weights = {
         "fc": drafter.fusion,
@@ -84,7 +84,7 @@ def flat_config(**changes: Any) -> dict[str, Any]:
 
 
 def nested_config(**changes: Any) -> dict[str, Any]:
-    """As speculators 0.9 writes it."""
+    """Returns the configuration as speculators 0.9 writes it."""
     layer = flat_config(rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
     for key in ("draft_vocab_size", "architectures", "rope_theta", "rope_scaling"):
         del layer[key]
@@ -122,7 +122,7 @@ def imported(settings: Settings) -> Drafter:
 
 
 def drafts(drafter: Drafter) -> list[Any]:
-    """Returns what the head drafts greedily, and the laws that its chains are drawn from."""
+    """Returns the texts and drafts of greedy trees and of sampled chains."""
     ids, mask = padded(prompts(3))
     found: list[Any] = []
     for width, temperature in ((4, 0.0), (0, 1.0)):
@@ -134,8 +134,8 @@ def drafts(drafter: Drafter) -> list[Any]:
     return found
 
 
-def same(one: Drafter, other: Drafter) -> None:
-    """Configurations, weights, the vocabulary and all drafts are alike."""
+def check_equal(one: Drafter, other: Drafter) -> None:
+    """Asserts that configurations, weights, vocabularies and drafts are equal."""
     assert one.config == other.config
     state = other.state_dict()
     assert state.keys() == one.state_dict().keys()
@@ -143,7 +143,7 @@ def same(one: Drafter, other: Drafter) -> None:
     assert drafts(one) == drafts(other)
 
 
-def test_every_layout_gives_the_same_head(tmp_path: Path) -> None:
+def test_fit_reads_the_same_head_from_every_layout(tmp_path: Path) -> None:
     source = head()
     embedding = {"embed_tokens.weight": TARGET.model.get_input_embeddings().weight.detach().clone()}
     flat, nested = published(source, "midlayer"), published(source, "layers.0")
@@ -158,19 +158,19 @@ def test_every_layout_gives_the_same_head(tmp_path: Path) -> None:
     for settings in layouts.values():
         import_eagle3.check(settings, TARGET)  # type: ignore[arg-type]
         assert import_eagle3.needs(settings, TARGET).layers == (2, 4, 5)
-        same(imported(settings), source)
+        check_equal(imported(settings), source)
 
 
 @pytest.mark.parametrize("layers", [(2, 4, 5), (1, 8)])
-def test_options_of_published_heads(tmp_path: Path, layers: tuple[int, ...]) -> None:
-    """EAGLE-3.1, norms elsewhere, a trained embedding, Llama 3's positions, the whole vocabulary, other layers."""
+def test_fit_reads_options_of_published_heads(tmp_path: Path, layers: tuple[int, ...]) -> None:
+    """EAGLE-3.1, other norms, a trained embedding, Llama 3's positions, the whole vocabulary, other layers."""
     embedding = torch.randn(VOCAB_SIZE, WIDTH, generator=torch.Generator().manual_seed(0))
     new = head(layers=layers, fusion_norm="each", norm_output=True, stretch=(8.0, 1.0, 4.0, 16.0))
     tensors = published(new, "layers.0")
     tensors |= {f"fc_norm.{at}.weight": norm.weight.detach() for at, norm in enumerate(new.fusion_norms)}
     config = nested_config(fc_norm=True, norm_output=True, eagle_aux_hidden_state_layer_ids=list(layers))
     config["transformer_layer_config"]["rope_parameters"] = ROPE | {"rope_theta": 5000.0}
-    same(imported(write(tmp_path / "new", config, tensors)), new)
+    check_equal(imported(write(tmp_path / "new", config, tensors)), new)
 
     odd = head(layers=layers, fusion_norm="whole", norm_residual=True, own_embedding=True, draft_vocab=0)
     odd.embedding.weight.data.copy_(embedding)
@@ -179,7 +179,7 @@ def test_options_of_published_heads(tmp_path: Path, layers: tuple[int, ...]) -> 
     del tensors["d2t"], tensors["t2d"]
     ids = {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in layers]}
     config = flat_config(norm_before_fc=True, norm_before_residual=True, draft_vocab_size=None, eagle_config=ids)
-    same(imported(write(tmp_path / "odd", config, tensors)), odd)
+    check_equal(imported(write(tmp_path / "odd", config, tensors)), odd)
 
 
 @pytest.mark.parametrize(
@@ -190,23 +190,23 @@ def test_options_of_published_heads(tmp_path: Path, layers: tuple[int, ...]) -> 
         ({"num_hidden_layers": 2}, "num_hidden_layers is 2"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"target_hidden_size": 64}, "reads hidden states of width 64"),
-        ({"sliding_window": 128}, "sliding window"),
-        ({"rope_scaling": {"type": "yarn"}}, "rotary positions of type 'yarn'"),
+        ({"target_hidden_size": 64}, "target_hidden_size is 64; .* has 32"),
+        ({"sliding_window": 128}, "sliding_window is 128; only full attention"),
+        ({"rope_scaling": {"type": "yarn"}}, "rotary positions are of type 'yarn'"),
         ({"eagle_aux_hidden_state_layer_ids": [2, 4, 9]}, "the target has 8"),
         (
             {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}}
             | {"eagle_aux_hidden_state_layer_ids": [2]},
-            "other layers",
+            "different layers",
         ),
         ({"speculators_model_type": "dflash"}, "type 'dflash'"),
-        ({"speculators_model_type": "eagle3"}, "does not say norm_before_residual"),
-        ({"intermediate_size": 25}, r"'feed_forward.down.weight', by our names, is \(32, 24\)"),
-        ({"fc_norm": True}, "the weights of 'fusion_norms.0', by our names, is missing"),
-        ({"draft_vocab_size": 41}, r"'head.weight', by our names, is \(40, 32\)"),
+        ({"speculators_model_type": "eagle3"}, "lacks norm_before_residual"),
+        ({"intermediate_size": 25}, r"'feed_forward.down.weight' .* has shape \(32, 24\)"),
+        ({"fc_norm": True}, "'fusion_norms.0.weight' .* is missing"),
+        ({"draft_vocab_size": 41}, r"'head.weight' .* has shape \(40, 32\)"),
     ],
 )
-def test_configurations_that_differ_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_fit_rejects_unsupported_configurations(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     settings = write(tmp_path / "head", flat_config(**changes), published(head(), "midlayer"))
     with pytest.raises(ValueError, match=message):
         imported(settings)
@@ -215,24 +215,24 @@ def test_configurations_that_differ_are_refused(tmp_path: Path, changes: dict[st
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm.weight": None}, "the weights of 'norm', by our names, is missing"),
-        ({"d2t": None}, "d2t, which says what its 40 draft tokens mean, is missing"),
-        ({"fc.bias": torch.zeros(WIDTH)}, "tensor 'fc.bias' is no part of an EAGLE-3 head"),
-        ({"model.norm.weight": torch.zeros(WIDTH)}, "tensor 'model.norm.weight' is no part"),
-        ({"fc.weight": torch.zeros(WIDTH, WIDTH)}, r"'fusion.weight', by our names, is \(32, 32\)"),
-        ({"d2t": torch.arange(40)[None].flip(1)[0]}, "must lead to ascending tokens below 64"),
-        ({"t2d": torch.zeros(VOCAB_SIZE, dtype=torch.bool)}, "do not name the same tokens"),
-        ({"fc_norm.0.weight": torch.ones(WIDTH)}, "does not belong to what config.json describes"),
+        ({"norm.weight": None}, "'norm.weight' .* is missing"),
+        ({"d2t": None}, "d2t, which maps the 40 draft tokens to the target's, is missing"),
+        ({"fc.bias": torch.zeros(WIDTH)}, "tensor 'fc.bias' is not part of an EAGLE-3 head"),
+        ({"model.norm.weight": torch.zeros(WIDTH)}, "tensor 'model.norm.weight' is not part"),
+        ({"fc.weight": torch.zeros(WIDTH, WIDTH)}, r"'fusion.weight' .* has shape \(32, 32\)"),
+        ({"d2t": torch.arange(40)[None].flip(1)[0]}, "must map to ascending token ids below 64"),
+        ({"t2d": torch.zeros(VOCAB_SIZE, dtype=torch.bool)}, "contain different tokens"),
+        ({"fc_norm.0.weight": torch.ones(WIDTH)}, "is not part of the head that config.json describes"),
     ],
 )
-def test_tensors_that_differ_are_refused(tmp_path: Path, changes: dict[str, Tensor | None], message: str) -> None:
+def test_fit_rejects_unexpected_tensors(tmp_path: Path, changes: dict[str, Tensor | None], message: str) -> None:
     tensors = published(head(), "midlayer") | changes  # type: ignore[operator]
     settings = write(tmp_path / "head", flat_config(), {name: t for name, t in tensors.items() if t is not None})
     with pytest.raises(ValueError, match=message):
         imported(settings)
 
 
-def test_folders_without_a_head_are_refused(tmp_path: Path) -> None:
+def test_fit_rejects_folders_without_a_head(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no config.json"):
         imported(Settings(head=str(tmp_path)))
     (tmp_path / "config.json").write_text("{")
@@ -250,7 +250,7 @@ def test_folders_without_a_head_are_refused(tmp_path: Path) -> None:
         Settings(head="", width=-1)
 
 
-def test_the_recipe_leaves_an_artifact_with_its_acceptance(tmp_path: Path) -> None:
+def test_train_writes_an_artifact_with_measured_acceptance(tmp_path: Path) -> None:
     target = make_target(tmp_path / "target")
     make_data(target, tmp_path / "data")
     ids = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}

@@ -1,4 +1,4 @@
-"""Exports for transformers, run by transformers; and for all exports: rejected input, launch.json, the command line.
+"""Exports for transformers, run by transformers, and what all exports share: errors, launch.json, the command."""
 
 import ast
 import importlib
@@ -30,12 +30,22 @@ from tests.support.models import NUM_LAYERS, VOCAB_SIZE, padded, prompts, tiny_m
 
 NUM_NEW = 12
 ARCHITECTURES = ("llama", "qwen2", "gemma3_text", "gpt2")
-FAMILIES_WITHOUT_SERVER = ("hydra", "kangaroo", "prophet", "merge", "cascade", "staged", "translated", "lookahead", "medusa2")
+FAMILIES_WITHOUT_SERVER = (
+    "hydra",
+    "kangaroo",
+    "prophet",
+    "merge",
+    "cascade",
+    "staged",
+    "translated",
+    "lookahead",
+    "medusa2",
+)
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny targets and their tokenizers, in subfolders named after the architectures.""" 
+    """A folder with tiny targets and their tokenizers, in subfolders named after the architectures."""
     root = tmp_path_factory.mktemp("export")
     for architecture in (*ARCHITECTURES, "t5"):
         model = tiny_model(architecture)
@@ -234,8 +244,7 @@ def test_skipped_blocks_are_exported_as_a_model(root: Path, tmp_path: Path, arch
     drafter = layerskip.Drafter(layerskip.Config(attention=(1,), mlp=(1,), num_draft=4), target)
     out = export(artifact_of(drafter, tmp_path / "artifact"), "vllm", tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(out)
-    left = NUM_LAYERS - 1
-    assert model.config.num_hidden_layers == left
+    assert model.config.num_hidden_layers == NUM_LAYERS - 1
     stack = target.model.get_decoder()
     blocks = getattr(stack, "layers", None) or stack.h
     del blocks[1]
@@ -243,17 +252,17 @@ def test_skipped_blocks_are_exported_as_a_model(root: Path, tmp_path: Path, arch
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[0], config.layer_types[2]]
         assert model.config.layer_types == config.layer_types
-    config.num_hidden_layers = left
+    config.num_hidden_layers = NUM_LAYERS - 1
     ids_BT = torch.tensor([list(range(3, 20))])
-    given = {"use_cache": False}
-    assert (model(ids_BT, **arguments).logits - target.model(ids_BT, **arguments).logits).abs().max() < 1e-4
+    logits_BTV, expected_BTV = (one(ids_BT, use_cache=False).logits for one in (model, target.model))
+    assert (logits_BTV - expected_BTV).abs().max() < 1e-4
 
 
-# --- What all have in common ---------------------------------------------------------------------------------------
+# --- All exports ---------------------------------------------------------------------------------------------------
 
 
-def test_tensors_are_plain_and_of_the_targets_type(root: Path, tmp_path: Path) -> None:
-    """Contiguous, in one file that others may read too, in the type that the target is stored in."""
+def test_tensors_have_the_dtype_of_the_stored_target(root: Path, tmp_path: Path) -> None:
+    """The stored dtype counts, not the one that the drafter was trained in."""
     half = tiny_model("llama").to(torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
     tiny_tokenizer().save_pretrained(tmp_path / "half")
@@ -292,7 +301,13 @@ def test_export_rejects_families_that_no_server_supports(
             export(artifact, engine, tmp_path / "out")
         assert "\n" not in str(said.value) and "--to transformers as a custom_generate folder" in str(said.value)
     assert not (tmp_path / "out").exists()
-    assert writers(family).keys() == {"transformers"}
+
+
+@pytest.mark.parametrize("family", names())
+def test_writers_support_the_engines_that_the_family_declares(family: str) -> None:
+    """The declaration is shown in model cards, which cannot import the writers."""
+    assert writers(family).keys() == {"transformers", *find(family).Drafter.serving_engines}
+    assert (family in FAMILIES_WITHOUT_SERVER) == (not find(family).Drafter.serving_engines)
 
 
 def test_export_rejects_unsupported_input_before_loading_weights(
@@ -323,7 +338,7 @@ def test_export_rejects_unsupported_input_before_loading_weights(
         ("lm", "vllm", "DFlash", {}, "has 'DFlash' in its path"),
         ("medusa", "vllm", "eagle-1", {}, "has 'eagle-' in its path"),
         ("lm", "vllm", "taken", {}, "contains other files"),
-        ("lm", "vllm", "lm", {}, "is an artifact; name another folder"),
+        ("lm", "vllm", "lm", {}, "is an artifact; name another output folder"),
         ("lm", "vllm", "out", {"target": str(root / "t5")}, "tokenizer|vocabulary|does not draft for encoder"),
         ("lm", "vllm", "out", {"target": "nowhere"}, "'nowhere' is no local folder"),
         ("t5", "sglang", "out", {}, "does not draft for encoder-decoders"),

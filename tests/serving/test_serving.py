@@ -1,4 +1,4 @@
-"""Drafters inside vLLM, without vLLM: what it would hand them, and that they draft as they do in `generate`.
+"""The vLLM proposer without vLLM: called as vLLM calls it, it drafts as the same drafter does in `generate`.
 
 Shape suffixes: B slots, T tokens, V vocabulary.
 """
@@ -49,17 +49,17 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 
 @pytest.fixture(scope="module")
-def whole(target: Target) -> list[list[int]]:
-    """Returns what the target makes of eight prompts, with more tokens than are served."""
-    texts = []
+def texts(target: Target) -> list[list[int]]:
+    """Returns the target's greedy texts for eight prompts, with more tokens than are served."""
+    found = []
     for row in prompts(8):
         out = draftsmith.generate(target, torch.tensor([row]), max_new_tokens=NUM_NEW + NUM_DRAFT + 2)
-        texts.append(out.sequences[0].tolist())
-    return texts
+        found.append(out.sequences[0].tolist())
+    return found
 
 
 def config_of(path: str, *, num_draft: int = NUM_DRAFT, max_length: int = MAX_LENGTH) -> Any:
-    """Returns what a proposer reads of vLLM's configuration."""
+    """Returns the parts of vLLM's configuration that a proposer reads."""
     return SimpleNamespace(
         model_config=SimpleNamespace(model=path, max_model_len=max_length, dtype=torch.float32),
         speculative_config=SimpleNamespace(num_speculative_tokens=num_draft),
@@ -69,37 +69,37 @@ def config_of(path: str, *, num_draft: int = NUM_DRAFT, max_length: int = MAX_LE
 
 @pytest.fixture
 def serve(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Returns what makes a proposer of a drafter."""
+    """Returns a function that saves a drafter and makes a proposer of it."""
 
-    def made(drafter: Any, **changes: int) -> Proposer:
+    def make_proposer(drafter: Any, **changes: int) -> Proposer:
         draftsmith.save(drafter, tmp_path / "artifact", target)
         monkeypatch.setenv(ARTIFACT_VARIABLE, str(tmp_path / "artifact"))
         return Proposer(config_of(target.name, **changes))
 
-    return made
+    return make_proposer
 
 
-def drafter_of(name: str, target: Target, whole: list[list[int]], folder: Path) -> Any:
-    """Returns a drafter that knows some of the texts; `folder` is for its store."""
+def drafter_of(name: str, target: Target, texts: list[list[int]], folder: Path) -> Any:
+    """Returns a drafter built from or trained on the texts; `folder` is for its n-gram model."""
     family, config = find(name.partition("-")[0]), CONFIGS[name]
-    texts = [np.array(text) for text in whole[::2]]
+    arrays = [np.array(text) for text in texts[::2]]
     if name in ("rest", "suffix"):
-        return family.Drafter(config, target, (build(texts, VOCAB_SIZE),))
+        return family.Drafter(config, target, (build(arrays, VOCAB_SIZE),))
     if family is ngram:
-        save_file(kneser_ney.count_ngrams(texts, config.order, VOCAB_SIZE), folder / "part.safetensors")
+        save_file(kneser_ney.count_ngrams(arrays, config.order, VOCAB_SIZE), folder / "part.safetensors")
         model = kneser_ney.build([folder / "part.safetensors"], config.order, VOCAB_SIZE, folder / "store")
         return ngram.Drafter(config, target, model)
     drafter = built(family, config, target)
     if isinstance(drafter, torch.nn.Module):
-        teach(drafter, whole)
+        train(drafter, texts)
     return drafter
 
 
-def teach(drafter: Any, whole: list[list[int]]) -> None:
-    """Trains a network on the texts until it has half learnt them."""
+def train(drafter: Any, texts: list[list[int]]) -> None:
+    """Trains a network on the texts for a few steps, so that it predicts a part of them."""
     optimiser = torch.optim.Adam(drafter.parameters(), lr=0.02)
     for _ in range(40):
-        for text in whole:
+        for text in texts:
             tokens_1T = torch.tensor([text])
             logits_TV = drafter.head()(drafter(tokens_1T[:, :-1]))[0]
             torch.nn.functional.cross_entropy(logits_TV, tokens_1T[0, 1:]).backward()
@@ -109,9 +109,9 @@ def teach(drafter: Any, whole: list[list[int]]) -> None:
 
 @dataclass(eq=False)
 class Request:
-    """One request of the engine below; its text is known beforehand, as it is the target's."""
+    """One request of the engine below, with the target's text, which is known in advance."""
 
-    whole: list[int]
+    text: list[int]
     num_prompt: int
     num_seen: int = 0
     drafted: list[int] = field(default_factory=list)
@@ -119,19 +119,19 @@ class Request:
     accepted: list[int] = field(default_factory=list)
 
     def advance(self) -> list[int]:
-        """Returns the tokens that a step samples: what is right of the draft, and one more."""
+        """Returns the tokens of a step: the accepted prefix of the draft and one more."""
         if self.num_seen < self.num_prompt:
             self.num_seen = self.num_prompt
             new = 1
         else:
-            coming = self.whole[self.num_seen :]
+            expected = self.text[self.num_seen :]
             new = 1
-            while new <= len(self.drafted) and self.drafted[new - 1] == coming[new - 1]:
+            while new <= len(self.drafted) and self.drafted[new - 1] == expected[new - 1]:
                 new += 1
             self.drafts.append(self.drafted)
             self.accepted.append(new - 1)
         self.num_seen += new
-        return self.whole[self.num_seen - new : self.num_seen]
+        return self.text[self.num_seen - new : self.num_seen]
 
     @property
     def is_done(self) -> bool:
@@ -139,38 +139,38 @@ class Request:
 
 
 def run_engine(proposer: Proposer, requests: list[Request], num_slots: int, seed: int = 0) -> None:
-    """Serves requests as vLLM batches them: they come and go, and the last one moves to the slot that falls free."""
-    chance = random.Random(seed)
-    waiting, slots, aside = list(requests), [], []
+    """Serves requests as vLLM batches them: with preemption, and moving the last one to a slot that becomes free."""
+    rng = random.Random(seed)
+    waiting, slots, preempted = list(requests), [], []
     token_ids_BT = np.random.default_rng(seed).integers(0, VOCAB_SIZE, (num_slots, MAX_LENGTH), dtype=np.int32)
-    while waiting or slots or aside:
-        if aside and len(slots) < num_slots:
-            slots.append(aside.pop())
+    while waiting or slots or preempted:
+        if preempted and len(slots) < num_slots:
+            slots.append(preempted.pop())
         while waiting and len(slots) < num_slots:
             slots.append(waiting.pop(0))
-        # A prompt that is not read to its end has nothing sampled.
-        sampled = [[] if one.num_seen == 0 and chance.random() < 0.3 else one.advance() for one in slots]
+        # A prompt that is prefilled in chunks has no sampled token before the last.
+        sampled = [[] if one.num_seen == 0 and rng.random() < 0.3 else one.advance() for one in slots]
         num_tokens_B = np.zeros(num_slots, dtype=np.int32)
         for slot, one in enumerate(slots):
             num_tokens_B[slot] = one.num_seen or one.num_prompt
-            token_ids_BT[slot, : num_tokens_B[slot]] = one.whole[: num_tokens_B[slot]]
+            token_ids_BT[slot, : num_tokens_B[slot]] = one.text[: num_tokens_B[slot]]
         drafts = proposer.propose(sampled, num_tokens_B[: len(slots)], token_ids_BT, slot_mappings=None)
         assert len(drafts) == len(slots)
         for one, tokens, draft in zip(slots, sampled, drafts, strict=True):
             assert tokens or not draft
             one.drafted = draft
         for slot in reversed(range(len(slots))):
-            is_put_aside = len(slots) > 1 and chance.random() < 0.05 and slots[slot].num_seen > 0
-            if slots[slot].is_done or is_put_aside:
+            is_preempted = len(slots) > 1 and rng.random() < 0.05 and slots[slot].num_seen > 0
+            if slots[slot].is_done or is_preempted:
                 if not slots[slot].is_done:
-                    aside.append(slots[slot])
+                    preempted.append(slots[slot])
                 last = slots.pop()
                 if slot < len(slots):
                     slots[slot] = last
 
 
-class Noted(Drafter):
-    """A drafter whose drafts are written down, chains of one row."""
+class DraftRecorder(Drafter):
+    """A drafter that records its drafts, chains of one row."""
 
     def __init__(self, drafter: Any) -> None:
         self._drafter, self.drafts = drafter, []
@@ -190,8 +190,8 @@ class Noted(Drafter):
         return draft
 
 
-class Counted:
-    """A streamer that counts the tokens of each step."""
+class StepSizes:
+    """A streamer that records the number of tokens of each step."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -200,39 +200,41 @@ class Counted:
         self.sizes.append(len(tokens))
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Does nothing."""
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("num_slots", [1, 3])
-def test_it_drafts_and_accepts_as_generate_does(
-    target: Target, whole: list[list[int]], serve: Any, name: str, num_slots: int, tmp_path: Path
+def test_proposer_drafts_and_accepts_as_generate_does(
+    target: Target, texts: list[list[int]], serve: Any, name: str, num_slots: int, tmp_path: Path
 ) -> None:
-    """Each draft of each request, and what of it is accepted, is that of `generate` on that text alone."""
-    drafter = drafter_of(name, target, whole, tmp_path)
+    """Each request has the same drafts and accepted lengths as in `generate` on its text alone."""
+    drafter = drafter_of(name, target, texts, tmp_path)
     proposer = serve(drafter)
-    requests = [Request(text, len(row)) for text, row in zip(whole, prompts(8), strict=True)]
+    requests = [Request(text, len(row)) for text, row in zip(texts, prompts(8), strict=True)]
     run_engine(proposer, requests, num_slots)
     for one in requests:
-        # vLLM drafts once it has sampled a token.
-        noted, counted = Noted(drafter), Counted()
-        given = torch.tensor([one.whole[: one.num_prompt + 1]])
-        room = len(one.whole) - one.num_prompt - 1
-        draftsmith.generate(target, given, noted, max_new_tokens=room, streamer=counted, length=drafter_length(drafter))
-        assert one.accepted == [size - 1 for size in counted.sizes[1 : len(one.accepted) + 1]]
-        assert one.drafts == noted.drafts[: len(one.drafts)]
-    # Tri-grams that only a text of two dozen tokens has taught are seldom right.
-    least = 1 if name == "trigram" else 20
-    assert sum(sum(one.accepted) for one in requests) > least, "nearly nothing was accepted"
+        # vLLM drafts after it has sampled the first token.
+        recorder, steps = DraftRecorder(drafter), StepSizes()
+        prompt = torch.tensor([one.text[: one.num_prompt + 1]])
+        room = len(one.text) - one.num_prompt - 1
+        draftsmith.generate(
+            target, prompt, recorder, max_new_tokens=room, streamer=steps, length=drafter_length(drafter)
+        )
+        assert one.accepted == [size - 1 for size in steps.sizes[1 : len(one.accepted) + 1]]
+        assert one.drafts == recorder.drafts[: len(one.drafts)]
+    # Trigrams learnt from two dozen tokens only are rarely accepted.
+    minimum = 1 if name == "trigram" else 20
+    assert sum(sum(one.accepted) for one in requests) > minimum, "too few accepted tokens"
 
 
 def drafter_length(drafter: Any) -> str:
     return drafter.config.length if getattr(drafter.config, "supports_early_stop", False) else "fixed"
 
 
-def test_no_more_is_drafted_than_asked_and_than_fits(target: Target, whole: list[list[int]], serve: Any) -> None:
+def test_propose_respects_draft_length_and_context_length(target: Target, texts: list[list[int]], serve: Any) -> None:
     proposer = serve(built(ngram, CONFIGS["ngram"], target), num_draft=3, max_length=20)
-    text_BT = np.array([whole[0][:21]], dtype=np.int32)
+    text_BT = np.array([texts[0][:21]], dtype=np.int32)
     lengths = {}
     for number in (14, 16, 17, 18, 19, 20):
         (draft,) = proposer.propose([[1]], np.array([number]), text_BT)
@@ -240,8 +242,8 @@ def test_no_more_is_drafted_than_asked_and_than_fits(target: Target, whole: list
     assert lengths == {14: 3, 16: 3, 17: 2, 18: 1, 19: 0, 20: 0}
 
 
-def test_trees_give_their_best_path(target: Target, whole: list[list[int]], serve: Any) -> None:
-    """Of three texts that begin alike the likeliest is drafted, whichever was met first."""
+def test_propose_returns_the_most_likely_path_of_a_tree(target: Target, texts: list[list[int]], serve: Any) -> None:
+    """Of three texts with the same beginning the most frequent is drafted, not the first."""
     store = build([np.array([9, 10, 11, 30, 31]), *[np.array([9, 10, 11, 40, 41])] * 2], VOCAB_SIZE)
     text_BT, number_B = np.array([[5, 9, 10, 11]]), np.array([4])
     for family in (rest, suffix):
@@ -249,8 +251,8 @@ def test_trees_give_their_best_path(target: Target, whole: list[list[int]], serv
         assert serve(drafter).propose([[11]], number_B, text_BT)[0][:2] == [40, 41]
 
 
-def test_a_matrix_of_successors_stays_as_it_is(target: Target, serve: Any) -> None:
-    """It drafts though no logits are there to learn from."""
+def test_recycling_drafts_from_an_unchanged_successor_matrix(target: Target, serve: Any) -> None:
+    """vLLM passes no logits to update it from."""
     tree = ((0,), (1,), (0, 0), (0, 0, 0))
     drafter = recycling.Drafter(recycling.Config(num_successors=2, tree=tree), target)
     drafter.successors[:VOCAB_SIZE] = torch.arange(1, VOCAB_SIZE + 1)[:, None] % VOCAB_SIZE
@@ -260,19 +262,19 @@ def test_a_matrix_of_successors_stays_as_it_is(target: Target, serve: Any) -> No
     assert proposer.propose([[8, 9, 10, 20]], np.array([5]), text_BT) == [[21, 22, 23]]
 
 
-def test_finished_requests_are_remembered(target: Target, whole: list[list[int]], serve: Any) -> None:
+def test_suffix_drafter_remembers_finished_requests(target: Target, texts: list[list[int]], serve: Any) -> None:
     config = suffix.Config(num_draft=NUM_DRAFT)
     proposer = serve(suffix.Drafter(config, target))
     num_accepted = []
     for _ in range(2):
-        requests = [Request(text, len(row)) for text, row in zip(whole, prompts(8), strict=True)]
+        requests = [Request(text, len(row)) for text, row in zip(texts, prompts(8), strict=True)]
         run_engine(proposer, requests, 2)
         num_accepted.append(sum(sum(one.accepted) for one in requests))
     assert num_accepted[1] > 1.3 * num_accepted[0]
 
 
 @pytest.mark.parametrize("shape", ["whole", "tied", "parts"])
-def test_of_the_target_only_the_ends_are_read(tmp_path: Path, shape: str) -> None:
+def test_token_target_reads_embedding_and_head_only(tmp_path: Path, shape: str) -> None:
     model = tiny_model("llama", tie_word_embeddings=shape == "tied")
     model.save_pretrained(tmp_path, max_shard_size="10KB" if shape == "parts" else "5GB")
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -283,20 +285,20 @@ def test_of_the_target_only_the_ends_are_read(tmp_path: Path, shape: str) -> Non
     assert (first.data_ptr() == last.data_ptr()) == (shape == "tied")
 
 
-def test_weights_that_cannot_be_found_are_named(tmp_path: Path) -> None:
+def test_token_target_names_missing_weights(tmp_path: Path) -> None:
     tiny_model("llama").config.save_pretrained(tmp_path)
     target = TokenTarget(str(tmp_path), torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"tensor 'model.embed_tokens.weight', which this drafter needs"):
         assert target.model
 
 
-def test_what_cannot_be_run_is_refused_at_once(
+def test_proposer_rejects_unsupported_artifacts(
     target: Target, tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="go by hidden layers"):
+    with pytest.raises(ValueError, match="read hidden states"):
         serve(built(medusa, medusa.Config(num_heads=2, tree=((0,), (0, 0))), target))
     monkeypatch.delenv(ARTIFACT_VARIABLE)
-    with pytest.raises(ValueError, match=f"{ARTIFACT_VARIABLE} names no artifact"):
+    with pytest.raises(ValueError, match=f"{ARTIFACT_VARIABLE} is not set"):
         Proposer(config_of(target.name))
     monkeypatch.setenv(ARTIFACT_VARIABLE, str(tmp_path / "none"))
     with pytest.raises(ValueError, match="no such folder"):
@@ -306,5 +308,5 @@ def test_what_cannot_be_run_is_refused_at_once(
         Proposer(config_of(str(tmp_path / "t5")))
 
 
-def test_the_export_names_it() -> None:
+def test_export_names_the_proposer_class() -> None:
     assert f"{Proposer.__module__}.{Proposer.__name__}" == PROPOSER

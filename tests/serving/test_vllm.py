@@ -1,9 +1,9 @@
-"""Exports served by vLLM itself: the text is the target's, and as much is accepted as by draftsmith's own loop.
+"""Exports served by vLLM: the text is the target's, and the acceptance rate is that of draftsmith's own loop.
 
-Loaders leave out tensors that they do not know and make up those that they miss; the text stays right then, and only
-acceptance tells.
+Loaders ignore unknown tensors and initialise missing ones at random; the text stays correct then, and the mistake
+shows in the acceptance rate only.
 
-Shape suffixes: T tokens, K guesses, E widths of fused layers, W draft vocabulary.
+Shape suffixes: T tokens, D hidden width, E widths of fused layers, W draft vocabulary.
 """
 
 import json
@@ -26,7 +26,7 @@ from draftsmith import Target
 from draftsmith.drafters import eagle3, lm, lstm, medusa, ngram
 from draftsmith.export import export
 from draftsmith.export.launch import read_launch
-from draftsmith.export.models import cut
+from draftsmith.export.models import reduced_model
 from eval.doctor.checks import check_export
 from eval.doctor.serving import ServingCounts, agrees, run_draftsmith, run_vllm
 from recipes import doctor
@@ -68,11 +68,11 @@ def texts(target: Target, rows: list[list[int]]) -> list[list[int]]:
     return found
 
 
-# --- Drafters, made in seconds from the very texts ---------------------------------------------------------------
+# --- Drafters, trained for seconds on the texts of the test --------------------------------------------------------
 
 
 def trained(drafter: Any, loss: Callable[[Tensor], Tensor], texts: list[list[int]], num_steps: int) -> Any:
-    """Returns the drafter after a few steps on the texts, half learnt."""
+    """Returns the drafter after a few training steps on the texts, so that it predicts a part of them."""
     drafter.train().requires_grad_(True)
     optimiser = torch.optim.Adam(drafter.parameters(), lr=2e-3)
     for _ in range(num_steps):
@@ -83,15 +83,15 @@ def trained(drafter: Any, loss: Callable[[Tensor], Tensor], texts: list[list[int
     return drafter.eval().requires_grad_(False)
 
 
-def skipping(target: Target, texts: list[list[int]], folder: Path) -> Any:
-    """The target without two of its blocks, as a draft model that has a cache of its own."""
-    small = cut(target, (0, 1, 2, 4, 6, 7))
+def reduced_target(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    """Returns the target without two of its blocks, as a draft model with its own cache."""
+    small = reduced_model(target, (0, 1, 2, 4, 6, 7))
     drafter = lm.Drafter(lm.Config(model=small.config.to_dict(), num_draft=NUM_DRAFT, length="fixed"), target)
     drafter.model.load_state_dict(small.state_dict())
     return drafter
 
 
-def counting(target: Target, texts: list[list[int]], folder: Path) -> Any:
+def ngram_model(target: Target, texts: list[list[int]], folder: Path) -> Any:
     config = ngram.Config(num_draft=NUM_DRAFT, length="fixed", order=3)
     known = [np.array(text) for text in texts[::2]]
     save_arrays(kneser_ney.count_ngrams(known, config.order, target.vocab_size), folder / "part.safetensors")
@@ -99,7 +99,7 @@ def counting(target: Target, texts: list[list[int]], folder: Path) -> Any:
     return ngram.Drafter(config, target, kneser_ney.build(files, config.order, target.vocab_size, folder / "store"))
 
 
-def recurrent(target: Target, texts: list[list[int]], folder: Path) -> Any:
+def lstm_model(target: Target, texts: list[list[int]], folder: Path) -> Any:
     torch.manual_seed(0)
     drafter = lstm.Drafter(lstm.Config(hidden_size=64, rank=32, num_draft=NUM_DRAFT, length="fixed"), target)
     drafter.ends.init_principal_directions()
@@ -110,7 +110,7 @@ def recurrent(target: Target, texts: list[list[int]], folder: Path) -> Any:
     return trained(drafter, loss, texts, 60)
 
 
-def heads(target: Target, texts: list[list[int]], folder: Path) -> Any:
+def medusa_heads(target: Target, texts: list[list[int]], folder: Path) -> Any:
     torch.manual_seed(0)
     tree = tuple((0,) * depth for depth in range(1, NUM_DRAFT + 1))
     drafter = medusa.Drafter(medusa.Config(num_heads=NUM_DRAFT, tree=tree), target)
@@ -127,7 +127,7 @@ def heads(target: Target, texts: list[list[int]], folder: Path) -> Any:
     return trained(drafter, loss, texts, 12)
 
 
-def fused(target: Target, texts: list[list[int]], folder: Path) -> Any:
+def eagle3_head(target: Target, texts: list[list[int]], folder: Path) -> Any:
     torch.manual_seed(0)
     config = eagle3.Config(
         layers=(2, 4, 5),
@@ -140,38 +140,44 @@ def fused(target: Target, texts: list[list[int]], folder: Path) -> Any:
         width=0,
     )
     drafter = eagle3.Drafter(config, target)
-    said = {token for text in texts for token in text}
-    others = [token for token in range(7, target.vocab_size, 3) if token not in said]
-    drafter.set_vocabulary(torch.tensor(sorted([*said, *others[: config.draft_vocab - len(said)]])))
+    seen = {token for text in texts for token in text}
+    unseen = [token for token in range(7, target.vocab_size, 3) if token not in seen]
+    drafter.set_vocabulary(torch.tensor(sorted([*seen, *unseen[: config.draft_vocab - len(seen)]])))
     with torch.no_grad():
         drafter.head.weight.copy_(target.model.get_output_embeddings().weight[drafter.vocabulary()])
-    place_V = torch.full((target.vocab_size,), -1)
-    place_V[drafter.vocabulary()] = torch.arange(config.draft_vocab)
+    draft_ids_V = torch.full((target.vocab_size,), -1)
+    draft_ids_V[drafter.vocabulary()] = torch.arange(config.draft_vocab)
 
     def loss(tokens_1T: Tensor) -> Tensor:
         with torch.no_grad():
             joined_1TE = drafter.join(target.read(tokens_1T, drafter.hidden_layers))[:, :-2]
         positions_1T = torch.arange(joined_1TE.shape[1])[None]
         features_1TD, losses = drafter.fuse(joined_1TE), []
-        # Once from the target's features, and once from its own, as the second token is drafted.
+        # The first token is drafted from the target's features, the second from the head's own.
         for skipped in (0, 1):
-            given_1T = tokens_1T[:, 1 + skipped : -1]
-            positions = positions_1T[:, : given_1T.shape[1]]
+            input_1T = tokens_1T[:, 1 + skipped : -1]
+            positions = positions_1T[:, : input_1T.shape[1]]
             features_1TD, normed_1TD = drafter(
-                given_1T, features_1TD, lambda x_1TE, at=positions: drafter.attention(x_1TE, at)
+                input_1T, features_1TD, lambda x_1TE, at=positions: drafter.attention(x_1TE, at)
             )
-            wanted_T = place_V[tokens_1T[0, 2 + skipped :]]
-            losses.append(functional.cross_entropy(drafter.head(normed_1TD)[0], wanted_T))
+            labels_T = draft_ids_V[tokens_1T[0, 2 + skipped :]]
+            losses.append(functional.cross_entropy(drafter.head(normed_1TD)[0], labels_T))
             features_1TD = features_1TD[:, :-1]
         return torch.stack(losses).sum()
 
     return trained(drafter, loss, texts, 24)
 
 
-MAKERS = {"draft_model": skipping, "ngram": counting, "lstm": recurrent, "medusa": heads, "head": fused}
+MAKERS = {
+    "draft_model": reduced_target,
+    "ngram": ngram_model,
+    "lstm": lstm_model,
+    "medusa": medusa_heads,
+    "head": eagle3_head,
+}
 
 
-# --- What both say -----------------------------------------------------------------------------------------------
+# --- vLLM beside draftsmith ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -179,12 +185,14 @@ def plain(target: Target, rows: list[list[int]], tmp_path_factory: pytest.TempPa
     return run_vllm(sys.executable, target, rows, NUM_NEW, tmp_path_factory.mktemp("plain") / "run")
 
 
-def test_plain_text_is_the_same(plain: ServingCounts, rows: list[list[int]], texts: list[list[int]]) -> None:
+def test_plain_decoding_gives_the_same_text(
+    plain: ServingCounts, rows: list[list[int]], texts: list[list[int]]
+) -> None:
     assert plain.texts == [text[len(row) : len(row) + NUM_NEW] for row, text in zip(rows, texts, strict=True)]
 
 
 @pytest.mark.parametrize(("name", "to"), [*((name, "vllm") for name in MAKERS), ("head", "speculators")])
-def test_vllm_accepts_what_draftsmith_accepts(
+def test_vllm_and_draftsmith_accept_the_same_number_of_tokens(
     target: Target,
     rows: list[list[int]],
     texts: list[list[int]],
@@ -203,16 +211,16 @@ def test_vllm_accepts_what_draftsmith_accepts(
     )
     assert found.texts == plain.texts
     assert found.num_drafted == NUM_DRAFT * found.num_drafts
-    assert sum(expected.accepted) > 20 and expected.accepted[1] > 0, "nearly nothing is accepted: nothing is shown"
-    assert expected.accepted[0] < expected.num_drafts, "all is accepted: nothing is shown"
+    assert sum(expected.accepted) > 20 and expected.accepted[1] > 0, "too few accepted tokens for a comparison"
+    assert expected.accepted[0] < expected.num_drafts, "everything is accepted: no comparison is possible"
     assert agrees(found, expected), (found, expected)
 
 
-def test_the_doctor_looks_at_vllm(target: Target, texts: list[list[int]], tmp_path: Path) -> None:
-    draftsmith.save(skipping(target, texts, tmp_path), tmp_path / "artifact", target)
-    given = {"data": "python-source", "num_prompts": 3, "max_new_tokens": 24, "num_places": 24, "depth": 4}
+def test_doctor_checks_an_export_in_vllm(target: Target, texts: list[list[int]], tmp_path: Path) -> None:
+    draftsmith.save(reduced_target(target, texts, tmp_path), tmp_path / "artifact", target)
+    arguments = {"data": "python-source", "num_prompts": 3, "max_new_tokens": 24, "num_places": 24, "depth": 4}
     run = doctor.RunSettings(
-        draft=str(tmp_path / "artifact"), output=str(tmp_path / "out"), vllm_python=sys.executable, **given
+        draft=str(tmp_path / "artifact"), output=str(tmp_path / "out"), vllm_python=sys.executable, **arguments
     )
     doctor.main(run)
     report = json.loads((tmp_path / "out" / "doctor.json").read_text())
@@ -221,11 +229,11 @@ def test_the_doctor_looks_at_vllm(target: Target, texts: list[list[int]], tmp_pa
     assert shares["by vLLM"] == pytest.approx(shares[f"in decoding, drafts of {NUM_DRAFT}"], abs=0.1)
 
 
-def test_a_tensor_that_is_lost_is_noticed(
+def test_check_export_detects_a_missing_tensor(
     target: Target, rows: list[list[int]], texts: list[list[int]], plain: ServingCounts, tmp_path: Path
 ) -> None:
-    """vLLM loads a head that lacks a tensor and says nothing: its text is right, its acceptance is another."""
-    drafter = fused(target, texts, tmp_path)
+    """vLLM loads a head with a missing tensor without a warning: its text is correct, its acceptance rate differs."""
+    drafter = eagle3_head(target, texts, tmp_path)
     draftsmith.save(drafter, tmp_path / "artifact", target)
     out = export(tmp_path / "artifact", "vllm", tmp_path / "out")
     tensors = load_file(out / "model.safetensors")
@@ -233,6 +241,6 @@ def test_a_tensor_that_is_lost_is_noticed(
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     found = run_vllm(sys.executable, target, rows, NUM_NEW, tmp_path / "run", read_launch(out))
     expected = run_draftsmith(drafter, rows, NUM_NEW, NUM_DRAFT)
-    print(f"lost: vLLM {found.num_drafts} {found.accepted}, draftsmith {expected.num_drafts} {expected.accepted}")
+    print(f"missing: vLLM {found.num_drafts} {found.accepted}, draftsmith {expected.num_drafts} {expected.accepted}")
     assert found.texts == plain.texts
     assert check_export(found, expected, is_tree=False).verdict == "fault", (found, expected)

@@ -1,7 +1,7 @@
-"""EAGLE-3 heads as published: one folder that vLLM and SGLang load alike, or one of the speculators library.
+"""Exports EAGLE-3 heads: one folder that both vLLM and SGLang load, or a folder of the speculators library.
 
-Which hidden layers are fused is said in two ways: in the list at the top as we count, in that of `eagle_config` by the
-block, counted from 0, whose output it is. vLLM goes by the first, SGLang by the second.
+The fused hidden layers are listed twice: at the top level with draftsmith's numbers, which vLLM reads, and in
+`eagle_config` by the index of the block whose output they are, which SGLang reads.
 
 Shape suffixes: W draft vocabulary.
 """
@@ -13,139 +13,117 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draftsmith.artifacts.published_eagle3 import LAYER_IDS, NAMES, OUTER
 from draftsmith.core.model_info import NO_LIMIT
-from draftsmith.export.given import Given
-from draftsmith.export.launch import Launch, for_sglang, for_vllm
-from draftsmith.export.tensors import Kinds, write_tensors
+from draftsmith.export.launch import Launch, sglang_launch, vllm_launch
+from draftsmith.export.source import ExportSource
+from draftsmith.export.tensors import Specs, write_tensors
 
-LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-NAMES = {
-    "fc": "fusion",
-    "norm": "norm",
-    "lm_head": "head",
-    "embed_tokens": "embedding",
-    "input_norm": "fusion_norms.0",
-    "hidden_norm": "feature_norm",
-    "input_layernorm": "token_norm",
-    "post_attention_layernorm": "feed_forward_norm",
-    "self_attn.q_proj": "attention.query",
-    "self_attn.k_proj": "attention.key",
-    "self_attn.v_proj": "attention.value",
-    "self_attn.o_proj": "attention.output",
-    "mlp.gate_proj": "feed_forward.gate",
-    "mlp.up_proj": "feed_forward.up",
-    "mlp.down_proj": "feed_forward.down",
-}
-"""Published names, less what stands before and `.weight` behind, and ours."""
-OUTER = ("fc", "norm", "lm_head", "embed_tokens", "input_norm")
-"""Those outside the layer."""
-COUNTED_OTHERWISE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gpt_oss")
-"""Targets for which SGLang counts the layers in yet another way."""
+OTHER_NUMBERING = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gpt_oss")
+"""Types of target models for which SGLang numbers the layers differently."""
 
 
-def vllm(given: Given, folder: Path) -> Launch:
-    """Writes the folder for both servers."""
-    _write(given, folder, flat_config(given), "midlayer")
-    settings = {"method": "eagle3", "model": str(given.output), "num_speculative_tokens": given.config.num_draft}
-    notes = ("vLLM drafts chains, not trees.",) if given.config.width else ()
-    asks = f"vLLM's class for {given.target_config.model_type} models must give it hidden layers (SupportsEagle3)."
-    return for_vllm(given, settings | {"draft_tensor_parallel_size": 1}, notes=(*notes, asks))
+def vllm(source: ExportSource, folder: Path) -> Launch:
+    """Writes the folder that vLLM and SGLang load."""
+    _write(source, folder, flat_config(source), "midlayer")
+    settings = {"method": "eagle3", "model": str(source.output), "num_speculative_tokens": source.config.num_draft}
+    notes = ("vLLM drafts chains, not trees.",) if source.config.width else ()
+    requires = f"vLLM's class for {source.target_config.model_type} models must support SupportsEagle3 (hidden states)."
+    return vllm_launch(source, settings | {"draft_tensor_parallel_size": 1}, notes=(*notes, requires))
 
 
-def sglang(given: Given, folder: Path) -> Launch:
-    """Writes the same folder, which SGLang reads with the target's embedding and the residual as it is."""
-    config = given.config
+def sglang(source: ExportSource, folder: Path) -> Launch:
+    """Writes the same folder; SGLang always uses the target's embedding and a residual stream without norm."""
+    config = source.config
     if config.own_embedding:
-        raise ValueError("SGLang puts the target's embedding in place of the head's own; export it --to vllm")
+        raise ValueError("SGLang replaces the head's own embedding by the target's; export it --to vllm")
     if config.norm_residual:
+        raise ValueError("SGLang does not support a normed residual stream (norm_residual); export it --to vllm")
+    if config.layers[0] == 0 or config.layers[-1] == source.facts.num_layers:
         raise ValueError(
-            "SGLang knows no head whose residual stream begins normed (norm_residual); export it --to vllm"
+            f"SGLang supports the outputs of all blocks but the last, and this head reads hidden layers"
+            f" {list(config.layers)} of {source.facts.num_layers}; export it --to vllm"
         )
-    if config.layers[0] == 0 or config.layers[-1] == given.facts.num_layers:
+    kind = source.target_config.model_type
+    if kind in OTHER_NUMBERING and config.layers != _default_layers(source):
         raise ValueError(
-            f"SGLang gives a head the outputs of blocks, the last one's not, and this one reads hidden layers"
-            f" {list(config.layers)} of {given.facts.num_layers}; export it --to vllm"
+            f"SGLang numbers the layers of {kind} differently; train the head on {list(_default_layers(source))},"
+            " which are its default"
         )
-    kind = given.target_config.model_type
-    if kind in COUNTED_OTHERWISE and config.layers != _usual_layers(given):
-        raise ValueError(
-            f"SGLang counts the layers of {kind} in a way of its own; train the head on {list(_usual_layers(given))},"
-            " which it takes unasked"
-        )
-    _write(given, folder, flat_config(given), "midlayer")
+    _write(source, folder, flat_config(source), "midlayer")
     width, num_draft = max(config.width, 1), config.num_draft
-    settings = {"algorithm": "EAGLE3", "draft-model-path": str(given.output), "num-steps": num_draft}
+    settings = {"algorithm": "EAGLE3", "draft-model-path": str(source.output), "num-steps": num_draft}
     settings |= {"eagle-topk": width, "num-draft-tokens": config.num_nodes + 1 if config.width else num_draft + 1}
-    return for_sglang(given, settings)
+    return sglang_launch(source, settings)
 
 
-def speculators(given: Given, folder: Path) -> Launch:
-    """Writes a folder of the speculators library, for training on and for vLLM.
+def speculators(source: ExportSource, folder: Path) -> Launch:
+    """Writes a folder of the speculators library, for further training and for vLLM.
 
-    The embedding is always in it: where it is missing the library starts one at random.
+    It always contains the embedding, because the library initialises a missing one at random.
     """
-    _write(given, folder, nested_config(given), "layers.0", with_embedding=True)
-    settings = {"method": "eagle3", "model": str(given.output), "num_speculative_tokens": given.config.num_draft}
-    return for_vllm(given, settings | {"draft_tensor_parallel_size": 1})
+    _write(source, folder, nested_config(source), "layers.0", with_embedding=True)
+    settings = {"method": "eagle3", "model": str(source.output), "num_speculative_tokens": source.config.num_draft}
+    return vllm_launch(source, settings | {"draft_tensor_parallel_size": 1})
 
 
-def flat_config(given: Given) -> dict[str, Any]:
-    """Returns the configuration that vLLM and SGLang read, every flag written out."""
+def flat_config(source: ExportSource) -> dict[str, Any]:
+    """Returns the configuration that vLLM and SGLang read, with every flag explicit."""
     layers = {}
-    if given.target_config.model_type not in COUNTED_OTHERWISE or given.config.layers != _usual_layers(given):
+    if source.target_config.model_type not in OTHER_NUMBERING or source.config.layers != _default_layers(source):
         layers = {
-            LAYER_IDS: list(given.config.layers),
-            "eagle_config": {"use_aux_hidden_state": True, LAYER_IDS: [layer - 1 for layer in given.config.layers]},
+            LAYER_IDS: list(source.config.layers),
+            "eagle_config": {"use_aux_hidden_state": True, LAYER_IDS: [layer - 1 for layer in source.config.layers]},
         }
-    whole = {"architectures": ["LlamaForCausalLMEagle3"], **_layer(given), **_flags(given), **layers}
-    return whole | {"target_hidden_size": given.facts.hidden_size, "num_aux_hidden_states": len(given.config.layers)}
+    config = {"architectures": ["LlamaForCausalLMEagle3"], **_layer(source), **_flags(source), **layers}
+    return config | {"target_hidden_size": source.facts.hidden_size, "num_aux_hidden_states": len(source.config.layers)}
 
 
-def nested_config(given: Given) -> dict[str, Any]:
+def nested_config(source: ExportSource) -> dict[str, Any]:
     """Returns the configuration of the speculators library."""
-    proposal = {"proposal_type": "greedy", "speculative_tokens": given.config.num_draft}
+    proposal = {"proposal_type": "greedy", "speculative_tokens": source.config.num_draft}
     return {
         "speculators_model_type": "eagle3",
         "speculators_version": "0.9.0",
         "architectures": ["Eagle3DraftModel"],
-        **_flags(given),
+        **_flags(source),
         "target_hidden_size": None,
-        LAYER_IDS: list(given.config.layers),
-        "dtype": str(given.drafter.target.dtype).removeprefix("torch."),
+        LAYER_IDS: list(source.config.layers),
+        "dtype": str(source.drafter.target.dtype).removeprefix("torch."),
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
-            "verifier": {"name_or_path": given.target_name, "architectures": given.target_config.architectures},
+            "verifier": {"name_or_path": source.target_name, "architectures": source.target_config.architectures},
         },
-        "transformer_layer_config": _layer(given),
+        "transformer_layer_config": _layer(source),
     }
 
 
-def tensors_of(given: Given, layer: str) -> dict[str, Tensor]:
-    """Returns the head's weights by their published names, `layer` standing before those of the layer."""
-    drafter = given.drafter
-    theirs = {ours: name for name, ours in NAMES.items()}
+def tensors_of(source: ExportSource, layer: str) -> dict[str, Tensor]:
+    """Returns the head's weights by their published names, with `layer` as the layer's prefix."""
+    drafter = source.drafter
+    published_names = {ours: published for published, ours in NAMES.items()}
     tensors = {}
     for name, tensor in drafter.state_dict().items():
         ours = name.removesuffix(".weight")
         if name in ("d2t", "t2d"):
             if len(drafter.d2t) < len(drafter.t2d):
                 tensors[name] = tensor
-        elif ours.startswith("fusion_norms.") and given.config.fusion_norm == "each":
+        elif ours.startswith("fusion_norms.") and source.config.fusion_norm == "each":
             tensors[f"fc_norm.{ours.removeprefix('fusion_norms.')}.weight"] = tensor
         else:
-            published = theirs[ours]
+            published = published_names[ours]
             tensors[f"{'' if published in OUTER else layer + '.'}{published}.weight"] = tensor
     return tensors
 
 
-def kinds(whole: dict[str, Any], layer: str, dtype: torch.dtype, *, has_embedding: bool) -> Kinds:
-    """Returns the tensors that loaders want of a head with such a config.json, worked out from that alone."""
-    inner = whole.get("transformer_layer_config", whole)
-    width, inside, vocab_size = inner["hidden_size"], inner["intermediate_size"], inner["vocab_size"]
+def tensor_specs(config: dict[str, Any], layer: str, dtype: torch.dtype, *, has_embedding: bool) -> Specs:
+    """Returns the tensors that loaders expect for a head with this config.json, derived from that alone."""
+    inner = config.get("transformer_layer_config", config)
+    width, ffn_width, vocab_size = inner["hidden_size"], inner["intermediate_size"], inner["vocab_size"]
     queries, keys = (inner[name] * inner["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
-    num_fused, num_tokens = whole.get("num_aux_hidden_states") or len(whole[LAYER_IDS]), whole["draft_vocab_size"]
+    num_fused, num_tokens = config.get("num_aux_hidden_states") or len(config[LAYER_IDS]), config["draft_vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {
         "fc": (width, num_fused * width),
         "norm": (width,),
@@ -155,45 +133,49 @@ def kinds(whole: dict[str, Any], layer: str, dtype: torch.dtype, *, has_embeddin
         f"{layer}.self_attn.k_proj": (keys, 2 * width),
         f"{layer}.self_attn.v_proj": (keys, 2 * width),
         f"{layer}.self_attn.o_proj": (width, queries),
-        f"{layer}.mlp.gate_proj": (inside, width),
-        f"{layer}.mlp.up_proj": (inside, width),
-        f"{layer}.mlp.down_proj": (width, inside),
+        f"{layer}.mlp.gate_proj": (ffn_width, width),
+        f"{layer}.mlp.up_proj": (ffn_width, width),
+        f"{layer}.mlp.down_proj": (width, ffn_width),
     }
-    if whole["norm_before_fc"]:
+    if config["norm_before_fc"]:
         shapes["input_norm"] = (num_fused * width,)
-    if whole["fc_norm"]:
-        shapes |= {f"fc_norm.{place}": (width,) for place in range(num_fused)}
+    if config["fc_norm"]:
+        shapes |= {f"fc_norm.{index}": (width,) for index in range(num_fused)}
     if has_embedding:
         shapes["embed_tokens"] = (vocab_size, width)
-    found = {f"{name}.weight": (shape, dtype) for name, shape in shapes.items()}
+    specs = {f"{name}.weight": (shape, dtype) for name, shape in shapes.items()}
     if num_tokens < vocab_size:
-        found |= {"d2t": ((num_tokens,), torch.int64), "t2d": ((vocab_size,), torch.bool)}
-    return found
+        specs |= {"d2t": ((num_tokens,), torch.int64), "t2d": ((vocab_size,), torch.bool)}
+    return specs
 
 
 def check_vocabulary(tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError unless d2t, which adds to draft tokens, and t2d, which marks the target's, name the same."""
+    """Raises ValueError unless d2t, the offsets of draft tokens, and t2d, the mask of target tokens, agree."""
     if "d2t" not in tensors:
         return
     ids_W = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
     if not torch.equal(ids_W, tensors["t2d"].nonzero()[:, 0]):
-        raise ValueError("d2t and t2d of the head do not name the same tokens in ascending order; train it again")
+        raise ValueError("d2t and t2d of the head are not the same tokens in ascending order; train it again")
 
 
-def _write(given: Given, folder: Path, config: dict[str, Any], layer: str, *, with_embedding: bool = False) -> None:
-    tensors = tensors_of(given, layer)
-    if with_embedding and not given.config.own_embedding:
-        tensors["embed_tokens.weight"] = given.drafter.target.model.get_input_embeddings().weight
+def _write(
+    source: ExportSource, folder: Path, config: dict[str, Any], layer: str, *, with_embedding: bool = False
+) -> None:
+    tensors = tensors_of(source, layer)
+    if with_embedding and not source.config.own_embedding:
+        tensors["embed_tokens.weight"] = source.drafter.target.model.get_input_embeddings().weight
     check_vocabulary(tensors)
-    has_embedding = with_embedding or given.config.own_embedding
-    write_tensors(folder, tensors, kinds(config, layer, given.drafter.target.dtype, has_embedding=has_embedding))
+    has_embedding = with_embedding or source.config.own_embedding
+    write_tensors(
+        folder, tensors, tensor_specs(config, layer, source.drafter.target.dtype, has_embedding=has_embedding)
+    )
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def _flags(given: Given) -> dict[str, Any]:
-    config = given.config
+def _flags(source: ExportSource) -> dict[str, Any]:
+    config = source.config
     return {
-        "draft_vocab_size": config.draft_vocab or given.facts.vocab_size,
+        "draft_vocab_size": config.draft_vocab or source.facts.vocab_size,
         "norm_before_residual": config.norm_residual,
         "norm_before_fc": config.fusion_norm == "whole",
         "fc_norm": config.fusion_norm == "each",
@@ -201,9 +183,9 @@ def _flags(given: Given) -> dict[str, Any]:
     }
 
 
-def _layer(given: Given) -> dict[str, Any]:
+def _layer(source: ExportSource) -> dict[str, Any]:
     """Returns the configuration of a Llama of one layer."""
-    config, facts = given.config, given.facts
+    config, facts = source.config, source.facts
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.theta}
     if config.stretch:
         factor, low, high, length = config.stretch
@@ -225,13 +207,13 @@ def _layer(given: Given) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "dtype": str(given.drafter.target.dtype).removeprefix("torch."),
+        "dtype": str(source.drafter.target.dtype).removeprefix("torch."),
     }
 
 
-def _usual_layers(given: Given) -> tuple[int, ...]:
-    """Returns what servers fuse of a target of so many blocks if they are told nothing."""
-    num_layers = given.facts.num_layers
+def _default_layers(source: ExportSource) -> tuple[int, ...]:
+    """Returns the hidden layers that servers fuse by default, which depend on the target's number of blocks."""
+    num_layers = source.facts.num_layers
     return 2, num_layers // 2, num_layers - 3
 
 

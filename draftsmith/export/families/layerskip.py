@@ -1,28 +1,31 @@
-"""The target with whole blocks left out, as a model of its own: a draft model for any server."""
+"""Exports the target with whole blocks skipped as a draft model."""
 
 from typing import Any
 
-from draftsmith.export.given import Given
-from draftsmith.export.models import cut, for_draft_model, for_standalone
+from draftsmith.export.models import reduced_model, sglang_draft_model_writer, vllm_draft_model_writer
+from draftsmith.export.source import ExportSource
 
-OWN_CACHE = (
-    "It reads keys and values of its own where draftsmith's drafts read the target's, and may be right less often."
-)
+OWN_CACHE = "It has its own KV cache, whereas in draftsmith it reads the target's: the acceptance rate may be lower."
 
 
-def draft_model(given: Given) -> Any:
-    """Returns it; raises ValueError where a block is left out in part, or none is."""
-    config = given.config
-    left_out = set(config.attention)
-    if left_out != set(config.mlp):
-        part = sorted(left_out ^ set(config.mlp))
+def draft_model(source: ExportSource) -> Any:
+    """Returns the reduced model; raises ValueError if only a part of a block is skipped, or nothing is."""
+    config = source.config
+    skipped = set(config.attention)
+    if skipped != set(config.mlp):
+        part = sorted(skipped ^ set(config.mlp))
         raise ValueError(
-            f"blocks {part} are left out in part, which no ordinary model can be; run it with draftsmith, or export it"
-            " --to transformers as a custom_generate folder"
+            f"blocks {part} are skipped in part, which an ordinary model cannot do; run it with draftsmith, or export"
+            " it --to transformers as a custom_generate folder"
         )
-    if not left_out:
-        raise ValueError("nothing is left out, so that drafting would take as long as the target; search a mask first")
-    return cut(given.drafter.target, [block for block in range(given.facts.num_layers) if block not in left_out])
+    if not skipped:
+        raise ValueError("no block is skipped, so drafting would cost as much as the target; search a mask first")
+    return reduced_model(
+        source.drafter.target, [block for block in range(source.facts.num_layers) if block not in skipped]
+    )
 
 
-WRITERS = {"vllm": for_draft_model(draft_model, OWN_CACHE), "sglang": for_standalone(draft_model, OWN_CACHE)}
+WRITERS = {
+    "vllm": vllm_draft_model_writer(draft_model, OWN_CACHE),
+    "sglang": sglang_draft_model_writer(draft_model, OWN_CACHE),
+}

@@ -1,49 +1,49 @@
-"""Prompt lookup, which every server has of its own: settings, no weights."""
+"""Exports prompt lookup, which every server implements itself, as settings."""
 
 from pathlib import Path
 
-from draftsmith.export.given import Given
-from draftsmith.export.launch import Launch, for_sglang, for_vllm, in_python
+from draftsmith.export.launch import Launch, python_launch, sglang_launch, vllm_launch
+from draftsmith.export.source import ExportSource
 
 
-def for_transformers(given: Given, folder: Path) -> Launch:
-    """Writes a generation config."""
-    config, settings = given.config, given.generation_config
+def for_transformers(source: ExportSource, folder: Path) -> Launch:
+    """Writes a generation config for transformers' prompt lookup."""
+    config, settings = source.config, source.generation_config
     settings.update(prompt_lookup_num_tokens=config.num_draft, max_matching_ngram_size=config.max_ngram)
     settings.save_pretrained(folder)
-    shorter = ("transformers looks for runs down to a single token.",) if config.min_ngram > 1 else ()
-    return in_python(
-        given,
-        f"settings = GenerationConfig.from_pretrained({str(given.output)!r})",
+    shorter = ("transformers also matches n-grams of a single token.",) if config.min_ngram > 1 else ()
+    return python_launch(
+        source,
+        f"settings = GenerationConfig.from_pretrained({str(source.output)!r})",
         "model.generate(**inputs, generation_config=settings, max_new_tokens=64, do_sample=False)",
-        notes=(*shorter, *_notes(given), "transformers drafts for one row at a time."),
+        notes=(*shorter, *_notes(source), "transformers drafts for a batch of one only."),
         prompt_lookup_num_tokens=config.num_draft,
         max_matching_ngram_size=config.max_ngram,
     )
 
 
-def vllm(given: Given, folder: Path) -> Launch:
-    """Returns the settings of vLLM's own lookup."""
-    config = given.config
+def vllm(source: ExportSource, folder: Path) -> Launch:
+    """Returns the settings of vLLM's n-gram lookup."""
+    config = source.config
     settings = {"method": "ngram", "num_speculative_tokens": config.num_draft}
     settings |= {"prompt_lookup_max": config.max_ngram, "prompt_lookup_min": config.min_ngram}
-    return for_vllm(given, settings, notes=_notes(given))
+    return vllm_launch(source, settings, notes=_notes(source))
 
 
-def sglang(given: Given, folder: Path) -> Launch:
-    """Returns the settings of SGLang's, which looks at what it has generated for all requests."""
-    config = given.config
+def sglang(source: ExportSource, folder: Path) -> Launch:
+    """Returns the settings of SGLang's n-gram lookup, which searches the output of all requests."""
+    config = source.config
     settings = {
         "algorithm": "NGRAM",
         "num-draft-tokens": config.num_draft + 1,
         "ngram-max-trie-depth": config.max_ngram + config.num_draft,
         "ngram-max-bfs-breadth": config.num_continuations,
     }
-    return for_sglang(given, settings)
+    return sglang_launch(source, settings)
 
 
-def _notes(given: Given) -> tuple[str, ...]:
-    return ("Only the latest place is copied from.",) if given.config.num_continuations > 1 else ()
+def _notes(source: ExportSource) -> tuple[str, ...]:
+    return ("Only the latest match is continued.",) if source.config.num_continuations > 1 else ()
 
 
 WRITERS = {"transformers": for_transformers, "vllm": vllm, "sglang": sglang}

@@ -1,5 +1,5 @@
-"""A small recurrent model, which goes by tokens alone."""
+"""Exports a small recurrent model, a token-only drafter."""
 
-from draftsmith.export.tokens import for_proposer
+from draftsmith.export.tokens import proposer_writer
 
-WRITERS = {"vllm": for_proposer(lambda config: config.num_draft)}
+WRITERS = {"vllm": proposer_writer(lambda config: config.num_draft)}

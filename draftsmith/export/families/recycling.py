@@ -1,9 +1,9 @@
-"""A matrix of successors, which goes by tokens alone where it learns nothing more."""
+"""Exports a matrix of successors, a token-only drafter that is not updated while vLLM runs it."""
 
-from draftsmith.export.tokens import for_proposer
+from draftsmith.export.tokens import proposer_writer
 
 WRITERS = {
-    "vllm": for_proposer(
-        lambda config: max(map(len, config.tree)), "The matrix stays as it is: vLLM shows no logits to learn from."
+    "vllm": proposer_writer(
+        lambda config: max(map(len, config.tree)), "The matrix is not updated: vLLM passes no logits to the proposer."
     )
 }

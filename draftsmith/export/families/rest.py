@@ -1,8 +1,8 @@
-"""A datastore of text: tokens alone for vLLM, a corpus for SGLang."""
+"""Exports a datastore of text: a token-only drafter for vLLM, a corpus for SGLang."""
 
-from draftsmith.export.tokens import for_corpus, for_proposer
+from draftsmith.export.tokens import corpus_writer, proposer_writer
 
 WRITERS = {
-    "vllm": for_proposer(lambda config: config.num_draft),
-    "sglang": for_corpus(lambda config: config.num_draft),
+    "vllm": proposer_writer(lambda config: config.num_draft),
+    "sglang": corpus_writer(lambda config: config.num_draft),
 }

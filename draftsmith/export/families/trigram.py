@@ -1,5 +1,5 @@
-"""A table of trigrams, which goes by tokens alone."""
+"""Exports a table of trigrams, a token-only drafter."""
 
-from draftsmith.export.tokens import for_proposer
+from draftsmith.export.tokens import proposer_writer
 
-WRITERS = {"vllm": for_proposer(lambda config: config.depth)}
+WRITERS = {"vllm": proposer_writer(lambda config: config.depth)}
