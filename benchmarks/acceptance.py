@@ -24,7 +24,7 @@ from data.prompts import load_prompts
 from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.core.sampling import Sampling
-from draftsmith.core.stats import num_threads
+from draftsmith.length.costs import num_threads
 from eval.bakeoff.machine import commit, hardware
 from eval.bakeoff.optimal_transport import FirstTokenRecorder
 from trainers.training.settings import parse_settings

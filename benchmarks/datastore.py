@@ -23,8 +23,8 @@ import torch
 from data import POCKET
 from data.examples import open_examples
 from draftsmith import Target
-from draftsmith.core.stats import num_threads
 from draftsmith.drafters.rest import Config, Drafter
+from draftsmith.length.costs import num_threads
 from eval.bakeoff.machine import commit, hardware
 from trainers.corpora.corpus import documents
 from trainers.corpora.suffix_arrays import build

@@ -25,8 +25,8 @@ from data.prompts import load_prompts
 from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.core.drafter import Drafter, Session, Step
-from draftsmith.core.stats import num_threads
 from draftsmith.core.tree import Draft
+from draftsmith.length.costs import num_threads
 from eval.bakeoff.machine import commit, hardware
 from trainers.training.settings import parse_settings
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers.generation.utils import _speculative_sampling
 
 from draftsmith.core.sampling import Sampling
-from draftsmith.core.stats import num_threads
 from draftsmith.core.tree import Draft, Tree, chain
+from draftsmith.length.costs import num_threads
 from draftsmith.verify import block, deterministic, traversal
 from draftsmith.verify.research import kseq, multipath, recursive, token
 from eval.bakeoff.machine import hardware
@@ -97,11 +97,19 @@ def trees(run: BenchmarkSettings) -> None:
     target_BNV = (draft_BNV.log() + torch.randn(shape)).softmax(-1)
     uniforms_BU = torch.rand(run.batch_size, run.num_nodes + 2, dtype=torch.float64)
     nodes, memory_BV = itertools.cycle(range(run.num_nodes)), torch.empty_like(target_BNV[:, 0])
-    rules = {"deterministic": deterministic, "recursive": recursive, "traversal": traversal, "kseq": kseq, "multipath": multipath}
+    rules = {
+        "deterministic": deterministic,
+        "recursive": recursive,
+        "traversal": traversal,
+        "kseq": kseq,
+        "multipath": multipath,
+    }
     drafts = {}
     for sampling_scheme in ("independent", "without_replacement"):
         tokens_BN = filled(draft_BNV, parents, is_replaced=sampling_scheme == "independent")
-        drafts[sampling_scheme] = Draft(tokens_BN=tokens_BN, tree=tree, draft_probs_BNV=draft_BNV, sampling_scheme=sampling_scheme)  # type: ignore[arg-type]
+        drafts[sampling_scheme] = Draft(
+            tokens_BN=tokens_BN, tree=tree, draft_probs_BNV=draft_BNV, sampling_scheme=sampling_scheme
+        )  # type: ignore[arg-type]
     drafts["deterministic"] = Draft(tokens_BN=drafts["without_replacement"].tokens_BN, tree=tree)
     cases = {
         f"{name} ({sampling_scheme.replace('_', ' ')})": (rule, drafts[sampling_scheme])

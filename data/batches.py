@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from draftsmith import Target
-from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.model_info import TargetInfo
 from draftsmith.core.target import Source
 
 
@@ -127,7 +127,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
-def check_batch(batch: Batch, target: Target | TargetFacts, *, layers: tuple[int, ...] = (), top_k: int = 0) -> None:
+def check_batch(batch: Batch, target: Target | TargetInfo, *, layers: tuple[int, ...] = (), top_k: int = 0) -> None:
     """Raises ValueError unless batch, target and what a drafter reads (`layers`, `top_k`) agree with one another."""
     if not batch.loss_mask_BT[:, 1:].any():
         raise ValueError(f"the loss mask is all zero in the batch of rows {', '.join(batch.keys)}")
@@ -157,7 +157,7 @@ def check_batch(batch: Batch, target: Target | TargetFacts, *, layers: tuple[int
         raise ValueError(f"the batch holds the top {num_kept} logits; {top_k} were asked for")
 
 
-def check_layers(layers: Sequence[int], target: Target | TargetFacts) -> None:
+def check_layers(layers: Sequence[int], target: Target | TargetInfo) -> None:
     """Raises ValueError for hidden layers that the target does not have."""
     outside = [layer for layer in layers if not 0 <= layer <= target.num_layers]
     if outside:

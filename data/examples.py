@@ -12,7 +12,7 @@ from data.shards import check_origin
 from data.sources import looks_local
 from data.sources.pairs import split_columns
 from draftsmith import Target
-from draftsmith.core.model_info import NO_LIMIT, TargetFacts, prompt_room
+from draftsmith.core.model_info import NO_LIMIT, TargetInfo, prompt_room
 
 
 class Examples(Protocol):
@@ -62,7 +62,7 @@ def check_target(examples: Examples, source: str, target: Target) -> None:
         check_origin(Path(source), examples.manifest, target)
 
 
-def open_examples(source: str, target: Target | TargetFacts, *, seed: int = 0) -> Examples:
+def open_examples(source: str, target: Target | TargetInfo, *, seed: int = 0) -> Examples:
     """Returns the rows of a teacher store, of pseudo-data, or of any source that `load_prompts` reads, answers kept.
 
     Prints how much of it the loss mask covers. Raises ValueError for what cannot be read, is unfinished or belongs to

@@ -25,7 +25,7 @@ from data.shards import check_origin, check_whole, hash_files, missing_shards, o
 from data.writers import Completion, LocalTarget, PseudoDataSettings, Work, Writer, derive_seed
 from draftsmith import Target
 from draftsmith.artifacts.provenance import template_hash
-from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.model_info import TargetInfo
 
 __all__ = ["LocalTarget", "PseudoDataSettings", "read_pseudo_data", "write_pseudo_data"]
 
@@ -143,7 +143,7 @@ class PseudoData(Sequence[Example]):
         return example(ids, mask, self.keys[index], source)
 
 
-def read_pseudo_data(folder: Path | str, target: Target | TargetFacts | None = None) -> PseudoData:
+def read_pseudo_data(folder: Path | str, target: Target | TargetInfo | None = None) -> PseudoData:
     """Returns the rows of `folder`; raises ValueError if it is unfinished, damaged, or another target's."""
     folder = Path(folder)
     manifest = read_manifest(folder, MARKER)

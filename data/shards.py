@@ -13,7 +13,7 @@ from typing import Any
 
 from draftsmith import Target
 from draftsmith.artifacts.files import check_replaceable
-from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.model_info import TargetInfo
 
 
 def open_folder(folder: Path, marker: str, manifest: dict[str, Any], *, notes: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ def check_whole(folder: Path, names: list[str], marker: str) -> None:
         )
 
 
-def check_origin(folder: Path, manifest: dict[str, Any], target: Target | TargetFacts) -> None:
+def check_origin(folder: Path, manifest: dict[str, Any], target: Target | TargetInfo) -> None:
     """Raises ValueError if `folder` was made with another tokenizer or, where both are known, by another target."""
     if manifest["tokenizer_hash"] != target.tokenizer_hash:
         raise ValueError(f"{folder} was made with another tokenizer than that of {target.name}")

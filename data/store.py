@@ -33,7 +33,7 @@ from data.shards import check_origin, check_whole, missing_shards, open_folder, 
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.files import check_replaceable
-from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.model_info import TargetInfo
 
 MARKER = "teacher_store.json"
 FORMAT = 1
@@ -103,7 +103,7 @@ def write_store(target: Target, rows: Sequence[Example], folder: Path, settings:
 
 
 def plan_store(
-    target: Target | TargetFacts, rows: Sequence[Example], folder: Path, settings: StoreSettings
+    target: Target | TargetInfo, rows: Sequence[Example], folder: Path, settings: StoreSettings
 ) -> list[range]:
     """Returns which rows each shard will hold; needs no weights.
 
@@ -184,7 +184,7 @@ class Store(Sequence[Example]):
         )
 
 
-def open_store(folder: Path | str, target: Target | TargetFacts) -> Store:
+def open_store(folder: Path | str, target: Target | TargetInfo) -> Store:
     """Returns the rows of a finished store; raises ValueError if it is unfinished, damaged, or another target's."""
     folder = Path(folder)
     manifest = read_manifest(folder, MARKER)
@@ -240,14 +240,14 @@ def _cut(lengths: list[int], tokens_per_shard: int) -> list[range]:
     return [*shards, range(first, len(lengths))]
 
 
-def _bytes_per_token(target: Target | TargetFacts, settings: StoreSettings) -> int:
+def _bytes_per_token(target: Target | TargetInfo, settings: StoreSettings) -> int:
     """Returns the size of one token across all tensors; headers and offsets are too small to count."""
     token_and_mask, bf16, fp16_and_int32, normaliser = 4 + 1, 2, 2 + 4, 4
     hidden = bf16 * target.hidden_size * len(settings.layers)
     return token_and_mask + hidden + (fp16_and_int32 * settings.top_k + normaliser if settings.top_k else 0)
 
 
-def _check(target: Target | TargetFacts, rows: Sequence[Example], settings: StoreSettings) -> None:
+def _check(target: Target | TargetInfo, rows: Sequence[Example], settings: StoreSettings) -> None:
     if target.is_encoder_decoder:
         raise ValueError(f"target {target.name} is an encoder-decoder; the teacher store is for causal targets")
     if not len(rows):

@@ -96,7 +96,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from draftsmith import Target, load, verify
     from draftsmith.artifacts.artifact import check_fits, read_manifest
     from draftsmith.core.batching import check_lengths
-    from draftsmith.core.model_info import read_facts
+    from draftsmith.core.model_info import read_target_info
     from draftsmith.core.sampling import Sampling
     from draftsmith.decoding import generate
     from draftsmith.length import policies
@@ -110,7 +110,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.target is None and not CHECKOUT_TARGET.is_dir():
         raise ValueError("name a target with --target: a transformers folder or hub name")
     path = arguments.target or str(CHECKOUT_TARGET)
-    facts = read_facts(path)
+    facts = read_target_info(path)
     if facts.tokenizer is None:
         raise ValueError(f"target {path} has no tokenizer; save one in its folder")
     if arguments.draft is not None:

@@ -25,8 +25,8 @@ from data.sources import of_this_machine
 from data.writers import LocalTarget, PseudoDataSettings
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
-from draftsmith.core.model_info import TargetFacts, prompt_room, read_facts
-from draftsmith.core.stats import num_threads
+from draftsmith.core.model_info import TargetInfo, prompt_room, read_target_info
+from draftsmith.length.costs import num_threads
 from eval.bakeoff.results import check_output, claim
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
@@ -122,7 +122,7 @@ def main(run: RunSettings) -> None:
     launchers.require(run.report_to == "wandb", "wandb", "--report-to wandb")
     line_up = [] if run.drafts else lineup.read(Path(run.line_up))
     manifests = [read_manifest(draft) for draft in run.drafts]
-    facts = read_facts(run.target)
+    facts = read_target_info(run.target)
     for draft, manifest in zip(run.drafts, manifests, strict=True):
         check_fits(draft, manifest, facts)
     num_prompts = run.num_prompts
@@ -149,7 +149,7 @@ def main(run: RunSettings) -> None:
     print(f"\nWritten to {run.output}: bakeoff.md, .csv, .json, .png and the page {Path(run.output) / 'bakeoff.html'}")
 
 
-def _made(line_up: list[lineup.Entry], target: Target, facts: TargetFacts, run: RunSettings) -> list[Path]:
+def _made(line_up: list[lineup.Entry], target: Target, facts: TargetInfo, run: RunSettings) -> list[Path]:
     """Has the target write the text if it is not there, and makes the drafters; returns their artifacts."""
     output, data = Path(run.output), Path(run.learn_from)
     given: dict[str, Any] = {"target": run.target, "seed": run.seed}

@@ -31,17 +31,17 @@ from data.shards import write_whole
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, make_config, read_manifest
-from draftsmith.core.model_info import read_facts
-from draftsmith.core.stats import num_threads
+from draftsmith.core.model_info import read_target_info
 from draftsmith.export import export
 from draftsmith.export.launch import read_launch
+from draftsmith.length.costs import num_threads
 from eval.bakeoff.measure import DecodingRequest, draftsmith_method
 from eval.doctor import checks
 from eval.doctor.checks import CheckContext, Finding
 from eval.doctor.serving import check_python, drafts_trees, run_draftsmith, run_vllm
 from eval.doctor.teacher_forced import DraftCounts, GreedyText, draft_from_positions, draft_positions
 from eval.report.recorded_texts import greedy_steps
-from trainers.training.evaluation import Sums
+from trainers.training.evaluation import MetricSums
 from trainers.training.settings import parse_settings
 
 FIRST_RIGHT = ("head0_accuracy", "greedy_agreement")
@@ -93,7 +93,7 @@ def main(run: RunSettings) -> int:
     name, source = run.target or manifest["target"]["name"], run.data or settings.get("data")
     if not source:
         raise ValueError(f"artifact {run.draft} does not say what it learnt from; name texts with --data")
-    facts = read_facts(name)
+    facts = read_target_info(name)
     if facts.is_encoder_decoder:
         raise ValueError(f"target {name} is an encoder-decoder; the doctor looks at drafters of causal targets")
     check_fits(run.draft, manifest, facts)
@@ -208,7 +208,7 @@ def _decoded(drafter: Any, texts: list[GreedyText], run: RunSettings) -> tuple[D
             if step.drafted:
                 counts.add(min(max(map(len, step.drafted)), len(text.ids) - end), len(step.path))
                 began.append((number, end))
-            end += len(step.path) + (step.own is not None)
+            end += len(step.path) + (step.target_token is not None)
     return counts, began
 
 
@@ -242,7 +242,7 @@ def _judged(manifest: dict[str, Any], drafter: Any, texts: list[GreedyText], run
     own = {field.name for field in dataclasses.fields(family.Settings)}
     settings = make_config(family.Settings, {name: kept[name] for name in kept if name in own}, run.draft)
     base = drafter.target.base
-    needs, sums = family.needs(settings, base), Sums()
+    needs, sums = family.needs(settings, base), MetricSums()
     for text in texts:
         mask = [place >= text.num_prompt for place in range(len(text.ids))]
         batch = collate([example(text.ids, mask, "text")])

@@ -30,8 +30,8 @@ from data.shards import write_whole
 from data.sources import Row, of_this_machine, read_source
 from data.writers import LocalTarget, PseudoDataSettings
 from draftsmith import Target
-from draftsmith.core.model_info import TargetFacts, prompt_room, read_facts
-from draftsmith.core.stats import num_threads
+from draftsmith.core.model_info import TargetInfo, prompt_room, read_target_info
+from draftsmith.length.costs import num_threads
 from eval.bakeoff.results import claim
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
@@ -83,7 +83,7 @@ def main(run: ComparisonSettings) -> None:
     print(f"Written to {output}: {NAME}.md, .json and the picture {output / NAME}.png")
 
 
-def _originals(facts: TargetFacts, output: Path, run: ComparisonSettings) -> tuple[Path, Path]:
+def _originals(facts: TargetInfo, output: Path, run: ComparisonSettings) -> tuple[Path, Path]:
     """Writes what people wrote, and what the target is given to write the same itself; returns both files."""
     source = of_this_machine("train", is_encoder_decoder=facts.is_encoder_decoder)
     labels, sources = output / "labels.jsonl", output / "sources.jsonl"
@@ -111,7 +111,7 @@ def _compared(
     name: str, output: Path, line_ups: dict[str, list[lineup.Entry]], run: ComparisonSettings
 ) -> list[dict[str, Any]]:
     """Makes every drafter for one target in both ways; returns the rows of its bake-off."""
-    facts = read_facts(name)
+    facts = read_target_info(name)
     is_encoder_decoder = facts.is_encoder_decoder
     common: dict[str, Any] = {"is_encoder_decoder": is_encoder_decoder, "seed": run.seed}
     held_out = load_prompts(

@@ -17,7 +17,7 @@ from data.prompts import LongPrompts, load_prompts
 from data.sources import of_this_machine
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
-from draftsmith.core.model_info import prompt_room, read_facts
+from draftsmith.core.model_info import prompt_room, read_target_info
 from eval.certificate.identity import GreedySettings
 from eval.certificate.sampled import EXTRA_TOKENS, SampledTestSettings
 from eval.lossless import LOSSLESS, certify, check_output, lines, save
@@ -59,7 +59,7 @@ def main(run: RunSettings, settings: SampledTestSettings, greedy: GreedySettings
     output = Path(run.output)
     check_output(output)
     manifests = [read_manifest(draft) for draft in run.draft]
-    facts = read_facts(run.target)
+    facts = read_target_info(run.target)
     for draft, manifest in zip(run.draft, manifests, strict=True):
         check_fits(draft, manifest, facts)
     if run.max_steps:

@@ -21,7 +21,7 @@ from data.prompts import load_prompts
 from data.shards import open_folder
 from draftsmith import Target
 from draftsmith.artifacts.artifact import MANIFEST, check_fits, read_manifest
-from draftsmith.core.model_info import prompt_room, read_facts
+from draftsmith.core.model_info import prompt_room, read_target_info
 from draftsmith.core.stats import GenerationStats
 from eval.plots.curves import Panel, publish_curves
 from trainers.online import Online, OnlineSettings
@@ -61,7 +61,7 @@ class ServingSettings:
 
 
 def main(serving: ServingSettings, settings: OnlineSettings) -> None:
-    output, facts = Path(serving.output), read_facts(serving.target)
+    output, facts = Path(serving.output), read_target_info(serving.target)
     check_fits(serving.draft, read_manifest(serving.draft), facts)
     room = prompt_room(facts, serving.max_new_tokens)
     prompts = load_prompts(

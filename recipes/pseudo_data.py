@@ -23,7 +23,7 @@ from data.writers import LocalTarget, PseudoDataSettings, Writer
 from data.writers.server import Server
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.files import check_replaceable
-from draftsmith.core.model_info import prompt_room, read_facts
+from draftsmith.core.model_info import prompt_room, read_target_info
 from trainers.training.settings import parse_settings
 
 
@@ -61,7 +61,7 @@ def main(run: RunSettings, settings: PseudoDataSettings) -> None:
     if run.server and run.draft:
         raise ValueError("--draft has no effect with --server; give one of them")
     check_replaceable(Path(run.output), marker=MARKER)
-    facts = read_facts(run.target)
+    facts = read_target_info(run.target)
     if run.server and facts.is_encoder_decoder:
         raise ValueError(f"--server writes for causal targets, and {run.target} is an encoder-decoder; leave it out")
     if settings.max_new_tokens >= facts.context_length:

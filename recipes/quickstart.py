@@ -22,8 +22,8 @@ from data.prompts import Prompt, load_prompts
 from data.pseudo_data import write_pseudo_data
 from data.writers import LocalTarget, PseudoDataSettings
 from draftsmith import Target
-from draftsmith.core.model_info import read_facts
-from draftsmith.core.stats import num_threads
+from draftsmith.core.model_info import read_target_info
+from draftsmith.length.costs import num_threads
 from eval.bakeoff.results import claim
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
@@ -106,7 +106,7 @@ def main(run: QuickstartSettings) -> None:
 
 def _prompts(run: QuickstartSettings) -> tuple[list[Prompt], list[Prompt]]:
     """Returns the prompts to learn from and those to compare on."""
-    facts = read_facts(run.target)
+    facts = read_target_info(run.target)
     room = facts.context_length - max(run.text_tokens, run.max_new_tokens)
 
     def load(source: str, number: int) -> list[Prompt]:

@@ -15,7 +15,7 @@ import draftsmith
 from data import POCKET
 from data.examples import check_target, open_examples
 from data.store import StoreSettings, plan_store, write_store
-from draftsmith.core.model_info import read_facts
+from draftsmith.core.model_info import read_target_info
 from trainers.training.settings import parse_settings
 
 
@@ -38,7 +38,7 @@ class RunSettings:
 
 
 def main(run: RunSettings, settings: StoreSettings) -> None:
-    facts = read_facts(run.target)
+    facts = read_target_info(run.target)
     examples = open_examples(run.data, facts)
     num_rows = len(examples) if not run.max_steps else min(len(examples), run.max_steps * settings.batch_size)
     rows = [examples[index] for index in range(num_rows)]

@@ -27,8 +27,7 @@ import draftsmith
 from data.batches import Batch
 from data.prompts import load_prompts
 from draftsmith import Target
-from draftsmith.core.stats import num_threads
-from draftsmith.length.costs import verify_ms
+from draftsmith.length.costs import num_threads, verify_ms
 from draftsmith.parts.neural.quantised import SCHEMES
 from eval.bakeoff.results import claim
 from eval.bakeoff.settings import BakeoffSettings

@@ -21,7 +21,7 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.files import atomic_folder, check_replaceable
 from draftsmith.artifacts.provenance import run_provenance
-from draftsmith.core.model_info import TargetFacts, read_facts
+from draftsmith.core.model_info import TargetInfo, read_target_info
 from draftsmith.parts.neural import quantised
 from trainers.compression import calibration, importance, pruning, sparsity
 from trainers.training import launchers
@@ -230,10 +230,10 @@ def _unmasked(mask: str, num_layers: int) -> list[int]:
     return kept
 
 
-def _check_source(settings: CompressSettings) -> TargetFacts:
+def _check_source(settings: CompressSettings) -> TargetInfo:
     """Returns the target's facts; raises ValueError for what cannot be compressed for it."""
-    target = read_facts(settings.target)
-    source = read_facts(settings.source) if settings.model else target
+    target = read_target_info(settings.target)
+    source = read_target_info(settings.source) if settings.model else target
     if source.is_encoder_decoder:
         raise ValueError(f"{settings.source} is an encoder-decoder; only causal models are compressed")
     if (source.vocab_size, source.tokenizer_hash) != (target.vocab_size, target.tokenizer_hash):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from data.batches import Batch, Example
 from draftsmith import Target
-from draftsmith.core.model_info import TargetFacts, read_facts
+from draftsmith.core.model_info import TargetInfo, read_target_info
 from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.lm import Config, Drafter
 from draftsmith.length import policies
@@ -86,7 +86,7 @@ class Settings(distillation.LossSettings, constraints.WeightConstraints):
         super().__post_init__()
 
 
-def check(settings: Settings, target: TargetFacts) -> None:
+def check(settings: Settings, target: TargetInfo) -> None:
     """Raises ValueError for a checkpoint of another vocabulary or tokenizer, from its folder alone."""
     check_size(settings.shortlist, target.vocab_size)
     if target.is_encoder_decoder and settings.shape != "chain":
@@ -95,7 +95,7 @@ def check(settings: Settings, target: TargetFacts) -> None:
         raise ValueError(f"encoder_layers is {settings.encoder_layers}, and {target.name} is no encoder-decoder")
     if not settings.init:
         return
-    facts = read_facts(settings.init)
+    facts = read_target_info(settings.init)
     if facts.is_quantised:
         raise ValueError(f"--init {settings.init} is quantised, and such weights are not trained; heal it before")
     if facts.is_encoder_decoder and not target.is_encoder_decoder:
@@ -112,7 +112,7 @@ def check(settings: Settings, target: TargetFacts) -> None:
 def build(settings: Settings, target: Target) -> Drafter:
     """Returns a draft model in float32; raises ValueError for a shape that cannot be."""
     if settings.init:
-        auto = AutoModelForSeq2SeqLM if read_facts(settings.init).is_encoder_decoder else AutoModelForCausalLM
+        auto = AutoModelForSeq2SeqLM if read_target_info(settings.init).is_encoder_decoder else AutoModelForCausalLM
         given = auto.from_pretrained(settings.init, dtype=torch.float32)
         return _with_weights(_drafter(settings, given.config, target), given)
     if settings.start == "layers":

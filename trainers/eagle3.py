@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from data.batches import Batch, Example
 from draftsmith import Target
-from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.model_info import TargetInfo
 from draftsmith.drafters.eagle3 import FUSION_NORMS, Config, Drafter
 from draftsmith.length import policies
 from draftsmith.parts.neural.layers import Attention, ffn_width
@@ -69,7 +69,7 @@ class Settings:
         policies.make(self.length)
 
 
-def check(settings: Settings, target: TargetFacts) -> None:
+def check(settings: Settings, target: TargetInfo) -> None:
     """Raises ValueError for layers or tokens that the target does not have, from its folder alone."""
     if target.is_encoder_decoder:
         raise ValueError(f"target {target.name} is an encoder-decoder; features are fused of causal targets")

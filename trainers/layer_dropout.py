@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data.batches import Batch
 from draftsmith import Target
-from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.model_info import TargetInfo
 from draftsmith.core.views import blocks_of
 from draftsmith.drafters.early_exit import Config, Drafter
 from draftsmith.length import policies
@@ -73,7 +73,7 @@ class Settings:
         _config(self, 1)
 
 
-def check(settings: Settings, facts: TargetFacts) -> None:
+def check(settings: Settings, facts: TargetInfo) -> None:
     if settings.rank and importlib.util.find_spec("peft") is None:
         raise ValueError("training changes of a rank needs peft, which is not installed: pip install peft")
 

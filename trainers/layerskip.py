@@ -16,7 +16,7 @@ import draftsmith
 from data.batches import Batch, Example, collate, example, order
 from data.shards import write_whole
 from draftsmith import Target
-from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.model_info import TargetInfo
 from draftsmith.drafters.layerskip import Config, Drafter
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
@@ -24,7 +24,7 @@ from draftsmith.parts.self_drafting.sublayers import sublayers
 from trainers import Metrics, Needs
 from trainers.layer_search.search import METHODS, Bits, Space, search
 from trainers.layer_search.sublayers import CachedTexts, SublayerCosts, influence, measure_costs, simulate, speed_up
-from trainers.training.logs import reporter
+from trainers.training.logs import make_logger
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import part_of
 
@@ -69,7 +69,7 @@ class Settings:
             raise ValueError("acceptance alone is best with nothing left out: give a skip_ratio, such as 0.45")
 
 
-def check(settings: Settings, facts: TargetFacts) -> None:
+def check(settings: Settings, facts: TargetInfo) -> None:
     """Raises ValueError for an encoder-decoder, before its weights load."""
     if facts.is_encoder_decoder:
         raise ValueError(f"{facts.name} is an encoder-decoder, whose sublayers cannot be left out")
@@ -96,7 +96,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
         num_evaluations=run.max_steps,
         seed=run.seed,
         path=output / "evaluations.jsonl",
-        report=reporter(run, output),
+        report=make_logger(run, output),
     )
     decoded = _decoded(Drafter(_config(settings, best), target), picked, settings.text_tokens)
     print(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.batches import Batch
 from draftsmith import Target
-from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.model_info import TargetInfo
 from draftsmith.drafters.medusa2 import Config, Drafter
 from draftsmith.parts.self_drafting.fine_tuned import has_tied_head
 from trainers import Metrics, Needs
@@ -73,7 +73,7 @@ class Settings:
             raise ValueError(f"dropout is {self.dropout}; it must lie between 0 and 1, the latter excluded")
 
 
-def check(settings: Settings, facts: TargetFacts) -> None:
+def check(settings: Settings, facts: TargetInfo) -> None:
     if importlib.util.find_spec("peft") is None:
         raise ValueError("training changes of the target needs peft, which is not installed: pip install peft")
 

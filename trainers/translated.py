@@ -26,15 +26,15 @@ from transformers.trainer_utils import IntervalStrategy
 from data.batches import Batch, Example, order
 from draftsmith import Target
 from draftsmith.artifacts.files import atomic_folder
-from draftsmith.core.model_info import TargetFacts, read_facts, tokenizer_hash
+from draftsmith.core.model_info import TargetInfo, read_target_info, tokenizer_hash
 from draftsmith.drafters.translated import Config, Drafter, translation
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
 from trainers.parts import small_models
 from trainers.pocket import BOS, EOS, PAD, MuonAndAdamW, byte_pairs
 from trainers.training import checkpoints, launchers
-from trainers.training.gradient import arguments_of
-from trainers.training.logs import JsonLines
+from trainers.training.gradient import training_arguments
+from trainers.training.logs import JsonlCallback
 from trainers.training.run_settings import RunSettings
 
 NUM_SPECIAL_AND_BYTES = 3 + 256
@@ -75,12 +75,12 @@ class Settings:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of twice num_heads, {self.num_heads}")
 
 
-def check(settings: Settings, target: TargetFacts) -> None:
+def check(settings: Settings, target: TargetInfo) -> None:
     """Raises ValueError, from the folders alone, where there is no tokenizer or too little that both have."""
     if target.tokenizer is None:
         raise ValueError(f"target {target.name} has no tokenizer, which another vocabulary is compared by")
     if settings.draft_model:
-        facts = read_facts(settings.draft_model)
+        facts = read_target_info(settings.draft_model)
         if facts.tokenizer is None or facts.is_encoder_decoder:
             raise ValueError(f"--draft-model {settings.draft_model} is no causal LM with a tokenizer")
         config = {"model_type": "", "vocab_size": facts.vocab_size} | _special(facts.tokenizer)
@@ -99,7 +99,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     folder = Path(settings.draft_model or output / "draft-model")
     if not settings.draft_model and not (folder / "config.json").exists():
         _train(settings, target, rows, run, output, folder)
-    facts = read_facts(str(folder) if folder.is_dir() else settings.draft_model)
+    facts = read_target_info(str(folder) if folder.is_dir() else settings.draft_model)
     given = AutoModelForCausalLM.from_pretrained(facts.name, dtype=torch.float32)
     drafter = _drafter(settings, given, facts.tokenizer, target)
     drafter.model.load_state_dict(given.state_dict())
@@ -173,16 +173,16 @@ def _train(
     _take_embedding(model, drafter.counterparts_U, target)
     blocks_NT = _blocks(drafter, rows, run)
     print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {blocks_NT.numel():,} tokens of text")
-    arguments = arguments_of(run, output, None)
+    arguments = training_arguments(run, output, None)
     arguments.eval_strategy, arguments.disable_tqdm = IntervalStrategy.NO, False
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks_NT],
         optimizers=(MuonAndAdamW(model.to(arguments.device), learning_rate=run.learning_rate), None),
-        callbacks=[JsonLines(output / "log.jsonl"), _MarkWhole(output)],
+        callbacks=[JsonlCallback(output / "log.jsonl"), _MarkWhole(output)],
     )
-    resumed = checkpoints.newest_whole(output)
+    resumed = checkpoints.newest_complete(output)
     trainer.train(resume_from_checkpoint=str(checkpoints.folder(output, resumed[0])) if resumed else None)
     with atomic_folder(folder, marker="config.json") as staging:
         model.eval().save_pretrained(staging)
@@ -197,7 +197,7 @@ class _MarkWhole(TrainerCallback):
         self._output = output
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        checkpoints.mark_whole(checkpoints.folder(self._output, state.global_step), {})
+        checkpoints.mark_complete(checkpoints.folder(self._output, state.global_step), {})
         checkpoints.keep_only(self._output, {state.global_step})
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.model_info import TargetInfo
 from draftsmith.core.target import Source, Target
 
 
@@ -45,7 +45,7 @@ def start_rows(
     return [[start] for _ in prompts], target.encode(tokens, mask)
 
 
-def check_lengths(target: Target | TargetFacts, rows: list[list[int]], max_new_tokens: int) -> None:
+def check_lengths(target: Target | TargetInfo, rows: list[list[int]], max_new_tokens: int) -> None:
     """Raises ValueError if the new tokens do not fit the context."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")

@@ -13,7 +13,7 @@ NO_LIMIT = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetFacts:
+class TargetInfo:
     """A target's name, shape and tokenizer, under the names that `Target` gives them."""
 
     name: str
@@ -35,7 +35,7 @@ class TargetFacts:
         return tokenizer_hash(self.tokenizer)
 
 
-def read_facts(path: str) -> TargetFacts:
+def read_target_info(path: str) -> TargetInfo:
     """Reads config and tokenizer of a transformers folder or hub name; `$DRAFTSMITH_OFFLINE=1` forbids the hub.
 
     Raises ValueError when there is no model.
@@ -53,7 +53,7 @@ def read_facts(path: str) -> TargetFacts:
     except (OSError, ValueError, KeyError):
         tokenizer = None
     config = whole.get_text_config(decoder=True)
-    return TargetFacts(
+    return TargetInfo(
         name=path,
         tokenizer=tokenizer,
         vocab_size=config.vocab_size,

@@ -1,4 +1,4 @@
-"""The law that tokens are drawn from: temperature, then top-k, then top-p, as transformers orders them.
+"""The distribution that tokens are sampled from: temperature, then top-k, then top-p, in transformers' order.
 
 Shape suffixes: V vocabulary; `...` any leading dimensions.
 """
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 BLOCK = 512
-"""Tokens that `draw` adds up at a time."""
+"""Tokens that `draw` sums at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the target's logits become the law that must be kept."""
+    """The settings that turn logits into the distribution that decoding must reproduce."""
 
     temperature: float = 0.0
     """0 decodes greedily."""
     top_p: float = 1.0
-    """Smallest set of likeliest tokens whose mass reaches this; 1 keeps all."""
+    """Keeps the smallest set of most likely tokens whose probabilities sum to at least this; 1 keeps all."""
     top_k: int = 0
-    """The number of likeliest tokens kept; 0 keeps all."""
+    """Number of most likely tokens kept; 0 keeps all."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -59,27 +59,26 @@ class Sampling:
 def draw(weights_V: Tensor, uniforms: Tensor) -> Tensor:
     """Returns the token at which the running sum of `weights_V` [..., V] first exceeds `uniforms` [...] of its total.
 
-    Weights need not be normalised; a token of weight zero is never returned while any is positive.
+    Weights need not be normalised; a token of weight 0 is never returned while any weight is positive.
     """
     vocab_size = weights_V.shape[-1]
     if vocab_size < 8 * BLOCK or weights_V.numel() < 128 * BLOCK:
         running_V = weights_V.cumsum(-1)
         return _first_above(running_V, uniforms.to(running_V.dtype) * running_V[..., -1])
-    # Running sums of many weights take several times as long as sums: first the block is found, then the token. Of few
-    # they take less than the operations that this needs.
+    # For large inputs, running sums take several times as long as sums: find the block first, then the token in it.
     whole = vocab_size - vocab_size % BLOCK
     sums = [weights_V[..., :whole].unflatten(-1, (-1, BLOCK)).sum(-1), weights_V[..., whole:].sum(-1, keepdim=True)]
     running = torch.cat(sums, dim=-1).cumsum(-1)
     threshold = uniforms.to(running.dtype) * running[..., -1]
     block = _first_above(running, threshold)[..., None]
-    places = block * BLOCK + torch.arange(BLOCK, device=weights_V.device)
-    inner = weights_V.gather(-1, places.clamp(max=vocab_size - 1)).masked_fill(places >= vocab_size, 0.0).cumsum(-1)
+    index = block * BLOCK + torch.arange(BLOCK, device=weights_V.device)
+    inner = weights_V.gather(-1, index.clamp(max=vocab_size - 1)).masked_fill(index >= vocab_size, 0.0).cumsum(-1)
     before = torch.nn.functional.pad(running, (1, 0)).gather(-1, block)[..., 0]
     return block[..., 0] * BLOCK + _first_above(inner, threshold - before)
 
 
 def _first_above(running: Tensor, threshold: Tensor) -> Tensor:
-    """Returns where the running sums [..., K] first exceed the threshold [...], or reach their end if none does."""
+    """Returns the first index at which running sums [..., K] exceed the threshold [...], or the last if none does."""
     total = running[..., -1]
     threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(running, threshold[..., None], right=True)[..., 0].clamp(max=running.shape[-1] - 1)

@@ -1,9 +1,7 @@
-"""What a call of `generate` counts and times, and the threads it is timed on."""
+"""Counts and times of one call of `generate`."""
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,17 +15,17 @@ class GenerationStats:
 
     num_rows: int
     rounds: int = 0
-    """Target forwards over all rows at once, the prefill not counted."""
+    """Target forwards, each over all rows; the prefill is not counted."""
     steps: int = 0
-    """Verified drafts, summed over running rows: a row's target forwards, the prefill not counted."""
+    """Verified drafts, summed over running rows: each row's target forwards without the prefill."""
     new_tokens: int = 0
-    """Tokens generated, those after an end-of-sequence not counted."""
+    """Generated tokens, without those after an end-of-sequence."""
     drafted: list[int] = field(default_factory=list)
-    """Entry d counts the drafts that reached depth d + 1."""
+    """Entry d is the number of drafts that reached depth d + 1."""
     accepted: list[int] = field(default_factory=list)
-    """Entry d counts the drafts whose accepted path reached depth d + 1."""
+    """Entry d is the number of drafts whose accepted path reached depth d + 1."""
     verified: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """Rounds by the block after which the target went on, 0 for all, and by the nodes read after a pending token."""
+    """Number of verification forwards by (first block run, drafted nodes)."""
     prefill_ms: float = 0.0
     draft_ms: float = 0.0
     verify_ms: float = 0.0
@@ -35,21 +33,22 @@ class GenerationStats:
 
     @property
     def tau(self) -> float:
-        """Tokens committed per target forward, the target's own token included."""
+        """Mean accepted length: tokens committed per target forward, the target's own token included."""
         return self.new_tokens / max(self.steps, 1)
 
     @property
     def accepted_per_depth(self) -> list[float]:
-        """Share of drafts reaching each depth (from 1) whose accepted path reached it too."""
+        """Acceptance rate at each depth (from 1): the share of drafts that deep whose accepted path is that deep."""
         return [accepted / drafted for accepted, drafted in zip(self.accepted, self.drafted, strict=True) if drafted]
 
     def count_round(self, draft: Draft) -> None:
-        """Adds a forward over a draft."""
+        """Counts a verification forward."""
         self.rounds += 1
-        self.verified[draft.resume_point.layer if draft.resume_point is not None else 0, draft.tree.num_nodes - 1] += 1
+        start = draft.resume_point.layer if draft.resume_point is not None else 0
+        self.verified[start, draft.tree.num_nodes - 1] += 1
 
     def count(self, draft: Draft, row: int, *, num_accepted: int, num_kept: int) -> None:
-        """Adds one row's verified draft."""
+        """Counts one row's verified draft."""
         depth = drafted_depth(draft, row)
         self.steps += 1
         self.new_tokens += num_kept
@@ -60,7 +59,7 @@ class GenerationStats:
 
 
 def drafted_depth(draft: Draft, row: int) -> int:
-    """Returns how deep the row's nodes in use reach."""
+    """Returns the depth of the deepest node that a row uses."""
     if draft.num_nodes is None:
         return draft.tree.depth
     if draft.tree.is_chain:
@@ -70,27 +69,16 @@ def drafted_depth(draft: Draft, row: int) -> int:
 
 
 class Stopwatch:
-    """Times consecutive stages; on an accelerator it waits for the work before reading the clock."""
+    """Times consecutive stages; on an accelerator it waits for pending work before reading the clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._last = time.perf_counter()
 
     def lap_ms(self) -> float:
-        """Returns milliseconds since the last call."""
+        """Returns the milliseconds since the last call."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         lap, self._last = 1e3 * (now - self._last), now
         return lap
-
-
-@contextmanager
-def num_threads(count: int) -> Iterator[None]:
-    """Runs a block on `count` CPU threads, 0 for as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

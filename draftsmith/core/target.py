@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from draftsmith.core.cache import KVCache, visible
-from draftsmith.core.model_info import context_length, decoder_start, read_facts, tokenizer_hash
+from draftsmith.core.model_info import context_length, decoder_start, read_target_info, tokenizer_hash
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.core.views import LAYER_LISTS, ForwardContext, final_norm, find_child, head_view, relative_bias, view
 
@@ -74,7 +74,7 @@ class Target:
     @staticmethod
     def from_pretrained(path: str, *, dtype: str = "auto", device: str = "auto") -> "Target":
         """Loads a transformers folder or hub name with its tokenizer; `$DRAFTSMITH_OFFLINE=1` forbids the hub."""
-        facts = read_facts(path)
+        facts = read_target_info(path)
         auto = AutoModelForSeq2SeqLM if facts.is_encoder_decoder else AutoModelForCausalLM
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:

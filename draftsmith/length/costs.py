@@ -1,10 +1,11 @@
-"""What a forward of the target costs, as measured on the machine at hand, one core or one GPU.
+"""Measures what a forward of the target costs on the current machine.
 
 Shape suffixes: B rows, T tokens, N nodes.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ CONTEXT, REPEATS = 128, 7
 
 @torch.inference_mode()
 def verify_ms(target: Target, sizes: tuple[int, ...] = SIZES) -> dict[int, float]:
-    """Returns the milliseconds the target takes for a root and so many nodes, after `CONTEXT` tokens of one row.
+    """Returns the milliseconds to verify each number of nodes after a pending token and `CONTEXT` tokens of one row.
 
-    The quickest of several runs each, and never less than for fewer nodes.
+    Each is the shortest of several runs, and at least that of fewer nodes.
     """
     length = min(CONTEXT, target.context_length // 2)
     source = None
@@ -42,7 +43,7 @@ def verify_ms(target: Target, sizes: tuple[int, ...] = SIZES) -> dict[int, float
 
 
 def flat(target: Target, num_nodes: int) -> Tree:
-    """Returns a root with so many children, or where the target takes chains alone a chain as long."""
+    """Returns a root with `num_nodes` children, or a chain of as many nodes if the target verifies chains only."""
     if not target.takes_trees:
         return chain(1 + num_nodes, target.device)
     return Tree.from_parents([[-1] + [0] * num_nodes], target.device)
@@ -58,6 +59,17 @@ def quickest_ms(work: Callable[[], object]) -> float:
         _synchronise()
         times.append(time.perf_counter() - began)
     return min(times) * 1e3
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Runs a block on `count` CPU threads, or for 0 on the current number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _synchronise() -> None:

@@ -16,7 +16,7 @@ from data.examples import open_examples
 from data.prompts import Prompt, load_prompts
 from data.sources.pairs import Columns, split_columns
 from data.sources.python_source import SourceFile, docstring_pairs, split_files
-from draftsmith.core.model_info import NO_LIMIT, TargetFacts, read_facts
+from draftsmith.core.model_info import NO_LIMIT, TargetInfo, read_target_info
 from tests.support.models import tiny_config
 from tests.support.text import EOS_ID, VOCAB_SIZE, trained_tokenizer
 
@@ -28,14 +28,14 @@ ARTICLES = [
 
 
 @cache
-def read(architecture: str) -> TargetFacts:
+def read(architecture: str) -> TargetInfo:
     """Returns the facts of a folder that holds a configuration alone."""
     with TemporaryDirectory() as folder:
         tiny_config(architecture, vocab_size=VOCAB_SIZE).save_pretrained(folder)
-        return read_facts(folder)
+        return read_target_info(folder)
 
 
-def facts(tokenizer: Any = TOKENIZER, *, architecture: str = "t5", **changes: Any) -> TargetFacts:
+def facts(tokenizer: Any = TOKENIZER, *, architecture: str = "t5", **changes: Any) -> TargetInfo:
     return replace(read(architecture), tokenizer=tokenizer, name="tiny", **changes)
 
 

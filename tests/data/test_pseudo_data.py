@@ -19,7 +19,7 @@ from data.pseudo_data import plan_batches, read_pseudo_data, write_pseudo_data
 from data.writers import LocalTarget, PseudoDataSettings
 from data.writers.server import Server
 from draftsmith import Target
-from draftsmith.core.model_info import read_facts
+from draftsmith.core.model_info import read_target_info
 from tests.support.models import SEQ2SEQ
 from tests.support.text import (
     CONTEXT,
@@ -152,11 +152,11 @@ def test_its_rows_are_none_for_a_causal_target(target, tmp_path):
     write_pseudo_data(other, some_prompts(tmp_path, 5), tmp_path / "out", SMALL)
     write_pseudo_data(target, some_prompts(tmp_path, 5), tmp_path / "causal", SMALL)
     for folder, wanted in ((tmp_path / "out", "llama"), (tmp_path / "causal", "t5")):
-        facts = read_facts(save_target(tmp_path / wanted, wanted))
+        facts = read_target_info(save_target(tmp_path / wanted, wanted))
         kind = "an encoder-decoder" if wanted == "t5" else "a causal model"
         with pytest.raises(ValueError, match=rf"was made by another target .* is {kind}"):
             read_pseudo_data(folder, facts)
-    assert len(read_pseudo_data(tmp_path / "out", read_facts(str(tmp_path / "t5")))) == 5
+    assert len(read_pseudo_data(tmp_path / "out", read_target_info(str(tmp_path / "t5")))) == 5
 
 
 def test_the_recipe_has_an_encoder_decoder_read_articles_and_no_highlights(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import torch
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.model_info import read_facts
+from draftsmith.core.model_info import read_target_info
 from draftsmith.drafters import lm, lookup, medusa
 from tests.support.family import Watched, built, texts
 from tests.support.models import VOCAB_SIZE, tiny_config
@@ -98,7 +98,7 @@ def test_composing_again_gives_the_same_bytes_also_after_a_kill(folder: Path, mo
 
 
 def test_what_does_not_fit_is_refused_before_the_target_loads(folder: Path, tmp_path: Path) -> None:
-    facts = read_facts(str(folder / "target"))
+    facts = read_target_info(str(folder / "target"))
     paths = paths_of(folder, merge)
     for trainer in (cascade, merge):
         with pytest.raises(ValueError, match="--parts names 1 artifact"):

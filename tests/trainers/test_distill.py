@@ -13,7 +13,7 @@ import draftsmith
 from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.core.model_info import read_facts
+from draftsmith.core.model_info import read_target_info
 from draftsmith.drafters.lm import Drafter
 from draftsmith.parts.neural.shortlist import Shortlist
 from tests.support import runs
@@ -259,7 +259,7 @@ def test_a_checkpoint_to_draft_for_an_encoder_decoder(is_causal: bool, tmp_path:
         torch.testing.assert_close(logits_BTV, model(**source, **decoded).logits, rtol=1e-4, atol=1e-4)
     if not is_causal:
         tiny_config("llama").save_pretrained(tmp_path / "llama")
-        causal = read_facts(str(tmp_path / "llama"))
+        causal = read_target_info(str(tmp_path / "llama"))
         with pytest.raises(ValueError, match="is an encoder-decoder and target .* is not"):
             distill.check(settings, causal)
 
@@ -308,7 +308,7 @@ def test_a_checkpoint_to_start_from(tmp_path: Path) -> None:
 
     TARGET.model.save_pretrained(tmp_path / "target")
     tiny_tokenizer().save_pretrained(tmp_path / "target")
-    facts = read_facts(str(tmp_path / "target"))
+    facts = read_target_info(str(tmp_path / "target"))
     tiny_tokenizer().save_pretrained(tmp_path / "same")
     distill.check(distill.Settings(init=str(tmp_path / "same")), facts)
     tiny_tokenizer(prefix="x").save_pretrained(tmp_path / "same")
@@ -341,7 +341,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     ]
     for message, changes, architecture in refused:
         tiny_config(architecture).save_pretrained(tmp_path / architecture)
-        known = read_facts(str(tmp_path / architecture))
+        known = read_target_info(str(tmp_path / architecture))
         with pytest.raises(ValueError, match=message):
             distill.check(distill.Settings(**changes), known)
     with pytest.raises(ValueError, match="has 3 layers to copy"):

@@ -9,7 +9,7 @@ import torch
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.model_info import read_facts
+from draftsmith.core.model_info import read_target_info
 from tests.drafters.test_translated import NUM_NEW, drafter_for, text_rows
 from tests.support.family import texts
 from tests.support.runs import SMALL, command, make_data, run
@@ -52,7 +52,7 @@ def test_a_given_model_is_taken_as_it_is(folder: Path, capsys: pytest.CaptureFix
 def test_too_little_in_common_is_refused_before_weights_are_loaded(folder: Path) -> None:
     given_settings = trainer.Settings(draft_model=str(folder / "small"), least_shared=301)
     with pytest.raises(ValueError, match=r"has 300 tokens in common with that of .*, fewer than 301"):
-        trainer.check(given_settings, read_facts(str(folder / "target")))
+        trainer.check(given_settings, read_target_info(str(folder / "target")))
     with pytest.raises(ValueError, match="train_vocab is 259"):
         trainer.Settings(train_vocab=259)
     with pytest.raises(ValueError, match="smaller --max-length"):
@@ -64,15 +64,15 @@ def test_a_small_model_is_trained_and_a_killed_run_ends_as_an_unbroken_one(
 ) -> None:
     """Stopped while it writes its second checkpoint: the same artifact to the byte."""
     chosen = trainer.Settings(train_vocab=280, hidden_size=32)
-    mark_whole = trainer.checkpoints.mark_whole
+    mark_complete = trainer.checkpoints.mark_complete
 
     def stop_at_the_end(checkpoint: Path, facts: dict[str, Any]) -> None:
         if checkpoint.name == "checkpoint-8":
             raise KeyboardInterrupt
-        mark_whole(checkpoint, facts)
+        mark_complete(checkpoint, facts)
 
     whole = train(trainer, chosen, run_settings(folder, "whole"))
-    monkeypatch.setattr(trainer.checkpoints, "mark_whole", stop_at_the_end)
+    monkeypatch.setattr(trainer.checkpoints, "mark_complete", stop_at_the_end)
     with pytest.raises(KeyboardInterrupt):
         train(trainer, chosen, run_settings(folder, "broken"))
     monkeypatch.undo()

@@ -1,19 +1,33 @@
-"""Drafters composed of trained ones: their artifacts, checked before the target's weights load."""
+"""Shared code of composite drafters, whose parts' artifacts are checked before the target's weights load."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
-from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.model_info import TargetInfo
 from draftsmith.parts.composites import Part, load
 
+PLACEHOLDERS: tuple[dict[str, Any], ...] = ({"family": "", "config": {}},) * 2
+"""Parts of a composite's Config in its settings, until `fit` has read the artifacts."""
 
-def check_parts(paths: Sequence[str], facts: TargetFacts) -> None:
+
+class Settings(Protocol):
+    """Settings of a composite."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Folders of the parts' artifacts."""
+
+
+def check(settings: Settings, facts: TargetInfo) -> None:
     """Raises ValueError unless at least two artifacts are named and each was made for this target."""
-    if len(paths) < 2:
-        raise ValueError(f"--parts names {len(paths)} artifact(s); name at least two, as in --parts runs/a runs/b")
-    for path in paths:
+    if len(settings.parts) < 2:
+        raise ValueError(
+            f"--parts names {len(settings.parts)} artifact(s); name at least two, as in --parts runs/a runs/b"
+        )
+    for path in settings.parts:
         check_fits(path, read_manifest(path), facts)
 
 
@@ -22,6 +36,6 @@ def load_parts(paths: Sequence[str], target: Target) -> list[Part]:
     return [load(Path(path), target) for path in paths]
 
 
-def prior_train_s(paths: Sequence[str]) -> float:
-    """Returns the seconds that their training took, as far as their manifests say."""
-    return sum(read_manifest(path).get("train_s") or 0.0 for path in paths)
+def prior_train_s(settings: Settings) -> float:
+    """Returns the training time of the parts in seconds, as far as their manifests record it."""
+    return sum(read_manifest(path).get("train_s") or 0.0 for path in settings.parts)

@@ -7,18 +7,21 @@ V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.batches import Batch
+from data.batches import Batch, Example
 from draftsmith import Target
+from draftsmith.core.model_info import TargetInfo
 from draftsmith.length import predicted_speedup
-from draftsmith.parts.neural.shortlist import Shortlist
+from draftsmith.parts.neural import cross_attention
+from draftsmith.parts.neural.shortlist import Shortlist, check_size
 from trainers import Metrics, Needs
+from trainers.corpora import corpus
 from trainers.parts import on_policy
 from trainers.parts.losses import (
     DIVERGENCES,
@@ -75,7 +78,19 @@ class LossSettings:
             raise ValueError(f"with teacher_top_k, loss_temperature must be 1, not {self.loss_temperature}")
 
 
+def check_network(settings: Any, target: TargetInfo) -> None:
+    """Raises ValueError if the target lacks what a network's config needs: a source to copy from, trees, or tokens."""
+    cross_attention.check(target, copies=settings.config.copy, width=settings.config.width)
+    check_size(settings.config.shortlist, target.vocab_size)
+
+
+def fill_shortlist(drafter: Any, settings: Any, target: Target, rows: Sequence[Example]) -> None:
+    """Fills a network's shortlist with the most frequent tokens of the rows."""
+    corpus.fill_shortlist(drafter.ends.shortlist, rows)
+
+
 def needs(settings: LossSettings, target: Target) -> Needs:
+    """Returns the target outputs that the loss and the held-out metrics read."""
     last = (target.num_layers,)
     if settings.loss == "ce" or settings.teacher_top_k:
         return Needs(top_k=settings.teacher_top_k, held_out_layers=last)
@@ -136,7 +151,14 @@ def self_generated(drafter: Any, batch: Batch, settings: LossSettings, target: T
     return on_policy.rewrite_rows(drafter, batch, target, rows, temperature=1.0, salt="held out", **options)
 
 
-def evaluate(features_BTD: Tensor, head: Head, batch: Batch, target: Target, *, num_draft: int = 1) -> Metrics:
+def evaluate_network(drafter: Any, batch: Batch, settings: Any, target: Target) -> Metrics:
+    """Returns the metrics of a network that maps tokens and source to features."""
+    features_BTD, head = drafter(batch.tokens_BT, batch.source), drafter.head(batch.source)
+    return evaluate(features_BTD, head, batch, target, num_draft=settings.config.num_draft)
+
+
+def evaluate(features_BTD
+: Tensor, head: Head, batch: Batch, target: Target, *, num_draft: int = 1) -> Metrics:
     """Returns acceptance, the mean of b = sum_x min(p, q) at temperature 1, and the rate of agreement of both argmaxes.
 
     With `num_draft` above 1 also `accepted_to_d`, the mean of b_1 b_2 ... b_d over consecutive supervised positions.

@@ -1,4 +1,4 @@
-"""The one entry point of all trainers: `train` runs any family under any launcher and leaves an artifact."""
+"""Entry point of all trainers: `train` runs any family under any launcher and writes an artifact."""
 
 import shlex
 import sys
@@ -21,27 +21,27 @@ from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.families import find
-from draftsmith.core.model_info import TargetFacts, read_facts
-from draftsmith.core.stats import num_threads
+from draftsmith.core.model_info import TargetInfo, read_target_info
+from draftsmith.length.costs import num_threads
 from trainers.training import checkpoints, evaluation, launchers, logs
 from trainers.training.evaluation import ACCEPTANCE
-from trainers.training.gradient import DraftTrainer, Step, arguments_of
+from trainers.training.gradient import DraftTrainer, LossModule, training_arguments
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import flat
 
 
 def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
-    """Trains a drafter of `family` and returns the folder that holds its artifact.
+    """Trains a drafter of `family` and returns the folder of its artifact.
 
-    Continues an unfinished run found there; says so and does nothing if it is finished. Raises ValueError for
-    settings, data or folders that do not fit, before the target's weights load wherever they are not needed to tell.
+    Continues an unfinished run in that folder and skips a finished one. Raises ValueError for invalid settings, data
+    or folders, before the target's weights load unless the check needs them.
     """
     started, command = time.perf_counter(), shlex.join(sys.argv)
     name = family.__name__.rpartition(".")[2]
     output = run.folder(name).resolve()
     deepspeed = launchers.begin(run)
     launchers.write_default_data(run)
-    target_facts = read_facts(run.target)
+    target_facts = read_target_info(run.target)
     if hasattr(family, "check"):
         family.check(settings, target_facts)
     _check_start(run, family, target_facts)
@@ -52,32 +52,33 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
             identity["data_fingerprint"] = examples.fingerprint
         open_folder(output, checkpoints.MARKER, identity, notes={"command": command})
     if checkpoints.is_finished(output):
-        print(f"{output} holds the finished run of these very settings: nothing is left to do")
+        print(f"{output}: this run is finished; nothing to do")
         return output
     logs.begin(run, flat(settings) | flat(run), output)
 
     target = Target.from_pretrained(run.target, dtype="bfloat16" if run.bf16 else "float32", device=launchers.device())
     target.model.requires_grad_(False)
     check_target(examples, run.data, target)
-    train_on, held_out = _split(examples, run, min(run.max_length, target.context_length))
-    spent_s, costs = 0.0, dict[str, float]()
+    train_rows, held_out = _split(examples, run, min(run.max_length, target.context_length))
+    earlier_s, costs = 0.0, dict[str, float]()
     if hasattr(family, "fit"):
-        drafter = family.fit(settings, target, train_on, run, output) if launchers.rank() == 0 else None
-        spent_s = family.prior_train_s(settings) if hasattr(family, "prior_train_s") else 0.0
+        drafter = family.fit(settings, target, train_rows, run, output) if launchers.rank() == 0 else None
+        earlier_s = family.prior_train_s(settings) if hasattr(family, "prior_train_s") else 0.0
     else:
         facts = {"data_fingerprint": examples.fingerprint, "target_fingerprint": target.fingerprint}
-        drafter, spent_s, costs = _descend(
-            family, settings, run, target, train_on, list(held_out), output, deepspeed, facts
+        drafter, earlier_s, costs = _train_by_gradient(
+            family, settings, run, target, train_rows, list(held_out), output, deepspeed, facts
         )
     if launchers.rank() == 0:
         needs = family.needs(settings, target)
-        judged = [complete(batch, target, needs.layers + needs.held_out_layers, needs.top_k) for batch in held_out]
+        layers = needs.layers + needs.held_out_layers
+        evaluation_batches = [complete(batch, target, layers, needs.top_k) for batch in held_out]
         if hasattr(family, "finish"):
-            # Costs are measured there: training may run on more threads than decoding does.
+            # It measures costs, and training may run on more threads than decoding.
             with num_threads(run.decode_threads):
-                drafter = family.finish(drafter, settings, target, judged)
+                drafter = family.finish(drafter, settings, target, evaluation_batches)
         with torch.no_grad():
-            acceptance = evaluation.evaluate_all(drafter, judged, family, settings, target, needs, costs)
+            acceptance = evaluation.evaluate_all(drafter, evaluation_batches, family, settings, target, needs, costs)
         record: dict[str, Any] = {
             "command": command,
             "trainer": name,
@@ -85,9 +86,9 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
             "settings": flat(settings) | flat(run),
             "data_fingerprint": examples.fingerprint,
             "measured_acceptance": acceptance,
-            "train_s": round(spent_s + time.perf_counter() - started, 1),
+            "train_s": round(earlier_s + time.perf_counter() - started, 1),
         }
-        logs.conclude(run, acceptance, record["train_s"], output)
+        logs.log_artifact(run, acceptance, record["train_s"], output)
         draftsmith.save(drafter, output / "artifact", target=target, record=record)
         checkpoints.publish(output / "artifact", output)
         print(f"{output}: trained in {record['train_s']:.0f} s; held-out {ACCEPTANCE} {acceptance[ACCEPTANCE]:.3f}")
@@ -95,88 +96,95 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     return output
 
 
-def _descend(
+def _train_by_gradient(
     family: ModuleType,
     settings: Any,
     run: RunSettings,
     target: Target,
-    train_on: Sequence[Example],
+    train_rows: Sequence[Example],
     held_out: list[Batch],
     output: Path,
     deepspeed: str | None,
     facts: dict[str, Any],
 ) -> tuple[Any, float, dict[str, float]]:
-    """Trains by gradient; returns the drafter at its best checkpoint, the seconds spent in earlier sessions, and what
-    was measured before the first.
+    """Trains by gradient; returns the drafter at its best checkpoint, the seconds of training before this session and
+    the costs measured before the first step.
     """
     facts = facts | {"num_ranks": launchers.num_ranks()}
-    resumed = checkpoints.newest_whole(output)
-    step, found = resumed or (0, {"spent_s": 0.0, "best_step": 0, "costs": {}})
-    changed = [f"{key} was {found[key]}, is {value}" for key, value in facts.items() if resumed and found[key] != value]
+    resumed = checkpoints.newest_complete(output)
+    step, saved = resumed or (0, {"spent_s": 0.0, "best_step": 0, "costs": {}})
+    changed = [f"{key} was {saved[key]}, is {value}" for key, value in facts.items() if resumed and saved[key] != value]
     if changed:
-        raise ValueError(f"{output} cannot be continued ({'; '.join(changed)}); name another --output")
+        raise ValueError(f"{output} cannot be continued ({'; '.join(changed)}); choose another --output")
     if step < run.max_steps:
-        costs = found["costs"] if resumed else _measured(family, settings, run, target)
+        costs = saved["costs"] if resumed else _measure_costs(family, settings, run, target)
         torch.manual_seed(run.seed)
         drafter = family.build(settings, target)
         if next(drafter.parameters(), None) is None:
-            print(f"{output}: these settings leave nothing to train")
+            print(f"{output}: with these settings the drafter has no parameters to train")
             return drafter.eval(), 0.0, {}
         if hasattr(family, "prepare"):
-            family.prepare(drafter, settings, target, train_on)
+            family.prepare(drafter, settings, target, train_rows)
         if run.start_from:
-            _take_weights(drafter, run, target)
-        arguments = arguments_of(run, output, deepspeed, evaluation.best_of(family))
-        found["costs"] = launchers.from_rank_0(costs)
+            _load_start_weights(drafter, run, target)
+        arguments = training_arguments(run, output, deepspeed, evaluation.best_metric(family))
+        saved["costs"] = launchers.broadcast_from_rank_0(costs)
         trainer = DraftTrainer(
-            Step(drafter, family, settings, target, found["costs"]),
+            LossModule(drafter, family, settings, target, saved["costs"]),
             arguments,
             target=target,
             held_out=held_out,
             output=output,
-            facts={**facts, "costs": found["costs"]},
-            spent_s=found["spent_s"],
-            train_dataset=train_on,
+            facts={**facts, "costs": saved["costs"]},
+            earlier_s=saved["spent_s"],
+            train_dataset=train_rows,
             eval_dataset=held_out,
-            data_collator=_Collate(min(run.max_length, target.context_length)),
+            data_collator=_Collator(min(run.max_length, target.context_length)),
         )
         if resumed:
             print(f"{output}: continuing at step {step} of {run.max_steps}")
         trainer.train(resume_from_checkpoint=str(checkpoints.folder(output, step)) if resumed else None)
-        found = {**found, "best_step": trainer.state.best_global_step}
+        saved = {**saved, "best_step": trainer.state.best_global_step}
     if deepspeed:
-        launchers.leave_deepspeed()
-    # Sharded weights (ZeRO-3) are whole in the checkpoint only, so that the drafter is built anew from it.
+        launchers.disable_sharded_init()
+    # Under ZeRO-3 only the checkpoint has complete weights, so the drafter is built again and loaded from it.
     torch.manual_seed(run.seed)
     drafter = family.build(settings, target).to(target.dtype).eval()
-    weights = load_file(checkpoints.folder(output, found["best_step"]) / checkpoints.WEIGHTS)
+    weights = load_file(checkpoints.folder(output, saved["best_step"]) / checkpoints.WEIGHTS)
     drafter.load_state_dict({name.removeprefix("drafter."): weight for name, weight in weights.items()})
-    return drafter, found["spent_s"], found["costs"]
+    return drafter, saved["spent_s"], saved["costs"]
 
 
-def _check_start(run: RunSettings, family: ModuleType, target: TargetFacts) -> None:
-    """Raises ValueError for an artifact that no run of this family can start from, by its manifest alone."""
+def _check_start(run: RunSettings, family: ModuleType, target: TargetInfo) -> None:
+    """Raises ValueError if --start-from is unsuitable for this family, as far as its manifest tells."""
     if not run.start_from:
         return
     manifest = read_manifest(run.start_from)
     check_fits(run.start_from, manifest, target)
     if hasattr(family, "fit"):
-        raise ValueError(f"--start-from {run.start_from}: what is made without gradient starts from nothing")
+        raise ValueError(f"--start-from {run.start_from}: this family is built without gradient, so remove that flag")
     if find(manifest["family"]).Drafter is not getattr(family, "Drafter", None):
-        raise ValueError(f"--start-from {run.start_from} is a drafter of another family, {manifest['family']}")
+        raise ValueError(
+            f"--start-from {run.start_from} is a drafter of another family, {manifest['family']}; "
+            "use an artifact of the family to train"
+        )
 
 
-def _take_weights(drafter: nn.Module, run: RunSettings, target: Target) -> None:
-    given = draftsmith.load(run.start_from, target).state_dict()
-    own = {name: weight.shape for name, weight in drafter.state_dict().items()}
-    wrong = [name for name in own.keys() | given.keys() if name not in given or given[name].shape != own.get(name)]
-    if wrong:
-        raise ValueError(f"--start-from {run.start_from} is of another shape, as in {min(wrong)}; ask for the same one")
-    drafter.load_state_dict(given)
+def _load_start_weights(drafter: nn.Module, run: RunSettings, target: Target) -> None:
+    """Copies the weights of the artifact --start-from; raises ValueError if names or shapes differ."""
+    weights = draftsmith.load(run.start_from, target).state_dict()
+    shapes = {name: weight.shape for name, weight in drafter.state_dict().items()}
+    differing = [name for name in shapes | weights if name not in weights or weights[name].shape != shapes.get(name)]
+    if differing:
+        raise ValueError(
+            f"--start-from {run.start_from} has weights of another shape, such as {min(differing)}; use the settings "
+            "that it was trained with"
+        )
+    drafter.load_state_dict(weights)
 
 
-def _measured(family: ModuleType, settings: Any, run: RunSettings, target: Target) -> dict[str, float]:
-    """Returns what the family wants measured once, of a drafter as it is to decode."""
+def _measure_costs(family: ModuleType, settings: Any, run: RunSettings, target: Target) -> dict[str, float]:
+    """Returns the costs that the family measures before training, of a drafter in decoding precision."""
     if not hasattr(family, "measure_costs"):
         return {}
     with num_threads(run.decode_threads):
@@ -184,18 +192,18 @@ def _measured(family: ModuleType, settings: Any, run: RunSettings, target: Targe
 
 
 def _split(examples: Examples, run: RunSettings, max_length: int) -> tuple[Sequence[Example], list[Batch]]:
-    """Returns the rows to train on and the held-out ones in batches."""
-    train_on, held_out = split(examples.keys, held_out_share=run.held_out_share, seed=run.seed)
+    """Returns the training rows and the batches of held-out rows."""
+    train_rows, held_out = split(examples.keys, held_out_share=run.held_out_share, seed=run.seed)
     batch_size = run.batch_size * launchers.num_ranks()
-    if len(train_on) < batch_size:
-        raise ValueError(f"{run.data} has {len(train_on)} rows to train on, fewer than the {batch_size} of one batch")
+    if len(train_rows) < batch_size:
+        raise ValueError(f"{run.data} has {len(train_rows)} training rows, fewer than the {batch_size} of one batch")
     rows = [cut(examples[index], max_length) for index in held_out[: run.max_held_out]]
     batches = [collate(rows[begin : begin + run.batch_size]) for begin in range(0, len(rows), run.batch_size)]
-    return Subset(examples, train_on), batches  # type: ignore[arg-type,return-value]
+    return Subset(examples, train_rows), batches  # type: ignore[arg-type,return-value]
 
 
-class _Collate:
-    """Joins rows, each cut to `max_length` tokens, under the name that the loop knows them by."""
+class _Collator:
+    """Cuts rows to `max_length` tokens and joins them to a batch."""
 
     def __init__(self, max_length: int) -> None:
         self._max_length = max_length

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
-from draftsmith.core.model_info import TargetFacts, tokenizer_hash
+from draftsmith.core.model_info import TargetInfo, tokenizer_hash
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters.translated.spelling import BOS, EOS, Translation, Vocabulary
@@ -64,7 +64,7 @@ class Config:
             )
 
 
-def translation(config: Config, tokenizer: Any, target: Target | TargetFacts) -> Translation:
+def translation(config: Config, tokenizer: Any, target: Target | TargetInfo) -> Translation:
     """Returns the way between the two vocabularies; raises ValueError where there is no telling, or none to go."""
     if config.counterparts:
         if max(config.counterparts) >= target.vocab_size:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from draftsmith.core.model_info import TargetFacts
+from draftsmith.core.model_info import TargetInfo
 from draftsmith.core.target import Source, Target
 
 MIN_PROB = 1e-30
@@ -101,7 +101,7 @@ class CrossAttention(nn.Module):
         return mixed_log_probs
 
 
-def check(target: Target | TargetFacts, *, copies: bool, width: int = 0) -> None:
+def check(target: Target | TargetInfo, *, copies: bool, width: int = 0) -> None:
     """Raises ValueError for copies with a causal target, and for trees with an encoder-decoder target."""
     if width and target.is_encoder_decoder:
         raise ValueError(f"width is {width}, for trees, and {target.name} is an encoder-decoder: it verifies chains")
