@@ -1,55 +1,34 @@
-"""Composes trained drafters into one of which a part drafts at each step; nothing is learnt beforehand."""
+"""Composes trained drafters into a cascade, of which one part drafts in each round; nothing is trained."""
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.batches import Batch, Example
+from data.batches import Example
 from draftsmith import Target
-from draftsmith.core.model_info import TargetFacts
 from draftsmith.drafters.cascade import Config, Drafter
-from draftsmith.parts.composites import named
-from trainers import Metrics, Needs
-from trainers.corpora import corpus
+from draftsmith.parts.composites import part_config
+from trainers.corpora import decoding
 from trainers.parts import composites
 from trainers.training.run_settings import RunSettings
-from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What it is composed of, and in which order its parts are asked."""
+    """Parts of the cascade and the order in which they are tried."""
 
     parts: tuple[str, ...] = ()
     """Folders of the parts' artifacts."""
-    adaptive: bool = True
-    """Whether the part that has brought most tokens a millisecond is asked first, or the first in `parts`."""
-    min_tokens: int = 1
-    """A part has found something if its draft is at least so many tokens deep."""
-
-    def __post_init__(self) -> None:
-        if self.min_tokens < 1:
-            raise ValueError(f"min_tokens is {self.min_tokens}; it must be at least 1")
+    config: Config = field(default=Config(parts=composites.PLACEHOLDERS), metadata={"omit": ("parts",)})
 
 
-def check(settings: Settings, facts: TargetFacts) -> None:
-    composites.check_parts(settings.parts, facts)
-
-
-def needs(settings: Settings, target: Target) -> Needs:
-    return Needs()
+check, prior_train_s = composites.check, composites.prior_train_s
+needs, evaluate = decoding.needs, decoding.evaluate
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
     """Returns the drafter composed of the artifacts."""
     parts = composites.load_parts(settings.parts, target)
-    names = tuple(named(part.drafter) for part in parts)
-    return Drafter(part_of(Config, settings, parts=names), target, parts)
-
-
-def prior_train_s(settings: Settings) -> float:
-    return composites.prior_train_s(settings.parts)
-
-
-def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return corpus.evaluate(drafter, batch, target)
+    names = tuple(part_config(part.drafter) for part in parts)
+    return Drafter(dataclasses.replace(settings.config, parts=names), target, parts)

@@ -10,7 +10,7 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.core.model_info import TargetInfo
 from draftsmith.drafters.staged import Config, Drafter, draft_model_of
-from draftsmith.parts.composites import load, named
+from draftsmith.parts.composites import load_artifact, part_config
 from trainers.corpora import decoding
 from trainers.parts import composites
 from trainers.training.run_settings import RunSettings
@@ -40,9 +40,9 @@ def check(settings: Settings, facts: TargetInfo) -> None:
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
     """Returns the drafter composed of the two artifacts."""
-    larger = load(settings.parts[0], target)
+    larger = load_artifact(settings.parts[0], target)
     draft_model = draft_model_of(larger)
     is_for_target = read_manifest(settings.parts[1])["target"]["fingerprint"] == target.fingerprint
-    small = load(settings.parts[1], draft_model, made_for=target if is_for_target else None)
-    names = (named(larger.drafter), named(small.drafter))
+    small = load_artifact(settings.parts[1], draft_model, made_for=target if is_for_target else None)
+    names = (part_config(larger.drafter), part_config(small.drafter))
     return Drafter(dataclasses.replace(settings.config, parts=names), target, [larger, small])

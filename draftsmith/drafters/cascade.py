@@ -17,14 +17,24 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import drafted_depth
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts.composites import Names, Part, check, forget_all, layers, load_part, made, parameters, save_parts
+from draftsmith.parts.composites import (
+    Part,
+    PartConfigs,
+    check_parts,
+    forget_all,
+    hidden_layers_of,
+    load_part,
+    make_part,
+    parameters_of,
+    save_parts,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The parts, and in which order they are asked."""
 
-    parts: Names
+    parts: PartConfigs
     """Each part's family and configuration."""
     adaptive: bool = True
     """Whether the part that has brought most tokens a millisecond is asked first, and none that has brought less than
@@ -34,7 +44,7 @@ class Config:
     draft of tokens drawn from a law counts if it has any, as it must not be judged by what was drawn."""
 
     def __post_init__(self) -> None:
-        check(self.parts)
+        check_parts(self.parts)
         if self.min_tokens < 1:
             raise ValueError(f"min_tokens is {self.min_tokens}; it must be at least 1")
 
@@ -50,8 +60,8 @@ class Drafter(drafter.Drafter):
     def __init__(self, config: Config, target: Target, parts: Sequence[Part] | None = None) -> None:
         self.config = config
         self.target = target
-        self.parts = list(parts or [made(part, target) for part in config.parts])
-        self.hidden_layers = layers(self.parts)
+        self.parts = list(parts or [make_part(part, target) for part in config.parts])
+        self.hidden_layers = hidden_layers_of(self.parts)
         self._known: dict[tuple[int, Sampling], list[Estimate]] = {}
 
     def save_state(self, folder: Path) -> None:
@@ -62,7 +72,7 @@ class Drafter(drafter.Drafter):
         return cls(config, target, [load_part(folder, config.parts, at, target) for at in range(len(config.parts))])
 
     def parameters(self) -> Iterator[Tensor]:
-        return parameters(self.parts)
+        return parameters_of(self.parts)
 
     def forget(self) -> None:
         forget_all(self.parts)

@@ -20,8 +20,18 @@ from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts.composites import Names, Part, check, forget_all, layers, load_part, made, parameters, save_parts
-from draftsmith.parts.trie import TokenTree, to_draft, heaviest_path
+from draftsmith.parts.composites import (
+    Part,
+    PartConfigs,
+    check_parts,
+    forget_all,
+    hidden_layers_of,
+    load_part,
+    make_part,
+    parameters_of,
+    save_parts,
+)
+from draftsmith.parts.trie import TokenTree, heaviest_path, to_draft
 
 STORE, PRIOR = "counts.npy", 8
 
@@ -30,7 +40,7 @@ STORE, PRIOR = "counts.npy", 8
 class Config:
     """The parts, and how much of their trees is kept."""
 
-    parts: Names
+    parts: PartConfigs
     """Each part's family and configuration; their drafts must be deterministic."""
     num_nodes: int = 16
     """Most nodes of the joined tree."""
@@ -38,7 +48,7 @@ class Config:
     """A node less likely than this is left out: what it takes to verify it is more than it brings."""
 
     def __post_init__(self) -> None:
-        check(self.parts)
+        check_parts(self.parts)
         if self.num_nodes < 1:
             raise ValueError(f"num_nodes is {self.num_nodes}; it must be at least 1")
         if not 0 <= self.least_chance < 1:
@@ -66,8 +76,8 @@ class Drafter(drafter.Drafter):
     ) -> None:
         self.config = config
         self.target = target
-        self.parts = list(parts or [made(part, target) for part in config.parts])
-        self.hidden_layers = layers(self.parts)
+        self.parts = list(parts or [make_part(part, target) for part in config.parts])
+        self.hidden_layers = hidden_layers_of(self.parts)
         shape = (len(self.parts), self.NUM_DEPTHS, self.NUM_RANKS, 2)
         self.counts_PDR2 = np.zeros(shape, dtype=np.int64) if counts_PDR2 is None else counts_PDR2
 
@@ -96,7 +106,7 @@ class Drafter(drafter.Drafter):
         return drafter
 
     def parameters(self) -> Iterator[Tensor]:
-        return parameters(self.parts)
+        return parameters_of(self.parts)
 
     def forget(self) -> None:
         forget_all(self.parts)

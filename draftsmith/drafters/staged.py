@@ -22,7 +22,16 @@ from draftsmith.core.stats import Stopwatch
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, chain
 from draftsmith.length import policies
-from draftsmith.parts.composites import Names, Part, check, forget_all, load_part, made, parameters, save_parts
+from draftsmith.parts.composites import (
+    Part,
+    PartConfigs,
+    check_parts,
+    forget_all,
+    load_part,
+    make_part,
+    parameters_of,
+    save_parts,
+)
 from draftsmith.verify import verify_draft
 
 
@@ -30,7 +39,7 @@ from draftsmith.verify import verify_draft
 class Config:
     """The two drafters, and how long the larger one's chains are."""
 
-    parts: Names
+    parts: PartConfigs
     """Family and configuration of the larger one, a draft model, and of the small one that drafts for it. Of the larger
     one's configuration the model alone matters."""
     num_draft: int = 8
@@ -39,7 +48,7 @@ class Config:
     """How long its chains are: a policy of draftsmith/length/policies.py, and its number; the small one keeps its own."""
 
     def __post_init__(self) -> None:
-        check(self.parts)
+        check_parts(self.parts)
         if len(self.parts) != 2:
             raise ValueError(f"{len(self.parts)} parts are named; there must be two, the larger one first")
         if self.num_draft < 1:
@@ -65,8 +74,8 @@ class Drafter(drafter.Drafter):
         self.config = config
         self.target = target
         if parts is None:
-            larger = made(config.parts[0], target)
-            parts = [larger, made(config.parts[1], draft_model_of(larger))]
+            larger = make_part(config.parts[0], target)
+            parts = [larger, make_part(config.parts[1], draft_model_of(larger))]
         self.parts = list(parts)
         self.draft_model = draft_model_of(self.parts[0])
         self._small = self.parts[1]
@@ -82,7 +91,7 @@ class Drafter(drafter.Drafter):
         return cls(config, target, [larger, load_part(folder, config.parts, 1, draft_model_of(larger))])
 
     def parameters(self) -> Iterator[Tensor]:
-        return parameters(self.parts)
+        return parameters_of(self.parts)
 
     def forget(self) -> None:
         forget_all(self.parts)

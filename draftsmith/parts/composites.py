@@ -1,7 +1,7 @@
-"""Drafters made of drafters: how a configuration names the parts, how they are kept, and what each is told.
+"""Composite drafters, which are made of other drafters: their configurations, their artifacts and their parts.
 
-A part is named as {"family": ..., "config": ...} and kept as an artifact of its own in the folder of the whole, as
-`drafters/0`, `drafters/1` and so on.
+A composite's configuration lists its parts as {"family": ..., "config": ...}. Each part is saved as an artifact in the
+composite's own folder: `drafters/0`, `drafters/1` and so on.
 """
 
 import json
@@ -19,32 +19,32 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.length.controller import LengthControlled, with_length_control
 
-Names = tuple[dict[str, Any], ...]
-FOLDER = "drafters"
+PartConfigs = tuple[dict[str, Any], ...]
+PARTS_FOLDER = "drafters"
 
 
 class Part:
-    """One of several drafters: it sees of the hidden layers its own, and has its own policy of lengths."""
+    """One drafter of a composite, which gets only its own hidden layers and has its own draft-length policy."""
 
     def __init__(self, drafter: Drafter, record: dict[str, Any] | None = None) -> None:
         self.drafter, self.config, self.hidden_layers = drafter, drafter.config, drafter.hidden_layers
         self.record = record or {}
-        """What its manifest says of how it came to be."""
+        """Provenance from the manifest of the artifact that it was loaded from."""
 
     @property
     def name(self) -> str:
         return name_of(self.drafter)
 
     def start(self, session: Session) -> None:
-        # What the whole is asked by is no concern of its parts.
-        self._session = replace(session, hidden=self._own(session.hidden), should_continue=always_continue)
+        # The composite's own draft-length policy does not apply to its parts.
+        self._session = replace(session, hidden=self._own_layers(session.hidden), should_continue=always_continue)
         self._controlled = with_length_control(self.drafter, "auto")
         self._controlled.start(self._session)
 
     def rewind(self, lengths: list[int]) -> None:
-        """Goes on with all rows, of which what came after so many tokens was taken back and is perhaps another text.
+        """Continues after the tokens of each row past its first `lengths` were taken back and perhaps replaced.
 
-        A drafter that defines `rewind` is told the same; any other is begun anew and keeps what its policy has learnt.
+        A drafter that cannot rewind starts again; its draft-length policy keeps what it has learnt.
         """
         if not self.drafter.rewind(lengths):
             self._controlled.start(self._session)
@@ -55,81 +55,84 @@ class Part:
         return self._controlled.propose(budget)
 
     def observe(self, step: Step) -> None:
-        self._controlled.observe(replace(step, hidden=self._own(step.hidden)))
+        self._controlled.observe(replace(step, hidden=self._own_layers(step.hidden)))
 
-    def _own(self, hidden: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _own_layers(self, hidden: dict[int, Tensor]) -> dict[int, Tensor]:
         return {layer: hidden[layer] for layer in self.hidden_layers if layer in hidden}
 
 
-def check(parts: Names, *, least: int = 2) -> None:
-    """Raises ValueError unless these name so many parts at least, each a family and its configuration."""
+def check_parts(parts: PartConfigs, *, least: int = 2) -> None:
+    """Raises ValueError for fewer than `least` parts, or a part that is not a family and its configuration."""
     if len(parts) < least:
-        raise ValueError(f"{len(parts)} part(s) named; there must be at least {least}")
-    for place, part in enumerate(parts):
+        raise ValueError(f"{len(parts)} part(s) given; there must be at least {least}")
+    for index, part in enumerate(parts):
         if not isinstance(part, dict) or set(part) != {"family", "config"}:
-            raise ValueError(f'part {place} is {part}; it must be {{"family": name, "config": settings}}')
+            raise ValueError(f'part {index} is {part}; it must be {{"family": name, "config": settings}}')
 
 
-def named(drafter: Drafter) -> dict[str, Any]:
-    """Returns a drafter's name as a part."""
+def part_config(drafter: Drafter) -> dict[str, Any]:
+    """Returns a drafter's family and configuration, as a composite's configuration lists them."""
     return {"family": name_of(drafter), "config": json.loads(json.dumps(asdict(drafter.config)))}
 
 
-def made(part: dict[str, Any], target: Target) -> Part:
-    """Returns a new drafter, its weights, if any, as they are made."""
+def make_part(part: dict[str, Any], target: Target) -> Part:
+    """Returns a new drafter of this family and configuration, with freshly initialised weights."""
     module = find(part["family"])
     config = artifact.make_config(module.Config, part["config"], f"part {part['family']}")
     drafter: Drafter = module.Drafter(config, target)
     if isinstance(drafter, nn.Module):
         drafter.eval().requires_grad_(False)
         drafter.on_weights_loaded()
-    return fit(Part(drafter), target)
+    return _checked(Part(drafter), target)
 
 
-def load(path: str | Path, target: Target, *, made_for: Target | None = None) -> Part:
-    """Returns the drafter of an artifact, as `artifact.load` does."""
+def load_artifact(path: str | Path, target: Target, *, made_for: Target | None = None) -> Part:
+    """Returns the drafter of an artifact as a part; the arguments and errors are those of `artifact.load`."""
     manifest = artifact.read_manifest(path)
-    # What it is and what for is written anew; how it came to be stays.
+    # Configuration and target are written anew when the part is saved; its provenance is kept.
     record = {key: manifest[key] for key in manifest.keys() - {"target", "tokenizer_hash", "config"}}
-    return fit(Part(artifact.load(path, target, made_for=made_for), record), target)
-
-
-def fit(part: Part, target: Target) -> Part:
-    """Returns the part; raises ValueError if it drafts for a target that it has changed."""
-    if part.drafter.target is not target:
-        raise ValueError(
-            f"{part.name} has tuned its target, and parts draft for one that stays as it is: compose drafters without"
-        )
-    return part
+    return _checked(Part(artifact.load(path, target, made_for=made_for), record), target)
 
 
 def save_parts(parts: Iterable[Part], folder: Path) -> None:
-    """Writes each part's artifact into the folder of the whole."""
-    for place, part in enumerate(parts):
-        artifact.save(part.drafter, folder / FOLDER / str(place), part.drafter.target, record=part.record)
+    """Writes each part's artifact into the composite's folder."""
+    for index, part in enumerate(parts):
+        artifact.save(part.drafter, folder / PARTS_FOLDER / str(index), part.drafter.target, record=part.record)
 
 
-def load_part(folder: Path, names: Names, place: int, target: Target) -> Part:
-    """Returns one part as `save_parts` wrote it; raises ValueError if it is another than `names` says, or unfit."""
-    path = folder / FOLDER / str(place)
+def load_part(folder: Path, configs: PartConfigs, index: int, target: Target) -> Part:
+    """Returns a part that `save_parts` wrote; raises ValueError if it differs from its entry in `configs`."""
+    path = folder / PARTS_FOLDER / str(index)
     manifest = artifact.read_manifest(path)
-    if {key: manifest[key] for key in ("family", "config")} != names[place]:
-        raise ValueError(f"{path} holds another drafter than {folder / artifact.MANIFEST} names; make it again")
-    return load(path, target)
+    if {key: manifest[key] for key in ("family", "config")} != configs[index]:
+        raise ValueError(
+            f"{path} holds another drafter than {folder / artifact.MANIFEST} lists; the artifact must be made again"
+        )
+    return load_artifact(path, target)
 
 
 def forget_all(parts: Iterable[Part]) -> None:
-    """Makes parts forget earlier calls."""
+    """Makes all parts forget earlier calls."""
     for part in parts:
         part.drafter.forget()
 
 
-def layers(parts: Iterable[Part]) -> tuple[int, ...]:
-    """Returns all hidden layers that parts read."""
+def hidden_layers_of(parts: Iterable[Part]) -> tuple[int, ...]:
+    """Returns the hidden layers that any part reads."""
     return tuple(sorted({layer for part in parts for layer in part.hidden_layers}))
 
 
-def parameters(parts: Iterable[Part]) -> Iterator[Tensor]:
+def parameters_of(parts: Iterable[Part]) -> Iterator[Tensor]:
     """Yields the weights of all parts."""
     for part in parts:
         yield from part.drafter.parameters()
+
+
+def _checked(part: Part, target: Target) -> Part:
+    """Returns the part; raises ValueError if it drafts for a fine-tuned target."""
+    if part.drafter.target is not target:
+        raise ValueError(
+            f"{part.name} fine-tunes its target, but all parts of a composite must draft for the same target; leave it"
+            " out"
+        )
+    return part

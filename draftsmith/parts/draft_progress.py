@@ -11,6 +11,10 @@ class DraftProgress:
 
     def __init__(self, session: Session) -> None:
         self._rows = session.rows
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the draft."""
         self._draft: Draft | None = None
         self.num_processed = 0
         """Leading nodes of the draft whose keys and values, or states, the drafter holds in the draft's order."""
@@ -32,7 +36,7 @@ class DraftProgress:
         """
         # Another drafter's draft, or that of a plain step, shares only node 0, the pending token.
         num_processed = self.num_processed if step.is_for(self._draft) else min(self.num_processed, 1)
-        self._draft, self.num_processed = None, 0
+        self.reset()
         kept = [[node for node in path if node < num_processed] for path in step.paths]
         if num_held is None:
             return kept

@@ -21,18 +21,17 @@ from hypothesis import strategies as some
 import draftsmith
 from data.batches import example
 from data.pseudo_data import read_pseudo_data
-from data.store import StoreSettings, write_store
+from data.store import TeacherStoreSettings, write_teacher_store
 from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.drafters import rest
 from draftsmith.drafters.rest import UNSEEN, Config, Drafter
 from draftsmith.parts.trie import TokenTree
-from tests.parts.test_suffix_array import DOCUMENTS, TOKENS, slow_match
-from tests.parts.test_suffix_array import VOCAB_SIZE as FEW_TOKENS
-from tests.parts.test_trie import texts_of
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
-from tests.support.runs import command, environment, make_data, make_target
+from tests.support.retrieval import DOCUMENTS, TOKENS, paths_of, slow_match
+from tests.support.retrieval import VOCAB_SIZE as FEW_TOKENS
+from tests.support.runs import command, environment, make_data, make_target, trainer_settings
 from trainers import rest as trainer
 from trainers.corpora import corpus, suffix_arrays
 from trainers.corpora.suffix_arrays import build, group_texts
@@ -75,7 +74,7 @@ def slow_branches(config: Config, documents: list[list[int]], text: list[int], b
 
 def branches_of(drafter: Drafter, text: list[int], budget: int) -> tuple[TokenTree, dict[tuple, float]]:
     branches = drafter.branches(text, budget)
-    return branches, dict(zip(texts_of(branches), branches.weights, strict=True))
+    return branches, dict(zip(paths_of(branches), branches.weights, strict=True))
 
 
 @hypothesis_settings(max_examples=40, deadline=None)
@@ -212,7 +211,7 @@ def shards_of(output: Path) -> list[bytes]:
 
 
 def test_what_is_stored_is_what_the_target_wrote(folder: Path) -> None:
-    output = train(trainer, Settings(context=2, shard_tokens=100), run_settings(folder, "run"))
+    output = train(trainer, trainer_settings(trainer, context=2, shard_tokens=100), run_settings(folder, "run"))
     target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
     drafter = draftsmith.load(output, target)
     rows = read_pseudo_data(folder / "data", target)
@@ -226,11 +225,11 @@ def test_what_is_stored_is_what_the_target_wrote(folder: Path) -> None:
     assert set(found) < held_out and len(held_out) - len(found) == 1, "all but the row held out"
     assert not (output / "parts").exists()
     assert read_manifest(output)["measured_acceptance"]["acceptance"] >= 0
-    assert train(trainer, Settings(context=2, shard_tokens=100), run_settings(folder, "run")) == output
+    assert train(trainer, trainer_settings(trainer, context=2, shard_tokens=100), run_settings(folder, "run")) == output
 
 
 def test_a_build_that_was_stopped_ends_as_an_unbroken_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = train(trainer, Settings(shard_tokens=60), run_settings(folder, "whole"))
+    whole = train(trainer, trainer_settings(trainer, shard_tokens=60), run_settings(folder, "whole"))
     built: list[int] = []
 
     def stopping(texts: list[np.ndarray], vocab_size: int) -> Any:
@@ -241,13 +240,13 @@ def test_a_build_that_was_stopped_ends_as_an_unbroken_one(folder: Path, monkeypa
 
     monkeypatch.setattr(suffix_arrays, "build", stopping)
     with pytest.raises(KeyboardInterrupt):
-        train(trainer, Settings(shard_tokens=60), run_settings(folder, "broken"))
+        train(trainer, trainer_settings(trainer, shard_tokens=60), run_settings(folder, "broken"))
     monkeypatch.undo()
     kept = sorted((folder / "broken" / "parts").glob("*.safetensors"))
     times = [path.stat().st_mtime_ns for path in kept]
     watched = []
     monkeypatch.setattr(suffix_arrays, "build", lambda texts, size: watched.append(texts) or build(texts, size))
-    broken = train(trainer, Settings(shard_tokens=60), run_settings(folder, "broken"))
+    broken = train(trainer, trainer_settings(trainer, shard_tokens=60), run_settings(folder, "broken"))
     assert len(times) == 2 and len(watched) == len(shards_of(whole)) - 2
     assert shards_of(broken) == shards_of(whole)
 
@@ -264,8 +263,8 @@ def test_kill_9(folder: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     _, error = process.communicate()
     assert process.returncode == -signal.SIGKILL, error
-    whole = train(trainer, Settings(shard_tokens=18), run_settings(folder, "unbroken"))
-    assert shards_of(train(trainer, Settings(shard_tokens=18), run)) == shards_of(whole)
+    whole = train(trainer, trainer_settings(trainer, shard_tokens=18), run_settings(folder, "unbroken"))
+    assert shards_of(train(trainer, trainer_settings(trainer, shard_tokens=18), run)) == shards_of(whole)
 
 
 def words(ids: list[int]) -> str:
@@ -281,12 +280,15 @@ def test_every_kind_of_data(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for number, ids in enumerate(rows):
         (tmp_path / "texts" / f"{number}.txt").write_text(words(ids))
-    write_store(
-        target, [example(ids, None, str(ids)) for ids in rows], tmp_path / "store", StoreSettings(layers=(), top_k=2)
+    write_teacher_store(
+        target,
+        [example(ids, None, str(ids)) for ids in rows],
+        tmp_path / "store",
+        TeacherStoreSettings(layers=(), top_k=2),
     )
     for name in ("rows.jsonl", "rows.parquet", "texts", "store"):
         run = run_settings(folder, f"from-{name}", data=str(tmp_path / name), max_held_out=1)
-        output = train(trainer, Settings(), run)
+        output = train(trainer, trainer.Settings(), run)
         (shard,) = draftsmith.load(output, target).shards
         documents = "".join(f" {token} " for token in shard.tokens_S).split(f" {VOCAB_SIZE} ")
         found = [list(map(int, text.split())) for text in documents if text]
@@ -294,13 +296,13 @@ def test_every_kind_of_data(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_budget_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = train(trainer, Settings(budget_mb=0.001), run_settings(folder, "budget"))
+    output = train(trainer, trainer_settings(trainer, budget_mb=0.001), run_settings(folder, "budget"))
     assert "the budget keeps" in capsys.readouterr().out
     target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
     (shard,) = draftsmith.load(output, target).shards
     assert 700 < shard.tokens_S.nbytes + shard.ends_P.nbytes <= 1000
     with pytest.raises(ValueError, match="a budget of 1 tokens holds no document"):
-        train(trainer, Settings(budget_mb=1e-5), run_settings(folder, "tiny"))
+        train(trainer, trainer_settings(trainer, budget_mb=1e-5), run_settings(folder, "tiny"))
 
 
 @hypothesis_settings(max_examples=100, deadline=None)
@@ -319,10 +321,10 @@ def test_groups_hold_at_most_so_many_tokens(lengths: list[int], shard_tokens: in
 def test_settings_of_the_build_that_cannot_be_are_refused() -> None:
     for changes in ({"budget_mb": -1.0}, {"context": -1}):
         with pytest.raises(ValueError, match="must not be negative"):
-            Settings(**changes)  # type: ignore[arg-type]
+            trainer_settings(trainer, **changes)
     for size in (1, 2**29):
         with pytest.raises(ValueError, match=f"shard_tokens is {size}; it must lie between 2 and"):
-            Settings(shard_tokens=size)
+            trainer_settings(trainer, shard_tokens=size)
 
 
 def test_a_store_that_is_not_whole_is_refused(tmp_path: Path) -> None:
@@ -341,5 +343,5 @@ def test_a_store_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shard-0001-of-0002.safetensors is missing or truncated"):
         draftsmith.load(tmp_path / "artifact", target)
     first.unlink()
-    with pytest.raises(ValueError, match="holds no shard of a store"):
+    with pytest.raises(ValueError, match="contains no shard of a datastore"):
         draftsmith.load(tmp_path / "artifact", target)

@@ -20,12 +20,11 @@ from draftsmith.drafters import suffix
 from draftsmith.drafters.suffix import Config, Drafter
 from draftsmith.drafters.suffix.growing_text import GrowingText
 from draftsmith.parts.trie import TokenTree
-from tests.parts.test_suffix_array import DOCUMENTS, TOKENS
-from tests.parts.test_suffix_array import VOCAB_SIZE as FEW_TOKENS
-from tests.parts.test_trie import texts_of
 from tests.support.family import Alternating, Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_target
-from tests.support.runs import make_data, make_target
+from tests.support.retrieval import DOCUMENTS, TOKENS, paths_of
+from tests.support.retrieval import VOCAB_SIZE as FEW_TOKENS
+from tests.support.runs import make_data, make_target, trainer_settings
 from trainers import suffix as trainer
 from trainers.corpora import suffix_arrays
 from trainers.corpora.suffix_arrays import build
@@ -123,7 +122,7 @@ def test_drafts_are_those_of_counted_trees(
     if not options:
         assert drafted.tokens == []
         return
-    paths = texts_of(drafted)
+    paths = paths_of(drafted)
     fitting = [
         (chances, length) for _, length, chances in options if is_fitting(config, paths, chances, length, budget)
     ]
@@ -178,7 +177,7 @@ def test_by_hand() -> None:
     assert drafted(Config(max_match=2, branches=False, min_chance=0.5), text).tokens == [2]
     # As a tree, of three tokens: that which came twice, and of those that came once the two first met.
     tree = drafted(Config(max_match=2, offset=1.0), text)
-    assert tree.weights == [2, 1, 1] and {(2,)} < set(texts_of(tree))
+    assert tree.weights == [2, 1, 1] and {(2,)} < set(paths_of(tree))
     assert drafted(plain, [0, 1, 2]).tokens == [], "nothing was said before"
     assert drafted(Config(factor=0.0, offset=3.0, max_match=1), [0, 1, 2, 0]).tokens == [1, 2, 0]
     assert drafted(Config(factor=0.5), [0, 1, 2, 0]).tokens == [], "no room after a match of one token"
@@ -317,7 +316,7 @@ def test_the_recipes_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A build stopped before its last shard and begun again leaves the same bytes; what judging wrote is forgotten."""
     torch.set_num_threads(1)
     make_data(make_target(tmp_path / "target"), tmp_path / "data")
-    chosen = trainer.Settings(shard_tokens=200, context=2, factor=2.0)
+    chosen = trainer_settings(trainer, shard_tokens=200, context=2, factor=2.0)
 
     def run(name: str) -> RunSettings:
         target, data, output = (str(tmp_path / one) for one in ("target", "data", name))
@@ -362,12 +361,12 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: s
     with pytest.raises(ValueError, match=message):
         Config(**changes)
     with pytest.raises(ValueError, match=message):
-        trainer.Settings(**changes)
+        trainer_settings(trainer, **changes)
 
 
 def test_a_store_that_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="budget_mb is -1"):
-        trainer.Settings(budget_mb=-1.0)
+        trainer_settings(trainer, budget_mb=-1.0)
 
 
 def test_observing_says_which_rows_go_on() -> None:

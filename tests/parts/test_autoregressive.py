@@ -155,7 +155,7 @@ def test_dynamic_tree_holds_the_likeliest_nodes() -> None:
         ({"tree": ((-1,),)}, "ranks from 0 up"),
         ({"siblings": "twins"}, "siblings is 'twins'; it must be one of without_replacement"),
         ({"width": -1}, "must not be negative"),
-        ({"width": 2, "tree": ((0,),)}, "exclude each other"),
+        ({"width": 2, "tree": ((0,),)}, "give either a static tree or a width"),
     ],
 )
 def test_config_rejects_invalid_shapes(changes: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Parts of compositions: each sees what is its own, and copes with drafts that it did not propose."""
+"""Tests of composite drafters' parts: their hidden layers, their artifacts, and drafts that they did not propose."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ HEAD = {"layers": (1, 2), "num_heads": 4, "num_kv_heads": 2, "head_width": 8, "i
 DRAFTERS: dict[str, tuple[Any, Any]] = {
     "lm chains": (lm, lm.Config(model=SMALL, num_draft=4, length="fixed")),
     "lm fixed tree": (lm, lm.Config(model=SMALL, tree=((0,), (1,), (0, 0), (1, 0)))),
-    "lm growing trees": (lm, lm.Config(model=SMALL, num_draft=3, width=2, num_nodes=6)),
+    "lm dynamic trees": (lm, lm.Config(model=SMALL, num_draft=3, width=2, num_nodes=6)),
     "medusa": (medusa, medusa.Config(num_heads=3, tree=((0,), (1,), (0, 0)))),
     "hydra": (hydra, hydra.Config(prefix_heads=4, prefix_width=48)),
     "eagle3 chains": (eagle3, eagle3.Config(**HEAD, width=0)),
@@ -43,9 +43,9 @@ DRAFTERS: dict[str, tuple[Any, Any]] = {
 
 
 class Interrupted(Drafter):
-    """Asks its drafter in two steps of three; what is verified in two of three is another draft.
+    """Lets its drafter propose in two of three steps, and returns another draft in two of three.
 
-    Its drafter's drafts must be what a drafter begun anew on the same text drafts.
+    Asserts that its drafter proposes what a newly started drafter proposes for the same text.
     """
 
     def __init__(self, name: str, expected: list[list[int]], *, trees: bool) -> None:
@@ -66,9 +66,9 @@ class Interrupted(Drafter):
         if self.num_steps % 3 == 0:
             return self.other.propose(budget)
         draft, running = self.part.propose(budget), [len(row) for row in self.session.rows]
-        expected = self.drafted_anew(budget)
+        expected = self.draft_from_start(budget)
         for row in range(len(running)):
-            # A finished row's draft is nobody's concern; these end together.
+            # Drafts of finished rows are not specified; these rows all end at the same step.
             assert nodes(draft, row) == nodes(expected, row), (self.num_steps, row)
         self.num_compared += 1
         return draft if self.num_steps % 3 == 1 else self.other.propose(budget)
@@ -76,7 +76,7 @@ class Interrupted(Drafter):
     def observe(self, step: Step) -> None:
         self.part.observe(dataclasses.replace(step, hidden=own(self.part, step.hidden)))
 
-    def drafted_anew(self, budget: int) -> Draft:
+    def draft_from_start(self, budget: int) -> Draft:
         rows = [list(row) for row in self.session.rows]
         cache = TARGET.new_cache(len(rows))
         hidden = TARGET.prefill([row[:-1] for row in rows], cache, layers=self.fresh.hidden_layers)
@@ -96,8 +96,8 @@ def nodes(draft: Draft, row: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_drafts_after_other_drafters_drafts_are_those_of_a_drafter_begun_anew(name: str) -> None:
-    """Ragged rows of at least two tokens: of one token there is no hidden state to begin with."""
+def test_drafts_after_other_drafts_equal_those_of_a_new_drafter(name: str) -> None:
+    """Rows have at least two tokens: a prompt of one token has no hidden states."""
     rows = [row for row in prompts(5) if len(row) > 1]
     ids, mask = padded(rows)
     whole = greedy_by_transformers("llama", 5, NUM_NEW)
@@ -109,7 +109,7 @@ def test_drafts_after_other_drafters_drafts_are_those_of_a_drafter_begun_anew(na
         assert drafter.num_compared > 3
 
 
-def test_a_draft_model_that_is_told_to_forget_drafts_as_one_begun_anew() -> None:
+def test_drafts_after_rewind_equal_those_of_a_new_drafter() -> None:
     rows = [list(range(3, 12)), [5, 6, 7, 5, 6]]
     family, config = DRAFTERS["lm chains"]
     ours, fresh = built(family, config, TARGET), built(family, config, TARGET)
@@ -125,20 +125,20 @@ def test_a_draft_model_that_is_told_to_forget_drafts_as_one_begun_anew() -> None
     assert torch.equal(ours.propose(4).tokens_BN, fresh.propose(4).tokens_BN)
 
 
-def test_a_policy_learns_of_its_own_drafts_alone() -> None:
-    """A plain step tells what it costs; of another drafter's draft nothing can be learnt."""
-    policy, told = ExpectedGain(), []
-    policy.learn = lambda outcomes, depth, cost_ms: told.append((len(outcomes), depth))  # type: ignore
+def test_policy_learns_from_its_own_drafts_only() -> None:
+    """It also learns the cost of plain steps, but nothing from another drafter's draft."""
+    policy, learnt = ExpectedGain(), []
+    policy.learn = lambda outcomes, depth, cost_ms: learnt.append((len(outcomes), depth))  # type: ignore
     drafter = LengthControlled(built(medusa, DRAFTERS["medusa"][1], TARGET), policy, supports_early_stop=False)
     other = Scripted(TARGET, greedy_by_transformers("llama", 1, NUM_NEW), trees=False)
     turns = Turns([drafter, other])
     draftsmith.generate(TARGET, torch.tensor(prompts(1)), turns, max_new_tokens=NUM_NEW)
     own_steps = [turn for turn in turns.verified if turn == 0]
-    assert len(told) == len(own_steps) < len(turns.verified)
+    assert len(learnt) == len(own_steps) < len(turns.verified)
 
 
 class Turns(Drafter):
-    """Drafters that propose in turn, all of them told of every step."""
+    """Drafters whose drafts are used in turn; all of them observe every step."""
 
     config = None
 
@@ -166,45 +166,47 @@ class Turns(Drafter):
 
 
 def two(**changes: Any) -> tuple[dict[str, Any], ...]:
-    """Returns the names of a look-up and heads."""
+    """Returns the part configurations of a look-up and of Medusa heads."""
     heads = medusa.Config(num_heads=3, tree=((0,), (1,), (0, 0)))
     given = [("lookup", lookup.Config()), ("medusa", dataclasses.replace(heads, **changes))]
     return tuple({"family": name, "config": json.loads(json.dumps(dataclasses.asdict(one)))} for name, one in given)
 
 
-def test_parts_are_made_by_name_and_named_again() -> None:
+def test_make_part_and_part_config_are_inverse() -> None:
     for name in two():
-        part = composites.made(name, TARGET)
-        assert part.name == name["family"] and composites.named(part.drafter) == name
+        part = composites.make_part(name, TARGET)
+        assert part.name == name["family"] and composites.part_config(part.drafter) == name
     with pytest.raises(ValueError, match=r"part medusa: unknown setting 'num_hads'; did you mean 'num_heads'\?"):
-        composites.made({"family": "medusa", "config": {"num_hads": 2}}, TARGET)
+        composites.make_part({"family": "medusa", "config": {"num_hads": 2}}, TARGET)
     with pytest.raises(ValueError, match="unknown drafter family 'medus'"):
-        composites.made({"family": "medus", "config": {}}, TARGET)
+        composites.make_part({"family": "medus", "config": {}}, TARGET)
 
 
-def test_a_part_that_has_tuned_its_target_is_refused() -> None:
+def test_make_part_rejects_a_drafter_that_fine_tunes_its_target() -> None:
     name = {"family": "medusa2", "config": json.loads(json.dumps(dataclasses.asdict(medusa2.Config(rank=2))))}
-    with pytest.raises(ValueError, match="medusa2 has tuned its target, and parts draft for one that stays as it is"):
-        composites.made(name, TARGET)
+    with pytest.raises(
+        ValueError, match="medusa2 fine-tunes its target, but all parts of a composite must draft for the same"
+    ):
+        composites.make_part(name, TARGET)
 
 
 @pytest.mark.parametrize("family", ["cascade", "merge", "staged"])
-def test_an_artifact_of_parts_holds_theirs_whole_or_is_refused(family: str, tmp_path: Path) -> None:
-    """Each part's own manifest is kept, and the part checked as any artifact is."""
+def test_artifact_of_a_composite_keeps_and_checks_its_parts(family: str, tmp_path: Path) -> None:
+    """Each part keeps the provenance of its manifest and is checked like any artifact."""
     module = find(family)
     heads = built(medusa, DRAFTERS["medusa"][1], TARGET)
     model = built(lm, DRAFTERS["lm chains"][1], TARGET)
     first = model if family == "staged" else heads
     draftsmith.save(first, tmp_path / "first", TARGET, record={"train_s": 12.5, "command": "as it was made"})
     small = lookup.Drafter(lookup.Config(), model.draft_model if family == "staged" else TARGET)
-    loaded = composites.load(tmp_path / "first", TARGET)
+    loaded = composites.load_artifact(tmp_path / "first", TARGET)
     second = Part(lookup.Drafter(lookup.Config(), loaded.drafter.draft_model) if family == "staged" else small)
-    config = module.Config(parts=(composites.named(first), composites.named(small)))
+    config = module.Config(parts=(composites.part_config(first), composites.part_config(small)))
     path = tmp_path / "whole"
     draftsmith.save(module.Drafter(config, TARGET, [loaded, second]), path, TARGET)
     kept = json.loads((path / "drafters" / "0" / "draft_config.json").read_text())
     assert (kept["train_s"], kept["command"]) == (12.5, "as it was made")
-    assert not (path / "model.safetensors").exists(), "weights are kept once, with their part"
+    assert not (path / "model.safetensors").exists(), "weights are saved once, with their part"
     again = draftsmith.load(path, TARGET)
     assert sum(one.numel() for one in again.parameters()) == sum(one.numel() for one in first.parameters())
     weights = path / "drafters" / "0" / "model.safetensors"
@@ -216,7 +218,9 @@ def test_an_artifact_of_parts_holds_theirs_whole_or_is_refused(family: str, tmp_
     manifest = path / "drafters" / "1" / "draft_config.json"
     text = manifest.read_text()
     manifest.write_text(text.replace('"max_ngram": 3', '"max_ngram": 2'))
-    with pytest.raises(ValueError, match="drafters/1 holds another drafter than .* names; make it again"):
+    with pytest.raises(
+        ValueError, match="drafters/1 holds another drafter than .* lists; the artifact must be made again"
+    ):
         draftsmith.load(path, TARGET)
     found = json.loads(text)
     found["target"]["fingerprint"] = "0" * 32
@@ -225,8 +229,8 @@ def test_an_artifact_of_parts_holds_theirs_whole_or_is_refused(family: str, tmp_
         draftsmith.load(path, TARGET)
 
 
-def test_names_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"1 part\(s\) named; there must be at least 2"):
-        composites.check(two()[:1])
+def test_check_parts_rejects_invalid_lists() -> None:
+    with pytest.raises(ValueError, match=r"1 part\(s\) given; there must be at least 2"):
+        composites.check_parts(two()[:1])
     with pytest.raises(ValueError, match="part 1 is {'family': 'lookup'}; it must be"):
-        composites.check((two()[0], {"family": "lookup"}))
+        composites.check_parts((two()[0], {"family": "lookup"}))

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.core.model_info import TargetInfo
-from draftsmith.parts.composites import Part, load
+from draftsmith.parts.composites import Part, load_artifact
 
 PLACEHOLDERS: tuple[dict[str, Any], ...] = ({"family": "", "config": {}},) * 2
 """Parts of a composite's Config in its settings, until `fit` has read the artifacts."""
@@ -33,7 +33,7 @@ def check(settings: Settings, facts: TargetInfo) -> None:
 
 def load_parts(paths: Sequence[str], target: Target) -> list[Part]:
     """Returns the drafters of these artifacts."""
-    return [load(Path(path), target) for path in paths]
+    return [load_artifact(Path(path), target) for path in paths]
 
 
 def prior_train_s(settings: Settings) -> float:

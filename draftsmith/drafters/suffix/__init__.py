@@ -19,7 +19,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.drafters.suffix.growing_text import GrowingText
 from draftsmith.parts.suffix_array import SuffixArray, empty, read_shards, token_type, write_shards
-from draftsmith.parts.trie import TokenTree, to_draft, heaviest_nodes, heaviest_path, build_trie
+from draftsmith.parts.trie import TokenTree, build_trie, heaviest_nodes, heaviest_path, to_draft
 
 RECENT = "recent.npy"
 
@@ -124,7 +124,7 @@ class Drafter(drafter.Drafter):
         """Takes back what came after so many tokens of each row, all of which go on."""
         self._is_running = [True] * len(lengths)
         for own, num_before, length in zip(self._own, self._num_before, lengths, strict=True):
-            own.cut(num_before + length)
+            own.truncate(num_before + length)
         return True
 
     def _best(self, row: list[int], own: GrowingText, budget: int) -> TokenTree:
@@ -165,7 +165,7 @@ class Drafter(drafter.Drafter):
             return
         for row, given in zip(self._session.rows, self._num_given, strict=True):
             self.recent.extend([*row[max(given - self.config.max_match, 0) :], self.target.vocab_size])
-        self.recent.forget(self.config.recent_tokens)
+        self.recent.keep_last(self.config.recent_tokens)
         self._session = None
 
     def save_state(self, folder: Path) -> None:

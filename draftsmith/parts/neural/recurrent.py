@@ -56,7 +56,7 @@ class RecurrentDraftState:
 
     def observe(self, step: Step) -> None:
         kept = [len(nodes) for nodes in self._progress.accepted(step, self._num_read)]
-        states = [self._state, *self._levels]
+        states = [self._state, *self._levels[: max(kept)]]
         self._continue_from(states, kept, [read + count for read, count in zip(self._num_read, kept, strict=True)])
         self._snapshots.append((list(self._num_read), self._state))
         del self._snapshots[1 : 1 - MAX_SNAPSHOTS]
@@ -71,6 +71,7 @@ class RecurrentDraftState:
         num_read = [self._snapshots[i][0][row] for row, i in enumerate(latest)]
         self._continue_from([state for _, state in self._snapshots], latest, num_read)
         self._snapshots[1:] = [(list(num_read), self._state)]
+        self._progress.reset()
 
     def _continue_from(self, states: list[State], indices: list[int], num_read: list[int]) -> None:
         self._state, self._num_read, self._levels = _select(states, indices), num_read, []
