@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from data.batches import Batch
 from draftsmith import Target
-from draftsmith.drafters.prophet import Config, Drafter, places
+from draftsmith.drafters.prophet import Config, Drafter, window_positions
 from trainers import Metrics, Needs
 from trainers.parts.losses import (
     DIVERGENCES,
@@ -169,7 +169,7 @@ def select_windows(drafter: Drafter, batch: Batch, normed_BTD: Tensor, windows: 
     taken_W = ((torch.arange(num_taken, dtype=torch.float64) + phase) * num_found / num_taken).long()
     rows_W, pending_W = rows_N[taken_W.to(rows_N.device)], pending_N[taken_W.to(rows_N.device)]
 
-    states_WS, tokens_WS = places(pending_W, num_states)
+    states_WS, tokens_WS = window_positions(pending_W, num_states)
     ahead_WP = pending_W[:, None] + torch.arange(1, num_draft + 1, device=pending_W.device)
     last = batch.tokens_BT.shape[1] - 1
     tokens_WT = torch.cat([tokens_WS, ahead_WP[:, :-1]], dim=1).clamp(0, last)

@@ -1,11 +1,11 @@
-"""Causal gated convolutions between the target's embedding and its output matrix, drafting chains or trees.
+"""Causal gated convolutions between the target's embedding and LM head, drafting chains or trees.
 
 x = x + (W * x + b) sigmoid(U * x + c) in each layer, over the last `kernel_size` inputs, `dilation` apart (1612.08083,
-equation 1; residual as in its section 2). It goes back to any token by the inputs that each layer then looked back on.
-For an encoder-decoder target the mean of the source is added to each input, and it looks at the source after each token
-(`reading_source`).
+equation 1; residual as in its section 2). It is rewound to any token by the past inputs that each layer kept there. For
+an encoder-decoder target the mean source state is added to each input, and the features after each token attend to the
+source (draftsmith/parts/neural/cross_attention.py).
 
-Shape suffixes: B rows, T tokens, C channels, K kernel, S inputs that a layer looks back on, G = 2 C.
+Shape suffixes: B rows, T tokens, C channels, K kernel, S past inputs of a layer, G = 2 C.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural.cross_attention import CrossAttention, ProjectedSource
 from draftsmith.parts.neural.recurrent import RecurrentDraftState, State
 from draftsmith.parts.neural.shortlist import WeightCache
@@ -29,39 +30,37 @@ from draftsmith.parts.neural.tied_heads import TiedHead
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The network's shape, and the drafts made with it."""
+    """The shape of the network and of drafts."""
 
     num_channels: int = 256
     """Width of its layers."""
     kernel_size: int = 3
-    """Inputs that each output of a layer is made of."""
+    """Number of inputs per output of a layer."""
     dilations: tuple[int, ...] = (1, 1, 2, 4)
-    """How far apart these lie, layer by layer."""
+    """Distance between these inputs, layer by layer."""
     rank: int = 256
-    """Of the map from features to logits, if the target's output matrix is wider than that."""
+    """Rank of the map from features to logits, if the target's LM head is wider than that."""
     shortlist: int = 0
-    """If not 0, logits are of so many tokens only (draftsmith/parts/neural/shortlist.py)."""
+    """If not 0, compute logits for this many tokens only (draftsmith/parts/neural/shortlist.py)."""
     copy: bool = False
-    """Whether tokens may be copied from an encoder-decoder target's source, by a law of their own."""
+    """Mix the next-token distribution with copies from an encoder-decoder target's source."""
     num_draft: int = 8
-    """Most tokens drafted one after the other."""
+    """Maximum number of tokens drafted per round."""
     length: str = "refit=0.4"
-    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
+    """Draft-length policy of chains: a name of draftsmith/length/policies.py, and its number."""
     width: int = 0
-    """If not 0, trees grow where it is confident: so many nodes a level are given so many children."""
+    """If not 0, drafts are dynamic trees: the `width` likeliest nodes per level get `width` children each."""
     num_nodes: int = 16
-    """Nodes kept of such a tree."""
+    """Number of nodes kept in a dynamic tree."""
 
     def __post_init__(self) -> None:
-        for name in ("num_channels", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(self, 1, "num_channels", "rank")
         if self.kernel_size < 2:
-            raise ValueError(f"kernel_size is {self.kernel_size}; it must be at least 2 to see what came before")
+            raise ValueError(f"kernel_size is {self.kernel_size}; it must be at least 2, to include past inputs")
         if not self.dilations or min(self.dilations) < 1:
-            raise ValueError(f"dilations are {list(self.dilations)}; name one of at least 1 for each layer")
+            raise ValueError(f"dilations are {list(self.dilations)}; give one of at least 1 for each layer")
         if self.copy and self.shortlist:
-            raise ValueError("copy and shortlist exclude each other: what is copied need not be on a list")
+            raise ValueError("give either copy or a shortlist, not both: copied tokens need not be on the shortlist")
         autoregressive.check_shape(self)
         policies.make(self.length)
 
@@ -71,7 +70,7 @@ class Config:
 
 
 class Drafter(nn.Module, drafter.Drafter):
-    """The network; its state is, for each layer, the last inputs [B, S, C], zeros where the text had not begun."""
+    """The network; its state is each layer's past inputs [B, S, C], zeros before the text begins."""
 
     serving_engines = ("vllm",)
 
@@ -82,22 +81,22 @@ class Drafter(nn.Module, drafter.Drafter):
         size = config.num_channels
         self.ends = TiedHead(target, size, config.rank, shortlist=config.shortlist)
         self.input = nn.Linear(self.ends.input_width, size)
-        # Taps side by side, the earliest first.
+        # Taps are concatenated, the earliest first.
         self.layers = nn.ModuleList(nn.Linear(config.kernel_size * size, 2 * size) for _ in config.dilations)
         self.reader = CrossAttention(target, size, size, copies=config.copy)
         self.to(device=target.device, dtype=target.dtype)
         self._folded = WeightCache(self, self._fold)
 
     def forward(self, tokens_BT: Tensor, source: Source | None = None, *, dropout: float = 0.0) -> Tensor:
-        """Returns the features [B, T, ...] after each token, which `head` takes.
+        """Returns the features [B, T, ...] after each token, the input of `head`.
 
-        In training `dropout` leaves out inputs of layers.
+        In training `dropout` is applied to the inputs of layers.
         """
         projected = self.reader.project(source)
         return self.reader.attend(self._run(tokens_BT, projected, dropout)[0], projected)
 
     def head(self, source: Source | None = None) -> Callable[[Tensor], Tensor]:
-        """Returns the map from features after this source [..., X] to logits [..., V]."""
+        """Returns the map from features, with this source, [..., X] to logits [..., V]."""
         return self.reader.copy_head(self.ends.head, source)
 
     # Drafting
@@ -115,7 +114,7 @@ class Drafter(nn.Module, drafter.Drafter):
         self._state.observe(step)
 
     def rewind(self, lengths: list[int]) -> bool:
-        """Forgets what it read of each row past so many tokens, which were taken back."""
+        """Drops each row's state past its first `lengths` tokens."""
         self._state.rewind(lengths)
         return True
 
@@ -129,9 +128,9 @@ class Drafter(nn.Module, drafter.Drafter):
         rows_B1 = torch.arange(len(lengths), device=tokens_BT.device)[:, None]
         found = []
         for inputs_BCT in self._run(tokens_BT, self._source)[1]:
-            num_back = inputs_BCT.shape[2] - tokens_BT.shape[1]
-            places_BS = lengths_B1 + torch.arange(num_back, device=tokens_BT.device)
-            found.append(inputs_BCT.transpose(1, 2)[rows_B1, places_BS])
+            num_past = inputs_BCT.shape[2] - tokens_BT.shape[1]
+            slots_BS = lengths_B1 + torch.arange(num_past, device=tokens_BT.device)
+            found.append(inputs_BCT.transpose(1, 2)[rows_B1, slots_BS])
         return tuple(found)
 
     def step(self, tokens_B: Tensor, state: State) -> tuple[Tensor, State]:
@@ -139,11 +138,11 @@ class Drafter(nn.Module, drafter.Drafter):
         if self._source is not None:
             summary_B1C = self._source.summary_BG[:, None]
             x_BC = (x_BC.view(len(summary_B1C), -1, x_BC.shape[1]) + summary_B1C).flatten(0, 1)
-        for before_BSC, dilation, weight_KCG, bias_G in zip(state, self.config.dilations, *self._weights, strict=True):
-            seen_BSC = torch.cat([before_BSC, x_BC[:, None]], dim=1)
-            taps_BKC = seen_BSC[:, ::dilation].flatten(1)
+        for past_BSC, dilation, weight_KCG, bias_G in zip(state, self.config.dilations, *self._weights, strict=True):
+            window_BSC = torch.cat([past_BSC, x_BC[:, None]], dim=1)
+            taps_BKC = window_BSC[:, ::dilation].flatten(1)
             x_BC = x_BC + functional.glu(torch.addmm(bias_G, taps_BKC, weight_KCG), dim=1)
-            found.append(seen_BSC[:, 1:])
+            found.append(window_BSC[:, 1:])
         return self.reader.attend(x_BC, self._source), tuple(found)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -165,7 +164,7 @@ class Drafter(nn.Module, drafter.Drafter):
 
     @torch.no_grad()
     def _fold(self) -> None:
-        """Lays the weights out for single steps."""
+        """Arranges the weights for single steps."""
         self._inputs = self.ends.folded_input(self.input.weight, self.input.bias)
         self._weights = (
             [linear.weight.T.contiguous() for linear in self._linears()],
@@ -174,7 +173,7 @@ class Drafter(nn.Module, drafter.Drafter):
         self._head = self.ends.folded_head()
 
     def _span(self, dilation: int) -> int:
-        """Returns how many inputs a layer looks back on."""
+        """Returns the number of past inputs that a layer reads."""
         return (self.config.kernel_size - 1) * dilation
 
     def _linears(self) -> list[nn.Linear]:

@@ -1,9 +1,10 @@
-"""EAGLE-3 (2503.01840): one layer that reads the target's features, then its own; chains or EAGLE-2's trees.
+"""EAGLE-3 (2503.01840): a decoder layer on the target's features, then on its own, drafting chains or EAGLE-2's trees.
 
-Place t of the layer holds token t + 1 and a feature of position t, and says what token t + 2 is. Where the target has
-been, the feature is fused from several of its hidden layers; past that it is what the layer itself gave last.
+Position t of the layer holds token t + 1 and the feature of position t, and predicts token t + 2. The features of
+committed positions are fused from several hidden layers of the target; those of draft positions are the layer's own
+output at the position before.
 
-Shape suffixes: B rows, T places not yet read, N nodes, M new nodes, P length of the longest accepted path, D hidden
+Shape suffixes: B rows, T positions not yet read, N nodes, M new nodes, P length of the longest accepted path, D hidden
 width, E widths of the fused layers together, V vocabulary, W draft vocabulary.
 """
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from draftsmith.core.cache import KVCache
 from draftsmith.core import drafter
+from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import PREFILL_CHUNK, Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
-from draftsmith.parts import growth
+from draftsmith.parts import autoregressive
+from draftsmith.parts.draft_progress import DraftProgress
 from draftsmith.parts.neural.layers import Attention, FeedForward, gather_path, prepare_cache
 
 FUSION_NORMS = ("none", "each", "whole")
@@ -28,51 +30,53 @@ FUSION_NORMS = ("none", "each", "whole")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The layer's shape, what it reads and says, and the drafts made with it."""
+    """The shape of the layer, its inputs and outputs, and the shape of drafts."""
 
     layers: tuple[int, ...]
-    """Hidden layers of the target that are fused."""
+    """Hidden layers of the target that are fused into features."""
     num_heads: int
     """Attention heads."""
     num_kv_heads: int
-    """Heads of keys and values, each shared by as many of those."""
+    """Key-value heads, each shared by a group of attention heads."""
     head_width: int
     """Width of a head."""
     inner_width: int
-    """Width of the feed-forward layer."""
+    """Inner width of the MLP."""
     draft_vocab: int = 0
-    """Tokens that can be drafted, 0 for the whole vocabulary."""
+    """Size of the draft vocabulary, 0 for the whole vocabulary."""
     theta: float = 10_000.0
-    """Base of the rotary positions."""
+    """Base of the rotary position embedding."""
     stretch: tuple[float, ...] = ()
-    """How they are slowed for long texts, as `layers.rotate` takes it."""
+    """Llama 3.1's RoPE scaling for long texts as (factor, low, high, length), see `layers.rotate`; empty for none."""
     eps: float = 1e-6
-    """Of the norms."""
+    """Epsilon of the norms."""
     fusion_norm: str = "none"
-    """How the layers are normed before: none, each by itself (EAGLE-3.1, 2605.09992), or whole, side by side."""
+    """Norms before the fusion: none, each layer's own (EAGLE-3.1, 2605.09992), or one over the whole concatenation."""
     norm_output: bool = False
-    """Whether the layer is fed its own output normed (EAGLE-3.1)."""
+    """Feed the layer its own output after the final norm (EAGLE-3.1)."""
     norm_residual: bool = False
-    """Whether the residual stream begins with the normed feature, as in some published heads."""
+    """Begin the residual stream with the normed feature, as some published heads do."""
     own_embedding: bool = False
-    """Whether tokens are embedded by weights of its own instead of the target's."""
+    """Embed tokens with weights of its own instead of the target's."""
     num_draft: int = 5
-    """Most tokens drafted one after the other."""
+    """Maximum depth of a draft, in tokens."""
     width: int = 4
-    """So many nodes a level of a tree are given so many children, where the layer is confident; 0 drafts chains."""
+    """Drafts are dynamic trees: the `width` likeliest nodes per level get `width` children each; 0 drafts chains."""
     num_nodes: int = 16
-    """Nodes kept of such a tree."""
+    """Number of nodes kept in a dynamic tree."""
     length: str = "fixed"
-    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
+    """Draft-length policy of chains: a name of draftsmith/length/policies.py, and its number."""
 
     def __post_init__(self) -> None:
         if not self.layers or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
-            raise ValueError(f"layers are {list(self.layers)}; name hidden layers from 0 up in order, none twice")
+            raise ValueError(
+                f"layers is {list(self.layers)}; list hidden layers from 0 up in ascending order, none twice"
+            )
         if self.fusion_norm not in FUSION_NORMS:
-            raise ValueError(f"fusion_norm is {self.fusion_norm!r}; there are {', '.join(FUSION_NORMS)}")
+            raise ValueError(f"fusion_norm is {self.fusion_norm!r}; it must be one of {', '.join(FUSION_NORMS)}")
         if len(self.stretch) not in (0, 4):
-            raise ValueError(f"stretch is {list(self.stretch)}; it is nothing, or a factor, two bounds and a length")
-        growth.check_shape(self)
+            raise ValueError(f"stretch is {list(self.stretch)}; it must be empty, or a factor, two bounds and a length")
+        autoregressive.check_shape(self)
         policies.make(self.length)
 
     @property
@@ -81,25 +85,31 @@ class Config:
 
 
 class Drafter(nn.Module, drafter.Drafter):
-    """The fusion, the layer with a cache of its own, and a head over the draft vocabulary.
+    """The fusion, the decoder layer with a KV cache of its own, and an LM head over the draft vocabulary.
 
-    The cache keeps only what comes of the target's features; keys and values of draft nodes are dropped after each
-    draft, as what the target then says of the same tokens is better (EAGLE-2, 2406.16858).
+    The cache keeps only the keys and values computed from the target's features; those of draft nodes are dropped after
+    each draft, because the target's features of the same tokens are more accurate (EAGLE-2, 2406.16858).
     """
 
+    serving_engines = ("vllm", "sglang", "speculators")
     d2t: Tensor
-    """What to add to each draft token to get the target's [W]."""
+    """Offset from each draft token's id to the target's id [W]."""
     t2d: Tensor
-    """Whether each token can be drafted [V]."""
+    """True for tokens of the draft vocabulary [V]."""
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
         if config.layers[-1] > target.num_layers:
-            raise ValueError(f"layers are {list(config.layers)}; {target.name} has {target.num_layers}")
+            raise ValueError(
+                f"layers is {list(config.layers)}; {target.name} has hidden layers 0 to {target.num_layers}"
+            )
         vocab_size, width = target.vocab_size, target.hidden_size
         num_tokens = config.draft_vocab or vocab_size
         if not config.width <= num_tokens <= vocab_size:
-            raise ValueError(f"draft_vocab {num_tokens} must lie between {config.width}, width, and {vocab_size}, all")
+            raise ValueError(
+                f"draft_vocab is {num_tokens}; it must lie between the width, {config.width}, and {vocab_size},"
+                " the size of the vocabulary"
+            )
         self.config = config
         object.__setattr__(self, "target", target)
         self.hidden_layers = config.layers
@@ -126,24 +136,24 @@ class Drafter(nn.Module, drafter.Drafter):
         self.register_buffer("t2d", torch.arange(vocab_size) < num_tokens)
         self.to(device=target.device, dtype=target.dtype)
 
-    # The network, in training as in drafting
+    # The network, for training and drafting
 
     def vocabulary(self) -> Tensor:
         """Returns the target's ids of the draft tokens [W], ascending."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
     def set_vocabulary(self, ids_W: Tensor) -> None:
-        """Makes these tokens, in ascending order, those that can be drafted."""
+        """Sets the draft vocabulary to these tokens, in ascending order."""
         assert ids_W.shape == self.d2t.shape and (ids_W.diff() > 0).all()
         self.d2t.copy_(ids_W - torch.arange(len(ids_W), device=ids_W.device))
         self.t2d.zero_()[ids_W] = True
 
     def join(self, hidden: dict[int, Tensor]) -> Tensor:
-        """Returns the layers to be fused side by side [B, T, E]."""
+        """Returns the concatenation of the layers to be fused [B, T, E]."""
         return torch.cat([hidden[layer] for layer in self.hidden_layers], dim=-1)
 
     def fuse(self, joined_BTE: Tensor) -> Tensor:
-        """Returns the features [B, T, D] of the target's positions."""
+        """Returns the target's features [B, T, D]."""
         if self.fusion_norms:
             parts = joined_BTE.chunk(len(self.fusion_norms), dim=-1)
             joined_BTE = torch.cat([norm(part) for norm, part in zip(self.fusion_norms, parts, strict=True)], dim=-1)
@@ -152,10 +162,10 @@ class Drafter(nn.Module, drafter.Drafter):
     def forward(
         self, tokens_BN: Tensor, features_BND: Tensor, attend: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Returns (the features that go with the tokens said, the normed output for the head), each [B, N, D].
+        """Returns (the features of the predicted tokens, the normed output for the LM head), each [B, N, D].
 
         With x = [norm(embedding of the tokens); norm(features)]: h = features + attention(x) and
-        output = h + feed_forward(norm(h)). `attend` gives the attention over whatever places these may see.
+        output = h + feed_forward(norm(h)). `attend` computes the attention over the positions that are visible.
         """
         embed = self.embedding if self.embedding is not None else self.target.model.get_input_embeddings()
         normed_BND = self.feature_norm(features_BND)
@@ -170,39 +180,37 @@ class Drafter(nn.Module, drafter.Drafter):
         logits_BNW = self.head(normed_BND)
         if len(self.d2t) == len(self.t2d):
             return logits_BNW
-        nothing_BNV = logits_BNW.new_full((*logits_BNW.shape[:-1], len(self.t2d)), -torch.inf)
-        return nothing_BNV.index_copy(-1, self.vocabulary(), logits_BNW)
+        undrafted_BNV = logits_BNW.new_full((*logits_BNW.shape[:-1], len(self.t2d)), -torch.inf)
+        return undrafted_BNV.index_copy(-1, self.vocabulary(), logits_BNW)
 
     # Drafting
 
     def start(self, session: Session) -> None:
         self._session = session
         self._cache = KVCache(num_layers=1, batch_size=len(session.rows))
-        self._has_read = False
-        # What the target made of each row's places past the cached ones [T, E], up to that of the pending token.
-        nothing_BTE = torch.zeros(len(session.rows), 0, self.joined_width, device=self.d2t.device)
-        joined_BTE = self.join(session.hidden) if session.hidden else nothing_BTE.to(self.target.dtype)
+        self._progress = DraftProgress(session)
+        # The target's joined hidden layers of each row's uncached positions [T, E], up to the pending token's.
+        no_hidden_BTE = torch.zeros(len(session.rows), 0, self.joined_width, device=self.d2t.device)
+        joined_BTE = self.join(session.hidden) if session.hidden else no_hidden_BTE.to(self.target.dtype)
         self._unread = [joined_TE[: len(ids) - 1] for joined_TE, ids in zip(joined_BTE, session.rows, strict=True)]
         if any(map(len, self._unread)):
             self._read()
 
     def propose(self, budget: int) -> Draft:
-        # Rows of one token have no feature; the other rows' drafts need no more than that they have some place.
+        # Rows of one token have no feature yet; if all rows are such, the step is a plain one.
         if not any(map(len, self._unread)):
-            return self._session.only_pending()
-        return growth.draft(self._logits, self._session, self.config, budget)
+            return self._session.empty_draft()
+        return autoregressive.draft(self._logits, self._session, self.config, budget)
 
     def observe(self, step: Step) -> None:
         joined_BPE = gather_path(self.join(step.hidden), step.verdict)
-        if self._has_read:
-            # The last place stands in its slot as node 0: kept where the row has gone on.
-            read = [path[:1] if len(unread) else [] for path, unread in zip(step.paths, self._unread, strict=True)]
-            self._cache.commit(read)
-            self._unread = [unread[len(nodes) :] for unread, nodes in zip(self._unread, read, strict=True)]
-            self._has_read = False
+        # Node 0 was read at the last position; rows of one token had none to read.
+        read = [nodes[: len(unread)] for nodes, unread in zip(self._progress.accepted(step), self._unread, strict=True)]
+        self._cache.commit(read)
+        self._unread = [unread[len(nodes) :] for unread, nodes in zip(self._unread, read, strict=True)]
         for row, (ids, path) in enumerate(zip(self._session.rows, step.paths, strict=True)):
             unread_TE = torch.cat([self._unread[row], joined_BPE[row, : len(path)]])
-            # A row that ended within its path holds less than was accepted.
+            # A row that finished within its path has fewer tokens than were accepted.
             self._unread[row] = unread_TE[: len(ids) - 1 - self._cache.lengths[row]]
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
@@ -216,9 +224,9 @@ class Drafter(nn.Module, drafter.Drafter):
         return self.logits(normed_BMD)
 
     def _read(self) -> tuple[Tensor, Tensor]:
-        """Reads each row's unread places; returns what `forward` does at the last, [B, 1, D], which is node 0.
+        """Reads each row's unread positions; returns the output of `forward` at the last one [B, 1, D], node 0.
 
-        That one stays unread, and may be read again.
+        That position stays unread, and may be read again.
         """
         device, cache = self.d2t.device, self._cache
         counts = [max(len(unread), 1) for unread in self._unread]
@@ -230,11 +238,11 @@ class Drafter(nn.Module, drafter.Drafter):
             part = slice(begin, begin + PREFILL_CHUNK)
             num_new = tokens_BT[:, part].shape[1]
             found.append(self._run(tokens_BT[:, part], features_BTD[:, part], chain(num_new, device)))
-            # Shorter rows run along at the same places and are cut back below.
+            # Shorter rows are padded to the same slots, and cut back below.
             cache.commit([list(range(num_new)) for _ in counts])
         cache.lengths = [start + count - 1 for start, count in zip(starts, counts, strict=True)]
         self._unread = [unread[-1:] for unread in self._unread]
-        self._has_read = True
+        self._progress.num_processed = 1
         last_B1 = torch.tensor(counts, device=device)[:, None] - 1
         rows_B1 = torch.arange(len(counts), device=device)[:, None]
         features, normed = (torch.cat(parts, dim=1)[rows_B1, last_B1] for parts in zip(*found, strict=True))

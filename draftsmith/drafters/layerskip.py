@@ -1,8 +1,8 @@
-"""The target drafting for itself with sublayers left out (Draft & Verify, 2309.08168), in its own cache.
+"""Self-drafting by the target with some sublayers skipped (Draft & Verify, 2309.08168), in the target's own cache.
 
-Nothing is trained and nothing kept between steps: drafts read the exact keys and values of what is committed, write
-their own behind them, and verification overwrites these. Which sublayers to leave out is searched beforehand, or
-`online` while text is generated (SWIFT, 2410.06916).
+Nothing is trained and no state is kept between steps: drafts read the exact keys and values of the committed text and
+write their own after them, which verification overwrites. The sublayers to skip are searched in advance, or `online`
+during generation (SWIFT, 2410.06916).
 
 Shape suffixes: B rows, T tokens of a text, N nodes, M new nodes, D hidden width, V vocabulary.
 """
@@ -19,37 +19,38 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.self_drafting.sublayers import Sublayers, draft_hidden, sublayers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is left out, how it drafts, and how it looks for something better while it does."""
+    """The skipped sublayers, the shape of drafts, and the online search for better sublayers."""
 
     attention: tuple[int, ...] = ()
-    """Blocks, from 0, whose attention is left out."""
+    """Blocks, from 0, whose attention is skipped."""
     mlp: tuple[int, ...] = ()
-    """Blocks whose feed-forward layer is left out."""
+    """Blocks whose MLP is skipped."""
     num_draft: int = 8
-    """Most tokens drafted at a time."""
+    """Maximum number of tokens drafted per round."""
     length: str = "adaptive=0.6"
-    """How long its chains are: a policy of draftsmith/length/policies.py, and its number; it learns from call to call."""
+    """Draft-length policy of chains, kept between calls: a name of draftsmith/length/policies.py, and its number."""
     width: int = 0
-    """If not 0, trees grow where the drafter is confident: so many nodes a level are given so many children."""
+    """If not 0, drafts are dynamic trees: the `width` likeliest nodes per level get `width` children each."""
     num_nodes: int = 16
-    """Nodes kept of such a tree."""
+    """Number of nodes kept in a dynamic tree."""
     online: bool = False
-    """Whether each step tries another choice of as many sublayers on what was generated, and the best is kept."""
+    """Try another choice of the same number of sublayers on the generated text at each step, and keep the best."""
     window: int = 32
-    """Tokens generated before that begins, on which choices are then compared until the call ends."""
+    """Tokens generated before the online search begins, on which the choices of that call are compared."""
     guided_every: int = 25
-    """Of so many choices tried one is the most promising by a Gaussian process, the others are random."""
+    """Every `guided_every`-th choice is selected by a Gaussian process; the others are random."""
     good_enough: float = 0.93
-    """Share of those tokens guessed right at which no more is tried."""
+    """Share of those tokens predicted correctly at which the search stops."""
     patience: int = 300
-    """Choices in turn that were no better, after which no more is tried."""
+    """Choices in succession without improvement after which the search stops."""
     max_trials: int = 1000
-    """Choices tried in one call at most."""
+    """Maximum number of choices tried per call."""
 
     def __post_init__(self) -> None:
         autoregressive.check_shape(self)
@@ -58,9 +59,7 @@ class Config:
             blocks = getattr(self, name)
             if len(set(blocks)) < len(blocks) or min(blocks, default=0) < 0:
                 raise ValueError(f"{name} is {list(blocks)}; it must list blocks from 0 up, none twice")
-        for name in ("window", "guided_every", "patience", "max_trials"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(self, 1, "window", "guided_every", "patience", "max_trials")
         if not 0 < self.good_enough <= 1:
             raise ValueError(f"good_enough is {self.good_enough}; it must be above 0 and at most 1")
 
@@ -70,16 +69,18 @@ class Config:
 
 
 class Drafter(drafter.Drafter):
-    """The target without the sublayers that `skipped` names."""
+    """The target without the sublayers in `skipped`."""
 
     serving_engines = ("vllm", "sglang")
 
     def __init__(self, config: Config, target: Target) -> None:
         last = max((*config.attention, *config.mlp), default=0)
         if last >= target.num_layers:
-            raise ValueError(f"block {last} is to be left out; {target.name} has blocks 0 to {target.num_layers - 1}")
+            raise ValueError(
+                f"block {last} is to be skipped, and {target.name} has blocks 0 to {target.num_layers - 1}"
+            )
         if target.is_encoder_decoder:
-            raise ValueError(f"{target.name} is an encoder-decoder, whose sublayers cannot be left out")
+            raise ValueError(f"{target.name} is an encoder-decoder, whose sublayers cannot be skipped")
         self.config = config
         self.target = target
         self.policy = policies.make("fixed" if config.width else config.length)
@@ -87,13 +88,13 @@ class Drafter(drafter.Drafter):
 
     def start(self, session: Session) -> None:
         self._session = session
-        self._num_given = [len(row) for row in session.rows]
+        self._prompt_lengths = [len(row) for row in session.rows]
         self._is_running = [True] * len(session.rows)
-        self._trials: _Trials | None = None
+        self._online_search: _OnlineSearch | None = None
 
     def propose(self, budget: int) -> Draft:
         if self.config.online:
-            self._try_another()
+            self._search()
         return autoregressive.draft(self._logits, self._session, self.config, budget)
 
     def observe(self, step: Step) -> None:
@@ -105,23 +106,23 @@ class Drafter(drafter.Drafter):
         out = self.target.forward(tokens_BN[:, first:], tree, cache, skipped=skipped, first=first)
         return self.target.logits(out.hidden_BND)
 
-    def _try_another(self) -> None:
-        """Goes a step on in the search, which begins once every row still running has a window of new text."""
+    def _search(self) -> None:
+        """Makes one step of the online search, which begins once every running row has a window of new text."""
         session, window = self._session, self.config.window
-        if self._trials is None:
+        if self._online_search is None:
             rows = [row for row, runs in zip(session.rows, self._is_running, strict=True) if runs]
-            given = [num for num, runs in zip(self._num_given, self._is_running, strict=True) if runs]
-            if any(len(row) - num <= window for row, num in zip(rows, given, strict=True)):
+            prompts = [num for num, runs in zip(self._prompt_lengths, self._is_running, strict=True) if runs]
+            if any(len(row) - num <= window for row, num in zip(rows, prompts, strict=True)):
                 return
-            self._trials = _Trials(self.target, rows, self.config, self.skipped)
-        if self._trials.should_continue:
-            self.skipped = self._trials.next(session.generator)
+            self._online_search = _OnlineSearch(self.target, rows, self.config, self.skipped)
+        if self._online_search.should_continue:
+            self.skipped = self._online_search.next(session.generator)
 
 
-class _Trials:
-    """One call's search: choices of equally many sublayers, scored on the last tokens of its rows.
+class _OnlineSearch:
+    """One call's search over choices of the same number of sublayers, scored on the last tokens of its rows.
 
-    The first and the last block are never touched, and a choice made beforehand that does is scored as it is.
+    It never skips sublayers of the first and last block; a given choice that does is scored as it is.
     """
 
     NUM_CANDIDATES, OPTIMISM, NOISE = 256, 2.5, 1e-2
@@ -129,7 +130,7 @@ class _Trials:
     def __init__(self, target: Target, rows: list[list[int]], config: Config, skipped: Sublayers) -> None:
         self._target, self._config = target, config
         self._rows_BT = torch.tensor([row[-config.window - 2 :] for row in rows], device=target.device)
-        # The pending token is the last label; all before it is read once, into a cache that ends where the window is.
+        # The pending token is the last label; all tokens before it are read once, and the cache cut at the window.
         self._cache = target.new_cache(len(rows))
         target.prefill([row[:-1] for row in rows], self._cache)
         self._cache.lengths = [number - config.window - 1 for number in self._cache.lengths]
@@ -139,21 +140,21 @@ class _Trials:
         self._scores: list[float] = []
         self._num_worse = 0
         self.best, self.best_score = skipped, self._score(skipped)
-        self._note(skipped, self.best_score)
+        self._record(skipped, self.best_score)
 
     @property
     def should_continue(self) -> bool:
         config = self._config
-        is_tired = self._num_worse > config.patience or len(self._scores) > config.max_trials
-        return 0 < self._num_skipped < len(self._bits) and self.best_score <= config.good_enough and not is_tired
+        is_exhausted = self._num_worse > config.patience or len(self._scores) > config.max_trials
+        return 0 < self._num_skipped < len(self._bits) and self.best_score <= config.good_enough and not is_exhausted
 
     def next(self, generator: torch.Generator) -> Sublayers:
-        """Tries one more choice and returns the best so far."""
+        """Tries another choice and returns the best so far."""
         is_guided = len(self._scores) % self._config.guided_every == 0
         candidates = [self._random(generator) for _ in range(self.NUM_CANDIDATES if is_guided else 1)]
         skipped = candidates[self._most_promising(candidates) if is_guided else 0]
         score = self._score(skipped)
-        self._note(skipped, score)
+        self._record(skipped, score)
         if score > self.best_score:
             self.best, self.best_score, self._num_worse = skipped, score, 0
         else:
@@ -162,20 +163,20 @@ class _Trials:
 
     def _random(self, generator: torch.Generator) -> Sublayers:
         order = torch.randperm(len(self._bits), generator=generator)[: self._num_skipped]
-        return frozenset(self._bits[place] for place in order.tolist())
+        return frozenset(self._bits[index] for index in order.tolist())
 
     def _score(self, skipped: Sublayers) -> float:
-        """Returns the share of the window's tokens that drafting would have guessed."""
+        """Returns the share of the window's tokens that drafting would have predicted."""
         hidden_BTD = draft_hidden(self._target, self._rows_BT[:, :-1], self._cache, skipped, self._config.num_draft)
-        guesses_BT = self._target.logits(hidden_BTD).argmax(-1)
-        return (guesses_BT == self._rows_BT[:, 2:]).float().mean().item()
+        predictions_BT = self._target.logits(hidden_BTD).argmax(-1)
+        return (predictions_BT == self._rows_BT[:, 2:]).float().mean().item()
 
-    def _note(self, skipped: Sublayers, score: float) -> None:
+    def _record(self, skipped: Sublayers, score: float) -> None:
         self._masks.append(np.array([bit in skipped for bit in self._bits], dtype=float))
         self._scores.append(score)
 
     def _most_promising(self, candidates: list[Sublayers]) -> int:
-        """Returns which candidate has the largest mean + `OPTIMISM` deviations under a Gaussian process.
+        """Returns the index of the candidate with the largest mean + `OPTIMISM` deviations under a Gaussian process.
 
         Its kernel is exp(-differing bits / mean number of bits set), its observations the scores, standardised.
         """

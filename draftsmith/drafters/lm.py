@@ -1,7 +1,7 @@
-"""A small LM with the target's vocabulary, drafting chains (2211.17192; 2302.01318) or trees (parts/autoregressive.py).
+"""A small LM with the target's vocabulary, drafting chains (2211.17192; 2302.01318) or trees.
 
-For an encoder-decoder target it may be one too: its decoder reads the source by an encoder of its own, or what the
-target's encoder made of it (`tied`). Those draft chains only.
+For an encoder-decoder target it may be an encoder-decoder too, with its own encoder or with the target's encoder states
+(`TargetEncoder`). Those draft chains only.
 
 Shape suffixes: B rows, T tokens not yet read, S positions of the source, D width of the target, N nodes, M new nodes,
 V vocabulary.
@@ -21,6 +21,7 @@ from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
+from draftsmith.parts.draft_progress import DraftProgress
 from draftsmith.parts.neural import quantised
 from draftsmith.parts.neural.shortlist import OUTSIDE, Shortlist, ShortlistHead
 from draftsmith.parts.neural.tied_heads import TargetEncoder, TiedEmbedding, TiedHead
@@ -29,32 +30,32 @@ from draftsmith.verify.paths import values_at
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The draft model's own configuration, and how long it drafts."""
+    """The draft model's configuration, and the shape of drafts."""
 
     model: dict[str, Any]
-    """The transformers configuration of the draft model, `model_type` included."""
+    """The transformers configuration of the draft model, including `model_type`."""
     target_encoder: bool = False
-    """Whether an encoder-decoder has the target's encoder in the place of its own (draftsmith/parts/neural/tied_heads.py)."""
+    """Use the target's encoder instead of the draft model's own (draftsmith/parts/neural/tied_heads.py)."""
     rank: int = 0
-    """If not 0, embedding and head are the target's (draftsmith/parts/neural/tied_heads.py), the head by a map of this rank."""
+    """If not 0, tie embedding and LM head to the target's, with this rank (draftsmith/parts/neural/tied_heads.py)."""
     shortlist: int = 0
-    """If not 0, logits are of so many tokens only (draftsmith/parts/neural/shortlist.py)."""
+    """If not 0, compute logits for this many tokens only (draftsmith/parts/neural/shortlist.py)."""
     quantised: str = ""
-    """If not empty, weights of its blocks are held in fewer bits once loaded (draftsmith/parts/neural/quantised.py)."""
+    """Quantisation of its blocks' weights once loaded, if not empty (draftsmith/parts/neural/quantised.py)."""
     num_draft: int = 8
-    """Most tokens drafted at a time."""
+    """Maximum number of tokens drafted per round."""
     length: str = "refit=0.4"
-    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
+    """Draft-length policy of chains: a name of draftsmith/length/policies.py, and its number."""
     tree: tuple[tuple[int, ...], ...] = ()
-    """Each node of a fixed tree as the ranks along its path, empty for chains: ((0,), (1,), (0, 0), (1, 0)) is two
+    """Each node of a static tree as the ranks along its path, empty for chains: ((0,), (1,), (0, 0), (1, 0)) is two
     paths of two tokens."""
     siblings: str = "without_replacement"
-    """How siblings in that tree are drawn: without_replacement, independent or top_and_drawn; greedily, or if
-    deterministic, they are the best."""
+    """Sampling scheme of siblings in that tree: without_replacement, independent or top_and_drawn; the most likely
+    tokens if deterministic or greedy."""
     width: int = 0
-    """If not 0, trees grow where the draft model is confident: so many nodes a level are given so many children."""
+    """If not 0, drafts are dynamic trees: the `width` likeliest nodes per level get `width` children each."""
     num_nodes: int = 16
-    """Nodes kept of such a tree."""
+    """Number of nodes kept in a dynamic tree."""
 
     def __post_init__(self) -> None:
         autoregressive.check_paths(self.tree)
@@ -63,7 +64,7 @@ class Config:
         if self.rank < 0:
             raise ValueError(f"rank is {self.rank}; it must be at least 1, or 0 for an embedding and head of its own")
         if self.width and self.tree:
-            raise ValueError("a fixed tree and width, for trees that grow, exclude each other")
+            raise ValueError("give either a static tree or a width for dynamic trees, not both")
         policies.make(self.length)
         if self.quantised:
             quantised.check(self.quantised)
@@ -74,7 +75,7 @@ class Config:
 
 
 class Drafter(nn.Module, drafter.Drafter):
-    """The draft model with a cache of its own, whose rows advance as the target's do."""
+    """The draft model with a KV cache of its own, in which rows advance at different rates."""
 
     serving_engines = ("vllm", "sglang")
     draft_model: Target
@@ -87,7 +88,7 @@ class Drafter(nn.Module, drafter.Drafter):
         self.model = _model(config, target)
         self.model.to(device=target.device, dtype=target.dtype).eval()
         object.__setattr__(self, "target", target)
-        # The loop's own machinery runs the draft model too; a plain attribute would register its weights twice.
+        # `Target` runs the draft model too.
         object.__setattr__(self, "draft_model", Target(self.model))
         if not self.shortlist.is_whole:
             self._check_shortlist()
@@ -106,11 +107,11 @@ class Drafter(nn.Module, drafter.Drafter):
             encoded_BSD = source.encoded_BTD.to(self.draft_model.dtype)
             read_BSD = self.model.get_encoder().read(encoded_BSD)
             return Source(tokens_BT=source.tokens_BT, mask_BT=source.mask_BT, encoded_BTD=read_BSD)
-        most = self.draft_model.context_length
-        return self.draft_model.encode(source.tokens_BT[:, :most], source.mask_BT[:, :most])
+        longest = self.draft_model.context_length
+        return self.draft_model.encode(source.tokens_BT[:, :longest], source.mask_BT[:, :longest])
 
     def on_weights_loaded(self) -> None:
-        """Has its weights, once they are there, in as many bits as its configuration says."""
+        """Quantises the draft model if the configuration says so."""
         if self.config.quantised:
             quantised.quantise(self.model, self.config.quantised)
 
@@ -118,8 +119,7 @@ class Drafter(nn.Module, drafter.Drafter):
         self._session = session
         source = None if session.source is None else self.read(session.source)
         self._cache: KVCache = self.draft_model.new_cache(len(session.rows), source=source)
-        self._draft: Draft | None = None
-        self._num_in_place = 0
+        self._progress = DraftProgress(session)
         prompts = [row[:-1] for row in session.rows]
         if max(map(len, prompts)) > 0:
             self.draft_model.prefill(prompts, self._cache)
@@ -129,55 +129,52 @@ class Drafter(nn.Module, drafter.Drafter):
         budget = min(budget, self.draft_model.context_length - max(map(len, session.rows)))
         if config.tree and budget > 0:
             depth = min(budget, config.num_draft)
-            draft = autoregressive.draft_static_tree(self._logits, session, config.tree, config.siblings, depth)  # type: ignore[arg-type]
+            draft = autoregressive.draft_static_tree(
+                self._logits,
+                session,
+                config.tree,
+                config.siblings,  # type: ignore[arg-type]
+                depth,
+            )
         else:
             draft = autoregressive.draft(self._logits, session, config, budget)
-        self._draft = draft
-        # The nodes of a tree that grew have been put in another order.
-        self._num_in_place = min(self._num_in_place, 1) if config.width else self._num_in_place
+        self._progress.drafted(draft, self._progress.num_processed, is_reordered=bool(config.width))
         return draft
 
     def observe(self, step: Step) -> None:
-        # Of another drafter's draft only node 0 is the same.
-        in_place = self._num_in_place if step.is_for(self._draft) else min(self._num_in_place, 1)
-        self._cache.commit([[node for node in path if node < in_place] for path in step.paths])
-        self._num_in_place = 0
-        # A row that ended within its path holds less than was accepted.
-        for row, ids in enumerate(self._session.rows):
-            self._cache.lengths[row] = min(self._cache.lengths[row], len(ids) - 1)
+        self._cache.commit(self._progress.accepted(step, self._cache.lengths))
 
     def rewind(self, lengths: list[int]) -> bool:
-        """Forgets what it read of each row past so many tokens, which were taken back."""
-        self._num_in_place = 0
+        """Drops each row's keys and values past its first `lengths` tokens."""
+        self._progress.reset()
         self._cache.lengths = [min(pair) for pair in zip(self._cache.lengths, lengths, strict=True)]
         return True
 
     @torch.no_grad()
     def _check_shortlist(self) -> None:
-        size = self.model.get_decoder().config.hidden_size
-        model = self.draft_model
+        size, model = self.model.get_decoder().config.hidden_size, self.draft_model
         logits_V = model.head(torch.zeros(1, 1, size, device=model.device, dtype=model.dtype))[0, 0]
         if logits_V.max() - logits_V.min() < -OUTSIDE / 10:
-            raise ValueError(f"{type(self.model).__name__} scales or caps its logits, so that it can have no shortlist")
+            raise ValueError(f"{type(self.model).__name__} scales or caps its logits, so it supports no shortlist")
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
         """Returns the logits [B, M, V] after the nodes from `first` on."""
-        self._num_in_place = tree.num_nodes
+        self._progress.num_processed = tree.num_nodes
         if first > 0:
             out = self.draft_model.forward(tokens_BN[:, first:], tree, self._cache, first=first)
             return self.draft_model.logits(out.hidden_BND)
-        # The pending token comes after whatever was committed and not yet read: none, the last one, or a tree's path.
-        missing = [row[length:] for row, length in zip(self._session.rows, self._cache.lengths, strict=True)]
-        longest, device = max(map(len, missing)), self.draft_model.device
-        missing_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids in missing], device=device)
-        out = self.draft_model.forward(missing_BT, chain(longest, device), self._cache)
-        self._cache.commit([list(range(len(ids) - 1)) for ids in missing])
-        last_B = torch.tensor([len(ids) - 1 for ids in missing], device=device)
+        # The pending token follows the committed tokens not yet read: none, the last one, or a tree's path.
+        unread = [row[length:] for row, length in zip(self._session.rows, self._cache.lengths, strict=True)]
+        longest, device = max(map(len, unread)), self.draft_model.device
+        unread_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids in unread], device=device)
+        out = self.draft_model.forward(unread_BT, chain(longest, device), self._cache)
+        self._cache.commit([list(range(len(ids) - 1)) for ids in unread])
+        last_B = torch.tensor([len(ids) - 1 for ids in unread], device=device)
         return self.draft_model.logits(values_at(out.hidden_BND, last_B)[:, None])
 
 
 def _model(config: Config, target: Target) -> Any:
-    """Returns the draft model with random weights, its parts tied to the target's as the configuration says."""
+    """Returns the draft model with random weights, tied to the target's modules as the configuration says."""
     settings = {key: value for key, value in config.model.items() if key != "model_type"}
     if "model_type" not in config.model:
         raise ValueError("the draft model's configuration names no model_type")

@@ -1,8 +1,8 @@
-"""A small LSTM between the target's embedding and its output matrix, drafting chains or trees (`states`, `tied`).
+"""A small LSTM between the target's embedding and LM head, drafting chains or trees.
 
-Its shape is that of AWD-LSTM (1708.02182), without what only training needs (trainers/lstm.py). It goes back to any
-token by the state there. For an encoder-decoder target it begins with the mean of the source and looks at it after each
-token (`reading_source`).
+Its shape is that of AWD-LSTM (1708.02182); the regularisation is in trainers/lstm.py. It is rewound to any token by the
+state there. For an encoder-decoder target its initial state is a map of the mean source state, and it attends to the
+source after each token (draftsmith/parts/neural/cross_attention.py).
 
 Shape suffixes: B rows, T tokens, L layers, H width, E width of the target's embedding, G = 4 H gates.
 """
@@ -20,6 +20,7 @@ from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural.cross_attention import CrossAttention, ProjectedSource
 from draftsmith.parts.neural.recurrent import RecurrentDraftState, State
 from draftsmith.parts.neural.shortlist import WeightCache
@@ -28,33 +29,31 @@ from draftsmith.parts.neural.tied_heads import TiedHead
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The network's shape, and the drafts made with it."""
+    """The shape of the network and of drafts."""
 
     hidden_size: int = 512
     """Width of its layers."""
     num_layers: int = 1
-    """Layers."""
+    """Number of layers."""
     rank: int = 256
-    """Of the map from features to logits, if the target's output matrix is wider than that."""
+    """Rank of the map from features to logits, if the target's LM head is wider than that."""
     shortlist: int = 0
-    """If not 0, logits are of so many tokens only (draftsmith/parts/neural/shortlist.py)."""
+    """If not 0, compute logits for this many tokens only (draftsmith/parts/neural/shortlist.py)."""
     copy: bool = False
-    """Whether tokens may be copied from an encoder-decoder target's source, by a law of their own."""
+    """Mix the next-token distribution with copies from an encoder-decoder target's source."""
     num_draft: int = 8
-    """Most tokens drafted one after the other."""
+    """Maximum number of tokens drafted per round."""
     length: str = "refit=0.4"
-    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
+    """Draft-length policy of chains: a name of draftsmith/length/policies.py, and its number."""
     width: int = 0
-    """If not 0, trees grow where it is confident: so many nodes a level are given so many children."""
+    """If not 0, drafts are dynamic trees: the `width` likeliest nodes per level get `width` children each."""
     num_nodes: int = 16
-    """Nodes kept of such a tree."""
+    """Number of nodes kept in a dynamic tree."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_layers", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(self, 1, "hidden_size", "num_layers", "rank")
         if self.copy and self.shortlist:
-            raise ValueError("copy and shortlist exclude each other: what is copied need not be on a list")
+            raise ValueError("give either copy or a shortlist, not both: copied tokens need not be on the shortlist")
         autoregressive.check_shape(self)
         policies.make(self.length)
 
@@ -82,26 +81,26 @@ class Drafter(nn.Module, drafter.Drafter):
     def forward(
         self, tokens_BT: Tensor, source: Source | None = None, *, dropout: float = 0.0, drop_connect: float = 0.0
     ) -> Tensor:
-        """Returns the features [B, T, ...] after each token, which `head` takes.
+        """Returns the features [B, T, ...] after each token, the input of `head`.
 
-        In training `dropout` leaves out inputs and features, the same ones of a row at all its positions, and
-        `drop_connect` leaves out weights between one position and the next (1708.02182, sections 2 and 4.1).
+        In training `dropout` zeroes inputs and features, the same ones at all positions of a row, and `drop_connect`
+        zeroes weights between one position and the next (1708.02182, sections 2 and 4.1).
         """
         layers, inputs_BTE = self.layers, dropped(self.ends.embed(tokens_BT), dropout)
         projected = self.reader.project(source)
-        given = (inputs_BTE, self._first(projected, inputs_BTE))
+        inputs = (inputs_BTE, self._initial_state(projected, inputs_BTE))
         if not drop_connect:
-            return self.reader.attend(dropped(layers(*given)[0], dropout), projected)
-        left = {
+            return self.reader.attend(dropped(layers(*inputs)[0], dropout), projected)
+        dropped_weights = {
             name: nn.functional.dropout(weight, drop_connect)
             for name, weight in layers.named_parameters()
             if name.startswith("weight_hh")
         }
-        features_BTH, _ = torch.func.functional_call(layers, left, given)
+        features_BTH, _ = torch.func.functional_call(layers, dropped_weights, inputs)
         return self.reader.attend(dropped(features_BTH, dropout), projected)
 
     def head(self, source: Source | None = None) -> Callable[[Tensor], Tensor]:
-        """Returns the map from features after this source [..., X] to logits [..., V]."""
+        """Returns the map from features, with this source, [..., X] to logits [..., V]."""
         return self.reader.copy_head(self.ends.head, source)
 
     # Drafting
@@ -119,7 +118,7 @@ class Drafter(nn.Module, drafter.Drafter):
         self._state.observe(step)
 
     def rewind(self, lengths: list[int]) -> bool:
-        """Forgets what it read of each row past so many tokens, which were taken back."""
+        """Drops each row's state past its first `lengths` tokens."""
         self._state.rewind(lengths)
         return True
 
@@ -127,12 +126,12 @@ class Drafter(nn.Module, drafter.Drafter):
 
     def read(self, tokens_BT: Tensor, lengths: list[int]) -> State:
         inputs_BTE = self.ends.embed(tokens_BT)
-        first = self._first(self._source, inputs_BTE)
-        found: State = first
+        initial = self._initial_state(self._source, inputs_BTE)
+        found: State = initial
         if any(lengths):
             packed = pack_padded_sequence(inputs_BTE, torch.tensor(lengths).clamp(min=1), True, enforce_sorted=False)
             has_read_B1 = torch.tensor(lengths, device=tokens_BT.device)[:, None] > 0
-            both = zip(self.layers(packed, first)[1], first, strict=True)
+            both = zip(self.layers(packed, initial)[1], initial, strict=True)
             found = tuple(torch.where(has_read_B1, now, before) for now, before in both)
         return tuple(part for pair in zip(*found, strict=True) for part in pair)
 
@@ -149,8 +148,8 @@ class Drafter(nn.Module, drafter.Drafter):
     def logits(self, features: Tensor) -> Tensor:
         return self._logits(features)
 
-    def _first(self, source: ProjectedSource | None, inputs_BTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the state (h, c) before the text, each [L, B, H]: zeros, or the sources' summaries as c."""
+    def _initial_state(self, source: ProjectedSource | None, inputs_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the state (h, c) before the text, each [L, B, H]: zeros, or the source's summary as c."""
         if source is None:
             zeros_LBH = inputs_BTE.new_zeros(self.config.num_layers, len(inputs_BTE), self.config.hidden_size)
             return zeros_LBH, zeros_LBH
@@ -159,9 +158,9 @@ class Drafter(nn.Module, drafter.Drafter):
 
     @torch.no_grad()
     def _fold(self) -> None:
-        """Lays the weights out for single steps, the gates as `cell` takes them."""
+        """Arranges the weights for single steps, the gates in the order of `cell`."""
         size, layers = self.config.hidden_size, self.layers
-        # PyTorch has them as input, forget, candidate, output.
+        # PyTorch's order is input, forget, candidate, output.
         order_G = torch.arange(4 * size, device=self.target.device).view(4, size)[[0, 1, 3, 2]].flatten()
         inputs, recurrent = [], []
         for layer in range(self.config.num_layers):
@@ -178,13 +177,13 @@ class Drafter(nn.Module, drafter.Drafter):
 
 
 def cell(gates_BG: Tensor, c_BH: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns h = o tanh(c') and c' = f c + i tanh(g), the gates given as i, f, o, g before their squashing."""
+    """Returns h = o tanh(c') and c' = f c + i tanh(g), the gates given as i, f, o, g before their non-linearities."""
     size = c_BH.shape[1]
     input_BH, forget_BH, output_BH = gates_BG[:, : 3 * size].sigmoid().chunk(3, dim=1)
     c_BH = torch.addcmul(forget_BH * c_BH, input_BH, gates_BG[:, 3 * size :].tanh())
     return output_BH * c_BH.tanh(), c_BH
 
 
-def dropped(x_BTE: Tensor, share: float) -> Tensor:
-    """Returns x with the same entries of a row left out at all its positions (1512.05287), the others grown."""
-    return x_BTE * nn.functional.dropout(torch.ones_like(x_BTE[:, :1]), share) if share else x_BTE
+def dropped(x_BTE: Tensor, rate: float) -> Tensor:
+    """Returns x with dropout of the same entries at all positions of a row (1512.05287)."""
+    return x_BTE * nn.functional.dropout(torch.ones_like(x_BTE[:, :1]), rate) if rate else x_BTE

@@ -1,17 +1,17 @@
-"""A prophet: a small decoder that goes on where the target's last hidden states leave off.
+"""A prophet: a small decoder that continues the text from the target's last hidden states.
 
 After lucidrains/speculative-decoding. Every round it reads one short window: the states of the s positions before the
 pending token x(t), then the tokens from x(t-s+1) on. States lag tokens by one, as the target has not read x(t) yet:
-the state h(i), which the target made of x(i), comes with x(i+1). For s = 2:
+the state h(i), the target's output at x(i), is paired with x(i+1). For s = 2:
 
-    slot    0        1        2        3        4        5     ...
-    input   h(t-2)   h(t-1)   x(t-1)   x(t)     x(t+1)   x(t+2)
-    says                               x(t+1)   x(t+2)   x(t+3)
+    slot     0        1        2        3        4        5     ...
+    input    h(t-2)   h(t-1)   x(t-1)   x(t)     x(t+1)   x(t+2)
+    predicts                            x(t+1)   x(t+2)   x(t+3)
 
-From slot 4 on the tokens are drafted ones; in training they are the text's. A state is given as the target's head reads
-it, through the target's final norm. What a text's start leaves empty is not attended to.
+From slot 4 on the tokens are drafted ones; in training they are the text's. States are taken after the target's final
+norm. Slots before the start of the text are not attended to.
 
-Shape suffixes: B rows or windows, S states of a window, Z = 2 S slots that it begins with, W slots, T tokens, N nodes,
+Shape suffixes: B rows or windows, S states of a window, Z = 2 S slots of its prefix, W slots, T tokens, N nodes,
 M new nodes, P length of the longest accepted path, D the target's hidden width, E the prophet's, V vocabulary, R is B
 or 1.
 """
@@ -30,6 +30,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural.layers import Block, ffn_width, gather_path, prepare_cache
 from draftsmith.parts.neural.token_heads import untied_lm_heads
 from draftsmith.parts.self_drafting.fine_tuned import FineTunedTarget, copy_with_own_parameters
@@ -37,35 +38,32 @@ from draftsmith.parts.self_drafting.fine_tuned import FineTunedTarget, copy_with
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The decoder, its window, and the shape of its drafts."""
+    """The shape of the decoder, its window, and the shape of drafts."""
 
     num_states: int = 2
-    """Hidden states of the target that a window begins with, and tokens that follow them, the pending one the last."""
+    """Number of the target's hidden states in a window, and of the tokens after them up to the pending one."""
     num_draft: int = 7
-    """Most tokens drafted at a time."""
+    """Maximum number of tokens drafted per round."""
     num_layers: int = 2
-    """Blocks of the decoder."""
+    """Number of decoder blocks."""
     hidden_size: int = 0
-    """Its width, 0 for the target's."""
+    """Width of the decoder, 0 for the target's."""
     num_heads: int = 4
-    """Its attention heads."""
+    """Attention heads of a block."""
     own_head: bool = False
-    """Whether it has an output matrix of its own, started as a copy of the target's, or uses the target's head."""
+    """Use an LM head of its own, initialised from the target's, instead of the target's."""
     length: str = "refit=0.4"
-    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
+    """Draft-length policy of chains: a name of draftsmith/length/policies.py, and its number."""
     width: int = 0
-    """If not 0, trees grow where the prophet is confident: so many nodes a level are given so many children."""
+    """If not 0, drafts are dynamic trees: the `width` likeliest nodes per level get `width` children each."""
     num_nodes: int = 16
-    """Nodes kept of such a tree."""
+    """Number of nodes kept in a dynamic tree."""
     joint: bool = False
-    """Whether it comes with a changed target: a copy of the user's that was trained with it, and that it drafts for."""
+    """Draft for a fine-tuned copy of the target, trained and saved with the drafter, instead of the user's."""
 
     def __post_init__(self) -> None:
-        for name in ("num_states", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.hidden_size < 0:
-            raise ValueError(f"hidden_size is {self.hidden_size}; it must not be negative")
+        check_at_least(self, 1, "num_states", "num_layers", "num_heads")
+        check_at_least(self, 0, "hidden_size")
         autoregressive.check_shape(self)
         policies.make(self.length)
 
@@ -75,10 +73,13 @@ class Config:
 
 
 class Drafter(nn.Module, drafter.Drafter):
-    """The decoder, with maps from the target's width into its own and back; its cache is filled anew every round."""
+    """The decoder, with maps between the target's width and its own; its cache is refilled every round.
+
+    With a fine-tuned target, `target` is that one once weights are loaded, and `base` the user's.
+    """
 
     base: Target
-    changed: Any
+    tuned_model: Any
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
@@ -97,9 +98,9 @@ class Drafter(nn.Module, drafter.Drafter):
         if config.own_head:
             self.outputs = untied_lm_heads(target, 1)
         if config.joint:
-            # Of the copy only the parameters are the drafter's: a change of dtype must not touch its buffers.
-            object.__setattr__(self, "changed", copy_with_own_parameters(target.model))
-            self.weights = nn.ParameterList(self.changed.parameters())
+            # Only the copy's parameters belong to the drafter: a change of dtype must not affect its buffers.
+            object.__setattr__(self, "tuned_model", copy_with_own_parameters(target.model))
+            self.weights = nn.ParameterList(self.tuned_model.parameters())
         self.to(device=target.device, dtype=target.dtype)
 
     @property
@@ -107,23 +108,23 @@ class Drafter(nn.Module, drafter.Drafter):
         return self.config.joint
 
     def on_weights_loaded(self) -> None:
-        """Makes `target` the changed one, if it comes with one."""
+        """Sets `target` to the fine-tuned target, if there is one."""
         if self.config.joint:
-            object.__setattr__(self, "target", FineTunedTarget(self.changed, self.base))
+            object.__setattr__(self, "target", FineTunedTarget(self.tuned_model, self.base))
 
-    def forward(self, normed_BSD: Tensor, tokens_BT: Tensor, is_there_BZ: Tensor) -> Tensor:
-        """Returns what `head` reads at every slot from the pending token on [B, T - S + 1, E], of windows of a text.
+    def forward(self, normed_BSD: Tensor, tokens_BT: Tensor, is_present_BZ: Tensor) -> Tensor:
+        """Returns the input of `head` at every slot from the pending token on [B, T - S + 1, E], for windows of a text.
 
-        Their tokens go on past the pending one; `is_there_BZ` says which states and tokens up to it there are.
+        Their tokens continue past the pending one; `is_present_BZ` is False for prefix slots before the text's start.
         """
         x_BWE = torch.cat([self.state_map(normed_BSD), self.embed(tokens_BT)], dim=1)
-        num_slots, num_before = x_BWE.shape[1], is_there_BZ.shape[1] - 1
+        num_slots, num_before = x_BWE.shape[1], is_present_BZ.shape[1] - 1
         tree = chain(num_slots, x_BWE.device)
-        mask_B1WW = shown(tree.ancestors_RNN[:, None], is_there_BZ)
+        mask_B1WW = window_mask(tree.ancestors_RNN[:, None], is_present_BZ)
         return self._run(x_BWE, tree.depths_RN, mask_B1WW)[:, num_before:]
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        """Returns the prophet's inputs [B, T, E] for tokens; the target's embedding learns nothing from them."""
+        """Returns the decoder's inputs [B, T, E] for tokens, with no gradient to the target's embedding."""
         return self.token_map(self.target.model.get_input_embeddings()(tokens_BT).detach())
 
     def head(self, z_BNE: Tensor) -> Tensor:
@@ -136,10 +137,10 @@ class Drafter(nn.Module, drafter.Drafter):
         num_rows, device = len(session.rows), self.target.device
         self._cache = KVCache(num_layers=self.config.num_layers, batch_size=num_rows)
         pending_B = torch.tensor([len(row) - 1 for row in session.rows], device=device)
-        places_BS, _ = places(pending_B, self.config.num_states)
-        nothing_BTD = torch.zeros(num_rows, 1, self.target.hidden_size, device=device, dtype=self.target.dtype)
-        hidden_BTD = session.hidden.get(self.hidden_layers[0], nothing_BTD)
-        self._states_BSD = _at(hidden_BTD, places_BS.clamp(min=0))
+        positions_BS, _ = window_positions(pending_B, self.config.num_states)
+        no_hidden_BTD = torch.zeros(num_rows, 1, self.target.hidden_size, device=device, dtype=self.target.dtype)
+        hidden_BTD = session.hidden.get(self.hidden_layers[0], no_hidden_BTD)
+        self._states_BSD = _at(hidden_BTD, positions_BS.clamp(min=0))
 
     def propose(self, budget: int) -> Draft:
         return autoregressive.draft(self._logits, self._session, self.config, budget)
@@ -152,24 +153,24 @@ class Drafter(nn.Module, drafter.Drafter):
         self._states_BSD = _at(known_BND, num_new_B1 + order_S)
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
-        """Returns the logits [B, M, V] after the nodes from `first` on; for node 0 a new window is begun."""
+        """Returns the logits [B, M, V] after the nodes from `first` on; node 0 begins a new window."""
         if first > 0:
             return self.head(self._read(self.embed(tokens_BN[:, first:]), tree, first))
         num_states, rows, device = self.config.num_states, self._session.rows, self.target.device
         tokens_BS = torch.tensor([[0] * (num_states - len(row)) + row[-num_states:] for row in rows], device=device)
         pending_B = torch.tensor([len(row) - 1 for row in rows], device=device)
-        self._is_there_BZ = torch.cat(places(pending_B, num_states), dim=1) >= 0
+        self._is_present_BZ = torch.cat(window_positions(pending_B, num_states), dim=1) >= 0
         normed_BSD = self.target.norm(self._states_BSD)
         x_BWE = torch.cat([self.state_map(normed_BSD), self.embed(tokens_BS)], dim=1)
         self._cache.lengths = [0] * len(rows)
         z_BWE = self._read(x_BWE, chain(2 * num_states, device), 0)
-        # The pending token is node 0 of what follows; what comes before it stays.
+        # The pending token is node 0 of the draft; the slots before it are committed.
         self._cache.commit([list(range(2 * num_states - 1)) for _ in rows])
         return self.head(z_BWE[:, -1:])
 
     def _read(self, x_BME: Tensor, tree: Tree, first: int) -> Tensor:
         positions_BM, mask_R1MW = prepare_cache(tree, self._cache, first=first)
-        return self._run(x_BME, positions_BM, shown(mask_R1MW, self._is_there_BZ), self._cache)
+        return self._run(x_BME, positions_BM, window_mask(mask_R1MW, self._is_present_BZ), self._cache)
 
     def _run(self, x_BWE: Tensor, positions_RW: Tensor, mask_B1WW: Tensor, cache: KVCache | None = None) -> Tensor:
         for layer, block in enumerate(self.blocks):
@@ -177,24 +178,24 @@ class Drafter(nn.Module, drafter.Drafter):
         return x_BWE
 
 
-def places(pending_B: Tensor, num_states: int) -> tuple[Tensor, Tensor]:
-    """Returns where in its text each window's states and its tokens up to the pending one stand, both [B, S].
+def window_positions(pending_B: Tensor, num_states: int) -> tuple[Tensor, Tensor]:
+    """Returns the positions of each window's states, and of its tokens up to the pending one, both [B, S].
 
-    A place below 0 is empty.
+    Negative positions lie before the start of the text.
     """
     states_BS = pending_B[:, None] - num_states + torch.arange(num_states, device=pending_B.device)
     return states_BS, states_BS + 1
 
 
-def shown(mask_R1MW: Tensor, is_there_BZ: Tensor) -> Tensor:
-    """Returns the mask [B, 1, M, W] of the last M of W slots, without those of the first that are not there.
+def window_mask(mask_R1MW: Tensor, is_present_BZ: Tensor) -> Tensor:
+    """Returns the attention mask [B, 1, M, W] of the last M of W slots, which hides prefix slots that are not present.
 
-    A slot that is not there sees itself, as attention to nothing has no value.
+    A slot that is not present attends to itself, because attention to no slot is undefined.
     """
     num_new, num_slots = mask_R1MW.shape[2:]
-    is_there_BW = functional.pad(is_there_BZ, (0, num_slots - is_there_BZ.shape[1]), value=True)
+    is_present_BW = functional.pad(is_present_BZ, (0, num_slots - is_present_BZ.shape[1]), value=True)
     own_MW = torch.eye(num_slots, dtype=torch.bool, device=mask_R1MW.device)[-num_new:]
-    return mask_R1MW & is_there_BW[:, None, None] | own_MW
+    return mask_R1MW & is_present_BW[:, None, None] | own_MW
 
 
 def _at(values_BTD: Tensor, index_BS: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ def _at(values_BTD: Tensor, index_BS: Tensor) -> Tensor:
 
 
 def _map(width_in: int, width_out: int) -> nn.Linear:
-    """Returns a linear map that changes nothing at first, or one with random weights where the widths differ."""
+    """Returns a linear map initialised as the identity, or with random weights if the widths differ."""
     linear = nn.Linear(width_in, width_out, bias=False)
     if width_in == width_out:
         nn.init.eye_(linear.weight)

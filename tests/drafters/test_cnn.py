@@ -13,9 +13,10 @@ from draftsmith.drafters.cnn import Config, Drafter
 from tests.support.family import built, check_family
 from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
 from tests.support.recurrent_checks import check_reading, check_run_on_pairs, check_shortlist, check_writing, source_of
+from tests.support.runs import trainer_settings
 from trainers import cnn as trainer
 
-SETTINGS = trainer.Settings(num_channels=24, rank=16, loss="tvd", teacher_top_k=8, on_policy=0.5)
+SETTINGS = trainer_settings(trainer, num_channels=24, rank=16, loss="tvd", teacher_top_k=8, on_policy=0.5)
 EXAMPLE = Config(num_channels=24, rank=8, num_draft=4, length="refit=0.1")
 
 
@@ -125,7 +126,7 @@ def test_what_is_refused() -> None:
     ]
     for message, changes in cases:
         with pytest.raises(ValueError, match=message):
-            trainer.Settings(**changes)  # type: ignore[arg-type]
+            trainer_settings(trainer, **changes)
     for refuse in (trainer.check, trainer.build):
         with pytest.raises(ValueError, match="it has no source to copy from"):
             refuse(dataclasses.replace(SETTINGS, copy=True), tiny_target("llama"))

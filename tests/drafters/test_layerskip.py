@@ -168,7 +168,7 @@ def test_online_it_finds_what_guesses_its_own_text_best() -> None:
     ids, mask = padded(prompts(5))
     out = draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=40)
     assert texts(out) == greedy_by_transformers("llama", 5, 40)
-    trials = drafter._trials
+    trials = drafter._online_search
     assert trials is not None and len(trials._scores) > 3
     assert trials.best_score == max(trials._scores) and drafter.skipped == trials.best
     tried = [frozenset(bit for bit, one in zip(trials._bits, mask, strict=True) if one) for mask in trials._masks]
@@ -182,7 +182,7 @@ def test_online_scores_by_hand() -> None:
     target = tiny_target("llama")
     rows = [text[:25] for text in greedy_by_transformers("llama", 2, NUM_NEW)]
     config = Config(mlp=(1,), num_draft=3, online=True, window=7)
-    trials = layerskip._Trials(target, rows, config, sublayers((), (1,)))
+    trials = layerskip._OnlineSearch(target, rows, config, sublayers((), (1,)))
     right = []
     for row in rows:
         begin = len(row) - 8
@@ -227,7 +227,7 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: s
 
 
 def test_targets_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match=f"block {NUM_LAYERS} is to be left out; .* has blocks 0 to {NUM_LAYERS - 1}"):
+    with pytest.raises(ValueError, match=f"block {NUM_LAYERS} is to be skipped, and .* has blocks 0 to {NUM_LAYERS - 1}"):
         Drafter(Config(attention=(NUM_LAYERS,)), tiny_target("llama"))
     with pytest.raises(ValueError, match="is an encoder-decoder"):
         Drafter(Config(attention=(1,)), tiny_target("t5"))

@@ -22,9 +22,10 @@ from tests.support.recurrent_checks import (
     check_writing,
     source_of,
 )
+from tests.support.runs import trainer_settings
 from trainers import lstm as trainer
 
-SETTINGS = trainer.Settings(hidden_size=24, num_layers=2, rank=16, loss="lk_hybrid")
+SETTINGS = trainer_settings(trainer, hidden_size=24, num_layers=2, rank=16, loss="lk_hybrid")
 EXAMPLE = Config(hidden_size=24, num_layers=2, rank=8, num_draft=4, length="refit=0.1")
 
 
@@ -136,7 +137,7 @@ def test_what_is_refused() -> None:
     ]
     for message, changes in cases:
         with pytest.raises(ValueError, match=message):
-            trainer.Settings(**changes)  # type: ignore[arg-type]
+            trainer_settings(trainer, **changes)
     for refuse in (trainer.check, trainer.build):
         with pytest.raises(ValueError, match="it has no source to copy from"):
             refuse(dataclasses.replace(SETTINGS, copy=True), tiny_target("llama"))

@@ -22,6 +22,7 @@ from draftsmith.drafters import prophet
 from draftsmith.drafters.prophet import Config, Drafter
 from tests.support.family import built, check_family, check_greedy, check_round_trip, check_training, texts
 from tests.support.models import greedy_by_transformers, padded, prompts, tiny_model, tiny_target
+from tests.support.runs import trainer_settings
 from trainers import prophet as trainer
 
 EXAMPLE = Config(num_layers=1, num_draft=4)
@@ -30,12 +31,12 @@ NUM_NEW, EOS = 20, (10, 11, 12)
 
 
 def test_family(tmp_path: Path) -> None:
-    check_family(prophet, EXAMPLE, tmp_path, trainer=trainer, settings=trainer.Settings(num_layers=1))
+    check_family(prophet, EXAMPLE, tmp_path, trainer=trainer, settings=trainer_settings(trainer, num_layers=1))
 
 
 def test_grown_trees_an_own_head_and_another_width() -> None:
     check_greedy(built(prophet, GROWN, tiny_target("mistral")), "mistral")
-    check_training(trainer, trainer.Settings(hidden_size=24, own_head=True, num_states=3, loss="forward_kl"))
+    check_training(trainer, trainer_settings(trainer, hidden_size=24, own_head=True, num_states=3, loss="forward_kl"))
 
 
 def test_it_may_come_with_a_changed_target(tmp_path: Path) -> None:
@@ -60,8 +61,8 @@ def test_it_may_come_with_a_changed_target(tmp_path: Path) -> None:
 def test_the_changed_target_keeps_its_buffers() -> None:
     """Rotary frequencies stay in float32 whatever the weights are."""
     drafter = Drafter(Config(joint=True), Target(tiny_model("llama"))).to(torch.bfloat16)
-    assert {weight.dtype for weight in drafter.changed.parameters()} == {torch.bfloat16}
-    assert {buffer.dtype for buffer in drafter.changed.buffers()} == {torch.float32}
+    assert {weight.dtype for weight in drafter.tuned_model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in drafter.tuned_model.buffers()} == {torch.float32}
 
 
 # --- What a window says ------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def test_drafts_are_those_of_a_decoder_without_a_cache(config: Config) -> None:
 def taught(target: Target, text: list[int], **settings: Any) -> Drafter:
     """Returns a prophet that has learnt one text by heart, by its own trainer."""
     torch.manual_seed(0)
-    wanted = trainer.Settings(num_layers=1, num_draft=4, length="fixed", **settings)
+    wanted = trainer_settings(trainer, num_layers=1, num_draft=4, length="fixed", **settings)
     drafter = trainer.build(wanted, target)
     batch = complete(collate([example(text, None, "text")]), target, (target.num_layers,))
     optimizer = torch.optim.Adam(drafter.parameters(), lr=1e-2)
@@ -196,17 +197,17 @@ def test_a_prophet_that_knows_the_text_is_always_right(architecture: str, num_st
 
 def test_a_state_comes_before_the_token_it_foretells() -> None:
     """For s = 2 and a pending token at place 5: the states of places 3 and 4, the tokens of places 4 and 5."""
-    states, tokens = prophet.places(torch.tensor([5, 0]), 2)
+    states, tokens = prophet.window_positions(torch.tensor([5, 0]), 2)
     assert states.tolist() == [[3, 4], [-2, -1]]
     assert tokens.tolist() == [[4, 5], [-1, 0]]
 
 
 def test_what_is_not_there_is_seen_by_itself_alone() -> None:
-    is_there = torch.tensor([[False, True], [True, True]])
-    mask = prophet.shown(torch.ones(3, 3, dtype=torch.bool).tril()[None, None], is_there)
+    is_present = torch.tensor([[False, True], [True, True]])
+    mask = prophet.window_mask(torch.ones(3, 3, dtype=torch.bool).tril()[None, None], is_present)
     assert mask[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert mask[1, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
-    last = prophet.shown(torch.ones(1, 1, 1, 3, dtype=torch.bool), is_there)
+    last = prophet.window_mask(torch.ones(1, 1, 1, 3, dtype=torch.bool), is_present)
     assert last[:, 0, 0].int().tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
