@@ -1,4 +1,4 @@
-"""Any data as examples for training: `open_examples`."""
+"""Opens any kind of data as examples for training: `open_examples`."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,34 +7,34 @@ from typing import Any, Protocol
 
 from data import pseudo_data, store
 from data.batches import Example, example
-from data.prompts import Prompt, load_prompts, print_coverage
+from data.prompts import Prompt, load_prompts, print_coverage, prompt_room
 from data.shards import check_origin
 from data.sources import looks_local
 from data.sources.pairs import split_columns
 from draftsmith import Target
-from draftsmith.core.model_info import NO_LIMIT, TargetInfo, prompt_room
+from draftsmith.core.model_info import NO_LIMIT, TargetInfo
 
 
 class Examples(Protocol):
-    """What trainers are given: `Store`, `PseudoData` and `Texts` alike."""
+    """A sequence of examples: the interface of `TeacherStore`, `PseudoData` and `TextExamples`."""
 
     keys: list[str]
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """What its folder says of it, None for texts."""
+        """The manifest of its folder, None for texts."""
 
     @property
     def fingerprint(self) -> str:
-        """Names the data in an artifact's manifest."""
+        """The hash that identifies the data in an artifact's manifest."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
 
-class Texts(Sequence[Example]):
-    """Conversations, documents or labels as they stand; a label begins with `start` and comes with its source."""
+class TextExamples(Sequence[Example]):
+    """Conversations, documents, or sources with labels; a label begins with `start`, the decoder's start token."""
 
     manifest = None
 
@@ -57,28 +57,28 @@ class Texts(Sequence[Example]):
 
 
 def check_target(examples: Examples, source: str, target: Target) -> None:
-    """Raises ValueError if `examples`, opened before the weights were loaded, turn out to be another target's."""
+    """Raises ValueError if `examples`, opened before the weights were loaded, belong to another target."""
     if examples.manifest is not None:
         check_origin(Path(source), examples.manifest, target)
 
 
 def open_examples(source: str, target: Target | TargetInfo, *, seed: int = 0) -> Examples:
-    """Returns the rows of a teacher store, of pseudo-data, or of any source that `load_prompts` reads, answers kept.
+    """Returns the rows of a teacher store, of pseudo-data, or of any source that `load_prompts` reads, with answers.
 
-    Prints how much of it the loss mask covers. Raises ValueError for what cannot be read, is unfinished or belongs to
+    Prints the share of supervised tokens. Raises ValueError for data that cannot be read, is unfinished or belongs to
     another target.
     """
     folder = Path(source)
     if (folder / store.MARKER).exists():
-        stored = store.open_store(folder, target)
+        stored = store.open_teacher_store(folder, target)
         print_coverage(source, stored.manifest["num_learnt"], stored.manifest["num_tokens"])
         return stored
     if (folder / pseudo_data.MARKER).exists():
         written = pseudo_data.read_pseudo_data(folder, target)
-        print_coverage(source, written.num_learnt, written.num_tokens)
+        print_coverage(source, written.num_supervised, written.num_tokens)
         return written
     if not Path(split_columns(source)[0]).exists() and looks_local(source):
-        raise ValueError(f"no such file or folder: {source!r}; recipes/pseudo_data.py makes data to learn from")
+        raise ValueError(f"no such file or folder: {source!r}; make training data with recipes/pseudo_data.py")
     limit = prompt_room(target, 0)
     texts = load_prompts(
         source,
@@ -90,5 +90,5 @@ def open_examples(source: str, target: Target | TargetInfo, *, seed: int = 0) ->
         seed=seed,
     )
     if target.is_encoder_decoder and target.decoder_start_token_id is None:
-        raise ValueError(f"target {target.name} names no decoder_start_token_id, with which its text would begin")
-    return Texts(texts, target.decoder_start_token_id)
+        raise ValueError(f"target {target.name} has no decoder_start_token_id in its configuration; set it")
+    return TextExamples(texts, target.decoder_start_token_id)

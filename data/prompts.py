@@ -1,9 +1,9 @@
-"""Prompts from any source, as token ids: `load_prompts`.
+"""Loads prompts from any source as token ids: `load_prompts`.
 
-Rows understood: {"prompt" or "text": ...} as it stands; {"question", "instruction" or "turns": [...]} as a user's
-turn, through the chat template where the tokenizer has one; {"messages" or "conversations": [...]} through it always.
-For an encoder-decoder also what it reads beside what it is to write, {"article": ..., "highlights": ...} and the other
-pairs of data/sources/pairs.py; pairs of other names as `data.jsonl@body,title`.
+Supported rows: {"prompt" or "text": ...} as plain text; {"question", "instruction" or "turns": [...]} as a user's turn,
+through the chat template if the tokenizer has one; {"messages" or "conversations": [...]} always through the template.
+For an encoder-decoder also pairs of source and label, {"article": ..., "highlights": ...} and the others of
+data/sources/pairs.py; columns with other names are given as `data.jsonl@body,title`.
 """
 
 import hashlib
@@ -17,33 +17,35 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from data.sources import Document, Row, chat, pairs, read_source
+from draftsmith import Target
+from draftsmith.core.model_info import NO_LIMIT, TargetInfo
 
 PLAIN_KEYS = ("prompt", "text")
 USER_KEYS = ("question", "instruction", "turns")
 CHAT_KEYS = ("messages", "conversations", "conversation")
-UNDERSTOOD = (*CHAT_KEYS, *PLAIN_KEYS, *USER_KEYS)
+TEXT_KEYS = (*CHAT_KEYS, *PLAIN_KEYS, *USER_KEYS)
 LongPrompts = Literal["auto", "refuse", "drop", "cut"]
-CHARACTERS_PER_TOKEN = 32  # more than any tokenizer packs into a token on average; texts are cut so before encoding
+CHARACTERS_PER_TOKEN = 32  # more than any tokenizer's average; texts are truncated by it before encoding
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One prompt, or one text to learn from."""
+    """One prompt, or one training text."""
 
     ids: list[int]
     """Token ids, special tokens included."""
     loss_mask: list[bool] | None
-    """True at tokens to be learnt (the assistant's); None for plain text."""
+    """True at supervised tokens (the assistant's); None for plain text."""
     text: str
-    """What the ids were made from."""
+    """Text of the ids."""
     category: str | None
-    """The row's own `category`, kept for tables."""
+    """The row's `category`, by which results can be grouped."""
     key: str
-    """Hash of the ids: names the prompt whatever file it came from."""
+    """Hash of the ids, which identifies the prompt independently of its file."""
     source: str
-    """Where it came from: `file:line`."""
+    """Origin of the prompt: `file:line`."""
     label: list[int] | None = None
-    """What an encoder-decoder is to write having read `ids`, its end included; None where nothing says."""
+    """Ids of an encoder-decoder's output for `ids`, with the end token; None if the data has none."""
 
 
 def load_prompts(
@@ -58,47 +60,47 @@ def load_prompts(
     is_encoder_decoder: bool = False,
     seed: int = 0,
 ) -> list[Prompt]:
-    """Returns at most `max_prompts` prompts (0: all) of `source` (see data/sources.py), drawn by `seed`, each once.
+    """Returns at most `max_prompts` distinct prompts (0: all) of `source` (see data/sources), sampled with `seed`.
 
-    Documents give prompts of `prompt_tokens` tokens that begin where the file, a function or a paragraph begins. A
-    row of more than `max_prompt_tokens` (0: no limit) is refused, dropped, or cut to its first tokens; "auto" cuts what
-    an encoder reads, and refuses the rest. With `keep_answers`, conversations stay whole, with a loss mask, and
-    documents come whole too, in pieces of at most `max_prompt_tokens`: text to learn from, not prompts. For an
-    encoder-decoder the prompts are sources, with their labels if `keep_answers`. Raises ValueError on anything that
-    cannot be read, with the place named.
+    Documents give prompts of `prompt_tokens` tokens that start at the beginning of the file, a function or a paragraph.
+    `long_prompts` says whether a row of more than `max_prompt_tokens` (0: no limit) is refused with an error, dropped,
+    or cut to its first tokens; "auto" cuts an encoder's input and refuses others. `keep_answers` returns training texts
+    instead of prompts: whole conversations with a loss mask, and documents in pieces of at most `max_prompt_tokens`.
+    For an encoder-decoder the prompts are sources, with their labels if `keep_answers`. Raises ValueError, naming file
+    and line, for data that cannot be read.
     """
     if tokenizer is None:
-        raise ValueError(f"{source}: prompts need a tokenizer and the target has none")
+        raise ValueError(f"{source}: prompts need a tokenizer, and the target has none")
     name, columns = pairs.split_columns(source)
     if columns and not is_encoder_decoder:
-        raise ValueError(f"{source} names columns to read and to write, which only an encoder-decoder target can do")
+        raise ValueError(f"{source} names source and label columns, which only an encoder-decoder target can use")
     if long_prompts == "auto":
         long_prompts = "cut" if is_encoder_decoder else "refuse"
     found = read_source(name)
-    shuffled = random.Random(seed)
+    rng = random.Random(seed)
     documents, rows = (
         [one for one in found if isinstance(one, Document)],
         [one for one in found if isinstance(one, Row)],
     )
     if is_encoder_decoder and rows:
-        columns = columns or pairs.columns_of(rows[0], UNDERSTOOD)
+        columns = columns or pairs.infer_columns(rows[0], TEXT_KEYS)
     if is_encoder_decoder and keep_answers and not columns:
         raise ValueError(
-            f"{source} holds no labels to learn from: give pairs ({pairs.in_words()}, or others named as in"
-            f" {name}@source,label), or have the target write with recipes/pseudo_data.py"
+            f"{source} has no labels: give pairs ({pairs.known_columns()}, or other columns as in {name}@source,label), or"
+            " generate labels with recipes/pseudo_data.py"
         )
     if documents and columns:
-        raise ValueError(f"{source} names columns, and {name} holds texts, which have none")
+        raise ValueError(f"{source} names columns, and {name} contains texts, which have none")
     candidates: Iterable[Prompt]
     if documents and keep_answers:
-        texts = ((one.name, _begun(_encode(tokenizer, one.text), tokenizer), one.text) for one in documents)
+        texts = ((one.name, _with_bos(_encode(tokenizer, one.text), tokenizer), one.text) for one in documents)
         candidates = (_prompt(ids, text, name) for name, ids, text in texts if ids)
     elif documents:
-        candidates = _cut(documents, tokenizer, prompt_tokens, shuffled)
+        candidates = _document_prompts(documents, tokenizer, prompt_tokens, rng)
     else:
-        rows = pairs.with_text(rows, columns, with_labels=keep_answers) if columns else _understood(rows, source)
+        rows = pairs.nonempty_rows(rows, columns, with_labels=keep_answers) if columns else _check_rows(rows, source)
         if max_prompts:
-            shuffled.shuffle(rows)
+            rng.shuffle(rows)
         candidates = (_from_row(row, tokenizer, columns, keep_answers=keep_answers) for row in rows)
     prompts: dict[str, Prompt] = {}
     num_repeated = num_dropped = num_cut = 0
@@ -106,14 +108,14 @@ def load_prompts(
         pieces = [prompt]
         if max_prompt_tokens and len(prompt.ids) > max_prompt_tokens:
             if keep_answers and prompt.loss_mask is None and prompt.label is None:
-                pieces = _pieces(prompt, tokenizer, max_prompt_tokens)
+                pieces = _split(prompt, tokenizer, max_prompt_tokens)
             elif long_prompts == "refuse":
                 raise ValueError(
                     f"{prompt.source} has {len(prompt.ids):,} tokens and at most {max_prompt_tokens:,} fit in the "
-                    "target's context beside what is generated; set --long-prompts to drop or cut, or write less"
+                    "target's context beside the new tokens; set --long-prompts to drop or cut, or generate fewer tokens"
                 )
             else:
-                pieces = [_shortened(prompt, max_prompt_tokens, tokenizer.eos_token_id if is_encoder_decoder else None)]
+                pieces = [_truncate(prompt, max_prompt_tokens, tokenizer.eos_token_id if is_encoder_decoder else None)]
                 if long_prompts == "drop" or (prompt.loss_mask is not None and not any(pieces[0].loss_mask or ())):
                     num_dropped += 1
                     continue
@@ -124,7 +126,7 @@ def load_prompts(
         if max_prompts and len(prompts) >= max_prompts:
             break
     if num_repeated or num_dropped:
-        print(f"{source}: {num_repeated} repeated and {num_dropped} too long prompts left out")
+        print(f"{source}: {num_repeated} repeated and {num_dropped} too long prompts were dropped")
     if is_encoder_decoder and num_cut:
         print(f"{source}: {num_cut} of {len(prompts)} sources were cut to {max_prompt_tokens:,} tokens")
     if not prompts:
@@ -135,18 +137,31 @@ def load_prompts(
     return list(prompts.values())
 
 
-def print_coverage(source: str, num_learnt: int, num_tokens: int) -> None:
-    """Prints the share of tokens to be learnt; raises ValueError when there are none."""
-    if num_learnt == 0:
-        raise ValueError(f"{source}: the loss mask covers none of the {num_tokens:,} tokens; nothing could be learnt")
-    print(f"{source}: the loss mask covers {num_learnt:,} of {num_tokens:,} tokens ({num_learnt / num_tokens:.1%})")
+def prompt_room(target: Target | TargetInfo, max_new_tokens: int) -> int:
+    """Returns the largest number of prompt tokens for a target.
+
+    A causal model's context also holds `max_new_tokens`; an encoder reads up to the limit of its positions and its
+    tokenizer, whatever the decoder writes.
+    """
+    if not target.is_encoder_decoder:
+        return target.context_length - max_new_tokens
+    return min(target.context_length, getattr(target.tokenizer, "model_max_length", None) or NO_LIMIT)
 
 
-def _form(row: Row) -> tuple[str, Any]:
-    """Returns (key, value) of the row's text; raises ValueError when no key is understood or the value is empty."""
-    key = next((key for key in UNDERSTOOD if row.fields.get(key) is not None), None)
+def print_coverage(source: str, num_supervised: int, num_tokens: int) -> None:
+    """Prints the share of supervised tokens; raises ValueError if there are none."""
+    if num_supervised == 0:
+        raise ValueError(f"{source}: the loss mask covers none of the {num_tokens:,} tokens; nothing can be trained on")
+    print(
+        f"{source}: the loss mask covers {num_supervised:,} of {num_tokens:,} tokens ({num_supervised / num_tokens:.1%})"
+    )
+
+
+def _text_field(row: Row) -> tuple[str, Any]:
+    """Returns (key, value) of the row's text; raises ValueError if no key is supported or the value is not text."""
+    key = next((key for key in TEXT_KEYS if row.fields.get(key) is not None), None)
     if key is None:
-        raise ValueError(f"{row.where}: found the keys {', '.join(row.fields)}; understood are {', '.join(UNDERSTOOD)}")
+        raise ValueError(f"{row.where}: found the keys {', '.join(row.fields)}; expected one of {', '.join(TEXT_KEYS)}")
     value = row.fields[key]
     if key == "turns":
         if not isinstance(value, list) or not value or not isinstance(value[0], str):
@@ -162,13 +177,13 @@ def _form(row: Row) -> tuple[str, Any]:
     return key, value
 
 
-def _understood(rows: list[Row], source: str) -> list[Row]:
-    """Returns the rows, all of which can be read, and says what of them is left out."""
+def _check_rows(rows: list[Row], source: str) -> list[Row]:
+    """Returns the rows, checks that all can be read, and prints how many have turns that are not used."""
     for row in rows:
-        _form(row)
-    num_longer = sum(len(row.fields.get("turns") or ()) > 1 for row in rows)
-    if num_longer:
-        print(f"{source}: {num_longer} of {len(rows)} rows have further turns; only the first of each is used")
+        _text_field(row)
+    num_multi_turn = sum(len(row.fields.get("turns") or ()) > 1 for row in rows)
+    if num_multi_turn:
+        print(f"{source}: {num_multi_turn} of {len(rows)} rows have several turns; only the first of each is used")
     return rows
 
 
@@ -181,7 +196,7 @@ def _from_row(
         text = columns.prefix + row.fields[columns.source]
         label = pairs.label_ids(tokenizer, row.fields[columns.label]) if keep_answers else None
         return replace(_prompt(_encode(tokenizer, text), text, row.where, category=category), label=label)
-    key, value = _form(row)
+    key, value = _text_field(row)
     mask = None
     if key in CHAT_KEYS or (key in USER_KEYS and tokenizer.chat_template):
         messages = chat.normalise(value, row.where) if key in CHAT_KEYS else [{"role": "user", "content": value}]
@@ -195,45 +210,45 @@ def _from_row(
     return _prompt(ids, text, row.where, mask=mask, category=category)
 
 
-def _cut(
+def _document_prompts(
     documents: list[Document],
     tokenizer: PreTrainedTokenizerBase,
     length: int,
-    shuffled: random.Random,
+    rng: random.Random,
 ) -> Iterator[Prompt]:
     """Yields one prompt of every document in turn, then a second of each, at most `length` tokens long.
 
-    A place where fewer than `length` tokens remain is used only if it is the document's beginning.
+    A start with fewer than `length` tokens after it is used only if it is the document's beginning.
     """
-    waiting = list(documents)
-    shuffled.shuffle(waiting)
-    left: dict[str, list[int]] = {}
-    while waiting:
-        still = []
-        for document in waiting:
-            if document.name not in left:
+    documents = list(documents)
+    rng.shuffle(documents)
+    unused: dict[str, list[int]] = {}
+    while documents:
+        remaining = []
+        for document in documents:
+            if document.name not in unused:
                 starts = document.starts()
-                left[document.name] = shuffled.sample(starts, len(starts))
-            if not left[document.name]:
+                unused[document.name] = rng.sample(starts, len(starts))
+            if not unused[document.name]:
                 continue
-            start = left[document.name].pop()
-            still.append(document)
+            start = unused[document.name].pop()
+            remaining.append(document)
             ids = _encode(tokenizer, document.text[start : start + length * CHARACTERS_PER_TOKEN])
             if start == 0:
-                ids = _begun(ids, tokenizer)
+                ids = _with_bos(ids, tokenizer)
             if len(ids) >= length or (start == 0 and ids):
                 line = document.text.count("\n", 0, start) + 1
                 text = tokenizer.decode(ids[:length], skip_special_tokens=True)
                 yield _prompt(ids[:length], text, f"{document.name}:{line}")
-        waiting = still
+        documents = remaining
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, verbose=False)["input_ids"]
 
 
-def _pieces(whole: Prompt, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Prompt]:
-    """Returns a text in pieces of `length` tokens, whose keys say that they belong together."""
+def _split(whole: Prompt, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Prompt]:
+    """Returns a text in pieces of `length` tokens, whose keys show that they belong together."""
     pieces = []
     for number, begin in enumerate(range(0, len(whole.ids), length)):
         ids = whole.ids[begin : begin + length]
@@ -243,19 +258,19 @@ def _pieces(whole: Prompt, tokenizer: PreTrainedTokenizerBase, length: int) -> l
     return pieces
 
 
-def _begun(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns a document's first ids with the token that texts begin with, if there is one."""
-    begin = tokenizer.bos_token_id
-    return ids if begin is None or not ids or ids[0] == begin else [begin, *ids]
+def _with_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids of a document's beginning, with the tokenizer's bos token, if it has one, in front."""
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or not ids or ids[0] == bos else [bos, *ids]
 
 
-def _shortened(prompt: Prompt, length: int, end: int | None) -> Prompt:
+def _truncate(prompt: Prompt, length: int, end: int | None) -> Prompt:
     ids, mask = prompt.ids[:length], prompt.loss_mask and prompt.loss_mask[:length]
     if end is not None and prompt.ids[-1] == end:
-        # Where the tokenizer itself ends a source, that stays: the encoder was trained to meet it.
+        # An end token added by the tokenizer stays, because the encoder was trained with it.
         ids[-1] = end
-    cut = _prompt(ids, prompt.text, prompt.source, mask=mask, category=prompt.category)
-    return replace(cut, label=prompt.label)
+    truncated = _prompt(ids, prompt.text, prompt.source, mask=mask, category=prompt.category)
+    return replace(truncated, label=prompt.label)
 
 
 def _prompt(

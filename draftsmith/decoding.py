@@ -22,12 +22,12 @@ from draftsmith.verify import verify_draft
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generation:
-    """What `generate` returns."""
+    """The output of `generate`."""
 
     sequences: Tensor
-    """[B, longest]: the prompt (causal) or decoder start (encoder-decoder) and what follows it, right-padded."""
+    """[B, longest]: the prompt (causal) or decoder start (encoder-decoder) and the new tokens, right-padded."""
     lengths: Tensor
-    """[B]: ids of each row that are not padding."""
+    """[B]: number of ids in each row without padding."""
     stats: GenerationStats
 
 
@@ -48,26 +48,26 @@ def generate(
     length: str | Policy = "auto",
     streamer: Any = None,
 ) -> Generation:
-    """Continues `input_ids` [B, T] as the target would; with a drafter sooner, and by the same law.
+    """Continues `input_ids` [B, T] with tokens of the target's distribution, faster with a drafter than without.
 
-    Prompts may be padded left or right, as `attention_mask` [B, T] says, and their lengths may differ. For an
-    encoder-decoder `input_ids` are the sources. `eos_token_id` defaults to the model's own; an empty sequence turns
-    it off. The same `seed` gives the same tokens, unless lengths go by the clock or by earlier calls; without one,
-    torch's global generator gives it. `length` says how much is drafted: a policy of draftsmith/length/policies.py or its name,
-    "auto" for the drafter's own. A `streamer` is put the prompt, then each step's tokens. Raises ValueError for
-    settings or prompts that do not fit.
+    Prompts may differ in length and be padded left or right, as in `attention_mask` [B, T]. For an encoder-decoder
+    `input_ids` are the sources. `eos_token_id` defaults to the model's own; an empty sequence turns it off. The same
+    `seed` gives the same tokens, unless draft lengths depend on measured times or earlier calls; without one it is
+    drawn from torch's global generator. `length` is a draft-length policy (draftsmith/length/policies.py) or its name,
+    "auto" for the drafter's own. A `streamer` receives the prompt, then each step's tokens. Raises ValueError for
+    invalid settings or prompts.
     """
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
     rows, source = start_rows(target, input_ids, attention_mask)
     check_lengths(target, rows, max_new_tokens)
     if drafter is not None and drafter.target is not target:
         raise ValueError(
-            "the drafter drafts for another Target object; load it with this one or, as one that has tuned its target"
-            " asks for, give its own, drafter.target"
+            "the drafter drafts for another Target object; load it with this one, or pass drafter.target if the"
+            " drafter fine-tunes its target"
         )
     drafter = with_length_control(drafter, length) if drafter is not None else None
     if streamer is not None and len(rows) > 1:
-        raise ValueError(f"a streamer prints one row, and there are {len(rows)}; stream with batch size 1")
+        raise ValueError(f"a streamer prints one row, but there are {len(rows)}; stream with batch size 1")
     limits = [len(row) + max_new_tokens for row in rows]
     eos = eos_ids(target, eos_token_id)
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
@@ -101,7 +101,7 @@ def generate(
         tokens = draft.tokens_BN.tolist()
         for row, path in enumerate(paths):
             if not is_running[row]:
-                path.clear()  # a finished row stays as it is while others go on
+                path.clear()  # a finished row stays unchanged while others run
                 continue
             new = [*(tokens[row][node] for node in path[1:]), next_tokens[row]]
             kept = until_end(new, limits[row] - len(rows[row]), eos)
@@ -124,7 +124,7 @@ def generate(
         stats.commit_ms += watch.lap_ms()
     if streamer is not None:
         streamer.end()
-    # Tensors made in inference mode could not be trained on.
+    # Tensors made in inference mode cannot be used in training.
     with torch.inference_mode(False):
         sequences, lengths = pack(target, rows)
     return Generation(sequences=sequences, lengths=lengths, stats=stats)

@@ -19,13 +19,13 @@ from typing import Any, Literal
 import torch
 
 from data import POCKET, pseudo_data, store
-from data.prompts import LongPrompts, load_prompts
+from data.prompts import LongPrompts, load_prompts, prompt_room
 from data.pseudo_data import write_pseudo_data
-from data.sources import of_this_machine
-from data.writers import LocalTarget, PseudoDataSettings
+from data.sources import default_source
+from data.writers import LocalWriter, PseudoDataSettings
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
-from draftsmith.core.model_info import TargetInfo, prompt_room, read_target_info
+from draftsmith.core.model_info import TargetInfo, read_target_info
 from draftsmith.length.costs import num_threads
 from eval.bakeoff.results import check_output, claim
 from eval.bakeoff.settings import BakeoffSettings
@@ -129,7 +129,7 @@ def main(run: RunSettings) -> None:
     if run.max_steps:
         num_prompts = min(num_prompts or sys.maxsize, run.max_steps * max(settings.batch_sizes))
     prompts = load_prompts(
-        run.data or of_this_machine("", is_encoder_decoder=facts.is_encoder_decoder),
+        run.data or default_source("", is_encoder_decoder=facts.is_encoder_decoder),
         facts.tokenizer,
         max_prompts=num_prompts,
         max_prompt_tokens=prompt_room(facts, run.max_new_tokens),
@@ -159,7 +159,7 @@ def _made(line_up: list[lineup.Entry], target: Target, facts: TargetInfo, run: R
     with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
         if not any((data / marker).exists() for marker in (pseudo_data.MARKER, store.MARKER)):
             learnt = load_prompts(
-                run.learn_from or of_this_machine("train", is_encoder_decoder=facts.is_encoder_decoder),
+                run.learn_from or default_source("train", is_encoder_decoder=facts.is_encoder_decoder),
                 facts.tokenizer,
                 max_prompts=run.num_texts,
                 max_prompt_tokens=prompt_room(facts, run.text_tokens),
@@ -170,7 +170,7 @@ def _made(line_up: list[lineup.Entry], target: Target, facts: TargetInfo, run: R
             print(f"The target writes what drafters learn from: {len(learnt)} texts")
             data = output / "pseudo-data"
             wanted = PseudoDataSettings(max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed)
-            write_pseudo_data(LocalTarget(target), learnt, data, wanted)
+            write_pseudo_data(LocalWriter(target), learnt, data, wanted)
         print(f"{len(line_up)} drafters learn from it; what each says meanwhile is in {output / 'logs'}", flush=True)
         made = lineup.make(line_up, output, is_quiet=True, data=str(data), **given)
         artifacts = lineup.say(made, len(line_up))

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 
 from data import POCKET, POCKET_SEQ2SEQ
-from data.prompts import load_prompts
+from data.prompts import load_prompts, prompt_room
 from data.pseudo_data import write_pseudo_data
 from data.shards import write_whole
-from data.sources import Row, of_this_machine, read_source
-from data.writers import LocalTarget, PseudoDataSettings
+from data.sources import Row, default_source, read_source
+from data.writers import LocalWriter, PseudoDataSettings
 from draftsmith import Target
-from draftsmith.core.model_info import TargetInfo, prompt_room, read_target_info
+from draftsmith.core.model_info import TargetInfo, read_target_info
 from draftsmith.length.costs import num_threads
 from eval.bakeoff.results import claim
 from eval.bakeoff.settings import BakeoffSettings
@@ -85,7 +85,7 @@ def main(run: ComparisonSettings) -> None:
 
 def _originals(facts: TargetInfo, output: Path, run: ComparisonSettings) -> tuple[Path, Path]:
     """Writes what people wrote, and what the target is given to write the same itself; returns both files."""
-    source = of_this_machine("train", is_encoder_decoder=facts.is_encoder_decoder)
+    source = default_source("train", is_encoder_decoder=facts.is_encoder_decoder)
     labels, sources = output / "labels.jsonl", output / "sources.jsonl"
     if facts.is_encoder_decoder:
         pairs = [row.fields for row in read_source(source) if isinstance(row, Row)]
@@ -115,7 +115,7 @@ def _compared(
     is_encoder_decoder = facts.is_encoder_decoder
     common: dict[str, Any] = {"is_encoder_decoder": is_encoder_decoder, "seed": run.seed}
     held_out = load_prompts(
-        of_this_machine("", is_encoder_decoder=is_encoder_decoder),
+        default_source("", is_encoder_decoder=is_encoder_decoder),
         facts.tokenizer,
         max_prompts=run.num_prompts,
         max_prompt_tokens=prompt_room(facts, run.max_new_tokens),
@@ -136,7 +136,7 @@ def _compared(
         wanted = PseudoDataSettings(
             temperature="0,1", max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed
         )
-        write_pseudo_data(LocalTarget(target), learnt, output / "pseudo-data", wanted)
+        write_pseudo_data(LocalWriter(target), learnt, output / "pseudo-data", wanted)
         artifacts = []
         for way, data in zip(WAYS, (str(labels), str(output / "pseudo-data")), strict=True):
             print(f"{way}, of {data}", flush=True)

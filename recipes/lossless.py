@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import POCKET
-from data.prompts import LongPrompts, load_prompts
-from data.sources import of_this_machine
+from data.prompts import LongPrompts, load_prompts, prompt_room
+from data.sources import default_source
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
-from draftsmith.core.model_info import prompt_room, read_target_info
+from draftsmith.core.model_info import read_target_info
 from eval.certificate.identity import GreedySettings
 from eval.certificate.sampled import EXTRA_TOKENS, SampledTestSettings
 from eval.lossless import LOSSLESS, certify, check_output, lines, save
@@ -66,7 +66,7 @@ def main(run: RunSettings, settings: SampledTestSettings, greedy: GreedySettings
         num_rows = min(settings.num_rows, run.max_steps * settings.rows_at_once)
         settings = replace(settings, num_rows=num_rows)
     prompts = load_prompts(
-        run.data or of_this_machine("", is_encoder_decoder=facts.is_encoder_decoder),
+        run.data or default_source("", is_encoder_decoder=facts.is_encoder_decoder),
         facts.tokenizer,
         max_prompts=run.num_prompts,
         max_prompt_tokens=prompt_room(facts, max(greedy.max_new_tokens, settings.num_tokens + EXTRA_TOKENS)),

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 import draftsmith
 from data import POCKET
-from data.prompts import load_prompts
+from data.prompts import load_prompts, prompt_room
 from data.shards import open_folder
 from draftsmith import Target
 from draftsmith.artifacts.artifact import MANIFEST, check_fits, read_manifest
-from draftsmith.core.model_info import prompt_room, read_target_info
+from draftsmith.core.model_info import read_target_info
 from draftsmith.core.stats import GenerationStats
 from eval.plots.curves import Panel, publish_curves
 from trainers.online import Online, OnlineSettings

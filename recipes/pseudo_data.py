@@ -16,14 +16,14 @@ from pathlib import Path
 
 import draftsmith
 from data import POCKET
-from data.prompts import LongPrompts, load_prompts
+from data.prompts import LongPrompts, load_prompts, prompt_room
 from data.pseudo_data import MARKER, read_pseudo_data, write_pseudo_data
-from data.sources import of_this_machine
-from data.writers import LocalTarget, PseudoDataSettings, Writer
-from data.writers.server import Server
+from data.sources import default_source
+from data.writers import LocalWriter, PseudoDataSettings, Writer
+from data.writers.server import ServerWriter
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.files import check_replaceable
-from draftsmith.core.model_info import prompt_room, read_target_info
+from draftsmith.core.model_info import read_target_info
 from trainers.training.settings import parse_settings
 
 
@@ -70,7 +70,7 @@ def main(run: RunSettings, settings: PseudoDataSettings) -> None:
         check_fits(run.draft, read_manifest(run.draft), facts)
     limits = [limit for limit in (run.max_prompts, run.max_steps * settings.batch_size) if limit]
     prompts = load_prompts(
-        run.data or of_this_machine("train", is_encoder_decoder=facts.is_encoder_decoder),
+        run.data or default_source("train", is_encoder_decoder=facts.is_encoder_decoder),
         facts.tokenizer,
         max_prompts=min(limits, default=0),
         max_prompt_tokens=prompt_room(facts, settings.max_new_tokens),
@@ -81,7 +81,7 @@ def main(run: RunSettings, settings: PseudoDataSettings) -> None:
     )
     writer: Writer
     if run.server:
-        writer = Server(
+        writer = ServerWriter(
             run.server,
             facts.tokenizer,
             model=run.server_model,
@@ -89,10 +89,10 @@ def main(run: RunSettings, settings: PseudoDataSettings) -> None:
             as_text=run.server_text,
         )
     else:
-        writer = LocalTarget(draftsmith.Target.from_pretrained(run.target, dtype=run.dtype), draft=run.draft)
+        writer = LocalWriter(draftsmith.Target.from_pretrained(run.target, dtype=run.dtype), draft=run.draft)
     write_pseudo_data(writer, prompts, Path(run.output), settings)
     written = read_pseudo_data(run.output)
-    print(f"{run.output}: {len(written):,} rows, {written.num_learnt:,} tokens written by {writer.origin.target}")
+    print(f"{run.output}: {len(written):,} rows, {written.num_supervised:,} tokens written by {writer.origin.target}")
 
 
 if __name__ == "__main__":

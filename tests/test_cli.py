@@ -106,7 +106,7 @@ def test_inspect_shows_the_manifest(folders: tuple[str, str], capsys: pytest.Cap
         (["--verifier", "gredy"], "unknown verifier 'gredy'"),
         (["--length", "long"], "unknown length policy 'long'"),
         (["--draft", "nowhere"], "artifact nowhere: no such folder"),
-        (["--target", "nowhere"], "'nowhere' is no local folder"),
+        (["--target", "nowhere"], "'nowhere' is not a local folder"),
         (["--max-new-tokens", str(CONTEXT)], f"context of {CONTEXT}"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
     ],
@@ -131,4 +131,4 @@ def test_an_empty_prompt_and_another_targets_artifact_are_refused(
     other.model.save_pretrained(tmp_path)
     other.tokenizer.save_pretrained(tmp_path)
     assert "was made for target" in refusal(capsys, "generate", "--target", str(tmp_path), "--draft", draft, "x = 1")
-    assert "is no draftsmith artifact" in refusal(capsys, "inspect", path)
+    assert "is not a draftsmith artifact" in refusal(capsys, "inspect", path)

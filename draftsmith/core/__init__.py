@@ -1,1 +1,1 @@
-"""What everything else is built on: the target and its views, the key-value cache, the draft tree, sampling, batching."""
+"""The base of everything else: target, model views, key-value cache, draft tree, sampling, batching and statistics."""

@@ -1,4 +1,4 @@
-"""What `generate` is given and gives back: unpadding, checks and packing.
+"""Checks, unpads and packs the inputs and outputs of `generate`.
 
 Shape suffixes: B rows, T positions.
 """
@@ -15,12 +15,14 @@ from draftsmith.core.target import Source, Target
 def start_rows(
     target: Target, input_ids: Tensor, attention_mask: Tensor | None
 ) -> tuple[list[list[int]], Source | None]:
-    """Returns each row's ids without padding; for an encoder-decoder its decoder start, and the encoded source."""
+    """Returns each row's ids without padding; for an encoder-decoder its decoder start ids and the encoded source."""
     if input_ids.ndim != 2 or input_ids.shape[0] == 0:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, length] with a row or more")
     mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
     if mask_BT.shape != input_ids.shape:
-        raise ValueError(f"attention_mask has shape {tuple(mask_BT.shape)}, input_ids {tuple(input_ids.shape)}")
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask_BT.shape)}; it must be that of input_ids, {tuple(input_ids.shape)}"
+        )
     mask_BT = mask_BT.bool()
     if ((mask_BT[:, 1:] != mask_BT[:, :-1]).sum(1) > 1).any():
         raise ValueError("attention_mask has holes; each row must be padded at its left or its right end only")
@@ -33,20 +35,18 @@ def start_rows(
             raise ValueError(f"prompt {row} holds token {wrong}; the target's vocabulary has {target.vocab_size}")
     if not target.is_encoder_decoder:
         return prompts, None
-    longest = max(map(len, prompts))
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device=target.device)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt, device=target.device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=target.device)
-    mask = (torch.arange(longest, device=target.device) < lengths[:, None]).long()
     start = target.decoder_start_token_id
     if start is None:
-        raise ValueError(f"target {target.name} names no decoder_start_token_id in its generation config")
-    return [[start] for _ in prompts], target.encode(tokens, mask)
+        raise ValueError(f"target {target.name} has no decoder_start_token_id in its generation config; set one")
+    device, longest = target.device, max(map(len, prompts))
+    tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    mask_BT = (torch.arange(longest, device=device) < lengths_B[:, None]).long()
+    return [[start] for _ in prompts], target.encode(tokens_BT, mask_BT)
 
 
 def check_lengths(target: Target | TargetInfo, rows: list[list[int]], max_new_tokens: int) -> None:
-    """Raises ValueError if the new tokens do not fit the context."""
+    """Raises ValueError if the rows with their new tokens do not fit the target's context."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     for row, ids in enumerate(rows):
@@ -58,21 +58,21 @@ def check_lengths(target: Target | TargetInfo, rows: list[list[int]], max_new_to
 
 
 def eos_ids(target: Target, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
-    """Returns the ids that end a row: those given, else the model's own."""
+    """Returns the end-of-sequence ids: those given, or for None the model's own."""
     if eos_token_id is None:
         return frozenset(target.eos_token_ids)
     return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
 
 
-def until_end(new: list[int], room: int, eos: frozenset[int]) -> list[int]:
-    """Returns `new` cut to `room` tokens and after the first end-of-sequence."""
-    kept = new[:room]
-    end = next((at for at, token in enumerate(kept) if token in eos), None)
+def until_end(new: list[int], max_tokens: int, eos: frozenset[int]) -> list[int]:
+    """Returns `new` cut to `max_tokens` and after the first end-of-sequence."""
+    kept = new[:max_tokens]
+    end = next((index for index, token in enumerate(kept) if token in eos), None)
     return kept if end is None else kept[: end + 1]
 
 
 def pack(target: Target, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Returns (sequences [B, longest], lengths [B]), right-padded with the model's padding or end token."""
+    """Returns (sequences [B, longest], lengths [B]), right-padded with the model's padding or end-of-sequence id."""
     config = target.model.generation_config
     fill = config.pad_token_id if config.pad_token_id is not None else (target.eos_token_ids or (0,))[0]
     longest = max(map(len, rows))

@@ -1,4 +1,4 @@
-"""What a target is, read from its folder without its weights, so that bad input is refused before they load."""
+"""Reads what a target is from its folder, without its weights, so that bad input is rejected before they load."""
 
 import hashlib
 import os
@@ -9,12 +9,12 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 NO_LIMIT = 2**30
-"""Context length of a model whose positions have no end."""
+"""Context length of a model whose positions are unlimited."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetInfo:
-    """A target's name, shape and tokenizer, under the names that `Target` gives them."""
+    """A target's name, shape and tokenizer, under the attribute names of `Target`."""
 
     name: str
     tokenizer: Any
@@ -24,10 +24,10 @@ class TargetInfo:
     context_length: int
     is_encoder_decoder: bool
     decoder_start_token_id: int | None
-    """With which a decoder begins; None of a causal model, or if no config says."""
+    """First token of an encoder-decoder's output; None for a causal model, or if no config names one."""
     is_quantised: bool
     fingerprint: None = None
-    """Only the weights tell."""
+    """Unknown without the weights."""
 
     @property
     def tokenizer_hash(self) -> str | None:
@@ -38,12 +38,12 @@ class TargetInfo:
 def read_target_info(path: str) -> TargetInfo:
     """Reads config and tokenizer of a transformers folder or hub name; `$DRAFTSMITH_OFFLINE=1` forbids the hub.
 
-    Raises ValueError when there is no model.
+    Raises ValueError if there is no model.
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"target folder {path} has no config.json; name a transformers model folder")
     if not Path(path).is_dir() and os.environ.get("DRAFTSMITH_OFFLINE") == "1":
-        raise ValueError(f"target {path!r} is no local folder, and DRAFTSMITH_OFFLINE=1 disables access to the hub")
+        raise ValueError(f"target {path!r} is not a local folder, and DRAFTSMITH_OFFLINE=1 disables access to the hub")
     try:
         whole = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -67,20 +67,9 @@ def read_target_info(path: str) -> TargetInfo:
 
 
 def decoder_start(config: Any, generation_config: Any) -> int | None:
-    """Returns the token with which a decoder begins, None if neither config says."""
+    """Returns the first token of a decoder's output, None if neither config names one."""
     ids = (getattr(one, "decoder_start_token_id", None) for one in (generation_config, config))
     return next((int(token) for token in ids if token is not None), None)
-
-
-def prompt_room(target: Any, max_new_tokens: int) -> int:
-    """Returns the most tokens of a prompt for `target` (a `Target` or its facts).
-
-    A causal model writes `max_new_tokens` beside it. An encoder reads what its positions and its tokenizer say it was
-    made for, whatever the decoder writes.
-    """
-    if not target.is_encoder_decoder:
-        return target.context_length - max_new_tokens
-    return min(target.context_length, getattr(target.tokenizer, "model_max_length", None) or NO_LIMIT)
 
 
 def _generation_config(path: str) -> Any:
@@ -91,10 +80,10 @@ def _generation_config(path: str) -> Any:
 
 
 def context_length(config: Any) -> int:
-    """Returns the longest sequence a model's positions allow.
+    """Returns the longest sequence that a model's positions allow.
 
-    Long-RoPE models turn all keys anew once a text outgrows the original length, which no cache can follow; they end
-    there.
+    Long-RoPE models rotate all keys anew once a text outgrows the original length, which no cache can follow: that
+    length is their limit.
     """
     limit = int(getattr(config, "max_position_embeddings", None) or NO_LIMIT)
     rope = getattr(config, "rope_parameters", None) or {}

@@ -1,6 +1,6 @@
-"""The target: any transformers causal LM or encoder-decoder, run as draftsmith needs it and left untouched.
+"""The target: any transformers causal LM or encoder-decoder, run over draft trees and left unchanged.
 
-This is the only file, with `stack.py`, that knows transformers' models.
+Only this file and `views.py` depend on the structure of transformers' models.
 Layer index: hidden 0 is the embedding output, hidden i the output of the i-th block, un-normed.
 
 Shape suffixes: B rows, T positions, N nodes of a tree, R is B or 1, S cache slots, D hidden width, V vocabulary.
@@ -30,7 +30,7 @@ MAX_VIEWS = 64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
-    """What an encoder-decoder target reads: token ids, their mask, and the encoder's output, computed once."""
+    """The source of an encoder-decoder: token ids, their mask and the encoder's output."""
 
     tokens_BT: Tensor
     mask_BT: Tensor
@@ -39,78 +39,60 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Forward:
-    """What one forward of a tree returns, hidden states un-normed."""
+    """The hidden states of one forward of a tree, un-normed."""
 
     hidden_BND: Tensor
     """Output of the last block of the span."""
     layers: dict[int, Tensor]
-    """The chosen hidden layers [B, N, D]."""
+    """The requested hidden layers [B, N, D]."""
 
 
 class Target:
-    """A frozen model, run over trees, over spans of its blocks, or with sublayers left out.
+    """A frozen model, run over trees, over spans of its blocks, or without some sublayers.
 
-    Raises ValueError, naming the architecture, for a model that cannot be run so: the constructor compares one small
-    tree forward with the model's own.
+    Raises ValueError, naming the architecture, for a model that does not support this: the constructor compares a
+    small tree forward with the model's own.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         if model.training:
-            raise ValueError(f"{type(model).__name__} is in training mode; call its eval() before making it a target")
+            raise ValueError(f"{type(model).__name__} is in training mode; call its eval() first")
         self.model = model
         self.tokenizer = tokenizer
         self.name = str(model.config._name_or_path) or type(model).__name__
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.takes_trees = not self.is_encoder_decoder  # an encoder-decoder verifies chains only
+        self._architecture = type(model).__name__
         self._config = model.config.get_text_config(decoder=True)
+        self.vocab_size, self.hidden_size = int(self._config.vocab_size), int(self._config.hidden_size)
+        self.context_length = context_length(self._config)  # NO_LIMIT for models with relative positions only
         self._parameter = next(model.parameters())  # transformers' own `device` searches all modules at each call
         self._context = ForwardContext()
         self._views: dict[Any, Any] = {}
         self._stack = self._find_stack()
-        self._norm_name = final_norm(self._stack)
+        self.num_layers = len(getattr(self._stack, find_child(self._stack, LAYER_LISTS, "list of blocks")))
+        norm_name = final_norm(self._stack)
+        self._norm = getattr(self._stack, norm_name) if norm_name else nn.Identity()
         self._head = head_view(model)
-        self._refuse_unfit()
+        self._check_supported()
         self._check_against_model()
 
     @staticmethod
     def from_pretrained(path: str, *, dtype: str = "auto", device: str = "auto") -> "Target":
         """Loads a transformers folder or hub name with its tokenizer; `$DRAFTSMITH_OFFLINE=1` forbids the hub."""
-        facts = read_target_info(path)
-        auto = AutoModelForSeq2SeqLM if facts.is_encoder_decoder else AutoModelForCausalLM
+        info = read_target_info(path)
+        auto = AutoModelForSeq2SeqLM if info.is_encoder_decoder else AutoModelForCausalLM
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
             model = auto.from_pretrained(path, dtype=dtype).to(device)
         except Exception as error:
             raise ValueError(f"target {path} cannot be loaded: {' '.join(str(error).split())}") from error
-        return Target(model, facts.tokenizer)
-
-    # What it is
+        return Target(model, info.tokenizer)
 
     @property
     def base(self) -> "Target":
-        """The target before a drafter fine-tuned it; itself, if none did."""
+        """The target before a drafter fine-tuned it; itself if none did."""
         return self
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._config.vocab_size)
-
-    @property
-    def takes_trees(self) -> bool:
-        """Whether it verifies trees; an encoder-decoder verifies chains alone."""
-        return not self.is_encoder_decoder
-
-    @property
-    def num_layers(self) -> int:
-        return len(getattr(self._stack, self._layer_list))
-
-    @property
-    def hidden_size(self) -> int:
-        return int(self._config.hidden_size)
-
-    @property
-    def context_length(self) -> int:
-        """Longest sequence its positions allow; models with relative positions alone have no limit (2**30)."""
-        return context_length(self._config)
 
     @property
     def device(self) -> torch.device:
@@ -122,16 +104,15 @@ class Target:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every weight's name, shape and 64 values in bf16, the same in whatever dtype it is loaded."""
+        """A hash of every weight's name, shape and 64 values in bf16, the same for any dtype of loading."""
         digest = hashlib.sha256()
         for name, weight in sorted(self.model.named_parameters()):
             digest.update(f"{name}{tuple(weight.shape)}".encode())
             flat = weight.detach().flatten()
             num_sampled = min(64, len(flat))
-            # Whole numbers: a linspace in float32 may round otherwise on another device.
-            places = torch.arange(num_sampled, device=flat.device) * (len(flat) - 1) // max(num_sampled - 1, 1)
-            sample = flat[places]
-            digest.update(sample.to("cpu", torch.bfloat16).float().numpy().tobytes())
+            # Integer arithmetic: a linspace in float32 may round differently on another device.
+            index = torch.arange(num_sampled, device=flat.device) * (len(flat) - 1) // max(num_sampled - 1, 1)
+            digest.update(flat[index].to("cpu", torch.bfloat16).float().numpy().tobytes())
         return digest.hexdigest()[:32]
 
     @cached_property
@@ -141,26 +122,24 @@ class Target:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The end-of-sequence ids of the model's generation config, empty if it names none."""
+        """The end-of-sequence ids of the model's generation config; empty if it has none."""
         ids = self.model.generation_config.eos_token_id
         return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (int(ids),)
 
     @cached_property
     def decoder_start_token_id(self) -> int | None:
-        """With which an encoder-decoder's text begins; None of a causal model, or if no config says."""
+        """First token of an encoder-decoder's output; None for a causal model, or if no config names one."""
         return decoder_start(self.model.config, self.model.generation_config) if self.is_encoder_decoder else None
 
-    # Running it
-
     def new_cache(self, batch_size: int, *, source: Source | None = None) -> KVCache:
-        """Returns an empty cache for `batch_size` rows; an encoder-decoder's also holds its cross-attention."""
+        """Returns an empty cache for `batch_size` rows; an encoder-decoder's includes its cross-attention."""
         cache = KVCache(num_layers=self.num_layers, batch_size=batch_size)
         cache.source = source
         cache.cross = DynamicCache(config=self.model.config) if self.is_encoder_decoder else None
         return cache
 
     def encode(self, tokens_BT: Tensor, mask_BT: Tensor) -> Source:
-        """Runs an encoder-decoder's encoder once over right-padded sources."""
+        """Runs an encoder-decoder's encoder over right-padded sources."""
         encoded = self.model.get_encoder()(input_ids=tokens_BT, attention_mask=mask_BT).last_hidden_state
         return Source(tokens_BT=tokens_BT, mask_BT=mask_BT, encoded_BTD=encoded)
 
@@ -178,8 +157,8 @@ class Target:
     ) -> Forward:
         """Runs a tree of new tokens after each row's cached ones, writing their keys and values without committing.
 
-        `span` (start, stop) runs only those blocks; with start > 0 `entry_BND` are the hidden states to resume from.
-        `skipped` names sublayers to leave out, as ("attention", i) and ("mlp", i). With `first` the tokens are those of
+        `span` (start, stop) runs only those blocks; with start > 0 it resumes from `resume_BND`.
+        `skipped` holds ("attention", i) and ("mlp", i) for sublayers to skip. With `first` the tokens are those of
         the tree's nodes from there on; the nodes before were fed since the last commit. Raises ValueError for a tree
         on an encoder-decoder.
         """
@@ -187,77 +166,71 @@ class Target:
             raise ValueError(f"{self._architecture} is an encoder-decoder: it verifies chains, not trees")
         start, stop = span or (0, self.num_layers)
         if start == self.num_layers:
-            assert resume_BND is not None, "past the last block nothing is left to run"
+            assert resume_BND is not None, "there is nothing to run after the last block"
             return Forward(hidden_BND=resume_BND, layers=dict.fromkeys(layers, resume_BND))
         assert tokens_BN.shape[1] == tree.num_nodes - first
         cache.prepare(tree.num_nodes, tokens_BN.device, first=first)
         lengths_B1 = torch.tensor(cache.lengths, device=tokens_BN.device)[:, None]
-        # A row close to its end may draft past the context; those tokens are never kept.
+        # A row close to the limit may draft past the context; those tokens are never kept.
         positions_BN = (lengths_B1 + tree.depths_RN[:, first:]).clamp(max=self.context_length - 1)
         masks = self._masks(tree, cache, positions_BN, first)
-        context = self._context
-        context.positions, context.resume_point = positions_BN, resume_BND
-        context.wanted, context.hidden = frozenset(layers), {}
+        self._context.begin(positions_BN=positions_BN, wanted=layers, resume=resume_BND)
         arguments: dict[str, Any] = {"attention_mask": masks, "past_key_values": cache, "use_cache": True}
         if self.is_encoder_decoder:
-            arguments["past_key_values"] = self._both_caches(cache)
-            arguments["encoder_hidden_states"] = cache.source.encoded_BTD
-            arguments["encoder_attention_mask"] = cache.source.mask_BT
+            arguments["past_key_values"] = both = EncoderDecoderCache(cache, cache.cross)
+            both.is_updated = cache.cross_is_filled
+            arguments |= _cross_attention(cache.source)
         else:
             arguments["position_ids"] = positions_BN
         out_BND = self._view(start, stop, skipped)(input_ids=tokens_BN, **arguments).last_hidden_state
-        hidden, context.hidden, context.resume_point = context.hidden, {}, None
+        hidden = self._context.end()
         if self.num_layers in layers and stop == self.num_layers:
             hidden[self.num_layers] = out_BND
         return Forward(hidden_BND=out_BND, layers=hidden)
 
     def forward_draft(self, draft: Draft, cache: KVCache, *, layers: tuple[int, ...] = ()) -> Forward:
-        """Runs a draft's nodes, from the layer at which the drafter stopped if it ran the target's first layers."""
-        if draft.resume_point is None:
+        """Runs a draft's nodes, from its resume point if the drafter ran the target's first blocks."""
+        if (point := draft.resume_point) is None:
             return self.forward(draft.tokens_BN, draft.tree, cache, layers=layers)
-        span, hidden_BND = (draft.resume_point.layer, self.num_layers), draft.resume_point.hidden_BND
-        return self.forward(draft.tokens_BN, draft.tree, cache, layers=layers, span=span, resume_BND=hidden_BND)
+        span = (point.layer, self.num_layers)
+        return self.forward(draft.tokens_BN, draft.tree, cache, layers=layers, span=span, resume_BND=point.hidden_BND)
 
     def prefill(self, rows: list[list[int]], cache: KVCache, *, layers: tuple[int, ...] = ()) -> dict[int, Tensor]:
-        """Feeds and commits `rows` to an empty cache; returns the chosen hidden layers [B, T, D], right-padded."""
+        """Feeds and commits `rows` to an empty cache; returns the requested hidden layers [B, T, D], right-padded."""
         longest = max(map(len, rows))
         parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        tokens_BT = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
-        for row, ids in enumerate(rows):
-            tokens_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.long, device=self.device)
+        padded = [ids + [0] * (longest - len(ids)) for ids in rows]
+        tokens_BT = torch.tensor(padded, dtype=torch.long, device=self.device)
         for begin in range(0, longest, PREFILL_CHUNK):
             chunk = min(PREFILL_CHUNK, longest - begin)
             out = self.forward(tokens_BT[:, begin : begin + chunk], chain(chunk, self.device), cache, layers=layers)
             for layer in layers:
                 parts[layer].append(out.layers[layer])
-            # Shorter rows run along at the same slots and are cut back below.
+            # Shorter rows are fed padding, which the line after the loop removes.
             cache.commit([list(range(chunk)) for _ in rows])
         cache.lengths = [len(ids) for ids in rows]
         return {layer: torch.cat(chunks, dim=1) for layer, chunks in parts.items() if chunks}
 
     def read(self, tokens_BT: Tensor, layers: tuple[int, ...], source: Source | None = None) -> dict[int, Tensor]:
-        """Returns the chosen hidden layers [B, T, D] of right-padded rows, in one causal pass without a cache."""
-        context = self._context
-        context.positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        context.wanted, context.hidden, context.resume_point = frozenset(layers), {}, None
-        arguments: dict[str, Any] = {"use_cache": False}
-        if source is not None:
-            arguments |= {"encoder_hidden_states": source.encoded_BTD, "encoder_attention_mask": source.mask_BT}
-        out_BTD = self._view(0, self.num_layers, frozenset())(input_ids=tokens_BT, **arguments).last_hidden_state
-        hidden, context.hidden = context.hidden, {}
+        """Returns the requested hidden layers [B, T, D] of right-padded rows, in one causal pass without a cache."""
+        positions_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        self._context.begin(positions_BN=positions_1T, wanted=layers)
+        arguments = _cross_attention(source) if source is not None else {}
+        run = self._view(0, self.num_layers, frozenset())
+        out_BTD = run(input_ids=tokens_BT, use_cache=False, **arguments).last_hidden_state
+        hidden = self._context.end()
         return {layer: out_BTD if layer == self.num_layers else hidden[layer] for layer in layers}
 
     def norm(self, hidden_BTD: Tensor) -> Tensor:
-        """Applies the model's own final norm."""
-        return getattr(self._stack, self._norm_name)(hidden_BTD) if self._norm_name else hidden_BTD
+        """Applies the model's final norm."""
+        return self._norm(hidden_BTD)
 
     def copy_norm(self) -> nn.Module:
-        """Returns a copy of the model's own final norm, to be trained."""
-        norm = copy.deepcopy(getattr(self._stack, self._norm_name)) if self._norm_name else nn.Identity()
-        return norm.requires_grad_(True)
+        """Returns a trainable copy of the model's final norm."""
+        return copy.deepcopy(self._norm).requires_grad_(True)
 
     def head(self, normed_BTD: Tensor) -> Tensor:
-        """Returns logits [..., V] by the model's own head, scaling and soft-capping included."""
+        """Returns logits [..., V] by the model's head, scaling and soft-capping included."""
         if self._head_is_linear:
             return self._linear_head(normed_BTD)
         if self.is_encoder_decoder:
@@ -269,39 +242,26 @@ class Target:
         """Returns logits [B, T, V] from the last block's un-normed output."""
         return self.head(self.norm(hidden_BTD))
 
-    # How it is run
-
-    @property
-    def _architecture(self) -> str:
-        return type(self.model).__name__
-
     def _find_stack(self) -> Any:
         decoder = getattr(self.model, "get_decoder", lambda: None)()
         if decoder is None or decoder is self.model:
-            raise ValueError(f"{self._architecture} has no decoder stack that draftsmith knows")
-        if self.is_encoder_decoder and hasattr(decoder, "decoder"):
-            decoder = decoder.decoder
-        self._layer_list = find_child(decoder, LAYER_LISTS, "list of blocks")
-        return decoder
+            raise ValueError(f"{self._architecture} has no decoder stack that draftsmith supports")
+        return decoder.decoder if self.is_encoder_decoder and hasattr(decoder, "decoder") else decoder
 
-    def _refuse_unfit(self) -> None:
-        kinds = set(getattr(self._config, "layer_types", None) or ())
-        if kinds - LAYER_KINDS:
-            odd = ", ".join(sorted(kinds - LAYER_KINDS))
-            raise ValueError(f"{self._architecture} has layers of kind {odd}, whose state cannot be rolled back")
-        if "local" in (getattr(self._config, "attention_layers", None) or ()):
-            raise ValueError(
-                f"{self._architecture} counts its local attention in cache slots, which trees do not follow"
-            )
-        attention = self._config._attn_implementation
-        if attention not in ATTENTION_KINDS:
-            raise ValueError(
-                f"attention {attention!r} takes no tree mask; load the target with attn_implementation='sdpa'"
-            )
-        if any(hasattr(module, "_hf_hook") for module in self.model.modules()):
-            raise ValueError(f"{self._architecture} is spread by device_map; load it on one device")
-        if getattr(self._stack, "project_out", None) is not None:
-            raise ValueError(f"{self._architecture} projects after its final norm, which draftsmith cannot split")
+    def _check_supported(self) -> None:
+        kinds, problem = set(getattr(self._config, "layer_types", None) or ()) - LAYER_KINDS, None
+        if kinds:
+            problem = f"has layers of kind {', '.join(sorted(kinds))}, whose state cannot be rewound"
+        elif "local" in (getattr(self._config, "attention_layers", None) or ()):
+            problem = "windows its local attention by cache slots, which trees do not fit"
+        elif (attention := self._config._attn_implementation) not in ATTENTION_KINDS:
+            problem = f"uses attention {attention!r}, which takes no tree mask; load it with attn_implementation='sdpa'"
+        elif any(hasattr(module, "_hf_hook") for module in self.model.modules()):
+            problem = "is spread over devices by device_map; load it on one device"
+        elif getattr(self._stack, "project_out", None) is not None:
+            problem = "projects after its final norm, which draftsmith does not support"
+        if problem is not None:
+            raise ValueError(f"{self._architecture} {problem}")
 
     @torch.inference_mode()
     def _check_against_model(self) -> None:
@@ -309,17 +269,17 @@ class Target:
         ids = torch.arange(8, device=self.device)[None] % self.vocab_size
         self._linear_head, self._head_is_linear = self.model.get_output_embeddings(), False
         try:
-            source = self.encode(ids, torch.ones_like(ids)) if self.is_encoder_decoder else None
-            if source is not None:
+            if self.is_encoder_decoder:
+                source = self.encode(ids, torch.ones_like(ids))
                 given = {"encoder_outputs": (source.encoded_BTD,), "attention_mask": source.mask_BT}
                 expected = self.model(decoder_input_ids=ids, **given).logits[0]
+                tree, fed, path = chain(4, self.device), ids[:, 4:], [0, 1, 2, 3]
             else:
-                expected = self.model(input_ids=ids).logits[0]
+                source, expected = None, self.model(input_ids=ids).logits[0]
+                tree = Tree.from_parents([[-1, 0, 0, 2, 3]], self.device)
+                fed, path = ids[:, [4, 0, 5, 6, 7]], [0, 2, 3, 4]
             cache = self.new_cache(1, source=source)
             self.prefill([ids[0, :4].tolist()], cache)
-            tree = chain(4) if source is not None else Tree.from_parents([[-1, 0, 0, 2, 3]], self.device)
-            fed = ids[:, 4:] if source is not None else ids[:, [4, 0, 5, 6, 7]]
-            path = [0, 1, 2, 3] if source is not None else [0, 2, 3, 4]
             out = self.forward(fed, tree, cache, layers=(0, 1))
             if any(hidden.ndim != 3 for hidden in out.layers.values()):
                 raise ValueError("its hidden states are not [batch, length, width]")
@@ -333,14 +293,14 @@ class Target:
         gap = (found - expected[4:]).abs().max().item() / max(1.0, expected.abs().max().item())
         if not gap < tolerance:
             raise ValueError(
-                f"{self._architecture} gives other logits over a draft tree than in its own forward (off by {gap:.2g}):"
-                " draftsmith cannot verify drafts for it"
+                f"{self._architecture} returns other logits for a draft tree than in its own forward (off by"
+                f" {gap:.2g}), so draftsmith cannot verify drafts for it"
             )
 
     def _view(self, start: int, stop: int, skipped: frozenset[tuple[str, int]]) -> Any:
         key = (start, stop, skipped)
         if key not in self._views:
-            # A search leaves out thousands of different choices of sublayers.
+            # A layer search tries thousands of sets of skipped sublayers.
             while len(self._views) >= MAX_VIEWS:
                 del self._views[next(iter(self._views))]
             if self.is_encoder_decoder and key != (0, self.num_layers, frozenset()):
@@ -351,13 +311,8 @@ class Target:
             )
         return self._views[key]
 
-    def _both_caches(self, cache: KVCache) -> EncoderDecoderCache:
-        both = EncoderDecoderCache(cache, cache.cross)
-        both.is_updated = cache.cross_is_filled
-        return both
-
     def _masks(self, tree: Tree, cache: KVCache, positions_BN: Tensor, first: int) -> Any:
-        """Returns the mask [B, 1, N, S], or one for each kind of layer where a model mixes two."""
+        """Returns the mask [R, 1, N, S], or a mask for each kind of layer if the model has two."""
         kinds = set(getattr(self._config, "layer_types", None) or ())
         window = getattr(self._config, "sliding_window", None)
         if not kinds:
@@ -379,6 +334,10 @@ class Target:
     def _as_mask(self, visible_RNS: Tensor) -> Tensor:
         if self._config._attn_implementation == "sdpa":
             return visible_RNS[:, None]
-        # Eager attention adds its mask: a boolean one would silently do nothing.
+        # Eager attention adds its mask: a boolean one would have no effect.
         lowest = torch.finfo(self.dtype).min
         return torch.zeros_like(visible_RNS, dtype=self.dtype).masked_fill(~visible_RNS, lowest)[:, None]
+
+
+def _cross_attention(source: Source) -> dict[str, Tensor]:
+    return {"encoder_hidden_states": source.encoded_BTD, "encoder_attention_mask": source.mask_BT}

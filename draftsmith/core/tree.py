@@ -1,7 +1,7 @@
-"""The draft tree: what a drafter proposes and the target checks in one forward.
+"""The draft tree: what a drafter proposes and the target verifies in one forward.
 
-Shape suffixes: B rows of the batch, N nodes of the tree, D hidden width, V vocabulary; R is B, or 1 when all rows share
-the shape.
+Shape suffixes: B rows of the batch, N nodes of the tree, D hidden width, V vocabulary, P length of the longest accepted
+path; R is B, or 1 when all rows share the shape.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 SamplingScheme = Literal["deterministic", "independent", "without_replacement", "top_and_drawn"]
-"""How siblings came to be, in node order: given without a law; each from their parent's law; each from that law less
-the siblings before it; the likeliest tokens, then a last one from the law without them."""
+"""How siblings were chosen, in node order: not sampled; each from the draft distribution after their parent; each from
+that distribution without the siblings before it; its most likely tokens, then a last one sampled from the rest."""
 
-REFUSAL = "a tree's first parent is -1 and each other parent an earlier node, not "
+INVALID_PARENTS = "parents are {}; the first must be -1, each other an earlier node, and all rows equally long"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,11 +28,11 @@ class Tree:
     depths_RN: Tensor
     """Number of edges from node 0."""
     ancestors_RNN: Tensor
-    """True at [i, j] if j is i or an ancestor of i: what node i may attend to."""
+    """True at [i, j] if j is i or an ancestor of i: node i may attend to j."""
     depth: int
-    """The deepest node's depth."""
+    """Depth of the deepest node."""
     is_chain: bool
-    """Whether it is the same single branch in every row."""
+    """True if it is the same single branch in every row."""
 
     @property
     def num_nodes(self) -> int:
@@ -40,18 +40,18 @@ class Tree:
 
     @staticmethod
     def from_parents(parents: list[list[int]], device: torch.device | str = "cpu") -> "Tree":
-        """Builds the tree from one list of parents (shared) or one a row; raises ValueError unless parent < child."""
+        """Returns the tree of one list of parents (shared) or one per row; raises ValueError unless parent < child."""
         num_nodes = len(parents[0])
         depths, bits = [], []
-        # A node's ancestors are the bits of a number: an operation of torch or numpy for each would take longer.
+        # A node's ancestors are bits of a Python integer: a tensor or array operation for each would take longer.
         for row in parents:
             if len(row) != num_nodes or row[0] != -1:
-                raise ValueError(f"{REFUSAL}{row}")
+                raise ValueError(INVALID_PARENTS.format(row))
             depth, ancestors = [0], [1]
             for node in range(1, num_nodes):
                 parent = row[node]
                 if not 0 <= parent < node:
-                    raise ValueError(f"{REFUSAL}{row}")
+                    raise ValueError(INVALID_PARENTS.format(row))
                 depth.append(depth[parent] + 1)
                 ancestors.append(ancestors[parent] | 1 << node)
             depths.append(depth)
@@ -82,32 +82,31 @@ def chain(num_nodes: int, device: torch.device | str = "cpu") -> Tree:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ResumePoint:
-    """What the target's first blocks made of a draft's nodes, their keys and values being in the target's cache."""
+    """A partial forward of a draft's nodes: the target's first blocks, whose keys and values are in its cache."""
 
     layer: int
-    """How many blocks have run."""
+    """Number of blocks that have run."""
     hidden_BND: Tensor
-    """The last one's output."""
+    """Output of the last of them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Draft:
-    """A tree filled with tokens, and the laws that its children were drawn from."""
+    """A tree with its tokens, and the distributions that its children were sampled from."""
 
     tokens_BN: Tensor
     """Node 0 is the pending token: committed, not yet fed."""
     tree: Tree
     num_nodes: list[int] | None = None
-    """Nodes in use in each row, the rest being padding; None means all."""
+    """Number of nodes used in each row, the rest being padding; None means all."""
     draft_probs_BNV: Tensor | None = None
-    """Row i is the law that the children of node i were drawn from; None if the draft is deterministic."""
+    """Row i is the distribution of the children of node i; None if the draft is deterministic."""
     sampling_scheme: SamplingScheme = "deterministic"
-    """How the children of a node were drawn."""
     resume_point: ResumePoint | None = None
-    """From where verification goes on, if the drafter ran the target's first blocks over these very nodes."""
+    """Where verification resumes, if the drafter ran the target's first blocks over these very nodes."""
 
     def valid_BN(self) -> Tensor | None:
-        """Returns which nodes are in use [B, N], or None if all are."""
+        """Returns the mask [B, N] of the nodes used, or None if all are."""
         if self.num_nodes is None:
             return None
         device = self.tokens_BN.device
@@ -119,13 +118,13 @@ class Verdict:
     """The accepted path of each row and the token that follows it."""
 
     path_BP: Tensor
-    """Accepted nodes from node 0 on; entries beyond `num_accepted` repeat the last one."""
+    """Accepted nodes from node 0 on; entries after `num_accepted` repeat the last one."""
     num_accepted_B: Tensor
-    """Drafted nodes accepted, node 0 not counted."""
+    """Number of drafted nodes accepted, node 0 not counted."""
     next_token_B: Tensor
     """The token after the path: correction or bonus."""
     next_probs_BV: Tensor | None = None
-    """The law that it was drawn from, not normalised; None where each node's own choice is followed."""
+    """What it was sampled from, not normalised; None for verifiers that sample a token at each node."""
 
     def to_host(self) -> tuple[list[list[int]], list[int]]:
         """Returns each row's accepted nodes and next token, in a single transfer."""

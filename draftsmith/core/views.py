@@ -1,6 +1,6 @@
-"""Views of a transformers decoder stack: the user's own modules, run over a span, with sublayers left out, or tapped.
+"""Views of a transformers decoder stack: the user's own modules, run over a span or without some sublayers.
 
-A view is a shallow copy: it shares every parameter with the model and leaves nothing changed on it.
+A view is a shallow copy: it shares every parameter with the model, which stays unchanged.
 """
 
 import copy
@@ -17,26 +17,33 @@ MLPS = ("mlp", "fc2")
 
 
 class ForwardContext:
-    """What one forward through a view is given and gives back beside the stack's own arguments."""
+    """Inputs and outputs of one forward through a view besides the stack's own arguments."""
 
     def __init__(self) -> None:
-        self.resume_point: Tensor | None = None
-        self.wanted: frozenset[int] = frozenset()
+        self.begin(positions_BN=None)
+
+    def begin(self, *, positions_BN: Tensor | None, wanted: tuple[int, ...] = (), resume: Tensor | None = None) -> None:
+        """Sets the positions, the hidden layers to record and the hidden states to resume from."""
+        self.positions, self.wanted, self.resume = positions_BN, frozenset(wanted), resume
         self.hidden: dict[int, Tensor] = {}
-        self.positions: Tensor | None = None
+
+    def end(self) -> dict[int, Tensor]:
+        """Returns the recorded hidden layers and drops all references to them."""
+        hidden, self.hidden, self.resume = self.hidden, {}, None
+        return hidden
 
 
 class _Layer(nn.Module):
-    """One block of a view; `inner` is None outside the span, where hidden states pass unchanged."""
+    """One block of a view; outside the span it passes hidden states on unchanged."""
 
-    def __init__(self, inner: nn.Module, context: ForwardContext, index: int, *, runs: bool, is_entry: bool) -> None:
+    def __init__(self, inner: nn.Module, context: ForwardContext, index: int, *, runs: bool, is_start: bool) -> None:
         super().__init__()
         self.inner = inner
-        self._context, self._index, self._runs, self._is_entry = context, index, runs, is_entry
+        self._context, self._index, self._runs, self._is_start = context, index, runs, is_start
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._is_entry and self._context.resume_point is not None:
-            hidden = self._context.resume_point
+        if self._is_start and self._context.resume is not None:
+            hidden = self._context.resume
         if self._index in self._context.wanted:
             self._context.hidden[self._index] = hidden
         return self.inner(hidden, *args, **kwargs) if self._runs else hidden
@@ -49,7 +56,7 @@ class _Layer(nn.Module):
 
 
 class _Zero(nn.Module):
-    """Takes the place of a sublayer that is left out: adds nothing to the residual stream."""
+    """Replaces a skipped sublayer: adds nothing to the residual stream."""
 
     def __init__(self, *, returns_pair: bool, width: int) -> None:
         super().__init__()
@@ -63,7 +70,7 @@ class _Zero(nn.Module):
 
 
 class _Positions(nn.Module):
-    """Learnt positions looked up at the frame's own, for decoders that derive them from a single cache length."""
+    """Learned positions looked up at the context's, for decoders that derive them from a single cache length."""
 
     def __init__(self, inner: Any, context: ForwardContext) -> None:
         super().__init__()
@@ -76,7 +83,7 @@ class _Positions(nn.Module):
 
 
 class _HiddenStateOutput(BaseModelOutputWithPast):
-    """An output that holds the last hidden state and None for whatever else a head may pass on."""
+    """A model output that holds the last hidden state, and None for any other attribute that a head may read."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -84,7 +91,7 @@ class _HiddenStateOutput(BaseModelOutputWithPast):
 
 
 class _IdentityModel(nn.Module):
-    """Stands for a whole base model or decoder: hands on the hidden states it is given as input embeddings."""
+    """Replaces a base model or decoder: returns its input embeddings as hidden states."""
 
     def forward(
         self, *_: Any, inputs_embeds: Tensor | None = None, decoder_inputs_embeds: Tensor | None = None, **__: Any
@@ -97,19 +104,19 @@ class _IdentityModel(nn.Module):
         return self
 
 
-def shallow(module: nn.Module) -> Any:
-    """Returns a copy that shares parameters, buffers and children, whose children can be replaced."""
-    twin = copy.copy(module)
-    twin.__dict__["_modules"] = dict(module._modules)
-    return twin
+def shallow_copy(module: nn.Module) -> Any:
+    """Returns a copy that shares parameters, buffers and children, and whose children can be replaced."""
+    copied = copy.copy(module)
+    copied.__dict__["_modules"] = dict(module._modules)
+    return copied
 
 
 def find_child(module: nn.Module, names: tuple[str, ...], what: str) -> str:
-    """Returns which of `names` the module has; raises ValueError naming the architecture if none."""
+    """Returns which of `names` the module has as a child; raises ValueError naming the architecture if none."""
     for name in names:
         if isinstance(module._modules.get(name), nn.Module):
             return name
-    raise ValueError(f"{type(module).__name__} has no {what} that draftsmith knows (looked for {', '.join(names)})")
+    raise ValueError(f"{type(module).__name__} has no {what} that draftsmith supports (looked for {', '.join(names)})")
 
 
 def blocks_of(model: Any) -> nn.ModuleList:
@@ -123,28 +130,28 @@ def view(
 ) -> Any:
     """Returns a view that runs blocks `start` to `stop - 1` without the final norm.
 
-    `skipped` holds ("attention", i) and ("mlp", i) for sublayers to leave out. With `start` > 0 the frame's `entry`
-    takes the place of whatever the embedding yields. `frame.hidden[i]` is the input of block i. `width` is that of the
-    residual stream.
+    `skipped` holds ("attention", i) and ("mlp", i) for sublayers to skip; `width` is that of the residual stream. With
+    `start` > 0 the context's `resume` replaces the embedding output. The context records hidden layer i as the input of
+    block i.
     """
-    twin = shallow(stack)
+    copied = shallow_copy(stack)
     list_name, norm_name = find_child(stack, LAYER_LISTS, "list of blocks"), final_norm(stack)
     layers = []
     for index, layer in enumerate(getattr(stack, list_name)):
-        kinds = {kind for kind, at in skipped if at == index}
-        # Without both sublayers a block's norms would be computed for nothing.
+        kinds = {kind for kind, block in skipped if block == index}
+        # A block without both sublayers is not run at all: its norms would be computed for nothing.
         runs = start <= index < stop and kinds < {"attention", "mlp"}
-        layers.append(_Layer(_without(layer, kinds, width), context, index, runs=runs, is_entry=index == start))
-    twin._modules[list_name] = nn.ModuleList(layers)
+        layers.append(_Layer(_without(layer, kinds, width), context, index, runs=runs, is_start=index == start))
+    copied._modules[list_name] = nn.ModuleList(layers)
     if norm_name is not None:
-        twin._modules[norm_name] = nn.Identity()
+        copied._modules[norm_name] = nn.Identity()
     if hasattr(getattr(stack, "embed_positions", None), "offset"):
-        twin._modules["embed_positions"] = _Positions(stack.embed_positions, context)
-    return twin
+        copied._modules["embed_positions"] = _Positions(stack.embed_positions, context)
+    return copied
 
 
 def final_norm(stack: nn.Module) -> str | None:
-    """Returns the name of the stack's final norm, None for decoders of post-norm blocks, which have none."""
+    """Returns the name of the stack's final norm; None for decoders of post-norm blocks, which have none."""
     return next((name for name in FINAL_NORMS if isinstance(stack._modules.get(name), nn.Module)), None)
 
 
@@ -152,42 +159,37 @@ def _without(layer: nn.Module, kinds: set[str], width: int) -> nn.Module:
     if not kinds:
         return layer
     if getattr(layer, "do_layer_norm_before", True) is False:
-        raise ValueError(f"{type(layer).__name__} normalises after its sublayers, so that none can be left out")
-    twin = shallow(layer)
+        raise ValueError(f"{type(layer).__name__} normalises after its sublayers, so none can be skipped")
+    copied = shallow_copy(layer)
     if "attention" in kinds:
-        name = find_child(layer, ATTENTIONS, "attention")
-        twin._modules[name] = _Zero(returns_pair=True, width=width)
+        copied._modules[find_child(layer, ATTENTIONS, "attention")] = _Zero(returns_pair=True, width=width)
     if "mlp" in kinds:
-        name = find_child(layer, MLPS, "MLP")
-        twin._modules[name] = _Zero(returns_pair=False, width=width)
-    return twin
+        copied._modules[find_child(layer, MLPS, "MLP")] = _Zero(returns_pair=False, width=width)
+    return copied
 
 
 def head_view(model: Any) -> Any:
     """Returns a view of the model that applies its head, scaling and soft-capping to normed hidden states."""
-    twin = shallow(model)
+    copied = shallow_copy(model)
     name = model.base_model_prefix if model.base_model_prefix in model._modules else "decoder"
     if name not in model._modules:
-        raise ValueError(f"{type(model).__name__} has no base model that draftsmith knows")
-    twin._modules[name] = _IdentityModel()
-    return twin
+        raise ValueError(f"{type(model).__name__} has no base model that draftsmith supports")
+    copied._modules[name] = _IdentityModel()
+    return copied
 
 
 def relative_bias(stack: Any, context: ForwardContext) -> Any:
     """Returns a copy of a T5 stack whose position bias follows each row's own positions instead of slot numbers."""
-    twin = shallow(stack)
-    block = shallow(stack.block[0])
-    sublayers = nn.ModuleList(block.layer)
-    sublayer = shallow(block.layer[0])
-    attention = shallow(sublayer.SelfAttention)
+    copied, block = shallow_copy(stack), shallow_copy(stack.block[0])
+    sublayer = shallow_copy(block.layer[0])
+    attention = shallow_copy(sublayer.SelfAttention)
 
     def compute_bias(query_length: int, key_length: int, **_: Any) -> Tensor:
         assert context.positions is not None
         keys_S = torch.arange(key_length, device=context.positions.device)
-        # A chain's slots are its positions, so that distance in slots is distance in the text.
-        distance_BNS = keys_S - context.positions[:, :, None]
+        # The slots of a chain are its positions, so that distances in slots are distances in the text.
         bucket_BNS = attention._relative_position_bucket(
-            distance_BNS,
+            keys_S - context.positions[:, :, None],
             bidirectional=False,
             num_buckets=attention.relative_attention_num_buckets,
             max_distance=attention.relative_attention_max_distance,
@@ -196,9 +198,6 @@ def relative_bias(stack: Any, context: ForwardContext) -> Any:
 
     attention.compute_bias = compute_bias
     sublayer._modules["SelfAttention"] = attention
-    sublayers[0] = sublayer
-    block._modules["layer"] = sublayers
-    blocks = nn.ModuleList(stack.block)
-    blocks[0] = block
-    twin._modules["block"] = blocks
-    return twin
+    block._modules["layer"] = nn.ModuleList([sublayer, *block.layer[1:]])
+    copied._modules["block"] = nn.ModuleList([block, *stack.block[1:]])
+    return copied

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from draftsmith.core.sampling import draw
 from draftsmith.core.tree import Draft, Verdict
-from draftsmith.verify.paths import Siblings, path_to, pick, values_at
+from draftsmith.verify.paths import Siblings, pick, values_at, verdict_at
 
 LOSSLESS = True
 SCHEMES = ("deterministic",)
@@ -29,5 +29,4 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
         if not is_sampled_BN.any():
             break
         end_B = torch.where(is_sampled_BN.any(1), is_sampled_BN.to(torch.uint8).argmax(1), end_B)
-    path_BP, num_accepted_B = path_to(end_B, draft)
-    return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=sampled_B)
+    return verdict_at(end_B, sampled_B, draft)

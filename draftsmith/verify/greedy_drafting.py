@@ -8,7 +8,7 @@ from torch import Tensor
 
 from draftsmith.core.sampling import draw
 from draftsmith.core.tree import Draft, Verdict
-from draftsmith.verify.paths import Siblings, path_to, pick, values_at
+from draftsmith.verify.paths import Siblings, pick, values_at, verdict_at
 
 LOSSLESS = True
 SCHEMES = ("top_and_drawn",)
@@ -51,5 +51,4 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
         next_B = torch.where(is_active_B, sampled_B, next_B)
         is_active_B = is_active_B & (passes_B | is_sampled_BN.any(1))
         end_B = torch.where(is_active_B, child_B, end_B)
-    path_BP, num_accepted_B = path_to(end_B, draft)
-    return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=next_B)
+    return verdict_at(end_B, next_B, draft)

@@ -41,8 +41,7 @@ def follow(is_accepted_BN: Tensor, draft: Draft, next_BN: Tensor) -> Verdict:
     for _ in range(tree.depth - 1):
         reached_BN = is_accepted_BN & reached_BN.gather(1, parents_BN)
     end_B = torch.where(reached_BN, tree.depths_RN, -1).argmax(1)
-    path_BP, num_accepted_B = path_to(end_B, draft)
-    return Verdict(path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=pick(next_BN, end_B))
+    return verdict_at(end_B, pick(next_BN, end_B), draft)
 
 
 def first_duplicates(draft: Draft) -> Tensor:
@@ -115,8 +114,8 @@ def pick(values_BX: Tensor, index_B: Tensor) -> Tensor:
     return values_BX.gather(1, index_B[:, None])[:, 0]
 
 
-def path_to(end_B: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
-    """Returns the path [B, P] from node 0 to each row's `end_B`, padded with `end_B`, and its number of edges [B]."""
+def verdict_at(end_B: Tensor, next_token_B: Tensor, draft: Draft, next_probs_BV: Tensor | None = None) -> Verdict:
+    """Returns the verdict that accepts the path from node 0 to each row's `end_B`."""
     tree = draft.tree
     parents_BN = tree.parents_RN.clamp(min=0).expand_as(draft.tokens_BN)
     num_accepted_B = pick(tree.depths_RN.expand_as(draft.tokens_BN), end_B)
@@ -125,7 +124,10 @@ def path_to(end_B: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
         upwards.append(parents_BN.gather(1, upwards[-1]))
     # Upwards, short paths end in zeros; reversed, each row starts where its own zeros end.
     steps_BP = num_accepted_B[:, None] - torch.arange(tree.depth + 1, device=end_B.device)
-    return torch.cat(upwards, dim=1).gather(1, steps_BP.clamp(min=0)), num_accepted_B
+    path_BP = torch.cat(upwards, dim=1).gather(1, steps_BP.clamp(min=0))
+    return Verdict(
+        path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=next_token_B, next_probs_BV=next_probs_BV
+    )
 
 
 def sample_next(
@@ -138,8 +140,4 @@ def sample_next(
     is_empty_B = next_probs_BV.sum(-1) <= 0
     if is_empty_B.any():
         next_probs_BV = torch.where(is_empty_B[:, None], values_at(target_probs_BNV, end_B), next_probs_BV)
-    path_BP, num_accepted_B = path_to(end_B, draft)
-    next_token_B = draw(next_probs_BV, uniform_B)
-    return Verdict(
-        path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=next_token_B, next_probs_BV=next_probs_BV
-    )
+    return verdict_at(end_B, draw(next_probs_BV, uniform_B), draft, next_probs_BV)

@@ -18,8 +18,8 @@ def random_tokens(*shape: int, seed: int = 0) -> Tensor:
 
 def held(cache: KVCache, row: int) -> Tensor:
     """Returns what a row owns [layers, 2, heads, its length, width]."""
-    assert cache._store is not None
-    return cache._store[:, :, row, :, : cache.lengths[row]]
+    assert cache._storage is not None
+    return cache._storage[:, :, row, :, : cache.lengths[row]]
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def test_a_tree_fed_in_parts_is_the_whole(architecture: str) -> None:
         for cache in (whole, parts):
             cache.commit([[0, 1], [0], [0, 1]])
         for row, length in enumerate(whole.lengths):
-            mine, theirs = (cache._store[:, :, row, :, :length] for cache in (parts, whole))
+            mine, theirs = (cache._storage[:, :, row, :, :length] for cache in (parts, whole))
             assert torch.allclose(mine, theirs, atol=2e-5)
 
 
@@ -168,8 +168,10 @@ def test_two_spans_are_the_whole(architecture: str) -> None:
             assert cache.lengths == [len(row) for row in rows], "a forward commits nothing"
         for row, length in enumerate(whole.lengths):
             written = slice(0, length + 6)
-            assert torch.allclose(parts._store[:, :, row, :, written], whole._store[:, :, row, :, written], atol=1e-6)
-        parts._store[..., max(parts.lengths) :, :] = 7.0
+            assert torch.allclose(
+                parts._storage[:, :, row, :, written], whole._storage[:, :, row, :, written], atol=1e-6
+            )
+        parts._storage[..., max(parts.lengths) :, :] = 7.0
 
 
 def without_block(model: Any, index: int) -> Any:
@@ -325,14 +327,14 @@ def test_what_cannot_be_run_over_a_tree_is_refused_by_name() -> None:
 def test_attention_without_a_tree_mask_is_refused() -> None:
     model = tiny_model("llama")
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="attention 'flash_attention_2' takes no tree mask"):
+    with pytest.raises(ValueError, match="attention 'flash_attention_2', which takes no tree mask"):
         Target(model)
 
 
 def test_a_model_spread_by_device_map_is_refused() -> None:
     model = tiny_model("llama")
     add_hook_to_module(model.model.layers[0], ModelHook())
-    with pytest.raises(ValueError, match="LlamaForCausalLM is spread by device_map"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is spread over devices by device_map"):
         Target(model)
 
 
@@ -401,7 +403,7 @@ def test_what_a_target_says_of_itself() -> None:
 
 def test_folders_that_hold_no_model_are_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRAFTSMITH_OFFLINE", "1")
-    with pytest.raises(ValueError, match="no local folder, and DRAFTSMITH_OFFLINE=1 disables access to the hub"):
+    with pytest.raises(ValueError, match="not a local folder, and DRAFTSMITH_OFFLINE=1 disables access to the hub"):
         Target.from_pretrained(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="has no config.json"):
         Target.from_pretrained(str(tmp_path))

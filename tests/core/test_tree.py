@@ -46,9 +46,9 @@ def test_a_chain_is_the_tree_with_one_branch(num_nodes: int) -> None:
 
 @pytest.mark.parametrize("parents", [[0, 0], [-1, 1], [-1, 0, 3], [-1, -1], [-1, 0, 2]])
 def test_a_parent_must_come_before_its_child(parents: list[int]) -> None:
-    with pytest.raises(ValueError, match="each other parent an earlier node"):
+    with pytest.raises(ValueError, match="each other an earlier node"):
         Tree.from_parents([parents])
-    with pytest.raises(ValueError, match="each other parent an earlier node"):
+    with pytest.raises(ValueError, match="each other an earlier node"):
         Tree.from_parents([[-1, *range(len(parents) - 1)], parents])
 
 

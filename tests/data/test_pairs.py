@@ -195,5 +195,5 @@ def test_texts_and_causal_targets_have_no_columns(tmp_path: Path) -> None:
         open_examples(f"{path}@article,highlights", facts(architecture="llama"))
     with pytest.raises(ValueError, match=r"rows.jsonl:1: found the keys article, highlights, id; understood are"):
         open_examples(str(path), facts(architecture="llama"))
-    with pytest.raises(ValueError, match=r"tiny names no decoder_start_token_id"):
+    with pytest.raises(ValueError, match=r"tiny has no decoder_start_token_id"):
         open_examples(str(path), facts(decoder_start_token_id=None))

@@ -23,6 +23,7 @@ from tests.parts.test_layers import naive_attention
 from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, built, check_family
 from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_target
+from tests.support.runs import trainer_settings
 from trainers import eagle3 as trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -63,7 +64,9 @@ def made(config: Config, target: Target) -> Drafter:
 
 
 def test_family(tmp_path: Path) -> None:
-    settings = trainer.Settings(num_kv_heads=2, num_steps=3, fusion_norm="each", norm_output=True, draft_vocab=40)
+    settings = trainer_settings(
+        trainer, num_kv_heads=2, num_steps=3, fusion_norm="each", norm_output=True, draft_vocab=40
+    )
     check_family(eagle3, small, tmp_path, trainer=trainer, settings=settings)
 
 
@@ -183,7 +186,7 @@ class Compared(Watched):
             if path and num_read:
                 x_TE = naive_input(self.inner, ids[1 : num_read + 1], naive_fusion(self.inner, ids[:num_read]))
                 fresh = self.inner.attention.project(x_TE[None], torch.arange(num_read)[None])[1:]
-                for kept, expected in zip(cache._store[0, :, row, :, :num_read], fresh, strict=True):
+                for kept, expected in zip(cache._storage[0, :, row, :, :num_read], fresh, strict=True):
                     torch.testing.assert_close(kept, expected[0], atol=1e-4, rtol=1e-4)
                 self.num_checked += 1
 

@@ -20,6 +20,7 @@ from draftsmith.drafters.early_exit import Config, Drafter
 from tests.parts.test_layers import naive_attention
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import NUM_LAYERS, WIDTH, greedy_by_transformers, padded, prompts, tiny_model, tiny_target
+from tests.support.runs import trainer_settings
 from trainers import early_exit as trainer
 
 NUM_NEW, GREEDY = 20, Sampling()
@@ -37,7 +38,9 @@ TREE = {"width": 3, "num_nodes": 8, "length": "fixed"}
 
 def test_family(tmp_path: Path) -> None:
     changes = {"exit_layer": 1, "num_blocks": 1, "recycling": True}
-    check_family(early_exit, Config(**changes), tmp_path, trainer=trainer, settings=trainer.Settings(**changes))
+    check_family(
+        early_exit, Config(**changes), tmp_path, trainer=trainer, settings=trainer_settings(trainer, **changes)
+    )
 
 
 @pytest.mark.slow
@@ -129,7 +132,9 @@ class Compared(Watched):
                 text = ids + draft.tokens_BN[row, paths[node][1:]].tolist()
                 sources = self.sources[row] + [len(ids) - 2] * len(paths[node])
                 hidden_TD, logits_TV = self.fresh(text, sources)
-                torch.testing.assert_close(draft.resume_point.hidden_BND[row, node], hidden_TD[-1], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    draft.resume_point.hidden_BND[row, node], hidden_TD[-1], rtol=1e-4, atol=1e-5
+                )
                 if node == 0:
                     continue
                 token, probs_V = text[-1], logits_TV[-2].softmax(-1)
@@ -151,8 +156,8 @@ class Compared(Watched):
             if self.is_running[row]:
                 fresh = self.target.new_cache(1)
                 self.target.prefill([ids[:-1]], fresh)
-                found = self._session.cache._store[:, :, row, :, : len(ids) - 1]
-                torch.testing.assert_close(found, fresh._store[:, :, 0, :, : len(ids) - 1], rtol=1e-4, atol=1e-5)
+                found = self._session.cache._storage[:, :, row, :, : len(ids) - 1]
+                torch.testing.assert_close(found, fresh._storage[:, :, 0, :, : len(ids) - 1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree", "sampled"])

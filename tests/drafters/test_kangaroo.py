@@ -1,4 +1,4 @@
-"""The adapter on an early exit: what it computes, what both caches hold, and what verification runs.
+"""Tests of the Kangaroo drafter: its adapter, both KV caches, and the blocks that verification runs.
 
 Shape suffixes: B rows, T positions, D hidden width, V vocabulary.
 """
@@ -21,35 +21,38 @@ from draftsmith.drafters import kangaroo
 from draftsmith.drafters.kangaroo import Config, Drafter
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import NUM_LAYERS, WIDTH, greedy_by_transformers, padded, prompts, tiny_target
+from tests.support.runs import trainer_settings
 from trainers import kangaroo as trainer
 
 NUM_NEW = 20
 EXAMPLE = Config(exit_layer=2, num_draft=4, length="confidence=0.05")
 CHAIN = dataclasses.replace(EXAMPLE, length="fixed")
-GROWN = Config(exit_layer=2, num_draft=3, width=3, num_nodes=7)
+DYNAMIC = Config(exit_layer=2, num_draft=3, width=3, num_nodes=7)
 LATE = dataclasses.replace(CHAIN, exit_layer=NUM_LAYERS)
 FULL = Config(exit_layer=NUM_LAYERS, num_draft=2, width=2, num_nodes=6)
 
 
-@pytest.mark.parametrize("config", [EXAMPLE, pytest.param(GROWN, marks=pytest.mark.slow)], ids=["chain", "grown"])
+@pytest.mark.parametrize("config", [EXAMPLE, pytest.param(DYNAMIC, marks=pytest.mark.slow)], ids=["chain", "dynamic"])
 def test_family(tmp_path: Path, config: Config) -> None:
-    check_family(kangaroo, config, tmp_path, trainer=trainer, settings=trainer.Settings(exit_layer=config.exit_layer))
+    check_family(
+        kangaroo, config, tmp_path, trainer=trainer, settings=trainer_settings(trainer, exit_layer=config.exit_layer)
+    )
 
 
 def naive(drafter: Drafter, hidden_TD: Tensor) -> Tensor:
-    """Returns the adapter's output over one text, head by head and pair by pair."""
+    """Returns the adapter's output over one text, computed head by head and pair by pair."""
 
     def norm(module: nn.Module, x_D: Tensor) -> Tensor:
         return x_D / (x_D.square().mean() + 1e-6).sqrt() * module.weight
 
     attention, width = drafter.attention, drafter.attention.head_width
-    powers = attention.theta ** -(torch.arange(width // 2) / (width // 2))
+    frequencies = attention.theta ** -(torch.arange(width // 2) / (width // 2))
     normed = [norm(drafter.attention_norm, h_D) for h_D in hidden_TD]
 
     def rotated(matrix: Tensor, t: int) -> Tensor:
-        """Returns the projection at t as complex numbers, turned by t times each power."""
+        """Returns the projection at t as complex numbers, rotated by t times each frequency."""
         first, second = (matrix @ normed[t]).split(width // 2)
-        return torch.complex(first, second) * torch.polar(torch.ones(width // 2), t * powers)
+        return torch.complex(first, second) * torch.polar(torch.ones(width // 2), t * frequencies)
 
     rows = []
     for t, h_D in enumerate(hidden_TD):
@@ -69,7 +72,7 @@ def naive(drafter: Drafter, hidden_TD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_the_adapter_is_that_of_a_loop() -> None:
+def test_adapter_matches_naive_loop() -> None:
     drafter = built(kangaroo, EXAMPLE, tiny_target("llama"))
     hidden_BTD = torch.randn(2, 9, WIDTH, generator=torch.Generator().manual_seed(0))
     found_BTD = drafter(hidden_BTD, torch.arange(9)[None])
@@ -77,8 +80,8 @@ def test_the_adapter_is_that_of_a_loop() -> None:
         assert torch.allclose(found_TD, naive(drafter, hidden_TD), atol=1e-5)
 
 
-class Compared(Watched):
-    """Checks every draft, and both caches, against everything run afresh on the texts of the rows still running."""
+class CheckedDrafts(Watched):
+    """Checks every draft and both caches against uncached forwards over the texts of the running rows."""
 
     num_compared = num_accepted = num_whole = 0
 
@@ -97,7 +100,7 @@ class Compared(Watched):
         return draft
 
     def check_caches(self, row: int, ids: list[int]) -> None:
-        """What the target has committed, and the adapter read, is what a prefill of this row alone leaves."""
+        """Checks that the target's and the adapter's cache hold what a prefill of this row alone gives."""
         if not ids:
             return
         layer, fresh, own = self.config.exit_layer, self.target.new_cache(1), KVCache(num_layers=1, batch_size=1)
@@ -109,7 +112,7 @@ class Compared(Watched):
         check_rows(self.inner._cache.cache, own, row)
 
     def check_nodes(self, draft: Draft, row: int, ids: list[int]) -> None:
-        """Each node's exit layer, and the law of its children, are those of the whole text that leads to it."""
+        """Checks each node's exit layer and its children's distribution against a forward over its whole path."""
         assert draft.resume_point is not None
         layer, parents = self.config.exit_layer, draft.tree.parents_RN[row % len(draft.tree.parents_RN)].tolist()
         likeliest = {}
@@ -132,7 +135,7 @@ class Compared(Watched):
     def observe(self, step: Step) -> None:
         super().observe(step)
         for row, (ids, path) in enumerate(zip(self._session.rows, step.paths, strict=True)):
-            # A row that ends within its path holds fewer tokens than were accepted.
+            # A row that finishes within its path has fewer tokens than were accepted.
             self.is_running[row] = 0 < len(path) == len(ids) - self.lengths[row]
             self.num_accepted += self.is_running[row] and len(path) > 1
             self.num_whole += self.is_running[row] and len(path) == step.draft.tree.depth + 1
@@ -143,16 +146,16 @@ def check_rows(cache: KVCache, fresh: KVCache, row: int) -> None:
     """Asserts that a row of a cache holds what a cache of that row alone holds."""
     length = fresh.lengths[0]
     assert cache.lengths[row] == length
-    assert cache._store is not None and fresh._store is not None
-    assert torch.allclose(cache._store[:, :, row, :, :length], fresh._store[:, :, 0, :, :length], atol=1e-5)
+    assert cache._storage is not None and fresh._storage is not None
+    assert torch.allclose(cache._storage[:, :, row, :, :length], fresh._storage[:, :, 0, :, :length], atol=1e-5)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=9)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("num_rows", [1, 5])
-@pytest.mark.parametrize("config", [LATE, EXAMPLE, GROWN], ids=["late", "stopping", "grown"])
-def test_both_caches_are_those_of_a_fresh_prefill(config: Config, num_rows: int, sampling: Sampling) -> None:
-    """Rows that are cut back, rows whose drafts are accepted whole, and rows that finish before others."""
-    compared = Compared(knowing(tiny_target("llama", dtype=torch.float64), config))
+@pytest.mark.parametrize("config", [LATE, EXAMPLE, DYNAMIC], ids=["late", "stopping", "dynamic"])
+def test_both_caches_match_a_fresh_prefill(config: Config, num_rows: int, sampling: Sampling) -> None:
+    """Includes rejected drafts, drafts accepted as a whole, and rows that finish before others."""
+    compared = CheckedDrafts(pass_through(tiny_target("llama", dtype=torch.float64), config))
     ids, mask = padded(prompts(num_rows), side="left")
     ends = (10, 11) if num_rows > 1 else ()
     settings = vars(sampling) | {"max_new_tokens": 14, "eos_token_id": ends, "seed": 1}
@@ -162,20 +165,20 @@ def test_both_caches_are_those_of_a_fresh_prefill(config: Config, num_rows: int,
     assert (num_rows, config) != (5, LATE) or compared.num_whole > 3
 
 
-def knowing(target: Target, config: Config) -> Drafter:
-    """Returns an adapter that hands the exit layer through to the target's own final norm, with noise in between."""
+def pass_through(target: Target, config: Config) -> Drafter:
+    """Returns an adapter that passes the exit layer to the target's final norm, plus noise from its attention."""
     torch.manual_seed(0)
     drafter = Drafter(config, target)
     nn.init.normal_(drafter.attention.output.weight, std=0.1)
     return drafter
 
 
-@pytest.mark.parametrize("config", [LATE, FULL], ids=["chain", "grown"])
+@pytest.mark.parametrize("config", [LATE, FULL], ids=["chain", "dynamic"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3"])
-def test_an_adapter_that_exits_at_the_end_is_always_accepted(architecture: str, config: Config) -> None:
-    """Without attention it is the target's own norm and head; the tree holds all that was asked for."""
+def test_exit_at_last_layer_is_always_accepted(architecture: str, config: Config) -> None:
+    """Without attention the adapter is the target's own norm and head."""
     target = tiny_target(architecture)
-    drafter = knowing(target, config)
+    drafter = pass_through(target, config)
     nn.init.zeros_(drafter.attention.output.weight)
     ids, mask = padded(prompts(5))
     given = {"attention_mask": mask, "max_new_tokens": NUM_NEW}
@@ -184,12 +187,12 @@ def test_an_adapter_that_exits_at_the_end_is_always_accepted(architecture: str, 
     assert out.stats.accepted_per_depth == [1] * config.num_draft
     if not config.width:
         out = draftsmith.generate(target, ids, drafter, **given, temperature=1.0, seed=0)
-        # Equal laws accept always, but for the rounding between a forward of one token and of five.
+        # Equal distributions always accept, except for rounding between forwards of one token and of five.
         assert min(out.stats.accepted_per_depth) > 0.9
 
 
-class Plain(Watched):
-    """Leaves every second step, or those of every second row, to the target alone."""
+class EveryOtherStep(Watched):
+    """Proposes no draft in every other step, and none for every other row."""
 
     def propose(self, budget: int) -> Draft:
         self.num_steps = getattr(self, "num_steps", 0) + 1
@@ -200,17 +203,19 @@ class Plain(Watched):
         return dataclasses.replace(draft, num_nodes=num_nodes)
 
 
-@pytest.mark.parametrize("config", [CHAIN, GROWN], ids=["chain", "grown"])
-def test_the_adapter_reads_steps_that_it_did_not_propose(config: Config) -> None:
-    compared = Compared(knowing(tiny_target("gpt2", dtype=torch.float64), config))
+@pytest.mark.parametrize("config", [CHAIN, DYNAMIC], ids=["chain", "dynamic"])
+def test_adapter_reads_plain_steps(config: Config) -> None:
+    compared = CheckedDrafts(pass_through(tiny_target("gpt2", dtype=torch.float64), config))
     ids, mask = padded(prompts(5))
-    out = draftsmith.generate(compared.target, ids, Plain(compared), attention_mask=mask, max_new_tokens=NUM_NEW)
+    out = draftsmith.generate(
+        compared.target, ids, EveryOtherStep(compared), attention_mask=mask, max_new_tokens=NUM_NEW
+    )
     assert texts(out) == greedy_by_transformers("gpt2", 5, NUM_NEW, torch.float64)
     assert compared.num_compared > 0
 
 
 def started(drafter: Drafter) -> Session:
-    """Returns a session of one row whose prompt the target and the drafter have read."""
+    """Returns a session of one row after the prefill, started with the drafter."""
     target, rows = drafter.target, prompts(1)
     cache = target.new_cache(1)
     with torch.inference_mode():
@@ -223,9 +228,9 @@ def started(drafter: Drafter) -> Session:
     return session
 
 
-@pytest.mark.parametrize("config", [CHAIN, GROWN], ids=["chain", "grown"])
-def test_verification_runs_the_deeper_blocks_alone(config: Config) -> None:
-    """Each node of a chain passes each block once, the first ones while it is drafted."""
+@pytest.mark.parametrize("config", [CHAIN, DYNAMIC], ids=["chain", "dynamic"])
+def test_verification_runs_only_blocks_after_the_exit(config: Config) -> None:
+    """Each node of a chain runs through each block once, through those before the exit while it is drafted."""
     target, fed = tiny_target("llama"), Counter[int]()
     handles = [
         block.register_forward_hook(lambda _, given, __, at=at: fed.update({at: given[0].shape[1]}))  # type: ignore[misc]
@@ -238,9 +243,9 @@ def test_verification_runs_the_deeper_blocks_alone(config: Config) -> None:
         with torch.inference_mode():
             draft = drafter.propose(10)
         num_nodes = draft.tree.num_nodes
-        # A tree's nodes save the first are run once more, in the order in which they are verified.
-        asked = 1 + config.width * (config.num_draft - 1)
-        num_fed = asked + num_nodes - 1 if config.width else num_nodes
+        # A dynamic tree's nodes except the first are run again, in the order in which they are verified.
+        num_drafted = 1 + config.width * (config.num_draft - 1)
+        num_fed = num_drafted + num_nodes - 1 if config.width else num_nodes
         assert fed == dict.fromkeys(range(config.exit_layer), num_fed)
         fed.clear()
         with torch.inference_mode():
@@ -251,10 +256,10 @@ def test_verification_runs_the_deeper_blocks_alone(config: Config) -> None:
             handle.remove()
 
 
-def test_it_drafts_until_a_token_it_doubts() -> None:
+def test_confidence_policy_stops_drafting() -> None:
     found = []
     for policy in ("fixed", "confidence=0.3", "confidence=0.999999"):
-        watched = Watched(knowing(tiny_target("llama"), dataclasses.replace(EXAMPLE, length=policy)))
+        watched = Watched(pass_through(tiny_target("llama"), dataclasses.replace(EXAMPLE, length=policy)))
         draftsmith.generate(watched.target, torch.tensor(prompts(1)), watched, max_new_tokens=NUM_NEW)
         found.append([len(draft[0]) - 1 for draft in watched.drafts])
     always, sometimes, never = found
@@ -263,7 +268,7 @@ def test_it_drafts_until_a_token_it_doubts() -> None:
     assert set(never) == {1}
 
 
-def test_what_is_refused() -> None:
+def test_invalid_settings_are_rejected() -> None:
     for message, settings in (
         ("exit_layer is 0", {"exit_layer": 0}),
         ("num_heads is 0", {"num_heads": 0}),
@@ -279,7 +284,7 @@ def test_what_is_refused() -> None:
         Drafter(Config(), tiny_target("t5"))
 
 
-def test_the_target_is_hidden() -> None:
+def test_target_is_no_submodule() -> None:
     drafter = Drafter(EXAMPLE, tiny_target("llama"))
     assert {name.split(".")[0] for name in drafter.state_dict()} == {"attention_norm", "attention", "norm"}
     assert sum(parameter.numel() for parameter in drafter.parameters()) == 4 * WIDTH**2 + 2 * WIDTH

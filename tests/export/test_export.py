@@ -340,7 +340,7 @@ def test_export_rejects_unsupported_input_before_loading_weights(
         ("lm", "vllm", "taken", {}, "contains other files"),
         ("lm", "vllm", "lm", {}, "is an artifact; name another output folder"),
         ("lm", "vllm", "out", {"target": str(root / "t5")}, "tokenizer|vocabulary|does not draft for encoder"),
-        ("lm", "vllm", "out", {"target": "nowhere"}, "'nowhere' is no local folder"),
+        ("lm", "vllm", "out", {"target": "nowhere"}, "'nowhere' is not a local folder"),
         ("t5", "sglang", "out", {}, "does not draft for encoder-decoders"),
         ("nothing", "vllm", "out", {}, "no such folder"),
     ]
