@@ -1,4 +1,4 @@
-"""The convolutional drafter and its trainer: what only they have; the rest is checked as any reading drafter is."""
+"""Tests of the convolutional drafter and its trainer; see also tests/support/recurrent_checks.py."""
 
 import dataclasses
 from pathlib import Path
@@ -24,15 +24,15 @@ def test_family(tmp_path: Path) -> None:
     check_family(cnn, EXAMPLE, tmp_path, trainer=trainer, settings=SETTINGS)
 
 
-def test_a_shortlist(tmp_path: Path) -> None:
+def test_shortlist(tmp_path: Path) -> None:
     check_shortlist(cnn, EXAMPLE, trainer, SETTINGS, tmp_path)
 
 
-def test_it_writes_as_often_as_it_is_asked_to() -> None:
+def test_repeated_on_policy_batches() -> None:
     check_writing(cnn, EXAMPLE)
 
 
-def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
+def test_training_run_on_encoder_decoder(tmp_path: Path) -> None:
     check_run_on_pairs(trainer, SETTINGS, tmp_path)
 
 
@@ -45,7 +45,7 @@ def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
         pytest.param("bart", True, marks=pytest.mark.slow),
     ],
 )
-def test_the_text_of_an_encoder_decoder(architecture: str, copy: bool, tmp_path: Path) -> None:
+def test_family_on_encoder_decoder(architecture: str, copy: bool, tmp_path: Path) -> None:
     config, settings = (dataclasses.replace(one, copy=copy) for one in (EXAMPLE, SETTINGS))
     check_family(cnn, config, tmp_path, architectures=(architecture,), trainer=trainer, settings=settings)
     check_reading(cnn, config, architecture)
@@ -54,26 +54,26 @@ def test_the_text_of_an_encoder_decoder(architecture: str, copy: bool, tmp_path:
 @pytest.mark.parametrize(
     "config", [EXAMPLE, Config(num_channels=20, kernel_size=4, dilations=(3, 1), rank=32, num_draft=4)]
 )
-def test_it_drafts_by_its_own_law_after_what_was_committed(config: Config) -> None:
+def test_drafts_follow_the_networks_distribution(config: Config) -> None:
     check_reading(cnn, config)
 
 
-def test_a_layer_by_hand() -> None:
+def test_layer_matches_values_by_hand() -> None:
     """x + (W * x + b) sigmoid(U * x + c) at each position, over the inputs `dilation` apart, zeros before the text."""
     config = Config(num_channels=6, kernel_size=3, dilations=(2,), rank=4)
     drafter, tokens_T = built(cnn, config, tiny_target("llama")), [5, 9, 4, 7, 7, 3]
     x_TC = drafter.input(drafter.ends.embed(torch.tensor(tokens_T)))
     weight_GKC, bias_G = drafter.layers[0].weight.unflatten(1, (3, 6)), drafter.layers[0].bias
-    for place in range(len(tokens_T)):
+    for position in range(len(tokens_T)):
         gates_G = bias_G.clone()
         for tap, back in enumerate((4, 2, 0)):
-            if place >= back:
-                gates_G = gates_G + weight_GKC[:, tap] @ x_TC[place - back]
-        expected_C = x_TC[place] + gates_G[:6] * gates_G[6:].sigmoid()
-        torch.testing.assert_close(drafter(torch.tensor([tokens_T]))[0, place], expected_C)
+            if position >= back:
+                gates_G = gates_G + weight_GKC[:, tap] @ x_TC[position - back]
+        expected_C = x_TC[position] + gates_G[:6] * gates_G[6:].sigmoid()
+        torch.testing.assert_close(drafter(torch.tensor([tokens_T]))[0, position], expected_C)
 
 
-def test_it_sees_as_far_back_as_its_layers_reach() -> None:
+def test_receptive_field_matches_layers() -> None:
     config = Config(num_channels=12, kernel_size=3, dilations=(1, 2), rank=32)
     drafter, tokens_BT = built(cnn, config, tiny_target("llama")), torch.arange(3, 23)[None]
     other = tokens_BT.clone()
@@ -82,22 +82,22 @@ def test_it_sees_as_far_back_as_its_layers_reach() -> None:
     assert differs_T.nonzero().flatten().tolist() == list(range(4, 4 + 1 + 2 * 1 + 2 * 2))
 
 
-def test_the_targets_matrices_are_neither_trained_nor_saved() -> None:
+def test_tied_matrices_are_neither_trained_nor_saved() -> None:
     target = tiny_target("llama")
     drafter = Drafter(EXAMPLE, target)
     assert {name.split(".")[0] for name in drafter.state_dict()} == {"ends", "input", "layers"}
     assert all(VOCAB_SIZE not in weight.shape[:1] or weight.ndim == 1 for weight in drafter.parameters())
 
 
-def test_dropout_leaves_out_inputs_of_layers_in_training_alone() -> None:
+def test_dropout_changes_features_only_when_given() -> None:
     torch.manual_seed(0)
     drafter, tokens_BT = built(cnn, EXAMPLE, tiny_target("llama")), torch.arange(3, 11)[None]
     assert not torch.equal(drafter(tokens_BT, dropout=0.5), drafter(tokens_BT))
     assert torch.equal(drafter(tokens_BT), drafter(tokens_BT))
 
 
-def test_a_drafter_in_float32_beside_a_target_in_bfloat16() -> None:
-    """As training in mixed precision has it."""
+def test_float32_drafter_with_bfloat16_target() -> None:
+    """The dtypes of mixed-precision training."""
     for architecture, copy in (("llama", False), ("t5", True)):
         target = draftsmith.Target(tiny_model(architecture).bfloat16())
         drafter = trainer.build(dataclasses.replace(SETTINGS, copy=copy), target)
@@ -106,18 +106,18 @@ def test_a_drafter_in_float32_beside_a_target_in_bfloat16() -> None:
             logits_BTV = drafter.head(source)(drafter(torch.tensor([[5, 6, 7], [7, 6, 5]]), source))
             functional.cross_entropy(logits_BTV.flatten(0, 1).float(), torch.tensor([6, 7, 8, 6, 5, 4])).backward()
         assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in drafter.parameters())
-        # And saved as the target is.
+        # It is saved in the target's dtype.
         again = drafter.to(torch.bfloat16).eval()
         ids, mask = padded(prompts(5))
         out = draftsmith.generate(target, ids, again, attention_mask=mask, max_new_tokens=4, temperature=1.0, seed=0)
         assert out.stats.new_tokens == 20
 
 
-def test_what_is_refused() -> None:
+def test_invalid_settings_are_rejected() -> None:
     cases = [
         ("num_channels is 0", {"num_channels": 0}),
         ("kernel_size is 1", {"kernel_size": 1}),
-        ("name one of at least 1 for each layer", {"dilations": ()}),
+        ("give one of at least 1 for each layer", {"dilations": ()}),
         ("dilations are \\[1, 0\\]", {"dilations": (1, 0)}),
         ("dropout is 1", {"dropout": 1.0}),
         ("choose a --loss besides ce", {"teacher_top_k": 4}),

@@ -1,4 +1,4 @@
-"""EAGLE-3's drafter: its layer against a loop, its cache against fresh reading, its vocabulary, and what it drafts.
+"""Tests of the EAGLE-3 drafter: its layer, KV cache, drafts and draft vocabulary.
 
 Shape suffixes: B rows, T positions, N nodes, M new nodes, D hidden width, E width of the layer's input, V vocabulary.
 """
@@ -29,12 +29,12 @@ from trainers import eagle3 as trainer
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "3.1": {"fusion_norm": "each", "norm_output": True},
-    "as some are published": {"fusion_norm": "whole", "norm_residual": True, "own_embedding": True, "draft_vocab": 40},
+    "as published": {"fusion_norm": "whole", "norm_residual": True, "own_embedding": True, "draft_vocab": 40},
 }
 
 
 def small(target: Target, **changes: Any) -> Config:
-    """Returns the configuration of a small layer, with trees that grow unless told otherwise."""
+    """Returns the configuration of a small layer, with dynamic trees by default."""
     given: dict[str, Any] = {
         "layers": trainer.default_layers(target.num_layers),
         "num_heads": 4,
@@ -56,7 +56,7 @@ EXAMPLE = small
 
 
 def made(config: Config, target: Target) -> Drafter:
-    """Returns a drafter with random weights, whose vocabulary, if it is not all, has gaps."""
+    """Returns a drafter with random weights, whose draft vocabulary, if it is a part, has gaps."""
     drafter = built(eagle3, config, target)
     num_tokens = len(drafter.d2t)
     drafter.set_vocabulary(torch.arange(num_tokens) * target.vocab_size // num_tokens)
@@ -70,7 +70,7 @@ def test_family(tmp_path: Path) -> None:
     check_family(eagle3, small, tmp_path, trainer=trainer, settings=settings)
 
 
-def test_the_law_of_chains_from_a_part_of_the_vocabulary() -> None:
+def test_chains_from_draft_vocabulary_keep_the_distribution() -> None:
     target = distribution_target()
     check_distribution(made(chains(target, draft_vocab=5), target), target, top_k=6, num_samples=4_000)
 
@@ -83,14 +83,14 @@ def naive_norm(norm: Any, value_TD: Tensor) -> Tensor:
 
 
 def naive_input(drafter: Drafter, tokens: list[int], features_TD: Tensor) -> Tensor:
-    """Returns what the layer's attention reads [T, E]."""
+    """Returns the input of the layer's attention [T, E]."""
     embedding = drafter.target.model.get_input_embeddings() if drafter.embedding is None else drafter.embedding
     normed = naive_norm(drafter.token_norm, embedding.weight[tokens]), naive_norm(drafter.feature_norm, features_TD)
     return torch.cat(normed, dim=1)
 
 
 def naive(drafter: Drafter, tokens: list[int], features_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (features [T, D], logits over the target's vocabulary [T, V]), each place seeing those before it."""
+    """Returns (features [T, D], logits over the target's vocabulary [T, V]) with causal attention."""
     x_TE, weights = naive_input(drafter, tokens, features_TD), drafter.feed_forward
     residual_TD = x_TE.chunk(2, dim=1)[1] if drafter.config.norm_residual else features_TD
     h_TD = residual_TD + naive_attention(drafter.attention, x_TE)
@@ -117,9 +117,9 @@ def naive_fusion(drafter: Drafter, text: list[int]) -> Tensor:
 
 @cache
 def naive_path(drafter: Drafter, text: tuple[int, ...], drafted: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Returns (the features of all places and of the token said next, its logits [V]) with `text` committed.
+    """Returns (the features of all positions and of the next token, its logits [V]) with `text` committed.
 
-    One drafted token after the other, each in a pass over the whole text and without a cache.
+    Drafted tokens are processed one by one, each in a forward over the whole text without a cache.
     """
     if drafted:
         features_TD, _ = naive_path(drafter, text, drafted[:-1])
@@ -131,7 +131,7 @@ def naive_path(drafter: Drafter, text: tuple[int, ...], drafted: tuple[int, ...]
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_network_is_that_of_a_loop(variant: str) -> None:
+def test_network_matches_naive_loop(variant: str) -> None:
     target, text = tiny_target("llama"), prompts(1)[0]
     drafter = made(small(target, **VARIANTS[variant]), target)
     features_BTD = drafter.fuse(drafter.join(target.read(torch.tensor([text]), drafter.hidden_layers)))[:, :-1]
@@ -146,8 +146,8 @@ def test_the_network_is_that_of_a_loop(variant: str) -> None:
 # --- Drafting ------------------------------------------------------------------------------------------------------
 
 
-class Compared(Watched):
-    """Checks every node's logits, the law of chains, and after each step the cache, against the naive network."""
+class CheckedDrafts(Watched):
+    """Checks every node's logits, chains' distributions, and after each step the cache, against the naive network."""
 
     num_compared, num_checked = 0, 0
 
@@ -192,21 +192,21 @@ class Compared(Watched):
 
 
 @pytest.mark.parametrize(
-    ("variant", "shape", "gate"),
-    [("plain", small, 0.0), ("3.1", small, 0.2), ("plain", chains, 0.2), ("as some are published", chains, 0.0)],
+    ("variant", "shape", "threshold"),
+    [("plain", small, 0.0), ("3.1", small, 0.2), ("plain", chains, 0.2), ("as published", chains, 0.0)],
 )
-def test_drafts_and_cache_are_those_of_the_naive_network(variant: str, shape: Any, gate: float) -> None:
-    """Rows ragged, cut back, ending early, of one token at first; with a gate, steps that nobody proposed."""
+def test_drafts_and_cache_match_naive_network(variant: str, shape: Any, threshold: float) -> None:
+    """Ragged rows, rejected drafts, early ends, a row of one token; with a target threshold, plain steps too."""
     target, sampling = tiny_target("llama"), Sampling(temperature=0.7, top_k=9)
-    compared = Compared(made(shape(target, **VARIANTS[variant]), target), sampling)
+    compared = CheckedDrafts(made(shape(target, **VARIANTS[variant]), target), sampling)
     ids, mask = padded(prompts(3))
     settings = vars(sampling) | {"max_new_tokens": 8, "eos_token_id": (10, 11, 12), "seed": 1}
-    gated: Any = TargetConfidenceThreshold(compared, gate) if gate else compared
+    gated: Any = TargetConfidenceThreshold(compared, threshold) if threshold else compared
     draftsmith.generate(target, ids, gated, attention_mask=mask, **settings)
     assert compared.num_compared > 20 and compared.num_checked > 4
 
 
-def test_a_long_prompt_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_in_chunks_gives_same_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     target = tiny_target("llama")
     drafter = made(chains(target), target)
     ids, mask = padded(prompts(5))
@@ -219,18 +219,18 @@ def test_a_long_prompt_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     assert runs[0] == runs[1]
 
 
-def test_rows_of_one_token_draft_nothing_at_first() -> None:
+def test_rows_of_one_token_get_empty_draft_first() -> None:
     target = tiny_target("llama")
     watched = Watched(made(chains(target), target))
     draftsmith.generate(target, torch.tensor([[4], [9]]), watched, max_new_tokens=5)
     assert [len(tokens[0]) for tokens in watched.drafts][:2] == [1, 4]
 
 
-# --- The vocabulary ----------------------------------------------------------------------------------------------
+# --- The draft vocabulary ------------------------------------------------------------------------------------------
 
 
-def test_the_vocabulary_goes_there_and_back(tmp_path: Path) -> None:
-    """d2t are offsets, t2d says which tokens there are, and logits stand at the target's ids."""
+def test_draft_vocabulary_maps_and_survives_round_trip(tmp_path: Path) -> None:
+    """d2t holds offsets, t2d marks the draft vocabulary, and logits are at the target's ids."""
     target, ids_W = tiny_target("llama"), torch.tensor([0, 3, 4, 17, 63])
     drafter = built(eagle3, small(target, draft_vocab=5), target)
     drafter.set_vocabulary(ids_W)
@@ -248,24 +248,24 @@ def test_the_vocabulary_goes_there_and_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": ()}, r"layers are \[\]"),
-        ({"layers": (2, 1)}, r"layers are \[2, 1\]; name hidden layers from 0 up in order"),
-        ({"layers": (1, 4)}, "has 3"),
-        ({"fusion_norm": "some"}, "there are none, each, whole"),
-        ({"draft_vocab": 2}, "draft_vocab 2 must lie between 3, width, and 64"),
-        ({"draft_vocab": 65}, "draft_vocab 65 must lie"),
+        ({"layers": ()}, r"layers is \[\]"),
+        ({"layers": (2, 1)}, r"layers is \[2, 1\]; list hidden layers from 0 up in ascending order"),
+        ({"layers": (1, 4)}, "has hidden layers 0 to 3"),
+        ({"fusion_norm": "some"}, "must be one of none, each, whole"),
+        ({"draft_vocab": 2}, "draft_vocab is 2; it must lie between the width, 3, and 64"),
+        ({"draft_vocab": 65}, "draft_vocab is 65; it must lie"),
         ({"stretch": (8.0,)}, r"stretch is \[8.0\]"),
         ({"num_draft": 0}, "num_draft is 0"),
         ({"length": "long"}, "unknown length policy 'long'"),
-        ({"num_kv_heads": 3}, "4 heads of width 6 with 3 of keys"),
+        ({"num_kv_heads": 3}, "4 heads of width 6 and 3 key-value heads"),
     ],
 )
-def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Drafter(small(tiny_target("llama"), **changes), tiny_target("llama"))
 
 
-def test_only_its_own_weights_are_in_its_state() -> None:
+def test_state_dict_holds_only_the_drafters_weights() -> None:
     target = tiny_target("llama")
     drafter = Drafter(small(target), target)
     assert not any("target" in name or "embedding" in name for name in drafter.state_dict())

@@ -1,4 +1,4 @@
-"""Early exits: what they compute, that drafts and verification share the target's cache, and what extra blocks keep.
+"""Tests of the early-exit drafter: its layers, the shared target cache, and the cache of extra blocks.
 
 Shape suffixes: B rows, T positions, N nodes, P length of the longest accepted path, D hidden width, V vocabulary.
 """
@@ -59,7 +59,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_network_is_that_of_a_loop() -> None:
+def test_network_matches_naive_loop() -> None:
     """head(norm(blocks(h + R norm(r)))), position by position."""
     target = tiny_target("llama")
     drafter = built(early_exit, Config(exit_layer=1, num_blocks=2, recycling=True, own_head=True), target)
@@ -85,19 +85,19 @@ def test_the_network_is_that_of_a_loop() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("own_head", [False, True])
-def test_a_new_exit_says_what_the_targets_own_norm_and_head_say(architecture: str, own_head: bool) -> None:
+def test_new_exit_predicts_like_the_targets_norm_and_head(architecture: str, own_head: bool) -> None:
     target = tiny_target(architecture)
     drafter, hidden_BTD = Drafter(Config(own_head=own_head, recycling=True), target), random(1, 4, WIDTH)
     logits_BTV = drafter.head(drafter(drafter.block_input(hidden_BTD, random(1, 4, WIDTH))))
-    # A head of its own has no soft-capping, which keeps the order of the tokens.
+    # An LM head of its own has no soft-capping, which does not change the order of the tokens.
     assert torch.equal(logits_BTV.argsort(), target.logits(hidden_BTD).argsort())
     assert drafter.norm is not target.norm and not {id(one) for one in drafter.parameters()} & {
         id(one) for one in target.model.parameters()
     }
 
 
-class Compared(Watched):
-    """Checks each draft against the drafter run afresh on each row's whole text, and the target's cache likewise."""
+class CheckedDrafts(Watched):
+    """Checks each draft and the target's cache against uncached forwards over each row's whole text."""
 
     def __init__(self, inner: Drafter, sampling: Sampling = GREEDY) -> None:
         super().__init__(inner)
@@ -105,7 +105,7 @@ class Compared(Watched):
 
     def start(self, session: Any) -> None:
         super().start(session)
-        # What was recycled at each position: in prompts the hidden state one before.
+        # The position of the recycled hidden state of each token: in prompts the one before.
         self.sources = [list(range(-1, len(row) - 2)) for row in session.rows]
         self.is_running = [True] * len(session.rows)
 
@@ -114,7 +114,7 @@ class Compared(Watched):
         layer, last, recycled_1TD = self.config.exit_layer, self.target.num_layers, None
         hidden = self.target.read(torch.tensor([ids]), (layer, last))
         if self.config.recycling:
-            states = [hidden[last][0, at] if at >= 0 else torch.zeros(WIDTH) for at in sources]
+            states = [hidden[last][0, t] if t >= 0 else torch.zeros(WIDTH) for t in sources]
             recycled_1TD = torch.stack(states)[None]
         drafter = self.inner
         return hidden[layer][0], drafter.head(drafter(drafter.block_input(hidden[layer], recycled_1TD)))[0]
@@ -151,7 +151,7 @@ class Compared(Watched):
         for row, (ids, path) in enumerate(zip(self._session.rows, step.paths, strict=True)):
             before = len(self.sources[row])
             self.sources[row] += [before - 1] * len(path)
-            # A row may end within its path.
+            # A row may finish within its path.
             self.is_running[row] &= before + len(path) == len(ids) - 1 and len(path) > 0
             if self.is_running[row]:
                 fresh = self.target.new_cache(1)
@@ -162,11 +162,11 @@ class Compared(Watched):
 
 @pytest.mark.parametrize("shape", ["chain", "tree", "sampled"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_drafts_and_caches_are_those_of_a_fresh_run(variant: str, shape: str) -> None:
+def test_drafts_and_caches_match_uncached_forwards(variant: str, shape: str) -> None:
     """Ragged rows, one of a single token, and rows that finish before others."""
     sampling = Sampling(temperature=0.8, top_k=20) if shape == "sampled" else GREEDY
     config = Config(**{"exit_layer": 2, "num_draft": 3} | VARIANTS[variant] | (TREE if shape == "tree" else {}))
-    compared = Compared(built(early_exit, config, tiny_target("llama")), sampling)
+    compared = CheckedDrafts(built(early_exit, config, tiny_target("llama")), sampling)
     ids, mask = padded(prompts(5))
     settings = vars(sampling) | {"max_new_tokens": 10, "eos_token_id": (10, 11, 12), "seed": 1}
     draftsmith.generate(compared.target, ids, compared, attention_mask=mask, **settings)
@@ -174,17 +174,17 @@ def test_drafts_and_caches_are_those_of_a_fresh_run(variant: str, shape: str) ->
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
-def test_blocks_lack_nothing_after_drafts_accepted_whole_or_plain_steps(shape: str) -> None:
-    """An exit after the last block, whose extra blocks change little, is accepted whole now and then."""
+def test_blocks_read_whole_drafts_and_plain_steps(shape: str) -> None:
+    """An exit after the last block, with extra blocks of little effect, is sometimes accepted as a whole."""
     config = Config(
         exit_layer=NUM_LAYERS, num_blocks=1, num_draft=2, **(TREE | {"num_nodes": 3} if shape == "tree" else {})
     )
     drafter = Drafter(config, tiny_target("llama"))
     for block in drafter.blocks:
         block.attention.output.weight.data *= 0.3
-    compared = Compared(drafter)
+    compared = CheckedDrafts(drafter)
     ids, mask = padded(prompts(5))
-    # The second policy begins with trials, one of which is to draft nothing.
+    # The second policy begins with trials, one of which is a plain step.
     for policy in ("fixed", "expected_gain"):
         given = {"attention_mask": mask, "max_new_tokens": 12, "length": policy}
         out = draftsmith.generate(drafter.target, ids, compared, **given)
@@ -195,47 +195,47 @@ def test_blocks_lack_nothing_after_drafts_accepted_whole_or_plain_steps(shape: s
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 @pytest.mark.parametrize("shape", ["chain", "tree"])
-def test_an_exit_after_the_last_block_is_always_right(architecture: str, shape: str) -> None:
+def test_exit_after_last_block_is_always_accepted(architecture: str, shape: str) -> None:
     target = tiny_target(architecture)
     drafter = Drafter(Config(exit_layer=NUM_LAYERS, **PLAIN | (TREE if shape == "tree" else {})), target)
     ids, mask = padded(prompts(5))
     given = {"attention_mask": mask, "max_new_tokens": NUM_NEW}
     out = draftsmith.generate(target, ids, drafter, **given)
     assert texts(out) == greedy_by_transformers(architecture, 5, NUM_NEW)
-    # A tree's nodes are its likeliest, not its deepest.
+    # A dynamic tree keeps its likeliest nodes, not its deepest.
     assert out.stats.accepted_per_depth[0] == 1
     if shape == "chain":
         assert out.stats.accepted_per_depth == [1, 1, 1, 1] and out.stats.tau == 5
         out = draftsmith.generate(target, ids, drafter, **given, temperature=1.0, seed=0)
-        # Equal laws accept always, but for the rounding between a forward of one token and of five.
+        # Equal distributions always accept, except for rounding between forwards of one token and of five.
         assert min(out.stats.accepted_per_depth) > 0.9
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
-def test_verification_runs_the_deeper_blocks_alone(shape: str) -> None:
-    """Tokens that pass each block: in a round of a chain every node passes every block once."""
+def test_verification_runs_only_blocks_after_the_exit(shape: str) -> None:
+    """Counts the tokens through each block: in a round of a chain every node runs through every block once."""
     target = Target(tiny_model("llama"))
-    passed = [[] for _ in range(NUM_LAYERS)]  # type: list[list[int]]
-    for block, counts in zip(target.model.model.layers, passed, strict=True):
+    num_run = [[] for _ in range(NUM_LAYERS)]  # type: list[list[int]]
+    for block, counts in zip(target.model.model.layers, num_run, strict=True):
         block.register_forward_hook(lambda _, given, __, counts=counts: counts.append(given[0].shape[1]))
     drafter = Watched(Drafter(Config(exit_layer=2, **PLAIN | (TREE if shape == "tree" else {})), target))
     out = draftsmith.generate(target, torch.tensor(prompts(1)), drafter, max_new_tokens=NUM_NEW)
     sizes = [len(draft[0]) for draft in drafter.drafts]
     is_plain = [1] * (out.stats.steps - len(sizes))
-    assert passed[2] == [len(prompts(1)[0]) - 1, *sizes, *is_plain]
-    assert passed[0] == passed[1]
+    assert num_run[2] == [len(prompts(1)[0]) - 1, *sizes, *is_plain]
+    assert num_run[0] == num_run[1]
     if shape == "chain":
-        assert passed[0] == [passed[2][0]] + [1] * (sum(sizes) + len(is_plain))
+        assert num_run[0] == [num_run[2][0]] + [1] * (sum(sizes) + len(is_plain))
 
 
-def test_the_first_draft_follows_a_prompt_of_one_token() -> None:
+def test_prompt_of_one_token_gets_a_draft() -> None:
     target = tiny_target("llama")
     drafter = Watched(built(early_exit, Config(exit_layer=1, num_blocks=1, **TREE), target))
     draftsmith.generate(target, torch.tensor([[4]]), drafter, max_new_tokens=3)
     assert [len(tokens[0]) for tokens in drafter.drafts] == [9, 4]
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_settings_are_rejected() -> None:
     for name, least in (("exit_layer", 1), ("num_heads", 1), ("num_blocks", 0), ("inner_width", 0), ("num_draft", 1)):
         with pytest.raises(ValueError, match=f"{name} is {least - 1}"):
             Config(**{name: least - 1})

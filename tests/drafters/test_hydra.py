@@ -1,4 +1,4 @@
-"""Hydra's heads: what they compute, what they are told, and the trees they fill path by path.
+"""Tests of the Hydra drafter: its heads, its decoder block, and its trees.
 
 Shape suffixes: T positions, D hidden width, E width of the embedding, V vocabulary.
 """
@@ -22,12 +22,13 @@ from tests.parts.test_layers import naive_attention
 from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import VOCAB_SIZE, WIDTH, greedy_by_transformers, padded, prompts, tiny_target
+from tests.support.runs import trainer_settings
 from trainers import hydra as trainer
 
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (2, 0), (0, 0, 0), (1, 0, 0))
 PLAIN: dict[str, Any] = {"num_heads": 3, "tree": TREE}
 PLUS: dict[str, Any] = PLAIN | {"num_blocks": 4, "own_head": True, "prefix_heads": 4, "prefix_width": 48}
-GROWN: dict[str, Any] = {"num_heads": 3, "tree": (), "width": 3, "num_nodes": 9}
+DYNAMIC: dict[str, Any] = {"num_heads": 3, "tree": (), "width": 3, "num_nodes": 9}
 EXAMPLE = Config(**PLUS)
 NUM_NEW, ENDS = 20, (10, 11, 12)
 
@@ -35,23 +36,23 @@ NUM_NEW, ENDS = 20, (10, 11, 12)
 @pytest.mark.parametrize(
     ("config", "architecture", "settings"),
     [
-        (PLAIN | {"siblings": "deterministic"}, "gemma2", trainer.Settings(num_heads=3)),
-        (PLUS, "llama", trainer.Settings(num_heads=3, num_blocks=4, own_head=True, prefix_attention=True)),
-        (GROWN, "gpt2", trainer.Settings(num_heads=3, width=3, loss="ce")),
+        (PLAIN | {"siblings": "deterministic"}, "gemma2", trainer_settings(trainer, num_heads=3)),
+        (PLUS, "llama", trainer_settings(trainer, num_heads=3, num_blocks=4, own_head=True, prefix_attention=True)),
+        (DYNAMIC, "gpt2", trainer_settings(trainer, num_heads=3, width=3, loss="ce")),
     ],
-    ids=["plain", "plus", "grown"],
+    ids=["plain", "plus", "dynamic"],
 )
 def test_family(tmp_path: Path, config: dict[str, Any], architecture: str, settings: trainer.Settings) -> None:
     given = {"architectures": (architecture,), "trainer": trainer, "settings": settings}
     check_family(hydra, Config(**config), tmp_path, **given)
 
 
-def test_the_law_with_siblings_drawn_otherwise() -> None:
+def test_top_and_drawn_siblings_keep_the_distribution() -> None:
     drafter = built(hydra, Config(**PLUS, siblings="top_and_drawn"), distribution_target())
     check_distribution(drafter, distribution_target(), num_samples=2_000, top_k=3)
 
 
-# --- The network, once more ----------------------------------------------------------------------------------------
+# --- The network ---------------------------------------------------------------------------------------------------
 
 
 def naive_states(drafter: Drafter, ids: list[int]) -> Tensor:
@@ -74,25 +75,25 @@ def naive_norm(norm: Any, x_TD: Tensor) -> Tensor:
     return x_TD / (x_TD.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
 
 
-def naive_logits(drafter: Drafter, state_D: Tensor, told: list[int]) -> Tensor:
-    """Returns what the head that is told so many tokens says after them [V]."""
+def naive_logits(drafter: Drafter, state_D: Tensor, drafted: list[int]) -> Tensor:
+    """Returns the logits [V] of the head that reads this number of drafted tokens."""
     embedding_VE = drafter.target.model.get_input_embeddings().weight.detach()
     size = float((embedding_VE**2).mean().sqrt())
-    head = drafter.heads[len(told) - 1]
-    x_F = torch.cat([state_D, *(embedding_VE[token] / size for token in told)])
+    head = drafter.heads[len(drafted) - 1]
+    x_F = torch.cat([state_D, *(embedding_VE[token] / size for token in drafted)])
     z_D = head.skip.weight @ x_F + head.skip.bias + functional.silu(head.first.weight @ x_F + head.first.bias)
     for linear in head.rest:
         z_D = z_D + functional.silu(linear.weight @ z_D + linear.bias)
     if drafter.config.own_head:
-        return drafter.outputs[len(told) - 1].weight @ z_D
+        return drafter.outputs[len(drafted) - 1].weight @ z_D
     return drafter.target.head(z_D[None, None])[0, 0]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("config", [PLAIN | {"num_blocks": 2}, PLUS], ids=["plain", "plus"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_every_head_against_loops(architecture: str, config: dict[str, Any]) -> None:
-    """All positions of a text at once, as in training, against one at a time."""
+def test_heads_match_naive_loops(architecture: str, config: dict[str, Any]) -> None:
+    """All positions of a text at once, as in training, are compared with one at a time."""
     drafter = built(hydra, Config(**config), tiny_target(architecture))
     text = prompts(4)[3]
     hidden_1TD = drafter.target.read(torch.tensor([text]), (3,))[3]
@@ -100,16 +101,16 @@ def test_every_head_against_loops(architecture: str, config: dict[str, Any]) -> 
     torch.testing.assert_close(states_1TD[0], slow_TD, rtol=1e-5, atol=1e-5)
     for k in range(3):
         starts = range(len(text) - 2 - k)
-        told = [text[t + 1 : t + 2 + k] for t in starts]
-        found_1TV = drafter.head(k, drafter.features(states_1TD[:, : len(told)], torch.tensor([told])))
-        slow_TV = torch.stack([naive_logits(drafter, slow_TD[t], told[t]) for t in starts])
+        drafted = [text[t + 1 : t + 2 + k] for t in starts]
+        found_1TV = drafter.head(k, drafter.features(states_1TD[:, : len(drafted)], torch.tensor([drafted])))
+        slow_TV = torch.stack([naive_logits(drafter, slow_TD[t], drafted[t]) for t in starts])
         assert (found_1TV[0] - slow_TV).abs().max() < 1e-5 * slow_TV.abs().max()
     weights = [parameter.data_ptr() for parameter in drafter.parameters()]
     assert len(set(weights)) == len(weights), "blocks share nothing"
 
 
 @pytest.mark.parametrize("own_head", [False, True])
-def test_new_heads_say_what_the_target_says(own_head: bool) -> None:
+def test_new_heads_predict_the_targets_logits(own_head: bool) -> None:
     target = tiny_target("llama")
     drafter = Drafter(Config(**PLAIN, num_blocks=3, own_head=own_head), target)
     state_BTD = torch.randn(1, 4, WIDTH)
@@ -122,10 +123,10 @@ def test_new_heads_say_what_the_target_says(own_head: bool) -> None:
 # --- Drafts --------------------------------------------------------------------------------------------------------
 
 
-class Compared(Watched):
-    """Checks each draft against the network run afresh, without a cache, over each row's text and each node's path.
+class CheckedDrafts(Watched):
+    """Checks each draft against the network without a cache, over each row's text and each node's path.
 
-    Rows that have finished are left out: nobody reads what is drafted for them.
+    Rows that have finished are skipped, because their drafts are not used.
     """
 
     num_compared = 0
@@ -147,7 +148,7 @@ class Compared(Watched):
         return draft
 
     def _compare(self, draft: Draft, row: int, parents: list[int], state_D: Tensor) -> None:
-        """Checks every node that has children: those are its likeliest tokens, or its law is the one they came from."""
+        """Checks of every node with children that they are its likeliest tokens, or drawn from its distribution."""
         tokens, paths = draft.tokens_BN[row].tolist(), [[0]]
         for node, parent in enumerate(parents[1:], start=1):
             paths.append([*paths[parent], node])
@@ -167,23 +168,23 @@ class Compared(Watched):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
     "config",
-    [PLAIN, PLUS, PLUS | {"siblings": "deterministic"}, PLUS | GROWN],
-    ids=["plain", "plus", "likeliest", "grown"],
+    [PLAIN, PLUS, PLUS | {"siblings": "deterministic"}, PLUS | DYNAMIC],
+    ids=["plain", "plus", "deterministic", "dynamic"],
 )
-def test_drafts_are_those_of_a_fresh_run(config: dict[str, Any], temperature: float) -> None:
-    """Ragged rows that advance at different rates, one of a single token, and rows that finish before others."""
+def test_drafts_match_uncached_heads(config: dict[str, Any], temperature: float) -> None:
+    """Ragged rows that advance at different rates, one of a single token, and rows that finish early."""
     target = tiny_target("mistral")
-    drafter = Compared(built(hydra, Config(**config), target))
+    drafter = CheckedDrafts(built(hydra, Config(**config), target))
     ids, mask = padded(prompts(5))
     settings = {"max_new_tokens": NUM_NEW, "eos_token_id": ENDS, "seed": 1}
     draftsmith.generate(target, ids, drafter, attention_mask=mask, temperature=temperature, **settings)
     assert drafter.num_compared > 100
 
 
-def test_the_cache_of_states_follows_plain_steps_and_cut_drafts() -> None:
-    """Lengths that go by what was accepted: steps without a draft, and rows cut to fewer nodes than others."""
+def test_cache_follows_plain_steps_and_cut_drafts() -> None:
+    """An acceptance-based length policy causes steps without a draft, and rows with fewer nodes than others."""
     target = tiny_target("llama")
-    drafter = Compared(built(hydra, EXAMPLE, target))
+    drafter = CheckedDrafts(built(hydra, EXAMPLE, target))
     ids, mask = padded(prompts(5))
     out = draftsmith.generate(
         target, ids, drafter, attention_mask=mask, length="expected_gain=0.3", max_new_tokens=NUM_NEW
@@ -192,8 +193,8 @@ def test_the_cache_of_states_follows_plain_steps_and_cut_drafts() -> None:
     assert drafter.num_compared > 20 and len(drafter.drafts) < out.stats.steps
 
 
-def drafting(config: Config) -> Drafter:
-    """Returns a drafter that has been started on one row."""
+def started_drafter(config: Config) -> Drafter:
+    """Returns a drafter started on one row."""
     target = tiny_target("llama")
     drafter, (row,) = built(hydra, config, target), prompts(1)
     cache = target.new_cache(1)
@@ -211,9 +212,9 @@ def drafting(config: Config) -> Drafter:
     return drafter
 
 
-def test_children_follow_their_own_parents() -> None:
-    """Nodes at one level with the same path say the same, whatever stands beside them; others do not."""
-    drafter = drafting(EXAMPLE)
+def test_logits_depend_on_the_nodes_own_path() -> None:
+    """Nodes with the same path have the same logits, whatever their neighbours; other nodes do not."""
+    drafter = started_drafter(EXAMPLE)
     tree = Tree.from_parents([[-1, 0, 0, 0, 1, 2, 3]])
     tokens_1N = torch.tensor([[7, 20, 21, 20, 30, 30, 30]])
     first_V, other_V, same_V = drafter.logits(tokens_1N, tree, 4)[0]
@@ -223,29 +224,29 @@ def test_children_follow_their_own_parents() -> None:
     torch.testing.assert_close(drafter.logits(chain_1N, alone, 2)[0, 0], other_V)
 
 
-def taught(target: Target, text: list[int], num_heads: int) -> Drafter:
-    """Returns heads solved so that head k, told tokens t + 1 to t + 1 + k of `text`, says token t + 2 + k."""
+def solved_drafter(target: Target, text: list[int], num_heads: int) -> Drafter:
+    """Returns heads solved so that head k predicts token t + 2 + k of `text` from tokens t + 1 to t + 1 + k."""
     tree = tuple((0,) * depth for depth in range(1, num_heads + 1))
     drafter = Drafter(Config(num_heads=num_heads, own_head=True, tree=tree), target)
     with torch.no_grad():
         hidden_1TD = target.read(torch.tensor([text]), (target.num_layers,))[target.num_layers]
         states_TD = drafter.states(hidden_1TD)[0].double()
         for k, (head, output) in enumerate(zip(drafter.heads, drafter.outputs, strict=True)):
-            # The skip lets the state through, and half of the last token told.
+            # The skip passes the state and half of the last drafted token.
             head.skip.weight[:, -WIDTH:] = 0.5 * torch.eye(WIDTH)
-            told_TI = torch.tensor([text[t + 1 : t + 2 + k] for t in range(len(text) - 2 - k)])
-            z_TD = drafter.features(states_TD[None, : len(told_TI)].float(), told_TI[None])[0].double()
+            drafted_TI = torch.tensor([text[t + 1 : t + 2 + k] for t in range(len(text) - 2 - k)])
+            z_TD = drafter.features(states_TD[None, : len(drafted_TI)].float(), drafted_TI[None])[0].double()
             labels_TV = functional.one_hot(torch.tensor(text[2 + k :]), VOCAB_SIZE).double()
             output.weight.copy_(torch.linalg.lstsq(z_TD, labels_TV, driver="gelsd").solution.T)
     return drafter
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_head_k_stands_at_t_and_says_what_comes_at_t_plus_2_plus_k(architecture: str) -> None:
-    """Heads that know a text by heart, 29 tokens in 32 dimensions: every draft is accepted, from the first on."""
+def test_head_k_at_position_t_predicts_token_t_plus_2_plus_k(architecture: str) -> None:
+    """Heads fit one text exactly, 29 tokens in 32 dimensions: every draft is accepted, from the first on."""
     target = tiny_target(architecture)
     text = greedy_by_transformers(architecture, 1, 20)[0]
-    drafter = taught(target, text, num_heads=3)
+    drafter = solved_drafter(target, text, num_heads=3)
     out = draftsmith.generate(target, torch.tensor(prompts(1)), drafter, max_new_tokens=20)
     assert texts(out) == [text]
     assert out.stats.accepted_per_depth == [1, 1, 1]
@@ -256,13 +257,13 @@ def test_head_k_stands_at_t_and_says_what_comes_at_t_plus_2_plus_k(architecture:
     assert out.stats.tau == 4
 
 
-def test_a_draft_of_a_row_without_hidden_states_is_only_pending() -> None:
+def test_row_without_hidden_state_gets_empty_draft() -> None:
     watched = Watched(built(hydra, EXAMPLE, tiny_target("llama")))
     draftsmith.generate(watched.target, torch.tensor([[4]]), watched, max_new_tokens=3)
     assert [len(tokens[0]) for tokens in watched.drafts] == [1, 4]
 
 
-def test_a_long_prompt_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_in_chunks_gives_same_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     drafter = built(hydra, EXAMPLE, tiny_target("llama"))
     ids, mask = padded(prompts(5))
     runs = []
@@ -274,7 +275,7 @@ def test_a_long_prompt_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     assert runs[0] == runs[1]
 
 
-# --- Refusals ------------------------------------------------------------------------------------------------------
+# --- Invalid settings ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -282,17 +283,17 @@ def test_a_long_prompt_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     [
         ({"num_heads": 0}, "num_heads is 0"),
         ({"num_blocks": 0}, "num_blocks is 0"),
-        ({"prefix_heads": 4}, "prefix_heads 4 and prefix_width 0 go together"),
-        ({"prefix_heads": -4, "prefix_width": -4}, "go together"),
+        ({"prefix_heads": 4}, "prefix_heads is 4 and prefix_width 0; give both"),
+        ({"prefix_heads": -4, "prefix_width": -4}, "give both as positive"),
         ({"siblings": "twins"}, "siblings is 'twins'"),
         ({"num_heads": 2}, "the tree is 4 deep, and there are 2 heads"),
         ({"tree": ((0,), (2,))}, r"tree node \[2\] needs node \[1\]"),
-        ({"width": 4}, "either a tree or a width"),
-        ({"tree": ()}, "either a tree or a width"),
+        ({"width": 4}, "give either a tree, or"),
+        ({"tree": ()}, "give either a tree, or"),
         ({"tree": (), "width": 4, "num_nodes": 0}, "num_nodes 0 at least 1"),
     ],
 )
-def test_configurations_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_config_rejects_invalid_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**changes)
 
@@ -301,12 +302,12 @@ def test_configurations_that_cannot_be_are_refused(changes: dict[str, Any], mess
     "shape",
     [{"tree": tuple((rank,) for rank in range(VOCAB_SIZE + 1))}, {"tree": (), "width": VOCAB_SIZE + 1}],
 )
-def test_more_tokens_than_the_vocabulary_has_are_refused(shape: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{VOCAB_SIZE + 1} different tokens of a vocabulary of {VOCAB_SIZE}"):
+def test_drafter_rejects_more_ranks_than_vocabulary(shape: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{VOCAB_SIZE + 1} different tokens, and the vocabulary has {VOCAB_SIZE}"):
         Drafter(Config(num_heads=1, **shape), tiny_target("llama"))
 
 
-def test_the_target_is_hidden() -> None:
+def test_target_is_no_submodule() -> None:
     drafter = Drafter(EXAMPLE, tiny_target("llama"))
     assert {name.split(".")[0] for name, _ in drafter.named_parameters()} == {"heads", "outputs", "prefix"}
     assert not any("target" in name for name, _ in drafter.named_modules())

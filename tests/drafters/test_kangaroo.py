@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import draftsmith
-from draftsmith import Target, decoding
+from draftsmith import Target
 from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.sampling import Sampling
@@ -249,7 +249,7 @@ def test_verification_runs_only_blocks_after_the_exit(config: Config) -> None:
         assert fed == dict.fromkeys(range(config.exit_layer), num_fed)
         fed.clear()
         with torch.inference_mode():
-            decoding.forward(target, draft, session.cache, drafter.hidden_layers)
+            target.forward_draft(draft, session.cache, layers=drafter.hidden_layers)
         assert fed == dict.fromkeys(range(config.exit_layer, NUM_LAYERS), num_nodes)
     finally:
         for handle in handles:

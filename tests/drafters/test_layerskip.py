@@ -1,4 +1,4 @@
-"""Sublayers left out: where drafts are read and written, what is always accepted, and the search while generating.
+"""Tests of the layer-skipping drafter: its drafts, its use of the target's cache, and the online search.
 
 Shape suffixes: B rows, T tokens, D hidden width.
 """
@@ -33,7 +33,7 @@ def test_family(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "opt"])
-def test_with_nothing_left_out_everything_is_accepted(architecture: str) -> None:
+def test_without_skipped_sublayers_every_draft_is_accepted(architecture: str) -> None:
     target = tiny_target(architecture)
     drafter = Drafter(Config(num_draft=4, length="fixed"), target)
     ids, mask = padded(prompts(5))
@@ -42,8 +42,8 @@ def test_with_nothing_left_out_everything_is_accepted(architecture: str) -> None
     assert out.stats.accepted_per_depth == [1, 1, 1, 1] and out.stats.tau == 5
 
 
-def test_with_everything_left_out_nothing_of_the_text_is_seen() -> None:
-    """Embedding, norm and head remain: the same token is always followed by the same."""
+def test_with_all_sublayers_skipped_drafts_depend_on_last_token_only() -> None:
+    """Embedding, norm and LM head remain: a token is always followed by the same token."""
     target = tiny_target("llama")
     blocks = tuple(range(NUM_LAYERS))
     watched = Watched(Drafter(Config(attention=blocks, mlp=blocks, num_draft=3, length="fixed"), target))
@@ -58,11 +58,11 @@ def test_with_everything_left_out_nothing_of_the_text_is_seen() -> None:
             assert [following[token] for token in row[:-1]] == row[1:]
 
 
-class Compared(Watched):
-    """Checks each draft against a model with the sublayers taken out of transformers' own modules.
+class CheckedDrafts(Watched):
+    """Checks each draft against transformers' own model with the sublayers disabled by hooks.
 
-    It reads each row's whole text twice: whole for the keys and values before the draft, and without the sublayers for
-    the draft's own tokens, which it does token by token with a cache of transformers' own.
+    The whole model reads each row's text for the keys and values before the draft; the model without the sublayers then
+    reads the draft token by token, with transformers' own cache.
     """
 
     num_compared = 0
@@ -71,7 +71,7 @@ class Compared(Watched):
         draft = super().propose(budget)
         for row, ids in enumerate(self._session.rows):
             if self._session.cache.lengths[row] != len(ids) - 1:
-                continue  # it ended within a draft that was accepted beyond
+                continue  # the row finished within its accepted path
             used = draft.num_nodes[row] if draft.num_nodes else draft.tree.num_nodes
             drafted = draft.tokens_BN[row, 1:used].tolist()
             assert drafted == slow_draft(self.target, ids, self.inner.skipped, len(drafted))
@@ -81,10 +81,10 @@ class Compared(Watched):
 
 @torch.no_grad()
 def slow_draft(target: Target, ids: list[int], skipped: Sublayers, num_tokens: int) -> list[int]:
-    """Returns the tokens drafted after `ids` of a Llama, by hooks that silence sublayers of the user's own model."""
+    """Returns the tokens drafted after `ids` by a Llama, with hooks that zero sublayers of the user's own model."""
     cache = target.model(torch.tensor([ids[:-1]]), use_cache=True).past_key_values if ids[1:] else None
     hooks = [
-        (layer.self_attn if kind == "attention" else layer.mlp).register_forward_hook(silence)
+        (layer.self_attn if kind == "attention" else layer.mlp).register_forward_hook(zero_output)
         for kind, block in skipped
         for layer in [target.model.model.layers[block]]
     ]
@@ -98,17 +98,17 @@ def slow_draft(target: Target, ids: list[int], skipped: Sublayers, num_tokens: i
     return tokens[1:]
 
 
-def silence(module: torch.nn.Module, given: Any, output: Any) -> Any:
+def zero_output(module: torch.nn.Module, given: Any, output: Any) -> Any:
     return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
 
 @pytest.mark.parametrize("length", ["fixed", "confidence=0.2"])
 @pytest.mark.parametrize(("attention", "mlp"), [((1,), ()), ((), (2,)), ((0, 2), (1, 2))])
-def test_drafts_are_those_of_the_model_without_these_sublayers(
+def test_drafts_match_model_without_the_sublayers(
     attention: tuple[int, ...], mlp: tuple[int, ...], length: str
 ) -> None:
     target = tiny_target("llama")
-    compared = Compared(Drafter(Config(attention=attention, mlp=mlp, num_draft=4, length=length), target))
+    compared = CheckedDrafts(Drafter(Config(attention=attention, mlp=mlp, num_draft=4, length=length), target))
     ids, mask = padded(prompts(5))
     out = draftsmith.generate(target, ids, compared, attention_mask=mask, max_new_tokens=12, eos_token_id=(10, 11))
     assert compared.num_compared > 20
@@ -118,8 +118,8 @@ def test_drafts_are_those_of_the_model_without_these_sublayers(
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3", "gpt2"])
 @pytest.mark.parametrize("block", [1, 4, 30])
 @torch.inference_mode()
-def test_a_text_reread_in_one_pass_is_what_drafting_reads_token_by_token(architecture: str, block: int) -> None:
-    """Ragged rows; drafts of the text's own tokens, begun every `block` tokens after the whole model's exact cache."""
+def test_draft_hidden_matches_drafting_token_by_token(architecture: str, block: int) -> None:
+    """Ragged rows; drafts of the text's own tokens, each of `block` tokens after the whole model's exact cache."""
     target, skipped = tiny_target(architecture), sublayers((1,), (0, 2))
     rows = [greedy_by_transformers(architecture, 2, NUM_NEW)[row][:17] for row in range(2)]
     tokens_BT = torch.tensor(rows)
@@ -129,7 +129,7 @@ def test_a_text_reread_in_one_pass_is_what_drafting_reads_token_by_token(archite
     target.forward(tokens_BT, chain(17), cache)
     found_BTD = draft_hidden(target, tokens_BT, cache, skipped, block)
     again_BTD = draft_hidden(target, tokens_BT, cache, skipped, block)
-    assert torch.equal(found_BTD, again_BTD) and cache.lengths == lengths, "the whole model's cache is as it was"
+    assert torch.equal(found_BTD, again_BTD) and cache.lengths == lengths, "the cache must not change"
     for begin in range(1, 17, block):
         target.forward(tokens_BT[:, :begin], chain(begin), cache)
         cache.commit([list(range(begin))] * 2)
@@ -141,8 +141,8 @@ def test_a_text_reread_in_one_pass_is_what_drafting_reads_token_by_token(archite
         cache.lengths = list(lengths)
 
 
-def test_the_threshold_is_led_as_in_the_paper_and_kept_from_call_to_call() -> None:
-    """eta after each verdict, by hand: rates 0.25, 0.625, 0.8125, then 0.90625 with a whole draft, then a short one."""
+def test_adaptive_threshold_follows_the_paper_and_is_kept_between_calls() -> None:
+    """eta after each round, by hand: rates 0.25, 0.625, 0.8125, then 0.90625 with a whole draft, then a short one."""
     target = tiny_target("llama")
     drafter = Drafter(Config(num_draft=4), target)
     policy = drafter.policy
@@ -155,13 +155,13 @@ def test_the_threshold_is_led_as_in_the_paper_and_kept_from_call_to_call() -> No
     assert found == pytest.approx([0.601, 0.602, 0.603, 0.603, 0.602])
     draftsmith.generate(target, torch.tensor(prompts(1)), drafter, max_new_tokens=9)
     after = policy.stop.threshold
-    assert after != found[-1], "generate asks this very policy"
+    assert after != found[-1], "generate must use this policy"
     draftsmith.generate(target, torch.tensor(prompts(1)), drafter, max_new_tokens=9)
     assert drafter.policy is policy and policy.stop.threshold != after
 
 
-def test_online_it_finds_what_guesses_its_own_text_best() -> None:
-    """A mask that leaves the first block out is left for one that does not, by the share of right guesses."""
+def test_online_search_finds_better_sublayers() -> None:
+    """A choice that skips the first block is replaced by a better one, by the share of correct predictions."""
     target = tiny_target("llama", None)
     config = Config(mlp=(0,), num_draft=3, length="fixed", online=True, window=6, guided_every=2, good_enough=1.0)
     drafter = Drafter(config, target)
@@ -173,12 +173,12 @@ def test_online_it_finds_what_guesses_its_own_text_best() -> None:
     assert trials.best_score == max(trials._scores) and drafter.skipped == trials.best
     tried = [frozenset(bit for bit, one in zip(trials._bits, mask, strict=True) if one) for mask in trials._masks]
     assert all(len(one) == 1 for one in tried[1:])
-    assert {block for one in tried[1:] for _, block in one} == {1}, "neither the first block nor the last"
+    assert {block for one in tried[1:] for _, block in one} == {1}, "it must skip neither the first block nor the last"
 
 
 @torch.inference_mode()
-def test_online_scores_by_hand() -> None:
-    """The share of the last tokens that drafts of three, begun anew, would have guessed."""
+def test_online_search_score_matches_value_by_hand() -> None:
+    """The score is the share of the last tokens that drafts of three tokens would have predicted."""
     target = tiny_target("llama")
     rows = [text[:25] for text in greedy_by_transformers("llama", 2, NUM_NEW)]
     config = Config(mlp=(1,), num_draft=3, online=True, window=7)
@@ -188,16 +188,16 @@ def test_online_scores_by_hand() -> None:
         begin = len(row) - 8
         for start in range(begin, len(row) - 1, 3):
             text = row[: start + 1]
-            for place in range(start, min(start + 3, len(row) - 1)):
-                # The draft follows the text whether or not it guessed it.
-                guesses = slow_guesses(target, text, row[start + 1 : place + 1], sublayers((), (1,)))
-                right.append(guesses == row[place + 1])
+            for position in range(start, min(start + 3, len(row) - 1)):
+                # Each token is drafted after the text's own tokens, whether they were predicted or not.
+                predicted = slow_prediction(target, text, row[start + 1 : position + 1], sublayers((), (1,)))
+                right.append(predicted == row[position + 1])
     assert len(right) == 14 and sum(right) > 0
     assert trials.best_score == pytest.approx(sum(right) / 14)
 
 
-def slow_guesses(target: Target, text: list[int], drafted: list[int], skipped: Sublayers) -> int:
-    """Returns the next guess of a draft after `text` that has come to `drafted`."""
+def slow_prediction(target: Target, text: list[int], drafted: list[int], skipped: Sublayers) -> int:
+    """Returns the next token of a draft after `text` whose tokens so far are `drafted`."""
     cache = target.new_cache(1)
     target.prefill([text[:-1]], cache)
     tokens = torch.tensor([[text[-1], *drafted]])
@@ -205,7 +205,7 @@ def slow_guesses(target: Target, text: list[int], drafted: list[int], skipped: S
     return int(target.logits(out.hidden_BND)[0, -1].argmax())
 
 
-def test_the_law_is_kept_while_the_choice_changes() -> None:
+def test_adaptive_policy_keeps_the_distribution() -> None:
     config = Config(attention=(0,), mlp=(1,), num_draft=3, length="adaptive=0.3")
     check_distribution(Drafter(config, distribution_target()), distribution_target(), num_samples=4_000, seed=1)
 
@@ -221,13 +221,15 @@ def test_the_law_is_kept_while_the_choice_changes() -> None:
         ({"good_enough": 0.0}, "good_enough is 0.0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_config_rejects_invalid_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**changes)
 
 
-def test_targets_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match=f"block {NUM_LAYERS} is to be skipped, and .* has blocks 0 to {NUM_LAYERS - 1}"):
+def test_drafter_rejects_unsuitable_targets() -> None:
+    with pytest.raises(
+        ValueError, match=f"block {NUM_LAYERS} is to be skipped, and .* has blocks 0 to {NUM_LAYERS - 1}"
+    ):
         Drafter(Config(attention=(NUM_LAYERS,)), tiny_target("llama"))
     with pytest.raises(ValueError, match="is an encoder-decoder"):
         Drafter(Config(attention=(1,)), tiny_target("t5"))

@@ -1,4 +1,4 @@
-"""The draft LM: its cache follows the target's text, its laws are those it drew from, and it stops when in doubt."""
+"""Tests of the draft-LM drafter: its KV cache, its distributions, tied heads, and draft-length control."""
 
 import dataclasses
 from pathlib import Path
@@ -18,6 +18,7 @@ from draftsmith.drafters.lm import Config, Drafter
 from draftsmith.parts.neural import tied_heads
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import CAUSAL, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_config, tiny_target
+from tests.support.runs import trainer_settings
 from trainers import distill
 
 NUM_NEW = 20
@@ -33,24 +34,24 @@ EXAMPLE = small
 
 
 def copy_of(target: Target, **settings: Any) -> Drafter:
-    """Returns a draft model that is the target's own copy."""
+    """Returns a draft model that is a copy of the target."""
     drafter = Drafter(Config(**{"model": target.model.config.to_dict(), "num_draft": 4} | settings), target)
     drafter.model.load_state_dict(target.model.state_dict())
     return drafter.eval()
 
 
 def test_family(tmp_path: Path) -> None:
-    settings = distill.Settings(num_layers=1, num_heads=4)
+    settings = trainer_settings(distill, num_layers=1, num_heads=4)
     check_family(lm, small, tmp_path, trainer=distill, settings=settings)
 
 
 def of_settings(settings: distill.Settings, target: Target) -> Config:
-    """Returns the configuration of what the trainer builds, drafting as `small` does."""
+    """Returns the configuration that the trainer builds, with the draft length of `small`."""
     return dataclasses.replace(distill.build(settings, target).config, num_draft=4, length="refit=0.1")
 
 
-def test_tied_to_the_targets_ends(tmp_path: Path) -> None:
-    settings = distill.Settings(rank=8, shortlist=7, hidden_size=24)
+def test_family_tied_to_the_target(tmp_path: Path) -> None:
+    settings = trainer_settings(distill, rank=8, shortlist=7, hidden_size=24)
     given = {"architectures": ("llama",), "trainer": distill, "settings": settings}
     check_family(lm, lambda target: of_settings(settings, target), tmp_path, **given)
 
@@ -65,14 +66,14 @@ def test_tied_to_the_targets_ends(tmp_path: Path) -> None:
         pytest.param("t5", {"start": "layers", "num_layers": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_the_text_of_an_encoder_decoder(architecture: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    settings = distill.Settings(**changes)
+def test_family_on_encoder_decoder(architecture: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    settings = trainer_settings(distill, **changes)
     given = {"architectures": (architecture,), "trainer": distill, "settings": settings}
     check_family(lm, lambda target: of_settings(settings, target), tmp_path, **given)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "gemma2", "gpt_neox"])
-def test_the_draft_model_may_be_of_another_architecture(architecture: str) -> None:
+def test_draft_model_of_another_architecture(architecture: str) -> None:
     target = tiny_target("llama")
     layers = {"gpt2": "n_layer", "gemma2": "layer_types"}.get(architecture)
     changes = {layers: ["full_attention"] if layers == "layer_types" else 1} if layers else {}
@@ -84,8 +85,8 @@ def test_the_draft_model_may_be_of_another_architecture(architecture: str) -> No
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)
-def test_a_copy_of_the_target_is_always_accepted(architecture: str) -> None:
-    """The loop feeds it what it lacks after each acceptance of all, one token or two."""
+def test_copy_of_target_is_always_accepted(architecture: str) -> None:
+    """After a whole draft is accepted, its cache must catch up by one token or two."""
     target = tiny_target(architecture)
     ids, mask = padded(prompts(5))
     drafter, given = copy_of(target, length="fixed"), {"attention_mask": mask, "max_new_tokens": NUM_NEW}
@@ -93,11 +94,11 @@ def test_a_copy_of_the_target_is_always_accepted(architecture: str) -> None:
     assert texts(out) == greedy_by_transformers(architecture, 5, NUM_NEW)
     assert out.stats.accepted_per_depth == [1, 1, 1, 1] and out.stats.tau == 5
     out = draftsmith.generate(target, ids, drafter, **given, temperature=1.0, seed=0)
-    # Equal laws accept always, but for the rounding between a forward of one token and of five.
+    # Equal distributions always accept, except for rounding between forwards of one token and of five.
     assert min(out.stats.accepted_per_depth) > 0.9
 
 
-def afresh(drafter: Drafter, session: Session, row: int, ids: list[int]) -> Tensor:
+def uncached_logits(drafter: Drafter, session: Session, row: int, ids: list[int]) -> Tensor:
     """Returns the logits [T, V] of a row's text by transformers' own forward of the whole draft model."""
     if session.source is None:
         return drafter.model(torch.tensor([ids])).logits[0]
@@ -108,8 +109,8 @@ def afresh(drafter: Drafter, session: Session, row: int, ids: list[int]) -> Tens
     ).logits[0]
 
 
-class Compared(Watched):
-    """Checks each draft's law against the draft model run afresh on the whole text, without a cache."""
+class CheckedDrafts(Watched):
+    """Checks each draft's distributions against the draft model without a cache on the whole text."""
 
     def __init__(self, inner: Drafter, sampling: Sampling, threshold: float) -> None:
         super().__init__(inner)
@@ -128,19 +129,19 @@ class Compared(Watched):
         assert draft.tree.is_chain and draft.tree.depth <= self.config.num_draft
         for row, ids in enumerate(self._session.rows):
             drafted = draft.tokens_BN[row, 1:].tolist()
-            logits_TV = afresh(self.inner, self._session, row, ids + drafted)[len(ids) - 1 :]
+            logits_TV = uncached_logits(self.inner, self._session, row, ids + drafted)[len(ids) - 1 :]
             used = draft.num_nodes[row] if draft.num_nodes else draft.tree.num_nodes
-            for at in range(used - 1):
+            for i in range(used - 1):
                 if draft.draft_probs_BNV is None:
-                    assert drafted[at] == int(logits_TV[at].argmax())
+                    assert drafted[i] == int(logits_TV[i].argmax())
                 else:
-                    probs_V = self.sampling.probs(logits_TV[at])
-                    assert torch.allclose(draft.draft_probs_BNV[row, at], probs_V, atol=1e-4)
+                    probs_V = self.sampling.probs(logits_TV[i])
+                    assert torch.allclose(draft.draft_probs_BNV[row, i], probs_V, atol=1e-4)
                 if not self.is_running[row]:
                     continue
-                # A row goes on after a token only if it was likely enough.
-                confidence = float(logits_TV[at].softmax(-1)[drafted[at]])
-                should_continue = at + 1 < used - 1
+                # A row continues after a token only if its probability was above the threshold.
+                confidence = float(logits_TV[i].softmax(-1)[drafted[i]])
+                should_continue = i + 1 < used - 1
                 assert not should_continue or confidence > self.threshold - 1e-4
                 assert should_continue or used - 1 == draft.tree.depth or confidence < self.threshold + 1e-4
                 self.num_compared += 1
@@ -149,12 +150,12 @@ class Compared(Watched):
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0), Sampling(temperature=0.7, top_k=9)])
 @pytest.mark.parametrize("accepts", [True, False])
-def test_drafts_follow_the_draft_models_own_law(sampling: Sampling, accepts: bool) -> None:
-    """Ragged rows that are often cut back, and rows that finish before others."""
+def test_drafts_follow_the_draft_models_distribution(sampling: Sampling, accepts: bool) -> None:
+    """Ragged rows with many rejections, and rows that finish before others."""
     target = tiny_target("llama")
     given = {"length": "confidence=0.25"}
     drafter = copy_of(target, **given) if accepts else built(lm, small(target, **given), target)
-    compared = Compared(drafter, sampling, 0.25)
+    compared = CheckedDrafts(drafter, sampling, 0.25)
     ids, mask = padded(prompts(5))
     settings = vars(sampling) | {"max_new_tokens": 14, "eos_token_id": (10, 11, 12), "seed": 1}
     draftsmith.generate(target, ids, compared, attention_mask=mask, **settings)
@@ -173,12 +174,12 @@ def test_drafts_follow_the_draft_models_own_law(sampling: Sampling, accepts: boo
     ],
 )
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0)])
-def test_and_so_they_do_with_ends_and_sources_of_the_target(
+def test_tied_drafts_follow_the_draft_models_distribution(
     architecture: str, changes: dict[str, Any], sampling: Sampling
 ) -> None:
     target = tiny_target(architecture)
-    config = of_settings(distill.Settings(**changes), target)
-    compared = Compared(built(lm, dataclasses.replace(config, length="confidence=0.1"), target), sampling, 0.1)
+    config = of_settings(trainer_settings(distill, **changes), target)
+    compared = CheckedDrafts(built(lm, dataclasses.replace(config, length="confidence=0.1"), target), sampling, 0.1)
     ids, mask = padded(prompts(5))
     settings = vars(sampling) | {"max_new_tokens": 14, "eos_token_id": (10, 11, 12), "seed": 1}
     draftsmith.generate(target, ids, compared, attention_mask=mask, **settings)
@@ -186,7 +187,7 @@ def test_and_so_they_do_with_ends_and_sources_of_the_target(
 
 
 @pytest.mark.parametrize("rank", [0, 8])
-def test_what_is_not_on_the_shortlist_is_never_drafted(rank: int) -> None:
+def test_tokens_outside_shortlist_are_never_drafted(rank: int) -> None:
     target = tiny_target("llama")
     drafter = built(lm, dataclasses.replace(small(target, length="fixed"), rank=rank, shortlist=20), target)
     listed = torch.arange(1, 64, 3)[:20]
@@ -203,8 +204,8 @@ def test_what_is_not_on_the_shortlist_is_never_drafted(rank: int) -> None:
 
 
 @pytest.mark.parametrize(("rank", "shortlist"), [(8, 0), (8, 20), (99, 0), (99, 20)])
-def test_heads_that_are_multiplied_out_are_the_same(rank: int, shortlist: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folded for drafting, not folded as too large, and as they are trained."""
+def test_folded_head_matches_trained_head(rank: int, shortlist: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folded for drafting, not folded because too large, and as trained."""
     target = tiny_target("llama")
     drafter = built(lm, dataclasses.replace(small(target), rank=rank, shortlist=shortlist), target)
     head, features_BTH = drafter.model.get_output_embeddings(), torch.randn(2, 3, 32)
@@ -216,7 +217,7 @@ def test_heads_that_are_multiplied_out_are_the_same(rank: int, shortlist: int, m
         torch.testing.assert_close(head(features_BTH)[trained > -100], trained[trained > -100] + 1.0)
 
 
-def test_it_drafts_until_a_token_it_doubts() -> None:
+def test_confidence_policy_stops_drafting() -> None:
     target = tiny_target("llama")
     ids = torch.tensor(prompts(1))
     found = []
@@ -230,7 +231,7 @@ def test_it_drafts_until_a_token_it_doubts() -> None:
     assert set(never) == {1}
 
 
-def test_a_model_that_does_not_fit_is_refused() -> None:
+def test_unsuitable_draft_models_are_rejected() -> None:
     target = tiny_target("llama")
     model = tiny_config("llama", vocab_size=VOCAB_SIZE - 1).to_dict()
     with pytest.raises(ValueError, match=f"vocabulary has {VOCAB_SIZE - 1} tokens and the target's {VOCAB_SIZE}"):
@@ -254,7 +255,7 @@ def test_a_model_that_does_not_fit_is_refused() -> None:
         Drafter(small(tiny_target("t5"), width=2), tiny_target("t5"))
 
 
-def test_only_the_draft_model_is_in_its_state() -> None:
+def test_state_dict_holds_only_the_draft_model() -> None:
     drafter = Drafter(small(tiny_target("llama")), tiny_target("llama"))
     assert {name.split(".")[0] for name in drafter.state_dict()} == {"model"}
     assert sum(p.numel() for p in drafter.parameters()) == sum(p.numel() for p in drafter.model.parameters())

@@ -1,4 +1,4 @@
-"""The LSTM drafter and its trainer: what only they have; the rest is checked as any reading drafter is."""
+"""Tests of the LSTM drafter and its trainer; see also tests/support/recurrent_checks.py."""
 
 import dataclasses
 from pathlib import Path
@@ -33,15 +33,15 @@ def test_family(tmp_path: Path) -> None:
     check_family(lstm, EXAMPLE, tmp_path, trainer=trainer, settings=SETTINGS)
 
 
-def test_a_shortlist(tmp_path: Path) -> None:
+def test_shortlist(tmp_path: Path) -> None:
     check_shortlist(lstm, EXAMPLE, trainer, SETTINGS, tmp_path)
 
 
-def test_it_writes_as_often_as_it_is_asked_to() -> None:
+def test_repeated_on_policy_batches() -> None:
     check_writing(lstm, EXAMPLE)
 
 
-def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
+def test_training_run_on_encoder_decoder(tmp_path: Path) -> None:
     check_run_on_pairs(trainer, SETTINGS, tmp_path)
 
 
@@ -54,24 +54,24 @@ def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
         pytest.param("bart", True, marks=pytest.mark.slow),
     ],
 )
-def test_the_text_of_an_encoder_decoder(architecture: str, copy: bool, tmp_path: Path) -> None:
+def test_family_on_encoder_decoder(architecture: str, copy: bool, tmp_path: Path) -> None:
     config, settings = (dataclasses.replace(one, copy=copy) for one in (EXAMPLE, SETTINGS))
     check_family(lstm, config, tmp_path, architectures=(architecture,), trainer=trainer, settings=settings)
     check_reading(lstm, config, architecture)
 
 
 @pytest.mark.parametrize("config", [EXAMPLE, Config(hidden_size=20, num_layers=1, rank=32, num_draft=4)])
-def test_it_drafts_by_its_own_law_after_what_was_committed(config: Config) -> None:
+def test_drafts_follow_the_networks_distribution(config: Config) -> None:
     check_reading(lstm, config)
 
 
-def test_large_vocabularies_are_not_looked_up_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_vocabularies_use_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tied_heads, "MAX_TABLE", 0)
     with torch.inference_mode():
         check_steps(built(lstm, EXAMPLE, tiny_target("llama")))
 
 
-def test_a_step_is_torchs_own_cell() -> None:
+def test_cell_matches_torch() -> None:
     torch.manual_seed(0)
     gates_BG, c_BH = torch.randn(3, 32), torch.randn(3, 8)
     ours = lstm.cell(gates_BG, c_BH)
@@ -83,8 +83,8 @@ def test_a_step_is_torchs_own_cell() -> None:
         torch.testing.assert_close(ours, theirs(gates_BG, (torch.zeros(3, 8), c_BH)))
 
 
-def test_the_targets_matrices_are_neither_trained_nor_saved() -> None:
-    target = draftsmith.Target(tiny_model("llama"))  # its own: other tests leave gradients behind
+def test_tied_matrices_are_neither_trained_nor_saved() -> None:
+    target = draftsmith.Target(tiny_model("llama"))  # not shared: other tests leave gradients behind
     drafter = Drafter(EXAMPLE, target)
     assert {name.split(".")[0] for name in drafter.state_dict()} == {"ends", "layers"}
     assert all(VOCAB_SIZE not in weight.shape[:1] or weight.ndim == 1 for weight in drafter.parameters())
@@ -92,8 +92,8 @@ def test_the_targets_matrices_are_neither_trained_nor_saved() -> None:
     assert target.model.get_input_embeddings().weight.grad is None
 
 
-def test_what_training_leaves_out() -> None:
-    """The same entries at all positions, others grown; other weights between positions, which the first ignores."""
+def test_dropout_and_drop_connect() -> None:
+    """Dropout zeroes the same entries at all positions; drop-connect changes all positions but the first."""
     torch.manual_seed(0)
     kept = dropped(torch.ones(2, 5, 400), 0.25)
     assert torch.equal(kept, kept[:, :1].expand_as(kept))
@@ -107,8 +107,8 @@ def test_what_training_leaves_out() -> None:
     assert drafter.layers.weight_hh_l0.grad.abs().max() > 0
 
 
-def test_a_drafter_in_float32_beside_a_target_in_bfloat16() -> None:
-    """As training in mixed precision has it."""
+def test_float32_drafter_with_bfloat16_target() -> None:
+    """The dtypes of mixed-precision training."""
     for architecture, copy in (("llama", False), ("t5", True)):
         target = draftsmith.Target(tiny_model(architecture).bfloat16())
         drafter = trainer.build(dataclasses.replace(SETTINGS, copy=copy), target)
@@ -117,14 +117,14 @@ def test_a_drafter_in_float32_beside_a_target_in_bfloat16() -> None:
             logits_BTV = drafter.head(source)(drafter(torch.tensor([[5, 6, 7], [7, 6, 5]]), source))
             functional.cross_entropy(logits_BTV.flatten(0, 1).float(), torch.tensor([6, 7, 8, 6, 5, 4])).backward()
         assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in drafter.parameters())
-        # And saved as the target is.
+        # It is saved in the target's dtype.
         again = drafter.to(torch.bfloat16).eval()
         ids, mask = padded(prompts(5))
         out = draftsmith.generate(target, ids, again, attention_mask=mask, max_new_tokens=4, temperature=1.0, seed=0)
         assert out.stats.new_tokens == 20
 
 
-def test_what_is_refused() -> None:
+def test_invalid_settings_are_rejected() -> None:
     cases = [
         ("hidden_size is 0", {"hidden_size": 0}),
         ("num_layers is 0", {"num_layers": 0}),

@@ -1,4 +1,4 @@
-"""Medusa heads: what they compute, where they look, and the tree they fill."""
+"""Tests of the Medusa drafter: its heads, their positions, and the static tree."""
 
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from draftsmith.drafters import medusa
 from draftsmith.drafters.medusa import Config, Drafter
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import VOCAB_SIZE, WIDTH, greedy_by_transformers, padded, prompts, tiny_target
+from tests.support.runs import trainer_settings
 from trainers import medusa as trainer
 
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
@@ -22,12 +23,12 @@ EXAMPLE = Config(num_heads=3, tree=TREE)
 @pytest.mark.parametrize("own_head", [False, True])
 def test_family(tmp_path: Path, own_head: bool) -> None:
     config = Config(num_heads=3, own_head=own_head, tree=TREE)
-    settings = trainer.Settings(num_heads=3, own_head=own_head)
+    settings = trainer_settings(trainer, num_heads=3, own_head=own_head)
     check_family(medusa, config, tmp_path, trainer=trainer, settings=settings)
 
 
-def test_heads_by_hand() -> None:
-    """z = h + SiLU(W h + b), once for each block, each with weights of its own."""
+def test_heads_match_values_by_hand() -> None:
+    """z = h + SiLU(W h + b) for each block, with separate weights."""
     target = tiny_target("llama")
     drafter = built(medusa, Config(num_heads=2, num_blocks=2, tree=((0,),)), target)
     normed_BTD = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -42,18 +43,18 @@ def test_heads_by_hand() -> None:
 
 
 @pytest.mark.parametrize("own_head", [False, True])
-def test_new_heads_say_what_the_target_says(own_head: bool) -> None:
+def test_new_heads_predict_the_targets_logits(own_head: bool) -> None:
     target = tiny_target("gemma2")
     drafter = Drafter(Config(num_heads=2, own_head=own_head, tree=((0,),)), target)
     normed_BTD = torch.randn(1, 4, WIDTH)
     for k, features_BTD in enumerate(drafter.heads(normed_BTD)):
         assert torch.equal(features_BTD, normed_BTD)
-        # A head of its own has no soft-capping, which keeps the order of the tokens.
+        # An LM head of its own has no soft-capping, which does not change the order of the tokens.
         assert torch.equal(drafter.head(k, features_BTD).argsort(), target.head(normed_BTD).argsort())
 
 
-def taught(target: Any, text: list[int], num_heads: int) -> Drafter:
-    """Returns heads solved so that head k at every position t of `text` says text[t + 2 + k], wherever that exists."""
+def solved_drafter(target: Any, text: list[int], num_heads: int) -> Drafter:
+    """Returns heads solved so that head k predicts text[t + 2 + k] at every position t of `text` where that exists."""
     tree = tuple((0,) * depth for depth in range(1, num_heads + 1))
     drafter = Drafter(Config(num_heads=num_heads, own_head=True, tree=tree), target)
     with torch.no_grad():
@@ -67,12 +68,12 @@ def taught(target: Any, text: list[int], num_heads: int) -> Drafter:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_head_k_stands_at_t_and_says_what_comes_at_t_plus_2_plus_k(architecture: str) -> None:
-    """Heads that know a text by heart, 29 tokens in 32 dimensions: every draft is accepted, from the first on."""
+def test_head_k_at_position_t_predicts_token_t_plus_2_plus_k(architecture: str) -> None:
+    """Heads fit one text exactly, 29 tokens in 32 dimensions: every draft is accepted, from the first on."""
     target = tiny_target(architecture)
     prompt = torch.tensor(prompts(1))
     text = greedy_by_transformers(architecture, 1, 20)[0]
-    drafter = taught(target, text, num_heads=3)
+    drafter = solved_drafter(target, text, num_heads=3)
     out = draftsmith.generate(target, prompt, drafter, max_new_tokens=20)
     assert texts(out) == [text]
     assert out.stats.accepted_per_depth == [1, 1, 1]
@@ -84,8 +85,8 @@ def test_head_k_stands_at_t_and_says_what_comes_at_t_plus_2_plus_k(architecture:
     assert out.stats.tau == 4
 
 
-class Compared(Watched):
-    """Checks each draft against the heads run afresh on the whole text of each row."""
+class CheckedDrafts(Watched):
+    """Checks each draft against the heads evaluated on the whole text of each row."""
 
     num_compared = 0
 
@@ -99,11 +100,11 @@ class Compared(Watched):
             if len(ids) < 2:
                 continue
             normed_1TD = target.norm(target.read(torch.tensor([ids[:-1]]), (target.num_layers,))[target.num_layers])
-            guesses = [
+            ranked = [
                 self.inner.head(k, z_1TD)[0, -1].argsort(descending=True).tolist()
                 for k, z_1TD in enumerate(self.inner.heads(normed_1TD))
             ]
-            expected = [guesses[len(path) - 1][path[-1]] for path in paths]
+            expected = [ranked[len(path) - 1][path[-1]] for path in paths]
             assert draft.tokens_BN[row, 1:].tolist() == expected, row
             self.num_compared += 1
         for node, path in enumerate(paths, start=1):
@@ -114,9 +115,9 @@ class Compared(Watched):
 
 @pytest.mark.parametrize("own_head", [False, True])
 @pytest.mark.parametrize("tree", [TREE, ((3,), (0,), (3, 1), (3, 0), (3, 1, 2), (0, 4))])
-def test_the_tree_holds_each_heads_guesses(tree: tuple[tuple[int, ...], ...], own_head: bool) -> None:
+def test_tree_holds_each_heads_likeliest_tokens(tree: tuple[tuple[int, ...], ...], own_head: bool) -> None:
     target = tiny_target("mistral")
-    drafter = Compared(built(medusa, Config(num_heads=3, own_head=own_head, tree=tree), target))
+    drafter = CheckedDrafts(built(medusa, Config(num_heads=3, own_head=own_head, tree=tree), target))
     ids, mask = padded(prompts(5))
     draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=9, temperature=1.0, seed=0)
     assert drafter.num_compared > 20
@@ -133,24 +134,24 @@ def test_the_tree_holds_each_heads_guesses(tree: tuple[tuple[int, ...], ...], ow
         (((),), r"tree node \[\] needs 1 to num_heads=2 ranks"),
     ],
 )
-def test_trees_that_cannot_be_are_refused(tree: tuple[tuple[int, ...], ...], message: str) -> None:
+def test_config_rejects_invalid_trees(tree: tuple[tuple[int, ...], ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(num_heads=2, tree=tree)
 
 
-def test_ranks_beyond_the_vocabulary_are_refused() -> None:
+def test_drafter_rejects_ranks_beyond_the_vocabulary() -> None:
     with pytest.raises(ValueError, match="vocabulary"):
         Drafter(Config(num_heads=1, tree=((0,), (VOCAB_SIZE,))), tiny_target("llama"))
 
 
-def test_the_target_is_hidden() -> None:
+def test_target_is_no_submodule() -> None:
     drafter = Drafter(Config(num_heads=2, tree=((0,),)), tiny_target("llama"))
     assert {name.split(".")[0] for name, _ in drafter.named_parameters()} == {"blocks"}
     assert not any("target" in name for name, _ in drafter.named_modules())
     assert drafter.hidden_layers == (3,)
 
 
-def test_a_draft_of_a_row_without_hidden_states_is_only_pending() -> None:
+def test_row_without_hidden_state_gets_empty_draft() -> None:
     target = tiny_target("llama")
     drafter = built(medusa, Config(num_heads=2, tree=((0,), (0, 0))), target)
     watched = Watched(drafter)

@@ -1,4 +1,4 @@
-"""Heads with a tuned target: what is changed, what stays, and that all of it is lossless for the tuned target."""
+"""Tests of the Medusa-2 drafter: its fine-tuned target, its heads, and its artifact."""
 
 import subprocess
 import sys
@@ -17,24 +17,24 @@ from draftsmith.drafters.medusa2 import Config, Drafter
 from draftsmith.parts.self_drafting.fine_tuned import linear_layers
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import CAUSAL, VOCAB_SIZE, WIDTH, greedy_by_model, padded, prompts, tiny_model, tiny_target
-from tests.support.runs import environment, make_target
+from tests.support.runs import environment, make_target, trainer_settings
 from trainers import medusa2 as trainer
 
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
 SMALL = {"num_heads": 3, "rank": 4, "alpha": 1.0}
-"""Changes small enough for the tuned target to go on writing more than one token."""
+"""Changes small enough that the fine-tuned target still generates different tokens."""
 EXAMPLE = Config(num_heads=3, rank=4, alpha=1.0, tree=TREE)
 
 
 @pytest.mark.parametrize("own_head", [False, True])
 def test_family(tmp_path: Path, own_head: bool) -> None:
     config = Config(**SMALL, own_head=own_head, tree=TREE)
-    settings = trainer.Settings(**SMALL, own_head=own_head, method="two_stage", head_steps=0)
+    settings = trainer_settings(trainer, **SMALL, own_head=own_head, method="two_stage", head_steps=0)
     check_family(medusa2, config, tmp_path, trainer=trainer, settings=settings)
 
 
-def test_heads_by_hand() -> None:
-    """z = h + SiLU(W h + b), once for each block; then the output head of the tuned target."""
+def test_heads_match_values_by_hand() -> None:
+    """z = h + SiLU(W h + b) for each block, then the LM head of the fine-tuned target."""
     drafter = built(medusa2, Config(num_heads=2, num_blocks=2, tree=((0,),), rank=2), tiny_target("llama"))
     normed_BTD = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(0))
     head = drafter.merged_weights()["lm_head.weight"]
@@ -47,8 +47,8 @@ def test_heads_by_hand() -> None:
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)
-def test_merged_by_hand(architecture: str) -> None:
-    """W + alpha / rank times a sum of outer products; nothing else is changed, and the user's model stays as it was."""
+def test_merged_weights_match_values_by_hand(architecture: str) -> None:
+    """W + alpha / rank times a sum of outer products; other weights and the user's model are unchanged."""
     target = Target(tiny_model(architecture))
     before = {name: weight.clone() for name, weight in target.model.state_dict().items()}
     drafter = built(medusa2, Config(num_heads=1, tree=((0,),), rank=3, alpha=2.0), target)
@@ -71,7 +71,7 @@ def test_merged_by_hand(architecture: str) -> None:
     assert (drafter.target.model(ids).logits - target.model(ids).logits).abs().max() > 0.01
 
 
-def test_what_is_changed_is_named_by_the_ends_of_names() -> None:
+def test_modules_select_layers_by_last_part_of_name() -> None:
     target = tiny_target("llama")
     last = {name.rpartition(".")[2] for name in linear_layers(target)}
     assert last == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
@@ -81,7 +81,7 @@ def test_what_is_changed_is_named_by_the_ends_of_names() -> None:
         Drafter(Config(modules=("c_attn",)), target)
 
 
-def test_a_new_drafter_drafts_for_the_target_as_it_is() -> None:
+def test_new_drafter_leaves_target_unchanged() -> None:
     target = tiny_target("llama")
     drafter = Drafter(Config(num_heads=2, tree=((0,), (0, 0))), target)
     assert drafter.target is target
@@ -90,12 +90,12 @@ def test_a_new_drafter_drafts_for_the_target_as_it_is() -> None:
     assert torch.equal(drafter.target.model(ids).logits, target.model(ids).logits)
 
 
-def test_the_loop_asks_for_the_tuned_target(tmp_path: Path) -> None:
+def test_generate_requires_fine_tuned_target_and_artifact_the_original(tmp_path: Path) -> None:
     target = tiny_target("llama")
     drafter = built(medusa2, Config(**SMALL, tree=TREE), target)
-    with pytest.raises(ValueError, match=r"one that has tuned its target asks for.*drafter\.target"):
+    with pytest.raises(ValueError, match="pass drafter.target if the drafter fine-tunes its target"):
         draftsmith.generate(target, torch.tensor(prompts(1)), drafter, max_new_tokens=4)
-    # Whichever target `save` is told, the artifact is bound to the user's.
+    # The artifact belongs to the user's target, whichever target `save` is given.
     for number, given in enumerate((target, drafter.target)):
         draftsmith.save(drafter, tmp_path / str(number), target=given)
         manifest = read_manifest(tmp_path / str(number))
@@ -104,8 +104,8 @@ def test_the_loop_asks_for_the_tuned_target(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("own_head", [False, True])
-def test_the_tree_holds_each_heads_guesses(own_head: bool) -> None:
-    """Each draft against the heads run afresh on the whole text of each row by the tuned target."""
+def test_tree_holds_each_heads_likeliest_tokens(own_head: bool) -> None:
+    """Each draft is compared with the heads on the fine-tuned target's states of each row's whole text."""
     drafter = built(medusa2, Config(**SMALL, own_head=own_head, tree=TREE), tiny_target("mistral"))
     watched, num_compared = Watched(drafter), 0
     propose = watched.propose
@@ -118,11 +118,11 @@ def test_the_tree_holds_each_heads_guesses(own_head: bool) -> None:
             if len(ids) < 2:
                 continue
             hidden = drafter.target.model.model(torch.tensor([ids[:-1]])).last_hidden_state
-            guesses = [
+            ranked = [
                 drafter.head(k, z_1TD)[0, -1].argsort(descending=True).tolist()
                 for k, z_1TD in enumerate(drafter.heads(hidden))
             ]
-            assert draft.tokens_BN[row, 1:].tolist() == [guesses[len(path) - 1][path[-1]] for path in paths]
+            assert draft.tokens_BN[row, 1:].tolist() == [ranked[len(path) - 1][path[-1]] for path in paths]
             num_compared += 1
         return draft
 
@@ -133,8 +133,8 @@ def test_the_tree_holds_each_heads_guesses(own_head: bool) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_head_k_stands_at_t_and_says_what_comes_at_t_plus_2_plus_k(architecture: str) -> None:
-    """Heads that know the tuned target's text by heart, 29 tokens in 32 dimensions: every draft is accepted."""
+def test_head_k_at_position_t_predicts_token_t_plus_2_plus_k(architecture: str) -> None:
+    """Heads fit the fine-tuned target's text exactly, 29 tokens in 32 dimensions: every draft is accepted."""
     config = Config(**SMALL, own_head=True, tree=((0,), (0, 0), (0, 0, 0)))
     drafter = built(medusa2, config, tiny_target(architecture))
     text = greedy_by_model(drafter.target.model, 1, 20)[0]
@@ -153,7 +153,7 @@ def test_head_k_stands_at_t_and_says_what_comes_at_t_plus_2_plus_k(architecture:
     assert out.stats.steps == 5 and out.stats.tau == 4
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_config_rejects_invalid_settings() -> None:
     for changes in ({"rank": 0}, {"alpha": 0.0}):
         with pytest.raises(ValueError, match="must be at least 1 and alpha"):
             Config(**changes)  # type: ignore[arg-type]
@@ -161,7 +161,7 @@ def test_what_cannot_be_is_refused() -> None:
         Config(tree=())
 
 
-def test_an_artifact_loads_where_there_is_no_peft(tmp_path: Path) -> None:
+def test_artifact_loads_without_peft(tmp_path: Path) -> None:
     target = make_target(tmp_path / "target")
     drafter = built(medusa2, Config(**SMALL, tree=TREE), target)
     draftsmith.save(drafter, tmp_path / "artifact", target=target)

@@ -1,6 +1,6 @@
-"""The prophet: its windows against a decoder written with loops, and where in the text they stand.
+"""Tests of the prophet drafter: its windows against a decoder written with loops, and their positions.
 
-Shape suffixes: T positions, W slots of a window that are not empty, D the target's hidden width, E the prophet's,
+Shape suffixes: T positions, W slots of a window that are present, D the target's hidden width, E the prophet's,
 B rows, N nodes, M new nodes, V vocabulary.
 """
 
@@ -26,7 +26,7 @@ from tests.support.runs import trainer_settings
 from trainers import prophet as trainer
 
 EXAMPLE = Config(num_layers=1, num_draft=4)
-GROWN = Config(num_states=3, num_draft=4, hidden_size=24, own_head=True, width=2, num_nodes=5)
+DYNAMIC = Config(num_states=3, num_draft=4, hidden_size=24, own_head=True, width=2, num_nodes=5)
 NUM_NEW, EOS = 20, (10, 11, 12)
 
 
@@ -34,13 +34,13 @@ def test_family(tmp_path: Path) -> None:
     check_family(prophet, EXAMPLE, tmp_path, trainer=trainer, settings=trainer_settings(trainer, num_layers=1))
 
 
-def test_grown_trees_an_own_head_and_another_width() -> None:
-    check_greedy(built(prophet, GROWN, tiny_target("mistral")), "mistral")
+def test_dynamic_trees_with_own_head_and_other_width() -> None:
+    check_greedy(built(prophet, DYNAMIC, tiny_target("mistral")), "mistral")
     check_training(trainer, trainer_settings(trainer, hidden_size=24, own_head=True, num_states=3, loss="forward_kl"))
 
 
-def test_it_may_come_with_a_changed_target(tmp_path: Path) -> None:
-    """The artifact brings it along; the user's stays as it is, and is not the one to be decoded with."""
+def test_joint_artifact_holds_the_fine_tuned_target(tmp_path: Path) -> None:
+    """The user's target stays unchanged, and `generate` rejects it."""
     target = tiny_target("llama")
     before = {name: weight.clone() for name, weight in target.model.named_parameters()}
     drafter = built(prophet, Config(num_layers=1, own_head=True, joint=True), target)
@@ -58,29 +58,29 @@ def test_it_may_come_with_a_changed_target(tmp_path: Path) -> None:
         draftsmith.generate(target, torch.tensor(prompts(1)), loaded, max_new_tokens=2)
 
 
-def test_the_changed_target_keeps_its_buffers() -> None:
-    """Rotary frequencies stay in float32 whatever the weights are."""
+def test_fine_tuned_target_keeps_dtype_of_buffers() -> None:
+    """Rotary frequencies stay in float32 whatever the dtype of the weights."""
     drafter = Drafter(Config(joint=True), Target(tiny_model("llama"))).to(torch.bfloat16)
     assert {weight.dtype for weight in drafter.tuned_model.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for buffer in drafter.tuned_model.buffers()} == {torch.float32}
 
 
-# --- What a window says ------------------------------------------------------------------------------------------
+# --- A window ----------------------------------------------------------------------------------------------------
 
 
 def naive_logits(drafter: Drafter, ids: list[int], drafted: list[int]) -> Tensor:
-    """Returns the logits [V] after `ids`, the last of them pending, and what was drafted, from a window of its own."""
+    """Returns the logits [V] after `ids`, whose last token is pending, and the drafted tokens, from one window."""
     target, num_states = drafter.target, drafter.config.num_states
     pending, slots = len(ids) - 1, []
     for slot in range(2 * num_states + len(drafted)):
         if slot < num_states:
-            place = pending - num_states + slot
-            slots += [(slot, drafter.state_map.weight @ read(target, ids[:-1])[place])] if place >= 0 else []
+            position = pending - num_states + slot
+            slots += [(slot, drafter.state_map.weight @ read(target, ids[:-1])[position])] if position >= 0 else []
         else:
-            place = pending - 2 * num_states + 1 + slot
-            token = (ids + drafted)[place] if place >= 0 else -1
+            position = pending - 2 * num_states + 1 + slot
+            token = (ids + drafted)[position] if position >= 0 else -1
             embedding = target.model.get_input_embeddings().weight
-            slots += [(slot, drafter.token_map.weight @ embedding[token])] if place >= 0 else []
+            slots += [(slot, drafter.token_map.weight @ embedding[token])] if position >= 0 else []
     x_WE = torch.stack([x_E for _, x_E in slots])
     for block in drafter.blocks:
         middle_WE = x_WE + attended(block.attention, normed(block.attention_norm, x_WE), [slot for slot, _ in slots])
@@ -101,33 +101,33 @@ def normed(module: Any, x_WE: Tensor) -> Tensor:
 
 
 def attended(attention: Any, x_WE: Tensor, slots: list[int]) -> Tensor:
-    """Returns causal attention, pair by pair, where rotations are products of complex numbers."""
+    """Returns causal attention, pair by pair, with rotations as products of complex numbers."""
     width, out_WE = attention.head_width, x_WE.new_zeros(len(x_WE), attention.output.in_features)
-    powers = attention.theta ** (-torch.arange(width // 2, dtype=x_WE.dtype) / (width // 2))
+    frequencies = attention.theta ** (-torch.arange(width // 2, dtype=x_WE.dtype) / (width // 2))
     for head in range(attention.num_heads):
         rows = slice(head * width, (head + 1) * width)
         queries, keys, values = (x_WE @ getattr(attention, name).weight[rows].T for name in ("query", "key", "value"))
-        for at in range(len(slots)):
+        for i in range(len(slots)):
             scores = []
-            for other in range(at + 1):
-                turn = torch.polar(torch.ones_like(powers), (slots[at] - slots[other]) * powers)
-                one, two = (torch.complex(*x_D.split(width // 2)) for x_D in (queries[at], keys[other]))
-                scores.append((one * turn * two.conj()).real.sum() / width**0.5)
-            out_WE[at, rows] = torch.stack(scores).softmax(0) @ values[: at + 1]
+            for j in range(i + 1):
+                rotation = torch.polar(torch.ones_like(frequencies), (slots[i] - slots[j]) * frequencies)
+                one, two = (torch.complex(*x_D.split(width // 2)) for x_D in (queries[i], keys[j]))
+                scores.append((one * rotation * two.conj()).real.sum() / width**0.5)
+            out_WE[i, rows] = torch.stack(scores).softmax(0) @ values[: i + 1]
     return out_WE @ attention.output.weight.T
 
 
-class Compared:
-    """The drafter, each of whose answers is checked against the naive decoder, row by row and node by node."""
+class CheckedLogits:
+    """Checks the drafter's logits against the naive decoder, row by row and node by node."""
 
     def __init__(self, drafter: Drafter) -> None:
-        self.num_compared, self._answer, self._drafter = 0, drafter._logits, drafter
+        self.num_compared, self._logits, self._drafter = 0, drafter._logits, drafter
         drafter._logits = self._check  # type: ignore[method-assign]
 
     def _check(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
-        found_BMV = self._answer(tokens_BN, tree, first)
+        found_BMV = self._logits(tokens_BN, tree, first)
         for row, ids in enumerate(self._drafter._session.rows):
-            if ids[-1] in EOS:  # what is drafted for a row that has finished is nobody's business
+            if ids[-1] in EOS:  # the drafts of a finished row are not used
                 continue
             parents = tree.parents_RN.expand_as(tokens_BN)[row].tolist()
             for node in range(first, tree.num_nodes):
@@ -146,27 +146,27 @@ class Compared:
         Config(num_layers=2, num_draft=3, length="fixed"),
         Config(num_states=1, num_layers=1, num_draft=3, hidden_size=40),
         Config(num_states=4, num_layers=2, num_draft=2, own_head=True, length="confidence=0.2"),
-        GROWN,
+        DYNAMIC,
     ],
 )
-def test_drafts_are_those_of_a_decoder_without_a_cache(config: Config) -> None:
-    """Ragged rows, two shorter than a window and one without any state, some of which finish before the others.
+def test_drafts_match_decoder_without_cache(config: Config) -> None:
+    """Ragged rows, two shorter than a window and one without any state, some of which finish early.
 
     In float64, as float32 alone rounds by more than 1e-5 here.
     """
     drafter = built(prophet, config, Target(tiny_model("llama").double()))
-    compared = Compared(drafter)
+    compared = CheckedLogits(drafter)
     ids, mask = padded(prompts(5))
     settings = {"max_new_tokens": 6, "eos_token_id": EOS, "temperature": 0.0 if config.width else 1.0}
     draftsmith.generate(drafter.target, ids, drafter, attention_mask=mask, seed=1, **settings)
     assert compared.num_compared > 30
 
 
-# --- Where it stands ---------------------------------------------------------------------------------------------
+# --- Positions ---------------------------------------------------------------------------------------------------
 
 
-def taught(target: Target, text: list[int], **settings: Any) -> Drafter:
-    """Returns a prophet that has learnt one text by heart, by its own trainer."""
+def trained_on(target: Target, text: list[int], **settings: Any) -> Drafter:
+    """Returns a prophet that its trainer has fitted to one text."""
     torch.manual_seed(0)
     wanted = trainer_settings(trainer, num_layers=1, num_draft=4, length="fixed", **settings)
     drafter = trainer.build(wanted, target)
@@ -181,11 +181,11 @@ def taught(target: Target, text: list[int], **settings: Any) -> Drafter:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("num_states", [1, 3])
-def test_a_prophet_that_knows_the_text_is_always_right(architecture: str, num_states: int) -> None:
-    """It is taught in windows of the whole text and asked in windows of its own: every draft is accepted."""
+def test_prophet_fitted_to_the_text_is_always_accepted(architecture: str, num_states: int) -> None:
+    """Training windows cover the whole text and drafting windows begin anywhere: every draft is accepted."""
     target = tiny_target(architecture)
     text = greedy_by_transformers(architecture, 1, NUM_NEW)[0]
-    drafter = taught(target, text, num_states=num_states)
+    drafter = trained_on(target, text, num_states=num_states)
     out = draftsmith.generate(target, torch.tensor(prompts(1)), drafter, max_new_tokens=NUM_NEW)
     assert texts(out) == [text]
     assert out.stats.accepted_per_depth == [1, 1, 1, 1]
@@ -195,14 +195,14 @@ def test_a_prophet_that_knows_the_text_is_always_right(architecture: str, num_st
     assert texts(out)[2] == text[:24]
 
 
-def test_a_state_comes_before_the_token_it_foretells() -> None:
-    """For s = 2 and a pending token at place 5: the states of places 3 and 4, the tokens of places 4 and 5."""
+def test_window_positions_pair_states_with_next_tokens() -> None:
+    """For s = 2 and a pending token at position 5: the states of positions 3 and 4, the tokens of 4 and 5."""
     states, tokens = prophet.window_positions(torch.tensor([5, 0]), 2)
     assert states.tolist() == [[3, 4], [-2, -1]]
     assert tokens.tolist() == [[4, 5], [-1, 0]]
 
 
-def test_what_is_not_there_is_seen_by_itself_alone() -> None:
+def test_window_mask_hides_absent_slots_from_all_others() -> None:
     is_present = torch.tensor([[False, True], [True, True]])
     mask = prophet.window_mask(torch.ones(3, 3, dtype=torch.bool).tril()[None, None], is_present)
     assert mask[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
@@ -211,8 +211,8 @@ def test_what_is_not_there_is_seen_by_itself_alone() -> None:
     assert last[:, 0, 0].int().tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
-def test_a_new_prophet_hands_on_what_it_is_given() -> None:
-    """Maps change nothing where widths are the same, and its own head begins as the target's."""
+def test_new_prophet_starts_as_identity() -> None:
+    """Maps are the identity where widths are equal, and its own LM head is initialised from the target's."""
     target = tiny_target("llama")
     drafter = Drafter(Config(own_head=True), target)
     x_BND = torch.randn(1, 3, target.hidden_size)
@@ -222,7 +222,7 @@ def test_a_new_prophet_hands_on_what_it_is_given() -> None:
     assert Drafter(Config(hidden_size=24), target).state_map.weight.shape == (24, 32)
 
 
-def test_the_target_is_hidden() -> None:
+def test_target_is_no_submodule() -> None:
     drafter = Drafter(Config(), tiny_target("llama"))
     own = {"state_map", "token_map", "blocks", "norm", "output_map"}
     assert {name.split(".")[0] for name in drafter.state_dict()} == own
@@ -230,12 +230,12 @@ def test_the_target_is_hidden() -> None:
 
 
 @pytest.mark.parametrize("name", ["num_states", "num_layers", "num_heads", "num_draft"])
-def test_what_is_refused(name: str) -> None:
+def test_config_rejects_zero_counts(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0"):
         Config(**{name: 0})
 
 
-def test_other_refusals() -> None:
+def test_config_rejects_other_invalid_settings() -> None:
     with pytest.raises(ValueError, match="hidden_size is -1"):
         Config(hidden_size=-1)
     with pytest.raises(ValueError, match="unknown length policy 'long'"):

@@ -1,4 +1,4 @@
-"""Tuned targets: changed where they are told to be, and the very weights of the user's model elsewhere."""
+"""Tests of fine-tuned targets, which share unchanged weights with the user's model."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ from tests.support.models import CAUSAL, greedy_by_transformers, prompts, tiny_m
 
 
 def names(target: draftsmith.Target) -> list[str]:
-    """Returns the target's matrices in its last block."""
+    """Returns the names of the matrices in the target's last block."""
     return [name for name, weight in target.model.named_parameters() if weight.ndim == 2 and ".2." in name]
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)
-def test_a_tuned_target_is_the_model_with_those_weights(architecture: str) -> None:
+def test_fine_tuned_target_has_given_weights_and_shares_others(architecture: str) -> None:
     target = tiny_target(architecture)
     before = {name: weight.clone() for name, weight in target.model.state_dict().items()}
     changes = {name: 0.5 * before[name] for name in names(target)}
@@ -34,7 +34,7 @@ def test_a_tuned_target_is_the_model_with_those_weights(architecture: str) -> No
         assert torch.equal(weight, before[name])
 
 
-def test_nothing_is_decoded_for_one_with_a_drafter_of_the_other() -> None:
+def test_generate_rejects_drafter_of_another_target() -> None:
     target = tiny_target("llama")
     own = fine_tuned_target(target, {name: torch.zeros_like(target.model.get_parameter(name)) for name in names(target)})
     ids = torch.tensor(prompts(1))
@@ -46,7 +46,7 @@ def test_nothing_is_decoded_for_one_with_a_drafter_of_the_other() -> None:
     assert texts(out) == texts(plain) != greedy_by_transformers("llama", 1, 20)
 
 
-def test_weights_that_are_not_the_models_are_refused() -> None:
+def test_unknown_weights_are_rejected() -> None:
     target = tiny_target("llama")
     with pytest.raises(ValueError, match="has no parameter 'nowhere' to be fine-tuned"):
         fine_tuned_target(target, {"nowhere": torch.zeros(1)})
