@@ -1,13 +1,14 @@
-"""Looks why a drafter accepts less than it did in training: position by position, and by checks that name the cause.
+"""Finds out why a drafter accepts fewer tokens than in training: acceptance by depth, and checks of the usual causes.
 
     ./launch.sh doctor --draft runs/medusa                       # the target and the data that it was trained with
     ./launch.sh doctor --draft runs/mine --target T --data runs/mine-data --num-prompts 32
     ./launch.sh doctor --draft runs/medusa --vllm-python .venv-serving/bin/python
 
-The target continues held-out prompts greedily. Drafts begun afresh at every place of these texts are what training
-promises; beside them stand real decoding, for a draft model transformers' assisted generation, and if asked vLLM,
-which runs the artifact's export. Then come checks of the chat template, the loss mask, hidden layers, rotary positions,
-vocabulary map, dtype, positions and export. The status is 1 if a fault was found.
+The target continues held-out prompts greedily. Teacher-forced drafts at every position of these texts show what to expect
+from training. They are compared with real decoding, with transformers' assisted generation for a draft model, and with vLLM
+running the artifact's export if `--vllm-python` is given. Then the chat template, loss mask, dtype, vocabulary map,
+hidden layers, rotary base, positions, carried state and export are checked. The exit status is 1 if a fault was found.
+
 Pocket target, one CPU core: a minute.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eval.doctor.run_assisted import assistant_of, run_assisted
+from eval.doctor.assisted import assistant_of, run_assisted
 from tqdm import tqdm
 
 import draftsmith
@@ -30,7 +31,7 @@ from data.examples import check_target, open_examples
 from data.shards import write_whole
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.artifacts.artifact import check_fits, make_config, read_manifest
+from draftsmith.artifacts.artifact import as_tuples, check_fits, read_manifest
 from draftsmith.core.model_info import read_target_info
 from draftsmith.export import export
 from draftsmith.export.launch import read_launch
@@ -42,41 +43,45 @@ from eval.doctor.serving import check_python, drafts_trees, run_draftsmith, run_
 from eval.doctor.teacher_forced import DraftCounts, GreedyText, draft_from_positions, draft_positions
 from eval.report.recorded_texts import greedy_steps
 from trainers.training.evaluation import MetricSums
-from trainers.training.settings import parse_settings
+from trainers.training.settings import from_flat, parse_settings
 
-FIRST_RIGHT = ("head0_accuracy", "greedy_agreement")
-"""What trainers call how often the first token is right."""
+FIRST_TOKEN_METRICS = ("head0_accuracy", "greedy_agreement")
+"""Names of the first-token accuracy in trainers' metrics."""
+
+
+ALL_POSITIONS, DECODING_POSITIONS = "teacher-forced, all", "teacher-forced, decoding's"
+DECODING = "decoding"
+"""Names of the rows: teacher-forced drafts at all positions, those where decoding drafted, and decoding itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Who is looked at, on what, and how closely."""
+    """The drafter to examine, the texts, and the effort."""
 
     draft: str
     """Folder of the artifact."""
     target: str = ""
-    """A transformers folder or hub name, if empty the one that the artifact was made for."""
+    """A transformers folder or hub name; if empty, the target that the artifact was made for."""
     data: str = ""
-    """What it learnt from, if empty what its manifest says: a folder of pseudo-data, a store, or any source of text."""
+    """Training data: a folder of pseudo-data, a teacher store or a source of text; if empty, that of the manifest."""
     output: str = "runs/doctor"
     """Folder for doctor.json."""
     num_prompts: int = 16
-    """Held-out rows whose prompts are continued."""
+    """Number of held-out prompts to continue."""
     max_new_tokens: int = 48
-    """Tokens written after each."""
+    """New tokens per prompt."""
     num_places: int = 1024
-    """Places at most where drafts are begun afresh."""
+    """Largest number of positions at which teacher-forced drafts begin."""
     depth: int = 8
-    """Most tokens of a draft."""
+    """Largest number of drafted tokens."""
     threads: int = 1
-    """CPU threads, 0 for torch's own choice."""
+    """CPU threads; 0 uses torch's default."""
     device: str = "auto"
-    """Where the target runs."""
+    """Device of the target."""
     dtype: str = ""
-    """What the target's weights are loaded as, if empty as in training."""
+    """Dtype of the target; if empty, that of training."""
     vllm_python: str = ""
-    """A Python that has vLLM, as .venv-serving/bin/python once ./launch.sh serving-test was run: what vLLM accepts is
-    looked at too."""
+    """Interpreter with vLLM, as .venv-serving/bin/python (made by ./launch.sh serving-test), to examine vLLM too."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "max_new_tokens", "num_places", "depth"):
@@ -85,17 +90,17 @@ class RunSettings:
 
 
 def main(run: RunSettings) -> int:
-    """Returns the process's status."""
+    """Returns the exit status."""
     if run.vllm_python:
         check_python(run.vllm_python)
     manifest = read_manifest(run.draft)
     settings = manifest.get("settings") or {}
     name, source = run.target or manifest["target"]["name"], run.data or settings.get("data")
     if not source:
-        raise ValueError(f"artifact {run.draft} does not say what it learnt from; name texts with --data")
+        raise ValueError(f"artifact {run.draft} does not record its training data; name texts with --data")
     facts = read_target_info(name)
     if facts.is_encoder_decoder:
-        raise ValueError(f"target {name} is an encoder-decoder; the doctor looks at drafters of causal targets")
+        raise ValueError(f"target {name} is an encoder-decoder; the doctor supports drafters of causal targets only")
     check_fits(run.draft, manifest, facts)
     examples = open_examples(source, facts)
     dtype = run.dtype or (manifest.get("made_with") or {}).get("dtype") or "float32"
@@ -116,7 +121,7 @@ def main(run: RunSettings) -> int:
 def examine(
     run: RunSettings, manifest: dict[str, Any], drafter: Any, rows: list[Example], data: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Returns acceptance position by position, and what each check found."""
+    """Returns acceptance by depth and the findings of all checks, as JSON data."""
     target = drafter.target
     texts = _texts(target, rows, run)
     findings = [
@@ -126,72 +131,78 @@ def examine(
         checks.check_vocabulary(drafter, texts),
     ]
     columns: dict[str, DraftCounts] = {}
-    judged: dict[str, float] = {}
-    if findings[-1].verdict != "fault":  # with a map that leads astray there may be no drafting at all
-        places = draft_positions(texts, run.num_places)
-        with tqdm(total=len(places), desc="drafts begun afresh", unit="draft", leave=False, delay=2) as bar:
-            teacher_forced = draft_from_positions(target, drafter, texts, places, run.depth, on_progress=bar.update)
-        carried, began = _decoded(drafter, texts, run)
-        afresh = draft_from_positions(target, drafter, texts, began, run.depth)
-        columns = {"begun everywhere": teacher_forced, "begun where decoding did": afresh, "in decoding": carried}
+    evaluated: dict[str, float] = {}
+    if findings[-1].verdict != "fault":  # drafting with an invalid map could fail
+        positions = draft_positions(texts, run.num_places)
+        with tqdm(total=len(positions), desc="teacher-forced drafts", unit="draft", leave=False, delay=2) as bar:
+            teacher_forced = draft_from_positions(target, drafter, texts, positions, run.depth, on_progress=bar.update)
+        carried, decoding_positions = _decode(drafter, texts, run)
+        fresh = draft_from_positions(target, drafter, texts, decoding_positions, run.depth)
+        columns = {ALL_POSITIONS: teacher_forced, DECODING_POSITIONS: fresh, DECODING: carried}
         assistant = assistant_of(drafter)
         if assistant is not None:
             prompts = [text.ids[: text.num_prompt] for text in texts]
-            columns["by transformers"], _ = run_assisted(target, assistant, prompts, run.depth, run.max_new_tokens)
-        judged = _judged(manifest, drafter, texts, run)
-        first_right = next((judged[name] for name in FIRST_RIGHT if name in judged), None)
-        patient = CheckContext(
+            columns["assisted, transformers"], _ = run_assisted(
+                target, assistant, prompts, run.depth, run.max_new_tokens
+            )
+        evaluated = _evaluate(manifest, drafter, texts, run)
+        accuracy = next((evaluated[name] for name in FIRST_TOKEN_METRICS if name in evaluated), None)
+        context = CheckContext(
             manifest=manifest,
             drafter=drafter,
             texts=texts,
-            places=places,
+            positions=positions,
             depth=run.depth,
             teacher_forced=teacher_forced,
         )
         findings += [
-            checks.check_layers(patient),
-            checks.check_rotary(patient),
-            checks.check_position(patient, first_right),
-            checks.check_carried(patient, afresh, carried),
+            checks.check_layers(context),
+            checks.check_rotary(context),
+            checks.check_position(context, accuracy),
+            checks.check_state(context, fresh, carried),
         ]
         if run.vllm_python:
-            finding, counts = _served(drafter, texts, run)
+            finding, counts = _compare_with_vllm(drafter, texts, run)
             findings.append(finding)
             columns |= counts
     return {
         "draft": run.draft,
         "target": target.name,
         "recorded": manifest.get("measured_acceptance"),
-        "judged": judged,
-        "accepted_per_depth": {name: counts.shares() for name, counts in columns.items()},
+        "evaluated": evaluated,
+        "accepted_per_depth": {name: counts.rates() for name, counts in columns.items()},
         "num_drafts": {name: counts.num_drafts for name, counts in columns.items()},
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    """Returns the report for a terminal."""
+    """Returns the report as text for a terminal."""
     deepest = max(map(len, report["accepted_per_depth"].values()), default=0)
     found = ["", f"% of drafts accepted to depth{'':9}" + "".join(f"{depth:>6}" for depth in range(1, deepest + 1))]
-    for name, shares in report["accepted_per_depth"].items():
+    for name, rates in report["accepted_per_depth"].items():
         number = f"({report['num_drafts'][name]:,})"
-        found.append(f"{name:<26}{number:>10}" + "".join(f"{100 * share:6.1f}" for share in shares))
-    for what, metrics in (("recorded in training", report["recorded"]), ("judged on these texts", report["judged"])):
-        if metrics:
-            found.append(f"{what}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        found.append(f"{name:<26}{number:>10}" + "".join(f"{100 * rate:6.1f}" for rate in rates))
+    for title, key in (("recorded in training", "recorded"), ("trainer's evaluation of these texts", "evaluated")):
+        if report[key]:
+            found.append(f"{title}: " + ", ".join(f"{name} {value:.3f}" for name, value in report[key].items()))
     found.append("")
-    return found + [f"{one['verdict']:<10}{one['name']:<15}{one['told']}" for one in report["findings"]]
+    for finding in report["findings"]:
+        found.append(f"{finding['verdict']:<9}{finding['name']:<15}{finding['message']}")
+        if finding["verdict"] == "fault":
+            found.append(f"{'':24}to do: {checks.REMEDIES[finding['name']]}")
+    return found
 
 
 def _texts(target: Target, rows: list[Example], run: RunSettings) -> list[GreedyText]:
-    """Returns the rows' prompts, or first halves where all is supervised, with what the target writes after them."""
+    """Returns prompts with the target's greedy continuations; rows without a prompt are cut in half."""
     prompts = []
     for row in rows:
         first = int(row.loss_mask_T.long().argmax())
         ids = row.tokens_T[: first if first > 1 else max(2, len(row.tokens_T) // 2)].tolist()
         prompts.append(ids[-(target.context_length - run.max_new_tokens) :])
-    ask = DecodingRequest(prompts=prompts, temperature=0.0, max_new_tokens=run.max_new_tokens, seed=0)
-    written = draftsmith_method(target)(ask).rows
+    request = DecodingRequest(prompts=prompts, temperature=0.0, max_new_tokens=run.max_new_tokens, seed=0)
+    written = draftsmith_method(target)(request).rows
     return [
         GreedyText(ids=prompt + text, num_prompt=len(prompt))
         for prompt, text in zip(prompts, written, strict=True)
@@ -199,27 +210,29 @@ def _texts(target: Target, rows: list[Example], run: RunSettings) -> list[Greedy
     ]
 
 
-def _decoded(drafter: Any, texts: list[GreedyText], run: RunSettings) -> tuple[DraftCounts, list[tuple[int, int]]]:
-    """Returns what real decoding accepts, and where its drafts began: (text, length of what stands before)."""
-    counts, began = DraftCounts(), []
+def _decode(drafter: Any, texts: list[GreedyText], run: RunSettings) -> tuple[DraftCounts, list[tuple[int, int]]]:
+    """Returns acceptance in real decoding, and the positions (text, position) of its drafts."""
+    counts, positions = DraftCounts(), []
     for number, text in enumerate(tqdm(texts, desc="decoding", unit="text", leave=False, delay=2)):
         end = text.num_prompt
         for step in greedy_steps(drafter, text.ids[:end], run.max_new_tokens, length=f"fixed={run.depth}"):
             if step.drafted:
                 counts.add(min(max(map(len, step.drafted)), len(text.ids) - end), len(step.path))
-                began.append((number, end))
+                positions.append((number, end))
             end += len(step.path) + (step.target_token is not None)
-    return counts, began
+    return counts, positions
 
 
-def _served(drafter: Any, texts: list[GreedyText], run: RunSettings) -> tuple[Finding, dict[str, DraftCounts]]:
-    """Returns how vLLM does with the artifact's export, beside draftsmith's loop drafting as much."""
+def _compare_with_vllm(
+    drafter: Any, texts: list[GreedyText], run: RunSettings
+) -> tuple[Finding, dict[str, DraftCounts]]:
+    """Compares acceptance of the artifact's export in vLLM with draftsmith's loop at the same draft length."""
     prompts = [text.ids[: text.num_prompt] for text in texts]
     with tempfile.TemporaryDirectory() as folder:
         try:
             launch = read_launch(export(run.draft, "vllm", Path(folder) / "out", drafter.target.name))
         except ValueError as error:
-            return Finding(name="export", verdict="not known", told=str(error)), {}
+            return Finding(name="export", verdict="unknown", message=str(error)), {}
         num_draft = launch["settings"]["num_speculative_tokens"]
         found = run_vllm(run.vllm_python, drafter.target, prompts, run.max_new_tokens, Path(folder) / "run", launch)
     own = run_draftsmith(drafter, prompts, run.max_new_tokens, num_draft)
@@ -228,23 +241,22 @@ def _served(drafter: Any, texts: list[GreedyText], run: RunSettings) -> tuple[Fi
         name: DraftCounts(
             drafted=[one.num_drafts] * len(one.accepted), accepted=one.accepted, num_drafts=one.num_drafts
         )
-        for name, one in (("by vLLM", found), (f"in decoding, drafts of {num_draft}", own))
+        for name, one in (("decoding, vLLM", found), (f"decoding, {num_draft} tokens", own))
     }
     return checks.check_export(found, own, is_tree=is_tree), counts
 
 
-def _judged(manifest: dict[str, Any], drafter: Any, texts: list[GreedyText], run: RunSettings) -> dict[str, float]:
-    """Returns the trainer's judgement of the texts, nothing if the artifact does not say how it was trained."""
-    kept, name = manifest.get("settings"), f"trainers.{manifest.get('trainer', manifest['family'])}"
-    if not kept or importlib.util.find_spec(name) is None:
+def _evaluate(manifest: dict[str, Any], drafter: Any, texts: list[GreedyText], run: RunSettings) -> dict[str, float]:
+    """Returns the trainer's evaluation of the texts, empty if the artifact does not record how it was trained."""
+    recorded, name = manifest.get("settings"), f"trainers.{manifest.get('trainer', manifest['family'])}"
+    if not recorded or importlib.util.find_spec(name) is None:
         return {}
     family = importlib.import_module(name)
-    own = {field.name for field in dataclasses.fields(family.Settings)}
-    settings = make_config(family.Settings, {name: kept[name] for name in kept if name in own}, run.draft)
+    settings = from_flat(family.Settings, {key: as_tuples(value) for key, value in recorded.items()})
     base = drafter.target.base
     needs, sums = family.needs(settings, base), MetricSums()
     for text in texts:
-        mask = [place >= text.num_prompt for place in range(len(text.ids))]
+        mask = [position >= text.num_prompt for position in range(len(text.ids))]
         batch = collate([example(text.ids, mask, "text")])
         batch = complete(batch, base, needs.layers + needs.held_out_layers, needs.top_k)
         with torch.no_grad():

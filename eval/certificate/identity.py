@@ -1,4 +1,4 @@
-"""Greedy identity: texts of several ways of decoding compared token by token; numeric ties told from errors.
+"""Greedy identity: compares greedy texts of several decoding methods and separates numeric ties from errors.
 
 Shape suffixes: V vocabulary.
 """
@@ -21,16 +21,16 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class GreedySettings:
-    """What is decoded at temperature 0, and what counts as a tie."""
+    """What is decoded at temperature 0, and what counts as a numeric tie."""
 
     dtypes: tuple[str, ...] = ("float32", "float64")
-    """What the target is loaded as."""
+    """Dtypes of the target in which greedy decoding is compared."""
     batch_sizes: tuple[int, ...] = (1, 8)
-    """Prompts decoded at once."""
+    """Prompts per batch."""
     max_new_tokens: int = 32
-    """Tokens decoded after each prompt."""
+    """New tokens per prompt."""
     tie_tolerance: float = 8.0
-    """Logits are tied up to this many times the dtype's epsilon times the largest of them."""
+    """Logits are tied if they differ by at most this times the dtype's epsilon times the largest logit."""
 
     def __post_init__(self) -> None:
         if not self.dtypes or set(self.dtypes) - set(DTYPES):
@@ -43,9 +43,9 @@ class GreedySettings:
             raise ValueError(f"tie_tolerance is {self.tie_tolerance}; it must be 0 or a positive number")
 
     def check_prompts(self, num_prompts: int) -> None:
-        """Raises ValueError if there are too few for a batch."""
+        """Raises ValueError if there are too few prompts to fill the largest batch."""
         if num_prompts < max(self.batch_sizes):
-            raise ValueError(f"batch size {max(self.batch_sizes)} needs as many prompts, and there are {num_prompts}")
+            raise ValueError(f"batch size {max(self.batch_sizes)} needs as many prompts, but there are {num_prompts}")
 
 
 def compare_greedy(
@@ -59,33 +59,33 @@ def compare_greedy(
     on_progress: Callable[[int], Any],
     tuned_by: str = "",
 ) -> list[dict[str, Any]]:
-    """Returns a test for each batch size, drafter, and reference: plain decoding by our loop, and transformers' own.
+    """Returns a test for each batch size, drafter and reference: draftsmith's plain decoding, and transformers.
 
-    Plain decoding is itself compared with transformers. `exact()` is the target in float64, asked for where something
-    differs; `on_progress` is called with the number of tokens after each decoding. `tuned_by`
-    is added to the references' names.
+    Plain decoding itself is compared with transformers. `exact()` returns the target in float64 and is called where
+    texts differ; `on_progress` is called with the number of tokens after each batch; `tuned_by` is appended to the
+    references' names.
     """
     rows = [prompt.ids for prompt in prompts]
     if len(set(map(len, rows))) == 1:
-        # Prompts cut from documents are of one length; ragged ones test padding too.
+        # Prompts cut from documents have equal lengths; unequal ones test padding too.
         rows = [row[: max(1, len(row) - 3 * number)] for number, row in enumerate(rows)]
     plain, transformers = PLAIN + tuned_by, TRANSFORMERS + tuned_by
     decoders = {plain: draftsmith_method(target), transformers: transformers_method(target)}
     decoders |= {name: draftsmith_method(target, drafter, verifier=verifier) for name, drafter in drafters.items()}
     tests = []
     for batch_size in settings.batch_sizes:
-        found: dict[str, list[list[int]]] = {name: [] for name in decoders}
+        texts: dict[str, list[list[int]]] = {name: [] for name in decoders}
         for begin in range(0, len(rows), batch_size):
             part = rows[begin : begin + batch_size]
-            ask = DecodingRequest(prompts=part, temperature=0.0, max_new_tokens=settings.max_new_tokens, seed=0)
+            request = DecodingRequest(prompts=part, temperature=0.0, max_new_tokens=settings.max_new_tokens, seed=0)
             for name, decode in decoders.items():
-                found[name] += decode(ask).rows
+                texts[name] += decode(request).rows
                 on_progress(len(part) * settings.max_new_tokens)
         for name, reference in [(plain, transformers), *itertools.product(drafters, (plain, transformers))]:
             differences: list[dict[str, Any]] = [
                 {"prompt": prompt.key, "num_prompt_tokens": len(row)}
                 | explain(target, row, ours, theirs, exact=exact, tie_tolerance=settings.tie_tolerance)
-                for prompt, row, ours, theirs in zip(prompts, rows, found[name], found[reference], strict=True)
+                for prompt, row, ours, theirs in zip(prompts, rows, texts[name], texts[reference], strict=True)
                 if ours != theirs
             ]
             ties = [difference for difference in differences if difference["is_tie"]]
@@ -103,7 +103,7 @@ def compare_greedy(
                     "max_new_tokens": settings.max_new_tokens,
                     "tie_tolerance": settings.tie_tolerance,
                     "num_rows": len(rows),
-                    "num_samples": sum(map(len, found[reference])) - num_not_compared,
+                    "num_samples": sum(map(len, texts[reference])) - num_not_compared,
                     "num_not_compared": num_not_compared,
                     "ties": ties,
                     "errors": errors,
@@ -127,17 +127,17 @@ def explain(
 ) -> dict[str, Any]:
     """Returns where two greedy texts of one prompt first differ, and whether that is a numeric tie.
 
-    It is if the worse of the two tokens lies below the best of all by no more than rounding, both in the model's own
-    forward in the run's dtype and in float64. A text that ends where the other goes on is no tie.
+    It is a tie if the logits of both tokens are within rounding error of the largest logit, both in the model's own
+    forward in the run's dtype and in float64. If one text ends before the other, that is an error.
     """
     pairs = list(itertools.zip_longest(found, expected))
-    position = next(at for at, (one, other) in enumerate(pairs) if one != other)
+    position = next(index for index, (one, other) in enumerate(pairs) if one != other)
     tokens = list(pairs[position])
-    told: dict[str, Any] = {"position": position, "tokens": tokens, "num_not_compared": len(expected) - position}
+    difference: dict[str, Any] = {"position": position, "tokens": tokens, "num_not_compared": len(expected) - position}
     if None in tokens:
-        return told | {"is_tie": False, "gap": None, "gap_float64": None, "tolerance": None}
+        return difference | {"is_tie": False, "gap": None, "gap_float64": None, "tolerance": None}
     logits_V, exact_V = (next(reference_logits(one, prompt, [expected[:position]]))[-1] for one in (target, exact()))
     gap, exact_gap = (float(one_V.max() - one_V[tokens].min()) for one_V in (logits_V, exact_V))
     tolerance = float(rounding_error(exact_V, target.dtype, tie_tolerance))
-    told |= {"gap": gap, "gap_float64": exact_gap, "tolerance": tolerance}
-    return told | {"is_tie": max(gap, exact_gap) <= tolerance}
+    difference |= {"gap": gap, "gap_float64": exact_gap, "tolerance": tolerance}
+    return difference | {"is_tie": max(gap, exact_gap) <= tolerance}

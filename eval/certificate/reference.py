@@ -1,6 +1,6 @@
-"""What the model itself says, by transformers alone: logits by its own forward, laws by transformers' own warpers.
+"""Reference logits and distributions computed by transformers alone: the model's own forward and logits warpers.
 
-Neither the loop nor the cache, the views or `Sampling.law` of draftsmith have a part in it: they are under test.
+Draftsmith's loop, cache, stack views and `Sampling.probs` are under test and not used here.
 
 Shape suffixes: G texts, T positions, V vocabulary.
 """
@@ -17,7 +17,7 @@ from draftsmith.core.batching import start_rows
 from draftsmith.core.sampling import Sampling
 
 FORWARD_ROWS = 16
-"""Texts fed at once: the logits of all their positions are in memory."""
+"""Texts per forward; the logits of all their positions are in memory."""
 
 
 def reference_logits(target: Target, prompt: list[int], texts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
@@ -26,29 +26,29 @@ def reference_logits(target: Target, prompt: list[int], texts: Sequence[Sequence
     for begin in range(0, len(texts), FORWARD_ROWS):
         part = texts[begin : begin + FORWARD_ROWS]
         longest = max(map(len, part))
-        # What follows a shorter text does not change the logits before it.
-        filled = [[*rows[0], *text, *[0] * (longest - len(text))] for text in part]
-        given: dict[str, Any] = {"input_ids": torch.tensor(filled, device=target.device)}
+        # Padding after a shorter text does not change the logits before it.
+        padded = [[*rows[0], *text, *[0] * (longest - len(text))] for text in part]
+        inputs: dict[str, Any] = {"input_ids": torch.tensor(padded, device=target.device)}
         if source is not None:
             prompts_GT = source.tokens_BT.expand(len(part), -1)
-            given = {"input_ids": prompts_GT, "decoder_input_ids": given["input_ids"]}
+            inputs = {"input_ids": prompts_GT, "decoder_input_ids": inputs["input_ids"]}
         with torch.inference_mode():
-            logits_GTV = target.model(**given, use_cache=False).logits[:, len(rows[0]) - 1 :]
+            logits_GTV = target.model(**inputs, use_cache=False).logits[:, len(rows[0]) - 1 :]
         for text, logits_TV in zip(part, logits_GTV, strict=True):
             yield logits_TV[: len(text) + 1].double()
 
 
 def rounding_error(logits_TV: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
-    """Returns by how much logits computed in `dtype` may be off [T]: `factor` times its epsilon times the largest."""
+    """Returns a bound [T] on the rounding error of logits in `dtype`: `factor` * epsilon * largest absolute logit."""
     return factor * torch.finfo(dtype).eps * logits_TV.abs().where(logits_TV.isfinite(), 0.0).amax(-1)
 
 
-def reference_probs(logits_TV: Tensor, sampling: Sampling, blur_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the laws [T, V], and which are clear [T]: not so if logits off by `blur_T` could move an edge.
+def reference_probs(logits_TV: Tensor, sampling: Sampling, error_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the distributions [T, V], and which positions [T] are clear.
 
-    Where the edge of top-k or top-p is moved a token is in one law and not in the other.
+    A position is unclear if an error of `error_T` in the logits could change which tokens top-k or top-p keep.
     """
-    scores_TV, tolerance_T = logits_TV / sampling.temperature, 2 * blur_T / sampling.temperature
+    scores_TV, tolerance_T = logits_TV / sampling.temperature, 2 * error_T / sampling.temperature
     is_clear_T = torch.ones_like(tolerance_T, dtype=torch.bool)
     if not sampling.top_k and sampling.top_p == 1:
         return scores_TV.softmax(-1), is_clear_T

@@ -1,4 +1,4 @@
-"""The sampled law: many continuations of a few prompts, drawn by the whole system and judged by eval/certificate/chi_square.py.
+"""Tests of the sampled distribution: a few prompts are continued many times, and tested by chi_square.py.
 
 Shape suffixes: B rows, T positions, N nodes of a draft, V vocabulary, K drafted tokens.
 """
@@ -28,52 +28,52 @@ from eval.certificate.chi_square import (
 from eval.certificate.identity import FAILED, PASSED
 from eval.certificate.reference import reference_logits, reference_probs, rounding_error
 
-KIND = "sampled law"
+KIND = "sampled distribution"
 TOO_FEW = "too few samples"
 GROUPINGS = ("prefix", "rank", "draft")
 EXTRA_TOKENS = 2
-"""Tokens drawn beyond those judged, so that no draft is cut short among these."""
+"""Tokens sampled beyond the tested ones, so that no draft is cut short among these."""
 NUM_TOP_TOKENS = 16
-"""Of a draft's law, so many of the likeliest tokens are noted."""
+"""Number of the draft distribution's likeliest tokens that are recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampledTestSettings:
-    """What is drawn, and how sharply it is judged."""
+    """What is sampled, and how strictly it is tested."""
 
     verifier: str = "auto"
-    """Of the draws; one that is lossy is tested as well, and refused a certificate."""
+    """Verifier to sample with; a lossy one is tested too, but gets no certificate."""
     laws: tuple[str, ...] = ("temperature=1", "temperature=1,top_p=0.9", "temperature=1,top_k=5")
-    """Sampling settings to judge."""
+    """Sampling settings to test."""
     num_rows: int = 1500
-    """Continuations drawn for each drafter and law."""
+    """Continuations sampled for each drafter and sampling setting."""
     num_tokens: int = 6
-    """Tokens of each continuation that are judged."""
+    """Tested tokens of each continuation."""
     law_prompts: int = 4
-    """So many of the prompts are continued."""
+    """Number of prompts to continue when sampling."""
     rows_at_once: int = 64
-    """Continuations drawn in one batch."""
+    """Continuations sampled in one batch."""
     law_dtype: Literal["float32", "float64"] = "float32"
-    """What the target is loaded as; in less precision its law depends on the batch's shape."""
+    """Dtype of the target when sampling; in lower precision its distribution depends on the batch's shape."""
     false_alarm: float = 1e-4
-    """The chance that a lossless system fails any test of its law."""
+    """Probability that a lossless system fails any test of its distribution."""
     seed: int = 0
-    """Of the choice of prompts and of what is drawn."""
+    """Random seed of the choice of prompts and of sampling."""
     threads: int = 1
-    """CPU threads, 0 for torch's own choice; a small target is fastest on one."""
+    """CPU threads; 0 uses torch's default. A small target is fastest on one."""
 
     def __post_init__(self) -> None:
         for name in ("num_rows", "num_tokens", "law_prompts", "rows_at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.verifier == "greedy":
-            raise ValueError("verifier 'greedy' is for temperature 0, where it is used in any case; use 'auto'")
+            raise ValueError("verifier 'greedy' is for temperature 0, which is always tested; use 'auto'")
         if self.verifier != "auto":
             verify.find(self.verifier)
         if not self.laws:
-            raise ValueError("laws must name one or more")
-        for law in self.laws:
-            parse_sampling(law)
+            raise ValueError("laws is empty; name at least one sampling setting")
+        for text in self.laws:
+            parse_sampling(text)
         if self.law_dtype not in ("float32", "float64"):
             raise ValueError(f"law_dtype is {self.law_dtype!r}; it must be float32 or float64")
         if not 0 < self.false_alarm < 1:
@@ -83,12 +83,12 @@ class SampledTestSettings:
 
     @property
     def is_lossy(self) -> bool:
-        """Whether the verifier keeps another law than the target's by construction."""
+        """Returns True if the verifier changes the target's distribution by construction."""
         return self.verifier != "auto" and not verify.find(self.verifier)[0].LOSSLESS
 
 
 def parse_sampling(text: str) -> Sampling:
-    """Returns the sampling that `temperature=X,top_p=X,top_k=N` says; raises ValueError for anything else."""
+    """Parses `temperature=X,top_p=X,top_k=N`; raises ValueError for anything else."""
     kinds: dict[str, type] = {"temperature": float, "top_p": float, "top_k": int}
     values: dict[str, Any] = {"temperature": 1.0}
     for part in text.split(","):
@@ -96,17 +96,19 @@ def parse_sampling(text: str) -> Sampling:
         try:
             values[key] = kinds[key](value)
         except (KeyError, ValueError):
-            raise ValueError(f"law {text!r}: expected settings such as temperature=1,top_p=0.9,top_k=5") from None
-    law = Sampling(**values)
-    if law.is_greedy:
-        raise ValueError(f"law {text!r}: temperature 0 is what greedy identity tests; name a temperature above 0")
-    return law
+            raise ValueError(
+                f"laws: {text!r} is not valid; expected settings such as temperature=1,top_p=0.9,top_k=5"
+            ) from None
+    sampling = Sampling(**values)
+    if sampling.is_greedy:
+        raise ValueError(f"laws: {text!r} is greedy, which is always tested; name a temperature above 0")
+    return sampling
 
 
 def sample_and_test(
     target: Target,
     drafter: Any,
-    law: Sampling,
+    sampling: Sampling,
     settings: SampledTestSettings,
     *,
     prompts: Sequence[Prompt],
@@ -114,62 +116,66 @@ def sample_and_test(
     tie_tolerance: float,
     on_progress: Callable[[int], Any],
 ) -> list[dict[str, Any]]:
-    """Returns a test for each of WAYS, of continuations of `prompts`; each fails with a p-value below `level`.
+    """Tests sampled continuations of `prompts` in each of GROUPINGS; a p-value below `level` is a failure.
 
-    `tie_tolerance` is that of GreedySettings; `on_progress` is called with the number of tokens after each batch. Raises
-    ValueError for a verifier that does not fit what is drafted.
+    `tie_tolerance` is that of GreedySettings; `on_progress` is called with the number of tokens after each batch.
+    Raises ValueError for a verifier that does not fit the drafter.
     """
-    watched = _RecordedDrafter(drafter, settings.verifier, law)
+    recorder = _RecordedDrafter(drafter, settings.verifier, sampling)
     texts: list[SampledText] = []
     num_steps = num_new = 0
     for number, prompt in enumerate(prompts):
-        left = len(range(number, settings.num_rows, len(prompts)))
-        while left:
-            size = min(left, settings.rows_at_once)
+        remaining = len(range(number, settings.num_rows, len(prompts)))
+        while remaining:
+            size = min(remaining, settings.rows_at_once)
             out = draftsmith.generate(
                 target,
                 torch.tensor([prompt.ids] * size, device=target.device),
-                watched,
+                recorder,
                 max_new_tokens=settings.num_tokens + EXTRA_TOKENS,
                 seed=(settings.seed << 20) + len(texts),
                 verifier=settings.verifier,
-                **asdict(law),
+                **asdict(sampling),
             )
-            rows = zip(out.sequences.tolist(), out.lengths.tolist(), watched.drafts, strict=True)
+            rows = zip(out.sequences.tolist(), out.lengths.tolist(), recorder.drafts, strict=True)
             for row, length, drafts in rows:
-                tokens = tuple(row[watched.start_length : length][: settings.num_tokens])
+                tokens = tuple(row[recorder.start_length : length][: settings.num_tokens])
                 texts.append(SampledText(prompt=number, tokens=tokens, drafts=drafts))
-            num_steps, num_new, left = num_steps + out.stats.steps, num_new + out.stats.new_tokens, left - size
+            num_steps, num_new = num_steps + out.stats.steps, num_new + out.stats.new_tokens
+            remaining -= size
             on_progress(size * (settings.num_tokens + EXTRA_TOKENS))
 
     def probs_for(number: int, different: list[Tokens]) -> Iterator[tuple[Tensor, Tensor]]:
-        # What follows the last token is not judged.
+        # The distribution after the last token is not tested.
         for logits_TV in reference_logits(target, prompts[number].ids, [text[:-1] for text in different]):
-            yield reference_probs(logits_TV, law, rounding_error(logits_TV, target.dtype, tie_tolerance))
+            yield reference_probs(logits_TV, sampling, rounding_error(logits_TV, target.dtype, tie_tolerance))
 
-    judged = collect_evidence(texts, settings.num_tokens, probs_for, torch.Generator().manual_seed(settings.seed))
-    chances = [evidence.p_value for evidence in judged.by_prefix if evidence.freedom or evidence.num_excluded]
-    of_positions = [asdict(evidence) | {"p_value": evidence.p_value} for evidence in judged.by_prefix]
+    found = collect_evidence(texts, settings.num_tokens, probs_for, torch.Generator().manual_seed(settings.seed))
+    p_values = [evidence.p_value for evidence in found.by_prefix if evidence.freedom or evidence.num_excluded]
+    positions = [asdict(evidence) | {"p_value": evidence.p_value} for evidence in found.by_prefix]
     outcomes = [
-        {"positions": of_positions} | _outcome(sum(judged.by_prefix, Evidence()), *combine_p_values(chances), level),
-        *(_outcome(one, one.statistic, one.freedom, level) for one in (judged.by_rank, judged.by_draft)),
+        {"positions": positions} | _outcome(sum(found.by_prefix, Evidence()), *combine_p_values(p_values), level),
+        *(_outcome(one, one.statistic, one.freedom, level) for one in (found.by_rank, found.by_draft)),
     ]
-    told = {
+    conditions = {
         "kind": KIND,
         "dtype": str(target.dtype).removeprefix("torch."),
-        "verifier": ", ".join(sorted(watched.verifiers)) or settings.verifier,
-        **asdict(law),
+        "verifier": ", ".join(sorted(recorder.verifiers)) or settings.verifier,
+        **asdict(sampling),
         "seed": settings.seed,
         "num_prompts": len(prompts),
         "num_rows": len(texts),
         "num_tokens": settings.num_tokens,
         "tau": num_new / num_steps,
     }
-    return [told | {"judged_by": way} | outcome for way, outcome in zip(GROUPINGS, outcomes, strict=True)]
+    return [
+        conditions | {"grouped_by": grouping} | outcome for grouping, outcome in zip(GROUPINGS, outcomes, strict=True)
+    ]
 
 
 def _outcome(evidence: Evidence, statistic: float, freedom: int, level: float) -> dict[str, Any]:
-    chance = 0.0 if evidence.num_excluded else p_value(statistic, freedom)
+    """Returns one test's result as JSON data."""
+    probability = 0.0 if evidence.num_excluded else p_value(statistic, freedom)
     shift = detectable_shift(evidence, level)
     return {
         "num_samples": evidence.num_samples,
@@ -177,20 +183,20 @@ def _outcome(evidence: Evidence, statistic: float, freedom: int, level: float) -
         "num_unclear": evidence.num_unclear,
         "statistic": statistic,
         "degrees_of_freedom": freedom,
-        "p_value": chance,
+        "p_value": probability,
         "level": level,
-        "sees_shift": shift,
-        "verdict": FAILED if chance < level else TOO_FEW if shift is None else PASSED,
+        "detectable_shift": shift,
+        "verdict": FAILED if probability < level else TOO_FEW if shift is None else PASSED,
     }
 
 
 class _RecordedDrafter(Drafter):
-    """A drafter, what it favours where a draft begins, and the verifiers that its drafts meet."""
+    """Wraps a drafter and records the tokens likely to be drafted first, and the verifiers used."""
 
-    def __init__(self, drafter: Any, verifier: str, law: Sampling) -> None:
+    def __init__(self, drafter: Any, verifier: str, sampling: Sampling) -> None:
         self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
         self.policy = drafter.policy
-        self._drafter, self._verifier, self._law = drafter, verifier, law
+        self._drafter, self._verifier, self._sampling = drafter, verifier, sampling
         self.verifiers: set[str] = set()
 
     def start(self, session: Session) -> None:
@@ -202,20 +208,20 @@ class _RecordedDrafter(Drafter):
         draft = self._drafter.propose(budget)
         if draft.tree.num_nodes == 1:
             return draft
-        self.verifiers.add(verify.choose(self._verifier, self._law, draft).name)
-        for row, (ids, favoured) in enumerate(zip(self._rows, _favoured(draft), strict=True)):
-            if len(favoured[0]):
-                self.drafts[row][len(ids) - self.start_length] = favoured
+        self.verifiers.add(verify.choose(self._verifier, self._sampling, draft).name)
+        for row, (ids, first_tokens) in enumerate(zip(self._rows, _first_tokens(draft), strict=True)):
+            if len(first_tokens[0]):
+                self.drafts[row][len(ids) - self.start_length] = first_tokens
         return draft
 
     def observe(self, step: Step) -> None:
         self._drafter.observe(step)
 
 
-def _favoured(draft: Draft) -> list[tuple[Tensor, Tensor]]:
-    """Returns, for each row, tokens [K] that may be drafted first and their weights [K].
+def _first_tokens(draft: Draft) -> list[tuple[Tensor, Tensor]]:
+    """Returns for each row the tokens [K] that can be drafted first, and their weights [K].
 
-    They must not depend on what was drawn: a token's law, given what was drawn for its draft, is not the target's.
+    They must not depend on the sampled draft: given the draft, the next token does not have the target's distribution.
     """
     if draft.draft_probs_BNV is not None:
         probs_BV = draft.draft_probs_BNV[:, 0].cpu()
@@ -224,5 +230,5 @@ def _favoured(draft: Draft) -> list[tuple[Tensor, Tensor]]:
     is_child_BN = (draft.tree.parents_RN == 0).expand_as(draft.tokens_BN)
     if (valid_BN := draft.valid_BN()) is not None:
         is_child_BN = is_child_BN & valid_BN
-    children = [ids[there].unique().cpu() for ids, there in zip(draft.tokens_BN, is_child_BN, strict=True)]
+    children = [ids[is_child].unique().cpu() for ids, is_child in zip(draft.tokens_BN, is_child_BN, strict=True)]
     return [(tokens_K, torch.ones(len(tokens_K))) for tokens_K in children]

@@ -1,4 +1,4 @@
-"""What transformers' own assisted generation accepts of a draft model, counted at the target's forwards."""
+"""Acceptance of a draft model in transformers' assisted generation, counted from the target's forwards."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from eval.doctor.teacher_forced import DraftCounts
 
 
 def assistant_of(drafter: Drafter) -> PreTrainedModel | None:
-    """Returns the drafter's own language model if transformers can draft with it, else None."""
+    """Returns the drafter's language model if transformers can use it as an assistant, else None."""
     model = drafter.draft_model.model if isinstance(drafter, nn.Module) and drafter.draft_model is not None else None
     if not isinstance(model, PreTrainedModel) or drafter.target.is_encoder_decoder or not model.can_generate():
         return None
@@ -24,10 +24,10 @@ def assistant_of(drafter: Drafter) -> PreTrainedModel | None:
 def run_assisted(
     target: Target, assistant: PreTrainedModel, prompts: Sequence[list[int]], num_draft: int, max_new_tokens: int
 ) -> tuple[DraftCounts, list[list[int]]]:
-    """Returns what `generate(assistant_model=)` accepts of drafts of `num_draft` tokens, and the texts it writes.
+    """Runs `generate(assistant_model=)` with drafts of `num_draft` tokens; returns counts and new tokens.
 
-    Every forward of the target reads the pending token and the draft, the first one the prompt too; what of it is kept
-    shows where the next one begins. The last draft, cut short by the end, is not counted.
+    Every forward of the target reads the pending token and the draft, the first one also the prompt. The start of the
+    next forward shows how much was accepted. The last draft, cut short by the end of the text, is not counted.
     """
     before = assistant.generation_config
     assistant.generation_config = GenerationConfig(
@@ -41,11 +41,11 @@ def run_assisted(
         for prompt in prompts:
             calls: list[tuple[int, int]] = []
 
-            def note(_: Any, args: Any, kwargs: Any, calls: list[tuple[int, int]] = calls) -> None:
+            def record(_: Any, args: Any, kwargs: Any, calls: list[tuple[int, int]] = calls) -> None:
                 past = kwargs.get("past_key_values")
                 calls.append((0 if past is None else past.get_seq_length(), kwargs["input_ids"].shape[1]))
 
-            hook = target.model.register_forward_pre_hook(note, with_kwargs=True)
+            hook = target.model.register_forward_pre_hook(record, with_kwargs=True)
             try:
                 ids = torch.tensor([prompt], device=target.device)
                 out = target.model.generate(
@@ -54,7 +54,7 @@ def run_assisted(
             finally:
                 hook.remove()
             texts.append(out[0, len(prompt) :].tolist())
-            # A forward that begins at `past` has past + 1 tokens committed before its draft; the first the prompt.
+            # A forward that begins at `past` has past + 1 committed tokens before its draft, the first the prompt.
             starts = [len(prompt), *(past + 1 for past, _ in calls[1:])]
             ends = [past + num_read for past, num_read in calls]
             for start, end, following in zip(starts, ends, starts[1:], strict=False):

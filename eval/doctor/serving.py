@@ -1,4 +1,4 @@
-"""What vLLM accepts of an exported drafter, and what draftsmith's own loop does, counted alike."""
+"""Acceptance of an exported drafter in vLLM and in draftsmith's own loop, counted in the same way."""
 
 import json
 import os
@@ -19,49 +19,52 @@ from eval.doctor import vllm_process
 from eval.report.recorded_texts import greedy_steps
 
 TOLERANCE = 40
-"""vLLM sums in another order than PyTorch, so that now and then two tokens that are all but equally likely change
-places: one accepted token in so many may differ."""
+"""One accepted token in this many may differ: vLLM sums in another order than PyTorch, which can swap tokens of nearly
+equal probability."""
 TIMEOUT_S = 900
 HAS_BOTH = "from importlib.util import find_spec; raise SystemExit(not (find_spec('vllm') and find_spec('draftsmith')))"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServingCounts:
-    """What came of all prompts."""
+    """Texts and acceptance counts over all prompts."""
 
     texts: list[list[int]]
     num_drafts: int
     num_drafted: int
     accepted: list[int]
-    """At each place of a draft, how many were."""
+    """Number of tokens accepted at each depth."""
 
     @property
     def per_draft(self) -> float:
+        """Returns the mean number of accepted tokens per draft."""
         return sum(self.accepted) / max(self.num_drafts, 1)
 
 
 def check_python(python: str) -> None:
-    """Raises ValueError unless this is a Python that has vLLM and draftsmith."""
+    """Raises ValueError unless `python` is an interpreter with vLLM and draftsmith."""
     try:
         done = subprocess.run([python, "-P", "-c", HAS_BOTH], capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ValueError(f"{python} is no Python that runs: {error}") from None
+        raise ValueError(f"{python} cannot be run as a Python interpreter: {error}") from None
     if done.returncode:
-        raise ValueError(f"{python} lacks vLLM or draftsmith; ./launch.sh serving-test makes .venv-serving/bin/python")
+        raise ValueError(
+            f"{python} lacks vLLM or draftsmith; use .venv-serving/bin/python, made by ./launch.sh serving-test"
+        )
 
 
 def run_vllm(
     python: str, target: Target, prompts: Sequence[list[int]], num_new: int, folder: Path, launch: Any = None
 ) -> ServingCounts:
-    """Returns what vLLM makes of the prompts, greedily, launched as an export says, or without a drafter.
+    """Decodes the prompts greedily in vLLM, with the launch settings of an export or without a drafter.
 
-    `python` is one that has vLLM, `folder` is new and holds what is asked and answered. Raises ValueError if
+    `python` is an interpreter with vLLM; `folder` is created for the request and the response. Raises ValueError if
     vLLM fails.
     """
     folder.mkdir()
     settings = (launch or {}).get("settings")
     room = num_new + 2 * (settings or {}).get("num_speculative_tokens", 0) + 1
-    asked = {
+    request = {
         "target": target.name,
         "dtype": str(target.dtype).removeprefix("torch."),
         "prompts": list(prompts),
@@ -69,7 +72,7 @@ def run_vllm(
         "max_tokens": max(map(len, prompts)) + room,
         "settings": settings,
     }
-    (folder / vllm_process.ASKED).write_text(json.dumps(asked))
+    (folder / vllm_process.REQUEST).write_text(json.dumps(request))
     variables = dict(os.environ)
     for word in shlex.split(launch["command"]) if launch else []:
         name, _, value = word.partition("=")
@@ -79,13 +82,13 @@ def run_vllm(
     try:
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"vLLM, run by {python}, did not end in {TIMEOUT_S} seconds") from None
+        raise ValueError(f"vLLM, run by {python}, did not finish within {TIMEOUT_S} seconds") from None
     if done.returncode:
         raise ValueError(f"vLLM, run by {python}, failed: {(done.stdout + done.stderr)[-4000:]}")
-    answer = json.loads((folder / vllm_process.ANSWER).read_text())
-    counts = {"num_drafts": 0, "num_draft_tokens": 0, "num_accepted_tokens_per_pos": []} | answer["counts"]
+    response = json.loads((folder / vllm_process.RESPONSE).read_text())
+    counts = {"num_drafts": 0, "num_draft_tokens": 0, "num_accepted_tokens_per_pos": []} | response["counts"]
     return ServingCounts(
-        texts=answer["texts"],
+        texts=response["texts"],
         num_drafts=int(counts["num_drafts"]),
         num_drafted=int(counts["num_draft_tokens"]),
         accepted=[int(number) for number in counts["num_accepted_tokens_per_pos"]],
@@ -93,7 +96,7 @@ def run_vllm(
 
 
 class StepSizes:
-    """A streamer that notes how many tokens each step gives."""
+    """A streamer that records the number of tokens of each step."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -102,19 +105,19 @@ class StepSizes:
         self.sizes.append(len(tokens))
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Does nothing."""
 
 
 def run_draftsmith(drafter: Any, prompts: Sequence[list[int]], num_new: int, num_draft: int) -> ServingCounts:
-    """Returns what draftsmith's loop makes of the prompts with drafts of `num_draft` tokens, counted as vLLM counts.
+    """Decodes the prompts with draftsmith's loop and drafts of `num_draft` tokens, counting as vLLM does.
 
-    vLLM drafts once the first token is there, counts whole the draft with which a text reaches its length, and is told
-    here to go on after the end of a sequence.
+    vLLM starts drafting after the first new token, counts the whole of the draft that reaches the maximum length, and
+    ignores end-of-sequence tokens here.
     """
     new, sizes = [], []
     for prompt in prompts:
         first = draftsmith.generate(drafter.target, torch.tensor([prompt]), max_new_tokens=1, eos_token_id=[])
-        watch = StepSizes()
+        streamer = StepSizes()
         drafter.forget()
         out = draftsmith.generate(
             drafter.target,
@@ -123,11 +126,11 @@ def run_draftsmith(drafter: Any, prompts: Sequence[list[int]], num_new: int, num
             max_new_tokens=num_new + 2 * num_draft,
             eos_token_id=[],
             length=f"fixed={num_draft}",
-            streamer=watch,
+            streamer=streamer,
         )
         new.append(out.sequences[0, len(prompt) : len(prompt) + num_new].tolist())
         num_done = 1
-        for size in watch.sizes[1:]:
+        for size in streamer.sizes[1:]:
             if num_done < num_new:
                 sizes.append(size)
             num_done += size
@@ -135,20 +138,23 @@ def run_draftsmith(drafter: Any, prompts: Sequence[list[int]], num_new: int, num
         texts=new,
         num_drafts=len(sizes),
         num_drafted=len(sizes) * num_draft,
-        accepted=[sum(size > place + 1 for size in sizes) for place in range(num_draft)],
+        accepted=[sum(size > depth + 1 for size in sizes) for depth in range(num_draft)],
     )
 
 
 def agrees(found: ServingCounts, expected: ServingCounts) -> bool:
-    """Returns whether as much was accepted at each place, but for rounding."""
+    """Returns True if the accepted counts at each depth agree up to rounding."""
     if len(found.accepted) != len(expected.accepted):
         return False
     pairs = zip(found.accepted, expected.accepted, strict=True)
-    most = 1 + sum(expected.accepted) // TOLERANCE
-    return all(abs(one - other) <= most for one, other in pairs) and abs(found.num_drafts - expected.num_drafts) <= most
+    max_difference = 1 + sum(expected.accepted) // TOLERANCE
+    return (
+        all(abs(one - other) <= max_difference for one, other in pairs)
+        and abs(found.num_drafts - expected.num_drafts) <= max_difference
+    )
 
 
 def drafts_trees(drafter: Any, prompt: list[int], num_new: int, num_draft: int) -> bool:
-    """Returns whether more than one token is ever drafted for the same place, which vLLM does not verify."""
+    """Returns True if any draft has several tokens for one position, which vLLM does not verify."""
     steps = greedy_steps(drafter, prompt, num_new, length=f"fixed={num_draft}")
     return any(any(path) for step in steps for path in step.drafted)

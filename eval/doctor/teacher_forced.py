@@ -1,7 +1,7 @@
-"""Drafts begun afresh within a text that the target wrote: what a drafter says where all before it is right.
+"""Teacher-forced drafts: accuracy of drafts that begin at positions of a text which the target wrote greedily.
 
-Of a greedy text the target's own next tokens are known, so that nothing need be verified: a draft is accepted as far as
-the text holds it.
+The target's next tokens are known from the text, so no verification is needed: a draft is accepted as far as it matches
+the text.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,71 +16,73 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import drafted_depth
 from draftsmith.core.tree import Draft
 
-AT_ONCE = 32
+BATCH_SIZE = 32
 OFFSETS = (-2, -1, 0, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyText:
-    """A prompt and what the target greedily wrote after it."""
+    """A prompt and the target's greedy continuation."""
 
     ids: list[int]
-    """All tokens."""
+    """Token ids of both."""
     num_prompt: int
-    """How many of them are the prompt's."""
+    """Number of prompt tokens."""
 
 
 @dataclass(kw_only=True)
 class DraftCounts:
-    """What drafts came to, summed."""
+    """Counts of drafted and accepted tokens over several drafts."""
 
     drafted: list[int] = field(default_factory=list)
     """Entry d counts the drafts that reached depth d + 1."""
     accepted: list[int] = field(default_factory=list)
-    """Entry d counts those accepted to depth d + 1."""
-    first_right: dict[int, int] = field(default_factory=lambda: dict.fromkeys(OFFSETS, 0))
-    """How often the likeliest first token was the text's, so many places after the one it was meant for."""
+    """Entry d counts the drafts accepted up to depth d + 1."""
+    first_correct: dict[int, int] = field(default_factory=lambda: dict.fromkeys(OFFSETS, 0))
+    """How often the likeliest first token equals the text's token at an offset from its own position."""
     num_drafts: int = 0
 
     def add(self, num_drafted: int, num_accepted: int) -> None:
+        """Adds one draft."""
         self.num_drafts += 1
         for counts, reached in ((self.drafted, num_drafted), (self.accepted, num_accepted)):
             counts.extend([0] * (num_drafted - len(counts)))
             for depth in range(reached):
                 counts[depth] += 1
 
-    def shares(self) -> list[float]:
-        """Returns, of the drafts that reached each depth, the share accepted to it."""
+    def rates(self) -> list[float]:
+        """Returns the acceptance rate at each depth, relative to the drafts that reached it."""
         return [part / whole for part, whole in zip(self.accepted, self.drafted, strict=True) if whole]
 
-    def right_at(self, offset: int) -> float:
-        return self.first_right[offset] / max(self.num_drafts, 1)
+    def accuracy_at(self, offset: int) -> float:
+        """Returns the accuracy of first tokens against the text at an offset from their position."""
+        return self.first_correct[offset] / max(self.num_drafts, 1)
 
 
 def draft_positions(texts: Sequence[GreedyText], most: int) -> list[tuple[int, int]]:
-    """Returns (text, length of what stands before), every place written by the target, or `most` of them evenly."""
-    places = [(number, end) for number, text in enumerate(texts) for end in range(text.num_prompt, len(text.ids))]
-    step = max(1, -(-len(places) // most))
-    return places[::step]
+    """Returns (text, position) of the target's tokens: all of them, or at most `most` evenly spaced ones."""
+    positions = [(number, end) for number, text in enumerate(texts) for end in range(text.num_prompt, len(text.ids))]
+    step = max(1, -(-len(positions) // most))
+    return positions[::step]
 
 
 def draft_from_positions(
     target: Target,
     drafter: Any,
     texts: Sequence[GreedyText],
-    places: Sequence[tuple[int, int]],
+    positions: Sequence[tuple[int, int]],
     depth: int,
     *,
     shift: int = 0,
     on_progress: Callable[[int], Any] = lambda num_rows: None,
 ) -> DraftCounts:
-    """Returns what came of a draft of at most `depth` tokens begun at each of `places`, greedily.
+    """Drafts up to `depth` tokens at each of `positions`, greedily, and returns their counts.
 
-    With `shift` the drafter is given hidden layers so many blocks later than those that it asks for.
+    With `shift`, the drafter gets the hidden layers that many blocks after those that it reads.
     """
     counts = DraftCounts()
-    for begin in range(0, len(places), AT_ONCE):
-        part = places[begin : begin + AT_ONCE]
+    for begin in range(0, len(positions), BATCH_SIZE):
+        part = positions[begin : begin + BATCH_SIZE]
         drafts = _draft(target, drafter, [texts[number].ids[:end] for number, end in part], depth, shift)
         tokens = drafts.tokens_BN.tolist()
         for row, (number, end) in enumerate(part):
@@ -108,14 +110,14 @@ def _draft(target: Target, drafter: Any, rows: list[list[int]], depth: int, shif
 
 
 def _count(counts: DraftCounts, drafts: Draft, row: int, tokens: list[int], text: list[int], end: int) -> None:
-    """Adds one row's draft; no deeper than the text goes on, as what came after is not known."""
+    """Adds one row's draft, cut at the end of the text, after which the target's tokens are unknown."""
     parents = drafts.tree.parents_RN[row % len(drafts.tree.parents_RN)].tolist()
     num_nodes = drafts.tree.num_nodes if drafts.num_nodes is None else drafts.num_nodes[row]
     reached, node = min(drafted_depth(drafts, row), len(text) - end), 0
     depth = 0
     while depth < reached:
-        said = text[end + depth]
-        children = (n for n in range(node + 1, num_nodes) if parents[n] == node and tokens[n] == said)
+        expected = text[end + depth]
+        children = (n for n in range(node + 1, num_nodes) if parents[n] == node and tokens[n] == expected)
         node = next(children, -1)
         if node < 0:
             break
@@ -124,4 +126,4 @@ def _count(counts: DraftCounts, drafts: Draft, row: int, tokens: list[int], text
     first = next((n for n in range(1, num_nodes) if parents[n] == 0), None)
     for offset in OFFSETS:
         if first is not None and 0 <= end + offset < len(text):
-            counts.first_right[offset] += tokens[first] == text[end + offset]
+            counts.first_correct[offset] += tokens[first] == text[end + offset]

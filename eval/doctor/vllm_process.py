@@ -1,6 +1,6 @@
-"""Runs vLLM over prompts in a process of its own: reads what is asked from one JSON file, writes another beside it.
+"""Runs vLLM over prompts in its own process: reads a request from a JSON file and writes the response beside it.
 
-Its Python has vLLM and draftsmith, and need have nothing else of this repository.
+Its interpreter needs vLLM and draftsmith, and nothing else of this repository.
 """
 
 import json
@@ -15,32 +15,32 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-ASKED, ANSWER = "asked.json", "answer.json"
+REQUEST, RESPONSE = "request.json", "response.json"
 METRICS = "vllm:spec_decode_"
 
 
 def main(folder: Path) -> None:
-    os.environ |= ENVIRONMENT  # read as vLLM is imported
+    os.environ |= ENVIRONMENT  # vLLM reads them on import
     from vllm import LLM, SamplingParams
 
-    asked = json.loads((folder / ASKED).read_text())
+    request = json.loads((folder / REQUEST).read_text())
     engine = LLM(
-        asked["target"],
-        dtype=asked["dtype"],
+        request["target"],
+        dtype=request["dtype"],
         enforce_eager=True,
-        max_model_len=asked["max_tokens"],
+        max_model_len=request["max_tokens"],
         max_num_seqs=3,
         disable_log_stats=False,
-        speculative_config=asked["settings"] or None,
+        speculative_config=request["settings"] or None,
     )
-    sampling = SamplingParams(temperature=0, max_tokens=asked["num_new"], ignore_eos=True)
-    outputs = engine.generate([{"prompt_token_ids": row} for row in asked["prompts"]], sampling, use_tqdm=False)
-    found = {one.name.removeprefix(METRICS): one for one in engine.get_metrics() if one.name.startswith(METRICS)}
-    answer = {
+    sampling = SamplingParams(temperature=0, max_tokens=request["num_new"], ignore_eos=True)
+    outputs = engine.generate([{"prompt_token_ids": row} for row in request["prompts"]], sampling, use_tqdm=False)
+    metrics = {one.name.removeprefix(METRICS): one for one in engine.get_metrics() if one.name.startswith(METRICS)}
+    response = {
         "texts": [list(one.outputs[0].token_ids) for one in outputs],
-        "counts": {name: getattr(one, "values", None) or one.value for name, one in found.items()},
+        "counts": {name: getattr(one, "values", None) or one.value for name, one in metrics.items()},
     }
-    (folder / ANSWER).write_text(json.dumps(answer))
+    (folder / RESPONSE).write_text(json.dumps(response))
 
 
 if __name__ == "__main__":

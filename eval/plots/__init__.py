@@ -1,1 +1,1 @@
-"""Pictures: the bake-off, learning curves, pairs of drafters, sizes of compressed copies."""
+"""Plots of the bake-off, of learning curves, of pairs of drafters and of compressed copies."""

@@ -1,11 +1,13 @@
-"""The bake-off's picture: speed-up in every cell, and acceptance by depth."""
+"""Plots a bake-off: speed-up at every temperature and batch size, and acceptance by depth."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.report.table import MAX_NAME, shorten
+
 Row = dict[str, Any]
-# Okabe and Ito's colours, told apart by the colour-blind; markers and dashes tell lines apart without any colour.
+# Okabe and Ito's colour-blind-safe palette; markers and dashes distinguish lines without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":")
@@ -15,7 +17,7 @@ MAX_DEPTH = 10
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Writes a PNG: a row of panels for each temperature, a column for each batch size, and one for acceptance."""
+    """Writes a PNG with a row of panels per temperature, a column per batch size, and a column for acceptance."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -31,32 +33,32 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for panel, batch_size in zip(panels, batch_sizes, strict=False):
             found = [row for row in rows if (row["temperature"], row["batch_size"]) == (temperature, batch_size)]
             _bars(panel, found, longest)
-            panel.set_title(f"Speed-up at {_law(temperature)}, batch {batch_size}", fontsize=11)
+            panel.set_title(f"Speed-up at {_label(temperature)}, batch {batch_size}", fontsize=11)
         found = [row for row in rows if (row["temperature"], row["batch_size"]) == (temperature, batch_sizes[0])]
         _acceptance(panels[-1], found)
-        panels[-1].set_title(f"% accepted, {_law(temperature)}, batch {batch_sizes[0]}", fontsize=11)
+        panels[-1].set_title(f"Accepted by depth, %, {_label(temperature)}, batch {batch_sizes[0]}", fontsize=11)
     first = rows[0]
     figure.suptitle(f"{first['target']} on {first['hardware']}, {first['threads']} thread(s)", fontsize=12)
     figure.savefig(path, format="png")
 
 
-def _law(temperature: float) -> str:
+def _label(temperature: float) -> str:
     return f"temperature {temperature:g}"
 
 
 def _bars(panel: Any, rows: Sequence[Row], longest: float) -> None:
-    """Draws horizontal bars, so that names of any length stay readable, with the quartiles over rounds as whiskers."""
-    for place, row in enumerate(rows):
+    """Draws horizontal bars, on which long names stay readable, with quartiles over rounds as whiskers."""
+    for position, row in enumerate(rows):
         value, low, high = row["speedup"], row["speedup_low"], row["speedup_high"]
         is_drafted = row["family"] is not None
         colour = NEUTRAL if not is_drafted else FASTER if value >= 1 else SLOWER
-        panel.barh(place, value, height=0.62, color=colour, alpha=0.85, hatch="//" if not row["lossless"] else None)
-        panel.errorbar(value, place, xerr=[[value - low], [high - value]], color="black", capsize=3, linewidth=1.2)
+        panel.barh(position, value, height=0.62, color=colour, alpha=0.85, hatch="//" if not row["lossless"] else None)
+        panel.errorbar(value, position, xerr=[[value - low], [high - value]], color="black", capsize=3, linewidth=1.2)
         note = " slower" if value < 0.995 else ""
         note += " lossy" if not row["lossless"] else ""
         panel.annotate(
             f"{value:.2f}x{note}",
-            (high, place),
+            (high, position),
             xytext=(7, 0),
             textcoords="offset points",
             va="center",
@@ -64,28 +66,24 @@ def _bars(panel: Any, rows: Sequence[Row], longest: float) -> None:
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )
     panel.axvline(1.0, color="black", linewidth=1, linestyle="--", zorder=0.5)
-    panel.set_yticks(range(len(rows)), [_short(row["drafter"]) for row in rows], fontsize=10)
+    panel.set_yticks(range(len(rows)), [shorten(row["drafter"], MAX_NAME) for row in rows], fontsize=10)
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_xlim(0, 1.45 * longest)  # room for the labels
-    panel.set_xlabel("tokens/s over plain decoding", fontsize=9.5)
+    panel.set_xlabel("speed-up: tok/s relative to plain decoding", fontsize=9.5)
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def _acceptance(panel: Any, rows: Sequence[Row]) -> None:
-    """Draws a line of cells for each bar, a cell a depth, with its per cent: readable of many drafters at once."""
-    shares = [row["accepted_per_depth"][:MAX_DEPTH] for row in rows]
-    deepest = max(1, *map(len, shares))
-    cells = [[*found, *[float("nan")] * (deepest - len(found))] for found in shares]
-    panel.imshow(cells, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")  # black on the darkest is still readable
-    for place, found in enumerate(shares):
-        for depth, share in enumerate(found):
-            panel.text(depth, place, f"{100 * share:.0f}", ha="center", va="center", fontsize=9)
+    """Draws a table with a row per drafter and a cell per depth with its percentage, readable for many drafters."""
+    rates = [row["accepted_per_depth"][:MAX_DEPTH] for row in rows]
+    deepest = max(1, *map(len, rates))
+    cells = [[*found, *[float("nan")] * (deepest - len(found))] for found in rates]
+    panel.imshow(cells, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")  # keeps black text readable on the darkest cell
+    for position, found in enumerate(rates):
+        for depth, rate in enumerate(found):
+            panel.text(depth, position, f"{100 * rate:.0f}", ha="center", va="center", fontsize=9)
     panel.set_xticks(range(deepest), range(1, deepest + 1))
-    panel.set_yticks(range(len(rows)), [_short(row["drafter"]) for row in rows], fontsize=10)
-    panel.set_xlabel("depth in the draft, tokens", fontsize=9.5)
+    panel.set_yticks(range(len(rows)), [shorten(row["drafter"], MAX_NAME) for row in rows], fontsize=10)
+    panel.set_xlabel("draft depth", fontsize=9.5)
     panel.spines[["top", "right", "bottom", "left"]].set_visible(False)
     panel.tick_params(length=0)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 26 else "..." + name[-23:]

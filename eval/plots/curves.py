@@ -1,4 +1,4 @@
-"""What runs learnt as they went: curves read from their logs, as JSONL and as one picture."""
+"""Learning curves of several runs, read from their logs and written as JSONL and as one plot."""
 
 import functools
 import json
@@ -15,28 +15,28 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A part of the picture: one quantity in several runs."""
+    """One panel of the plot: a metric in several runs."""
 
     title: str
-    """What it shows, and in which unit."""
+    """The metric, with its unit."""
     lines: dict[str, Points] = field(default_factory=dict)
-    """The runs, by name."""
+    """The points of each run, by its name."""
 
 
 def read_curve(run: Path, metric: str) -> Points:
-    """Returns what a run's log says of `metric` at each step; raises ValueError if that is nothing."""
+    """Returns a metric at each step from a run's log; raises ValueError if the log does not contain it."""
     points: dict[int, float] = {}
     for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
         if metric in line:
-            # The last line is of the artifact, which need not be of the last step.
+            # The last line describes the artifact, which need not be of the last step.
             points.setdefault(line["step"], line[metric])
     if not points:
-        raise ValueError(f"{run / 'log.jsonl'} says nothing of {metric}")
+        raise ValueError(f"{run / 'log.jsonl'} does not contain the metric {metric}")
     return list(points.items())
 
 
 def publish_curves(panels: Sequence[Panel], folder: Path) -> None:
-    """Writes `curves.jsonl`, a line for each point, and `curves.png`, each whole or not at all."""
+    """Writes `curves.jsonl`, with a line per point, and `curves.png`, each atomically."""
     text = "".join(
         json.dumps({"panel": panel.title, "run": run, "step": step, "value": value}) + "\n"
         for panel in panels
@@ -59,7 +59,7 @@ def _draw(panels: Sequence[Panel], path: Path) -> None:
             style = {"color": COLOURS[at], "marker": MARKERS[at], "linestyle": DASHES[at % len(DASHES)]}
             axes.plot(*zip(*points, strict=True), label=run, **style)
         axes.set_title(panel.title, fontsize=11)
-        axes.set_xlabel("optimiser steps", fontsize=9.5)
+        axes.set_xlabel("optimiser step", fontsize=9.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Drafters made in two ways, side by side: a table and a picture."""
+"""Compares drafters made in two ways, as a table and as a plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ from eval.plots.bakeoff import COLOURS
 from eval.report.table import grid
 
 Row = dict[str, Any]
-QUANTITIES = {"acceptance": "first token accepted", "tau": "tokens a forward", "speedup": "speed-up"}
+METRICS = {"acceptance": "first-token acceptance", "tau": "mean accepted length (tau)", "speedup": "speed-up"}
 
 
 def pairs_of(rows: Sequence[Row], ways: Sequence[str]) -> list[Row]:
-    """Returns what the rows of artifacts `WAY/NAME` say of each target, name and temperature, way by way.
+    """Returns the metrics of artifacts `WAY/NAME` for each target, name and temperature, with one entry per way.
 
-    Names that were made in one way alone are left out.
+    Names without an artifact in every way are left out.
     """
     found: dict[tuple[str, str, float], Row] = {}
     for row in rows:
@@ -30,12 +30,12 @@ def pairs_of(rows: Sequence[Row], ways: Sequence[str]) -> list[Row]:
 
 
 def pair_table(pairs: Sequence[Row], ways: Sequence[str]) -> list[str]:
-    """Returns a Markdown table, a line for each target, drafter and temperature."""
-    heading = [f"{way}: {said}" for said in QUANTITIES.values() for way in ways]
+    """Returns a Markdown table with a line per target, drafter and temperature."""
+    heading = [f"{way}: {label}" for label in METRICS.values() for way in ways]
     cells = [
         [
             f"{pair['drafter']} on {pair['target']}, T={pair['temperature']:g}",
-            *(f"{pair[way][quantity]:.2f}" for quantity in QUANTITIES for way in ways),
+            *(f"{pair[way][metric]:.2f}" for metric in METRICS for way in ways),
         ]
         for pair in pairs
     ]
@@ -43,22 +43,22 @@ def pair_table(pairs: Sequence[Row], ways: Sequence[str]) -> list[str]:
 
 
 def draw_pairs(pairs: Sequence[Row], ways: Sequence[str], path: Path) -> None:
-    """Writes a PNG: a row of panels for each target and temperature, a panel for each quantity, a bar for each way."""
+    """Writes a PNG with a row of panels per target and temperature, a panel per metric and a bar per way."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    laws = list(dict.fromkeys((pair["target"], pair["temperature"]) for pair in pairs))
-    figure = Figure(figsize=(4.2 * len(QUANTITIES), 2.6 * len(laws)), dpi=120, layout="constrained")
+    conditions = list(dict.fromkeys((pair["target"], pair["temperature"]) for pair in pairs))
+    figure = Figure(figsize=(4.2 * len(METRICS), 2.6 * len(conditions)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    grid_of_axes = figure.subplots(len(laws), len(QUANTITIES), squeeze=False)
-    for line, (target, temperature) in zip(grid_of_axes, laws, strict=True):
+    grid_of_axes = figure.subplots(len(conditions), len(METRICS), squeeze=False)
+    for line, (target, temperature) in zip(grid_of_axes, conditions, strict=True):
         found = [pair for pair in pairs if (pair["target"], pair["temperature"]) == (target, temperature)]
-        for axes, (quantity, said) in zip(line, QUANTITIES.items(), strict=True):
+        for axes, (metric, label) in zip(line, METRICS.items(), strict=True):
             for at, way in enumerate(ways):
-                places = [place + 0.4 * (at - 0.5 * (len(ways) - 1)) for place in range(len(found))]
+                positions = [position + 0.4 * (at - 0.5 * (len(ways) - 1)) for position in range(len(found))]
                 bars = axes.bar(
-                    places,
-                    [pair[way][quantity] for pair in found],
+                    positions,
+                    [pair[way][metric] for pair in found],
                     width=0.36,
                     color=COLOURS[at],
                     hatch="//" * at,
@@ -67,10 +67,10 @@ def draw_pairs(pairs: Sequence[Row], ways: Sequence[str], path: Path) -> None:
                 )
                 axes.bar_label(bars, fmt="%.2f", fontsize=8)
             axes.set_xticks(range(len(found)), [pair["drafter"] for pair in found])
-            axes.set_title(f"{said}: {target}, temperature {temperature:g}", fontsize=10)
+            axes.set_title(f"{label}: {target}, temperature {temperature:g}", fontsize=10)
             axes.margins(y=0.15)
             axes.spines[["top", "right"]].set_visible(False)
-            if quantity == "speedup":
+            if metric == "speedup":
                 axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
     grid_of_axes[0][0].legend(fontsize=9, frameon=False)
     figure.savefig(path, format="png")

@@ -1,4 +1,4 @@
-"""A comparison in wandb: its table, its picture and every contender's figures."""
+"""Logs a comparison to wandb: its table, its plots and the metrics of every contender."""
 
 import json
 import os
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-FIGURES = ("tau", "tokens_per_s", "speedup")
+METRICS = ("tau", "tokens_per_s", "speedup")
 
 
 def to_wandb(rows: Sequence[dict[str, Any]], output: Path, project: str) -> None:
-    """Reports the rows of a comparison that lies in `output`, as one run; offline where $WANDB_MODE says so."""
+    """Logs the rows and plots of the comparison in `output` as one run, offline with WANDB_MODE=offline."""
     import wandb
 
     columns = list(rows[0])
@@ -18,16 +18,16 @@ def to_wandb(rows: Sequence[dict[str, Any]], output: Path, project: str) -> None
     project = os.environ.get("WANDB_PROJECT", project)
     with wandb.init(project=project, name=output.name, job_type="bakeoff", dir=output, config=settings) as run:
         logged: dict[str, Any] = {
-            f"{row['drafter']}/{figure}_t{row['temperature']:g}_b{row['batch_size']}": row[figure]
+            f"{row['drafter']}/{metric}_t{row['temperature']:g}_b{row['batch_size']}": row[metric]
             for row in rows
-            for figure in FIGURES
+            for metric in METRICS
         }
         logged["bakeoff"] = wandb.Table(columns=columns, data=[[_cell(row[name]) for name in columns] for row in rows])
-        # The picture bakeoff.png is shown beside the table of that name.
+        # A name of its own: bakeoff.png is logged beside the table "bakeoff".
         logged |= {f"picture of {picture.stem}": wandb.Image(str(picture)) for picture in sorted(output.glob("*.png"))}
         run.log(logged)
 
 
 def _cell(value: Any) -> Any:
-    """Returns what a column of one kind can hold."""
+    """Returns a value that a wandb table column can hold: lists and dicts as JSON."""
     return json.dumps(value) if isinstance(value, list | dict) else value

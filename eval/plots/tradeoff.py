@@ -1,4 +1,4 @@
-"""What a smaller draft model gives up and what it saves: weights against acceptance, and against speed."""
+"""Trade-off of compressed draft models: number of weights against acceptance and against speed-up."""
 
 import functools
 import json
@@ -12,7 +12,8 @@ from draftsmith.length import predicted_speedup
 from eval.plots.bakeoff import COLOURS, DASHES, MARKERS
 
 HEADER = (
-    "| model | weights, M | cost of a token | temperature | accepted | tokens a step | speed-up | predicted |\n"
+    "| model | weights, M | relative cost | temperature | acceptance | mean accepted length (tau) | speed-up |"
+    " predicted |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 
@@ -22,22 +23,22 @@ class Point:
     """One draft model at one temperature."""
 
     line: str
-    """How it was made; models made alike are joined by a line."""
+    """How it was made; models made in the same way are joined by a line in the plot."""
     name: str
     temperature: float
     num_weights: int
-    """Those that are not zero, embedding and head included."""
+    """Number of non-zero weights, including embedding and LM head."""
     cost_ratio: float
-    """A token's forward over that of the target."""
+    """Time of a one-token forward relative to the target's."""
     acceptance: float
-    """Chance that a drafted token is accepted after the target's own text, held out."""
+    """Probability that a drafted token is accepted after the target's held-out text."""
     tau: float
     speedup: float
-    """Measured, over plain decoding in the same process."""
+    """Measured speed-up over plain decoding in the same process."""
 
     @property
     def predicted(self) -> float:
-        """The largest over lengths n of (1 - a^(n + 1)) / (1 - a) / (n c + 1) (2211.17192, theorem 3.8)."""
+        """The largest, over draft lengths n, of (1 - a^(n + 1)) / (1 - a) / (n c + 1) (2211.17192, theorem 3.8)."""
         return predicted_speedup.best(self.acceptance, self.cost_ratio)[1]
 
     def as_row(self) -> dict[str, Any]:
@@ -45,7 +46,7 @@ class Point:
 
 
 def publish_tradeoff(points: Sequence[Point], folder: Path) -> str:
-    """Writes `tradeoff.json`, `.md` and `.png`, each whole or not at all, and returns the table."""
+    """Writes `tradeoff.json`, `.md` and `.png`, each atomically, and returns the table."""
     text = json.dumps([point.as_row() for point in points], indent=1) + "\n"
     lines = "\n".join([HEADER, *map(_line, points)])
     write_whole(folder / "tradeoff.json", lambda path: path.write_text(text))
@@ -89,12 +90,12 @@ def _draw(points: Sequence[Point], path: Path) -> None:
             hollow = style | {"markerfacecolor": "white", "linestyle": ":", "alpha": 0.8}
             right.plot(weights, [one.predicted for one in found], **hollow)
         left.set_ylim(0, 1.02)
-        left.set_title(f"Drafted tokens accepted, temperature {temperature:g}", fontsize=11)
+        left.set_title(f"Acceptance rate, temperature {temperature:g}", fontsize=11)
         right.set_title(f"Speed-up (hollow: predicted), temperature {temperature:g}", fontsize=11)
         right.axhline(1.0, color="black", linewidth=1, linestyle="--", zorder=0.5)
         right.set_ylim(bottom=0)
         for panel in (left, right):
-            panel.set_xlabel("weights that are not zero, millions", fontsize=9.5)
+            panel.set_xlabel("non-zero weights, millions", fontsize=9.5)
             panel.grid(alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)
     handles, labels = grid[0][0].get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""eval/ and recipes/bakeoff.py: what is measured, how it is written down, continued and refused."""
+"""Tests of the bake-off: rows, tables and files, continuation, and invalid input."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def some_prompts(number: int = 4) -> list[Prompt]:
 
 
 def make_artifacts(target: Target, folder: Path) -> list[Path]:
-    """Saves one drafter that says how long it trained and one that does not."""
+    """Saves a drafter with a recorded training time and one without."""
     paths = []
     for name, record in (("medusa", {"train_s": 12.5}), ("lookup", {})):
         family = find(name)
@@ -59,7 +59,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, A
     return compare(target, some_prompts(), artifacts, folder / "out", SMALL), folder / "out"
 
 
-def test_rows_are_one_a_contender_temperature_and_batch_size(compared: tuple[list[dict[str, Any]], Path]) -> None:
+def test_compare_one_row_per_contender_temperature_and_batch_size(compared: tuple[list[dict[str, Any]], Path]) -> None:
     rows, _ = compared
     greedy = ["plain", "transformers", "medusa", "lookup"]
     sampled = ["plain", "transformers", "medusa", "medusa (typical)", "lookup", "lookup (typical)"]
@@ -71,7 +71,7 @@ def test_rows_are_one_a_contender_temperature_and_batch_size(compared: tuple[lis
     assert all(set(row) >= KEYS for row in rows)
 
 
-def test_rows_say_what_each_contender_is(compared: tuple[list[dict[str, Any]], Path]) -> None:
+def test_compare_row_values(compared: tuple[list[dict[str, Any]], Path]) -> None:
     rows, _ = compared
     for row in rows:
         is_drafter = row["drafter"] not in ("plain", "transformers")
@@ -91,8 +91,8 @@ def test_rows_say_what_each_contender_is(compared: tuple[list[dict[str, Any]], P
     assert [by_name[name]["train_s"] for name in ("medusa", "lookup", "plain")] == [12.5, None, 0.0]
 
 
-def test_a_row_says_how_close_its_verifier_comes_to_the_best(tmp_path: Path) -> None:
-    """Of one sibling the token rule is the best there is; a copy of the target is always accepted."""
+def test_compare_first_token_acceptance_and_bound(tmp_path: Path) -> None:
+    """The token rule is optimal for a single sibling; a copy of the target is always accepted."""
     target, family = tiny_target("llama"), find("lm")
     drafter = family.Drafter(family.Config(model=target.model.config.to_dict(), length="fixed", num_draft=2), target)
     drafter.model.load_state_dict(target.model.state_dict())
@@ -109,11 +109,11 @@ def test_a_row_says_how_close_its_verifier_comes_to_the_best(tmp_path: Path) -> 
     assert other["first_accepted"] == pytest.approx(other["first_optimum"], abs=0.2)
     assert all(row["first_optimum"] is None for row in rows if row["temperature"] == 0)
     text = (tmp_path / "out" / "bakeoff.md").read_text()
-    assert f"{other['first_accepted']:.2f} of {other['first_optimum']:.2f}" in text and "First, best:" in text
+    assert f"{other['first_accepted']:.2f}, {other['first_optimum']:.2f}" in text and "- first token, bound:" in text
 
 
-def test_a_drafter_that_tunes_its_target_is_compared_with_that_one(tmp_path: Path) -> None:
-    """Its rows are told apart, stand after the tuned target's plain decoding, and are identical to it."""
+def test_compare_fine_tuned_target_is_its_own_baseline(tmp_path: Path) -> None:
+    """Its rows are marked, follow plain decoding of the fine-tuned target, and have the same output."""
     target, family = tiny_target("llama"), find("medusa2")
     drafter = built(family, family.Config(rank=4, alpha=1.0), target)
     draftsmith.save(drafter, tmp_path / "tuner", target=target)
@@ -132,13 +132,13 @@ def test_a_drafter_that_tunes_its_target_is_compared_with_that_one(tmp_path: Pat
     text = (tmp_path / "out" / "bakeoff.md").read_text()
     shown = [line.split("|") for line in text.splitlines() if line.startswith("| tuner")]
     outputs = [cells[6].strip() for cells in shown if len(cells) > 7]
-    assert outputs[:3] == ["tuned*", "identical*", "identical*"]
-    assert outputs[3:7] == ["tuned*", "same law*", "lossy", "same law*"]
-    assert "*: of the target as its drafter has tuned it" in text
+    assert outputs[:3] == ["fine-tuned*", "identical*", "identical*"]
+    assert outputs[3:7] == ["fine-tuned*", "lossless*", "lossy", "lossless*"]
+    assert "*: compared with plain decoding of the target as fine-tuned by this drafter" in text
     assert max(map(len, table(rows, "terminal"))) <= 120
 
 
-def test_files_hold_the_rows(compared: tuple[list[dict[str, Any]], Path]) -> None:
+def test_compare_files_contain_the_rows(compared: tuple[list[dict[str, Any]], Path]) -> None:
     rows, folder = compared
     kinds = ("json", "md", "csv", "png", "texts.json", "html")
     assert {file.name for file in folder.iterdir()} == {f"bakeoff.{kind}" for kind in kinds}
@@ -151,18 +151,18 @@ def test_files_hold_the_rows(compared: tuple[list[dict[str, Any]], Path]) -> Non
             assert texts[key] == value if isinstance(value, str) else json.loads(texts[key] or "null") == value
 
 
-def test_table_in_markdown_and_on_a_terminal(compared: tuple[list[dict[str, Any]], Path]) -> None:
+def test_table_markdown_and_terminal_width(compared: tuple[list[dict[str, Any]], Path]) -> None:
     rows, folder = compared
     markdown = (folder / "bakeoff.md").read_text()
     shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
     measured = [cells for cells in shown if len(cells) == 10 and cells[0] != "drafter" and "-" not in cells[0]]
     assert [(cells[0], cells[1]) for cells in measured] == [(row["drafter"], f"{row['tau']:.2f}") for row in rows]
-    assert {cells[6] for cells in measured} == {"identical", "same law", "lossy"}
+    assert {cells[6] for cells in measured} == {"identical", "lossless", "lossy"}
     lines = [*header(rows, "terminal").splitlines(), *table(rows, "terminal")]
     assert max(map(len, lines)) <= 120
 
 
-def test_what_is_predicted_stands_beside_what_was_measured(compared: tuple[list[dict[str, Any]], Path]) -> None:
+def test_compare_adds_predictions(compared: tuple[list[dict[str, Any]], Path]) -> None:
     rows, folder = compared
     for row in rows:
         is_drafter = row["family"] is not None
@@ -170,16 +170,16 @@ def test_what_is_predicted_stands_beside_what_was_measured(compared: tuple[list[
         if is_drafter:
             by_size = {int(size): ratio for size, ratio in row["predicted_by_batch_size"].items()}
             assert list(by_size) == [1, 2, 4] and min(by_size.values()) > 0
-            if row["batch_size"] == 1:  # one row waits for no other
+            if row["batch_size"] == 1:  # a single row has no stragglers
                 assert row["predicted_speedup"] == pytest.approx(by_size[1])
             assert row["break_even_batch"] == next((size for size, ratio in by_size.items() if ratio < 1), None)
     markdown = (folder / "bakeoff.md").read_text()
-    assert "## Predicted speed-up by batch size, batches kept full, temperature 1" in markdown
+    assert "## Predicted speed-up by batch size, continuous batching, temperature 1" in markdown
     slow = [row["drafter"] for row in rows if row["break_even_batch"] == 1 and row["temperature"] == 0]
-    assert ("At temperature 0 these are predicted to slow you down" in markdown) == bool(slow)
+    assert ("Predicted to slow decoding down even at batch size 1, temperature 0" in markdown) == bool(slow)
 
 
-def test_categories_are_told_apart_where_prompts_carry_them(tmp_path: Path) -> None:
+def test_compare_by_category(tmp_path: Path) -> None:
     target = tiny_target("llama")
     named = [
         replace(prompt, category=category)
@@ -201,7 +201,7 @@ def test_categories_are_told_apart_where_prompts_carry_them(tmp_path: Path) -> N
     assert "## Speed-up by category (prompts), temperature 0, batch 1" in text and "maths (3)" in text
 
 
-def test_table_shows_slow_downs_and_differing_output(compared: tuple[list[dict[str, Any]], Path]) -> None:
+def test_table_marks_slow_downs_and_differing_output(compared: tuple[list[dict[str, Any]], Path]) -> None:
     row = compared[0][2] | {"speedup": 0.8, "speedup_low": 0.7, "speedup_high": 0.9, "identical": False}
     line = next(line for line in table([row], "terminal") if line.startswith("medusa"))
     assert "0.80x slower" in line
@@ -209,15 +209,15 @@ def test_table_shows_slow_downs_and_differing_output(compared: tuple[list[dict[s
     assert "DIFFERS" in line
 
 
-def test_picture_is_not_blank(compared: tuple[list[dict[str, Any]], Path]) -> None:
+def test_plot_is_not_blank(compared: tuple[list[dict[str, Any]], Path]) -> None:
     pixels = matplotlib.image.imread(compared[1] / "bakeoff.png")[..., :3]
     assert min(pixels.shape[:2]) > 400
     colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
     assert len(colours) > 50
-    assert 0.02 < 1 - counts.max() / counts.sum() < 0.6  # neither an empty page nor a filled one
+    assert 0.02 < 1 - counts.max() / counts.sum() < 0.6  # neither blank nor filled
 
 
-def test_lengths_and_gates_have_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_ablation_rows_of_lengths_and_gates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunSettings(
         batch_sizes="2",
         rounds=2,
@@ -231,9 +231,9 @@ def test_lengths_and_gates_have_rows_of_their_own(tmp_path: Path, capsys: pytest
     kinds = ("", " (fixed=1)", " (expected_gain)", " (gate 0.3)", " (gate 0.5)")
     expected = ["plain", "transformers", *(f"{name}{kind}" for name in ("medusa", "lookup") for kind in kinds)]
     assert [row["drafter"] for row in rows] == expected * 2
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ("medusa", "lookup"):
-        assert f"{name} (refit) is left out: length 'refit' goes by the draft's confidence" in told
+        assert f"{name} (refit) is left out: length 'refit' goes by the draft's confidence" in output
     for row in rows:
         assert row["lossless"] and row["identical"] is (True if row["temperature"] == 0 else None)
         assert row["is_ablation"] is ("(" in row["drafter"])
@@ -247,33 +247,35 @@ def test_lengths_and_gates_have_rows_of_their_own(tmp_path: Path, capsys: pytest
     drafter = draftsmith.load(tmp_path / "medusa", target)
     own = DecodingMethod(name="mine", decode=draftsmith_method(target, drafter))
     (gated,) = contenders._ablations(own, drafter, {}, BakeoffSettings(gates=(0.999,)))
-    ask = DecodingRequest(prompts=prompts(2), temperature=0.0, max_new_tokens=12, seed=0)
-    drafted = [decode(ask).stats.drafted[0] for decode in (gated.method.decode, draftsmith_method(target, drafter))]
-    assert drafted[0] < drafted[1], "a gate that hardly opens"
+    request = DecodingRequest(prompts=prompts(2), temperature=0.0, max_new_tokens=12, seed=0)
+    drafted = [decode(request).stats.drafted[0] for decode in (gated.method.decode, draftsmith_method(target, drafter))]
+    assert drafted[0] < drafted[1], "the threshold skips most drafts"
     lines = table(rows, "terminal")
     sizes = lines[next(at for at, line in enumerate(lines) if "parameters" in line) + 1 :]
     assert [line.split()[0] for line in sizes[:2]] == ["medusa", "lookup"] and not sizes[2]
 
 
-def test_what_was_measured_is_kept_when_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_continues_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     target, output = tiny_target("llama"), tmp_path / "out"
     artifacts = make_artifacts(target, tmp_path)
     settings = BakeoffSettings(rounds=2, max_new_tokens=4, batch_sizes=(1,), forecast_sizes=())
     calls = 0
 
-    def killed_at_the_third(*args: Any, **options: Any) -> dict[str, Tally]:
+    def interrupt_third_call(*args: Any, **options: Any) -> dict[str, Tally]:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
         return measure(*args, **options)
 
-    monkeypatch.setattr(bakeoff, "measure", killed_at_the_third)
+    monkeypatch.setattr(bakeoff, "measure", interrupt_third_call)
     with pytest.raises(KeyboardInterrupt):
         compare(target, some_prompts(), artifacts, output, settings)
     lines = (output / PARTIAL).read_text().splitlines()
-    assert len(lines) == 3  # what is compared, and two parts
-    (output / PARTIAL).write_text("\n".join([*lines, lines[-1][:50]]))  # a line cut short is passed over
+    assert len(lines) == 3  # the identity and two parts
+    (output / PARTIAL).write_text("\n".join([*lines, lines[-1][:50]]))  # a truncated line is skipped
     rows = compare(target, some_prompts(), artifacts, output, settings)
     assert calls == 5
     first = json.loads(lines[1])["tallies"]["medusa"]
@@ -282,11 +284,13 @@ def test_what_was_measured_is_kept_when_killed(tmp_path: Path, monkeypatch: pyte
     assert not (output / PARTIAL).exists()
     (output / PARTIAL).write_text("\n".join(lines))
     compare(target, some_prompts(), artifacts, output, replace(settings, max_new_tokens=5))
-    assert calls == 9  # nothing is taken from a comparison with other settings
+    assert calls == 9  # parts of a comparison with other settings are not used
+    message = "starting over, since the 2 measured parts differ in: max_new_tokens"
+    assert message in capsys.readouterr().out
 
 
-def test_speed_up_is_the_median_of_ratios_within_rounds() -> None:
-    entry = contenders.Contender(
+def test_row_speedup_is_the_median_ratio_within_rounds() -> None:
+    contender = contenders.Contender(
         method=DecodingMethod(name="mine", decode=draftsmith_method(tiny_target("llama"))), family="lookup"
     )
     seconds = [(1.0, 0.5), (10.0, 4.0), (2.0, 1.9)]  # the second round ran on a busy machine
@@ -297,7 +301,7 @@ def test_speed_up_is_the_median_of_ratios_within_rounds() -> None:
         }
         for plain, mine in seconds
     ]
-    row = row_of(entry, 0.0, 1, rounds)
+    row = row_of(contender, 0.0, 1, rounds)
     assert row["speedup"] == 2.0
     assert (row["speedup_low"], row["speedup_high"]) == (pytest.approx((2 + 2 / 1.9) / 2), 2.25)
     assert (row["tau"], row["draft_ms"], row["accepted_per_depth"]) == (2.5, 2.0, [0.75, 0.5])
@@ -314,12 +318,12 @@ def test_speed_up_is_the_median_of_ratios_within_rounds() -> None:
         ({"gates": (0.5, 1.5)}, "gates are"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_settings_invalid_values_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BakeoffSettings(**changes)
 
 
-def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
+def test_check_output_other_files_raise(tmp_path: Path) -> None:
     check_output(tmp_path)
     check_output(tmp_path / "new")
     (tmp_path / "thesis.txt").touch()
@@ -331,7 +335,7 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     check_output(tmp_path)
 
 
-def test_artifacts_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+def test_names_of_artifacts_are_unique(tmp_path: Path) -> None:
     names = [tmp_path / "one" / "heads", tmp_path / "two" / "heads", tmp_path / "plain"]
     assert contenders._names(names) == ["one/heads", "two/heads", f"{tmp_path.name}/plain"]
     with pytest.raises(ValueError, match="two artifacts are called"):

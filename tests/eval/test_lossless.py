@@ -1,6 +1,6 @@
-"""eval/lossless.py and what it is made of: sound systems pass, biased ones are seen, ties are told from errors.
+"""Tests of the certificate: lossless systems pass, biased verifiers are detected, invalid settings raise.
 
-Fixed beforehand: seed 0, and the false alarms that LawSettings names.
+The seed 0 and the false-alarm probabilities are fixed in advance.
 
 Shape suffixes: V vocabulary.
 """
@@ -42,9 +42,9 @@ FAMILIES: dict[str, Any] = {
     "lm": lm.Config(model=tiny_config("llama", vocab_size=8, num_hidden_layers=1).to_dict(), num_draft=3),
     "lookup": lookup.Config(),
 }
-LAWS = SampledTestSettings(num_rows=500, num_tokens=4, law_prompts=2, rows_at_once=125)
+SAMPLED = SampledTestSettings(num_rows=500, num_tokens=4, law_prompts=2, rows_at_once=125)
 GREEDY = GreedySettings(batch_sizes=(1, 3), max_new_tokens=12)
-SHARP = SampledTestSettings(num_rows=2000, num_tokens=4, law_prompts=1, rows_at_once=250, laws=("temperature=1",))
+STRICT = SampledTestSettings(num_rows=2000, num_tokens=4, law_prompts=1, rows_at_once=250, laws=("temperature=1",))
 BRIEF = GreedySettings(dtypes=("float32",), batch_sizes=(1,), max_new_tokens=2)
 
 
@@ -68,18 +68,18 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in FAMILIES}
 
 
-def certificate(
-    artifact: Path, laws: SampledTestSettings = LAWS, greedy_settings: GreedySettings = GREEDY
+def certificate_of(
+    artifact: Path, sampled: SampledTestSettings = SAMPLED, greedy_settings: GreedySettings = GREEDY
 ) -> dict[str, Any]:
-    return certify(loader(distribution_target().model), [artifact], some_prompts(), laws, greedy_settings)
+    return certify(loader(distribution_target().model), [artifact], some_prompts(), sampled, greedy_settings)
 
 
-def of_law(told: dict[str, Any]) -> list[dict[str, Any]]:
-    return [test for test in told["tests"] if test["kind"] == "sampled law"]
+def sampled_tests(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [test for test in result["tests"] if test["kind"] == "sampled distribution"]
 
 
-def of_greedy(told: dict[str, Any]) -> list[dict[str, Any]]:
-    return [test for test in told["tests"] if test["kind"] == "greedy identity"]
+def greedy_tests(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [test for test in result["tests"] if test["kind"] == "greedy identity"]
 
 
 # --- Sound systems ---------------------------------------------------------------------------------------------------
@@ -88,71 +88,73 @@ def of_greedy(told: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "verifier"), [("medusa", "deterministic"), ("lm", "block"), ("lookup", "deterministic")]
 )
-def test_every_family_is_certified(artifacts: dict[str, Path], name: str, verifier: str) -> None:
-    told = certificate(artifacts[name])
-    assert told["verdict"] == LOSSLESS
-    laws, identities = of_law(told), of_greedy(told)
-    assert [(test["top_p"], test["top_k"], test["judged_by"]) for test in laws] == [
-        (top_p, top_k, judged_by) for top_p, top_k in ((1, 0), (0.9, 0), (1, 5)) for judged_by in GROUPINGS
+def test_certify_passes_lossless_families(artifacts: dict[str, Path], name: str, verifier: str) -> None:
+    result = certificate_of(artifacts[name])
+    assert result["verdict"] == LOSSLESS
+    sampled, greedy = sampled_tests(result), greedy_tests(result)
+    assert [(test["top_p"], test["top_k"], test["grouped_by"]) for test in sampled] == [
+        (top_p, top_k, grouped_by) for top_p, top_k in ((1, 0), (0.9, 0), (1, 5)) for grouped_by in GROUPINGS
     ]
-    assert {test["level"] for test in laws} == {1e-4 / 9}
-    assert {test["verifier"] for test in laws} == {verifier}
-    assert all(test["tau"] > 1.02 for test in laws), [test["tau"] for test in laws]
-    # By rank every token is judged, less those at an unclear edge; by prefix those of large groups.
-    assert all(test["num_samples"] > 1_800 for test in laws if test["judged_by"] == "rank")
-    assert all(sum(at["freedom"] > 0 for at in test["positions"]) >= 3 for test in laws if "positions" in test)
-    assert all(test["sees_shift"] < 0.25 for test in laws)
+    assert {test["level"] for test in sampled} == {1e-4 / 9}
+    assert {test["verifier"] for test in sampled} == {verifier}
+    assert all(test["tau"] > 1.02 for test in sampled), [test["tau"] for test in sampled]
+    # By rank all tokens at clear positions are tested, by prefix those of large groups.
+    assert all(test["num_samples"] > 1_800 for test in sampled if test["grouped_by"] == "rank")
+    assert all(sum(at["freedom"] > 0 for at in test["positions"]) >= 3 for test in sampled if "positions" in test)
+    assert all(test["detectable_shift"] < 0.25 for test in sampled)
     pairs = [("plain decoding", "transformers"), (str(artifacts[name]), "plain decoding")]
     pairs.append((str(artifacts[name]), "transformers"))
-    assert [(test["dtype"], test["batch_size"], (test["drafter"], test["reference"])) for test in identities] == [
+    assert [(test["dtype"], test["batch_size"], (test["drafter"], test["reference"])) for test in greedy] == [
         (dtype, size, pair) for dtype in ("float32", "float64") for size in (1, 3) for pair in pairs
     ]
-    assert all(test["num_samples"] == 3 * 12 and not test["errors"] for test in identities)
+    assert all(test["num_samples"] == 3 * 12 and not test["errors"] for test in greedy)
 
 
-def test_a_drafter_that_tunes_its_target_is_certified_for_that_one(tmp_path: Path) -> None:
-    """Judged by the tuned target's text and laws, in float64 too; the target's own are others."""
+def test_certify_compares_with_the_fine_tuned_target(tmp_path: Path) -> None:
+    """The fine-tuned target's greedy text and distributions differ from the original's, in float64 too."""
     target, config = distribution_target(), medusa2.Config(num_heads=2, tree=((0,), (1,), (0, 0)), rank=2, alpha=1.0)
     draftsmith.save(built(medusa2, config, target), tmp_path / "tuner", target=target)
-    told = certificate(tmp_path / "tuner", replace(LAWS, laws=("temperature=1",)))
-    assert told["verdict"] == LOSSLESS
-    assert all(test["tuned"] for test in of_law(told))
-    plain = [(test["drafter"], test["tuned"]) for test in of_greedy(told) if test["dtype"] == "float64"]
+    result = certificate_of(tmp_path / "tuner", replace(SAMPLED, laws=("temperature=1",)))
+    assert result["verdict"] == LOSSLESS
+    assert all(test["tuned"] for test in sampled_tests(result))
+    plain = [(test["drafter"], test["tuned"]) for test in greedy_tests(result) if test["dtype"] == "float64"]
     name = str(tmp_path / "tuner")
-    own = [("plain decoding", False), ("plain decoding, tuned by tuner", True), (name, True), (name, True)]
+    own = [("plain decoding", False), ("plain decoding, fine-tuned by tuner", True), (name, True), (name, True)]
     assert plain == [own[at] for at in (0, 0, 1, 2, 3, 1, 2, 3)]
-    assert any("it tunes its target, and is judged for the tuned one" in line for line in lines(told, "markdown"))
+    assert any(
+        "it fine-tunes its target and is tested with the fine-tuned one" in line for line in lines(result, "markdown")
+    )
 
 
-def test_an_encoder_decoder_is_certified(tmp_path: Path) -> None:
+def test_certify_encoder_decoder(tmp_path: Path) -> None:
     target = tiny_target("t5")
     draftsmith.save(lookup.Drafter(lookup.Config(), target), tmp_path / "lookup", target=target)
-    laws = replace(LAWS, laws=("temperature=0.7,top_k=4",), num_rows=1500)
-    told = certify(loader(target.model), [tmp_path / "lookup"], some_prompts(vocab_size=64), laws, BRIEF)
-    assert told["verdict"] == LOSSLESS
-    assert of_law(told)[1]["num_samples"] > 1_000
+    sampled = replace(SAMPLED, laws=("temperature=0.7,top_k=4",), num_rows=1500)
+    result = certify(loader(target.model), [tmp_path / "lookup"], some_prompts(vocab_size=64), sampled, BRIEF)
+    assert result["verdict"] == LOSSLESS
+    assert sampled_tests(result)[1]["num_samples"] > 1_000
 
 
-def test_too_few_samples_certify_nothing(artifacts: dict[str, Path]) -> None:
-    told = certificate(artifacts["lookup"], replace(LAWS, num_rows=4), BRIEF)
-    assert told["verdict"] == INCONCLUSIVE
-    assert {test["verdict"] for test in of_law(told)} == {"too few samples"}
+def test_certify_too_few_samples_is_inconclusive(artifacts: dict[str, Path]) -> None:
+    result = certificate_of(artifacts["lookup"], replace(SAMPLED, num_rows=4), BRIEF)
+    assert result["verdict"] == INCONCLUSIVE
+    assert {test["verdict"] for test in sampled_tests(result)} == {"too few samples"}
 
 
-def test_drafters_share_the_false_alarm(artifacts: dict[str, Path]) -> None:
-    laws = replace(LAWS, laws=("temperature=1",), num_rows=64)
+def test_certify_divides_the_false_alarm_among_drafters(artifacts: dict[str, Path]) -> None:
+    sampled = replace(SAMPLED, laws=("temperature=1",), num_rows=64)
     paths = [artifacts["medusa"], artifacts["lookup"]]
-    told = certify(loader(distribution_target().model), paths, some_prompts(), laws, BRIEF)
-    assert [test["drafter"] for test in of_law(told)] == [str(path) for path in paths for _ in GROUPINGS]
-    assert {test["level"] for test in of_law(told)} == {1e-4 / 6}
-    assert len(of_greedy(told)) == 5
+    result = certify(loader(distribution_target().model), paths, some_prompts(), sampled, BRIEF)
+    assert [test["drafter"] for test in sampled_tests(result)] == [str(path) for path in paths for _ in GROUPINGS]
+    assert {test["level"] for test in sampled_tests(result)} == {1e-4 / 6}
+    assert len(greedy_tests(result)) == 5
 
 
 # --- Power -----------------------------------------------------------------------------------------------------------
 
 
-def target_law_after_a_rejection(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """WRONG: accepts by the token rule, and draws from the target's law instead of what is left of it."""
+def no_residual_after_a_rejection(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
+    """WRONG: accepts by the token rule, but then samples from the target's distribution instead of the residual."""
     sound = token.verify(target_probs_BNV, draft, uniforms_BU)
     after_BN = draw(target_probs_BNV, uniforms_BU[:, -1:].expand_as(draft.tokens_BN))
     end_B1 = sound.path_BP.gather(1, sound.num_accepted_B[:, None])
@@ -160,75 +162,80 @@ def target_law_after_a_rejection(target_probs_BNV: Tensor, draft: Draft, uniform
 
 
 def same_uniforms_in_all_rows(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """WRONG: rows that share their randomness."""
+    """WRONG: all rows use the same uniforms."""
     return token.verify(target_probs_BNV, draft, uniforms_BU[:1].expand_as(uniforms_BU))
 
 
-def flatter_draft_law(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """WRONG: another law of the draft than its tokens were drawn from."""
+def flattened_draft_probs(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
+    """WRONG: draft probabilities differ from those that the tokens were sampled from."""
     assert draft.draft_probs_BNV is not None
     flatter = draft.draft_probs_BNV**0.5
     draft = replace(draft, draft_probs_BNV=flatter / flatter.sum(-1, keepdim=True))
     return token.verify(target_probs_BNV, draft, uniforms_BU)
 
 
-def law_without_truncation(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """WRONG: a little of every token, whatever top-k and top-p exclude."""
+def no_truncation(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
+    """WRONG: gives every token some probability, even those excluded by top-k and top-p."""
     return token.verify(target_probs_BNV + 1e-3, draft, uniforms_BU)
 
 
 BIASED = [
     ("lm", accept_by_the_targets_chance),
     ("lm", one_uniform_for_all),
-    ("lm", target_law_after_a_rejection),
+    ("lm", no_residual_after_a_rejection),
     ("lm", same_uniforms_in_all_rows),
-    ("lm", flatter_draft_law),
+    ("lm", flattened_draft_probs),
     ("lookup", same_uniforms_in_all_rows),
     ("lookup", accept_by_the_targets_chance),
     ("medusa", draw_for_each_child),
 ]
 
 
-def judge_by(monkeypatch: pytest.MonkeyPatch, verifier: Callable[..., Verdict], *, greedily: bool = False) -> None:
-    """Lets `verifier` judge all sampled drafts, or all greedy ones."""
+def replace_verifier(
+    monkeypatch: pytest.MonkeyPatch, verifier: Callable[..., Verdict], *, for_greedy: bool = False
+) -> None:
+    """Replaces the verifier of all sampled drafts, or of all greedy ones."""
+    original = verify.choose
 
     def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
-        if sampling.is_greedy != greedily or draft.tree.num_nodes == 1:
-            return verify.choose(name, sampling, draft)
-        return Verifier(name="greedy" if greedily else "biased", is_lossless=True, sampling=sampling, verify=verifier)
+        if sampling.is_greedy != for_greedy or draft.tree.num_nodes == 1:
+            return original(name, sampling, draft)
+        return Verifier(name="greedy" if for_greedy else "biased", is_lossless=True, sampling=sampling, verify=verifier)
 
     monkeypatch.setattr("draftsmith.verify.choose", choose)
 
 
 @pytest.mark.parametrize(("name", "verifier"), BIASED)
-def test_a_biased_verifier_gets_no_certificate(
+def test_certify_detects_biased_verifiers(
     artifacts: dict[str, Path], name: str, verifier: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge_by(monkeypatch, verifier)
-    told = certificate(artifacts[name], SHARP, BRIEF)
-    assert told["verdict"] == NOT_LOSSLESS
-    assert all(test["verdict"] == "passed" for test in of_greedy(told))
-    assert of_law(told)[0]["verdict"] == "failed"
+    replace_verifier(monkeypatch, verifier)
+    result = certificate_of(artifacts[name], STRICT, BRIEF)
+    assert result["verdict"] == NOT_LOSSLESS
+    assert all(test["verdict"] == "passed" for test in greedy_tests(result))
+    assert sampled_tests(result)[0]["verdict"] == "failed"
 
 
-def test_a_token_that_the_law_excludes_is_enough(artifacts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    judge_by(monkeypatch, law_without_truncation)
-    told = certificate(artifacts["lm"], replace(LAWS, laws=("temperature=1,top_k=5",), num_rows=400), BRIEF)
-    assert told["verdict"] == NOT_LOSSLESS
-    for test in of_law(told)[:2]:
+def test_certify_fails_on_a_token_of_zero_probability(
+    artifacts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_verifier(monkeypatch, no_truncation)
+    result = certificate_of(artifacts["lm"], replace(SAMPLED, laws=("temperature=1,top_k=5",), num_rows=400), BRIEF)
+    assert result["verdict"] == NOT_LOSSLESS
+    for test in sampled_tests(result)[:2]:
         assert 0 < test["num_excluded"] < 40
         assert (test["p_value"], test["verdict"]) == (0.0, "failed")
 
 
-def test_a_lossy_verifier_is_tested_and_refused(artifacts: dict[str, Path]) -> None:
-    told = certificate(artifacts["medusa"], replace(SHARP, verifier="typical"), BRIEF)
-    assert told["verdict"] == LOSSY
-    assert {test["verdict"] for test in of_law(told)} == {"failed"}
-    assert {test["verifier"] for test in told["tests"] if test["drafter"] != "plain decoding"} == {"typical"}
-    # Where the lossy rule happens to keep the law there is still no certificate.
-    told = certificate(artifacts["lm"], replace(SHARP, verifier="lenience=1", num_rows=100), BRIEF)
-    assert told["verdict"] == LOSSY
-    assert {test["verdict"] for test in told["tests"]} == {"passed"}
+def test_certify_lossy_verifier_gets_no_certificate(artifacts: dict[str, Path]) -> None:
+    result = certificate_of(artifacts["medusa"], replace(STRICT, verifier="typical"), BRIEF)
+    assert result["verdict"] == LOSSY
+    assert {test["verdict"] for test in sampled_tests(result)} == {"failed"}
+    assert {test["verifier"] for test in result["tests"] if test["drafter"] != "plain decoding"} == {"typical"}
+    # A lossy verifier gets no certificate even if it passes all tests.
+    result = certificate_of(artifacts["lm"], replace(STRICT, verifier="lenience=1", num_rows=100), BRIEF)
+    assert result["verdict"] == LOSSY
+    assert {test["verdict"] for test in result["tests"]} == {"passed"}
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
@@ -264,61 +271,61 @@ def flags(**changes: Any) -> list[str]:
     return [f"--{key.replace('_', '-')}={value}" for key, value in (FLAGS | changes).items()]
 
 
-def test_from_the_command_line(workplace: Path) -> None:
+def test_recipe_from_the_command_line(workplace: Path) -> None:
     done = run([sys.executable, "-m", "eval.lossless", *flags()], workplace)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Losslessness: lossless\n")
     assert max(map(len, done.stdout.splitlines()[6:])) <= 130
-    told = json.loads((workplace / "out" / "lossless.json").read_text())
+    result = json.loads((workplace / "out" / "lossless.json").read_text())
     assert {file.name for file in (workplace / "out").iterdir()} == {"lossless.json", "lossless.md"}
-    assert told["verdict"] == "lossless"
-    assert "-m eval.lossless --target=target" in told["command"]
-    assert set(told["versions"]) == {"python", "draftsmith", "torch", "transformers"}
+    assert result["verdict"] == "lossless"
+    assert "-m eval.lossless --target=target" in result["command"]
+    assert set(result["versions"]) == {"python", "draftsmith", "torch", "transformers"}
     target = Target.from_pretrained(str(workplace / "target"))
-    assert (told["target"]["name"], told["target"]["fingerprint"]) == ("target", target.fingerprint)
-    (artifact,) = told["artifacts"]
+    assert (result["target"]["name"], result["target"]["fingerprint"]) == ("target", target.fingerprint)
+    (artifact,) = result["artifacts"]
     assert artifact["manifest"] == json.loads((workplace / "heads" / "draft_config.json").read_text())
-    assert sorted(len(prompt["ids"]) for prompt in told["prompts"]) == [1, 3, 9]
-    assert told["settings"]["num_rows"] == FLAGS["num_rows"] and told["settings"]["false_alarm"] == 1e-4
-    assert told["hardware"] and told["threads"] == 1
+    assert sorted(len(prompt["ids"]) for prompt in result["prompts"]) == [1, 3, 9]
+    assert result["settings"]["num_rows"] == FLAGS["num_rows"] and result["settings"]["false_alarm"] == 1e-4
+    assert result["hardware"] and result["threads"] == 1
     every = {"kind", "drafter", "verifier", "dtype", "num_rows", "num_samples"}
     every |= {"statistic", "degrees_of_freedom", "p_value", "verdict"}
-    assert all(set(test) > every for test in told["tests"])
-    assert [test["num_rows"] for test in of_law(told)] == [FLAGS["num_rows"]] * 9
-    for test in of_law(told):
+    assert all(set(test) > every for test in result["tests"])
+    assert [test["num_rows"] for test in sampled_tests(result)] == [FLAGS["num_rows"]] * 9
+    for test in sampled_tests(result):
         assert p_value(test["statistic"], test["degrees_of_freedom"]) == pytest.approx(test["p_value"])
         assert test["p_value"] > test["level"] == 1e-4 / 9
     markdown = (workplace / "out" / "lossless.md").read_text()
     assert markdown.startswith("# Losslessness: lossless\n")
     rows = [line for line in markdown.splitlines() if line.startswith("| heads ")]
     assert len(rows) == 2 + 9
-    assert all(f" {test['p_value']:.2g} " in row for test, row in zip(of_law(told), rows[2:], strict=True))
+    assert all(f" {test['p_value']:.2g} " in row for test, row in zip(sampled_tests(result), rows[2:], strict=True))
 
-    refused = run([sys.executable, "-m", "eval.lossless", *flags(draft="nowhere")], workplace)
-    assert refused.returncode == 1
-    assert refused.stderr == "lossless.py: artifact nowhere: no such folder\n"
+    missing = run([sys.executable, "-m", "eval.lossless", *flags(draft="nowhere")], workplace)
+    assert missing.returncode == 1
+    assert missing.stderr == "lossless.py: artifact nowhere: no such folder\n"
     unknown = run([sys.executable, "-m", "eval.lossless", *flags(drafts="heads", verifier="best")], workplace)
     assert unknown.returncode == 2
     assert "unknown setting '--drafts' on the command line; did you mean --draft?" in unknown.stderr
 
 
-def test_the_status_says_whether_all_passed(
+def test_recipe_exit_status(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workplace)
     run_settings = RunSettings(target="target", data="prompts.jsonl", draft=("heads",), output="lossy", num_prompts=3)
-    laws = SampledTestSettings(verifier="typical", num_rows=200, num_tokens=3)
-    assert main(replace(run_settings, max_steps=1), laws, replace(BRIEF, batch_sizes=(2,))) == 1
+    sampled = SampledTestSettings(verifier="typical", num_rows=200, num_tokens=3)
+    assert main(replace(run_settings, max_steps=1), sampled, replace(BRIEF, batch_sizes=(2,))) == 1
     assert "Losslessness: lossy by construction" in capsys.readouterr().out
-    told = json.loads((workplace / "lossy" / "lossless.json").read_text())
-    assert {test["num_rows"] for test in of_law(told)} == {64}
-    # A certificate may be replaced, and nothing else.
-    monkeypatch.setattr("recipes.lossless.certify", lambda *_: told | {"verdict": NOT_LOSSLESS})
+    result = json.loads((workplace / "lossy" / "lossless.json").read_text())
+    assert {test["num_rows"] for test in sampled_tests(result)} == {64}
+    # An existing certificate may be overwritten.
+    monkeypatch.setattr("recipes.lossless.certify", lambda *_: result | {"verdict": NOT_LOSSLESS})
     assert main(run_settings, SampledTestSettings(), BRIEF) == 1
     assert json.loads((workplace / "lossy" / "lossless.json").read_text())["verdict"] == NOT_LOSSLESS
 
 
-def test_mistakes_are_refused_before_the_weights_load(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_invalid_input_raises_before_loading_weights(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     manifest = json.loads((workplace / "heads" / "draft_config.json").read_text())
     for name, changes in {"alien": {"vocab_size": 99}, "foreign": {"tokenizer_hash": "0" * 32}}.items():
@@ -342,7 +349,7 @@ def test_mistakes_are_refused_before_the_weights_load(workplace: Path, monkeypat
         for message, change in faults.items():
             with pytest.raises(ValueError, match=message):
                 main(replace(good, **change), SampledTestSettings(), greedy_settings)
-    with pytest.raises(ValueError, match="verifier 'block' does not fit a draft drawn deterministic"):
+    with pytest.raises(ValueError, match="verifier 'block' does not support drafts of the sampling scheme 'deterministic'"):
         main(good, SampledTestSettings(verifier="block"), greedy_settings)
     make_target(workplace / "other", seed=5)
     with pytest.raises(ValueError, match="train a drafter for this target"):
@@ -358,10 +365,10 @@ def test_mistakes_are_refused_before_the_weights_load(workplace: Path, monkeypat
         (SampledTestSettings, {"num_rows": 0}, "num_rows is 0"),
         (SampledTestSettings, {"verifier": "best"}, "unknown verifier 'best'"),
         (SampledTestSettings, {"verifier": "greedy"}, "'greedy' is for temperature 0"),
-        (SampledTestSettings, {"laws": ()}, "laws must name"),
-        (SampledTestSettings, {"laws": ("temperature=0",)}, "temperature 0 is what greedy identity tests"),
-        (SampledTestSettings, {"laws": ("heat=1",)}, "law 'heat=1': expected settings such as"),
-        (SampledTestSettings, {"laws": ("top_k=some",)}, "law 'top_k=some': expected"),
+        (SampledTestSettings, {"laws": ()}, "laws is empty"),
+        (SampledTestSettings, {"laws": ("temperature=0",)}, "'temperature=0' is greedy, which is always tested"),
+        (SampledTestSettings, {"laws": ("heat=1",)}, "'heat=1' is not valid; expected settings such as"),
+        (SampledTestSettings, {"laws": ("top_k=some",)}, "'top_k=some' is not valid; expected"),
         (SampledTestSettings, {"laws": ("top_p=2",)}, "top_p is 2.0"),
         (SampledTestSettings, {"law_dtype": "bfloat16"}, "law_dtype is 'bfloat16'"),
         (SampledTestSettings, {"false_alarm": 0.0}, "false_alarm is 0.0"),
@@ -372,11 +379,11 @@ def test_mistakes_are_refused_before_the_weights_load(workplace: Path, monkeypat
         (GreedySettings, {"tie_tolerance": -1.0}, "tie_tolerance is -1"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(kind: Any, changes: dict[str, Any], message: str) -> None:
+def test_settings_invalid_values_raise(kind: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**changes)
 
 
-def test_a_law_is_read_as_it_is_written() -> None:
+def test_parse_sampling() -> None:
     assert parse_sampling("top_k=5,temperature=0.7") == Sampling(temperature=0.7, top_k=5)
     assert parse_sampling("top_p=0.9") == Sampling(temperature=1.0, top_p=0.9)

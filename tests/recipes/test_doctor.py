@@ -1,7 +1,6 @@
-"""recipes/doctor.py: healthy drafters pass every check, and each fault, planted in artifact, data or target, is named.
+"""Tests of the doctor: sound drafters pass every check, and each fault planted in artifact, data or target is found.
 
-The target's text goes through a cycle of tokens: what comes next depends on nothing but the last one, so that drafters
-that are always right can be written down.
+The target's text is a cycle of tokens: each depends on the last one alone, so that perfect drafters can be constructed.
 """
 
 import json
@@ -14,7 +13,6 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from eval.doctor.run_assisted import run_assisted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,6 +20,7 @@ import draftsmith
 from data.pseudo_data import MARKER
 from draftsmith import Target
 from draftsmith.artifacts.families import find
+from eval.doctor.assisted import run_assisted
 from eval.doctor.checks import CheckContext, check_export, check_position
 from eval.doctor.serving import ServingCounts
 from eval.doctor.teacher_forced import GreedyText, draft_from_positions, draft_positions
@@ -36,7 +35,7 @@ from tests.support.models import (
     tiny_target,
     tiny_tokenizer,
 )
-from tests.support.runs import make_data
+from tests.support.runs import make_data, trainer_settings
 from trainers import distill, eagle3, lookup, medusa
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings as Training
@@ -47,28 +46,28 @@ NEW_TOKENS = 16
 NAMES = ("eagle3", "medusa", "distill", "lookup")
 
 
-def after(token: int, steps: int = 1) -> int:
-    """Returns what follows a token, in a single cycle of all but the special ones."""
+def successor(token: int, steps: int = 1) -> int:
+    """Returns the token `steps` after `token` in the cycle of all tokens but the special ones."""
     return FIRST + (token - FIRST + steps * STRIDE) % (VOCAB_SIZE - FIRST)
 
 
 @torch.no_grad()
-def says(head_VD: Tensor, states_VD: Tensor, steps: int) -> None:
-    """Sets an output matrix that says, of any token's normed state, the one so many steps after it."""
+def set_head(head_VD: Tensor, states_VD: Tensor, steps: int) -> None:
+    """Sets an LM head that maps each token's normed state to the token `steps` after it."""
     head_VD.zero_()
     for token in range(FIRST, VOCAB_SIZE):
-        head_VD[after(token, steps)] = states_VD[token]
+        head_VD[successor(token, steps)] = states_VD[token]
 
 
 @torch.no_grad()
 def make_cyclic(folder: Path) -> Target:
-    """Writes the target: no attention, random blocks, and a head that continues the cycle."""
+    """Saves a target without attention, with random blocks and a head that continues the cycle."""
     model = tiny_model("llama", seed=14)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.zero_()
-    model.model.layers[2].mlp.down_proj.weight *= 20  # the last block's output is like no other's
+    model.model.layers[2].mlp.down_proj.weight *= 20  # makes the last block's output unlike the others'
     model.model.norm.weight.fill_(1)
-    says(model.lm_head.weight, model.model(torch.arange(VOCAB_SIZE)[:, None]).last_hidden_state[:, 0], 1)
+    set_head(model.lm_head.weight, model.model(torch.arange(VOCAB_SIZE)[:, None]).last_hidden_state[:, 0], 1)
     model.save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -78,24 +77,24 @@ def make_cyclic(folder: Path) -> Target:
 
 @torch.no_grad()
 def drafters(target: Target) -> dict[str, tuple[Any, Any]]:
-    """Returns drafters that are right as far as they can be, and the settings that they would be trained with."""
+    """Returns drafters that are correct as far as possible, with settings as of their training."""
     layers = target.read(torch.arange(VOCAB_SIZE)[:, None], layers=(2, 3))
-    fused = eagle3.Settings(layers=(1, 2), draft_vocab=48, num_draft=1, width=0)
+    fused = trainer_settings(eagle3, layers=(1, 2), draft_vocab=48, num_draft=1, width=0)
     first = eagle3.build(fused, target)
     first.set_vocabulary(torch.arange(10, 58))
     for weight in (first.attention.output.weight, first.feed_forward.down.weight, first.fusion.weight):
         weight.zero_()
     first.fusion.weight[:, 32:] = torch.eye(32)
     head_VD = torch.zeros(VOCAB_SIZE, 32)
-    says(head_VD, first.norm(layers[2][:, 0]), 2)
+    set_head(head_VD, first.norm(layers[2][:, 0]), 2)
     first.head.weight.copy_(head_VD[10:58])
 
-    heads = medusa.Settings(num_heads=2, own_head=True)
+    heads = trainer_settings(medusa, num_heads=2, own_head=True)
     second = medusa.build(heads, target)
     for number, output in enumerate(second.outputs):
-        says(output.weight, target.norm(layers[3])[:, 0], 2 + number)
+        set_head(output.weight, target.norm(layers[3])[:, 0], 2 + number)
 
-    small = distill.Settings(num_draft=3, length="fixed")
+    small = trainer_settings(distill, num_draft=3, length="fixed")
     family = find("lm")
     third = family.Drafter(family.Config(model=target.model.config.to_dict(), num_draft=3, length="fixed"), target)
     third.model.load_state_dict(target.model.state_dict())
@@ -104,7 +103,7 @@ def drafters(target: Target) -> dict[str, tuple[Any, Any]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with the target, greedy text of its own, and drafters as if trained on it, one of them truly."""
+    """Returns a folder with the target, its greedy text, and drafters as if trained on it; lookup really is."""
     folder = tmp_path_factory.mktemp("doctor")
     target = make_cyclic(folder / "target")
     data = make_data(target, folder / "data", num_rows=40, max_new_tokens=NEW_TOKENS, temperature="0")
@@ -118,7 +117,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def planted(made: Path, tmp_path: Path) -> Path:
-    """Returns a copy of that folder to plant a fault in; manifests name the copy."""
+    """Returns a copy of that folder to plant faults in; its manifests name the copy."""
     shutil.copytree(made, tmp_path / "copy")
     for name in NAMES:
         file = tmp_path / "copy" / name / "draft_config.json"
@@ -126,15 +125,15 @@ def planted(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def examined(folder: Path, name: str, **given: Any) -> tuple[int, dict[str, Any]]:
-    """Returns the doctor's status and report."""
+def examine(folder: Path, name: str, **given: Any) -> tuple[int, dict[str, Any]]:
+    """Returns the doctor's exit status and report."""
     settings = {"draft": str(folder / name), "output": str(folder / "report"), "max_new_tokens": NEW_TOKENS, "depth": 3}
     status = doctor.main(RunSettings(**settings | {"num_prompts": 6} | given))  # type: ignore[arg-type]
     return status, json.loads((folder / "report" / "doctor.json").read_text())
 
 
 def faults(report: dict[str, Any]) -> dict[str, str]:
-    return {one["name"]: one["told"] for one in report["findings"] if one["verdict"] == "fault"}
+    return {one["name"]: one["message"] for one in report["findings"] if one["verdict"] == "fault"}
 
 
 def change(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
@@ -144,80 +143,82 @@ def change(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_healthy_pass(made: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, report = examined(made, name)
+def test_doctor_passes_sound_drafters(made: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = examine(made, name)
     assert status == 0 and not faults(report)
     found = {one["name"]: one["verdict"] for one in report["findings"]}
-    assert len(found) == 8 and "not known" not in found.values()
+    assert len(found) == 8 and "unknown" not in found.values()
     shares, drafts = report["accepted_per_depth"], report["num_drafts"]
-    assert shares["in decoding"] == shares["begun where decoding did"]
-    assert drafts["begun everywhere"] == 6 * NEW_TOKENS
+    assert shares[doctor.DECODING] == shares[doctor.DECODING_POSITIONS]
+    assert drafts[doctor.ALL_POSITIONS] == 6 * NEW_TOKENS
     if name == "distill":
-        assert shares["begun everywhere"] == shares["in decoding"] == [1.0] * 3
-    if name == "medusa":  # after a prompt, which goes through no cycle, its first draft is wrong
+        assert shares[doctor.ALL_POSITIONS] == shares[doctor.DECODING] == [1.0] * 3
+    if name == "medusa":  # its first draft after a prompt, which is not of the cycle, is wrong
         whole = 6 * NEW_TOKENS
-        assert shares["begun everywhere"] == pytest.approx([1 - 6 / whole, 1 - 6 / (whole - 6)])
+        assert shares[doctor.ALL_POSITIONS] == pytest.approx([1 - 6 / whole, 1 - 6 / (whole - 6)])
     if name == "eagle3":
-        assert report["judged"]["head0_accuracy"] == pytest.approx(shares["begun everywhere"][0])
-        assert 0.5 < shares["begun everywhere"][0] < 1
-    assert ("by transformers" in shares) == (name == "distill")
+        assert report["evaluated"]["head0_accuracy"] == pytest.approx(shares[doctor.ALL_POSITIONS][0])
+        assert 0.5 < shares[doctor.ALL_POSITIONS][0] < 1
+    assert ("assisted, transformers" in shares) == (name == "distill")
     if name == "distill":
-        assert shares["by transformers"] == [1.0] * 3 and drafts["by transformers"] == 6 * (NEW_TOKENS // 4 - 1)
-    told = capsys.readouterr().out
-    assert "% of drafts accepted to depth" in told and "sound     template" in told and "fault" not in told
+        assert shares["assisted, transformers"] == [1.0] * 3 and drafts["assisted, transformers"] == 6 * (
+            NEW_TOKENS // 4 - 1
+        )
+    output = capsys.readouterr().out
+    assert "% of drafts accepted to depth" in output and "ok       template" in output and "fault" not in output
 
 
-# Each fault is planted and named; what it does to acceptance besides may be named too.
+# A planted fault is found; what else it does to acceptance may be reported too.
 
 
-def test_another_template(planted: Path) -> None:
+def test_check_template_changed_in_the_tokenizer(planted: Path) -> None:
     file = planted / "target" / "chat_template.jinja"
     assert file.is_file()
     file.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
-    status, report = examined(planted, "medusa")
+    status, report = examine(planted, "medusa")
     assert status == 1
     assert faults(report) == {
-        "template": "the artifact and its data were made with another chat template than the tokenizer has now"
+        "template": "the artifact and its data were made with a chat template other than the tokenizer's present one"
     }
 
 
-def test_data_of_another_template(planted: Path) -> None:
+def test_check_template_of_the_data_differs(planted: Path) -> None:
     change(planted / "data" / MARKER, lambda held: held.update(template_hash="0" * 32))
-    _, report = examined(planted, "medusa")
+    _, report = examine(planted, "medusa")
     assert list(faults(report)) == ["template"] and faults(report)["template"].startswith("its data was made")
 
 
-def test_a_mask_that_covers_the_prompt(planted: Path) -> None:
+def test_check_mask_covers_the_prompt(planted: Path) -> None:
     for file in (planted / "data").glob("*.parquet"):
         table = pyarrow.parquet.read_table(file)
-        place = table.schema.get_field_index("num_prompt_tokens")
+        column = table.schema.get_field_index("num_prompt_tokens")
         fewer = pyarrow.array([max(1, number.as_py() - 1) for number in table["num_prompt_tokens"]], pyarrow.int32())
-        pyarrow.parquet.write_table(table.set_column(place, table.schema.field(place), fewer), file)
-    _, report = examined(planted, "medusa")
+        pyarrow.parquet.write_table(table.set_column(column, table.schema.field(column), fewer), file)
+    _, report = examine(planted, "medusa")
     assert list(faults(report)) == ["mask"]
-    assert "of each text's first: the mask covers what the target did not write" in faults(report)["mask"]
+    assert "the mask covers tokens that the target did not generate" in faults(report)["mask"]
 
 
-def test_layers_one_off(planted: Path) -> None:
+def test_check_layers_off_by_one(planted: Path) -> None:
     change(planted / "eagle3" / "draft_config.json", lambda held: held["config"].update(layers=[2, 3]))
-    _, report = examined(planted, "eagle3")
+    _, report = examine(planted, "eagle3")
     assert "with layers 2, 3" in faults(report)["layers"] and "layers one lower" in faults(report)["layers"]
 
 
-def test_another_layer_index(planted: Path) -> None:
+def test_check_layers_of_another_index(planted: Path) -> None:
     change(planted / "eagle3" / "draft_config.json", lambda held: held.update(layer_index="blocks count from 0"))
-    _, report = examined(planted, "eagle3")
+    _, report = examine(planted, "eagle3")
     assert list(faults(report)) == ["layers"] and "blocks count from 0" in faults(report)["layers"]
 
 
-def test_a_target_whose_rotary_positions_have_changed(planted: Path) -> None:
+def test_check_rotary_of_the_target_changed(planted: Path) -> None:
     change(planted / "target" / "config.json", lambda held: held["rope_parameters"].update(rope_theta=500_000.0))
-    _, report = examined(planted, "medusa")
+    _, report = examine(planted, "medusa")
     assert "10000" in faults(report)["rotary"] and "500000" in faults(report)["rotary"]
 
 
-def test_another_base_of_the_drafters_rotary_positions(tmp_path: Path) -> None:
-    """Of a copy of a target that attends: right with the target's own base alone."""
+def test_check_rotary_base_of_the_drafter_changed(tmp_path: Path) -> None:
+    """A copy of a target with attention is accurate with the target's own base only."""
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "target")
     tiny_tokenizer().save_pretrained(tmp_path / "target")
@@ -226,43 +227,43 @@ def test_another_base_of_the_drafters_rotary_positions(tmp_path: Path) -> None:
     drafter, settings = drafters(target)["distill"]
     record = {"trainer": "distill", "settings": flat(settings) | {"data": str(tmp_path / "data"), "seed": 0}}
     draftsmith.save(drafter, tmp_path / "distill", target=target, record=record)
-    assert not faults(examined(tmp_path, "distill")[1])
+    assert not faults(examine(tmp_path, "distill")[1])
     file = tmp_path / "distill" / "draft_config.json"
     change(file, lambda held: held["config"]["model"]["rope_parameters"].update(rope_theta=2.0))
-    _, report = examined(tmp_path, "distill")
+    _, report = examine(tmp_path, "distill")
     assert list(faults(report)) == ["rotary"]
-    assert "right with base 2, 100% with 10000" in faults(report)["rotary"]
+    assert "first-token accuracy with base 2, 100% with 10000" in faults(report)["rotary"]
 
 
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "message"),
     [
-        (lambda d2t: d2t + torch.arange(len(d2t)), "outside the vocabulary or not upwards"),
+        (lambda d2t: d2t + torch.arange(len(d2t)), "leaves the vocabulary or is not ascending"),
         (lambda d2t: d2t + 1, "d2t and t2d differ in 2 tokens"),
     ],
 )
-def test_a_vocabulary_map_that_leads_astray(planted: Path, edit: Callable[[Tensor], Tensor], told: str) -> None:
+def test_check_vocabulary_of_an_inconsistent_map(planted: Path, edit: Callable[[Tensor], Tensor], message: str) -> None:
     file = planted / "eagle3" / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"d2t": edit(tensors["d2t"])}, file)
-    status, report = examined(planted, "eagle3")
-    assert status == 1 and list(faults(report)) == ["vocabulary"] and told in faults(report)["vocabulary"]
+    status, report = examine(planted, "eagle3")
+    assert status == 1 and list(faults(report)) == ["vocabulary"] and message in faults(report)["vocabulary"]
     assert report["accepted_per_depth"] == {}
 
 
-def test_dtypes(planted: Path) -> None:
-    _, report = examined(planted, "medusa", dtype="bfloat16")
+def test_check_dtype(planted: Path) -> None:
+    _, report = examine(planted, "medusa", dtype="bfloat16")
     assert faults(report)["dtype"] == "the target was in float32 in training and is in bfloat16"
     file = planted / "medusa" / "model.safetensors"
     tensors = load_file(file)
     save_file({name: tensor.half() for name, tensor in tensors.items()}, file)
-    assert "stored in float16" in faults(examined(planted, "medusa")[1])["dtype"]
+    assert "stored in float16" in faults(examine(planted, "medusa")[1])["dtype"]
     name = next(name for name in tensors if name.startswith("outputs.1"))
     save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, file)
-    assert f"{name} hold NaN" in faults(examined(planted, "medusa")[1])["dtype"]
+    assert f"{name} contain NaN" in faults(examine(planted, "medusa")[1])["dtype"]
 
 
-def test_heads_one_place_too_far(planted: Path) -> None:
+def test_check_position_shifted_by_one(planted: Path) -> None:
     file = planted / "medusa" / "model.safetensors"
     tensors = load_file(file)
     swapped = {
@@ -273,33 +274,33 @@ def test_heads_one_place_too_far(planted: Path) -> None:
     }
     assert swapped.keys() == tensors.keys()
     save_file(swapped, file)
-    _, report = examined(planted, "medusa")
-    assert "are what stands 1 later: shifted" in faults(report)["position"]
+    _, report = examine(planted, "medusa")
+    assert "against tokens 1 later: drafts are shifted" in faults(report)["position"]
 
 
-def test_a_state_that_is_not_carried_on(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A drafter that stops listening drafts from where it began."""
+def test_check_state_not_carried_over(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafter whose `observe` does nothing drafts from its first state."""
     monkeypatch.setattr(find("medusa").Drafter, "observe", lambda self, step: None)
-    _, report = examined(made, "medusa")
-    assert "goes astray" in faults(report)["carried state"]
+    _, report = examine(made, "medusa")
+    assert "the state carried from step to step is wrong" in faults(report)["carried state"]
 
 
-def test_drafting_that_differs_from_training() -> None:
+def test_check_position_differs_from_the_trainers_accuracy() -> None:
     target = tiny_target("llama")
     drafter = distill_copy(target)
     texts = [GreedyText(ids=ids, num_prompt=len(ids) - 12) for ids in greedy_by_transformers("llama", 3, 12)]
-    places = draft_positions(texts, 10**6)
-    teacher_forced = draft_from_positions(target, drafter, texts, places, 2)
-    assert teacher_forced.shares() == [1.0, 1.0] and (teacher_forced.drafted, teacher_forced.num_drafts) == (
+    positions = draft_positions(texts, 10**6)
+    teacher_forced = draft_from_positions(target, drafter, texts, positions, 2)
+    assert teacher_forced.rates() == [1.0, 1.0] and (teacher_forced.drafted, teacher_forced.num_drafts) == (
         [36, 33],
         36,
     )
-    patient = CheckContext(
-        manifest={}, drafter=drafter, texts=texts, places=places, depth=2, teacher_forced=teacher_forced
+    context = CheckContext(
+        manifest={}, drafter=drafter, texts=texts, positions=positions, depth=2, teacher_forced=teacher_forced
     )
-    assert check_position(patient, 1.0).verdict == check_position(patient, None).verdict == "sound"
-    found = check_position(patient, 0.9)
-    assert found.verdict == "fault" and "100.0% of first tokens are right in drafts, 90.0%" in found.told
+    assert check_position(context, 1.0).verdict == check_position(context, None).verdict == "ok"
+    found = check_position(context, 0.9)
+    assert found.verdict == "fault" and "first-token accuracy 100.0% in drafts, 90.0%" in found.message
 
 
 def distill_copy(target: Target) -> Any:
@@ -309,14 +310,14 @@ def distill_copy(target: Target) -> Any:
     return drafter
 
 
-def test_places_are_spread_evenly() -> None:
+def test_draft_positions_are_evenly_spaced() -> None:
     texts = [GreedyText(ids=[0] * 6, num_prompt=2), GreedyText(ids=[0] * 4, num_prompt=1)]
     assert draft_positions(texts, 100) == [(0, 2), (0, 3), (0, 4), (0, 5), (1, 1), (1, 2), (1, 3)]
     assert draft_positions(texts, 3) == [(0, 2), (0, 5), (1, 3)]
 
 
-def test_transformers_accepts_what_our_loop_accepts() -> None:
-    """Of a draft model that is sometimes right, draft by draft; its own settings are left as they were."""
+def test_run_assisted_counts_equal_draftsmiths() -> None:
+    """Counts agree draft by draft for a partly correct model, whose generation config is restored."""
     target = tiny_target("llama")
     drafter = distill_copy(target)
     torch.manual_seed(0)
@@ -325,15 +326,15 @@ def test_transformers_accepts_what_our_loop_accepts() -> None:
         for mine, theirs in zip(drafter.model.parameters(), target.model.parameters(), strict=True):
             mine.copy_(0.15 * mine + theirs)
     before = drafter.model.generation_config
-    asked = [ids for ids in prompts(4) if len(ids) > 1]
-    counts, texts = run_assisted(target, drafter.model, asked, 3, 21)
+    selected = [ids for ids in prompts(4) if len(ids) > 1]
+    counts, texts = run_assisted(target, drafter.model, selected, 3, 21)
     assert drafter.model.generation_config is before
     expected = [
         row for ids, row in zip(prompts(4), greedy_by_transformers("llama", 4, 21), strict=True) if len(ids) > 1
     ]
-    assert texts == [row[len(ids) :] for ids, row in zip(asked, expected, strict=True)]
+    assert texts == [row[len(ids) :] for ids, row in zip(selected, expected, strict=True)]
     drafted, accepted, num_drafts = [0] * 3, [0] * 3, 0
-    for ids in asked:
+    for ids in selected:
         for step in doctor.greedy_steps(drafter, ids, 21, length="fixed=3")[:-1]:
             num_drafts += 1
             for depth in range(3):
@@ -343,41 +344,41 @@ def test_transformers_accepts_what_our_loop_accepts() -> None:
     assert (counts.num_drafts, counts.accepted) == (num_drafts, accepted)
 
 
-def test_what_cannot_be_looked_at_is_refused_in_a_sentence(made: Path, tmp_path: Path) -> None:
+def test_doctor_invalid_input_raises(made: Path, tmp_path: Path) -> None:
     target = Target.from_pretrained(str(made / "target"), dtype="float32")
     family = find("lookup")
     draftsmith.save(family.Drafter(family.Config(), target), tmp_path / "bare", target=target)
-    with pytest.raises(ValueError, match="does not say what it learnt from; name texts with --data"):
+    with pytest.raises(ValueError, match="does not record its training data; name texts with --data"):
         doctor.main(RunSettings(draft=str(tmp_path / "bare"), output=str(tmp_path / "out")))
     with pytest.raises(ValueError, match="depth is 0"):
         RunSettings(draft="x", depth=0)
     assert not (tmp_path / "out").exists()
 
 
-def test_manifests_of_old_leave_checks_unknown(planted: Path) -> None:
+def test_checks_of_missing_records_are_unknown(planted: Path) -> None:
     file = planted / "medusa" / "draft_config.json"
     change(file, lambda held: [held.pop(key) for key in ("made_with", "trainer")])
     change(planted / "data" / MARKER, lambda held: held.pop("template_hash"))
-    status, report = examined(planted, "medusa")
-    unknown = {one["name"] for one in report["findings"] if one["verdict"] == "not known"}
+    status, report = examine(planted, "medusa")
+    unknown = {one["name"] for one in report["findings"] if one["verdict"] == "unknown"}
     assert status == 0 and {"template", "dtype", "rotary"} <= unknown
 
 
-def test_no_python_with_vllm(made: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere/python is no Python that runs"):
-        examined(made, "lookup", vllm_python="nowhere/python")
-    with pytest.raises(ValueError, match="lacks vLLM or draftsmith; ./launch.sh serving-test makes"):
-        examined(made, "lookup", vllm_python=sys.executable)
+def test_doctor_invalid_vllm_python_raises(made: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere/python cannot be run as a Python interpreter"):
+        examine(made, "lookup", vllm_python="nowhere/python")
+    with pytest.raises(ValueError, match="lacks vLLM or draftsmith; use .venv-serving/bin/python, made by"):
+        examine(made, "lookup", vllm_python=sys.executable)
 
 
-def served(*accepted: int) -> ServingCounts:
+def serving_counts(*accepted: int) -> ServingCounts:
     return ServingCounts(texts=[[3, 4]], num_drafts=40, num_drafted=80, accepted=list(accepted))
 
 
 @pytest.mark.parametrize(
     ("accepted", "is_tree", "verdict"),
-    [((30, 20), False, "sound"), ((20, 9), False, "fault"), ((30,), False, "fault"), ((20, 9), True, "not known")],
+    [((30, 20), False, "ok"), ((20, 9), False, "fault"), ((30,), False, "fault"), ((20, 9), True, "unknown")],
 )
-def test_what_vllm_accepts(accepted: tuple[int, ...], is_tree: bool, verdict: str) -> None:
-    finding = check_export(served(*accepted), served(30, 21), is_tree=is_tree)
-    assert finding.verdict == verdict and f"vLLM accepts {sum(accepted) / 40:.2f} tokens a draft" in finding.told
+def test_check_export(accepted: tuple[int, ...], is_tree: bool, verdict: str) -> None:
+    finding = check_export(serving_counts(*accepted), serving_counts(30, 21), is_tree=is_tree)
+    assert finding.verdict == verdict and f"vLLM accepts {sum(accepted) / 40:.2f} tokens per draft" in finding.message

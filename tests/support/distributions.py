@@ -1,4 +1,4 @@
-"""The law of whole systems: continuations counted, and judged by chi-square against the target's exact law.
+"""Chi-square tests of whole systems: counts of sampled continuations against the target's exact distribution.
 
 Shape suffixes: V vocabulary; C is V to the power of the number of tokens, one cell for each continuation.
 """
@@ -29,21 +29,21 @@ ROWS = 1_000
 
 @cache
 def distribution_target(architecture: str = "llama") -> Target:
-    """Returns a target of eight tokens whose laws are neither flat nor one-hot."""
+    """Returns a target of eight tokens whose distributions are neither flat nor one-hot."""
     changes = {} if architecture in SEQ2SEQ else {"num_hidden_layers": 2}
     return Target(tiny_model(architecture, seed=5, vocab_size=VOCAB_SIZE, sharpness=1.0, **changes))
 
 
 def check_distribution(drafter: Any, target: Target, *, num_samples: int, seed: int = 0, **settings: Any) -> None:
-    """Asserts that sampled continuations follow the target's law; a sound system fails at FALSE_ALARM of all seeds."""
-    p_value = collect_evidence(drafter, target, num_samples=num_samples, seed=seed, **settings)
+    """Asserts that sampled continuations follow the target's distribution; a lossless system fails with FALSE_ALARM."""
+    p_value = distribution_p_value(drafter, target, num_samples=num_samples, seed=seed, **settings)
     assert p_value > FALSE_ALARM, f"{type(drafter).__module__} with {settings}: p-value {p_value:.2g}"
 
 
-def collect_evidence(
+def distribution_p_value(
     drafter: Any, target: Target, *, num_samples: int, seed: int = 0, verifier: str = "auto", **settings: Any
 ) -> float:
-    """Returns the p-value of `num_samples` continuations of PROMPT under the target's law, sampled with `settings`."""
+    """Returns the p-value of `num_samples` continuations of PROMPT, sampled with `settings`."""
     probs_C = exact_distribution(target, **settings)
     settings = {"temperature": 1.0} | settings
     counts_C = torch.zeros_like(probs_C)
@@ -52,7 +52,7 @@ def collect_evidence(
             target,
             torch.tensor([PROMPT] * ROWS),
             drafter,
-            # Two tokens more than are judged, so that no draft is cut short among these.
+            # Two tokens more than are tested, so that no draft is cut short among these.
             max_new_tokens=NUM_TOKENS + 2,
             eos_token_id=(),
             seed=seed * 10_000 + batch,
@@ -92,7 +92,7 @@ def exact_distribution(target: Target, *, temperature: float = 1.0, top_k: int =
 
 
 def p_value(counts_C: Tensor, probs_C: Tensor) -> float:
-    """Returns the chi-square test's p-value; cells that expect fewer than five counts are judged as one."""
+    """Returns the chi-square test's p-value; cells that expect fewer than five counts are merged."""
     if counts_C[probs_C == 0].any():
         return 0.0
     expected_C = probs_C * counts_C.sum()

@@ -1,4 +1,4 @@
-"""eval/bakeoff/measure.py and eval/bakeoff/pairwise.py: contenders take turns, know nothing of each other, and say new tokens only."""
+"""Tests of timed decoding: methods take turns, states are reset, results hold new tokens only."""
 
 import pytest
 import torch
@@ -17,27 +17,27 @@ from tests.eval.test_compare import some_prompts
 from tests.support.models import prompts, tiny_target
 
 
-def test_contenders_take_turns_and_are_compared_with_the_first() -> None:
-    said = []
+def test_measure_rotates_methods_and_compares_with_the_first() -> None:
+    order = []
 
-    def decoder(name: str, token: int) -> DecodingMethod:
-        def decode(ask: DecodingRequest) -> DecodingResult:
-            said.append(name)
+    def method(name: str, token: int) -> DecodingMethod:
+        def decode(request: DecodingRequest) -> DecodingResult:
+            order.append(name)
             stats = GenerationStats(num_rows=1, steps=2, new_tokens=3, drafted=[2, 1], accepted=[1])
-            return DecodingResult(rows=[[token] * 3 for _ in ask.prompts], stats=stats)
+            return DecodingResult(rows=[[token] * 3 for _ in request.prompts], stats=stats)
 
         return DecodingMethod(name=name, decode=decode)
 
-    asks = [DecodingRequest(prompts=[[1], [2]], temperature=0.0, max_new_tokens=3, seed=0)] * 2
-    tallies = measure([decoder("a", 1), decoder("b", 1), decoder("c", 2)], asks, torch.device("cpu"), first=1)
-    assert said == ["b", "c", "a", "c", "a", "b"]
+    requests = [DecodingRequest(prompts=[[1], [2]], temperature=0.0, max_new_tokens=3, seed=0)] * 2
+    tallies = measure([method("a", 1), method("b", 1), method("c", 2)], requests, torch.device("cpu"), first=1)
+    assert order == ["b", "c", "a", "c", "a", "b"]
     assert [tallies[name].is_identical for name in "abc"] == [True, True, False]
     assert (tallies["a"].tokens, tallies["a"].steps) == (12, 4)
     assert (tallies["a"].drafted, tallies["a"].accepted) == ([4, 2], [2])
 
 
-class Rememberer:
-    """Knows what it has decoded until it is told to forget."""
+class StatefulDecoder:
+    """Returns the prompts that it has decoded since `forget` was called."""
 
     def __init__(self) -> None:
         self.known: list[int] = []
@@ -45,42 +45,42 @@ class Rememberer:
     def forget(self) -> None:
         self.known = []
 
-    def decode(self, ask: DecodingRequest) -> DecodingResult:
-        known, self.known = list(self.known), [*self.known, *ask.prompts[0]]
+    def decode(self, request: DecodingRequest) -> DecodingResult:
+        known, self.known = list(self.known), [*self.known, *request.prompts[0]]
         return DecodingResult(rows=[known])
 
 
-def test_no_round_knows_of_another_and_no_contender_of_anothers() -> None:
-    asks = [DecodingRequest(prompts=[[token]], temperature=0.0, max_new_tokens=3, seed=0) for token in (1, 2, 3)]
-    alone, shared = Rememberer(), Rememberer()
+def test_measure_resets_state_between_rounds_and_methods() -> None:
+    requests = [DecodingRequest(prompts=[[token]], temperature=0.0, max_new_tokens=3, seed=0) for token in (1, 2, 3)]
+    alone, shared = StatefulDecoder(), StatefulDecoder()
     for _ in range(2):
-        tallies = measure([DecodingMethod(name="a", decode=alone.decode, drafter=alone)], asks, torch.device("cpu"))
-        assert tallies["a"].tokens == 0 + 1 + 2, "within a round it remembers"
+        tallies = measure([DecodingMethod(name="a", decode=alone.decode, drafter=alone)], requests, torch.device("cpu"))
+        assert tallies["a"].tokens == 0 + 1 + 2, "state is kept within a round"
     pair = [DecodingMethod(name=name, decode=shared.decode, drafter=shared) for name in "ab"]
-    assert [tally.tokens for tally in measure(pair, asks, torch.device("cpu")).values()] == [0, 0]
+    assert [tally.tokens for tally in measure(pair, requests, torch.device("cpu")).values()] == [0, 0]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_both_loops_return_new_tokens_only(architecture: str, temperature: float) -> None:
+def test_decoding_methods_return_new_tokens_only(architecture: str, temperature: float) -> None:
     target = tiny_target(architecture)
-    ask = DecodingRequest(prompts=prompts(3), temperature=temperature, max_new_tokens=5, seed=1)
+    request = DecodingRequest(prompts=prompts(3), temperature=temperature, max_new_tokens=5, seed=1)
     before = torch.get_rng_state()
-    theirs = transformers_method(target)(ask)
+    theirs = transformers_method(target)(request)
     assert torch.equal(before, torch.get_rng_state())
-    ours = draftsmith_method(target)(ask)
+    ours = draftsmith_method(target)(request)
     assert [len(row) for row in ours.rows] == [len(row) for row in theirs.rows] == [5, 5, 5]
     if temperature == 0:
         assert ours.rows == theirs.rows
 
 
-def test_duel_says_both_speeds_and_their_ratio() -> None:
+def test_compare_pair_reports_speeds_and_ratio() -> None:
     target = tiny_target("llama")
-    contenders = [
+    methods = [
         DecodingMethod(name="ours", decode=draftsmith_method(target)),
         DecodingMethod(name="theirs", decode=transformers_method(target)),
     ]
-    line = compare_pair(*contenders, target, some_prompts(2), PairSettings(rounds=2, max_new_tokens=4))
+    line = compare_pair(*methods, target, some_prompts(2), PairSettings(rounds=2, max_new_tokens=4))
     assert line.startswith("ours ")
     assert "theirs" in line
     assert "in 2 rounds); output identical" in line

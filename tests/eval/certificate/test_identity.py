@@ -1,4 +1,4 @@
-"""eval/certificate/identity.py: what greedy texts differ in, numeric ties and errors."""
+"""Tests of greedy identity: where texts differ, and whether that is a numeric tie or an error."""
 
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from eval.certificate.identity import GreedySettings, explain
 from eval.certificate.reference import reference_logits
 from eval.certificate.sampled import SampledTestSettings
 from eval.lossless import LOSSLESS, NOT_LOSSLESS, certify, lines
-from tests.eval.test_lossless import judge_by, loader, of_greedy, some_prompts
+from tests.eval.test_lossless import greedy_tests, loader, replace_verifier, some_prompts
 from tests.support.models import tiny_model, tiny_target
 
 
 def twin_model(difference: float) -> tuple[Any, int, int]:
-    """Returns a model, a token of its greedy text, and another whose logits are less by that share of themselves."""
+    """Returns a model, a token of its greedy text, and one whose logits are smaller by a factor 1 - `difference`."""
     model = tiny_model("llama")
     text = model.generate(torch.tensor([some_prompts(1, vocab_size=64)[0].ids]), max_new_tokens=12)[0]
     often, twin = int(text[9:].mode().values), max(set(range(64)) - set(text.tolist()))
@@ -31,7 +31,7 @@ def twin_model(difference: float) -> tuple[Any, int, int]:
 
 
 @pytest.mark.parametrize(("difference", "is_tie"), [(0.0, True), (2e-7, True), (1e-5, False), (1e-2, False)])
-def test_a_numeric_tie_is_told_from_an_error(
+def test_certify_separates_numeric_ties_from_errors(
     difference: float, is_tie: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, often, twin = twin_model(difference)
@@ -42,11 +42,11 @@ def test_a_numeric_tie_is_told_from_an_error(
         choice_BN = scores_BNV.argmax(-1)
         return walk(torch.where(choice_BN == often, twin, choice_BN), draft)
 
-    judge_by(monkeypatch, prefer_the_twin, greedily=True)
+    replace_verifier(monkeypatch, prefer_the_twin, for_greedy=True)
     settings = GreedySettings(dtypes=("float32",), batch_sizes=(3,), max_new_tokens=12)
-    laws = SampledTestSettings(laws=("temperature=1",), num_rows=1200, num_tokens=3, law_prompts=1, rows_at_once=400)
-    told = certify(loader(model), [tmp_path / "lookup"], some_prompts(vocab_size=64), laws, settings)
-    plain, ours, transformers = of_greedy(told)
+    sampled = SampledTestSettings(laws=("temperature=1",), num_rows=1200, num_tokens=3, law_prompts=1, rows_at_once=400)
+    certificate = certify(loader(model), [tmp_path / "lookup"], some_prompts(vocab_size=64), sampled, settings)
+    plain, ours, transformers = greedy_tests(certificate)
     assert (plain["ties"], plain["errors"], plain["verdict"]) == ([], [], "passed")
     for test in (ours, transformers):
         found, none = (test["ties"], test["errors"]) if is_tie else (test["errors"], test["ties"])
@@ -57,39 +57,41 @@ def test_a_numeric_tie_is_told_from_an_error(
             assert (one["gap_float64"] <= one["tolerance"]) == is_tie
             assert one["num_not_compared"] == 12 - one["position"]
         assert test["num_samples"] == 3 * 12 - sum(one["num_not_compared"] for one in found)
-    assert told["verdict"] == (LOSSLESS if is_tie else NOT_LOSSLESS)
-    shown = [line for line in lines(told, "markdown") if line.startswith("- numeric tie" if is_tie else "- ERROR")]
+    assert certificate["verdict"] == (LOSSLESS if is_tie else NOT_LOSSLESS)
+    shown = [
+        line for line in lines(certificate, "markdown") if line.startswith("- numeric tie" if is_tie else "- ERROR")
+    ]
     assert len(shown) == len(ours["ties"] + ours["errors"]) * 2
     assert f"{twin} and {often}, gap" in shown[0]
 
 
-def test_an_error_among_unlikely_tokens_is_no_tie() -> None:
-    """Two tokens may have equal logits and both be wrong."""
+def test_explain_equal_logits_of_unlikely_tokens_are_an_error() -> None:
+    """Two tokens with equal logits may both be far below the largest logit."""
     model, often, twin = twin_model(0.0)
     target, prompt = Target(model), some_prompts(1, vocab_size=64)[0].ids
     logits_V = next(reference_logits(target, prompt, [[often, often]]))[-1]
     assert int(logits_V.argmax()) not in (often, twin)
     exact, texts = loader(model), ([often, often, twin, 5], [often, often, often, 5])
-    told = explain(target, prompt, *texts, exact=lambda: exact("float64"), tie_tolerance=8)
-    assert not told["is_tie"]
-    assert told["gap"] == pytest.approx(float(logits_V.max() - logits_V[twin]))
+    difference = explain(target, prompt, *texts, exact=lambda: exact("float64"), tie_tolerance=8)
+    assert not difference["is_tie"]
+    assert difference["gap"] == pytest.approx(float(logits_V.max() - logits_V[twin]))
 
 
-def test_a_text_that_ends_early_is_an_error() -> None:
+def test_explain_texts_of_different_length_are_an_error() -> None:
     target = tiny_target("llama")
     for found, expected, tokens, left in (([4, 7], [4, 7, 9], [None, 9], 1), ([4, 7, 9], [4, 7], [9, None], 0)):
-        told = explain(target, [3, 5], found, expected, exact=lambda: target, tie_tolerance=8)
-        assert (told["position"], told["tokens"], told["num_not_compared"]) == (2, tokens, left)
-        assert (told["is_tie"], told["gap"]) == (False, None)
+        difference = explain(target, [3, 5], found, expected, exact=lambda: target, tie_tolerance=8)
+        assert (difference["position"], difference["tokens"], difference["num_not_compared"]) == (2, tokens, left)
+        assert (difference["is_tie"], difference["gap"]) == (False, None)
 
 
-def test_a_tie_needs_both_dtypes() -> None:
-    """Where float64 sees a gap, a tie in the run's dtype is an error."""
+def test_explain_tie_must_hold_in_both_dtypes() -> None:
+    """A tie in the run's dtype is an error if the logits differ in float64."""
     near, far = Target(twin_model(0.0)[0]), Target(twin_model(1e-2)[0])
     _, often, twin = twin_model(0.0)
     prompt = some_prompts(1, vocab_size=64)[0].ids
     text = near.model.generate(torch.tensor([prompt]), max_new_tokens=12)[0, len(prompt) :].tolist()
     before = text[: text.index(often)]
     for own, exact, is_tie in ((near, near, True), (near, far, False), (far, near, False)):
-        told = explain(own, prompt, [*before, twin], [*before, often], exact=lambda e=exact: e, tie_tolerance=8)
-        assert told["is_tie"] == is_tie
+        difference = explain(own, prompt, [*before, twin], [*before, often], exact=lambda e=exact: e, tie_tolerance=8)
+        assert difference["is_tie"] == is_tie

@@ -1,4 +1,4 @@
-"""A comparison told to wandb: its table, its pictures, every figure."""
+"""Tests of logging a comparison to wandb: table, plots and metrics."""
 
 import json
 from pathlib import Path
@@ -17,20 +17,18 @@ ROWS = [
 ]
 
 
-def test_table_pictures_and_figures_reach_wandb_without_an_account(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_to_wandb_logs_table_plots_and_metrics_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "bakeoff.png")
     to_wandb(ROWS, tmp_path, "draftsmith")
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    (told, *_), config = read_wandb(file)
-    assert told["heads/tau_t0_b1"] == 1.5 and told["heads/speedup_t1_b1"] == 0.75
-    assert told["plain/tokens_per_s_t0_b1"] == 100.0
+    (logged, *_), config = read_wandb(file)
+    assert logged["heads/tau_t0_b1"] == 1.5 and logged["heads/speedup_t1_b1"] == 0.75
+    assert logged["plain/tokens_per_s_t0_b1"] == 100.0
     assert config["target"] == "pocket" and "drafter" not in config
     (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")
-    shown = json.loads(table.read_text())
-    assert shown["columns"] == list(ROWS[0]) and len(shown["data"]) == 4
-    assert shown["data"][2] == ["heads", "pocket", 0.0, 1, "[0.5, 0.25]", 1.5, 150.0, 0.75, True]
+    table_data = json.loads(table.read_text())
+    assert table_data["columns"] == list(ROWS[0]) and len(table_data["data"]) == 4
+    assert table_data["data"][2] == ["heads", "pocket", 0.0, 1, "[0.5, 0.25]", 1.5, 150.0, 0.75, True]
     (picture,) = tmp_path.glob("wandb/offline-run-*/files/media/images/*.png")
     assert picture.read_bytes() == (tmp_path / "bakeoff.png").read_bytes()

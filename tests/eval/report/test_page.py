@@ -1,4 +1,4 @@
-"""eval/report/page.py, texts.py, token_view.py, charts.py: what drafters did, told truly, on a page that fetches nothing."""
+"""Tests of the HTML report: recorded steps, tables, charts and tokens, on a self-contained page."""
 
 import json
 import random
@@ -30,7 +30,6 @@ from eval.report.recorded_texts import (
     record_texts,
     select_prompts,
 )
-from eval.report.token_view import token_view
 from tests.support.family import built
 from tests.support.models import greedy_by_transformers, prompts, tiny_model, tiny_target
 from tests.support.runs import command, run
@@ -57,8 +56,8 @@ def drafter_of(family: str, target: Target) -> Any:
 
 
 @pytest.mark.parametrize("family", ["lookup", "medusa", "lm"])
-def test_steps_are_those_of_decoding(family: str) -> None:
-    """They spell the greedy text, and count what the loop itself counts."""
+def test_greedy_steps_equal_decoding(family: str) -> None:
+    """Their tokens are the greedy text, and their counts those of `generate`."""
     target = tiny_target("llama")
     drafter = drafter_of(family, target)
     expected = greedy_by_transformers("llama", 4, 20)
@@ -71,10 +70,10 @@ def test_steps_are_those_of_decoding(family: str) -> None:
         assert sum(max(map(len, step.drafted), default=0) for step in steps) == sum(stats.drafted)
         assert all(step.target_token not in step.rejected for step in steps)
     if family == "lm":
-        assert len(steps) == 5, "a copy of the target is always right"
+        assert len(steps) == 5, "drafts of a copy of the target are always accepted"
 
 
-def test_a_text_may_end_within_a_draft() -> None:
+def test_greedy_steps_text_ends_within_a_draft() -> None:
     model = tiny_model("llama")
     ids, text = prompts(1)[0], greedy_by_transformers("llama", 1, 20)[0]
     new = text[len(ids) :]
@@ -82,17 +81,22 @@ def test_a_text_may_end_within_a_draft() -> None:
     end = new.index(new[5]) + 1
     target = Target(model)
     steps = greedy_steps(drafter_of("lm", target), ids, 20)
-    assert [token for step in steps for token in step.accepted + [step.target_token] * (step.target_token is not None)] == new[:end]
+    assert [
+        token for step in steps for token in step.accepted + [step.target_token] * (step.target_token is not None)
+    ] == new[:end]
 
 
-def test_rejected_are_the_siblings_of_what_was_right() -> None:
+def test_decoding_step_rejected_siblings_and_tree_statistics() -> None:
     drafted = {(0,): 5, (1,): 6, (0, 0): 7, (0, 1): 8, (1, 0): 9}
-    steps = [DecodingStep(drafted=drafted, path=(0,), target_token=3), DecodingStep(drafted=drafted, path=(1, 0), target_token=4)]
+    steps = [
+        DecodingStep(drafted=drafted, path=(0,), target_token=3),
+        DecodingStep(drafted=drafted, path=(1, 0), target_token=4),
+    ]
     assert (steps[0].accepted, steps[0].rejected) == ([5], [7, 8])
     assert (steps[1].accepted, steps[1].rejected) == ([6, 9], [])
-    told = _tree_statistics(steps)
-    assert told["num_nodes"] == 5
-    assert {node["path"]: (node["drafted"], node["accepted"]) for node in told["nodes"]} == {
+    tree = _tree_statistics(steps)
+    assert tree["num_nodes"] == 5
+    assert {node["path"]: (node["drafted"], node["accepted"]) for node in tree["nodes"]} == {
         (0,): (2, 1),
         (0, 0): (2, 0),
         (0, 1): (2, 0),
@@ -101,13 +105,13 @@ def test_rejected_are_the_siblings_of_what_was_right() -> None:
     }
 
 
-def test_texts_are_of_different_categories() -> None:
+def test_select_prompts_prefers_different_categories() -> None:
     found = [prompt_of([row], category) for row, category in enumerate(["a", "a", "b", None, "c"])]
     assert [prompt.ids for prompt in select_prompts(found)] == [[0], [2], [3]]
     assert [prompt.ids for prompt in select_prompts(found[:2])] == [[0], [1]]
 
 
-def test_pieces_join_to_the_text_and_hold_back_parts_of_characters() -> None:
+def test_pieces_join_to_the_text_and_complete_characters() -> None:
     tokenizer = trained_tokenizer()
     target = Target(tiny_model("llama", vocab_size=len(tokenizer)), tokenizer)
     ids = tokenizer("def f(日本):\n    return 'é'")["input_ids"]
@@ -115,24 +119,24 @@ def test_pieces_join_to_the_text_and_hold_back_parts_of_characters() -> None:
     assert "".join(pieces) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:3])) :]
     assert "" in pieces and not any("\ufffd" in piece for piece in pieces)
     step = DecodingStep(drafted={(0,): ids[1]}, path=(0,), target_token=None)
-    (told,) = _as_text(target, ids[:1], [step])
-    assert told == {"accepted": [tokenizer.decode(ids[1:2])], "own": None, "rejected": [], "num_drafted": 1}
+    (found,) = _as_text(target, ids[:1], [step])
+    assert found == {"accepted": [tokenizer.decode(ids[1:2])], "own": None, "rejected": [], "num_drafted": 1}
 
 
-def test_what_is_written_down_is_json_of_every_drafter() -> None:
+def test_record_texts_is_json_with_every_drafter() -> None:
     target = tiny_target("llama")
     drafters = {"one": drafter_of("lookup", target), "two": drafter_of("medusa", target)}
-    written = record_texts(target, [prompt_of(ids) for ids in prompts(4)], drafters, 12)
-    assert [set(text["steps"]) for text in written["texts"]] == [{"one", "two"}] * 3
-    assert set(written["trees"]) == {"one", "two"}
-    assert len(json.loads(json.dumps(written))["trees"]["two"]["nodes"]) > 3
+    recorded = record_texts(target, [prompt_of(ids) for ids in prompts(4)], drafters, 12)
+    assert [set(text["steps"]) for text in recorded["texts"]] == [{"one", "two"}] * 3
+    assert set(recorded["trees"]) == {"one", "two"}
+    assert len(json.loads(json.dumps(recorded))["trees"]["two"]["nodes"]) > 3
 
 
 # The page
 
 
 class Parsed(HTMLParser):
-    """Elements with their attributes, checked for balance, and the text of each kind."""
+    """Elements with their attributes, checked for balance, and the text of each element."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -162,7 +166,7 @@ class Parsed(HTMLParser):
 
 
 def some_rows() -> list[dict[str, Any]]:
-    """Returns rows as recipes/bakeoff.py wrote them before they had forecasts and categories."""
+    """Returns rows as recipes/bakeoff.py wrote them before it added forecasts and categories."""
     rows = []
     for temperature in (0.0, 1.0):
         for name, speedup in (("plain", 1.0), ("good", 1.5), (HOSTILE, 0.75)):
@@ -183,8 +187,8 @@ def some_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def forecast(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows with what newer comparisons add."""
+def with_forecasts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows with the columns of newer comparisons."""
     added = []
     for row in rows:
         is_drafter, speedup = row["family"] is not None, row["speedup"]
@@ -211,42 +215,44 @@ def some_texts() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("is_new", [False, True])
-def test_the_page_is_whole_fetches_nothing_and_runs_no_text(is_new: bool) -> None:
-    parsed = Parsed(text := page(forecast(some_rows()) if is_new else some_rows(), some_texts()))
+def test_page_is_self_contained_and_escapes_text(is_new: bool) -> None:
+    parsed = Parsed(text := page(with_forecasts(some_rows()) if is_new else some_rows(), some_texts()))
     assert len(parsed.of("script")) == len(parsed.of("style")) == len(parsed.of("h1")) == 1 and not parsed.of("img")
     for tag, attributes in parsed.elements:
         for name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
             assert (attributes.get(name) or "#").startswith(("#", "data:,")), (tag, attributes)
         assert not [name for name in attributes if name.startswith("on")]
-    inner = "".join(said for tag, said in parsed.texts if tag in ("style", "script"))
+    inner = "".join(text for tag, text in parsed.texts if tag in ("style", "script"))
     assert not re.search(r"url\(|@import|fetch\(|XMLHttp|https?:|import\(|innerHTML", inner)
     (policy,) = (found["content"] for found in parsed.of("meta") if found.get("http-equiv"))
     assert policy and policy.startswith("default-src 'none'")
     assert [found["content"] for found in parsed.of("meta") if found.get("name") == "viewport"]
-    assert text.count(HOSTILE) == 0 and sum(said.count(HOSTILE) for _, said in parsed.texts) >= 5
+    assert text.count(HOSTILE) == 0 and sum(text.count(HOSTILE) for _, text in parsed.texts) >= 5
     ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert {f"#{name}" for name in ids} >= {found["href"] for found in parsed.of("a")}
     assert ({"batches", "categories"} <= set(ids)) == is_new
 
 
-def test_tables_hold_every_row_and_what_it_is_sorted_by() -> None:
-    parsed = Parsed(page(forecast(some_rows()), some_texts()))
-    heads = [said for tag, said in parsed.texts if tag == "button"]
-    assert heads[:5] == ["drafter", "speed-up", "quartiles", "predicted", "stops paying at"]
-    assert "first accepted" not in heads, "a column that says nothing"
-    cells = [said for tag, said in parsed.texts if tag == "td"]
-    assert {"1.50x", "0.75x slower", "0.65-0.85", "1.25x", "batch 2", "1,234", "same law", "identical"} <= set(cells)
+def test_page_tables_have_all_rows_and_sort_keys() -> None:
+    parsed = Parsed(page(with_forecasts(some_rows()), some_texts()))
+    heads = [text for tag, text in parsed.texts if tag == "button"]
+    assert heads[:5] == ["drafter", "speed-up", "quartiles", "predicted speed-up", "break-even batch"]
+    assert "first token" not in heads, "an empty column"
+    cells = [text for tag, text in parsed.texts if tag == "td"]
+    assert {"1.50x", "0.75x slower", "0.65-0.85", "1.25x", "2", "1,234", "lossless", "identical"} <= set(cells)
     values = [found["data-value"] for found in parsed.of("td")]
     assert "1.5" in values and "1234.0" in values and "" in values
     first = [found["scope"] for found in parsed.of("th")]
     assert first.count("row") == 2 * 3 + 2 * 2
-    verdicts = "".join(said for tag, said in parsed.texts if tag in ("li", "b"))
-    assert "Temperature 0, batch 1: fastest is good, 1.50x; 1 of 2 slow decoding down." in verdicts
+    verdicts = "".join(text for tag, text in parsed.texts if tag in ("li", "b"))
+    assert "Temperature 0, batch 1: fastest drafter: good, 1.50x; 1 of 2 slow decoding down." in " ".join(
+        verdicts.split()
+    )
 
 
-def test_tokens_tell_who_wrote_them_without_colour() -> None:
-    parsed = Parsed(token_view(some_texts()["texts"]))
+def test_page_tokens_are_marked_without_colour() -> None:
+    parsed = Parsed(page(some_rows(), some_texts()))
     tokens = [found for found in parsed.of("span") if "data-note" in found]
     kinds = [(found["class"] or "").split()[1] for found in tokens]
     assert kinds == ["accepted", "accepted", "corrected", "accepted", "own", "alone", "accepted", "alone"]
@@ -261,7 +267,7 @@ def test_tokens_tell_who_wrote_them_without_colour() -> None:
     assert "italic" in re.search(r"\.alone \{[^}]*\}", style).group()  # type: ignore[union-attr]
 
 
-def test_labels_of_points_do_not_lie_on_each_other() -> None:
+def test_against_cost_labels_do_not_overlap() -> None:
     drawn = random.Random(0)
     points = [(f"drafter{n}", 10 ** drawn.uniform(0.5, 3.5), drawn.uniform(0.6, 1.4)) for n in range(20)]
     svg = charts.against_cost(points, "many")
@@ -274,22 +280,22 @@ def test_labels_of_points_do_not_lie_on_each_other() -> None:
     assert min(y1 for _, y1, *_ in boxes) >= 0 and max(y2 for *_, y2 in boxes) <= charts.HEIGHT
 
 
-def test_one_point_and_one_place_can_be_drawn() -> None:
+def test_charts_of_a_single_point() -> None:
     assert "only" in charts.against_cost([("only", 0.0, 1.0)], "one")
     assert charts.by_depth([("temperature 0", [1.0])], "one").count("<circle") == 1
     assert charts.tree([{"path": [0], "drafted": 3, "accepted": 0}], "one").count("<text") == 1
 
 
-def test_trees_branch_and_keep_their_places_apart() -> None:
+def test_tree_chart_positions_of_branches() -> None:
     svg = charts.tree(some_texts()["trees"]["good"]["nodes"], "tree")
-    places = re.findall(r'class="node" cx="([\d.]+)" cy="([\d.]+)"', svg)
-    assert len(set(places)) == len(places) == 4
-    first, low, high, second = ((float(x), float(y)) for x, y in places)
+    positions = re.findall(r'class="node" cx="([\d.]+)" cy="([\d.]+)"', svg)
+    assert len(set(positions)) == len(positions) == 4
+    first, low, high, second = ((float(x), float(y)) for x, y in positions)
     assert low[0] == high[0] > first[0] == second[0]
     assert low[1] < high[1] < second[1] and low[1] < first[1] < high[1]
 
 
-def test_a_page_is_made_anew_from_its_folder(tmp_path: Path) -> None:
+def test_write_report_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "bakeoff.json").write_text(json.dumps(some_rows()))
     assert write_report(tmp_path) == tmp_path / PAGE
     assert 'id="texts"' not in (tmp_path / PAGE).read_text()
@@ -299,7 +305,7 @@ def test_a_page_is_made_anew_from_its_folder(tmp_path: Path) -> None:
     assert (tmp_path / PAGE).read_text() == page(some_rows(), some_texts())
 
 
-def test_a_comparison_leaves_its_page(tmp_path: Path) -> None:
+def test_compare_writes_the_page(tmp_path: Path) -> None:
     target = tiny_target("llama")
     for name in ("lookup", "medusa"):
         made = drafter_of(name, target)
@@ -311,17 +317,17 @@ def test_a_comparison_leaves_its_page(tmp_path: Path) -> None:
     parsed = Parsed((tmp_path / "out" / PAGE).read_text())
     ids = {attributes["id"] for _, attributes in parsed.elements if "id" in attributes}
     assert {"table", "cost", "batches", "acceptance", "trees", "texts"} <= ids
-    titles = [said for tag, said in parsed.texts if tag == "summary"]
+    titles = [text for tag, text in parsed.texts if tag == "summary"]
     assert sorted(title.split(":")[0] for title in titles) == sorted(["The prompt", "lookup", "medusa"] * 2)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [(None, "has no bakeoff.json"), ("[{", "not valid JSON"), ("[]", "holds no comparison")]
+    ("text", "message"), [(None, "has no bakeoff.json"), ("[{", "not valid JSON"), ("[]", "contains no comparison")]
 )
-def test_a_folder_without_a_comparison_is_refused(tmp_path: Path, text: str | None, said: str) -> None:
+def test_write_report_without_a_comparison_raises(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "bakeoff.json").write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         write_report(tmp_path)
     assert not (tmp_path / PAGE).exists()
 
@@ -335,38 +341,38 @@ addEventListener("load", () => {
   const button = [...document.querySelectorAll("thead button")].find((one) => one.textContent === "speed-up");
   const column = () => [...button.closest("table").tBodies[0].rows].map((row) => row.cells[1].textContent);
   button.focus();
-  const told = { isFocused: document.activeElement === button, faults };
-  button.click(); told.falling = column();
-  button.click(); told.rising = column();
+  const result = { isFocused: document.activeElement === button, faults };
+  button.click(); result.descending = column();
+  button.click(); result.ascending = column();
   const token = document.querySelector(".token[tabindex='0']"), note = document.getElementById("note");
   const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-  told.hidden = [note.hidden];
-  token.focus(); told.note = note.textContent; told.hidden.push(note.hidden);
-  press("ArrowRight"); press("ArrowRight"); told.next = note.textContent;
-  told.stops = document.querySelector(".tokens").querySelectorAll("[tabindex='0']").length;
-  press("End"); told.last = note.textContent;
-  press("Escape"); told.hidden.push(note.hidden);
+  result.hidden = [note.hidden];
+  token.focus(); result.note = note.textContent; result.hidden.push(note.hidden);
+  press("ArrowRight"); press("ArrowRight"); result.next = note.textContent;
+  result.stops = document.querySelector(".tokens").querySelectorAll("[tabindex='0']").length;
+  press("End"); result.last = note.textContent;
+  press("Escape"); result.hidden.push(note.hidden);
   const box = document.getElementById("show-rejected"), other = document.querySelector(".rejected");
   const seen = () => other.offsetWidth > 0;
-  told.rejected = [seen()]; box.click(); told.rejected.push(seen());
-  told.tooWide = document.documentElement.scrollWidth > innerWidth; told.width = innerWidth;
-  parent.postMessage(told, "*");
+  result.rejected = [seen()]; box.click(); result.rejected.push(seen());
+  result.tooWide = document.documentElement.scrollWidth > innerWidth; result.width = innerWidth;
+  parent.postMessage(result, "*");
 });
 """
 FRAMES = """<script>
 addEventListener("message", (event) => {{
-  document.getElementById("told").textContent += JSON.stringify(event.data) + "\\n";
+  document.getElementById("results").textContent += JSON.stringify(event.data) + "\\n";
 }});
-</script><pre id="told"></pre>{frames}"""
+</script><pre id="results"></pre>{frames}"""
 
 
 @pytest.mark.slow
-def test_in_a_browser_at_both_widths_by_keyboard(tmp_path: Path) -> None:
-    """Chromium, headless: nothing on its console, nothing wider than the window, and all of it without a mouse."""
+def test_page_in_chromium_at_two_widths_by_keyboard(tmp_path: Path) -> None:
+    """In headless Chromium the console is empty, the page fits the window, and everything works by keyboard."""
     browser = shutil.which("chromium")
     if browser is None:
-        pytest.skip("there is no chromium here")
-    text = page(forecast(some_rows()), some_texts())
+        pytest.skip("chromium is not installed")
+    text = page(with_forecasts(some_rows()), some_texts())
     (tmp_path / "page.html").write_text(text.replace("<body>", f"<body><script>{ACTIONS}</script>"))
     frames = "".join(f'<iframe src="page.html" width="{width}" height="900"></iframe>' for width in (1280, 390))
     (tmp_path / "frames.html").write_text(FRAMES.format(frames=frames))
@@ -379,11 +385,11 @@ def test_in_a_browser_at_both_widths_by_keyboard(tmp_path: Path) -> None:
         timeout=120,
     )
     assert "CONSOLE" not in done.stderr, done.stderr
-    told = [json.loads(line) for line in re.search(r"<pre[^>]*>(.*?)</pre>", done.stdout, re.S)[1].splitlines()]  # type: ignore[index]
-    assert sorted(one["width"] for one in told) == [390, 1280]
-    for one in told:
+    results = [json.loads(line) for line in re.search(r"<pre[^>]*>(.*?)</pre>", done.stdout, re.S)[1].splitlines()]  # type: ignore[index]
+    assert sorted(one["width"] for one in results) == [390, 1280]
+    for one in results:
         assert one["isFocused"] and one["faults"] == [] and not one["tooWide"]
-        assert one["falling"] == ["1.50x", "1.00x", "0.75x slower"] == one["rising"][::-1]
+        assert one["descending"] == ["1.50x", "1.00x", "0.75x slower"] == one["ascending"][::-1]
         assert one["note"].startswith("'a' - depth 1: drafted") and one["next"].startswith("'c' - the target's")
         assert one["last"].startswith("'f'") and one["stops"] == 1
         assert one["hidden"] == [True, False, True] and one["rejected"] == [False, True]
