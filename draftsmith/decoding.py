@@ -13,9 +13,10 @@ from torch import Tensor
 from draftsmith.core.batching import check_lengths, eos_ids, pack, start_rows, until_end
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.sampling import Sampling
-from draftsmith.core.stats import GenerationStats, Stopwatch
+from draftsmith.core.stats import GenerationStats
 from draftsmith.core.target import Target
 from draftsmith.length.controller import with_length_control
+from draftsmith.length.costs import Stopwatch
 from draftsmith.length.policies import Policy
 from draftsmith.verify import verify_draft
 

@@ -1,10 +1,7 @@
 """Counts and times of one call of `generate`."""
 
-import time
 from collections import Counter
 from dataclasses import dataclass, field
-
-import torch
 
 from draftsmith.core.tree import Draft
 
@@ -66,19 +63,3 @@ def drafted_depth(draft: Draft, row: int) -> int:
         return draft.num_nodes[row] - 1
     depths_RN = draft.tree.depths_RN
     return int(depths_RN[row % len(depths_RN), : draft.num_nodes[row]].max())
-
-
-class Stopwatch:
-    """Times consecutive stages; on an accelerator it waits for pending work before reading the clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._last = time.perf_counter()
-
-    def lap_ms(self) -> float:
-        """Returns the milliseconds since the last call."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        lap, self._last = 1e3 * (now - self._last), now
-        return lap

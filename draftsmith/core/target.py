@@ -36,6 +36,10 @@ class Source:
     mask_BT: Tensor
     encoded_BTD: Tensor
 
+    def arguments(self) -> dict[str, Tensor]:
+        """Returns the decoder's arguments for cross-attention."""
+        return {"encoder_hidden_states": self.encoded_BTD, "encoder_attention_mask": self.mask_BT}
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Forward:
@@ -179,7 +183,7 @@ class Target:
         if self.is_encoder_decoder:
             arguments["past_key_values"] = both = EncoderDecoderCache(cache, cache.cross)
             both.is_updated = cache.cross_is_filled
-            arguments |= _cross_attention(cache.source)
+            arguments |= cache.source.arguments()
         else:
             arguments["position_ids"] = positions_BN
         out_BND = self._view(start, stop, skipped)(input_ids=tokens_BN, **arguments).last_hidden_state
@@ -215,7 +219,7 @@ class Target:
         """Returns the requested hidden layers [B, T, D] of right-padded rows, in one causal pass without a cache."""
         positions_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         self._context.begin(positions_BN=positions_1T, wanted=layers)
-        arguments = _cross_attention(source) if source is not None else {}
+        arguments = source.arguments() if source is not None else {}
         run = self._view(0, self.num_layers, frozenset())
         out_BTD = run(input_ids=tokens_BT, use_cache=False, **arguments).last_hidden_state
         hidden = self._context.end()
@@ -283,10 +287,10 @@ class Target:
             out = self.forward(fed, tree, cache, layers=(0, 1))
             if any(hidden.ndim != 3 for hidden in out.layers.values()):
                 raise ValueError("its hidden states are not [batch, length, width]")
-            found = self.logits(out.hidden_BND)[0, path]
             normed = self.norm(out.hidden_BND)
-            linear = self._linear_head(normed) if self._linear_head is not None else None
-            self._head_is_linear = linear is not None and torch.equal(linear, self.head(normed))
+            logits = self.head(normed)
+            found, linear = logits[0, path], self._linear_head
+            self._head_is_linear = linear is not None and torch.equal(linear(normed), logits)
         except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
             raise ValueError(f"{self._architecture} cannot be run over a draft tree: {error}") from error
         tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
@@ -306,9 +310,7 @@ class Target:
             if self.is_encoder_decoder and key != (0, self.num_layers, frozenset()):
                 raise ValueError(f"{self._architecture} is an encoder-decoder: spans of layers are not supported")
             base = relative_bias(self._stack, self._context) if hasattr(self._stack, "block") else self._stack
-            self._views[key] = view(
-                base, self._context, start=start, stop=stop, skipped=skipped, width=self.hidden_size
-            )
+            self._views[key] = view(base, self._context, start, stop, skipped, width=self.hidden_size)
         return self._views[key]
 
     def _masks(self, tree: Tree, cache: KVCache, positions_BN: Tensor, first: int) -> Any:
@@ -337,7 +339,3 @@ class Target:
         # Eager attention adds its mask: a boolean one would have no effect.
         lowest = torch.finfo(self.dtype).min
         return torch.zeros_like(visible_RNS, dtype=self.dtype).masked_fill(~visible_RNS, lowest)[:, None]
-
-
-def _cross_attention(source: Source) -> dict[str, Tensor]:
-    return {"encoder_hidden_states": source.encoded_BTD, "encoder_attention_mask": source.mask_BT}

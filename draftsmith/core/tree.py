@@ -70,14 +70,7 @@ class Tree:
 @lru_cache(maxsize=256)
 def chain(num_nodes: int, device: torch.device | str = "cpu") -> Tree:
     """Returns the tree with a single branch of `num_nodes` nodes, the pending one included."""
-    order_N = torch.arange(num_nodes, device=device)
-    return Tree(
-        parents_RN=order_N[None] - 1,
-        depths_RN=order_N[None],
-        ancestors_RNN=(order_N[:, None] >= order_N)[None],
-        depth=num_nodes - 1,
-        is_chain=True,
-    )
+    return Tree.from_parents([list(range(-1, num_nodes - 1))], device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -126,7 +126,7 @@ def blocks_of(model: Any) -> nn.ModuleList:
 
 
 def view(
-    stack: nn.Module, context: ForwardContext, *, start: int, stop: int, skipped: frozenset[tuple[str, int]], width: int
+    stack: nn.Module, context: ForwardContext, start: int, stop: int, skipped: frozenset[tuple[str, int]], *, width: int
 ) -> Any:
     """Returns a view that runs blocks `start` to `stop - 1` without the final norm.
 

@@ -1,8 +1,7 @@
-"""A small drafter speculates for a larger one, which drafts for the target (staged speculation, 2308.04623).
+"""Staged speculation (2308.04623): a small drafter drafts for a larger draft model, which drafts for the target.
 
-The larger one is a model of its own: its chain is decoded as the target's text is, by drafting and lossless
-verification, so that each of its tokens follows its law after those before, and to the target the chain is one drawn
-token by token.
+The draft model decodes its chain as the target decodes its text, by drafting and lossless verification: each token
+follows the draft model's distribution after those before, so that the target can verify the chain as a sampled one.
 
 Shape suffixes: B rows, N nodes, P tokens of a path, V vocabulary.
 """
@@ -18,10 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
-from draftsmith.core.stats import Stopwatch
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, chain
 from draftsmith.length import policies
+from draftsmith.length.costs import Stopwatch
 from draftsmith.parts.composites import (
     Part,
     PartConfigs,
@@ -32,25 +31,26 @@ from draftsmith.parts.composites import (
     parameters_of,
     save_parts,
 )
+from draftsmith.parts.suffix_array import num_common
 from draftsmith.verify import verify_draft
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The two drafters, and how long the larger one's chains are."""
+    """Settings of the two stages."""
 
     parts: PartConfigs
-    """Family and configuration of the larger one, a draft model, and of the small one that drafts for it. Of the larger
-    one's configuration the model alone matters."""
+    """Family and configuration of the draft model and of the small drafter that drafts for it. Of the first only the
+    model is used, not its drafting settings."""
     num_draft: int = 8
-    """Most tokens that the larger one drafts at a time."""
+    """Maximum number of tokens that the draft model drafts per round."""
     length: str = "refit=0.4"
-    """How long its chains are: a policy of draftsmith/length/policies.py, and its number; the small one keeps its own."""
+    """Draft-length policy of the draft model (draftsmith/length/policies.py); the small drafter has its own."""
 
     def __post_init__(self) -> None:
         check_parts(self.parts)
         if len(self.parts) != 2:
-            raise ValueError(f"{len(self.parts)} parts are named; there must be two, the larger one first")
+            raise ValueError(f"{len(self.parts)} parts given; there must be two, the draft model first")
         if self.num_draft < 1:
             raise ValueError(f"num_draft is {self.num_draft}; it must be at least 1")
         policies.make(self.length)
@@ -61,10 +61,10 @@ class Config:
 
 
 class Drafter(drafter.Drafter):
-    """The larger one's model with a cache of its own, decoding ahead of the target's text with the small one's help.
+    """The draft model with a cache of its own, decoding ahead of the target with the small drafter's help.
 
-    What it has read and the target has not confirmed is taken back. A small one that defines no `rewind(lengths)` is
-    begun anew at every draft: one that looks up the text's own past reads all of it again.
+    Before each draft both are rewound to the committed text. A small drafter that cannot rewind starts again each time:
+    one that looks up the text's own past reads all of it again.
     """
 
     draft_model: Target
@@ -80,7 +80,7 @@ class Drafter(drafter.Drafter):
         self.draft_model = draft_model_of(self.parts[0])
         self._small = self.parts[1]
         if self._small.hidden_layers:
-            raise ValueError(f"{self._small.name} reads hidden layers; the small drafter must go by the text alone")
+            raise ValueError(f"{self._small.name} reads hidden layers; the small drafter must read the text alone")
 
     def save_state(self, folder: Path) -> None:
         save_parts(self.parts, folder)
@@ -98,7 +98,7 @@ class Drafter(drafter.Drafter):
 
     def start(self, session: Session) -> None:
         self._session = session
-        # Of each row the ids that the larger one has read or drafted; the last one is not read yet.
+        # Each row's tokens that the draft model has processed or drafted; the last one is not processed yet.
         self._rows = [list(row) for row in session.rows]
         self._cache = self.draft_model.new_cache(len(self._rows))
         if max(map(len, self._rows)) > 1:
@@ -112,23 +112,23 @@ class Drafter(drafter.Drafter):
         most = min(budget, self.config.num_draft, self.draft_model.context_length - max(map(len, session.rows)))
         if most < 1:
             return session.empty_draft()
-        self._return_to_text()
-        laws: list[list[Tensor]] = [[] for _ in session.rows]
+        self._rewind_to_committed()
+        probs: list[list[Tensor]] = [[] for _ in session.rows]
         ends = [len(row) + most if runs else 0 for row, runs in zip(session.rows, self._is_running, strict=True)]
         while any(len(row) < end for row, end in zip(self._rows, ends, strict=True)):
-            self._advance(ends, laws)
-        return self._draft(laws)
+            self._advance(ends, probs)
+        return self._chains(probs)
 
     def observe(self, step: Step) -> None:
-        """Notes who goes on; the next draft sees what has become of the last."""
+        """Notes which rows are running; the next `propose` reads the committed text."""
         self._is_running = [len(path) > 0 for path in step.paths]
 
-    def _return_to_text(self) -> None:
-        """Takes back what was drafted and not confirmed, and reads what was committed beside it."""
+    def _rewind_to_committed(self) -> None:
+        """Drops drafted tokens that were rejected, and processes those that were committed instead."""
         cache, agreed = self._cache, []
         for drafted, committed in zip(self._rows, self._session.rows, strict=True):
-            # The pending token is never read yet.
-            agreed.append(_num_common(drafted, committed[:-1]))
+            # The pending token has never been processed yet.
+            agreed.append(num_common(drafted, committed[:-1]))
             drafted[:] = committed
         cache.lengths = [min(pair) for pair in zip(cache.lengths, agreed, strict=True)]
         missing = [ids[known:-1] for ids, known in zip(self._rows, cache.lengths, strict=True)]
@@ -139,11 +139,11 @@ class Drafter(drafter.Drafter):
             cache.commit([list(range(len(ids))) for ids in missing])
         self._small.rewind(agreed)
 
-    def _advance(self, ends: list[int], laws: list[list[Tensor]]) -> None:
-        """Drafts for the larger one, verifies, and takes each row's tokens up to its entry of `ends`.
+    def _advance(self, ends: list[int], probs: list[list[Tensor]]) -> None:
+        """Decodes one round of the draft model with the small drafter, up to length `ends[row]` of each row.
 
-        A row that its policy stops has its end set to where it is. What was drawn past an end is dropped: where the end
-        is depends on the tokens before it alone, so that these keep their law.
+        A row that its policy stops gets its current length as its end. Tokens sampled past an end are dropped: the end
+        depends on the tokens before it only, so that these keep their distribution.
         """
         session, rows, cache = self._session, self._rows, self._cache
         watch = Stopwatch(self.draft_model.device)
@@ -159,23 +159,24 @@ class Drafter(drafter.Drafter):
                 continue
             new = [*(tokens[row][node] for node in path[1:]), next_tokens[row]][: ends[row] - len(rows[row])]
             logits_PV = logits_BNV[row, path[: len(new)]]
-            told_P = logits_PV.float().softmax(-1).gather(1, torch.tensor(new, device=logits_PV.device)[:, None])[:, 0]
-            for number, confidence in enumerate(told_P.tolist(), start=1):
+            new_P1 = torch.tensor(new, device=logits_PV.device)[:, None]
+            confidences_P = logits_PV.float().softmax(-1).gather(1, new_P1)[:, 0]
+            for number, confidence in enumerate(confidences_P.tolist(), start=1):
                 if not session.should_continue(row, confidence):
                     del new[number:]
                     ends[row] = len(rows[row]) + number
                     break
             if not session.sampling.is_greedy:
-                laws[row].append(session.sampling.probs(logits_PV[: len(new)]))
+                probs[row].append(session.sampling.probs(logits_PV[: len(new)]))
             rows[row] += new
         cache.commit(paths)
-        # A row that ended within its path has read more than it took.
+        # The cache of a row that ended within its path holds more tokens than the row.
         cache.lengths = [min(known, len(row) - 1) for known, row in zip(cache.lengths, rows, strict=True)]
         step = Step(draft=draft, logits_BNV=logits_BNV, hidden={}, verdict=verdict, paths=paths, cost_ms=watch.lap_ms())
         self._small.observe(step)
 
-    def _draft(self, laws: list[list[Tensor]]) -> Draft:
-        """Returns the chains that were decoded, and the laws of their tokens."""
+    def _chains(self, probs: list[list[Tensor]]) -> Draft:
+        """Returns the decoded chains with the distributions that their tokens were sampled from."""
         device, committed = self.target.device, self._session.rows
         chains = [
             torch.tensor(ids[len(row) - 1 :], device=device) for ids, row in zip(self._rows, committed, strict=True)
@@ -184,11 +185,11 @@ class Drafter(drafter.Drafter):
         num_nodes = list(map(len, chains))
         settings: dict[str, Any] = {}
         if not self._session.sampling.is_greedy:
-            some_1V = next(probs_PV[:1] for of_row in laws for probs_PV in of_row)
-            # Rows that draft nothing, or less, are filled with any law.
-            filled = [torch.cat([*of_row, some_1V]) for of_row in laws]
+            # Rows with shorter drafts are padded with any distribution.
+            any_1V = next(probs_PV[:1] for of_row in probs for probs_PV in of_row)
             longest = tokens_BN.shape[1] - 1
-            probs_BNV = torch.stack([torch.cat([probs_PV, some_1V.expand(longest, -1)])[:longest] for probs_PV in filled])
+            padding_NV = any_1V.expand(longest, -1)
+            probs_BNV = torch.stack([torch.cat([*of_row, padding_NV])[:longest] for of_row in probs])
             settings = {"draft_probs_BNV": probs_BNV, "sampling_scheme": "independent"}
         return Draft(
             tokens_BN=tokens_BN,
@@ -199,14 +200,8 @@ class Drafter(drafter.Drafter):
 
 
 def draft_model_of(part: Part) -> Target:
-    """Returns the model that a part drafts with; raises ValueError if it has none of its own."""
+    """Returns the draft model of a part; raises ValueError if it has none."""
     draft_model = part.drafter.draft_model
     if draft_model is None:
-        raise ValueError(f"{part.name} has no model of its own that could be drafted for; name a draft model first")
+        raise ValueError(f"{part.name} has no draft model; the first part must be a drafter with a draft model")
     return draft_model
-
-
-def _num_common(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Returns how many of the first ids are the same."""
-    num_both = min(len(ids), len(others))
-    return next((place for place in range(num_both) if ids[place] != others[place]), num_both)

@@ -1,4 +1,4 @@
-"""Measures what a forward of the target costs on the current machine.
+"""Measures time on the current machine: of stages, and of forwards of the target.
 
 Shape suffixes: B rows, T tokens, N nodes.
 """
@@ -15,6 +15,22 @@ from draftsmith.core.tree import Tree, chain
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 63)
 CONTEXT, REPEATS = 128, 7
+
+
+class Stopwatch:
+    """Times consecutive stages; on an accelerator it waits for pending work before reading the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = time.perf_counter()
+
+    def lap_ms(self) -> float:
+        """Returns the milliseconds since the last call."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        lap, self._last = 1e3 * (now - self._last), now
+        return lap
 
 
 @torch.inference_mode()

@@ -18,8 +18,6 @@ from torch import Tensor
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Verdict
 
-__all__ = ["VERIFIERS", "Verdict", "Verifier", "choose", "find", "verify_draft"]
-
 VERIFIERS = {
     "bild": "lossy.bild",
     "block": "block",

@@ -23,9 +23,7 @@ def verify(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdi
     """
     assert draft.draft_probs_BNV is not None
     draft_probs_BNV, num_nodes = draft.draft_probs_BNV.to(target_probs_BNV.dtype), draft.tree.num_nodes
-    used_B = torch.full_like(draft.tokens_BN[:, 0], num_nodes)
-    if draft.num_nodes is not None:
-        used_B = torch.tensor(draft.num_nodes, device=used_B.device)
+    used_B = torch.tensor(draft.num_nodes or [num_nodes] * len(draft.tokens_BN), device=draft.tokens_BN.device)
     drafted_BN1 = draft.tokens_BN[:, 1:, None]
     target_of_drafted_BN = target_probs_BNV[:, :-1].gather(2, drafted_BN1)[..., 0]
     draft_of_drafted_BN = draft_probs_BNV[:, : num_nodes - 1].gather(2, drafted_BN1)[..., 0]
