@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eval.doctor.assisted import assistant_of, run_assisted
 from tqdm import tqdm
 
 import draftsmith
@@ -38,6 +37,7 @@ from draftsmith.export.launch import read_launch
 from draftsmith.length.costs import num_threads
 from eval.bakeoff.measure import DecodingRequest, draftsmith_method
 from eval.doctor import checks
+from eval.doctor.assisted import assistant_of, run_assisted
 from eval.doctor.checks import CheckContext, Finding
 from eval.doctor.serving import check_python, drafts_trees, run_draftsmith, run_vllm
 from eval.doctor.teacher_forced import DraftCounts, GreedyText, draft_from_positions, draft_positions

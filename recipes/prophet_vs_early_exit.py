@@ -36,14 +36,15 @@ from trainers import early_exit, prophet
 from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
-from trainers.training.settings import parse_settings
+from trainers.training.settings import from_flat, parse_settings
 
 LOSS = "forward_kl"
+SHALLOW = {"exit_layer": 2, "num_blocks": 2, "loss": LOSS}
 DRAFTERS: dict[str, tuple[ModuleType, Any, str]] = {
-    "prophet": (prophet, prophet.Settings(num_layers=2, loss=LOSS), "eval_first_acceptance"),
-    "early_exit": (early_exit, early_exit.Settings(exit_layer=2, num_blocks=2, loss=LOSS), "eval_acceptance"),
+    "prophet": (prophet, from_flat(prophet.Settings, {"num_layers": 2, "loss": LOSS}), "eval_first_acceptance"),
+    "early_exit": (early_exit, from_flat(early_exit.Settings, SHALLOW), "eval_acceptance"),
 }
-JOINT = prophet.Settings(num_layers=2, joint=True, own_head=True)
+JOINT = from_flat(prophet.Settings, {"num_layers": 2, "joint": True, "own_head": True})
 TARGETS = {"text and prophet": JOINT, "text alone": dataclasses.replace(JOINT, detach=True)}
 
 

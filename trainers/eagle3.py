@@ -1,11 +1,12 @@
-"""EAGLE-3's training-time test (2503.01840, section 3.2): drafts from every position, fed their own features as in use.
+"""EAGLE-3's training-time test (2503.01840, section 3.2): drafts from every position, fed their own features.
 
-Step s of the draft that begins at position t reads token t + 1 + s and is to say what the target says at t + 1 + s.
+Step s of the draft that begins at position t reads token t + 1 + s and learns the target's prediction at t + 1 + s.
 
 Shape suffixes: B rows, T positions, N supervised positions, S steps, H heads, D hidden width, E width of the layer's
 input, V vocabulary, W draft vocabulary.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,8 +17,7 @@ from torch.nn import functional
 from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.core.model_info import TargetInfo
-from draftsmith.drafters.eagle3 import FUSION_NORMS, Config, Drafter
-from draftsmith.length import policies
+from draftsmith.drafters.eagle3 import Config, Drafter
 from draftsmith.parts.neural.layers import Attention, ffn_width
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
@@ -28,132 +28,123 @@ from trainers.parts.losses import sum_in_chunks
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The layer, its vocabulary, its loss, and the drafts to be made with it."""
+    """The layer, its vocabulary, its loss, and how drafts are made."""
 
     layers: tuple[int, ...] = ()
-    """Hidden layers of the target to be fused; if none are named 2, L / 2 and L - 3 of L, or others if L is small."""
+    """Hidden layers of the target that are fused; empty for 2, L / 2 and L - 3 of L layers, or others if L is small."""
     num_heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     num_kv_heads: int = 0
-    """Heads of keys and values, 0 for as many."""
+    """Number of key-value heads, 0 for as many as attention heads."""
     ffn_size: int = 0
     """Width of the feed-forward layer, 0 for 8/3 of the target's width."""
-    draft_vocab: int = 0
-    """Draft only so many tokens, those most often supervised in the training data; 0 for all."""
-    fusion_norm: str = field(default="none", metadata={"choices": FUSION_NORMS})
-    """Norm the layers before they are fused: each by itself (EAGLE-3.1), or side by side, whole."""
-    norm_output: bool = False
-    """Feed the layer its own output normed (EAGLE-3.1)."""
+    config: Config = field(
+        default=Config(layers=(0,), num_heads=1, num_kv_heads=1, head_width=1, inner_width=1),
+        metadata={
+            # Shapes that depend on the target are set in `build`; the rest is for published heads.
+            "omit": (
+                *("layers", "num_heads", "num_kv_heads", "head_width", "inner_width"),
+                *("theta", "stretch", "eps", "norm_residual", "own_embedding"),
+            ),
+            "flags": {"num_nodes": "tree_nodes"},
+        },
+    )
     num_steps: int = 7
-    """Steps of each draft in training."""
+    """Number of steps of each draft in training."""
     decay: float = 0.8
-    """Step s counts `decay` to the power s."""
-    num_draft: int = 5
-    """Most tokens drafted one after the other."""
-    width: int = 4
-    """Of trees that grow where the layer is confident; 0 drafts chains."""
-    tree_nodes: int = 16
-    """Nodes of such a tree."""
-    length: str = "fixed"
-    """How long chains are, unless told otherwise: a policy of draftsmith/length/policies.py, and its number."""
+    """The loss of step s is weighted by decay^s."""
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_steps", "num_draft", "tree_nodes"):
+        for name in ("num_heads", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("num_kv_heads", "ffn_size", "draft_vocab", "width"):
+        for name in ("num_kv_heads", "ffn_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not self.decay > 0:
             raise ValueError(f"decay is {self.decay}; it must be positive")
-        policies.make(self.length)
 
 
 def check(settings: Settings, target: TargetInfo) -> None:
     """Raises ValueError for layers or tokens that the target does not have, from its folder alone."""
     if target.is_encoder_decoder:
-        raise ValueError(f"target {target.name} is an encoder-decoder; features are fused of causal targets")
+        raise ValueError(f"target {target.name} is an encoder-decoder; EAGLE-3 needs a causal target")
     if max(settings.layers, default=0) > target.num_layers:
         raise ValueError(f"layers are {list(settings.layers)}; {target.name} has {target.num_layers}")
-    if settings.draft_vocab > target.vocab_size:
-        raise ValueError(f"draft_vocab is {settings.draft_vocab}; {target.name} has {target.vocab_size} tokens")
+    if settings.config.draft_vocab > target.vocab_size:
+        raise ValueError(f"draft_vocab is {settings.config.draft_vocab}; {target.name} has {target.vocab_size} tokens")
     if target.hidden_size % (2 * settings.num_heads):
         raise ValueError(f"num_heads is {settings.num_heads}; twice that must divide the width {target.hidden_size}")
 
 
 def build(settings: Settings, target: Target) -> Drafter:
-    """Returns a new layer whose head is the target's; until `prepare` it drafts the vocabulary's first tokens."""
+    """Returns a new layer with the target's head; until `prepare` its vocabulary is the target's first tokens."""
     width = target.hidden_size
-    config = Config(
+    config = dataclasses.replace(
+        settings.config,
         layers=settings.layers or default_layers(target.num_layers),
         num_heads=settings.num_heads,
         num_kv_heads=settings.num_kv_heads or settings.num_heads,
         head_width=width // settings.num_heads,
         inner_width=settings.ffn_size or ffn_width(width),
-        draft_vocab=settings.draft_vocab,
-        fusion_norm=settings.fusion_norm,
-        norm_output=settings.norm_output,
-        num_draft=settings.num_draft,
-        width=settings.width,
-        num_nodes=settings.tree_nodes,
-        length=settings.length,
     )
     drafter = Drafter(config, target).float()
-    _take_from_target(drafter, drafter.vocabulary())
+    _set_vocabulary(drafter, drafter.vocabulary())
     return drafter
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
-    """Returns the published choice, which are what blocks 2, L / 2 and L - 3 read, or the ends and middle of few."""
+    """Returns the published choice, the inputs of blocks 2, L / 2 and L - 3; in small targets, ends and middle."""
     layers = (2, num_layers // 2, num_layers - 3) if num_layers > 6 else (1, (num_layers + 1) // 2, num_layers)
     return tuple(sorted(set(layers)))
 
 
 def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
-    """Gives the drafter the tokens most often supervised in `rows` as its vocabulary, ties going to lower ids."""
-    if not settings.draft_vocab:
+    """Sets the draft vocabulary to the tokens most often supervised in `rows`, ties going to lower ids."""
+    if not settings.config.draft_vocab:
         return
-    ids_W = corpus.most_frequent_tokens(rows, settings.draft_vocab, target.vocab_size)
-    _take_from_target(drafter, ids_W.to(target.device))
+    ids_W = corpus.most_frequent_tokens(rows, settings.config.draft_vocab, target.vocab_size)
+    _set_vocabulary(drafter, ids_W.to(target.device))
 
 
 @torch.no_grad()
-def _take_from_target(drafter: Drafter, ids_W: Tensor) -> None:
-    """Sets the vocabulary, and the head to the target's for it."""
+def _set_vocabulary(drafter: Drafter, ids_W: Tensor) -> None:
+    """Sets the draft vocabulary, and the head to the target's rows for it."""
     drafter.set_vocabulary(ids_W)
     drafter.head.weight.copy_(drafter.target.model.get_output_embeddings().weight[ids_W])
 
 
 def needs(settings: Settings, target: Target) -> Needs:
+    """Returns the fused layers and the last one."""
     fused = settings.layers or default_layers(target.num_layers)
     return Needs(layers=tuple(sorted({*fused, target.num_layers})))
 
 
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
-    """Returns the sum over steps s and supervised positions of decay^s CE(the target's law, what step s says).
+    """Returns the sum over steps s and supervised positions of decay^s CE(target, step s).
 
-    The law is that over the draft vocabulary, at positions where the target's likeliest token is one of it.
+    The target's distribution is over the draft vocabulary, at positions where its most likely token belongs to it.
     """
     num_positions, device = batch.tokens_BT.shape[1], batch.tokens_BT.device
     steps_S = torch.arange(settings.num_steps, device=device)
     outputs = unroll(drafter, batch, settings.num_steps)
-    # What all steps say at one position lies side by side, for the target's law there is the same to all.
+    # The outputs of all steps at one position are stacked, as they share the target's distribution there.
     by_position = [functional.pad(output, (0, 0, 1 + s, 0))[:, :num_positions] for s, output in enumerate(outputs)]
     mask_BT = shift_left(batch.loss_mask_BT, 1)
-    places_N = torch.arange(num_positions, device=device).expand_as(mask_BT)[mask_BT]
+    positions_N = torch.arange(num_positions, device=device).expand_as(mask_BT)[mask_BT]
 
-    def compare(theirs_ND: Tensor, outputs_NSD: Tensor, places_N: Tensor) -> Tensor:
+    def compare(theirs_ND: Tensor, outputs_NSD: Tensor, positions_N: Tensor) -> Tensor:
         logits_NV = target.logits(theirs_ND[None])[0]
         probs_N1W = logits_NV[:, drafter.vocabulary()].float().softmax(-1)[:, None]
         losses_NS = -(probs_N1W * drafter.head(outputs_NSD).float().log_softmax(-1)).sum(-1)
-        counts_NS = drafter.t2d[logits_NV.argmax(-1)][:, None] & (steps_S < places_N[:, None])
+        counts_NS = drafter.t2d[logits_NV.argmax(-1)][:, None] & (steps_S < positions_N[:, None])
         return torch.stack([losses_NS * counts_NS, counts_NS.float()], dim=1)
 
     sums_2S, _ = sum_in_chunks(
         compare,
         batch.hidden[target.num_layers][mask_BT],
         torch.stack(by_position, dim=2)[mask_BT],
-        places_N,
+        positions_N,
         vocab_size=target.vocab_size + settings.num_steps * len(drafter.d2t),
     )
     losses_S, counts = sums_2S[0], sums_2S[1].tolist()
@@ -162,16 +153,16 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    """Returns how often each step says the text's token, and as acceptance how many do before the first that does not.
+    """Returns each step's top-1 accuracy and, as acceptance, the number of correct steps before the first wrong one.
 
-    The tokens read are the text's own, which are those drafted up to there; greedy drafts of greedy text would be
-    accepted so.
+    Each step reads the text's tokens, which equal the draft's up to the first wrong one; with greedy text this is the
+    number of accepted tokens in greedy decoding.
     """
     return step_metrics(drafter, batch, settings.num_steps)
 
 
 def step_metrics(drafter: Drafter, batch: Batch, num_steps: int) -> Metrics:
-    """As `judge`, for so many steps."""
+    """Returns the metrics of `evaluate` for `num_steps` steps."""
 
     def steps() -> Iterator[heads.HeadOutputs]:
         for s, output_BTD in enumerate(unroll(drafter, batch, num_steps)):
@@ -183,7 +174,7 @@ def step_metrics(drafter: Drafter, batch: Batch, num_steps: int) -> Metrics:
 
 
 def unroll(drafter: Drafter, batch: Batch, num_steps: int) -> list[Tensor]:
-    """Returns the normed outputs [B, T, D] of each step of the drafts that begin at all positions."""
+    """Returns the normed outputs [B, T, D] of each step of the drafts that begin at every position."""
     features_BTD = drafter.fuse(drafter.join(batch.hidden))
     outputs: list[Tensor] = []
     past: list[tuple[Tensor, Tensor]] = []
@@ -197,10 +188,10 @@ def unroll(drafter: Drafter, batch: Batch, num_steps: int) -> list[Tensor]:
 
 
 def attention_in_step(attention: Attention, x_BTE: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Returns the attention [B, T, D] of the next step of the drafts that begin at all positions.
+    """Returns the attention [B, T, D] of the next step of the drafts that begin at every position.
 
-    Each sees the keys of step 0, which come of the target's features, up to where it begins, and those of its own
-    later steps. `past` holds the keys and values [B, H, T, D] of earlier steps; this step's are added.
+    A draft attends to the keys of step 0, computed from the target's features, up to the position where it begins, and
+    to its own later steps. `past` holds the keys and values [B, H, T, D] of earlier steps; this step's are appended.
     """
     step, num_positions, device = len(past), x_BTE.shape[1], x_BTE.device
     order_T = torch.arange(num_positions, device=device)
@@ -215,6 +206,6 @@ def attention_in_step(attention: Attention, x_BTE: Tensor, past: list[tuple[Tens
     own_scores = [(scaled_BHTD * key).sum(-1, keepdim=True) for key, _ in past[1:]]
     weights = torch.cat([scores_BHTT, *own_scores], dim=-1).softmax(-1)
     out_BHTD = weights[..., :num_positions] @ first_value_BHTD
-    for place, (_, value) in enumerate(past[1:], start=num_positions):
-        out_BHTD = out_BHTD + weights[..., place, None] * value
+    for index, (_, value) in enumerate(past[1:], start=num_positions):
+        out_BHTD = out_BHTD + weights[..., index, None] * value
     return attention.output(out_BHTD.transpose(1, 2).flatten(2))

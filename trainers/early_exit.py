@@ -1,4 +1,4 @@
-"""Early exits of a frozen target: what lies between an exit and its logits learns the target's law, or its text.
+"""Trains the layers between an early exit of a frozen target and its logits, on the target's distribution or text.
 
 Shape suffixes: B rows, T positions, N supervised positions, D hidden width, C exit layers tried.
 """
@@ -17,64 +17,48 @@ from draftsmith.length import policies
 from trainers import Metrics, Needs
 from trainers.parts import exits
 from trainers.parts.losses import DIVERGENCES, Teacher, cross_entropy, divergence, sum_in_chunks
-from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The exit, its loss, and how long its drafts are."""
+    """The exit, its loss, and how drafts are made."""
 
     exit_layer: int = 0
-    """Blocks of the target that drafts pass; 0 tries several and keeps the one that promises most tokens a second,
-    from held-out text and the costs measured on this machine."""
-    num_blocks: int = 0
-    """Extra transformer blocks after them."""
+    """Number of target blocks that drafts run; 0 tries several and keeps the one with most predicted tokens per second,
+    from held-out acceptance and costs measured on this machine."""
     num_heads: int = 0
-    """Attention heads of an extra block, 0 for as many as the target's."""
-    inner_width: int = 0
-    """Width of its feed-forward layer, 0 for 8/3 of the target's width."""
-    own_norm: bool = True
-    """Train a norm of the exit's own, started as the target's, instead of using the target's."""
-    own_head: bool = False
-    """Train an output matrix of the exit's own, started as the target's, instead of using the target's."""
-    recycling: bool = False
-    """Add the last verified token's last hidden state, through a matrix, to what leaves the exit."""
+    """Number of attention heads of an extra block, 0 for as many as the target's."""
+    config: Config = field(
+        default_factory=Config, metadata={"omit": ("exit_layer", "num_heads", "tunes", "rank", "alpha", "modules")}
+    )
     loss: str = field(default="forward_kl", metadata={"choices": ["ce", *DIVERGENCES]})
-    """Cross-entropy on the text, or a divergence from the target's law at each of its tokens."""
-    num_draft: int = 6
-    """Most tokens drafted at a time."""
-    length: str = "confidence=0.6"
-    """How long its chains are, unless told otherwise: a policy of draftsmith/length/policies.py, and its number."""
-    width: int = 0
-    """If not 0, trees grow where the exit is confident: so many nodes a level are given so many children."""
-    num_nodes: int = 16
-    """Nodes kept of such a tree."""
+    """Cross-entropy on the text (ce), or a divergence from the target's distribution at each of its tokens."""
 
     def __post_init__(self) -> None:
         for name in ("exit_layer", "num_heads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        _config(self, 1, 1)
 
 
 def build(settings: Settings, target: Target) -> nn.ModuleList:
     """Returns drafters in float32, one for each exit layer that is tried."""
     num_heads = settings.num_heads or target.model.config.get_text_config(decoder=True).num_attention_heads
-    return nn.ModuleList(
-        Drafter(_config(settings, layer, num_heads), target).float() for layer in _layers(settings, target)
-    )
+    layers = exits.exit_layers(settings, target)
+    configs = [dataclasses.replace(settings.config, exit_layer=layer, num_heads=num_heads) for layer in layers]
+    return nn.ModuleList(Drafter(config, target).float() for config in configs)
 
 
 def needs(settings: Settings, target: Target) -> Needs:
-    last, layers = (target.num_layers,), _layers(settings, target)
-    reads_last = settings.loss != "ce" or settings.recycling
+    """Returns the exit layers and, if the loss or recycling reads it, the last layer."""
+    last, layers = (target.num_layers,), exits.exit_layers(settings, target)
+    reads_last = settings.loss != "ce" or settings.config.recycling
     return Needs(layers=tuple(sorted({*layers, *last})) if reads_last else layers, held_out_layers=last)
 
 
 def loss(drafters: nn.ModuleList, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
-    """Returns the loss summed over exit layers and over supervised tokens, each learnt at the position before it.
+    """Returns the loss summed over exit layers and supervised tokens, each predicted at the position before it.
 
-    The exits share nothing: each learns as it would alone, save that gradients are clipped together.
+    The exits share no weights: each is trained as it would be alone, but gradients are clipped together.
     """
     each, mask_BT = _exits(drafters), batch.loss_mask_BT[:, 1:]
     recycled_BTD = _recycled(batch, settings, target, None)
@@ -94,9 +78,9 @@ def loss(drafters: nn.ModuleList, batch: Batch, settings: Settings, target: Targ
 
 
 def evaluate(drafter: nn.ModuleList | Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and how often both laws' likeliest agree.
+    """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and the rate of agreement of both argmaxes.
 
-    Of several exit layers the mean, and the acceptance of each.
+    With several exit layers, these are means over layers, and the acceptance of each is returned as well.
     """
     each, mask_BT = _exits(drafter), batch.loss_mask_BT[:, 1:]
     recycled_BTD = _recycled(batch, settings, target, torch.Generator().manual_seed(0))
@@ -107,50 +91,43 @@ def evaluate(drafter: nn.ModuleList | Drafter, batch: Batch, settings: Settings,
 
 @torch.no_grad()
 def finish(drafters: nn.ModuleList, settings: Settings, target: Target, held_out: list[Batch]) -> Drafter:
-    """Returns the drafter whose chains promise most tokens a second."""
-    each, found = _exits(drafters), []
+    """Returns the drafter whose chains have the most predicted tokens per second."""
+    each, candidates = _exits(drafters), []
     if len(each) == 1:
         return each[0]
     for drafter in each:
         generator = torch.Generator().manual_seed(0)
         outputs = [_read(drafter, batch, _recycled(batch, settings, target, generator)) for batch in held_out]
-        # Costs are the same whatever the weights are.
+        # Costs do not depend on the weights, so that a new drafter of chains is measured.
         chains = Drafter(dataclasses.replace(drafter.config, width=0), target).eval()
-        found.append((chains, exits.row_outcomes(drafter.head, outputs, held_out, target)))
-    return each[exits.fastest(found, partial(policies.make, settings.length))]
+        candidates.append((chains, exits.row_outcomes(drafter.head, outputs, held_out, target)))
+    return each[exits.fastest(candidates, partial(policies.make, settings.config.length))]
 
 
 def _exits(drafter: nn.Module) -> list[Drafter]:
-    found = [module for module in drafter.modules() if isinstance(module, Drafter)]
-    assert found
-    return found
-
-
-def _layers(settings: Settings, target: Target) -> tuple[int, ...]:
-    return (settings.exit_layer,) if settings.exit_layer else exits.candidate_layers(target.num_layers)
-
-
-def _config(settings: Settings, exit_layer: int, num_heads: int) -> Config:
-    return part_of(Config, settings, exit_layer=exit_layer, num_heads=num_heads)
+    drafters = [module for module in drafter.modules() if isinstance(module, Drafter)]
+    assert drafters
+    return drafters
 
 
 def _read(drafter: Drafter, batch: Batch, recycled_BTD: Tensor | None) -> Tensor:
-    """Returns what the exit's head takes [B, T, D]."""
+    """Returns the inputs of the exit's head [B, T, D]."""
     return drafter(drafter.block_input(batch.hidden[drafter.config.exit_layer], recycled_BTD))
 
 
 def _recycled(batch: Batch, settings: Settings, target: Target, generator: torch.Generator | None) -> Tensor | None:
-    """Returns the last hidden state that each position would be given [B, T, D], rounds cut at random."""
-    if not settings.recycling:
+    """Returns the last hidden state that each position would read [B, T, D], with rows cut into rounds at random."""
+    if not settings.config.recycling:
         return None
-    return crop(batch.hidden[target.num_layers], settings.num_draft + 1, generator)
+    return crop(batch.hidden[target.num_layers], settings.config.num_draft + 1, generator)
 
 
 def crop(hidden_BTD: Tensor, longest: int, generator: torch.Generator | None = None) -> Tensor:
-    """Returns at each position the hidden state right before its round [B, T, D], zeros where that has none.
+    """Returns at each position the hidden state right before its round [B, T, D], zeros if there is none.
 
-    Each row is cut into rounds of one length, 1 to `longest` alike, from an offset at random: the model sees states as
-    old as drafting makes them, as AlphaFold 2 draws how often it recycles (Jumper et al. 2021, algorithm 31).
+    Each row is cut into rounds of one length, uniform in 1 to `longest`, from a random offset, so that training sees
+    states as old as in drafting; AlphaFold 2 samples its number of recyclings likewise (Jumper et al. 2021, algorithm
+    31).
     """
     num_rows, num_positions, width = hidden_BTD.shape
     length_B1 = torch.randint(1, longest + 1, (num_rows, 1), generator=generator)

@@ -1,4 +1,4 @@
-"""Kangaroo's adapter (2404.18911): learns the target's law at every token, and where to leave the target if asked to.
+"""Trains Kangaroo's adapter (2404.18911) on the target's distribution, and can choose its exit layer.
 
 Shape suffixes: B rows, T positions, N supervised positions, D hidden width, C exit layers tried.
 """
@@ -18,53 +18,45 @@ from draftsmith.length import policies
 from trainers import Metrics, Needs
 from trainers.parts import exits
 from trainers.parts.losses import DIVERGENCES, Teacher, divergence, sum_in_chunks
-from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The adapter, its loss, and how long its drafts are."""
+    """The adapter, its loss, and how drafts are made."""
 
     exit_layer: int = 2
-    """Blocks of the target that drafts pass; 0 trains an adapter at each of several and keeps the one that promises
-    most tokens a second, from held-out text and the costs measured on this machine."""
+    """Number of target blocks that drafts run; 0 trains an adapter after each of several and keeps the one with most
+    predicted tokens per second, from held-out acceptance and costs measured on this machine."""
     num_heads: int = 0
-    """Of the adapter's attention, 0 for as many as the target's."""
+    """Number of the adapter's attention heads, 0 for as many as the target's."""
     loss: str = field(default="forward_kl", metadata={"choices": list(DIVERGENCES)})
-    """Divergence from the target's law; forward_kl has the gradient of the paper's cross-entropy with soft targets."""
-    num_draft: int = 6
-    """Most tokens drafted at a time."""
-    length: str = "confidence=0.6"
-    """How long chains are, unless told otherwise: a policy of draftsmith/length/policies.py, and its number."""
-    width: int = 0
-    """If not 0, trees grow where the adapter is confident: so many nodes a level are given so many children."""
-    num_nodes: int = 16
-    """Nodes kept of such a tree."""
+    """Divergence from the target's distribution; forward_kl has the gradient of the paper's soft cross-entropy."""
+    config: Config = field(default_factory=Config, metadata={"omit": ("exit_layer", "num_heads")})
 
     def __post_init__(self) -> None:
         for name in ("exit_layer", "num_heads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         divergence(self.loss)
-        _config(self, 1, 1)
 
 
 def build(settings: Settings, target: Target) -> nn.ModuleList:
     """Returns drafters in float32, one for each exit layer that is tried."""
     num_heads = settings.num_heads or target.model.config.get_text_config(decoder=True).num_attention_heads
-    return nn.ModuleList(
-        Drafter(_config(settings, layer, num_heads), target).float() for layer in _layers(settings, target)
-    )
+    layers = exits.exit_layers(settings, target)
+    configs = [dataclasses.replace(settings.config, exit_layer=layer, num_heads=num_heads) for layer in layers]
+    return nn.ModuleList(Drafter(config, target).float() for config in configs)
 
 
 def needs(settings: Settings, target: Target) -> Needs:
-    return Needs(layers=tuple(sorted({*_layers(settings, target), target.num_layers})))
+    """Returns the exit layers and the last layer."""
+    return Needs(layers=tuple(sorted({*exits.exit_layers(settings, target), target.num_layers})))
 
 
 def loss(drafters: Sequence[Drafter], batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
-    """Returns the divergence summed over exit layers and over supervised tokens, each learnt at the position before it.
+    """Returns the divergence summed over exit layers and supervised tokens, each predicted at the position before it.
 
-    The adapters share nothing: each learns as it would alone, save that gradients are clipped together.
+    The adapters share no weights: each is trained as it would be alone, but gradients are clipped together.
     """
     compare = divergence(settings.loss)
 
@@ -91,33 +83,25 @@ def evaluate(drafter: Sequence[Drafter] | Drafter, batch: Batch, settings: Setti
 
 @torch.no_grad()
 def finish(drafters: Sequence[Drafter], settings: Settings, target: Target, held_out: list[Batch]) -> Drafter:
-    """Returns the drafter whose chains promise most tokens a second."""
+    """Returns the drafter whose chains have the most predicted tokens per second."""
     if len(drafters) == 1:
         return drafters[0]
-    found = []
+    candidates = []
     for drafter in drafters:
-        told = exits.row_outcomes(target.head, [_adapted(drafter, batch) for batch in held_out], held_out, target)
-        # Costs are the same whatever the weights are.
-        found.append((Drafter(dataclasses.replace(drafter.config, width=0), target).eval(), told))
-    return drafters[exits.fastest(found, partial(policies.make, settings.length))]
-
-
-def _layers(settings: Settings, target: Target) -> tuple[int, ...]:
-    return (settings.exit_layer,) if settings.exit_layer else exits.candidate_layers(target.num_layers)
-
-
-def _config(settings: Settings, exit_layer: int, num_heads: int) -> Config:
-    return part_of(Config, settings, exit_layer=exit_layer, num_heads=num_heads)
+        outcomes = exits.row_outcomes(target.head, [_adapted(drafter, batch) for batch in held_out], held_out, target)
+        # Costs do not depend on the weights, so that a new drafter of chains is measured.
+        candidates.append((Drafter(dataclasses.replace(drafter.config, width=0), target).eval(), outcomes))
+    return drafters[exits.fastest(candidates, partial(policies.make, settings.config.length))]
 
 
 def _supervised(drafters: Sequence[Drafter], batch: Batch) -> list[Tensor]:
-    """Returns the target's last hidden state [N, D] and each adapter's output [N, D] where the next token is learnt."""
+    """Returns the target's last hidden state and each adapter's output [N, D] before supervised tokens."""
     mask_BT = batch.loss_mask_BT[:, 1:]
     outputs = [_adapted(drafter, batch)[:, :-1][mask_BT] for drafter in drafters]
     return [batch.hidden[drafters[0].target.num_layers][:, :-1][mask_BT], *outputs]
 
 
 def _adapted(drafter: Drafter, batch: Batch) -> Tensor:
-    # In mixed precision the adapter's weights are in float32 and what the batch holds is not.
+    # In mixed precision the adapter's weights are float32 and the batch's hidden states are not.
     hidden_BTD = batch.hidden[drafter.config.exit_layer].to(drafter.attention_norm.weight.dtype)
     return drafter(hidden_BTD, torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None])

@@ -1,4 +1,4 @@
-"""Searches for the sublayers that a target drafts best without (Draft & Verify, 2309.08168; SWIFT, 2410.06916).
+"""Searches for the sublayers to skip in self-drafting (Draft & Verify, 2309.08168; SWIFT, 2410.06916).
 
 Shape suffixes: B rows, T positions, N supervised positions.
 """
@@ -19,75 +19,71 @@ from draftsmith import Target
 from draftsmith.core.model_info import TargetInfo
 from draftsmith.drafters.layerskip import Config, Drafter
 from draftsmith.length import policies
-from draftsmith.parts import autoregressive
 from draftsmith.parts.self_drafting.sublayers import sublayers
-from trainers import Metrics, Needs
+from trainers import Metrics
+from trainers.corpora import decoding
 from trainers.layer_search.search import METHODS, Bits, Space, search
 from trainers.layer_search.sublayers import CachedTexts, SublayerCosts, influence, measure_costs, simulate, speed_up
 from trainers.training.logs import make_logger
 from trainers.training.run_settings import RunSettings
-from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is searched for, how, and how the drafter drafts; `--max-steps` says how many choices are scored."""
+    """The search and its objective, and how drafts are made; `--max-steps` is the number of masks evaluated."""
 
     objective: str = field(default="modelled", metadata={"choices": ["modelled", "acceptance", "speed"]})
-    """Speed-up by measured costs and the drafts that the text's own tokens show; share of tokens guessed right, at a
-    fixed skip_ratio; or tokens a second of decoding for real, which depends on what else the machine does."""
+    """Predicted speed-up from measured costs and drafts simulated on the text (modelled); fraction of the target's
+    tokens predicted correctly, at a fixed skip_ratio (acceptance); or measured tokens per second of decoding, which
+    depends on the load of the machine (speed)."""
     search: str = field(default="gp", metadata={"choices": list(METHODS)})
-    """A Gaussian process of the scores, the best choice's neighbours in turn, or chance."""
+    """Search method: a Gaussian process of the scores (gp), neighbours of the best mask (greedy), or random."""
     skip_ratio: float = 0.0
-    """Share of all sublayers that is left out, rounded down to a whole number; 0 for any."""
+    """Fraction of all sublayers that is skipped, rounded down to a whole number; 0 for any."""
     num_texts: int = 8
-    """Rows of the data that choices are scored on."""
+    """Number of rows that masks are evaluated on."""
     text_tokens: int = 256
-    """Tokens of each that are read."""
+    """Number of tokens of each that are read."""
     new_tokens: int = 32
-    """Tokens decoded after each prompt where the objective is speed."""
-    num_draft: int = 8
-    """Most tokens drafted at a time."""
-    length: str = "adaptive=0.6"
-    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
-    width: int = 0
-    """If not 0, trees grow where the drafter is confident: so many nodes a level are given so many children."""
-    num_nodes: int = 16
-    """Nodes kept of such a tree."""
-    online: bool = False
-    """Whether the drafter goes on searching while it generates, among choices of as many sublayers."""
+    """Number of tokens decoded after each prompt, with the objective speed."""
+    config: Config = field(
+        default_factory=Config,
+        metadata={
+            "omit": (
+                *("attention", "mlp"),
+                *("window", "guided_every", "good_enough", "patience", "max_trials"),
+            )
+        },
+    )
 
     def __post_init__(self) -> None:
-        autoregressive.check_shape(self)
-        policies.make(self.length)
         for name, least in (("num_texts", 1), ("text_tokens", 3), ("new_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 <= self.skip_ratio <= 1:
             raise ValueError(f"skip_ratio is {self.skip_ratio}; it must lie between 0 and 1")
         if self.objective == "acceptance" and not self.skip_ratio:
-            raise ValueError("acceptance alone is best with nothing left out: give a skip_ratio, such as 0.45")
+            raise ValueError("acceptance alone is best without skipping: give a skip_ratio, such as 0.45")
 
 
 def check(settings: Settings, facts: TargetInfo) -> None:
     """Raises ValueError for an encoder-decoder, before its weights load."""
     if facts.is_encoder_decoder:
-        raise ValueError(f"{facts.name} is an encoder-decoder, whose sublayers cannot be left out")
+        raise ValueError(f"{facts.name} is an encoder-decoder; only sublayers of causal targets can be skipped")
 
 
-def needs(settings: Settings, target: Target) -> Needs:
-    return Needs()
+needs = decoding.needs
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
-    """Returns the drafter of the best choice found; `evaluations.jsonl` in `output` holds all that were scored."""
+    """Returns the drafter with the best mask found; `evaluations.jsonl` in `output` logs all masks evaluated."""
     num_layers = target.num_layers
     num_ones = int(settings.skip_ratio * 2 * num_layers) if settings.skip_ratio else None
     space = Space(num_bits=2 * num_layers, num_ones=num_ones)
-    picked = _picked(rows, settings, run.seed)
-    texts = CachedTexts(target, collate(picked), settings.num_draft)
-    starts = initial_masks(influence(target, picked), num_ones)
-    score_of = _objective(settings, target, texts, picked, output)
+    sample = _sample_rows(rows, settings, run.seed)
+    texts = CachedTexts(target, collate(sample), settings.config.num_draft)
+    starts = initial_masks(influence(target, sample), num_ones)
+    score_of = _objective(settings, target, texts, sample, output)
     best = search(
         settings.search,
         space,
@@ -98,16 +94,19 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
         path=output / "evaluations.jsonl",
         report=make_logger(run, output),
     )
-    decoded = _decoded(Drafter(_config(settings, best), target), picked, settings.text_tokens)
+    decoded = _decode(Drafter(_config(settings, best), target), sample, settings.text_tokens)
     print(
-        f"best: {sum(best[:num_layers])} attentions and {sum(best[num_layers:])} feed-forward layers of {num_layers}"
-        f" left out; {decoded['tau']:.2f} tokens a round in decoding these texts"
+        f"best: skips {sum(best[:num_layers])} attention and {sum(best[num_layers:])} feed-forward layers of"
+        f" {num_layers}; {decoded['tau']:.2f} tokens per round in decoding these texts"
     )
     return Drafter(_config(settings, best), target)
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    """Returns the share of the target's own tokens that drafts guess, and what greedy decoding of the rows would do."""
+    """Returns the fraction of the target's own tokens that are predicted, and results of simulated greedy decoding.
+
+    These are the tokens committed (tau) and drafted per round.
+    """
     texts, config = CachedTexts(target, batch, drafter.config.num_draft), drafter.config
     right_N, confidence_N = texts.agreement(drafter.skipped)
     policy = policies.make("fixed" if config.width else config.length)
@@ -121,10 +120,9 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
 
 
 def initial_masks(influences: Sequence[float], num_ones: int | None) -> list[Bits]:
-    """Returns the choices to begin with: every second block, attention alone, and what has least influence.
+    """Returns the first masks to evaluate: every second block, attention alone, and the least influential sublayers.
 
-    Each is an order in which to leave sublayers out, followed to a quarter, half or three quarters of what it holds, or
-    to `num_ones`.
+    Each skips sublayers in some order, up to a quarter, half or three quarters of them, or up to `num_ones`.
     """
     num_layers = len(influences) // 2
     space = Space(num_bits=2 * num_layers, num_ones=num_ones)
@@ -147,22 +145,23 @@ def _objective(
     settings: Settings, target: Target, texts: CachedTexts, rows: Sequence[Example], output: Path
 ) -> Callable[[Bits], dict[str, float]]:
     if settings.objective == "speed":
-        _decoded(Drafter(_config(settings, (0,) * 2 * target.num_layers), target), rows[:1], settings.new_tokens)
-        return lambda bits: _decoded(Drafter(_config(settings, bits), target), rows, settings.new_tokens)
+        # Warms up.
+        _decode(Drafter(_config(settings, (0,) * 2 * target.num_layers), target), rows[:1], settings.new_tokens)
+        return lambda bits: _decode(Drafter(_config(settings, bits), target), rows, settings.new_tokens)
     is_modelled = settings.objective == "modelled"
-    costs = _measured_once(target, settings.num_draft, output / "costs.json") if is_modelled else None
+    costs = _load_or_measure_costs(target, settings.config.num_draft, output / "costs.json") if is_modelled else None
 
     def score_of(bits: Bits) -> dict[str, float]:
         config = _config(settings, bits)
         right_N, confidence_N = texts.agreement(sublayers(config.attention, config.mlp))
-        share = right_N.float().mean().item()
+        acceptance = right_N.float().mean().item()
         if costs is None:
-            return {"score": share}
+            return {"score": acceptance}
         policy = policies.make("fixed" if config.width else config.length)
         rounds = simulate(texts.segments(right_N, confidence_N), policy, config.num_draft)
         return {
             "score": speed_up(rounds, bits, costs),
-            "acceptance": share,
+            "acceptance": acceptance,
             "tau": 1 + sum(num_matched for _, num_matched in rounds) / len(rounds),
             "draft_cost": costs.draft(bits) / costs.whole,
         }
@@ -170,12 +169,12 @@ def _objective(
     return score_of
 
 
-def _decoded(drafter: Drafter, rows: Sequence[Example], most: int) -> dict[str, float]:
-    """Returns the speed, prefill included, of greedy decoding: of each row from its first supervised token on."""
+def _decode(drafter: Drafter, rows: Sequence[Example], most: int) -> dict[str, float]:
+    """Returns tokens per second, prefill included, and tau of greedy decoding from rows' first supervised tokens."""
     began, tokens, steps = time.perf_counter(), 0, 0
     for row in rows:
-        num_given = max(1, int(row.loss_mask_T.int().argmax()))
-        prompt_1T, num_new = row.tokens_T[None, :num_given], min(most, len(row.tokens_T) - num_given)
+        num_prompt = max(1, int(row.loss_mask_T.int().argmax()))
+        prompt_1T, num_new = row.tokens_T[None, :num_prompt], min(most, len(row.tokens_T) - num_prompt)
         stats = draftsmith.generate(
             drafter.target, prompt_1T.to(drafter.target.device), drafter, max_new_tokens=num_new
         ).stats
@@ -183,8 +182,8 @@ def _decoded(drafter: Drafter, rows: Sequence[Example], most: int) -> dict[str, 
     return {"score": tokens / (time.perf_counter() - began), "tau": tokens / steps}
 
 
-def _measured_once(target: Target, num_draft: int, path: Path) -> SublayerCosts:
-    """Returns what `path` holds, which is measured and written if it is not there."""
+def _load_or_measure_costs(target: Target, num_draft: int, path: Path) -> SublayerCosts:
+    """Returns the costs in the file `path`, which are measured and written first if it does not exist."""
     if not path.exists():
         costs = measure_costs(target, num_draft)
         write_whole(path, lambda staging: staging.write_text(json.dumps(dataclasses.asdict(costs), indent=1)))
@@ -193,24 +192,23 @@ def _measured_once(target: Target, num_draft: int, path: Path) -> SublayerCosts:
 
 def _config(settings: Settings, bits: Bits) -> Config:
     blocks = range(len(bits) // 2)
-    return part_of(
-        Config,
-        settings,
+    return dataclasses.replace(
+        settings.config,
         attention=tuple(block for block in blocks if bits[block]),
         mlp=tuple(block for block in blocks if bits[len(blocks) + block]),
     )
 
 
-def _picked(rows: Sequence[Example], settings: Settings, seed: int) -> list[Example]:
-    """Returns the first tokens of rows in which something of that is supervised, without what a store holds of them."""
-    found: list[Example] = []
+def _sample_rows(rows: Sequence[Example], settings: Settings, seed: int) -> list[Example]:
+    """Returns the first tokens of random rows with supervised tokens among them, without stored target outputs."""
+    sample: list[Example] = []
     for index in order(len(rows), seed=seed, epoch=0):
-        if len(found) == settings.num_texts:
+        if len(sample) == settings.num_texts:
             break
         row = rows[index]
         tokens_T, mask_T = row.tokens_T[: settings.text_tokens], row.loss_mask_T[: settings.text_tokens]
         if mask_T[2:].any():
-            found.append(example(tokens_T.tolist(), mask_T.tolist(), row.key))
-    if not found:
-        raise ValueError(f"no row has anything to learn from among its first {settings.text_tokens} tokens")
-    return found
+            sample.append(example(tokens_T.tolist(), mask_T.tolist(), row.key))
+    if not sample:
+        raise ValueError(f"no row has a supervised token among its first {settings.text_tokens} tokens")
+    return sample

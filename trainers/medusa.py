@@ -1,11 +1,11 @@
-"""Medusa-1: heads on a frozen target (2401.10774, section 2.2.1), and the tree that suits them.
+"""Trains Medusa-1: heads on a frozen target (2401.10774, section 2.2.1), and chooses their draft tree.
 
 Shape suffixes: B rows, T positions, D hidden width, K heads.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,28 +14,20 @@ from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.medusa import Config, Drafter
 from trainers import Metrics, Needs
-from trainers.parts import heads
+from trainers.parts import heads, trees
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The heads, their loss, and the size of their tree."""
 
-    num_heads: int = 4
-    """Heads; head k (from 0) predicts the token k + 2 places on."""
-    num_blocks: int = 1
-    """Residual blocks a head, each with weights of its own."""
-    own_head: bool = False
-    """Give each head an output matrix of its own, started as the target's, instead of sharing the target's."""
+    config: Config = field(default=Config(tree=((0,),)), metadata={"omit": ("tree",)})
     decay: float = 0.8
-    """Head k's loss counts `decay` to the power k + 1."""
+    """Head k's loss is weighted by decay^(k + 1)."""
     tree_nodes: int = 0
-    """Nodes in the tree; 0 takes what gives most tokens a second as measured on this machine."""
+    """Number of nodes in the tree; 0 maximises tokens per second as measured on this machine."""
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.decay > 0:
             raise ValueError(f"decay is {self.decay}; it must be positive")
         if self.tree_nodes < 0:
@@ -43,26 +35,23 @@ class Settings:
 
 
 def build(settings: Settings, target: Target) -> Drafter:
-    """Returns heads that pass the target's last hidden state through unchanged, drafting a chain until `finish`."""
-    config = Config(
-        num_heads=settings.num_heads,
-        num_blocks=settings.num_blocks,
-        own_head=settings.own_head,
-        tree=tuple((0,) * depth for depth in range(1, settings.num_heads + 1)),
-    )
+    """Returns heads that pass the target's last hidden state through unchanged and draft a chain until `finish`."""
+    config = dataclasses.replace(settings.config, tree=trees.chain(settings.config.num_heads))
     return Drafter(config, target).float()
 
 
 def needs(settings: Settings, target: Target) -> Needs:
+    """Returns the last hidden layer."""
     return Needs(layers=(target.num_layers,))
 
 
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the sum over heads k and positions t of decay^(k + 1) CE(head k at t, token t + 2 + k)."""
-    return heads.loss(_parts(drafter, batch), drafter.head, decay=settings.decay, vocab_size=target.vocab_size)
+    return heads.loss(_head_outputs(drafter, batch), drafter.head, decay=settings.decay, vocab_size=target.vocab_size)
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
+    """Returns each head's top-1 accuracy and, as acceptance, the number of correct heads before the first wrong one."""
     return heads.accuracy_metrics(_ranks(drafter, batch))
 
 
@@ -81,10 +70,10 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     return finished.eval()
 
 
-def _parts(drafter: Drafter, batch: Batch) -> Iterator[heads.HeadOutputs]:
+def _head_outputs(drafter: Drafter, batch: Batch) -> Iterator[heads.HeadOutputs]:
     normed_BTD = drafter.target.norm(batch.hidden[drafter.target.num_layers])
     return heads.head_outputs(drafter.heads, normed_BTD, batch, drafter.config.num_heads)
 
 
 def _ranks(drafter: Drafter, batch: Batch) -> Tensor:
-    return heads.label_ranks(_parts(drafter, batch), drafter.head, batch)
+    return heads.label_ranks(_head_outputs(drafter, batch), drafter.head, batch)

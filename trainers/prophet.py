@@ -1,7 +1,7 @@
-"""Trains a prophet on windows of the text: the target's states before a token, that token, and those after it.
+"""Trains a prophet on windows of the text: the target's hidden states before a token, that token, and the next ones.
 
-Shape suffixes: B rows, T positions, W windows, S states of a window, P tokens that it predicts, N places of the batch
-or predictions, D the target's hidden width, E the prophet's.
+Shape suffixes: B rows, T positions, W windows, S states of a window, P tokens that it predicts, N positions of the
+batch or predictions, D the target's hidden width, E the prophet's.
 """
 
 from dataclasses import dataclass, field
@@ -23,89 +23,64 @@ from trainers.parts.losses import (
     outcome_log_probs,
     sum_in_chunks,
 )
-from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The decoder, its loss, how many windows it learns from, and how it drafts."""
+    """The decoder, its loss, the number of training windows, and how drafts are made."""
 
-    num_states: int = 2
-    """Hidden states of the target that a window begins with, and tokens that follow them, the pending one the last."""
-    num_draft: int = 7
-    """Tokens that a window predicts, and most drafted at a time."""
-    num_layers: int = 2
-    """Blocks of the decoder."""
-    hidden_size: int = 0
-    """Its width, 0 for the target's."""
-    num_heads: int = 4
-    """Its attention heads."""
-    own_head: bool = False
-    """Give it an output matrix of its own, started as the target's, instead of sharing the target's head."""
+    config: Config = field(default_factory=Config)
     loss: str = field(default="ce", metadata={"choices": ["ce", *DIVERGENCES]})
-    """Cross-entropy on the text, or a divergence from the target's law at each of its tokens."""
+    """Cross-entropy on the text (ce), or a divergence from the target's distribution at each of its tokens."""
     windows: int = 16
-    """Windows learnt from and judged by, for each row of a batch; they are spread over the supervised tokens."""
-    length: str = "refit=0.4"
-    """How long its chains are, unless told otherwise: a policy of draftsmith/length/policies.py, and its number."""
-    width: int = 0
-    """If not 0, it drafts trees that grow where it is confident: so many nodes a level with as many children each."""
-    num_nodes: int = 16
-    """Nodes kept of such a tree."""
-    joint: bool = False
-    """Train a copy of the target too, on the text beside the prophet's loss. It is a changed target that is drafted for
-    then: the artifact holds it, and its texts are its own."""
+    """Number of windows per row for training and evaluation, evenly spaced over the supervised tokens."""
     detach: bool = False
-    """In joint training, keep the prophet's loss from the target, which then learns from the text alone."""
+    """In joint training, stop the gradient of the prophet's loss at the target, which learns from the text alone."""
 
     def __post_init__(self) -> None:
-        if self.detach and not (self.joint and self.own_head):
-            raise ValueError("detach belongs to joint training with own_head: a head that is shared learns from both")
+        if self.detach and not (self.config.joint and self.config.own_head):
+            raise ValueError("detach needs joint and own_head: a shared head would learn from the prophet's loss too")
         if self.windows < 1:
             raise ValueError(f"windows is {self.windows}; it must be at least 1")
-        self.config()
-
-    def config(self) -> Config:
-        """Returns the drafter's configuration; raises ValueError for one that cannot be."""
-        return part_of(Config, self)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Windows:
-    """Windows of a batch, each at a token whose next one is supervised, and what is to be predicted in them."""
+    """Windows of a batch, each at a token whose next token is supervised, with features and labels."""
 
     rows_W: Tensor
-    """The batch's row that each is of."""
+    """Row of the batch."""
     pending_W: Tensor
-    """Where in its row the pending token stands."""
+    """Position of the pending token in its row."""
     z_WPE: Tensor
-    """What the prophet's head reads, at the pending token and the P - 1 after it."""
+    """Inputs of the prophet's head at the pending token and the P - 1 tokens after it."""
     labels_WP: Tensor
-    """The tokens that follow each of these."""
+    """The token after each of these."""
     mask_WP: Tensor
-    """Where they are supervised."""
-    share: float
-    """How many windows of the batch each stands for."""
+    """True where the label is supervised."""
+    weight: float
+    """Number of possible windows per selected window."""
 
 
 def build(settings: Settings, target: Target) -> Drafter:
-    """Returns a new prophet; in joint training its target is a copy whose weights are the drafter's own."""
-    drafter = Drafter(settings.config(), target).float()
+    """Returns a new prophet; in joint training its target is a copy whose weights belong to the drafter."""
+    drafter = Drafter(settings.config, target).float()
     drafter.on_weights_loaded()
     return drafter.requires_grad_()
 
 
 def needs(settings: Settings, target: Target) -> Needs:
-    return Needs(layers=() if settings.joint else (target.num_layers,))
+    """Returns the last hidden layer, or nothing in joint training, which runs its own target."""
+    return Needs(layers=() if settings.config.joint else (target.num_layers,))
 
 
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
-    """Returns the loss of the P predictions of every window, summed and divided by P: each token counts about once.
+    """Returns the loss of the P predictions of every window, summed and divided by P, so that tokens count about once.
 
-    The windows, where they are not all taken, begin at a random one: torch's generator, which a resumed run restores.
-    In joint training the copy's own loss on the text is added.
+    If not all windows are used, they are shifted at random, by torch's generator, which a resumed run restores. In
+    joint training the copy's own loss on the text is added.
     """
-    normed_BTD = _read(drafter, batch)
+    normed_BTD = _read_normed(drafter, batch)
     states_BTD = normed_BTD.detach() if settings.detach else normed_BTD
     chosen = select_windows(drafter, batch, states_BTD, settings.windows, float(torch.rand(())))
     z_NE, labels_N = chosen.z_WPE[chosen.mask_WP], chosen.labels_WP[chosen.mask_WP]
@@ -121,23 +96,23 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
         total, _ = sum_in_chunks(
             lambda z, theirs: compare(drafter.head(z[None])[0], _teacher(drafter, theirs)),
             z_NE,
-            _theirs(chosen, normed_BTD.detach()),
+            _target_states(chosen, normed_BTD.detach()),
             vocab_size=target.vocab_size,
         )
-    total = total * chosen.share / settings.num_draft
-    if not settings.joint:
+    total = total * chosen.weight / settings.config.num_draft
+    if not settings.config.joint:
         return total, {}
     main, count = _main_loss(drafter, batch, normed_BTD)
     return main + total, {"main_loss": (main.detach(), count), "prophet_loss": (total.detach(), count)}
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    """Returns as acceptance how many tokens are right before the first wrong one, in windows supervised throughout.
+    """Returns as acceptance the number of correct tokens before the first wrong one, in fully supervised windows.
 
-    And, of the first token, how often it is right and sum_x min(p, q), the chance that it is accepted when sampled;
-    in joint training also what the changed target has learnt of the text.
+    Also the accuracy of the first token and its probability of acceptance when sampled, sum_x min(p, q); in joint
+    training the fine-tuned target's loss on the text.
     """
-    normed_BTD = _read(drafter, batch)
+    normed_BTD = _read_normed(drafter, batch)
     chosen = select_windows(drafter, batch, normed_BTD, settings.windows, 0.0)
 
     def first(z_NE: Tensor, theirs_ND: Tensor) -> Tensor:
@@ -150,19 +125,19 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
 
     theirs_WD = normed_BTD[chosen.rows_W, chosen.pending_W]
     accepted, count = sum_in_chunks(first, chosen.z_WPE[:, 0], theirs_WD, vocab_size=target.vocab_size)
-    parts = (chosen.z_WPE, chosen.labels_WP, chosen.mask_WP)
-    sums_3, _ = sum_in_chunks(run, *parts, vocab_size=target.vocab_size * settings.num_draft)
+    inputs = (chosen.z_WPE, chosen.labels_WP, chosen.mask_WP)
+    sums_3, _ = sum_in_chunks(run, *inputs, vocab_size=target.vocab_size * settings.config.num_draft)
     right, run_length, num_whole = sums_3
     return {
         "acceptance": (run_length, int(num_whole)),
         "first_acceptance": (accepted, count),
         "first_accuracy": (right, count),
-        **({"main_loss": _main_loss(drafter, batch, normed_BTD)} if settings.joint else {}),
+        **({"main_loss": _main_loss(drafter, batch, normed_BTD)} if settings.config.joint else {}),
     }
 
 
 def select_windows(drafter: Drafter, batch: Batch, normed_BTD: Tensor, windows: int, phase: float) -> Windows:
-    """Returns at most `windows` windows a row of the batch, evenly spread; `phase`, in [0, 1), moves them along."""
+    """Returns at most `windows` windows per row of the batch, evenly spaced and shifted by `phase`, in [0, 1)."""
     num_states, num_draft = drafter.config.num_states, drafter.config.num_draft
     rows_N, pending_N = functional.pad(batch.loss_mask_BT, (0, 1))[:, 1:].nonzero(as_tuple=True)
     num_found, num_taken = len(rows_N), min(len(rows_N), windows * len(batch.tokens_BT))
@@ -185,18 +160,18 @@ def select_windows(drafter: Drafter, batch: Batch, normed_BTD: Tensor, windows: 
         z_WPE=z_WPE,
         labels_WP=batch.tokens_BT[rows_W1, ahead_WP.clamp(max=last)],
         mask_WP=batch.loss_mask_BT[rows_W1, ahead_WP.clamp(max=last)] & (ahead_WP <= last),
-        share=num_found / num_taken,
+        weight=num_found / num_taken,
     )
 
 
-def _read(drafter: Drafter, batch: Batch) -> Tensor:
-    """Returns the last hidden states, normed [B, T, D], of the target or, in joint training, of its copy as it is."""
+def _read_normed(drafter: Drafter, batch: Batch) -> Tensor:
+    """Returns the normed last hidden states [B, T, D] of the target or, in joint training, of its copy."""
     own, last = drafter.target, drafter.target.num_layers
     return own.norm(own.read(batch.tokens_BT, (last,))[last] if drafter.config.joint else batch.hidden[last])
 
 
 def _main_loss(drafter: Drafter, batch: Batch, normed_BTD: Tensor) -> tuple[Tensor, int]:
-    """Returns the cross-entropy of the drafter's target on the text, summed, and the number of tokens."""
+    """Returns the summed cross-entropy of the drafter's target on the text and the number of tokens."""
     mask_BT = batch.loss_mask_BT[:, 1:]
     return sum_in_chunks(
         lambda normed, labels: cross_entropy(drafter.target.head(normed[None])[0], labels),
@@ -211,8 +186,8 @@ def _teacher(drafter: Drafter, normed_ND: Tensor) -> Teacher:
     return Teacher(logits=drafter.target.head(normed_ND[None])[0])
 
 
-def _theirs(chosen: Windows, normed_BTD: Tensor) -> Tensor:
-    """Returns the target's normed hidden states [N, D] at the tokens that supervised predictions follow."""
+def _target_states(chosen: Windows, normed_BTD: Tensor) -> Tensor:
+    """Returns the target's normed hidden states [N, D] at the tokens before supervised predictions."""
     order_P = torch.arange(chosen.labels_WP.shape[1], device=chosen.pending_W.device)
     at_WP = (chosen.pending_W[:, None] + order_P).clamp(max=normed_BTD.shape[1] - 1)
     return normed_BTD[chosen.rows_W[:, None], at_WP][chosen.mask_WP]

@@ -1,37 +1,27 @@
-"""Builds a datastore (REST, 2311.08252): documents, a suffix array of each shard of them, and nothing learnt."""
+"""Builds the datastore of REST, 2311.08252: suffix arrays of documents, without training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.batches import Batch, Example
+from data.batches import Example
 from draftsmith import Target
 from draftsmith.drafters.rest import Config, Drafter
-from trainers import Metrics, Needs
-from trainers.corpora import corpus
+from trainers.corpora import decoding
 from trainers.corpora.suffix_arrays import StoreSettings, build_shards
 from trainers.training.run_settings import RunSettings
-from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(StoreSettings, Config):
-    """A store of text, and how it is drafted from."""
+class Settings(StoreSettings):
+    """The datastore, and how drafts are made from it."""
 
-    def __post_init__(self) -> None:
-        StoreSettings.__post_init__(self)
-        Config.__post_init__(self)
+    config: Config = field(default_factory=Config)
 
 
-def needs(settings: Settings, target: Target) -> Needs:
-    return Needs()
+needs, evaluate = decoding.needs, decoding.evaluate
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
-    """Returns the drafter of a store of the rows' text, its shards kept in `output` until the run is finished."""
-    shards = build_shards(settings, rows, target.vocab_size, run, output)
-    return Drafter(part_of(Config, settings), target, shards)
-
-
-def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return corpus.evaluate(drafter, batch, target)
+    """Returns the drafter with a datastore of the rows' text, whose shards stay in `output` until the run finishes."""
+    return Drafter(settings.config, target, build_shards(settings, rows, target.vocab_size, run, output))

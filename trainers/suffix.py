@@ -1,37 +1,33 @@
-"""Stores text for SuffixDecoding (2411.04975): documents, a suffix array of each shard of them, and nothing learnt."""
+"""Builds the datastore of SuffixDecoding, 2411.04975: suffix arrays of documents, without training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.suffix import Config, Drafter
-from trainers import Metrics, Needs
-from trainers.corpora import corpus
+from trainers import Metrics
+from trainers.corpora import decoding
 from trainers.corpora.suffix_arrays import StoreSettings, build_shards
 from trainers.training.run_settings import RunSettings
-from trainers.training.settings import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(StoreSettings, Config):
-    """A store of text, and how it is drafted from."""
+class Settings(StoreSettings):
+    """The datastore, and how drafts are made from it."""
 
-    def __post_init__(self) -> None:
-        StoreSettings.__post_init__(self)
-        Config.__post_init__(self)
+    config: Config = field(default_factory=Config)
 
 
-def needs(settings: Settings, target: Target) -> Needs:
-    return Needs()
+needs = decoding.needs
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
-    """Returns the drafter of a store of the rows' text, its shards kept in `output` until the run is finished."""
-    return Drafter(part_of(Config, settings), target, build_shards(settings, rows, target.vocab_size, run, output))
+    """Returns the drafter with a datastore of the rows' text, whose shards stay in `output` until the run finishes."""
+    return Drafter(settings.config, target, build_shards(settings, rows, target.vocab_size, run, output))
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    """Returns the tokens accepted a round in decoding; what is learnt in doing so is forgotten again."""
-    return corpus.evaluate(Drafter(drafter.config, target, drafter.shards), batch, target)
+    """Returns the accepted tokens per round; text learned while decoding is dropped afterwards."""
+    return decoding.evaluate(Drafter(drafter.config, target, drafter.shards), batch, settings, target)

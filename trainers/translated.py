@@ -1,11 +1,12 @@
-"""Fits a draft LM of another tokenizer to the target: one that is there, or a small one trained on the target's text.
+"""Makes a drafter of a draft LM with another tokenizer: an existing one, or a small one trained on the target's text.
 
-Shape suffixes: N blocks, T positions of one.
+Shape suffixes: N blocks, T positions of a block, U tokens of the draft model's vocabulary.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,12 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy
 
-from data.batches import Batch, Example, order
+from data.batches import Example, order
 from draftsmith import Target
 from draftsmith.artifacts.files import atomic_folder
 from draftsmith.core.model_info import TargetInfo, read_target_info, tokenizer_hash
 from draftsmith.drafters.translated import Config, Drafter, translation
-from trainers import Metrics, Needs
-from trainers.corpora import corpus
+from trainers.corpora import decoding
 from trainers.parts import small_models
 from trainers.pocket import BOS, EOS, PAD, MuonAndAdamW, byte_pairs
 from trainers.training import checkpoints, launchers
@@ -42,33 +42,29 @@ NUM_SPECIAL_AND_BYTES = 3 + 256
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The draft model and how it drafts; where it is given, `--max-steps` and the optimiser's settings mean nothing."""
+    """The draft model and its drafts; given `--draft-model`, `--max-steps` and optimiser settings have no effect."""
 
     draft_model: str = ""
-    """Transformers folder or hub name of a causal LM with a fast tokenizer, taken as it is; else one is trained."""
+    """Transformers folder or hub name of a causal LM with a fast tokenizer, used unchanged; empty to train one."""
     train_vocab: int = 2048
-    """Tokens of the one that is trained: a byte-level BPE of the data, and a small Llama, left in draft-model too."""
+    """Vocabulary size of a trained draft model: a byte-level BPE and a small Llama, also saved in draft-model."""
     num_layers: int = 1
-    """Its layers."""
+    """Number of layers of a trained draft model."""
     hidden_size: int = 256
-    """Its width."""
+    """Width of a trained draft model."""
     num_heads: int = 4
-    """Its attention heads."""
+    """Number of attention heads of a trained draft model."""
     least_shared: int = 100
-    """Tokens that both vocabularies must have, which is all that is drafted where text is sampled."""
-    num_draft: int = 8
-    """Most tokens of its own that the draft model drafts at a time."""
-    confidence: float = 0.4
-    """Drafting ends after a token less likely than this; 0 never ends it."""
-    lookback: int = 10
-    """Tokens before what is new that are put into the other vocabulary again."""
+    """Smallest number of tokens that both vocabularies must share; only these are drafted when sampling."""
+    config: Config = field(
+        default=Config(model={"model_type": "", "vocab_size": 0}, tokenizer_hash="unknown"),
+        metadata={"omit": ("model", "tokenizer_hash", "counterparts")},
+    )
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "least_shared", "num_draft", "lookback"):
+        for name in ("num_layers", "num_heads", "least_shared"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.confidence < 1:
-            raise ValueError(f"confidence is {self.confidence}; it must be at least 0 and below 1")
         if self.train_vocab <= NUM_SPECIAL_AND_BYTES:
             raise ValueError(f"train_vocab is {self.train_vocab}; a byte-level BPE needs {NUM_SPECIAL_AND_BYTES + 1}")
         if self.hidden_size < 1 or self.hidden_size % (2 * self.num_heads):
@@ -76,26 +72,25 @@ class Settings:
 
 
 def check(settings: Settings, target: TargetInfo) -> None:
-    """Raises ValueError, from the folders alone, where there is no tokenizer or too little that both have."""
+    """Raises ValueError, from the folders alone, if a tokenizer is missing or too few tokens are shared."""
     if target.tokenizer is None:
-        raise ValueError(f"target {target.name} has no tokenizer, which another vocabulary is compared by")
+        raise ValueError(f"target {target.name} has no tokenizer; one is needed to compare the vocabularies")
     if settings.draft_model:
         facts = read_target_info(settings.draft_model)
         if facts.tokenizer is None or facts.is_encoder_decoder:
-            raise ValueError(f"--draft-model {settings.draft_model} is no causal LM with a tokenizer")
+            raise ValueError(f"--draft-model {settings.draft_model} is not a causal LM with a tokenizer")
         config = {"model_type": "", "vocab_size": facts.vocab_size} | _special(facts.tokenizer)
         hashed = Config(model=config, tokenizer_hash=str(facts.tokenizer_hash))
         _check_shared(settings, translation(hashed, facts.tokenizer, target).counterparts(), target.name)
     elif launchers.num_ranks() > 1:
-        raise ValueError("a small draft model is trained by one process; leave torchrun and deepspeed off")
+        raise ValueError("a draft model is trained in a single process; run without torchrun and deepspeed")
 
 
-def needs(settings: Settings, target: Target) -> Needs:
-    return Needs()
+needs, evaluate = decoding.needs, decoding.evaluate
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
-    """Returns the drafter of the given model, or of one trained on the rows' text, which a killed run goes on with."""
+    """Returns the drafter of the given model, or of one trained on the rows' text, continuing an interrupted run."""
     folder = Path(settings.draft_model or output / "draft-model")
     if not settings.draft_model and not (folder / "config.json").exists():
         _train(settings, target, rows, run, output, folder)
@@ -113,27 +108,21 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     return drafter
 
 
-def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return corpus.evaluate(drafter, batch, target)
-
-
 def _check_shared(settings: Settings, counterparts: Sequence[int], name: str) -> None:
     num_shared = sum(token >= 0 for token in counterparts)
     if num_shared < settings.least_shared:
         raise ValueError(
             f"the draft model's vocabulary has {num_shared} tokens in common with that of {name}, fewer than"
-            f" {settings.least_shared}: where text is sampled nothing else could be drafted"
+            f" least_shared ({settings.least_shared}); only shared tokens are drafted when sampling"
         )
 
 
 def _drafter(settings: Settings, model: Any, tokenizer: Any, target: Target) -> Drafter:
-    config = Config(
-        # Sizes that are as the architecture's own are left out of the difference.
+    config = dataclasses.replace(
+        settings.config,
+        # as_dict leaves out a size that is the architecture's default.
         model=small_models.as_dict(model.config) | {"vocab_size": model.config.vocab_size} | _special(tokenizer),
         tokenizer_hash=str(tokenizer_hash(tokenizer)),
-        num_draft=settings.num_draft,
-        confidence=settings.confidence,
-        lookback=settings.lookback,
     )
     return Drafter(config, target, tokenizer)
 
@@ -142,13 +131,13 @@ def _special(tokenizer: Any) -> dict[str, Any]:
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
 
 
-# --- A small model of its own -------------------------------------------------------------------------------------
+# --- Training a draft model ----------------------------------------------------------------------------------------
 
 
 def _train(
     settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path, folder: Path
 ) -> None:
-    """Trains tokenizer and model on the rows' text and writes a transformers folder, whole or not at all."""
+    """Trains tokenizer and model on the rows' text and writes a transformers folder atomically."""
     torch.manual_seed(run.seed)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=byte_pairs(_texts(target, rows), settings.train_vocab),
@@ -162,7 +151,7 @@ def _train(
         width=settings.hidden_size,
         num_layers=settings.num_layers,
         num_heads=settings.num_heads,
-        # Smaller vocabularies take more tokens for a text.
+        # A smaller vocabulary needs more tokens for the same text.
         context_length=2 * target.context_length,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -170,7 +159,7 @@ def _train(
     )
     model = LlamaForCausalLM(config)
     drafter = _drafter(settings, model, tokenizer, target)
-    _take_embedding(model, drafter.counterparts_U, target)
+    _init_embedding(model, drafter.counterparts_U, target)
     blocks_NT = _blocks(drafter, rows, run)
     print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {blocks_NT.numel():,} tokens of text")
     arguments = training_arguments(run, output, None)
@@ -191,7 +180,7 @@ def _train(
 
 
 class _MarkWhole(TrainerCallback):
-    """Says of each checkpoint that it is whole: a run killed while it writes one goes on from the one before."""
+    """Marks each complete checkpoint, so that a run killed while writing one continues from the one before."""
 
     def __init__(self, output: Path) -> None:
         self._output = output
@@ -202,8 +191,8 @@ class _MarkWhole(TrainerCallback):
 
 
 @torch.no_grad()
-def _take_embedding(model: LlamaForCausalLM, counterparts_U: Tensor, target: Target) -> None:
-    """Starts the tokens that both vocabularies have from the target's embedding, if the widths are the same."""
+def _init_embedding(model: LlamaForCausalLM, counterparts_U: Tensor, target: Target) -> None:
+    """Initialises the embeddings of shared tokens from the target's, if the widths are the same."""
     own, theirs = model.get_input_embeddings().weight, target.model.get_input_embeddings().weight
     if own.shape[1] == theirs.shape[1]:
         is_shared_U = (counterparts_U >= 0).to(own.device)
@@ -216,7 +205,7 @@ def _texts(target: Target, rows: Sequence[Example]) -> Iterator[str]:
 
 
 def _blocks(drafter: Drafter, rows: Sequence[Example], run: RunSettings) -> Tensor:
-    """Packs the rows, as the drafter reads them and in an order of the seed, into blocks [N, T]."""
+    """Packs the rows, translated and in an order that depends on the seed, into blocks [N, T]."""
     ids = [
         token
         for index in order(len(rows), seed=run.seed, epoch=0)
@@ -225,7 +214,7 @@ def _blocks(drafter: Drafter, rows: Sequence[Example], run: RunSettings) -> Tens
     num_blocks = len(ids) // run.max_length
     if num_blocks < run.batch_size:
         raise ValueError(
-            f"{run.data} holds {len(ids):,} tokens of the draft model's, fewer than the {run.batch_size} blocks of"
-            f" {run.max_length} of one step; give more text, or a smaller --max-length"
+            f"{run.data} has {len(ids):,} tokens in the draft model's vocabulary, fewer than one step's"
+            f" {run.batch_size} blocks of {run.max_length}; give more text or a smaller --max-length"
         )
     return torch.tensor(ids[: num_blocks * run.max_length]).view(num_blocks, run.max_length)

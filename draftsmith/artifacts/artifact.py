@@ -192,8 +192,9 @@ def make_config(kind: Any, values: dict[str, Any], source: str | Path) -> Any:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{source}: unknown setting {key!r}{hint}")
     # JSON turns tuples into lists.
-    return kind(**{key: _tuples(value) if isinstance(value, list) else value for key, value in values.items()})
+    return kind(**{key: as_tuples(value) for key, value in values.items()})
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+def as_tuples(value: Any) -> Any:
+    """Returns a value read from JSON with tuples in place of lists."""
+    return tuple(as_tuples(part) for part in value) if isinstance(value, list) else value

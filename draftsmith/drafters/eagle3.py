@@ -9,7 +9,7 @@ width, E widths of the fused layers together, V vocabulary, W draft vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from draftsmith.core.target import PREFILL_CHUNK, Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.draft_progress import DraftProgress
 from draftsmith.parts.neural.layers import Attention, FeedForward, gather_path, prepare_cache
 
@@ -50,7 +51,7 @@ class Config:
     """Llama 3.1's RoPE scaling for long texts as (factor, low, high, length), see `layers.rotate`; empty for none."""
     eps: float = 1e-6
     """Epsilon of the norms."""
-    fusion_norm: str = "none"
+    fusion_norm: str = field(default="none", metadata={"choices": FUSION_NORMS})
     """Norms before the fusion: none, each layer's own (EAGLE-3.1, 2605.09992), or one over the whole concatenation."""
     norm_output: bool = False
     """Feed the layer its own output after the final norm (EAGLE-3.1)."""
@@ -72,6 +73,7 @@ class Config:
             raise ValueError(
                 f"layers is {list(self.layers)}; list hidden layers from 0 up in ascending order, none twice"
             )
+        check_at_least(self, 0, "draft_vocab")
         if self.fusion_norm not in FUSION_NORMS:
             raise ValueError(f"fusion_norm is {self.fusion_norm!r}; it must be one of {', '.join(FUSION_NORMS)}")
         if len(self.stretch) not in (0, 4):

@@ -6,7 +6,7 @@ Shape suffixes: B rows, T positions, N nodes, M new nodes, I drafted tokens that
 of the embedding, F width of a head's input, V vocabulary, R is B or 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class Config:
     """Inner width of that block's MLP."""
     tree: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0))
     """Each node as the ranks along its path: (0, 2) is head 1's third choice after head 0's first."""
-    siblings: str = "without_replacement"
+    siblings: str = field(default="without_replacement", metadata={"choices": autoregressive.SIBLINGS})
     """Sampling scheme of siblings in that tree where text is sampled: without_replacement, independent, top_and_drawn,
     or deterministic for their parent's most likely tokens."""
     width: int = 0

@@ -1,8 +1,7 @@
-"""Cascades: who is asked and who drafts, by what was found and by what was brought; losslessness; artifacts."""
+"""Tests of cascades: the order in which parts are tried, their estimates, losslessness and artifacts."""
 
 import dataclasses
 import importlib
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,30 +11,27 @@ import torch
 
 import draftsmith
 from draftsmith.artifacts.families import find, names
-from draftsmith.core.drafter import Drafter, Session, Step
+from draftsmith.core import drafter
+from draftsmith.core.drafter import Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, chain
 from draftsmith.drafters import cascade, kangaroo, lm, lookup, medusa
 from draftsmith.drafters.cascade import Config, Drafter, Estimate
 from draftsmith.parts.composites import Part
 from tests.support.distributions import PROMPT, check_distribution, distribution_target
-from tests.support.family import Watched, built, check_family, texts
+from tests.support.family import Watched, built, check_family, part_config, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_config, tiny_target
 
 HEADS = medusa.Config(num_heads=3, tree=((0,), (1,), (0, 0)))
 NUM_NEW = 20
 
 
-def name(family: str, config: Any) -> dict[str, Any]:
-    return {"family": family, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
-
-
-EXAMPLE = Config(parts=(name("lookup", lookup.Config(min_ngram=2)), name("medusa", HEADS)))
+EXAMPLE = Config(parts=(part_config("lookup", lookup.Config(min_ngram=2)), part_config("medusa", HEADS)))
 FIXED = dataclasses.replace(EXAMPLE, adaptive=False)
 
 
 def composed(drafters: list[Any], **settings: Any) -> Drafter:
-    """Returns a cascade of drafters under watch."""
+    """Returns a cascade of drafters, each wrapped in `Watched`."""
     target = drafters[0].target
     parts = [Part(Watched(one)) for one in drafters]  # type: ignore[arg-type]
     return Drafter(Config(parts=EXAMPLE.parts, **settings), target, parts)
@@ -45,8 +41,8 @@ def test_family(tmp_path: Path) -> None:
     check_family(cascade, FIXED, tmp_path)
 
 
-def test_greedy_output_of_an_adaptive_one_is_the_targets_own() -> None:
-    """Who drafts depends on the clock; heads of random weights and look-ups both get their turns."""
+def test_adaptive_cascade_decodes_greedily_as_the_target() -> None:
+    """The order depends on the clock; both random heads and look-ups get used."""
     target = tiny_target("llama")
     drafter = composed([lookup.Drafter(lookup.Config(), target), built(medusa, HEADS, target)])
     ids, mask = padded(prompts(5), side="left")
@@ -57,8 +53,8 @@ def test_greedy_output_of_an_adaptive_one_is_the_targets_own() -> None:
     check_distribution(built(cascade, EXAMPLE, distribution_target()), distribution_target(), num_samples=2_000)
 
 
-class Scripted(Drafter):
-    """Drafts chains as deep as it is told, -1 for never being asked."""
+class Scripted(drafter.Drafter):
+    """Drafts chains of the given depths."""
 
     def __init__(self, *depths: int) -> None:
         self.target: Any = None
@@ -76,7 +72,7 @@ class Scripted(Drafter):
         self.steps.append(step)
 
 
-def begun(drafters: list[Any], **settings: Any) -> Drafter:
+def started(drafters: list[Any], **settings: Any) -> Drafter:
     drafter = Drafter(Config(parts=EXAMPLE.parts, **settings), None, [Part(one) for one in drafters])  # type: ignore
     start(drafter)
     return drafter
@@ -87,67 +83,67 @@ def start(drafter: Drafter, num_rows: int = 1) -> None:
     drafter.start(Session(rows=[[3, 4]] * num_rows, sampling=Sampling(), **given))
 
 
-def ended(draft: Draft, num_tokens: int, cost_ms: float) -> Step:
+def verified(draft: Draft, num_tokens: int, cost_ms: float) -> Step:
     paths = [list(range(num_tokens))] * len(draft.tokens_BN)
     given: Any = {"logits_BNV": None, "hidden": {}, "verdict": None}
     return Step(draft=draft, paths=paths, cost_ms=cost_ms, **given)
 
 
-def test_in_fixed_order_the_first_that_finds_enough_drafts() -> None:
+def test_fixed_order_uses_the_first_draft_that_is_deep_enough() -> None:
     first, second = Scripted(3, 2, 0, 4), Scripted(1, 0)
-    drafter = begun([first, second], adaptive=False, min_tokens=3)
+    drafter = started([first, second], adaptive=False, min_tokens=3)
     depths = []
     for _ in range(4):
         draft = drafter.propose(9)
         depths.append(draft.tree.depth)
-        drafter.observe(ended(draft, 1, 1.0))
-    assert depths == [3, 1, 0, 4], "what the last one finds is taken, nothing too"
-    assert len(first.steps) == len(second.steps) == 4, "all are told of every step"
+        drafter.observe(verified(draft, 1, 1.0))
+    assert depths == [3, 1, 0, 4], "the last part's draft is used even if it is empty"
+    assert len(first.steps) == len(second.steps) == 4, "all parts observe every step"
 
 
-def test_the_one_that_brings_most_is_asked_first_and_the_other_now_and_then() -> None:
-    drafter = begun([Scripted(*[2] * 99), Scripted(*[5] * 99)])
+def test_adaptive_order_prefers_the_fastest_choice_and_retries_the_others() -> None:
+    drafter = started([Scripted(*[2] * 99), Scripted(*[5] * 99)])
     turns = []
     for _ in range(3 * Drafter.TRIAL_EVERY):
         draft = drafter.propose(9)
         turns.append(draft.tree.depth)
         # 3 tokens in 10 ms against 4 in 20, and 1 in 8.
-        drafter.observe(ended(draft, *{2: (3, 10.0), 5: (4, 20.0), 0: (1, 8.0)}[draft.tree.depth]))
+        drafter.observe(verified(draft, *{2: (3, 10.0), 5: (4, 20.0), 0: (1, 8.0)}[draft.tree.depth]))
     assert turns[:4] == [2, 5, 0, 2], "all are tried first"
     assert turns.count(5) == turns.count(0) == 3 and turns.count(2) == len(turns) - 6
     start(drafter)
-    assert drafter.propose(9).tree.depth == 2, "what was learnt holds for the next call"
+    assert drafter.propose(9).tree.depth == 2, "estimates hold for the next call"
     start(drafter, num_rows=8)
     observed = []
     for _ in range(2):
         draft = drafter.propose(9)
         observed.append(draft.tree.depth)
-        drafter.observe(ended(draft, 1, 1.0))
-    assert observed == [2, 5], "a call with another batch size begins to learn"
+        drafter.observe(verified(draft, 1, 1.0))
+    assert observed == [2, 5], "a call with another batch size has estimates of its own"
 
 
-def test_a_part_that_finds_nothing_leaves_the_turn_to_the_next_and_learns_nothing_of_it() -> None:
+def test_empty_draft_passes_to_the_next_part_without_changing_estimates() -> None:
     first, second = Scripted(0, 3, 0), Scripted(2, 2)
-    drafter = begun([first, second])
+    drafter = started([first, second])
     for tokens, ms, depth in ((2, 1.0, 2), (4, 1.0, 3), (1, 1.0, 0), (2, 1.0, 2)):
         draft = drafter.propose(9)
         assert draft.tree.depth == depth
-        drafter.observe(ended(draft, tokens, ms))
+        drafter.observe(verified(draft, tokens, ms))
     found = [round(one.tokens_per_ms(), 6) for one in drafter._estimates]
     assert found == [4.0, 2.0, 1.0]
 
 
-def test_nothing_is_drafted_where_plain_steps_bring_more() -> None:
-    drafter = begun([Scripted(*[2] * 99), Scripted(*[5] * 99)])
+def test_adaptive_order_prefers_plain_steps_where_they_are_faster() -> None:
+    drafter = started([Scripted(*[2] * 99), Scripted(*[5] * 99)])
     turns = []
     for _ in range(Drafter.TRIAL_EVERY):
         draft = drafter.propose(9)
         turns.append(draft.tree.depth)
-        drafter.observe(ended(draft, *{2: (1, 10.0), 5: (2, 20.0), 0: (1, 8.0)}[draft.tree.depth]))
+        drafter.observe(verified(draft, *{2: (1, 10.0), 5: (2, 20.0), 0: (1, 8.0)}[draft.tree.depth]))
     assert turns == [2, 5, *[0] * (len(turns) - 2)]
 
 
-def test_estimates_are_means_at_first_and_then_follow_what_is_new() -> None:
+def test_estimate_is_a_mean_at_first_and_then_a_running_mean() -> None:
     estimate = Estimate()
     assert estimate.tokens_per_ms() == float("inf")
     for tokens, ms in ((1, 10), (3, 10), (2, 40)):
@@ -158,8 +154,8 @@ def test_estimates_are_means_at_first_and_then_follow_what_is_new() -> None:
     assert estimate.tokens_per_ms() == pytest.approx(6 / 30, rel=1e-3)
 
 
-def test_sampled_drafts_are_not_judged_by_what_was_drawn() -> None:
-    """Chains that end at a token in doubt: to pass over the short ones would favour what the draft model is sure of."""
+def test_sampled_drafts_are_used_whatever_their_depth() -> None:
+    """Chains that stop early at unlikely tokens: rejecting short ones would favour tokens that the model is sure of."""
     target = distribution_target()
     model = tiny_config("llama", vocab_size=8, num_hidden_layers=1).to_dict()
     chains = built(lm, lm.Config(model=model, num_draft=3, length="confidence=0.2"), target)
@@ -168,13 +164,13 @@ def test_sampled_drafts_are_not_judged_by_what_was_drawn() -> None:
     given: Any = {"max_new_tokens": 20, "eos_token_id": ()}
     draftsmith.generate(target, torch.tensor([PROMPT]), drafter, temperature=1.0, seed=0, **given)
     assert {len(draft[0]) - 1 for draft in first.drafts[:-2]} == {1, 2, 3}  # type: ignore[attr-defined]
-    assert second.drafts == [], "short ones were passed over"  # type: ignore[attr-defined]
+    assert second.drafts == [], "short sampled drafts were rejected"  # type: ignore[attr-defined]
     draftsmith.generate(target, torch.tensor([PROMPT]), drafter, **given)
-    assert second.drafts, "greedy ones may be"  # type: ignore[attr-defined]
+    assert second.drafts, "short greedy drafts may be rejected"  # type: ignore[attr-defined]
 
 
-def test_a_part_that_enters_the_target_part_way_may_draft() -> None:
-    """Its keys and values lie in the target's cache, where another part's draft comes to lie over them."""
+def test_early_exit_drafter_may_be_a_part() -> None:
+    """Its keys and values are in the target's cache, where another part's draft overwrites them."""
     target = tiny_target("llama")
     exits = built(kangaroo, kangaroo.Config(exit_layer=2, num_draft=3, length="fixed"), target)
     looks = lookup.Drafter(lookup.Config(min_ngram=2), target)
@@ -188,11 +184,11 @@ def test_a_part_that_enters_the_target_part_way_may_draft() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", names())
-def test_any_family_may_be_a_part(family: str) -> None:
+def test_every_family_may_be_a_part(family: str) -> None:
     target = tiny_target("llama")
     part = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, target)
     if part.target is not target:
-        pytest.skip("it tunes its target")
+        pytest.skip("it fine-tunes its target")
     looks = lookup.Drafter(lookup.Config(min_ngram=2), target)
     ids, mask = padded(prompts(5))
     for drafters in ([looks, part], [part, looks]):
@@ -204,7 +200,7 @@ def test_any_family_may_be_a_part(family: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_encoder_decoders_too(architecture: str) -> None:
+def test_encoder_decoder_decodes_greedily_as_the_target(architecture: str) -> None:
     target = tiny_target(architecture)
     model = tiny_config("llama", num_hidden_layers=1).to_dict()
     chains = built(lm, lm.Config(model=model, num_draft=3, length="fixed"), target)
@@ -214,7 +210,7 @@ def test_encoder_decoders_too(architecture: str) -> None:
     assert texts(out) == greedy_by_transformers(architecture, 5, NUM_NEW)
 
 
-def test_settings_that_cannot_be_are_refused() -> None:
+def test_config_rejects_invalid_settings() -> None:
     with pytest.raises(ValueError, match="min_tokens is 0"):
         Config(parts=EXAMPLE.parts, min_tokens=0)
     with pytest.raises(ValueError, match="there must be at least 2"):

@@ -70,7 +70,8 @@ def made(texts: Texts, order: int, folder: Path, *, num_parts: int = 1, **option
     for part in range(num_parts):
         files.append(folder / f"{part}.safetensors")
         save_file(
-            count_ngrams([np.array(text, dtype=np.int64) for text in texts[part::num_parts]], order, VOCAB_SIZE), files[-1]
+            count_ngrams([np.array(text, dtype=np.int64) for text in texts[part::num_parts]], order, VOCAB_SIZE),
+            files[-1],
         )
     return build(files, order, VOCAB_SIZE, folder / "store", **options)
 
@@ -88,10 +89,10 @@ def contexts(order: int) -> list[list[int]]:
 @example([[1] * 20], 4, 2, 3)
 @example([[3], [0], [3]], 5, 3, 1)
 @example([[0, 1] * 12, [0, 1, 2] * 5, [1]], 5, 2, 7)
-def test_the_law_is_that_of_the_formulas(texts: Texts, order: int, num_parts: int, at_once: int) -> None:
+def test_the_law_is_that_of_the_formulas(texts: Texts, order: int, num_parts: int, max_ngrams: int) -> None:
     slow = Slow(texts, order)
     with TemporaryDirectory() as folder:
-        model = made(texts, order, Path(folder), num_parts=num_parts, at_once=at_once)
+        model = made(texts, order, Path(folder), num_parts=num_parts, max_ngrams=max_ngrams)
         longer = [text[:end] for text in texts for end in range(4, len(text), 3)]
         for context in contexts(order) + longer:
             path = model.path(context)
@@ -116,7 +117,7 @@ def test_a_store_that_was_saved_or_cut_holds_laws(texts: Texts, order: int, what
             other = KneserNey.load(folder / "copy", VOCAB_SIZE)
         else:
             size = model.num_bytes / 2e6 + 2e-4
-            other = made(texts, order, folder, budget_mb=size, at_once=9)
+            other = made(texts, order, folder, budget_mb=size, max_ngrams=9)
             assert other.num_bytes <= size * 1e6
         for text in contexts(order):
             probs_V = other.probs(other.path(text))

@@ -150,7 +150,7 @@ def test_adaptive_threshold_follows_the_paper_and_is_kept_between_calls() -> Non
     policy.start(1, 4)
     found = []
     for matched, drafted in ((2, 4), (4, 4), (2, 2), (4, 4), (3, 3)):
-        policy.learn([Outcome(row=0, num_drafted=drafted, num_matched=matched)], drafted, 1.0)
+        policy.learn([Outcome(row=0, num_drafted=drafted, num_accepted=matched)], drafted, 1.0)
         found.append(policy.stop.threshold)
     assert found == pytest.approx([0.601, 0.602, 0.603, 0.603, 0.602])
     draftsmith.generate(target, torch.tensor(prompts(1)), drafter, max_new_tokens=9)

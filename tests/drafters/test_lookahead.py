@@ -20,7 +20,7 @@ from draftsmith.drafters.lookahead import Config, Drafter, _Window
 from tests.support.distributions import distribution_target
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
-from tests.support.runs import make_data, make_target
+from tests.support.runs import make_data, make_target, trainer_settings
 from trainers import lookahead as trainer
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
@@ -257,7 +257,7 @@ def test_recipe(tmp_path: Path) -> None:
     make_data(make_target(tmp_path / "target"), tmp_path / "data", num_rows=20)
     output = tmp_path / "output"
     run = RunSettings(target=str(tmp_path / "target"), data=str(tmp_path / "data"), output=str(output))
-    assert train(trainer, trainer.Settings(window=2, level=3), run) == output
+    assert train(trainer, trainer_settings(trainer, window=2, level=3), run) == output
     assert read_manifest(output)["measured_acceptance"]["acceptance"] >= 0
     drafter = draftsmith.load(output, Target.from_pretrained(run.target, dtype="float32"))
     assert drafter.config == Config(window=2, level=3)

@@ -19,7 +19,7 @@ from draftsmith.drafters import lookup
 from draftsmith.drafters.lookup import Config, Drafter, _Index
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_target
-from tests.support.runs import make_data, make_target
+from tests.support.runs import make_data, make_target, trainer_settings
 from trainers import lookup as trainer
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
@@ -210,7 +210,7 @@ def test_recipe(tmp_path: Path) -> None:
     make_data(make_target(tmp_path / "target"), tmp_path / "data", num_rows=20)
     output = tmp_path / "output"
     run = RunSettings(target=str(tmp_path / "target"), data=str(tmp_path / "data"), output=str(output))
-    assert train(trainer, trainer.Settings(num_continuations=2), run) == output
+    assert train(trainer, trainer_settings(trainer, num_continuations=2), run) == output
     assert read_manifest(output)["measured_acceptance"]["acceptance"] >= 0
     drafter = draftsmith.load(output, Target.from_pretrained(run.target, dtype="float32"))
     assert drafter.config == Config(num_continuations=2)

@@ -1,8 +1,7 @@
-"""Joined trees: what is kept of them by hand, what is learnt of the parts, losslessness, refusals, artifacts."""
+"""Tests of merged trees: the nodes kept, the accuracies learnt, losslessness, rejected parts and artifacts."""
 
 import dataclasses
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from draftsmith.core.drafter import Session
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.drafters import hydra, kangaroo, lm, lookup, medusa, merge
-from draftsmith.drafters.merge import Config, Drafter, Guesses, chances_of
+from draftsmith.drafters.merge import Config, Drafter, PartTree, estimate_accuracies
 from draftsmith.parts.composites import Part
 from draftsmith.parts.trie import build_trie
 from tests.support.drafters import Scripted
-from tests.support.family import Watched, built, check_family, texts
+from tests.support.family import Watched, built, check_family, part_config, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_config, tiny_target
 
 TARGET = tiny_target("llama")
@@ -29,15 +28,11 @@ SMALL = tiny_config("llama", num_hidden_layers=1).to_dict()
 NUM_NEW = 20
 
 
-def name(family: str, config: Any) -> dict[str, Any]:
-    return {"family": family, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
-
-
-EXAMPLE = Config(parts=(name("lookup", lookup.Config()), name("medusa", HEADS)), num_nodes=9)
+EXAMPLE = Config(parts=(part_config("lookup", lookup.Config()), part_config("medusa", HEADS)), num_nodes=9)
 
 
 def composed(drafters: list[Any], **settings: Any) -> Drafter:
-    """Returns the drafters under watch, their trees joined."""
+    """Returns the drafters, each wrapped in `Watched`, with their trees merged."""
     parts = [Part(Watched(one)) for one in drafters]  # type: ignore[arg-type]
     return Drafter(Config(parts=EXAMPLE.parts, **settings), drafters[0].target, parts)
 
@@ -46,70 +41,70 @@ def test_family(tmp_path: Path) -> None:
     check_family(merge, EXAMPLE, tmp_path)
 
 
-def joined(*trees: list[tuple[int, int]], shares: list[float], **settings: Any) -> dict[tuple[int, ...], float]:
-    """Returns the paths kept of trees, as (token, parent) of each node, whose parts' guesses are right so often."""
+def merged(*trees: list[tuple[int, int]], accuracies: list[float], **settings: Any) -> dict[tuple[int, ...], float]:
+    """Returns the kept paths and their probabilities; a tree is (token, parent) of each node, with one accuracy."""
     drafter = Drafter(Config(parts=EXAMPLE.parts, **settings), TARGET)
-    chances = [[[share] * Drafter.NUM_RANKS] * Drafter.NUM_DEPTHS for share in shares]
-    branches = drafter._joined([Guesses(*zip(*tree, strict=True)) for tree in trees], chances)  # type: ignore[arg-type]
+    tables = [[[accuracy] * Drafter.NUM_RANKS] * Drafter.NUM_DEPTHS for accuracy in accuracies]
+    tree = drafter._merge([PartTree(*zip(*tree, strict=True)) for tree in trees], tables)  # type: ignore[arg-type]
     paths: list[tuple[int, ...]] = [()]
-    for token, parent in zip(branches.tokens, branches.parents, strict=True):
+    for token, parent in zip(tree.tokens, tree.parents, strict=True):
         assert parent < len(paths), "a parent comes before its children"
         paths.append((*paths[parent], token))
-    return dict(zip(paths[1:], branches.weights, strict=True))
+    return dict(zip(paths[1:], tree.weights, strict=True))
 
 
-def test_what_is_kept_by_hand() -> None:
-    """A chain whose guesses are right 0.8 of the time, and a tree of 0.5: agreement counts as 1 - 0.2 * 0.5."""
+def test_merge_by_hand() -> None:
+    """Merges a chain of accuracy 0.8 and a tree of accuracy 0.5: agreement counts as 1 - 0.2 * 0.5."""
     chain, tree = [(7, 0), (8, 1), (9, 2)], [(7, 0), (5, 0), (6, 1), (4, 2)]
-    found = joined(chain, tree, shares=[0.8, 0.5])
+    found = merged(chain, tree, accuracies=[0.8, 0.5])
     expected = {(7,): 0.9, (7, 8): 0.64, (7, 8, 9): 0.512, (5,): 0.5, (7, 6): 0.25, (5, 4): 0.25}
     assert found == pytest.approx(expected)
-    assert list(joined(chain, tree, shares=[0.8, 0.5], num_nodes=3)) == [(7,), (7, 8), (7, 8, 9)]
-    assert set(joined(chain, tree, shares=[0.8, 0.5], least_chance=0.5)) == {(7,), (7, 8), (7, 8, 9), (5,)}
-    assert list(joined(chain, tree, shares=[0.1, 0.9], num_nodes=3)) == [(7,), (5,), (7, 6)]
+    assert list(merged(chain, tree, accuracies=[0.8, 0.5], num_nodes=3)) == [(7,), (7, 8), (7, 8, 9)]
+    assert set(merged(chain, tree, accuracies=[0.8, 0.5], least_chance=0.5)) == {(7,), (7, 8), (7, 8, 9), (5,)}
+    assert list(merged(chain, tree, accuracies=[0.1, 0.9], num_nodes=3)) == [(7,), (5,), (7, 6)]
 
 
-def test_random_trees_keep_their_likeliest_nodes() -> None:
-    """Against all nodes of both trees, weighed one by one."""
+def test_merge_keeps_the_likeliest_nodes_of_random_trees() -> None:
+    """Compares with the probabilities of all nodes of both trees, computed one by one."""
     rng = np.random.default_rng(0)
     for _ in range(60):
-        trees, shares = [], rng.uniform(0.05, 0.95, 2).tolist()
+        trees, accuracies = [], rng.uniform(0.05, 0.95, 2).tolist()
         for _ in range(2):
             texts_drawn = [tuple(rng.integers(0, 3, rng.integers(1, 5)).tolist()) for _ in range(rng.integers(1, 4))]
             tree = build_trie((text, 1.0) for text in texts_drawn)
             trees.append(list(zip(tree.tokens, tree.parents, strict=True)))
         paths: list[dict[tuple[int, ...], float]] = []
-        for tree, share in zip(trees, shares, strict=True):
-            places: list[tuple[int, ...]] = [()]
+        for tree, accuracy in zip(trees, accuracies, strict=True):
+            of_nodes: list[tuple[int, ...]] = [()]
             for token, parent in tree:
-                places.append((*places[parent], token))
-            paths.append({path: share ** len(path) for path in places[1:]})
+                of_nodes.append((*of_nodes[parent], token))
+            paths.append({path: accuracy ** len(path) for path in of_nodes[1:]})
         both = {path: 1 - (1 - paths[0].get(path, 0)) * (1 - paths[1].get(path, 0)) for path in paths[0] | paths[1]}
         num_nodes = int(rng.integers(1, 7))
-        found = joined(*trees, shares=shares, num_nodes=num_nodes)
+        found = merged(*trees, accuracies=accuracies, num_nodes=num_nodes)
         best = sorted(both.values(), reverse=True)[:num_nodes]
         assert sorted(found.values(), reverse=True) == pytest.approx(best)
         assert all(found[path] == pytest.approx(both[path]) for path in found)
 
 
-def test_guesses_are_judged_as_far_as_the_text_says() -> None:
+def test_count_correct_evaluates_nodes_up_to_the_end_of_the_text() -> None:
     counts_DR2 = np.zeros((Drafter.NUM_DEPTHS, Drafter.NUM_RANKS, 2), dtype=np.int64)
     tree = [(7, 0), (5, 0), (6, 1), (9, 1), (4, 2), (3, 4), (2, 6)]
-    Guesses(*zip(*tree, strict=True)).judge([7, 9, 3], counts_DR2)  # type: ignore[arg-type]
+    PartTree(*zip(*tree, strict=True)).count_correct([7, 9, 3], counts_DR2)  # type: ignore[arg-type]
     found = {(d, r): tuple(counts_DR2[d, r]) for d, r in zip(*counts_DR2[..., 1].nonzero(), strict=True)}
-    # 2 lies deeper than the text, and of 4, under the wrong 5, nothing is known.
+    # Token 2 is deeper than the text, and token 4 follows the wrong token 5.
     assert found == {(0, 0): (1, 1), (0, 1): (0, 1), (1, 0): (0, 1), (1, 1): (1, 1), (2, 0): (1, 1)}
 
 
-def test_chances_begin_at_halves_and_follow_what_is_counted() -> None:
+def test_estimated_accuracies_start_at_the_prior_and_follow_the_counts() -> None:
     counts_PDR2 = np.zeros((1, 2, 3, 2), dtype=np.int64)
-    assert chances_of(counts_PDR2)[0, 0].tolist() == [0.5, 0.25, 0.125]
+    assert estimate_accuracies(counts_PDR2)[0, 0].tolist() == [0.5, 0.25, 0.125]
     counts_PDR2[0, 1, 0] = (90, 100)
-    assert chances_of(counts_PDR2)[0, 1, 0] == pytest.approx((90 + 4) / 108)
+    assert estimate_accuracies(counts_PDR2)[0, 1, 0] == pytest.approx((90 + 4) / 108)
 
 
-def test_a_call_begins_with_what_was_kept_and_counts_on() -> None:
-    """What a part that knows the text proposes comes to be trusted, and what another makes up does not."""
+def test_call_starts_from_the_counts_that_were_kept() -> None:
+    """The part that knows the text gets a high accuracy, and the part that is always wrong a low one."""
     expected = greedy_by_transformers("llama", 5, NUM_NEW)
     drafter = composed(
         [Scripted(TARGET, expected, trees=False), Scripted(TARGET, expected, trees=False, wrong_every=1)]
@@ -124,15 +119,15 @@ def test_a_call_begins_with_what_was_kept_and_counts_on() -> None:
         again.stats.steps == first.stats.steps and drafts[0][: len(drafts[0]) // 2] == drafts[0][len(drafts[0]) // 2 :]
     )
     drafter.keep()
-    right, judged = drafter.counts_PDR2[:, 0, 0].T
-    assert right[0] == judged[0] > 0 and right[1] == 0 < judged[1]
+    correct, evaluated = drafter.counts_PDR2[:, 0, 0].T
+    assert correct[0] == evaluated[0] > 0 and correct[1] == 0 < evaluated[1]
     drafter.config = dataclasses.replace(drafter.config, num_nodes=4)
     best = draftsmith.generate(TARGET, ids, Watched(drafter), **given)
     assert texts(best) == expected
-    assert best.stats.tau == pytest.approx(5), "all four nodes are those of the part that is right"
+    assert best.stats.tau == pytest.approx(5), "all four nodes are those of the correct part"
 
 
-def test_counts_are_saved_and_broken_ones_refused(tmp_path: Path) -> None:
+def test_counts_are_saved_and_invalid_ones_rejected(tmp_path: Path) -> None:
     drafter = built(merge, EXAMPLE, TARGET)
     draftsmith.generate(TARGET, torch.tensor(prompts(1)), drafter, max_new_tokens=NUM_NEW)
     drafter.keep()
@@ -148,34 +143,34 @@ def test_counts_are_saved_and_broken_ones_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"counts.npy holds int64 \[1, 16, 16, 2\], expected int64 \[2, 16, 16, 2\]"):
         draftsmith.load(tmp_path / "whole", TARGET)
     np.save(file, drafter.counts_PDR2 - 1)
-    with pytest.raises(ValueError, match="counts.npy counts more right than judged"):
+    with pytest.raises(ValueError, match="counts.npy counts more correct nodes than evaluated ones"):
         draftsmith.load(tmp_path / "whole", TARGET)
 
 
-def test_parts_whose_drafts_cannot_be_joined_are_refused() -> None:
+def test_parts_whose_drafts_cannot_be_merged_are_rejected() -> None:
     heads, ids = built(medusa, HEADS, TARGET), torch.tensor(prompts(1))
     chains = built(lm, lm.Config(model=SMALL, num_draft=3, length="fixed"), TARGET)
     out = draftsmith.generate(TARGET, ids, composed([chains, heads]), max_new_tokens=NUM_NEW)
-    assert texts(out) == greedy_by_transformers("llama", 1, NUM_NEW), "greedy chains may be joined"
+    assert texts(out) == greedy_by_transformers("llama", 1, NUM_NEW), "greedy chains may be merged"
     settings: dict[str, Any] = {"max_new_tokens": NUM_NEW, "temperature": 1.0, "seed": 0}
     with pytest.raises(
-        ValueError, match="give it siblings: deterministic with a fixed tree or a width, for trees that"
+        ValueError, match="give it siblings: deterministic with a static tree or a width, for dynamic trees"
     ):
         draftsmith.generate(TARGET, ids, Drafter(EXAMPLE, TARGET, [Part(chains), Part(heads)]), **settings)
-    fixed = built(lm, lm.Config(model=SMALL, tree=((0,), (1,)), siblings="deterministic"), TARGET)
-    grown = built(hydra, hydra.Config(tree=(), width=2, num_nodes=5), TARGET)
-    draftsmith.generate(TARGET, ids, composed([fixed, grown, heads]), **settings)
+    static = built(lm, lm.Config(model=SMALL, tree=((0,), (1,)), siblings="deterministic"), TARGET)
+    dynamic = built(hydra, hydra.Config(tree=(), width=2, num_nodes=5), TARGET)
+    draftsmith.generate(TARGET, ids, composed([static, dynamic, heads]), **settings)
     exits = built(kangaroo, kangaroo.Config(exit_layer=2, num_draft=3), TARGET)
-    with pytest.raises(ValueError, match="runs the target's first blocks over its own draft, which cannot be joined"):
+    with pytest.raises(ValueError, match="runs the target's first blocks over its own draft, which cannot be merged"):
         draftsmith.generate(TARGET, ids, Drafter(EXAMPLE, TARGET, [Part(exits), Part(heads)]), max_new_tokens=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", names())
-def test_any_deterministic_family_may_be_a_part(family: str) -> None:
+def test_every_deterministic_family_may_be_a_part(family: str) -> None:
     part = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, TARGET)
     if part.target is not TARGET or family in ("kangaroo", "early_exit"):
-        pytest.skip("it tunes its target, or enters it part way")
+        pytest.skip("it fine-tunes its target, or resumes it after its first blocks")
     drafter = composed([part, built(medusa, HEADS, TARGET)])
     ids, mask = padded(prompts(5))
     out = draftsmith.generate(TARGET, ids, Watched(drafter), attention_mask=mask, max_new_tokens=NUM_NEW)
@@ -183,7 +178,7 @@ def test_any_deterministic_family_may_be_a_part(family: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_an_encoder_decoder_is_given_the_best_branch_alone(architecture: str) -> None:
+def test_encoder_decoder_gets_the_likeliest_path_only(architecture: str) -> None:
     target = tiny_target(architecture)
     expected = greedy_by_transformers(architecture, 5, NUM_NEW)
     right = Scripted(target, expected, trees=False, wrong_every=6)
@@ -193,7 +188,7 @@ def test_an_encoder_decoder_is_given_the_best_branch_alone(architecture: str) ->
     assert texts(out) == expected and out.stats.tau > 1.5
 
 
-def test_rows_without_guesses_take_plain_steps() -> None:
+def test_row_without_drafts_gets_a_plain_step() -> None:
     drafter = Drafter(EXAMPLE, TARGET, [Part(lookup.Drafter(lookup.Config(), TARGET)) for _ in range(2)])
     given: Any = {"target": TARGET, "cache": None, "generator": None}
     drafter.start(Session(rows=[[3, 4, 3], [5, 6, 7]], sampling=Sampling(), **given))
@@ -205,8 +200,8 @@ def test_rows_without_guesses_take_plain_steps() -> None:
         dataclasses.replace(EXAMPLE, least_chance=1)
 
 
-def test_padding_is_no_guess() -> None:
+def test_part_trees_leave_out_padding() -> None:
     tree = Tree.from_parents([[-1, 0, 0, 1], [-1, 0, 1, 1]])
     draft = Draft(tokens_BN=torch.tensor([[9, 1, 2, 0], [9, 3, 4, 5]]), tree=tree, num_nodes=[3, 4])
-    found = [[path for path, _ in one.weighed([[1.0] * 16] * 16)] for one in merge.guesses(draft)]
+    found = [[path for path, _ in one.path_probabilities([[1.0] * 16] * 16)] for one in merge.part_trees(draft)]
     assert found == [[(1,), (2,)], [(3,), (3, 4), (3, 5)]]

@@ -25,10 +25,10 @@ from draftsmith.drafters.ngram.kneser_ney import KneserNey
 from tests.support.distributions import PROMPT
 from tests.support.family import Watched, check_family, check_greedy, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_target
-from tests.support.runs import make_data, make_target
+from tests.support.runs import make_data, make_target, trainer_settings
 from trainers import ngram
 from trainers.corpora.kneser_ney import build, count_ngrams
-from trainers.ngram import Settings, evaluate
+from trainers.ngram import evaluate
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
@@ -72,7 +72,11 @@ def started(drafter: Drafter, rows: list[list[int]], sources: list[list[int]] | 
     source = None
     if sources is not None:
         source = SimpleNamespace(tokens_BT=torch.tensor(sources), mask_BT=torch.ones(len(sources), len(sources[0])))
-    given = {"sampling": Sampling(), "should_continue": lambda row, chance: True, "generator": torch.Generator().manual_seed(0)}
+    given = {
+        "sampling": Sampling(),
+        "should_continue": lambda row, chance: True,
+        "generator": torch.Generator().manual_seed(0),
+    }
     session: Any = SimpleNamespace(**{"rows": rows, "source": source, "target": drafter.target, **given, **changes})
     drafter.start(session)
     return drafter
@@ -201,7 +205,7 @@ def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
 
 def test_a_build_that_was_stopped_leaves_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ngram, "ROWS_A_PART", 10)
-    settings = Settings(order=3, budget_mb=0.004)
+    settings = trainer_settings(ngram, order=3, budget_mb=0.004)
     whole = train(ngram, settings, run_settings(folder, "whole"))
     broken, calls = run_settings(folder, "broken"), []
 
@@ -225,7 +229,7 @@ def test_a_build_that_was_stopped_leaves_the_same_bytes(folder: Path, monkeypatc
     measured = read_manifest(whole)["measured_acceptance"]
     assert measured["acceptance"] >= 0 and 0 < measured["nats"] < log(64)
     drafter = draftsmith.load(whole, Target.from_pretrained(str(folder / "target"), dtype="float32"))
-    assert drafter.config == settings.config() and len(drafter.model.keys_C) > 1
+    assert drafter.config == settings.config and len(drafter.model.keys_C) > 1
 
 
 def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
@@ -243,7 +247,7 @@ def test_nats_are_those_of_the_stores_law(tmp_path: Path) -> None:
     rows = [[5, 6, 7, 5, 6, 7], [9, 8, 5, 6]]
     store = counted_store(rows, 3, target.vocab_size, tmp_path)
     batch = collate([example(rows[0], None, "a"), example(rows[1], [False, False, False, True], "b")])
-    metrics = evaluate(Drafter(Config(order=3), target, store), batch, Settings(order=3), target)
+    metrics = evaluate(Drafter(Config(order=3), target, store), batch, trainer_settings(ngram, order=3), target)
     judged = [(rows[0][:place], rows[0][place]) for place in range(1, 6)] + [(rows[1][:3], 6)]
     expected = -sum(log(store.probs(store.path(text))[token]) for text, token in judged)
     assert metrics["nats"][1] == 6 and float(metrics["nats"][0]) == pytest.approx(expected, rel=1e-5)
@@ -280,6 +284,6 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
         ("budget_mb", -1.0): r"budget_mb is -1.0; it must be 0 \(none\) or positive",
     }.items():
         with pytest.raises(ValueError, match=said):
-            Settings(**dict([setting]))
-    with pytest.raises(ValueError, match="does not hold even the 3 single tokens; give a larger one"):
+            trainer_settings(ngram, **dict([setting]))
+    with pytest.raises(ValueError, match="too small for the 3 single tokens alone; give a larger one"):
         counted_store([[1, 2, 3]], 2, 9, tmp_path, budget_mb=1e-6)

@@ -24,10 +24,9 @@ from draftsmith.drafters import recycling
 from draftsmith.drafters.recycling import TREE, Config, Drafter, shape
 from tests.support.family import Alternating, Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
-from tests.support.runs import make_data, make_target
+from tests.support.runs import make_data, make_target, trainer_settings
 from trainers import recycling as trainer
 from trainers.corpora import corpus
-from trainers.recycling import Settings
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
@@ -255,7 +254,7 @@ def test_more_successors_than_tokens_are_refused() -> None:
         Drafter(Config(num_successors=65, tree=((0,),)), tiny_target("llama"))
     for changes in ({"num_successors": 0}, {"tree_nodes": -1}):
         with pytest.raises(ValueError, match="must"):
-            Settings(**changes)
+            trainer_settings(trainer, **changes)
 
 
 # --- The trainer ---------------------------------------------------------------------------------------------------
@@ -332,7 +331,7 @@ def run_settings(folder: Path, name: str) -> RunSettings:
 def test_a_run_stopped_and_begun_again_ends_as_an_unbroken_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what it leaves is what the target finds likeliest, summed over the rows that it read."""
     monkeypatch.setattr(trainer, "BATCHES_A_PART", 2)
-    chosen = Settings(num_successors=3, tree_nodes=9)
+    chosen = trainer_settings(trainer, num_successors=3, tree_nodes=9)
     whole = train(trainer, chosen, run_settings(folder, "whole"))
     made: list[str] = []
 
@@ -377,6 +376,6 @@ def test_judging_teaches_nothing() -> None:
     target = tiny_target("llama")
     drafter = Drafter(SMALL, target)
     rows = [example(ids, None, str(at)) for at, ids in enumerate(greedy_by_transformers("llama", 2, 20))]
-    metrics = trainer.evaluate(drafter, collate(rows), Settings(), target)
+    metrics = trainer.evaluate(drafter, collate(rows), trainer.Settings(), target)
     assert metrics["acceptance"][0] > 0
     assert int((drafter.successors < VOCAB_SIZE).sum()) == 0

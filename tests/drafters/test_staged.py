@@ -1,7 +1,6 @@
-"""A drafter that is itself drafted for: its chains follow the larger model's law, whatever the small one proposes."""
+"""Tests of staged speculation: chains follow the draft model's distribution, whatever the small drafter proposes."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,12 @@ from tests.support.distributions import (
     exact_distribution,
     p_value,
 )
-from tests.support.family import Watched, built, check_family, texts
+from tests.support.family import Watched, built, check_family, part_config, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, scramble, tiny_config, tiny_target
 
 TARGET = tiny_target("llama")
 NUM_NEW = 20
 EOS = (10, 11, 12)
-
-
-def name(family: str, config: Any) -> dict[str, Any]:
-    return {"family": family, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
 
 
 def model_of(target: Target, num_layers: int = 2) -> lm.Config:
@@ -46,23 +41,23 @@ def model_of(target: Target, num_layers: int = 2) -> lm.Config:
 
 
 def config(target: Target, small: str = "lookup", **settings: Any) -> Config:
-    """Returns the configuration of a model of two blocks with a small drafter of this family or kind."""
+    """Returns the configuration of a draft model of two blocks with this kind of small drafter."""
     kinds: dict[str, dict[str, Any]] = {
-        "lookup": name("lookup", lookup.Config()),
-        "lm": name("lm", model_of(target, 1)),
-        "lm trees": name("lm", dataclasses.replace(model_of(target, 1), tree=((0,), (1,), (0, 0), (1, 0)))),
-        "itself": name("layerskip", layerskip.Config(mlp=(1,), num_draft=3, length="fixed")),
-        "in doubt": name("lm", dataclasses.replace(model_of(target, 1), length="confidence=0.1")),
+        "lookup": part_config("lookup", lookup.Config()),
+        "lm": part_config("lm", model_of(target, 1)),
+        "lm trees": part_config("lm", dataclasses.replace(model_of(target, 1), tree=((0,), (1,), (0, 0), (1, 0)))),
+        "itself": part_config("layerskip", layerskip.Config(mlp=(1,), num_draft=3, length="fixed")),
+        "early stop": part_config("lm", dataclasses.replace(model_of(target, 1), length="confidence=0.1")),
     }
     given = {"num_draft": 4, "length": "fixed"} | settings
-    return Config(parts=(name("lm", model_of(target)), kinds[small]), **given)
+    return Config(parts=(part_config("lm", model_of(target)), kinds[small]), **given)
 
 
 EXAMPLE = config
 
 
-def made(target: Target, small: str = "lookup", *, near: bool = True, **settings: Any) -> Drafter:
-    """Returns the drafter with random weights; a small model that is `near` the larger one drafts well for it."""
+def staged_drafter(target: Target, small: str = "lookup", *, near: bool = True, **settings: Any) -> Drafter:
+    """Returns the drafter with random weights; with `near` the small model shares the larger one's weights."""
     drafter = Drafter(config(target, small, **settings), target)
     larger, little = (part.drafter for part in drafter.parts)
     scramble(larger, seed=1)  # type: ignore[arg-type]
@@ -75,7 +70,7 @@ def made(target: Target, small: str = "lookup", *, near: bool = True, **settings
     return drafter
 
 
-SMALL = ("lookup", "lm", "lm trees", "itself", "in doubt")
+SMALL = ("lookup", "lm", "lm trees", "itself", "early stop")
 
 
 def test_family(tmp_path: Path) -> None:
@@ -83,7 +78,7 @@ def test_family(tmp_path: Path) -> None:
 
 
 class Compared(Watched):
-    """Checks each draft against the larger model run afresh on the whole text, without a cache."""
+    """Checks each draft against the draft model run on the whole text without a cache."""
 
     def __init__(self, inner: Drafter, sampling: Sampling, threshold: float) -> None:
         super().__init__(inner)
@@ -114,10 +109,10 @@ class Compared(Watched):
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=9)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("small", SMALL)
-def test_drafts_follow_the_larger_models_own_law(small: str, sampling: Sampling) -> None:
-    """Ragged rows, cut back at almost every step, some of which end early, and chains that stop when in doubt."""
+def test_drafts_follow_the_draft_models_distribution(small: str, sampling: Sampling) -> None:
+    """Ragged rows, rewound at almost every step, some of which end early, and chains that stop early."""
     for policy, threshold in (("fixed", 0.0), ("confidence=0.15", 0.15)):
-        compared = Compared(made(TARGET, small, length=policy), sampling, threshold)
+        compared = Compared(staged_drafter(TARGET, small, length=policy), sampling, threshold)
         ids, mask = padded(prompts(5))
         settings = vars(sampling) | {"max_new_tokens": 14, "eos_token_id": EOS, "seed": 1}
         draftsmith.generate(TARGET, ids, compared, attention_mask=mask, **settings)
@@ -125,46 +120,50 @@ def test_drafts_follow_the_larger_models_own_law(small: str, sampling: Sampling)
 
 
 @pytest.mark.parametrize("small", SMALL)
-def test_greedy_output_is_the_targets_own(small: str) -> None:
-    drafter = made(TARGET, small, near=False, length="refit=0.1")
+def test_greedy_output_equals_transformers(small: str) -> None:
+    drafter = staged_drafter(TARGET, small, near=False, length="refit=0.1")
     for num_rows, side in ((1, "right"), (5, "left")):
         ids, mask = padded(prompts(num_rows), side=side)
         out = draftsmith.generate(TARGET, ids, Watched(drafter), attention_mask=mask, max_new_tokens=NUM_NEW)
         assert texts(out) == greedy_by_transformers("llama", num_rows, NUM_NEW)
 
 
-def drawn_tokens(drafter: Drafter, num_rows: int, seed: int) -> Tensor:
-    """Returns the first tokens that it drafts after PROMPT at temperature 1, row by row."""
+def sampled_tokens(drafter: Drafter, num_rows: int, seed: int) -> Tensor:
+    """Returns the first tokens of drafts after PROMPT at temperature 1, row by row."""
     generator = torch.Generator().manual_seed(seed)
     rows, cache = [list(PROMPT) for _ in range(num_rows)], drafter.target.new_cache(num_rows)
-    law = Sampling(temperature=1.0)
-    drafter.start(Session(target=drafter.target, rows=rows, cache=cache, sampling=law, generator=generator))
+    sampling = Sampling(temperature=1.0)
+    drafter.start(Session(target=drafter.target, rows=rows, cache=cache, sampling=sampling, generator=generator))
     return drafter.propose(NUM_TOKENS + 1).tokens_BN[:, 1 : NUM_TOKENS + 1]
 
 
 @pytest.mark.parametrize("small", ["lookup", "lm", "lm trees", "itself"])
 @torch.no_grad()
-def test_tokens_drawn_with_help_follow_the_larger_models_law(small: str) -> None:
-    """The larger model's own law of three tokens, by counts of 4,000; what it is helped with is often wrong."""
-    drafter = made(distribution_target(), small, near=False)
+def test_sampled_drafts_follow_the_draft_models_distribution(small: str) -> None:
+    """Compares 4,000 samples of three tokens with the exact distribution; the small drafter is often wrong."""
+    drafter = staged_drafter(distribution_target(), small, near=False)
     counts_C = torch.zeros(VOCAB_SIZE**NUM_TOKENS, dtype=torch.float64)
     for seed in range(4):
-        counts_C += torch.bincount(cells(drawn_tokens(drafter, 1_000, seed)), minlength=len(counts_C))
+        counts_C += torch.bincount(cells(sampled_tokens(drafter, 1_000, seed)), minlength=len(counts_C))
     assert p_value(counts_C, exact_distribution(drafter.draft_model)) > FALSE_ALARM
-    assert p_value(counts_C, exact_distribution(distribution_target())) < FALSE_ALARM, "which is not the target's"
+    assert p_value(counts_C, exact_distribution(distribution_target())) < FALSE_ALARM, (
+        "the draft model's distribution is not the target's"
+    )
 
 
 @pytest.mark.parametrize("length", ["fixed", "confidence=0.2"])
-def test_the_targets_law_is_kept(length: str) -> None:
-    """Lengths that go by tokens known already, some of which were verified together with the next."""
-    check_distribution(made(distribution_target(), "lm", length=length), distribution_target(), num_samples=3_000)
+def test_sampled_text_follows_the_target_distribution(length: str) -> None:
+    """With early stopping at tokens some of which were verified together with the next ones."""
+    check_distribution(
+        staged_drafter(distribution_target(), "lm", length=length), distribution_target(), num_samples=3_000
+    )
 
 
 @pytest.mark.parametrize("accepts", [True, False])
-def test_a_small_drafter_that_is_always_right_spares_forwards_of_the_larger(accepts: bool) -> None:
-    """A copy of the larger one: the pending token and three more are read at once, for drafts of four.
+def test_perfect_small_drafter_saves_forwards_of_the_draft_model(accepts: bool) -> None:
+    """A copy of the draft model: one forward of the pending token and three more gives a draft of four.
 
-    Where the target, itself copied, accepts all of them, the last one is read beside that.
+    If the target, of which the draft model is then a copy, accepts all of them, another forward reads the last one.
     """
     model = lm.Config(model=TARGET.model.config.to_dict(), num_draft=3, length="fixed")
     larger, copied = built(lm, model, TARGET), lm.Drafter(model, TARGET)
@@ -172,39 +171,39 @@ def test_a_small_drafter_that_is_always_right_spares_forwards_of_the_larger(acce
         larger.model.load_state_dict(TARGET.model.state_dict())
     copied.model.load_state_dict(larger.model.state_dict())
     object.__setattr__(copied, "target", larger.draft_model)
-    names = (name("lm", model), name("lm", model))
+    names = (part_config("lm", model), part_config("lm", model))
     drafter = Drafter(Config(parts=names, num_draft=4, length="fixed"), TARGET, [Part(larger), Part(copied.eval())])
     fed: list[int] = []
     whole = drafter.draft_model.forward
 
-    def counted(tokens_BN: Tensor, *given: Any, **named: Any) -> Any:
+    def counted(tokens_BN: Tensor, *args: Any, **kwargs: Any) -> Any:
         fed.append(tokens_BN.shape[1])
-        return whole(tokens_BN, *given, **named)
+        return whole(tokens_BN, *args, **kwargs)
 
     drafter.draft_model.forward = counted  # type: ignore[method-assign]
     out = draftsmith.generate(TARGET, torch.tensor(prompts(1)), drafter, max_new_tokens=NUM_NEW)
     assert texts(out) == greedy_by_transformers("llama", 1, NUM_NEW)
-    # Of the last drafts some are shorter, as less is left to write.
+    # The last drafts are shorter, because fewer tokens are left to generate.
     assert fed == ([8, 4, *[1, 4] * 3] if accepts else [8, *[4] * 16, 3, 2, 1])
     assert out.stats.tau == (5 if accepts else 1)
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_encoder_decoders_too(architecture: str) -> None:
+def test_encoder_decoder_decodes_greedily_as_the_target(architecture: str) -> None:
     target = tiny_target(architecture)
     ids, mask = padded(prompts(5))
-    out = draftsmith.generate(target, ids, Watched(made(target)), attention_mask=mask, max_new_tokens=NUM_NEW)
+    out = draftsmith.generate(target, ids, Watched(staged_drafter(target)), attention_mask=mask, max_new_tokens=NUM_NEW)
     assert texts(out) == greedy_by_transformers(architecture, 5, NUM_NEW)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_config_and_drafter_reject_invalid_parts() -> None:
     names = config(TARGET).parts
-    heads = name("medusa", medusa.Config(num_heads=2, tree=((0,), (0, 0))))
-    with pytest.raises(ValueError, match="medusa has no model of its own that could be drafted for"):
+    heads = part_config("medusa", medusa.Config(num_heads=2, tree=((0,), (0, 0))))
+    with pytest.raises(ValueError, match="medusa has no draft model; the first part must be a drafter with"):
         Drafter(Config(parts=(heads, names[1])), TARGET)
-    with pytest.raises(ValueError, match="medusa reads hidden layers; the small drafter must go by the text alone"):
+    with pytest.raises(ValueError, match="medusa reads hidden layers; the small drafter must read the text alone"):
         Drafter(Config(parts=(names[0], heads)), TARGET)
-    with pytest.raises(ValueError, match="3 parts are named; there must be two"):
+    with pytest.raises(ValueError, match="3 parts given; there must be two"):
         Config(parts=(*names, heads))
     with pytest.raises(ValueError, match="num_draft is 0"):
         config(TARGET, num_draft=0)

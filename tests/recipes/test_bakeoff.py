@@ -32,10 +32,10 @@ def test_recipe_refuses_bad_input_before_the_weights_load(tmp_path: Path, monkey
     (other / "draft_config.json").write_text(json.dumps(manifest | {"vocab_size": 99}))
     faults = {
         "no such folder": {"drafts": (str(tmp_path / "nowhere"),)},
-        "is no draftsmith artifact": {"drafts": (str(tmp_path),)},
+        "is not a draftsmith artifact": {"drafts": (str(tmp_path),)},
         "was made for a vocabulary of 99": {"drafts": (str(other),)},
         "is empty": {"data": str(tmp_path / "empty.jsonl")},
-        "holds something else": {"output": str(tmp_path)},
+        "contains other files": {"output": str(tmp_path)},
         "expected numbers with commas": {"temperatures": "cold"},
         "needs as many prompts": {"batch_sizes": "8"},
     }

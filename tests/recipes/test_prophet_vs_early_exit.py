@@ -32,7 +32,7 @@ def test_both_are_trained_and_compared(tmp_path: Path, capsys: pytest.CaptureFix
     assert all(row["identical"] for row in rows if row["temperature"] == 0)
     told = capsys.readouterr().out
     main(wanted, run)
-    assert "The target's own loss" in told and "nothing is left to do" in capsys.readouterr().out
+    assert "The target's own loss" in told and "nothing to do" in capsys.readouterr().out
 
 
 def test_curves_are_read_from_logs_and_drawn(tmp_path: Path) -> None:

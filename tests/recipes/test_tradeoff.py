@@ -8,7 +8,7 @@ import pytest
 from draftsmith.length import predicted_speedup
 from eval.plots.tradeoff import Point, publish_tradeoff
 from recipes.tradeoff import SweepSettings, main
-from tests.support.runs import SMALL
+from tests.support.runs import SMALL, trainer_settings
 from tests.support.text import save_target, write_prompts
 from trainers import distill
 from trainers.training.run_settings import RunSettings
@@ -31,7 +31,7 @@ def test_each_size_is_cut_healed_and_compared(tmp_path: Path, capsys: pytest.Cap
         output=str(tmp_path / "out"),
         **SMALL | {"max_steps": 4, "eval_steps": 2},
     )
-    main(wanted, distill.Settings(loss="forward_kl"), run)
+    main(wanted, trainer_settings(distill, loss="forward_kl"), run)
     told = capsys.readouterr().out
     assert "width-0.34 is left out: keep 0.34 leaves 0.68 of the 2 query heads" in told
     rows = json.loads((tmp_path / "out" / "tradeoff.json").read_text())
@@ -50,8 +50,8 @@ def test_each_size_is_cut_healed_and_compared(tmp_path: Path, capsys: pytest.Cap
     weights = {row["name"]: row["num_weights"] for row in rows}
     assert weights["even-0.34, cut"] == weights["even-0.34, healed"] < weights["wanda-0.34, cut"]
     assert weights["wanda-0.34, cut"] == weights["wanda-0.34, healed"]
-    main(wanted, distill.Settings(loss="forward_kl"), run)
-    assert capsys.readouterr().out.count("nothing is left to do") == 2 * len(sizes)
+    main(wanted, trainer_settings(distill, loss="forward_kl"), run)
+    assert capsys.readouterr().out.count("nothing to do") == 2 * len(sizes)
 
 
 def test_points_are_predicted_and_drawn(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from data.prompts import Prompt
 from data.pseudo_data import PseudoDataSettings, write_pseudo_data
 from draftsmith import Target
 from tests.support.models import CONTEXT, VOCAB_SIZE, tiny_model, tiny_tokenizer
+from trainers.training.settings import flat, from_flat
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"batch_size": 4, "max_steps": 8, "eval_steps": 4, "save_steps": 4, "log_steps": 1, "warmup_steps": 2}
@@ -47,6 +49,12 @@ def make_data(
     settings = PseudoDataSettings(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=20)
     write_pseudo_data(target, rows, folder, settings)
     return folder
+
+
+def trainer_settings(trainer: ModuleType, **values: Any) -> Any:
+    """Returns a trainer's settings from values under the names of the command line."""
+    assert values.keys() <= flat(trainer.Settings()).keys(), values
+    return from_flat(trainer.Settings, values)
 
 
 def command(recipe: str, *launcher: str, **settings: Any) -> list[str]:

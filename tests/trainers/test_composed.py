@@ -15,7 +15,7 @@ from draftsmith.core.model_info import read_target_info
 from draftsmith.drafters import lm, lookup, medusa
 from tests.support.family import Watched, built, texts
 from tests.support.models import VOCAB_SIZE, tiny_config
-from tests.support.runs import command, make_data, make_target, run
+from tests.support.runs import command, make_data, make_target, run, trainer_settings
 from trainers import cascade, merge, staged
 from trainers.training import checkpoints
 from trainers.training.loop import train
@@ -55,7 +55,7 @@ def paths_of(folder: Path, trainer: ModuleType) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(("trainer", "given"), CASES)
 def test_an_artifact_is_composed_judged_and_lossless(folder: Path, trainer: ModuleType, given: dict[str, Any]) -> None:
-    settings = trainer.Settings(parts=paths_of(folder, trainer), **given)
+    settings = trainer_settings(trainer, parts=paths_of(folder, trainer), **given)
     output = train(trainer, settings, run_settings(folder, trainer.__name__))
     manifest = json.loads((output / "draft_config.json").read_text())
     assert manifest["measured_acceptance"]["acceptance"] >= 0
@@ -74,7 +74,7 @@ def test_an_artifact_is_composed_judged_and_lossless(folder: Path, trainer: Modu
 
 def test_composing_again_gives_the_same_bytes_also_after_a_kill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed when the parts have been moved into the run's folder and the manifest has not."""
-    settings = merge.Settings(parts=paths_of(folder, merge), num_texts=4)
+    settings = trainer_settings(merge, parts=paths_of(folder, merge), num_texts=4)
     whole = train(merge, settings, run_settings(folder, "whole"))
     replace = Path.replace
 
@@ -102,21 +102,21 @@ def test_what_does_not_fit_is_refused_before_the_target_loads(folder: Path, tmp_
     paths = paths_of(folder, merge)
     for trainer in (cascade, merge):
         with pytest.raises(ValueError, match="--parts names 1 artifact"):
-            trainer.check(trainer.Settings(parts=paths[:1]), facts)
+            trainer.check(trainer_settings(trainer, parts=paths[:1]), facts)
     with pytest.raises(ValueError, match=r"--parts names 3 artifact\(s\); name two, the draft model's first"):
-        staged.check(staged.Settings(parts=(*paths, paths[0])), facts)
+        staged.check(trainer_settings(staged, parts=(*paths, paths[0])), facts)
     shutil.copytree(folder / "heads", tmp_path / "heads")
     manifest = json.loads((folder / "heads" / "draft_config.json").read_text())
     (tmp_path / "heads" / "draft_config.json").write_text(json.dumps(manifest | {"vocab_size": 5}))
     with pytest.raises(ValueError, match="heads was made for a vocabulary of 5"):
-        cascade.check(cascade.Settings(parts=(paths[0], str(tmp_path / "heads"))), facts)
+        cascade.check(trainer_settings(cascade, parts=(paths[0], str(tmp_path / "heads"))), facts)
     for settings in ({"num_nodes": 0}, {"num_texts": -1}, {"least_chance": 1.0}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
-            merge.Settings(parts=paths, **settings)  # type: ignore[arg-type]
+            trainer_settings(merge, parts=paths, **settings)
     with pytest.raises(ValueError, match="min_tokens is 0"):
-        cascade.Settings(parts=paths, min_tokens=0)
+        trainer_settings(cascade, parts=paths, min_tokens=0)
     with pytest.raises(ValueError, match="unknown length policy 'long'"):
-        staged.Settings(parts=paths, length="long")
+        trainer_settings(staged, parts=paths, length="long")
 
 
 def test_a_small_drafter_made_for_the_draft_model_itself_is_told_from_one_made_for_the_target(folder: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_small_drafter_made_for_the_draft_model_itself_is_told_from_one_made_f
     little = built(lm, lm.Config(model=SMALL, num_draft=2), model.draft_model)
     draftsmith.save(little, folder / "little", model.draft_model)
     for second in ("little", "model"):
-        settings = staged.Settings(parts=(str(folder / "model"), str(folder / second)), length="fixed")
+        settings = trainer_settings(staged, parts=(str(folder / "model"), str(folder / second)), length="fixed")
         drafter = staged.fit(settings, target, [], run_settings(folder, "unused"), folder)
         assert drafter.parts[1].drafter.target is drafter.draft_model
         ids = torch.tensor([[3, 4, 5, 3, 4, 5, 3]])

@@ -17,7 +17,7 @@ from draftsmith.core.views import blocks_of
 from draftsmith.drafters import layerskip
 from recipes.compress import draft_with
 from tests.support.models import prompts, tiny_model, tiny_tokenizer
-from tests.support.runs import SMALL, make_data, make_target
+from tests.support.runs import SMALL, make_data, make_target, trainer_settings
 from trainers import distill
 from trainers.compress import MARKER, CompressSettings, compress
 from trainers.training.loop import train
@@ -87,7 +87,7 @@ def test_zeros_stay_through_healing(source: dict[str, str], tmp_path: Path, meth
     if method == "magnitude":
         return
     run = RunSettings(**source, **SMALL, output=str(tmp_path / "healed"), weight_decay=0.1)
-    healed = train(distill, distill.Settings(init=str(folder), keep_zeros=True, freeze_ends=True), run)
+    healed = train(distill, trainer_settings(distill, init=str(folder), keep_zeros=True, freeze_ends=True), run)
     after = load_file(healed / "model.safetensors")
     for name, before in load_file(folder / "model.safetensors").items():
         is_end = "embed_tokens" in name or "lm_head" in name
@@ -170,7 +170,9 @@ def test_fewer_bits(source: dict[str, str], tmp_path: Path, method: str) -> None
     plain = draftsmith.generate(target, tokens, max_new_tokens=12).sequences
     assert torch.equal(draftsmith.generate(target, tokens, drafter, max_new_tokens=12).sequences, plain)
     with pytest.raises(ValueError, match=r"is quantised, and such weights are not trained"):
-        train(distill, distill.Settings(init=str(folder)), RunSettings(**source, output=str(tmp_path / "healed")))
+        train(
+            distill, trainer_settings(distill, init=str(folder)), RunSettings(**source, output=str(tmp_path / "healed"))
+        )
     with pytest.raises(ValueError, match="is quantised already"):
         compress(settings(source, tmp_path, model=str(folder), output=str(tmp_path / "again")))
 

@@ -20,7 +20,7 @@ from tests.support import runs
 from tests.support.family import check_greedy
 from tests.support.masked_batch import masked_batch
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, tiny_config, tiny_model, tiny_target, tiny_tokenizer
-from tests.support.runs import make_data, make_target
+from tests.support.runs import make_data, make_target, trainer_settings
 from trainers import distill
 from trainers.parts.losses import DIVERGENCES, Teacher, divergence, jensen_shannon, restrict_to_shortlist
 from trainers.training.loop import train
@@ -28,7 +28,7 @@ from trainers.training.run_settings import RunSettings
 
 TARGET = tiny_target("llama")
 SMALL = {"hidden_size": 16, "num_heads": 2}
-SETTINGS = distill.Settings(rank=8, shortlist=40)
+SETTINGS = trainer_settings(distill, rank=8, shortlist=40)
 
 
 def batch(settings: distill.Settings) -> Batch:
@@ -40,7 +40,7 @@ def batch(settings: distill.Settings) -> Batch:
 def test_cross_entropy_is_that_of_transformers() -> None:
     """Value and gradients against the model's own loss on labels."""
     torch.manual_seed(0)
-    settings = distill.Settings(**SMALL)
+    settings = trainer_settings(distill, **SMALL)
     drafter, given = distill.build(settings, TARGET), batch(settings)
     found, _ = distill.loss(drafter, given, settings, TARGET)
     labels = given.tokens_BT.masked_fill(~given.loss_mask_BT, -100)
@@ -58,7 +58,7 @@ def test_cross_entropy_is_that_of_transformers() -> None:
 def test_divergences_compare_both_laws_after_the_same_tokens(name: str, top_k: int) -> None:
     """Both models' own logits at t, for every t whose next token is supervised."""
     torch.manual_seed(0)
-    settings = distill.Settings(loss=name, teacher_top_k=top_k, beta=0.3, **SMALL)
+    settings = trainer_settings(distill, loss=name, teacher_top_k=top_k, beta=0.3, **SMALL)
     drafter, given = distill.build(settings, TARGET), batch(settings)
     found, _ = distill.loss(drafter, given, settings, TARGET)
     student, theirs = (m(input_ids=given.tokens_BT).logits for m in (drafter.model, TARGET.model))
@@ -86,7 +86,7 @@ def listed(settings: distill.Settings) -> tuple[Drafter, Batch]:
 
 @pytest.mark.parametrize("rank", [0, 8])
 def test_cross_entropy_leaves_out_what_is_not_listed(rank: int) -> None:
-    settings = distill.Settings(**SMALL, rank=rank, shortlist=len(LISTED))
+    settings = trainer_settings(distill, **SMALL, rank=rank, shortlist=len(LISTED))
     drafter, given = listed(settings)
     found, metrics = distill.loss(drafter, given, settings, TARGET)
     logits_BTW = drafter.model(input_ids=given.tokens_BT).logits[..., LISTED]
@@ -102,7 +102,7 @@ def test_cross_entropy_leaves_out_what_is_not_listed(rank: int) -> None:
 @pytest.mark.parametrize("top_k", [0, VOCAB_SIZE])
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
 def test_divergences_are_from_the_law_of_what_is_listed(name: str, top_k: int) -> None:
-    settings = distill.Settings(loss=name, teacher_top_k=top_k, beta=0.3, **SMALL, shortlist=len(LISTED))
+    settings = trainer_settings(distill, loss=name, teacher_top_k=top_k, beta=0.3, **SMALL, shortlist=len(LISTED))
     drafter, given = listed(settings)
     found, metrics = distill.loss(drafter, given, settings, TARGET)
     student, theirs = (m(input_ids=given.tokens_BT).logits[:, :-1, LISTED] for m in (drafter.model, TARGET.model))
@@ -136,7 +136,7 @@ def test_of_the_largest_logits_those_not_listed_are_taken_out(name: str) -> None
 
 
 def test_acceptance_counts_what_is_not_listed_as_lost() -> None:
-    settings = distill.Settings(**SMALL, shortlist=len(LISTED))
+    settings = trainer_settings(distill, **SMALL, shortlist=len(LISTED))
     drafter, given = listed(settings)
     with torch.no_grad():
         total, count = distill.evaluate(drafter, given, settings, TARGET)["acceptance"]
@@ -152,7 +152,7 @@ def test_the_commonest_tokens_are_listed() -> None:
         example([9, 9, 9, 7, 5, 5, 4], [False, False, True, True, True, True, True], "0"),
         example([3, 8], None, "1"),
     ]
-    settings = distill.Settings(**SMALL, rank=4, shortlist=4)
+    settings = trainer_settings(distill, **SMALL, rank=4, shortlist=4)
     drafter = distill.build(settings, TARGET)
     distill.prepare(drafter, settings, TARGET, rows)
     assert drafter.shortlist.ids_W.tolist() == [3, 4, 5, 7]
@@ -160,7 +160,7 @@ def test_the_commonest_tokens_are_listed() -> None:
 
 def test_a_tied_model_starts_as_the_settings_say() -> None:
     """Words through unchanged, the head's directions those in which the target's output rows differ most."""
-    drafter = distill.build(distill.Settings(rank=8), TARGET)
+    drafter = distill.build(trainer_settings(distill, rank=8), TARGET)
     words, head = drafter.model.get_input_embeddings(), drafter.model.get_output_embeddings()
     tokens = torch.arange(3, 9)
     torch.testing.assert_close(words(tokens), head.embed(tokens))
@@ -174,7 +174,7 @@ def test_a_tied_model_starts_as_the_settings_say() -> None:
 def test_four_steps() -> None:
     """The losses of four steps of AdamW, as they were when this was written (to 1e-4: one machine's float32)."""
     torch.manual_seed(0)
-    settings = distill.Settings(loss="forward_kl", **SMALL)
+    settings = trainer_settings(distill, loss="forward_kl", **SMALL)
     drafter, given = distill.build(settings, TARGET), batch(settings)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-2)
     losses = []
@@ -191,13 +191,13 @@ def test_four_steps() -> None:
 def test_first_layers_are_the_targets(architecture: str) -> None:
     """The copy's last hidden state is the target's after that layer; with all layers its law is the target's."""
     target = tiny_target(architecture)
-    drafter = distill.build(distill.Settings(start="layers", num_layers=2), target)
+    drafter = distill.build(trainer_settings(distill, start="layers", num_layers=2), target)
     tokens_BT = torch.arange(3, 11)[None]
     with torch.no_grad():
         torch.testing.assert_close(drafter.draft_model.read(tokens_BT, (2,))[2], target.read(tokens_BT, (2,))[2])
-        whole = distill.build(distill.Settings(start="layers", num_layers=target.num_layers), target)
+        whole = distill.build(trainer_settings(distill, start="layers", num_layers=target.num_layers), target)
         given = complete(collate([example(tokens_BT[0].tolist(), None, "0")]), target, (target.num_layers,))
-        metrics = distill.evaluate(whole, given, distill.Settings(num_draft=7), target)
+        metrics = distill.evaluate(whole, given, trainer_settings(distill, num_draft=7), target)
     for total, count in metrics.values():
         assert (total / count).item() == pytest.approx(1.0, abs=1e-5)
 
@@ -215,7 +215,7 @@ def source_batch(target: Target, settings: distill.Settings) -> Batch:
 def test_a_whole_copy_of_an_encoder_decoder_has_its_law(architecture: str) -> None:
     """So that rows of student and teacher agree in position, and both read the source."""
     target = tiny_target(architecture)
-    settings = distill.Settings(start="layers", num_layers=target.num_layers, num_draft=5)
+    settings = trainer_settings(distill, start="layers", num_layers=target.num_layers, num_draft=5)
     given = source_batch(target, settings)
     with torch.no_grad():
         metrics = distill.evaluate(distill.build(settings, target), given, settings, target)
@@ -229,7 +229,7 @@ def test_what_a_draft_model_of_an_encoder_decoder_sees(architecture: str, encode
     """A token changes its features from there on, as it does the target's, and the source changes all of them."""
     torch.manual_seed(0)
     target = tiny_target(architecture)
-    settings = distill.Settings(**SMALL, encoder_layers=encoder_layers)
+    settings = trainer_settings(distill, **SMALL, encoder_layers=encoder_layers)
     drafter, given = distill.build(settings, target), source_batch(target, settings)
     assert given.source_BS is not None
     tokens_BT, source_BS = given.tokens_BT.clone(), given.source_BS.clone()
@@ -250,7 +250,7 @@ def test_a_checkpoint_to_draft_for_an_encoder_decoder(is_causal: bool, tmp_path:
     """With its own encoder, or one that reads no source."""
     target, model = tiny_target("t5"), tiny_model("llama" if is_causal else "bart", seed=3)
     model.save_pretrained(tmp_path)
-    settings = distill.Settings(init=str(tmp_path))
+    settings = trainer_settings(distill, init=str(tmp_path))
     drafter, given = distill.build(settings, target), source_batch(target, settings)
     source = {} if is_causal else {"input_ids": given.source_BS, "attention_mask": given.source.mask_BT}
     decoded = {"input_ids" if is_causal else "decoder_input_ids": given.tokens_BT}
@@ -274,7 +274,7 @@ def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
 
 def test_judgement_by_hand() -> None:
     torch.manual_seed(0)
-    settings = distill.Settings(**SMALL)
+    settings = trainer_settings(distill, **SMALL)
     drafter, given = distill.build(settings, TARGET), batch(settings)
     with torch.no_grad():
         metrics = distill.evaluate(drafter, given, settings, TARGET)
@@ -292,9 +292,9 @@ def test_a_new_model_takes_the_targets_embedding_where_the_widths_are_the_same()
     taken = distill.build(distill.Settings(), TARGET).model.get_input_embeddings().weight
     assert torch.equal(taken, theirs)
     assert taken.data_ptr() != theirs.data_ptr()
-    left = distill.build(distill.Settings(start="random"), TARGET).model.get_input_embeddings().weight
+    left = distill.build(trainer_settings(distill, start="random"), TARGET).model.get_input_embeddings().weight
     assert not torch.equal(left, theirs)
-    narrow = distill.build(distill.Settings(**SMALL), TARGET).model
+    narrow = distill.build(trainer_settings(distill, **SMALL), TARGET).model
     assert narrow.config.hidden_size == 16
 
 
@@ -302,7 +302,7 @@ def test_a_checkpoint_to_start_from(tmp_path: Path) -> None:
     """Its weights are taken; another vocabulary or tokenizer is refused from the folder alone."""
     model = tiny_model("gpt2", seed=3)
     model.save_pretrained(tmp_path / "same")
-    drafter = distill.build(distill.Settings(init=str(tmp_path / "same")), TARGET)
+    drafter = distill.build(trainer_settings(distill, init=str(tmp_path / "same")), TARGET)
     for name, weight in model.state_dict().items():
         assert torch.equal(drafter.model.state_dict()[name], weight)
 
@@ -310,13 +310,13 @@ def test_a_checkpoint_to_start_from(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "target")
     facts = read_target_info(str(tmp_path / "target"))
     tiny_tokenizer().save_pretrained(tmp_path / "same")
-    distill.check(distill.Settings(init=str(tmp_path / "same")), facts)
+    distill.check(trainer_settings(distill, init=str(tmp_path / "same")), facts)
     tiny_tokenizer(prefix="x").save_pretrained(tmp_path / "same")
     with pytest.raises(ValueError, match="another tokenizer"):
-        distill.check(distill.Settings(init=str(tmp_path / "same")), facts)
+        distill.check(trainer_settings(distill, init=str(tmp_path / "same")), facts)
     tiny_model("gpt2", vocab_size=80).save_pretrained(tmp_path / "large")
     with pytest.raises(ValueError, match="vocabulary of 80"):
-        distill.check(distill.Settings(init=str(tmp_path / "large")), facts)
+        distill.check(trainer_settings(distill, init=str(tmp_path / "large")), facts)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     ]
     for message, changes in cases:
         with pytest.raises(ValueError, match=message):
-            distill.Settings(**changes)  # type: ignore[arg-type]
+            trainer_settings(distill, **changes)
     refused: list[tuple[str, dict[str, Any], str]] = [
         ("shortlist is 65; it must lie between", {"shortlist": 65}, "llama"),
         ("verifies chains only", {"shape": "tree"}, "t5"),
@@ -343,16 +343,16 @@ def test_what_is_refused(tmp_path: Path) -> None:
         tiny_config(architecture).save_pretrained(tmp_path / architecture)
         known = read_target_info(str(tmp_path / architecture))
         with pytest.raises(ValueError, match=message):
-            distill.check(distill.Settings(**changes), known)
+            distill.check(trainer_settings(distill, **changes), known)
     with pytest.raises(ValueError, match="has 3 layers to copy"):
-        distill.build(distill.Settings(start="layers", num_layers=4), TARGET)
+        distill.build(trainer_settings(distill, start="layers", num_layers=4), TARGET)
     with pytest.raises(ValueError, match="multiple of twice num_heads"):
-        distill.build(distill.Settings(hidden_size=20, num_heads=4), TARGET)
+        distill.build(trainer_settings(distill, hidden_size=20, num_heads=4), TARGET)
 
 
 @pytest.mark.parametrize(("shape", "temperature"), [("tree", 0.0), ("tree", 1.0), ("grown", 0.0)])
 def test_the_shape_of_its_drafts(shape: str, temperature: float) -> None:
-    settings = distill.Settings(**SMALL, shape=shape, tree_temperature=temperature, width=2, tree_nodes=5)
+    settings = trainer_settings(distill, **SMALL, shape=shape, tree_temperature=temperature, width=2, tree_nodes=5)
     drafter, given = distill.build(settings, TARGET), batch(settings)
     finished = distill.finish(drafter, settings, TARGET, [given])
     if shape == "tree":

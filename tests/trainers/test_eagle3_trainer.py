@@ -14,11 +14,11 @@ from torch import Tensor
 import draftsmith
 from data.batches import Batch, collate, example
 from data.examples import open_examples
-from data.store import StoreSettings, write_store
+from data.store import TeacherStoreSettings, write_teacher_store
 from data.teacher import complete
 from tests.support.family import texts
 from tests.support.models import VOCAB_SIZE, greedy_by_transformers, prompts, scramble, tiny_target
-from tests.support.runs import SMALL, logged, make_data, make_target, weights
+from tests.support.runs import SMALL, logged, make_data, make_target, trainer_settings, weights
 from tests.trainers.training.test_distributed import TORCHRUN, check_same, launch
 from trainers import eagle3
 from trainers.eagle3 import Drafter, Settings
@@ -27,7 +27,7 @@ from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
 TARGET = tiny_target("llama")
-SETTINGS = Settings(num_kv_heads=2, num_steps=3, draft_vocab=40)
+SETTINGS = trainer_settings(eagle3, num_kv_heads=2, num_steps=3, draft_vocab=40)
 
 
 def batch(num_rows: int = 3) -> Batch:
@@ -69,7 +69,10 @@ def chain_from(drafter: Drafter, given: Batch, row: int, start: int) -> Iterator
 @pytest.mark.parametrize("changes", [{}, {"fusion_norm": "each", "norm_output": True}, {"draft_vocab": 0}])
 def test_the_loss_against_every_draft_by_itself(changes: dict[str, Any]) -> None:
     """Value and every gradient, to float32's rounding."""
-    settings, given = Settings(**{"num_kv_heads": 2, "num_steps": 3, "draft_vocab": 40} | changes), batch()
+    settings, given = (
+        trainer_settings(eagle3, **{"num_kv_heads": 2, "num_steps": 3, "draft_vocab": 40} | changes),
+        batch(),
+    )
     drafter = shaken(settings)
     ids_W, slow, counts = drafter.vocabulary(), torch.zeros(()), [0, 0, 0]
     theirs_BTV = TARGET.logits(given.hidden[TARGET.num_layers]).detach()
@@ -142,7 +145,7 @@ def test_judgement_by_hand() -> None:
 
 def test_the_vocabulary_is_what_is_learnt_most_often() -> None:
     """Tokens that are not supervised do not count; of equals the lower ids come first."""
-    settings = Settings(draft_vocab=4)
+    settings = trainer_settings(eagle3, draft_vocab=4)
     rows = [
         example([7, 7, 7, 7, 9, 9], [False] * 4 + [True] * 2, "a"),
         example([60, 60, 60, 9, 12, 11], None, "b"),
@@ -154,8 +157,8 @@ def test_the_vocabulary_is_what_is_learnt_most_often() -> None:
     assert drafter.vocabulary().tolist() == [9, 11, 12, 60]
     head = TARGET.model.get_output_embeddings().weight
     assert torch.equal(drafter.head.weight, head[[9, 11, 12, 60]])
-    everything = eagle3.build(Settings(), TARGET)
-    eagle3.prepare(everything, Settings(), TARGET, rows)
+    everything = eagle3.build(eagle3.Settings(), TARGET)
+    eagle3.prepare(everything, eagle3.Settings(), TARGET, rows)
     assert everything.vocabulary().tolist() == list(range(VOCAB_SIZE)) and torch.equal(everything.head.weight, head)
 
 
@@ -163,15 +166,15 @@ def test_layers_that_are_fused() -> None:
     assert eagle3.default_layers(32) == (2, 16, 29)
     assert eagle3.default_layers(8) == (2, 4, 5)
     assert [eagle3.default_layers(few) for few in (1, 2, 3, 6)] == [(1,), (1, 2), (1, 2, 3), (1, 3, 6)]
-    assert eagle3.needs(Settings(layers=(0, 2)), TARGET).layers == (0, 2, 3)
-    assert eagle3.build(Settings(layers=(0, 2)), TARGET).config.layers == (0, 2)
+    assert eagle3.needs(trainer_settings(eagle3, layers=(0, 2)), TARGET).layers == (0, 2, 3)
+    assert eagle3.build(trainer_settings(eagle3, layers=(0, 2)), TARGET).config.layers == (0, 2)
 
 
 def test_a_layer_that_knows_a_text_has_all_its_drafts_accepted() -> None:
     """Trained on the target's greedy text alone, then asked to draft it, from prompts of two lengths."""
     text = greedy_by_transformers("llama", 1, 20)[0]
     mask = [False] * len(prompts(1)[0]) + [True] * 20
-    settings = Settings(num_steps=3, num_draft=3, width=0)
+    settings = trainer_settings(eagle3, num_steps=3, num_draft=3, width=0)
     given = complete(collate([example(text, mask, "text")]), TARGET, eagle3.needs(settings, TARGET).layers)
     torch.manual_seed(0)
     drafter = eagle3.build(settings, TARGET)
@@ -200,7 +203,9 @@ def test_runs_that_count_a_vocabulary(tmp_path: Path, monkeypatch: pytest.Monkey
     make_data(target, tmp_path / "data")
     layers = eagle3.needs(SETTINGS, target).layers
     rows = open_examples(str(tmp_path / "data"), target)
-    write_store(target, [rows[at] for at in range(len(rows))], tmp_path / "store", StoreSettings(layers=layers))
+    write_teacher_store(
+        target, [rows[at] for at in range(len(rows))], tmp_path / "store", TeacherStoreSettings(layers=layers)
+    )
     live, stored = (
         train(eagle3, SETTINGS, run_settings(tmp_path, name, data))
         for name, data in (("live", "data"), ("kept", "store"))
@@ -209,14 +214,14 @@ def test_runs_that_count_a_vocabulary(tmp_path: Path, monkeypatch: pytest.Monkey
         assert one == pytest.approx(other, rel=1e-2)
     assert torch.equal(weights(live)["d2t"], weights(stored)["d2t"]) and weights(live)["d2t"].any()
 
-    mark_whole = checkpoints.mark_whole
+    mark_complete = checkpoints.mark_complete
 
     def stop_at_the_end(checkpoint: Path, facts: dict[str, Any]) -> None:
         if checkpoint.name == "checkpoint-8":
             raise KeyboardInterrupt
-        mark_whole(checkpoint, facts)
+        mark_complete(checkpoint, facts)
 
-    monkeypatch.setattr(checkpoints, "mark_whole", stop_at_the_end)
+    monkeypatch.setattr(checkpoints, "mark_complete", stop_at_the_end)
     with pytest.raises(KeyboardInterrupt):
         train(eagle3, SETTINGS, run_settings(tmp_path, "broken", "data"))
     monkeypatch.undo()
@@ -252,4 +257,4 @@ def test_two_ranks_equal_one_process(tmp_path: Path, stage: str) -> None:
 )
 def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        eagle3.check(Settings(**changes), TARGET)  # type: ignore[arg-type]
+        eagle3.check(trainer_settings(eagle3, **changes), TARGET)

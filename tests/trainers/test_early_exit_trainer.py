@@ -16,14 +16,14 @@ from data.teacher import complete
 from draftsmith.drafters.early_exit import Drafter
 from tests.support.masked_batch import masked_batch
 from tests.support.models import NUM_LAYERS, VOCAB_SIZE, scramble, tiny_target
-from tests.support.runs import SMALL, make_data, make_target
+from tests.support.runs import SMALL, make_data, make_target, trainer_settings
 from trainers import early_exit
 from trainers.parts import exits
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
 TARGET = tiny_target("llama")
-SETTINGS = early_exit.Settings(exit_layer=1, num_blocks=1, own_head=True)
+SETTINGS = trainer_settings(early_exit, exit_layer=1, num_blocks=1, own_head=True)
 
 
 @pytest.fixture
@@ -63,11 +63,13 @@ def slow_logits(drafter: Drafter, given: Batch, recycled_BTD: Tensor | None) -> 
 @pytest.mark.parametrize(("exit_layer", "recycling"), [(2, True), (0, False)])
 def test_the_loss_against_a_slow_reference(kind: str, exit_layer: int, recycling: bool, sweep: None) -> None:
     """Token by token in Python: value and every gradient; position t - 1 learns what the target says of token t."""
-    settings = early_exit.Settings(exit_layer=exit_layer, num_blocks=1, own_head=True, recycling=recycling, loss=kind)
+    settings = trainer_settings(
+        early_exit, exit_layer=exit_layer, num_blocks=1, own_head=True, recycling=recycling, loss=kind
+    )
     needs = early_exit.needs(settings, TARGET)
     drafters, given = shaken(settings), batch(needs.layers)
     torch.manual_seed(3)
-    recycled_BTD = early_exit.crop(given.hidden[NUM_LAYERS], settings.num_draft + 1) if recycling else None
+    recycled_BTD = early_exit.crop(given.hidden[NUM_LAYERS], settings.config.num_draft + 1) if recycling else None
     slow = torch.zeros(())
     for drafter in drafters:
         logits_BTV = slow_logits(drafter, given, recycled_BTD)
@@ -106,7 +108,7 @@ def test_rounds_are_cut_at_random() -> None:
 
 
 def test_judgement_by_hand(sweep: None) -> None:
-    settings = early_exit.Settings(exit_layer=0, own_head=True)
+    settings = trainer_settings(early_exit, exit_layer=0, own_head=True)
     given = batch()
     drafters = shaken(settings)
     metrics = early_exit.evaluate(drafters, given, settings, TARGET)
@@ -130,7 +132,7 @@ def test_judgement_by_hand(sweep: None) -> None:
 
 
 def test_an_exit_after_the_last_block_agrees_with_the_target() -> None:
-    settings = early_exit.Settings(exit_layer=NUM_LAYERS, own_norm=False)
+    settings = trainer_settings(early_exit, exit_layer=NUM_LAYERS, own_norm=False)
     (drafter,) = early_exit.build(settings, TARGET)
     metrics = early_exit.evaluate(drafter, batch(), settings, TARGET)
     assert float(metrics["greedy_agreement"][0]) == metrics["greedy_agreement"][1]
@@ -139,7 +141,7 @@ def test_an_exit_after_the_last_block_agrees_with_the_target() -> None:
 
 def test_the_sweep_keeps_what_promises_most(monkeypatch: pytest.MonkeyPatch, sweep: None) -> None:
     """The third exit is the target itself: it wins if all rounds cost the same, and not if its tokens cost dearly."""
-    settings = early_exit.Settings(own_norm=False, length="fixed")
+    settings = trainer_settings(early_exit, own_norm=False, length="fixed")
     drafters = early_exit.build(settings, TARGET)
     for cost_ms, wins in ((0.0, True), (100.0, False)):
         layer_ms = {1: 0.0, 2: 0.0, 3: cost_ms}
@@ -157,7 +159,7 @@ def test_without_weights_nothing_is_trained_and_an_artifact_is_left(
     target = make_target(tmp_path / "target")
     data = make_data(target, tmp_path / "data")
     run = RunSettings(target=str(tmp_path / "target"), data=str(data), output=str(tmp_path / "out"), **SMALL)
-    train(early_exit, early_exit.Settings(own_norm=False, num_draft=2), run)
+    train(early_exit, trainer_settings(early_exit, own_norm=False, num_draft=2), run)
     assert "nothing to train" in capsys.readouterr().out
     drafter = draftsmith.load(tmp_path / "out", target)
     assert not list(drafter.parameters()) and drafter.config.exit_layer == 1
@@ -169,6 +171,6 @@ def test_without_weights_nothing_is_trained_and_an_artifact_is_left(
 def test_what_is_refused() -> None:
     for name, value in (("exit_layer", -1), ("num_heads", -1), ("num_blocks", -1), ("inner_width", -1)):
         with pytest.raises(ValueError, match=f"{name} is -1; it must not be negative"):
-            early_exit.Settings(**{name: value})
+            trainer_settings(early_exit, **{name: value})
     with pytest.raises(ValueError, match="unknown length policy 'long'"):
-        early_exit.Settings(length="long")
+        trainer_settings(early_exit, length="long")

@@ -17,7 +17,7 @@ import torch
 import draftsmith
 import trainers
 from data.pseudo_data import read_pseudo_data
-from data.store import StoreSettings, write_store
+from data.store import TeacherStoreSettings, write_teacher_store
 from tests.support.runs import SMALL, command, logged, make_data, make_target, run, weights
 from trainers.training import checkpoints
 from trainers.training.loop import train
@@ -69,15 +69,15 @@ def test_a_run_that_was_stopped_ends_as_an_unbroken_one(
 ) -> None:
     """Stopped while it writes its second checkpoint: the same losses and the same weights to the bit."""
     module, settings = parts(name)
-    mark_whole = checkpoints.mark_whole
+    mark_complete = checkpoints.mark_complete
 
     def stop_at_the_end(checkpoint: Path, facts: dict[str, Any]) -> None:
         if checkpoint.name == "checkpoint-8":
             raise KeyboardInterrupt
-        mark_whole(checkpoint, facts)
+        mark_complete(checkpoint, facts)
 
     whole = train(module, settings, run_settings(folder, f"{name}-whole"))
-    monkeypatch.setattr(checkpoints, "mark_whole", stop_at_the_end)
+    monkeypatch.setattr(checkpoints, "mark_complete", stop_at_the_end)
     broken = run_settings(folder, f"{name}-broken")
     with pytest.raises(KeyboardInterrupt):
         train(module, settings, broken)
@@ -96,7 +96,9 @@ def test_the_store_stands_in_for_the_live_target(folder: Path, name: str) -> Non
     module, settings = parts(name)
     target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
     needs, store = module.needs(settings, target), folder / f"{name}-store"
-    write_store(target, read_pseudo_data(folder / "data"), store, StoreSettings(layers=needs.layers, top_k=needs.top_k))
+    write_teacher_store(
+        target, read_pseudo_data(folder / "data"), store, TeacherStoreSettings(layers=needs.layers, top_k=needs.top_k)
+    )
     live, stored = (
         losses(train(module, settings, run_settings(folder, f"{name}-{data.name}-run", data=str(data), max_steps=4)))
         for data in (folder / "data", store)

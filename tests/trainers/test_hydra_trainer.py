@@ -14,13 +14,14 @@ from data.batches import Batch, collate, example
 from data.teacher import complete
 from tests.support.masked_batch import masked_batch
 from tests.support.models import VOCAB_SIZE, tiny_target
+from tests.support.runs import trainer_settings
 from trainers import hydra
 from trainers.parts import losses, trees
 
 TARGET = tiny_target("llama")
-PLAIN = hydra.Settings(num_heads=3, num_blocks=2)
+PLAIN = trainer_settings(hydra, num_heads=3, num_blocks=2)
 PLUS: dict[str, Any] = {"num_heads": 3, "num_blocks": 2, "prefix_attention": True, "prefix_width": 48}
-SETTINGS = hydra.Settings(**PLUS)
+SETTINGS = trainer_settings(hydra, **PLUS)
 
 
 def batch(num_rows: int = 3) -> Batch:
@@ -56,7 +57,7 @@ def test_the_loss_against_a_slow_reference(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], name: str
 ) -> None:
     """Token by token in Python: value and every gradient, to float32's rounding; logits in chunks of four positions."""
-    settings, given = hydra.Settings(**settings, loss=name, beta=0.3), batch()
+    settings, given = trainer_settings(hydra, **settings, loss=name, beta=0.3), batch()
     drafter, theirs_BTV = shaken(settings), TARGET.logits(given.hidden[TARGET.num_layers]).detach()
     slow = torch.zeros(())
     for k in range(3):
@@ -90,7 +91,7 @@ def test_what_heads_are_told_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 3 4 5 6 7, of which 6 and 7 are to be learnt: head 0 is told 5, then 6; head 1 is told 4 5, then 5 6."""
     given = collate([example([3, 4, 5, 6, 7], [False, False, False, True, True], "row")])
     given = complete(given, TARGET, (TARGET.num_layers,))
-    drafter, asked = hydra.build(hydra.Settings(num_heads=4), TARGET), []
+    drafter, asked = hydra.build(trainer_settings(hydra, num_heads=4), TARGET), []
     features = drafter.features
 
     def asked_for(state_1ND: Tensor, told_1NI: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ def test_judgement_by_hand() -> None:
 def test_the_finished_drafter_has_the_same_heads_and_a_measured_tree() -> None:
     given = batch()
     for tree_nodes in (3, 0):
-        settings = hydra.Settings(**PLUS, tree_nodes=tree_nodes, siblings="independent")
+        settings = trainer_settings(hydra, **PLUS, tree_nodes=tree_nodes, siblings="independent")
         drafter = shaken(settings)
         # Half of the text is what head 0 would say, so that second guesses are right at times.
         for b, t in places(given, 0)[::2]:
@@ -168,7 +169,7 @@ def test_the_finished_drafter_has_the_same_heads_and_a_measured_tree() -> None:
 
 
 def test_trees_that_grow_need_no_computing() -> None:
-    settings = hydra.Settings(width=3, num_nodes=5)
+    settings = trainer_settings(hydra, width=3, num_nodes=5)
     drafter = hydra.build(settings, TARGET)
     assert hydra.finish(drafter, settings, TARGET, [batch()]) is drafter
     assert drafter.config.width == 3 and drafter.config.num_nodes == 5 and not drafter.config.tree
@@ -195,6 +196,6 @@ def test_what_is_refused() -> None:
         {"loss": "jsd", "beta": 0.0},
     ):
         with pytest.raises(ValueError, match=list(changes)[-1]):
-            hydra.Settings(**changes)  # type: ignore[arg-type]
+            trainer_settings(hydra, **changes)
     with pytest.raises(ValueError, match="tree_nodes is for a fixed tree and width for trees that grow"):
-        hydra.Settings(width=4, tree_nodes=8)
+        trainer_settings(hydra, width=4, tree_nodes=8)

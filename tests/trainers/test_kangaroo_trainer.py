@@ -14,13 +14,14 @@ from data.teacher import complete
 from draftsmith.drafters.kangaroo import Drafter
 from tests.support.masked_batch import masked_batch
 from tests.support.models import NUM_LAYERS, tiny_model, tiny_target
+from tests.support.runs import trainer_settings
 from trainers import kangaroo
 from trainers.parts import exits
 from trainers.parts.losses import DIVERGENCES
 
 TARGET = tiny_target("llama")
-SETTINGS = kangaroo.Settings(num_draft=3)
-SWEEP = kangaroo.Settings(exit_layer=0, num_draft=3)
+SETTINGS = trainer_settings(kangaroo, num_draft=3)
+SWEEP = trainer_settings(kangaroo, exit_layer=0, num_draft=3)
 
 
 def batch(settings: kangaroo.Settings = SETTINGS, target: kangaroo.Target = TARGET) -> Batch:
@@ -225,6 +226,6 @@ def test_what_is_refused() -> None:
         ("width -1", {"width": -1}),
     ):
         with pytest.raises(ValueError, match=message):
-            kangaroo.Settings(**changes)  # type: ignore[arg-type]
+            trainer_settings(kangaroo, **changes)
     with pytest.raises(ValueError, match=f"has {NUM_LAYERS} blocks"):
-        kangaroo.build(kangaroo.Settings(exit_layer=NUM_LAYERS + 1), TARGET)
+        kangaroo.build(trainer_settings(kangaroo, exit_layer=NUM_LAYERS + 1), TARGET)

@@ -19,13 +19,13 @@ from draftsmith.parts.self_drafting.fine_tuned import linear_layers
 from tests.support.family import check_family, texts
 from tests.support.masked_batch import masked_batch
 from tests.support.models import NUM_LAYERS, greedy_by_model, prompts, tiny_model, tiny_target
-from tests.support.runs import SMALL, make_data, make_target
+from tests.support.runs import SMALL, make_data, make_target, trainer_settings
 from trainers import layer_dropout
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
 TARGET = tiny_target("llama")
-SETTINGS = layer_dropout.Settings(exit_layer=1, curriculum="all", max_dropout=0.0)
+SETTINGS = trainer_settings(layer_dropout, exit_layer=1, curriculum="all", max_dropout=0.0)
 
 
 def batch(num_rows: int = 3) -> Batch:
@@ -36,7 +36,7 @@ def batch(num_rows: int = 3) -> Batch:
 @pytest.mark.parametrize("rank", [0, 2])
 def test_family(tmp_path: Path, rank: int) -> None:
     config = early_exit.Config(exit_layer=1, own_norm=False, tunes=True, rank=rank)
-    settings = layer_dropout.Settings(exit_layer=1, curriculum="all", max_dropout=0.0, rank=rank)
+    settings = trainer_settings(layer_dropout, exit_layer=1, curriculum="all", max_dropout=0.0, rank=rank)
     architectures = ("llama", "gpt2") if rank else ("llama",)
     given = {"architectures": architectures, "trainer": layer_dropout, "settings": settings}
     check_family(early_exit, config, tmp_path, **given)
@@ -79,7 +79,7 @@ def test_weights_by_hand() -> None:
 
 def test_rows_leave_blocks_out_at_their_rates() -> None:
     """A row of the copy is as if its blocks were deleted for some choice of them, each as often as it should be."""
-    settings = layer_dropout.Settings(exit_layer=1, max_dropout=0.6)
+    settings = trainer_settings(layer_dropout, exit_layer=1, max_dropout=0.6)
     drafter = layer_dropout.build(settings, TARGET).train()
     tokens_BT = torch.tensor([prompts(1)[0]] * 1000)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_rows_leave_blocks_out_at_their_rates() -> None:
 @pytest.mark.parametrize("step", [0, 1])
 def test_the_loss_against_a_slow_reference(step: int) -> None:
     """Token by token in Python, with the copy's own model: value, and the gradient of every weight."""
-    settings = layer_dropout.Settings(exit_layer=1, rotation=2, max_dropout=0.0, exit_scale=0.3)
+    settings = trainer_settings(layer_dropout, exit_layer=1, rotation=2, max_dropout=0.0, exit_scale=0.3)
     drafter, given = layer_dropout.build(settings, TARGET).train(), batch()
     layer_dropout.begin_step(drafter, settings, step, 10)
     # Of blocks 0, 1 and 2 at step 0 the first and last learn, at step 1 the second and last.
@@ -133,7 +133,7 @@ def test_the_loss_against_a_slow_reference(step: int) -> None:
 
 def test_judgement_by_hand() -> None:
     """Exits are judged by what the copy says at its last block; how often that is the text is told beside it."""
-    settings, given = layer_dropout.Settings(exit_layer=2, max_dropout=0.5), batch()
+    settings, given = trainer_settings(layer_dropout, exit_layer=2, max_dropout=0.5), batch()
     drafter = layer_dropout.build(settings, TARGET).eval()
     with torch.no_grad():
         for weight in drafter.weights:
@@ -157,7 +157,7 @@ def test_judgement_by_hand() -> None:
 
 
 def test_low_rank_changes_begin_as_none_and_touch_what_they_are_told_to() -> None:
-    settings = layer_dropout.Settings(exit_layer=1, rank=2, modules=("q_proj", "down_proj"))
+    settings = trainer_settings(layer_dropout, exit_layer=1, rank=2, modules=("q_proj", "down_proj"))
     drafter, ids = layer_dropout.build(settings, TARGET).eval(), torch.tensor(prompts(1))
     assert len(drafter.adapters) == len(linear_layers(TARGET, settings.modules)) == 2 * NUM_LAYERS
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_trained_it_drafts_for_the_copy_and_says_so(tmp_path: Path, rank: int) -
     data = make_data(target, tmp_path / "data")
     run = RunSettings(target=str(tmp_path / "target"), data=str(data), output=str(tmp_path / "out"), **SMALL)
     before = {name: weight.clone() for name, weight in target.model.named_parameters()}
-    train(layer_dropout, layer_dropout.Settings(rank=rank, num_draft=3), run)
+    train(layer_dropout, trainer_settings(layer_dropout, rank=rank, num_draft=3), run)
     drafter = draftsmith.load(tmp_path / "out", target)
     manifest = json.loads((tmp_path / "out" / "draft_config.json").read_text())
     assert not any(name.startswith("acceptance_") for name in manifest["measured_acceptance"]), "one exit is judged"
@@ -207,10 +207,10 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"exit_layer": -1, "max_dropout": 1.0, "dropout": -0.1, "exit_scale": 0.0, "rotation": 0, "alpha": 0.0}
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
-            layer_dropout.Settings(**{name: value})
+            trainer_settings(layer_dropout, **{name: value})
     with pytest.raises(ValueError, match="it stays as it is without tunes"):
         early_exit.Config(rank=4)
     monkeypatch.setattr(layer_dropout.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs peft, which is not installed"):
-        layer_dropout.check(layer_dropout.Settings(rank=4), None)  # type: ignore[arg-type]
+        layer_dropout.check(trainer_settings(layer_dropout, rank=4), None)
     layer_dropout.check(layer_dropout.Settings(), None)  # type: ignore[arg-type]

@@ -20,10 +20,10 @@ from draftsmith.drafters.layerskip import Config, Drafter
 from draftsmith.length.policies import Confidence, Fixed
 from draftsmith.parts.self_drafting.sublayers import sublayers
 from tests.support.models import greedy_by_transformers, prompts, tiny_target
-from tests.support.runs import command, environment, make_data, make_target
+from tests.support.runs import command, environment, make_data, make_target, trainer_settings
 from trainers import layerskip
 from trainers.layer_search.sublayers import CachedTexts, SublayerCosts, influence, measure_costs, simulate, speed_up
-from trainers.layerskip import Settings, evaluate, initial_masks
+from trainers.layerskip import evaluate, initial_masks
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
@@ -90,11 +90,13 @@ def test_the_share_guessed_right_is_that_of_drafts_begun_anew_at_every_token(
 
 
 def test_where_nothing_is_left_out_all_is_right() -> None:
-    metrics = evaluate(Drafter(Config(num_draft=4, length="fixed"), TARGET), collate(written()), Settings(), TARGET)
+    metrics = evaluate(
+        Drafter(Config(num_draft=4, length="fixed"), TARGET), collate(written()), layerskip.Settings(), TARGET
+    )
     rate, rounds = metrics["acceptance"], metrics["tau"]
     assert int(rate[0]) == rate[1] == 20 + 20 + 19, "all supervised tokens but the second of a row"
     assert float(rounds[0]) / rounds[1] > 4
-    worse = evaluate(Drafter(Config(mlp=(0, 1)), TARGET), collate(written()), Settings(), TARGET)
+    worse = evaluate(Drafter(Config(mlp=(0, 1)), TARGET), collate(written()), layerskip.Settings(), TARGET)
     assert worse["acceptance"][0] < rate[0]
 
 
@@ -179,7 +181,9 @@ def test_decoding_for_real_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_acceptance_leaves_exactly_the_share_asked_for_out(folder: Path) -> None:
-    output = train(layerskip, Settings(objective="acceptance", skip_ratio=0.6), settings(folder, "share"))
+    output = train(
+        layerskip, trainer_settings(layerskip, objective="acceptance", skip_ratio=0.6), settings(folder, "share")
+    )
     lines = evaluations(output)
     assert len(lines) == 12 and len({line["bits"] for line in lines}) == 12
     assert all(line["bits"].count("1") == 3 for line in lines), "60 of 100 of six sublayers, rounded down"
@@ -191,7 +195,7 @@ def test_acceptance_leaves_exactly_the_share_asked_for_out(folder: Path) -> None
 
 @pytest.mark.parametrize(("objective", "search"), [("modelled", "gp"), ("speed", "greedy")])
 def test_any_number_may_be_left_out(folder: Path, objective: str, search: str) -> None:
-    chosen = Settings(objective=objective, search=search, num_texts=2, new_tokens=4)
+    chosen = trainer_settings(layerskip, objective=objective, search=search, num_texts=2, new_tokens=4)
     lines = evaluations(train(layerskip, chosen, settings(folder, objective, max_steps=9)))
     assert len({line["bits"].count("1") for line in lines}) > 1
     assert all(line["score"] > 0 for line in lines)
@@ -219,8 +223,8 @@ def test_kill_9(folder: Path) -> None:
     _, error = process.communicate()
     assert process.returncode == -signal.SIGKILL, error
     kept = log.read_text()
-    whole = train(layerskip, Settings(**chosen), settings(folder, "whole", max_steps=15))  # type: ignore[arg-type]
-    train(layerskip, Settings(**chosen), run)  # type: ignore[arg-type]
+    whole = train(layerskip, trainer_settings(layerskip, **chosen), settings(folder, "whole", max_steps=15))
+    train(layerskip, trainer_settings(layerskip, **chosen), run)
     assert log.read_text() == (whole / "evaluations.jsonl").read_text()
     assert log.read_text().startswith(kept[: kept.rfind("\n") + 1])
 
@@ -256,4 +260,4 @@ def settings(folder: Path, name: str, *, max_steps: int = 12) -> RunSettings:
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Settings(**changes)
+        trainer_settings(layerskip, **changes)

@@ -20,7 +20,7 @@ from data.teacher import complete
 from draftsmith import Target
 from draftsmith.parts.self_drafting.fine_tuned import linear_layers
 from tests.support.models import VOCAB_SIZE, tiny_model
-from tests.support.runs import SMALL, command, logged, make_data, make_target, run, weights
+from tests.support.runs import SMALL, command, logged, make_data, make_target, run, trainer_settings, weights
 from trainers import medusa2
 from trainers.training import checkpoints, gradient
 from trainers.training.loop import train
@@ -28,7 +28,7 @@ from trainers.training.run_settings import RunSettings
 
 TARGET = Target(tiny_model("llama"))
 FACTORS = {"num_heads": 2, "rank": 3, "alpha": 2.0, "dropout": 0.0}
-SETTINGS = medusa2.Settings(**FACTORS)  # type: ignore[arg-type]
+SETTINGS = trainer_settings(medusa2, **FACTORS)
 """Two ranks would not drop what one process does."""
 LOSSES = ("loss", "target_loss", "head0_loss", "head1_loss", "grad_norm", "learning_rate", "eval_acceptance")
 
@@ -40,7 +40,7 @@ def frozen() -> None:
 
 
 def settings_of(**changes: Any) -> medusa2.Settings:
-    return medusa2.Settings(**FACTORS | changes)  # type: ignore[arg-type]
+    return trainer_settings(medusa2, **FACTORS | changes)
 
 
 def batch(target: Target = TARGET) -> Batch:
@@ -263,11 +263,11 @@ def test_a_run_leaves_the_target_as_it_was_and_an_artifact_that_tunes_it(folder:
 def test_groups_of_weights_learn_at_their_own_rates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[tuple[int, float]]] = []
 
-    class Rates(gradient.Rhythm):
+    class Rates(gradient.CheckpointSchedule):
         def on_pre_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
             seen.append([(len(group["params"]), group["lr"]) for group in optimizer.param_groups])
 
-    monkeypatch.setattr(gradient, "Rhythm", Rates)
+    monkeypatch.setattr(gradient, "CheckpointSchedule", Rates)
     train(medusa2, settings_of(tree_nodes=1), run_settings(folder, "rates", schedule="constant", max_steps=4))
     # Heads have two matrices and, in a group without decay, two biases; 22 matrices have two factors each.
     assert [size for size, _ in seen[0]] == [2, 44, 2]
@@ -279,14 +279,14 @@ def test_groups_of_weights_learn_at_their_own_rates(folder: Path, monkeypatch: p
 def test_a_broken_run_goes_on_to_the_same_bytes(folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped past the checkpoint at step 4: the ramp, the rates and the dropout go on from there."""
 
-    again, mark_whole = run_settings(folder, "broken"), checkpoints.mark_whole
+    again, mark_complete = run_settings(folder, "broken"), checkpoints.mark_complete
 
     def stop_at_the_end(checkpoint: Path, facts: dict[str, Any]) -> None:
         if checkpoint.name.endswith("-8"):
             raise KeyboardInterrupt
-        mark_whole(checkpoint, facts)
+        mark_complete(checkpoint, facts)
 
-    monkeypatch.setattr(checkpoints, "mark_whole", stop_at_the_end)
+    monkeypatch.setattr(checkpoints, "mark_complete", stop_at_the_end)
     with pytest.raises(KeyboardInterrupt):
         train(medusa2, settings_of(dropout=0.1, tree_nodes=4), again)
     monkeypatch.undo()

@@ -11,10 +11,11 @@ from data.batches import Batch
 from data.teacher import complete
 from tests.support.masked_batch import masked_batch
 from tests.support.models import tiny_target
+from tests.support.runs import trainer_settings
 from trainers import medusa
 
 TARGET = tiny_target("llama")
-SETTINGS = medusa.Settings(num_heads=3, num_blocks=2)
+SETTINGS = trainer_settings(medusa, num_heads=3, num_blocks=2)
 
 
 def batch(num_rows: int = 3) -> Batch:
@@ -46,7 +47,7 @@ def places(given: Batch, k: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("own_head", [False, True])
 def test_the_loss_against_a_slow_reference(own_head: bool) -> None:
     """Token by token in Python: value and every gradient, to float32's rounding."""
-    settings, given = medusa.Settings(num_heads=3, num_blocks=2, own_head=own_head), batch()
+    settings, given = trainer_settings(medusa, num_heads=3, num_blocks=2, own_head=own_head), batch()
     drafter = shaken(settings)
     logits_KBTV = slow_logits(drafter, given)
     slow = torch.zeros(())
@@ -110,7 +111,7 @@ def test_the_finished_drafter_has_the_same_heads_and_a_measured_tree() -> None:
     for b, t in places(given, 0):
         given.tokens_BT[b, t + 2] = slow_logits(drafter, given)[0, b, t].argmax()
     for tree_nodes in (3, 0):
-        settings = medusa.Settings(num_heads=3, num_blocks=2, tree_nodes=tree_nodes)
+        settings = trainer_settings(medusa, num_heads=3, num_blocks=2, tree_nodes=tree_nodes)
         finished = medusa.finish(drafter, settings, TARGET, [given])
         assert finished.config.tree[0] == (0,)
         assert len(finished.config.tree) == 3 or not tree_nodes
@@ -121,4 +122,4 @@ def test_the_finished_drafter_has_the_same_heads_and_a_measured_tree() -> None:
 def test_what_is_refused() -> None:
     for changes in ({"num_heads": 0}, {"num_blocks": 0}, {"decay": 0.0}, {"tree_nodes": -1}):
         with pytest.raises(ValueError, match=next(iter(changes))):
-            medusa.Settings(**changes)  # type: ignore[arg-type]
+            trainer_settings(medusa, **changes)

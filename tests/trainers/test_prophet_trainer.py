@@ -19,13 +19,13 @@ from draftsmith import Target
 from tests.drafters.test_prophet import naive_logits
 from tests.support.family import check_training
 from tests.support.models import VOCAB_SIZE, tiny_model, tiny_target
-from tests.support.runs import SMALL, make_data, make_target, weights
+from tests.support.runs import SMALL, make_data, make_target, trainer_settings, weights
 from trainers import prophet
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
 NUM_DRAFT = 3
-SETTINGS = prophet.Settings(num_layers=1, num_draft=NUM_DRAFT, windows=99)
+SETTINGS = trainer_settings(prophet, num_layers=1, num_draft=NUM_DRAFT, windows=99)
 
 
 def batch(target: Target) -> Batch:
@@ -67,7 +67,7 @@ def predictions(drafter: prophet.Drafter, given: Batch) -> Iterator[tuple[int, i
 def test_the_loss_against_a_slow_reference(kind: str) -> None:
     """Prediction by prediction, in float64: value and every gradient."""
     target = Target(tiny_model("llama").double())
-    settings = prophet.Settings(num_layers=1, num_draft=NUM_DRAFT, windows=99, num_states=3, loss=kind)
+    settings = trainer_settings(prophet, num_layers=1, num_draft=NUM_DRAFT, windows=99, num_states=3, loss=kind)
     given, drafter = batch(target), shaken(settings, target).double()
     slow = torch.zeros((), dtype=torch.float64)
     for row, _, label, logits_V in predictions(drafter, given):
@@ -90,7 +90,7 @@ def test_labels_by_hand() -> None:
     given, drafter = batch(target), prophet.build(SETTINGS, target)
     chosen = prophet.select_windows(drafter, given, given.hidden[target.num_layers], 99, 0.0)
     found = list(zip(chosen.rows_W.tolist(), chosen.pending_W.tolist(), strict=True))
-    assert found == list(windows(given)) and chosen.share == 1
+    assert found == list(windows(given)) and chosen.weight == 1
     # Row 0 holds seven tokens, and its token 5 is not to be learnt.
     assert [t for row, t in found if row == 0] == [0, 1, 2, 3, 5]
     ids = given.tokens_BT[0].tolist()
@@ -107,7 +107,7 @@ def test_windows_are_spread_over_the_text() -> None:
     found = []
     for phase in (0.0, 0.99):
         chosen = prophet.select_windows(drafter, given, given.hidden[target.num_layers], 3, phase)
-        assert chosen.share == len(every) / 9
+        assert chosen.weight == len(every) / 9
         places = zip(chosen.rows_W.tolist(), chosen.pending_W.tolist(), strict=True)
         found.append([every.index(place) for place in places])
     assert found[0] == [at * len(every) // 9 for at in range(9)]
@@ -161,7 +161,7 @@ def test_joint_training_adds_the_loss_of_the_copy() -> None:
     """The copy begins as the target: both losses are what they are apart; detached, its gradient is its own loss's."""
     target = Target(tiny_model("llama"))
     given = batch(target)
-    alone = prophet.Settings(num_layers=1, num_draft=NUM_DRAFT, windows=99, own_head=True)
+    alone = trainer_settings(prophet, num_layers=1, num_draft=NUM_DRAFT, windows=99, own_head=True)
     joint, detached = (dataclasses.replace(alone, joint=True, detach=detach) for detach in (False, True))
     torch.manual_seed(0)
     frozen = prophet.build(alone, target)
@@ -188,14 +188,14 @@ def test_joint_training_adds_the_loss_of_the_copy() -> None:
 
 def test_joint_training_leaves_the_target_alone() -> None:
     for kind in ("ce", "forward_kl"):
-        check_training(trainer=prophet, settings=prophet.Settings(num_layers=1, joint=True, loss=kind))
+        check_training(trainer=prophet, settings=trainer_settings(prophet, num_layers=1, joint=True, loss=kind))
 
 
 def test_a_stopped_run_goes_on_with_the_same_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows are chosen at random; a run stopped past its checkpoint learns what an unbroken one does."""
     data = make_data(make_target(tmp_path / "target"), tmp_path / "data")
     given = {"target": str(tmp_path / "target"), "data": str(data)} | SMALL
-    settings = prophet.Settings(num_layers=1, num_draft=NUM_DRAFT, windows=3)
+    settings = trainer_settings(prophet, num_layers=1, num_draft=NUM_DRAFT, windows=3)
     train(prophet, settings, RunSettings(output=str(tmp_path / "whole"), **given))
 
     stopped, number, inner = RunSettings(output=str(tmp_path / "stopped"), **given), 0, prophet.loss
@@ -220,4 +220,4 @@ def test_a_stopped_run_goes_on_with_the_same_windows(tmp_path: Path, monkeypatch
 def test_what_is_refused() -> None:
     for changes in ({"windows": 0}, {"num_draft": 0}, {"num_layers": 0}, {"detach": True}):
         with pytest.raises(ValueError, match=next(iter(changes))):
-            prophet.Settings(**changes)
+            trainer_settings(prophet, **changes)

@@ -12,7 +12,7 @@ from draftsmith import Target
 from draftsmith.core.model_info import read_target_info
 from tests.drafters.test_translated import NUM_NEW, drafter_for, text_rows
 from tests.support.family import texts
-from tests.support.runs import SMALL, command, make_data, run
+from tests.support.runs import SMALL, command, make_data, run, trainer_settings
 from tests.support.vocabularies import shared_target, tokenizer
 from trainers import translated as trainer
 from trainers.training.loop import train
@@ -39,7 +39,7 @@ def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
 
 
 def test_a_given_model_is_taken_as_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = train(trainer, trainer.Settings(draft_model=str(folder / "small")), run_settings(folder, "given"))
+    output = train(trainer, trainer_settings(trainer, draft_model=str(folder / "small")), run_settings(folder, "given"))
     assert "has 300 of its 300 tokens in common with the 384 of" in capsys.readouterr().out
     target = Target.from_pretrained(str(folder / "target"), dtype="float32")
     drafter = draftsmith.load(output, target)
@@ -50,20 +50,20 @@ def test_a_given_model_is_taken_as_it_is(folder: Path, capsys: pytest.CaptureFix
 
 
 def test_too_little_in_common_is_refused_before_weights_are_loaded(folder: Path) -> None:
-    given_settings = trainer.Settings(draft_model=str(folder / "small"), least_shared=301)
+    given_settings = trainer_settings(trainer, draft_model=str(folder / "small"), least_shared=301)
     with pytest.raises(ValueError, match=r"has 300 tokens in common with that of .*, fewer than 301"):
         trainer.check(given_settings, read_target_info(str(folder / "target")))
     with pytest.raises(ValueError, match="train_vocab is 259"):
-        trainer.Settings(train_vocab=259)
+        trainer_settings(trainer, train_vocab=259)
     with pytest.raises(ValueError, match="smaller --max-length"):
-        train(trainer, trainer.Settings(train_vocab=280), run_settings(folder, "long", max_length=10_000))
+        train(trainer, trainer_settings(trainer, train_vocab=280), run_settings(folder, "long", max_length=10_000))
 
 
 def test_a_small_model_is_trained_and_a_killed_run_ends_as_an_unbroken_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped while it writes its second checkpoint: the same artifact to the byte."""
-    chosen = trainer.Settings(train_vocab=280, hidden_size=32)
+    chosen = trainer_settings(trainer, train_vocab=280, hidden_size=32)
     mark_complete = trainer.checkpoints.mark_complete
 
     def stop_at_the_end(checkpoint: Path, facts: dict[str, Any]) -> None:

@@ -16,12 +16,12 @@ import draftsmith
 from data.pseudo_data import read_pseudo_data
 from draftsmith.drafters.trigram.compiled import Table
 from tests.support.models import VOCAB_SIZE
-from tests.support.runs import make_data, make_target
+from tests.support.runs import make_data, make_target, trainer_settings
 from trainers import trigram
 from trainers.corpora.corpus import documents
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
-from trainers.trigram import Settings, build, count
+from trainers.trigram import build, count
 
 CORPUS = some.lists(some.lists(some.integers(0, 3), max_size=9), max_size=8)
 FEW = settings(max_examples=80, deadline=None)
@@ -150,7 +150,7 @@ def run_settings(folder: Path, name: str) -> RunSettings:
 
 def test_a_run_learns_the_targets_own_text(runs: Path) -> None:
     """Prompts are context only: the first two tokens learnt are preceded by two of the prompt."""
-    output = train(trigram, Settings(num_sequences=5, bump=0.0), run_settings(runs, "run"))
+    output = train(trigram, trainer_settings(trigram, num_sequences=5, bump=0.0), run_settings(runs, "run"))
     target = draftsmith.Target.from_pretrained(str(runs / "target"), dtype="float32")
     drafter = draftsmith.load(output, target)
     assert drafter.config.num_sequences == 5 and drafter.config.bump == 0
@@ -164,7 +164,7 @@ def test_a_run_learns_the_targets_own_text(runs: Path) -> None:
 
 
 def test_a_build_that_was_killed_leaves_the_same_bytes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Settings(part_documents=6)
+    chosen = trainer_settings(trigram, part_documents=6)
     whole = train(trigram, chosen, run_settings(runs, "whole"))
     calls = []
 
@@ -188,7 +188,7 @@ def test_a_build_that_was_killed_leaves_the_same_bytes(runs: Path, monkeypatch: 
 def test_a_vocabulary_too_large_to_count_is_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trigram, "LARGEST_VOCABULARY", VOCAB_SIZE - 1)
     with pytest.raises(ValueError, match=f"a vocabulary of {VOCAB_SIZE} is larger than"):
-        train(trigram, Settings(), run_settings(runs, "large"))
+        train(trigram, trigram.Settings(), run_settings(runs, "large"))
 
 
 @pytest.mark.parametrize(
@@ -202,4 +202,4 @@ def test_a_vocabulary_too_large_to_count_is_refused(runs: Path, monkeypatch: pyt
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Settings(**changes)
+        trainer_settings(trigram, **changes)

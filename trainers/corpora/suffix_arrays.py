@@ -1,6 +1,6 @@
-"""Stores of sorted text: documents, as many as a budget holds, in suffix arrays of so many tokens each.
+"""Datastores of documents as suffix arrays, sharded and within a budget.
 
-Shape suffixes: S tokens of a shard, P places in it, V vocabulary.
+Shape suffixes: S tokens of a shard, P positions in it, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from trainers.training.run_settings import RunSettings
 
 MEGABYTE = 10**6
 LARGEST_SHARD = 2**29 - 1
-"""Places are sorted by bytes, up to four of a token, whose number is an int32."""
+"""Suffixes are sorted as bytes, up to four for each token, with int32 indices."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSettings:
-    """What goes into a store; `--max-steps` and the optimiser's settings mean nothing."""
+    """Contents of a datastore; `--max-steps` and the optimiser's settings have no effect."""
 
     budget_mb: float = 0.0
-    """Megabytes that it may take: the most useful documents are kept; 0 for any."""
+    """Largest size in megabytes, within which the most useful documents are kept; 0 for no limit."""
     context: int = 24
-    """Tokens of a prompt that are stored before what is learnt, so that its beginning is found too."""
+    """Number of prompt tokens stored before each supervised text, so that its beginning can be matched."""
     shard_tokens: int = 50_000_000
-    """Most tokens of a file, which are sorted at once."""
+    """Largest number of tokens in a shard, which is sorted in memory."""
 
     def __post_init__(self) -> None:
         for name in ("budget_mb", "context"):
@@ -40,20 +40,20 @@ class StoreSettings:
 
 
 def build_shards(
-    store: StoreSettings, rows: Sequence[Example], vocab_size: int, run: RunSettings, output: Path
+    settings: StoreSettings, rows: Sequence[Example], vocab_size: int, run: RunSettings, output: Path
 ) -> tuple[SuffixArray, ...]:
-    """Returns the shards of a store of the rows' text, kept in `output` until the run is finished."""
+    """Returns the shards of a datastore of the rows' text, which are kept in `output` until the run is finished."""
     bytes_per_token = token_type(vocab_size).itemsize + np.dtype(np.int32).itemsize
-    budget = int(store.budget_mb * MEGABYTE / bytes_per_token) if store.budget_mb else 2**63
-    groups = group_texts(corpus.select_documents(rows, budget, store.context), store.shard_tokens)
+    budget = int(settings.budget_mb * MEGABYTE / bytes_per_token) if settings.budget_mb else 2**63
+    groups = group_texts(corpus.select_documents(rows, budget, settings.context), settings.shard_tokens)
     if not groups:
-        raise ValueError(f"{run.data} holds nothing to learn from")
+        raise ValueError(f"{run.data} has no supervised text to build from")
     files = corpus.build_chunks(groups, output, 1, lambda group: build(group[0], vocab_size).arrays())
     return tuple(SuffixArray.read(file, vocab_size) for file in files)
 
 
 def group_texts(texts: Sequence[np.ndarray], shard_tokens: int) -> list[list[np.ndarray]]:
-    """Returns the texts in turn, as many to a group as it holds with a separator after each; longer ones are cut."""
+    """Returns the texts in groups of at most `shard_tokens`, a separator after each included; longer texts are cut."""
     groups: list[list[np.ndarray]] = []
     num_left = 0
     for text in texts:
@@ -68,19 +68,20 @@ def group_texts(texts: Sequence[np.ndarray], shard_tokens: int) -> list[list[np.
 
 
 def build(texts: Sequence[np.ndarray], vocab_size: int) -> SuffixArray:
-    """Returns the texts sorted; raises ValueError for a token outside the vocabulary."""
+    """Returns the suffix array of the texts; raises ValueError for a token outside the vocabulary."""
     highest = max((int(text.max(initial=0)) for text in texts), default=0)
     if highest >= vocab_size:
         raise ValueError(f"token id {highest} is outside the vocabulary of {vocab_size}")
     tokens_S = np.full(sum(len(text) + 1 for text in texts), vocab_size, token_type(vocab_size))
-    place = 0
+    position = 0
     for text in texts:
-        tokens_S[place : place + len(text)] = text
-        place += len(text) + 1
+        tokens_S[position : position + len(text)] = text
+        position += len(text) + 1
     is_text_S = tokens_S < vocab_size
     is_between_S1 = np.zeros(len(tokens_S) + 1, dtype=bool)
     is_between_S1[1:-1] = is_text_S[:-1] & is_text_S[1:]
-    # A place of the reversed text, from which it is sorted on, is as far from its end as from the text's beginning.
+    # Index i of the reversed text, where a suffix begins, is position S - i of the text, where a prefix ends.
+
     ends_S = len(tokens_S) - divsufsort(tokens_S[::-1].copy()) if len(tokens_S) else np.zeros(0, int)
     ends_P = ends_S[is_between_S1[ends_S]].astype(np.int32)
     times_V = np.bincount(tokens_S[ends_P - 1], minlength=vocab_size)

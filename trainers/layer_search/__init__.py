@@ -1,1 +1,1 @@
-"""The search for sublayers that a target drafts best without."""
+"""Search for the sublayers of a target to skip in self-drafting."""

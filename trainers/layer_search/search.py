@@ -1,7 +1,6 @@
-"""Search for the bit string with the highest score, each string being scored once, and a log that survives `kill -9`.
+"""Search for the bit string with the highest score, evaluating each string once, with a crash-safe log.
 
-What is scored next follows from the seed and the scores so far alone, so that a search that was killed goes on as if
-it had not been.
+The next string depends on the seed and the scores so far only, so that an interrupted search continues unchanged.
 """
 
 import sys
@@ -22,13 +21,13 @@ from trainers.training import jsonl
 Bits = tuple[int, ...]
 METHODS = ("gp", "greedy", "random")
 MAX_FITTED = 256
-"""Scores that a Gaussian process is fitted to, the best ones: its time grows with the cube of their number."""
+"""Number of best scores that a Gaussian process is fitted to; its time grows with the cube of their number."""
 Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """All strings of so many bits, or those with so many ones."""
+    """The bit strings of length `num_bits`, with `num_ones` ones if that is given."""
 
     num_bits: int
     num_ones: int | None = None
@@ -36,34 +35,35 @@ class Space:
 
     @property
     def size(self) -> int:
+        """Number of strings."""
         return 2**self.num_bits if self.num_ones is None else comb(self.num_bits, self.num_ones)
 
     def random(self, rng: np.random.Generator) -> Bits:
-        """Returns a string with a random number of ones, unless that is given, in random places."""
+        """Returns a string with a random number of ones, unless it is given, at random indices."""
         num_ones = int(rng.integers(self.num_bits + 1)) if self.num_ones is None else self.num_ones
         return self.ones(rng.permutation(self.num_bits)[:num_ones].tolist())
 
-    def ones(self, places: Sequence[int]) -> Bits:
-        """Returns the string with ones at these places."""
-        found = set(places)
-        return tuple(int(place in found) for place in range(self.num_bits))
+    def ones(self, indices: Sequence[int]) -> Bits:
+        """Returns the string with ones at these indices."""
+        chosen = set(indices)
+        return tuple(int(index in chosen) for index in range(self.num_bits))
 
     def neighbours(self, bits: Bits) -> list[Bits]:
-        """Returns the strings with one bit flipped, or, where the number of ones is given, a one and a zero swapped."""
+        """Returns the strings with one bit flipped or, if the number of ones is fixed, a one and a zero swapped."""
         if self.num_ones is None:
-            return [(*bits[:place], 1 - bits[place], *bits[place + 1 :]) for place in range(self.num_bits)]
-        ones = [place for place, bit in enumerate(bits) if bit]
-        zeros = [place for place, bit in enumerate(bits) if not bit]
+            return [(*bits[:index], 1 - bits[index], *bits[index + 1 :]) for index in range(self.num_bits)]
+        ones = [index for index, bit in enumerate(bits) if bit]
+        zeros = [index for index, bit in enumerate(bits) if not bit]
         return [self.ones([*(one for one in ones if one != out), new]) for out in ones for new in zeros]
 
 
 def propose(
     method: str, space: Space, scores: dict[Bits, float], starts: Sequence[Bits], seed: int
 ) -> tuple[Bits, str] | None:
-    """Returns a string not scored yet and how it was found, None if there is none left.
+    """Returns a string without a score and how it was found, None if there is none left.
 
-    First come the `starts`; then random strings, or neighbours of the best (greedy), or (gp) what a Gaussian process
-    of the scores promises most of, and in between the best string's neighbour that it expects most of.
+    The `starts` come first; then random strings, neighbours of the best string (greedy), or, with "gp", the string of
+    highest upper confidence bound under a Gaussian process, alternating with the best neighbour by its mean.
     """
     if len(scores) >= space.size:
         return None
@@ -81,18 +81,18 @@ def propose(
 
 
 def _untried_neighbours(space: Space, scores: dict[Bits, float]) -> list[Bits]:
-    """Returns the neighbours not scored yet of the best string that has any."""
+    """Returns the neighbours without a score of the best string that has any."""
     for bits in sorted(scores, key=scores.__getitem__, reverse=True):
-        found = [one for one in space.neighbours(bits) if one not in scores]
-        if found:
-            return found
+        untried = [one for one in space.neighbours(bits) if one not in scores]
+        if untried:
+            return untried
     return []
 
 
 class GuidedClimb(acquisition.UpperConfidenceBound):
-    """mean + kappa * deviation, climbed from string to neighbouring string.
+    """Maximises the upper confidence bound, mean + kappa * deviation, by hill climbing over neighbouring strings.
 
-    bayes_opt's own climbs are in the box around them, where almost nothing is a string.
+    bayes_opt's own optimiser searches the continuous unit cube, whose points are almost never bit strings.
     """
 
     KAPPA, LOCAL_EVERY = 0.5, 3
@@ -103,7 +103,7 @@ class GuidedClimb(acquisition.UpperConfidenceBound):
         self._space, self._scores, self._rng, self._is_local = space, scores, rng, is_local
 
     def suggest(self, gp: GaussianProcessRegressor, target_space: Any, *_: Any, **__: Any) -> np.ndarray:
-        """Returns the best string found that has no score yet."""
+        """Returns the string without a score that has the highest bound found."""
         self._fit_gp(gp, target_space)
         self._bounds: dict[Bits, float] = {}
         best = sorted(self._scores, key=self._scores.__getitem__, reverse=True)[: self.NUM_TOP]
@@ -124,7 +124,7 @@ class GuidedClimb(acquisition.UpperConfidenceBound):
             around = self._space.neighbours(bits)
             if len(around) > self.MAX_NEIGHBOURS:
                 kept = self._rng.choice(len(around), self.MAX_NEIGHBOURS, replace=False)
-                around = [around[place] for place in kept]
+                around = [around[index] for index in kept]
             self._bound(gp, around)
             best = max(around, key=self._bounds.__getitem__)
             if self._bounds[best] <= self._bounds[bits]:
@@ -139,8 +139,8 @@ class GuidedClimb(acquisition.UpperConfidenceBound):
 
 
 def _guided(space: Space, scores: dict[Bits, float], rng: np.random.Generator, *, is_local: bool) -> tuple[Bits, str]:
-    """Asks a Gaussian process, linear in the bits but for a part that is smooth in their number that differ."""
-    names = [f"bit{place:04d}" for place in range(space.num_bits)]
+    """Returns the string suggested by a Gaussian process with a linear kernel plus one of the Hamming distance."""
+    names = [f"bit{index:04d}" for index in range(space.num_bits)]
     optimizer = BayesianOptimization(
         f=None,
         pbounds=dict.fromkeys(names, (0.0, 1.0)),
@@ -152,8 +152,8 @@ def _guided(space: Space, scores: dict[Bits, float], rng: np.random.Generator, *
     optimizer.set_gp_params(kernel=kernel, alpha=1e-3, n_restarts_optimizer=0)
     for bits in sorted(scores, key=scores.__getitem__, reverse=True)[:MAX_FITTED]:
         optimizer.register(params=np.array(bits, dtype=float), target=scores[bits])
-    found = optimizer.suggest()
-    return tuple(int(found[name] > 0.5) for name in names), "local" if is_local else "gp"
+    suggested = optimizer.suggest()
+    return tuple(int(suggested[name] > 0.5) for name in names), "local" if is_local else "gp"
 
 
 def search(
@@ -167,10 +167,10 @@ def search(
     path: Path,
     report: Report = lambda line: None,
 ) -> Bits:
-    """Returns the best string of so many evaluations, those already in the log at `path` among them.
+    """Returns the best string after `num_evaluations` evaluations, including those already in the log at `path`.
 
-    `evaluate` returns a "score" and whatever else is to be noted. Each is appended to the log, and safely on disk,
-    before the next begins. What it raises ends the search: a choice that cannot be run is no bad choice.
+    `score_of` returns a "score" and other values to log. Each result is appended to the log and on disk before the next
+    evaluation begins. Its exceptions end the search, as a string that fails is not one with a low score.
     """
     scores: dict[Bits, float] = {_parsed(line["bits"]): line["score"] for line in jsonl.read(path)}
     interval = 0.5 if sys.stderr.isatty() else 20
@@ -181,9 +181,9 @@ def search(
         while len(scores) < num_evaluations and (proposed := propose(method, space, scores, starts, seed)):
             bits, found_by = proposed
             assert bits not in scores
-            found = score_of(bits)
-            scores[bits] = found["score"]
-            line = {"step": len(scores), "bits": "".join(map(str, bits)), "by": found_by, **found}
+            results = score_of(bits)
+            scores[bits] = results["score"]
+            line = {"step": len(scores), "bits": "".join(map(str, bits)), "by": found_by, **results}
             line["best"] = max(scores.values())
             jsonl.append(path, line)
             report(line)

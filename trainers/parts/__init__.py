@@ -1,1 +1,1 @@
-"""What several trainers share: losses, heads, exits, trees, distillation, on-policy text."""
+"""Code shared by several trainers: losses, heads, early exits, trees, distillation, on-policy text."""

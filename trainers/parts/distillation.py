@@ -157,8 +157,7 @@ def evaluate_network(drafter: Any, batch: Batch, settings: Any, target: Target) 
     return evaluate(features_BTD, head, batch, target, num_draft=settings.config.num_draft)
 
 
-def evaluate(features_BTD
-: Tensor, head: Head, batch: Batch, target: Target, *, num_draft: int = 1) -> Metrics:
+def evaluate(features_BTD: Tensor, head: Head, batch: Batch, target: Target, *, num_draft: int = 1) -> Metrics:
     """Returns acceptance, the mean of b = sum_x min(p, q) at temperature 1, and the rate of agreement of both argmaxes.
 
     With `num_draft` above 1 also `accepted_to_d`, the mean of b_1 b_2 ... b_d over consecutive supervised positions.

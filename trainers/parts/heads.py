@@ -1,6 +1,6 @@
-"""What trainers of token heads share: where their labels are, their loss and judgement, and the tree that suits them.
+"""Shared code of trainers of token heads: labels, loss, metrics, and the choice of the draft tree.
 
-A drafter's heads are told apart by k, from 0; head k at position t predicts token t + 2 + k.
+Heads are numbered by k, from 0; head k at position t predicts token t + 2 + k.
 
 Shape suffixes: B rows, T positions, N supervised positions of one head, D hidden width, V vocabulary, K heads, R ranks.
 """
@@ -27,30 +27,30 @@ Head = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeadOutputs:
-    """What one head is judged by in a batch."""
+    """Features and labels of one head at its supervised positions in a batch."""
 
     z_ND: Tensor
-    """Its features, before the output matrix."""
+    """Features before the output matrix."""
     labels_N: Tensor
-    """The tokens it ought to say."""
+    """Tokens to be predicted."""
     mask_BT: Tensor
-    """Where in the batch these positions are."""
+    """True at these positions of the batch."""
 
 
 def shift_left(values_BT: Tensor, offset: int) -> Tensor:
-    """Returns at t what stands at t + offset; zeros past the end."""
+    """Returns at position t the value at t + offset; zeros past the end."""
     return functional.pad(values_BT, (0, offset))[:, offset:]
 
 
 def label_masks(batch: Batch, num_heads: int) -> list[Tensor]:
-    """Returns for each head where its label is supervised [B, T]."""
+    """Returns for each head a mask [B, T] of the positions whose label is supervised."""
     return [shift_left(batch.loss_mask_BT, 2 + k) for k in range(num_heads)]
 
 
 def head_outputs(
     features: Callable[[Tensor], Iterable[Tensor]], normed_BTD: Tensor, batch: Batch, num_heads: int
 ) -> Iterator[HeadOutputs]:
-    """Yields each head's part; `features` gives all heads' features [1, T, D] from normed hidden states [1, T, D]."""
+    """Yields the outputs of each head; `features` maps normed states [1, T, D] to all heads' features [1, T, D]."""
     masks_BT = label_masks(batch, num_heads)
     any_BT = torch.stack(masks_BT).any(0)
     for k, (z_1TD, mask_BT) in enumerate(zip(features(normed_BTD[any_BT][None]), masks_BT, strict=True)):
@@ -58,14 +58,14 @@ def head_outputs(
         yield HeadOutputs(z_ND=z_1TD[0][mask_BT[any_BT]], labels_N=labels_N, mask_BT=mask_BT)
 
 
-def loss(found: Iterable[HeadOutputs], head: Head, *, decay: float, vocab_size: int) -> tuple[Tensor, Metrics]:
+def loss(outputs: Iterable[HeadOutputs], head: Head, *, decay: float, vocab_size: int) -> tuple[Tensor, Metrics]:
     """Returns the sum over heads k and positions t of decay^(k + 1) CE(head k at t, token t + 2 + k)."""
     losses, metrics = [], {}
-    for k, part in enumerate(found):
+    for k, output in enumerate(outputs):
         head_loss, count = sum_in_chunks(
             lambda z, labels, k=k: cross_entropy(head(k, z[None])[0], labels),
-            part.z_ND,
-            part.labels_N,
+            output.z_ND,
+            output.labels_N,
             vocab_size=vocab_size,
         )
         losses.append(decay ** (k + 1) * head_loss)
@@ -73,22 +73,22 @@ def loss(found: Iterable[HeadOutputs], head: Head, *, decay: float, vocab_size: 
     return torch.stack(losses).sum(), metrics
 
 
-def label_ranks(found: Iterable[HeadOutputs], head: Head, batch: Batch) -> Tensor:
-    """Returns the place [K, B, T] of the right token among each head's guesses, -1 where nothing is supervised."""
-    of_heads = []
-    for k, part in enumerate(found):
-        places = []
-        for z_ND, labels_N in zip(part.z_ND.split(CHUNK_SIZE), part.labels_N.split(CHUNK_SIZE), strict=True):
+def label_ranks(outputs: Iterable[HeadOutputs], head: Head, batch: Batch) -> Tensor:
+    """Returns the rank [K, B, T], from 0, of the label in each head's logits, -1 where nothing is supervised."""
+    head_ranks = []
+    for k, output in enumerate(outputs):
+        ranks = []
+        for z_ND, labels_N in zip(output.z_ND.split(CHUNK_SIZE), output.labels_N.split(CHUNK_SIZE), strict=True):
             logits_NV = head(k, z_ND[None])[0]
-            places.append((logits_NV > logits_NV.gather(1, labels_N[:, None])).sum(1))
+            ranks.append((logits_NV > logits_NV.gather(1, labels_N[:, None])).sum(1))
         ranks_BT = torch.full_like(batch.tokens_BT, -1)
-        ranks_BT[part.mask_BT] = torch.cat(places)
-        of_heads.append(ranks_BT)
-    return torch.stack(of_heads)
+        ranks_BT[output.mask_BT] = torch.cat(ranks)
+        head_ranks.append(ranks_BT)
+    return torch.stack(head_ranks)
 
 
 def accuracy_metrics(ranks_KBT: Tensor) -> Metrics:
-    """Returns each head's top-1 accuracy, and as acceptance how many heads are right before the first wrong one."""
+    """Returns each head's top-1 accuracy and, as acceptance, the number of correct heads before the first wrong one."""
     metrics = {}
     for k, ranks_BT in enumerate(ranks_KBT):
         metrics[f"head{k}_accuracy"] = ((ranks_BT == 0).sum(), int((ranks_BT >= 0).sum()))
@@ -98,19 +98,19 @@ def accuracy_metrics(ranks_KBT: Tensor) -> Metrics:
 
 
 def top_tokens(features: Iterable[Tensor], head: Head) -> Tensor:
-    """Returns each head's likeliest tokens [K, T, R] from features [1, T, D], as a draft does with T = 1."""
+    """Returns each head's most likely tokens [K, T, R] from features [1, T, D], as in drafting, where T = 1."""
     logits_KTV = torch.cat([head(k, z_1TD) for k, z_1TD in enumerate(features)])
     return logits_KTV.topk(NUM_RANKS, dim=-1).indices
 
 
 def best_tree(
-    of_batches: Iterable[Tensor], draft: Callable[[], object], target: Target, num_nodes: int
+    batch_ranks: Iterable[Tensor], draft: Callable[[], object], target: Target, num_nodes: int
 ) -> tuple[trees.Path, ...]:
-    """Returns the tree computed from ranks [K, B, T] on held-out text; `draft` does the work of one draft, to be timed.
+    """Returns the tree for ranks [K, B, T] on held-out text; `draft` computes one draft and is timed.
 
-    With `num_nodes` 0 it is as large as gives most tokens a second at the target's measured cost.
+    With `num_nodes` 0, its size maximises tokens per second at the target's measured cost.
     """
-    rows = ranks_by_row(of_batches)
+    rows = ranks_by_row(batch_ranks)
     draft_ms = 0.0 if num_nodes else quickest_ms(draft)
     return plan_tree(
         trees.conditional_accuracy(torch.cat(rows), NUM_RANKS), rows, lambda _: draft_ms, target, num_nodes
@@ -124,20 +124,21 @@ def plan_tree(
     target: Target,
     num_nodes: int,
 ) -> tuple[trees.Path, ...]:
-    """Returns the tree grown from the chances of `children`, as large as decodes `rows`, ranks [T, K], soonest.
+    """Returns the tree grown from the probabilities `children`, of the size that decodes `rows` (ranks [T, K]) fastest.
 
-    `draft_ms` is what drafting a tree takes; the target's cost is measured. `num_nodes` other than 0 settles the size.
+    `draft_ms` returns the time to draft a tree; the target's cost is measured. A nonzero `num_nodes` fixes the size.
     """
     nodes = trees.grow(children, num_nodes or SIZES[-1]) or [((0,), 0.0)]
     paths = tuple(path for path, _ in nodes)
     if not num_nodes:
         cost_ms = {size: draft_ms(paths[:size]) + cost for size, cost in verify_ms(target).items()}
         nodes = nodes[: trees.best_size(nodes, rows, cost_ms)]
-    print(f"tree of {len(nodes)} nodes: {trees.tokens_per_round(nodes, rows):.2f} tokens a round on held-out text")
+    print(f"tree of {len(nodes)} nodes: {trees.tokens_per_round(nodes, rows):.2f} tokens per round on held-out text")
     return paths[: len(nodes)]
 
 
-def ranks_by_row(of_batches: Iterable[Tensor]) -> list[Tensor]:
-    """Returns each row's ranks [T, K], on the host, where at least the first head's token is supervised."""
-    rows = [ranks_TK for ranks_KBT in of_batches for ranks_TK in ranks_KBT.permute(1, 2, 0).cpu()]
+def ranks_by_row(batch_ranks: Iterable[Tensor]) -> list[Tensor]:
+    """Returns each row's ranks [T, K], on the CPU, at positions where the first head's label is supervised."""
+    rows = [ranks_TK for ranks_KBT in batch_ranks for ranks_TK in ranks_KBT.permute(1, 2, 0).cpu()]
+
     return [ranks_TK[ranks_TK[:, 0] >= 0] for ranks_TK in rows]

@@ -1,6 +1,6 @@
-"""Text that a draft model writes itself, to be taught and judged on (DistillSpec, 2310.08461; GKD, 2306.13649).
+"""On-policy text of draft models for training and evaluation (DistillSpec, 2310.08461; GKD, 2306.13649).
 
-What a row gets depends on the row, the weights and a salt alone: neither on the rows beside it nor on earlier calls.
+A row's text depends on the row, the weights and a salt alone, not on other rows of the batch or on earlier calls.
 
 Shape suffixes: B rows, T positions, N nodes of a draft.
 """
@@ -28,13 +28,13 @@ from draftsmith.length.costs import CONTEXT, quickest_ms, verify_ms
 
 
 def is_sharded(drafter: nn.Module) -> bool:
-    """Returns whether ZeRO-3 holds the drafter's weights, so that it can run as a whole module only."""
+    """Returns True if ZeRO-3 shards the drafter's weights, so that it can only run as a whole module."""
     return any(hasattr(weight, "ds_tensor") for weight in drafter.parameters())
 
 
 def select_rows(share: float, batch: Batch, salt: str) -> list[int]:
-    """Returns which rows of the batch a coin that falls so for this share of rows is in favour of."""
-    return [row for row in range(len(batch.keys)) if _number(batch, row, f"coin:{salt}") < share * 2**63]
+    """Returns the rows of the batch selected with probability `share`, deterministic in (row, salt)."""
+    return [row for row in range(len(batch.keys)) if _hash(batch, row, f"coin:{salt}") < share * 2**63]
 
 
 def rewrite_rows(
@@ -47,11 +47,11 @@ def rewrite_rows(
     salt: str,
     most_tokens: int | None = None,
 ) -> Batch:
-    """Returns the batch with these rows' supervised tokens replaced by what the drafter writes in their place.
+    """Returns the batch with these rows' supervised tokens replaced by text that the drafter generates.
 
-    It goes on from the tokens before the first supervised one, or the first token if that is supervised, for as many
-    as were supervised, `most_tokens` at most, or until it ends the text. Nothing of the target's features is kept. No
-    gradient goes through the drawing. Raises ValueError for a batch that is not the target's.
+    It continues the tokens before the first supervised one (or the first token, if that is supervised) with as many
+    tokens as were supervised, at most `most_tokens`, or until an end-of-sequence token. The target's features are
+    dropped. Sampling has no gradient. Raises ValueError for a batch that was made with another target.
     """
     if not rows:
         return batch
@@ -59,17 +59,17 @@ def rewrite_rows(
     texts = [ids[:length] for ids, length in zip(batch.tokens_BT.tolist(), batch.lengths_B.tolist(), strict=True)]
     masks = [mask[: len(text)] for mask, text in zip(batch.loss_mask_BT.tolist(), texts, strict=True)]
     prompts = [texts[row][: max(masks[row].index(True), 1)] for row in rows]
-    wanted = [sum(masks[row][len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
-    written = generate_alone(
+    num_supervised = [sum(masks[row][len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
+    generated = generate_alone(
         drafter,
         target,
         prompts,
-        limits=[min(count, most_tokens or count) for count in wanted],
-        seeds=[_number(batch, row, f"text:{salt}") for row in rows],
+        limits=[min(count, most_tokens or count) for count in num_supervised],
+        seeds=[_hash(batch, row, f"text:{salt}") for row in rows],
         temperature=temperature,
-        source=_chosen(batch.source, rows),
+        source=_select_source(batch.source, rows),
     )
-    for row, prompt, text in zip(rows, prompts, written, strict=True):
+    for row, prompt, text in zip(rows, prompts, generated, strict=True):
         texts[row], masks[row] = text, [False] * len(prompt) + [True] * (len(text) - len(prompt))
     device = target.device
     return dataclasses.replace(
@@ -90,36 +90,36 @@ def generate_alone(
     temperature: float,
     source: Source | None = None,
 ) -> list[list[int]]:
-    """Returns each prompt, continued by the drafter alone with up to `limits` tokens or until an end-of-sequence.
+    """Returns each prompt continued by the drafter alone, with up to `limits` tokens or until an end-of-sequence token.
 
-    Every token is drawn from the law that the drafter would draft it from, by random numbers of the row's own seed.
+    Every token is sampled from the drafter's own distribution in drafting, with random numbers from the row's seed.
     """
     rows = [list(prompt) for prompt in prompts]
     longest = [len(row) + limit for row, limit in zip(rows, limits, strict=True)]
-    ends = frozenset(target.eos_token_ids)
+    eos = frozenset(target.eos_token_ids)
     is_running = [len(row) < length for row, length in zip(rows, longest, strict=True)]
-    with _writing(drafter) as writer, torch.no_grad():
-        writer.start(_session(target, rows, seeds, temperature, source))
+    with _drafting_chains(drafter) as drafting, torch.no_grad():
+        drafting.start(_session(target, rows, seeds, temperature, source))
         while any(is_running):
             most = max(length - len(row) for length, row, runs in zip(longest, rows, is_running, strict=True) if runs)
-            draft = writer.propose(most)
+            draft = drafting.propose(most)
             if draft.tree.num_nodes == 1:  # its context is full
                 break
             tokens = draft.tokens_BN.tolist()
             counts = [0] * len(rows)
             for row, ids in enumerate(rows):
                 if is_running[row]:
-                    new = until_end(tokens[row][1:], longest[row] - len(ids), ends)
+                    new = until_end(tokens[row][1:], longest[row] - len(ids), eos)
                     ids += new
                     counts[row] = len(new)
-                    is_running[row] = len(ids) < longest[row] and ids[-1] not in ends
+                    is_running[row] = len(ids) < longest[row] and ids[-1] not in eos
             if any(is_running):
-                writer.observe(_all_accepted(draft, counts))
+                drafting.observe(_accept_all(draft, counts))
     return rows
 
 
 def cost_ratio(drafter: Any, target: Target) -> float:
-    """Returns what a drafted token takes of a plain step of the target, both measured after `CONTEXT` tokens."""
+    """Returns the time of a drafted token over that of a plain step of the target, both after `CONTEXT` tokens."""
     prompt = [1] * min(CONTEXT, target.context_length // 2)
     source = None
     if target.is_encoder_decoder:
@@ -129,30 +129,31 @@ def cost_ratio(drafter: Any, target: Target) -> float:
 
     def draft() -> None:
         nonlocal num_drafted
-        proposed = writer.propose(writer.config.num_draft)
+        proposed = drafting.propose(drafting.config.num_draft)
         num_drafted = proposed.tree.num_nodes - 1
 
-    with _writing(drafter) as writer, torch.no_grad():
-        writer.start(_session(target, rows, [0], 1.0, source))
+    with _drafting_chains(drafter) as drafting, torch.no_grad():
+        drafting.start(_session(target, rows, [0], 1.0, source))
         draft_ms = quickest_ms(draft)
     return draft_ms / max(num_drafted, 1) / verify_ms(target, sizes=(0,))[0]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Writing(Session):
-    """A session of a drafter that writes alone, each row with randomness of its own."""
+class _RowSeededSession(Session):
+    """A session without verification in which each row has its own random generator."""
 
     generators: tuple[torch.Generator, ...]
 
     def uniforms(self) -> Tensor:
+        """Returns one uniform number for each row [B], float64."""
         numbers = [torch.rand((), generator=one, dtype=torch.float64) for one in self.generators]
         return torch.stack(numbers).to(self.target.device)
 
 
 def _session(
     target: Target, rows: list[list[int]], seeds: Sequence[int], temperature: float, source: Source | None
-) -> _Writing:
-    return _Writing(
+) -> _RowSeededSession:
+    return _RowSeededSession(
         target=target,
         rows=rows,
         cache=target.new_cache(len(rows), source=source),
@@ -164,11 +165,11 @@ def _session(
 
 
 @contextmanager
-def _writing(drafter: Any) -> Iterator[Any]:
-    """Gives the drafter as one that drafts chains and drops nothing out, and takes that back."""
-    # Not a copy: what a drafter has multiplied out of its weights would be told of by one and kept by the other.
+def _drafting_chains(drafter: Any) -> Iterator[Any]:
+    """Yields the drafter set to draft chains without dropout, and restores its configuration and mode afterwards."""
+    # A copy would share weights but not the tensors that a drafter caches from them.
     config = drafter.config
-    shape = {name: none for name, none in (("width", 0), ("tree", ())) if hasattr(config, name)}
+    shape = {name: empty for name, empty in (("width", 0), ("tree", ())) if hasattr(config, name)}
     drafter.config = dataclasses.replace(config, **shape)
     was_training = isinstance(drafter, nn.Module) and drafter.training
     if was_training:
@@ -181,8 +182,8 @@ def _writing(drafter: Any) -> Iterator[Any]:
             drafter.train()
 
 
-def _all_accepted(draft: Draft, counts: list[int]) -> Step:
-    """Returns the step in which so many of each row's drafted tokens were accepted, the last as the next token."""
+def _accept_all(draft: Draft, counts: list[int]) -> Step:
+    """Returns the step that commits the first `counts` drafted tokens of each row, the last one as the next token."""
     paths = [list(range(count)) for count in counts]
     counts_B = torch.tensor(counts, device=draft.tokens_BN.device)
     accepted_B = (counts_B - 1).clamp(min=0)
@@ -196,12 +197,13 @@ def _all_accepted(draft: Draft, counts: list[int]) -> Step:
     return Step(draft=draft, logits_BNV=logits_BNV, hidden={}, verdict=verdict, paths=paths, cost_ms=0.0)
 
 
-def _chosen(source: Source | None, rows: Sequence[int]) -> Source | None:
+def _select_source(source: Source | None, rows: Sequence[int]) -> Source | None:
     return None if source is None else Source(**{name: part[list(rows)] for name, part in vars(source).items()})
 
 
-def _number(batch: Batch, row: int, salt: str) -> int:
-    """Returns a number below 2^63 that goes by the row's key and text."""
+def _hash(batch: Batch, row: int, salt: str) -> int:
+    """Returns a number below 2^63 that depends on the row's key and text."""
+
     text = batch.tokens_BT[row, : int(batch.lengths_B[row])].tolist()
     digest = hashlib.sha256(f"{salt}:{batch.keys[row]}:{text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

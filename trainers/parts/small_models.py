@@ -1,4 +1,4 @@
-"""Small transformers models to draft with: their configurations, and how a drafter keeps those."""
+"""Configurations of small transformers models to draft with."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def llama(
     ffn_size: int = 0,
     **special: Any,
 ) -> LlamaConfig:
-    """Returns a Llama whose head is its embedding; ffn_size 0 is the usual one, `special` are ids as `bos_token_id`."""
+    """Returns a Llama with tied embedding and head; ffn_size 0 means 8/3 of the width, `special` are token ids."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=width,
@@ -42,7 +42,7 @@ def t5(
     ffn_size: int = 0,
     **special: Any,
 ) -> T5Config:
-    """Returns a gated T5 with `num_layers` in its decoder, without dropout; ffn_size and `special` as of `llama`."""
+    """Returns a gated T5 without dropout, with `num_layers` decoder layers; ffn_size and `special` as for `llama`."""
     return T5Config(
         vocab_size=vocab_size,
         d_model=width,
@@ -67,14 +67,14 @@ def for_target(
     num_encoder_layers: int,
     has_own_head: bool,
 ) -> PreTrainedConfig:
-    """Returns a Llama with the target's vocabulary, or a T5 if that is an encoder-decoder."""
+    """Returns a Llama with the target's vocabulary, or a T5 if the target is an encoder-decoder."""
     theirs = target.model.config.get_text_config(decoder=True)
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     special: dict[str, Any] = {name: getattr(theirs, name, None) for name in names}
     shape: dict[str, Any] = {"vocab_size": target.vocab_size, "num_layers": num_layers, "num_heads": num_heads}
     shape |= {"width": width, "ffn_size": ffn_size}
     if target.is_encoder_decoder:
-        # T5 scales what comes before a head that is its embedding.
+        # T5 rescales the hidden states before a tied head.
         special["tie_word_embeddings"] = has_own_head
         return t5(**shape, num_encoder_layers=num_encoder_layers, **special)
     del special["decoder_start_token_id"]
@@ -82,6 +82,7 @@ def for_target(
 
 
 def as_dict(config: PreTrainedConfig) -> dict[str, Any]:
-    """Returns what a model of this configuration is made from again, whatever its dtype and transformers' version."""
+    """Returns the configuration as a dictionary, without dtype and transformers' version."""
+
     values = {"model_type": config.model_type, **config.to_diff_dict()}
     return {key: value for key, value in values.items() if key not in ("transformers_version", "dtype")}

@@ -1,4 +1,4 @@
-"""Text for stores: what is taken of rows and what a budget keeps, against slow references; parts, and judging."""
+"""Documents of rows and their selection within a budget against slow references, resumable chunks, and evaluation."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ from data.batches import Example, collate, example
 from draftsmith.drafters import lookup
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, prompts, tiny_target
 from trainers.corpora import corpus
-from trainers.corpora.corpus import build_chunks, documents, evaluate, select_documents
+from trainers.corpora.corpus import build_chunks, documents, select_documents
+from trainers.corpora.decoding import evaluate
 
 ROWS = some.lists(some.lists(some.tuples(some.integers(0, 2), some.booleans()), min_size=1, max_size=9), max_size=6)
 FEW = settings(max_examples=60, deadline=None)
@@ -26,12 +27,12 @@ def rows_of(texts: Sequence[Sequence[int]]) -> list[Example]:
     return [example(list(text), None, str(number)) for number, text in enumerate(texts)]
 
 
-def lists(found: Sequence[np.ndarray]) -> list[list[int]]:
-    return [text.tolist() for text in found]
+def lists(texts: Sequence[np.ndarray]) -> list[list[int]]:
+    return [text.tolist() for text in texts]
 
 
 def slow_documents(rows: list[list[tuple[int, bool]]], context: int) -> list[list[int]]:
-    """Walks each row token by token."""
+    """Returns the documents of rows, read token by token."""
     found: list[list[int]] = []
     for row in rows:
         before: list[int] = []
@@ -57,7 +58,7 @@ def test_documents_are_the_supervised_runs(rows: list[list[tuple[int, bool]]], c
     assert all(text.dtype == np.int64 for text in found)
 
 
-def test_a_decoders_text_begins_with_its_start_and_counts_for_every_source() -> None:
+def test_documents_of_an_encoder_decoder_begin_with_the_start_token_and_are_unique_per_source() -> None:
     written = [([0, 5, 6], [7, 8]), ([0, 5, 6], [9]), ([0, 5, 6], [9]), ([0, 4], [5])]
     rows = [example(ids, [False, *[True] * (len(ids) - 1)], "row", source) for ids, source in written]
     for context in (0, 1, 3):
@@ -69,14 +70,14 @@ def ngrams(text: Sequence[int]) -> set[tuple[int, ...]]:
     return {tuple(text[at : at + corpus.NGRAM]) for at in range(len(text) - corpus.NGRAM + 1)}
 
 
-def slow_worth(
-    text: tuple[int, ...], times: Counter, aside: list[tuple[int, ...]], kept: list[tuple[int, ...]]
+def slow_value(
+    text: tuple[int, ...], times: Counter, reference: list[tuple[int, ...]], kept: list[tuple[int, ...]]
 ) -> float:
-    worth = 0.0
+    value = 0.0
     for ngram in ngrams(text):
-        num_others = sum(ngram in ngrams(one) for one in aside if one != text)
-        worth += num_others / (sum(ngram in ngrams(one) for one in kept) + 1) ** 2
-    return times[text] * worth / len(text)
+        num_others = sum(ngram in ngrams(one) for one in reference if one != text)
+        value += num_others / (sum(ngram in ngrams(one) for one in kept) + 1) ** 2
+    return times[text] * value / len(text)
 
 
 @FEW
@@ -84,49 +85,47 @@ def slow_worth(
     some.lists(some.lists(some.integers(0, 1), min_size=1, max_size=12).map(tuple), min_size=1, max_size=12),
     some.integers(1, 60),
 )
-def test_the_next_one_kept_is_the_worthiest_that_has_room(texts: list[tuple[int, ...]], budget: int) -> None:
+def test_select_takes_the_most_valuable_document_that_fits(texts: list[tuple[int, ...]], budget: int) -> None:
     times = Counter(texts)
     names = {text: corpus._digest(np.array(text)) for text in times}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "ASIDE", 3)
-        chosen, share = corpus._chosen(
+        patch.setattr(corpus, "REFERENCE_EVERY", 3)
+        chosen, coverage = corpus._select(
             {names[text]: np.array(text) for text in times}, Counter({names[one]: times[one] for one in times}), budget
         )
     text_of = {name: text for text, name in names.items()}
-    aside = [text_of[name] for name in sorted(text_of)[: max(1, len(times) // 3)]]
+    reference = [text_of[name] for name in sorted(text_of)[: max(1, len(times) // 3)]]
     kept: list[tuple[int, ...]] = []
     left = set(times)
     for text in (text_of[name] for name in chosen):
         assert len(text) + 1 <= budget
         fitting = [one for one in left if len(one) + 1 <= budget]
-        worths = {one: slow_worth(one, times, aside, kept) for one in fitting}
-        assert worths[text] >= max(worths.values()) - 1e-9
-        if worths[text] == 0:
+        values = {one: slow_value(one, times, reference, kept) for one in fitting}
+        assert values[text] >= max(values.values()) - 1e-9
+        if values[text] == 0:
             assert times[text] == max(times[one] for one in fitting)
         kept.append(text)
         left.remove(text)
         budget -= len(text) + 1
     assert all(len(one) + 1 > budget for one in left)
-    recurring = [one for text in aside for one in ngrams(text) if sum(one in ngrams(other) for other in times) > 1]
-    found = [one for one in recurring if any(one in ngrams(text) for text in kept)]
-    assert share == pytest.approx(len(found) / len(recurring) if recurring else 1)
+    recurring = [one for text in reference for one in ngrams(text) if sum(one in ngrams(other) for other in times) > 1]
+    covered = [one for one in recurring if any(one in ngrams(text) for text in kept)]
+    assert coverage == pytest.approx(len(covered) / len(recurring) if recurring else 1)
 
 
-def test_frequent_text_and_text_that_recurs_is_kept(
+def test_select_documents_prefers_frequent_and_recurring_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(corpus, "_digest", lambda text: bytes(text.tolist()))
-    aside, alike, twice, odd = [1, 2, 3, 4, 5], [6, 2, 3, 4, 5], [7, 8, 9, 10, 11], [12, 13, 14, 15, 16]
-    rows = rows_of([odd, twice, alike, twice, aside])
-    assert lists(select_documents(rows, 12)) == [twice, alike], (
-        "what was met twice, and what is like the text set aside"
-    )
-    said = capsys.readouterr().out
-    assert "keeps 2 of 4 documents, 12 of 24 tokens; 100% of what recurs" in said
-    assert lists(select_documents(rows, 24)) == [odd, twice, alike, aside]
+    reference, alike, twice, odd = [1, 2, 3, 4, 5], [6, 2, 3, 4, 5], [7, 8, 9, 10, 11], [12, 13, 14, 15, 16]
+    rows = rows_of([odd, twice, alike, twice, reference])
+    assert lists(select_documents(rows, 12)) == [twice, alike], "the repeated text and the one like the reference"
+    printed = capsys.readouterr().out
+    assert "keeps 2 of 4 documents, 12 of 24 tokens; they contain 100% of the recurring n-grams" in printed
+    assert lists(select_documents(rows, 24)) == [odd, twice, alike, reference]
     assert capsys.readouterr().out == "", "nothing was dropped"
     assert select_documents([], 5) == []
-    with pytest.raises(ValueError, match="a budget of 5 tokens holds no document"):
+    with pytest.raises(ValueError, match="no document fits into the budget of 5 tokens"):
         select_documents(rows, 5)
 
 
@@ -134,19 +133,19 @@ def sums(rows: Sequence[int]) -> dict[str, np.ndarray]:
     return {"sum": np.array([sum(rows)]), "rows": np.array(list(rows), np.int32)}
 
 
-def test_parts_are_made_once(tmp_path: Path) -> None:
+def test_build_chunks_continues_an_interrupted_build(tmp_path: Path) -> None:
     made = []
 
-    def watched(rows: Sequence[int]) -> dict[str, np.ndarray]:
+    def interrupted_sums(rows: Sequence[int]) -> dict[str, np.ndarray]:
         made.append(list(rows))
         if len(made) == 3:
             raise KeyboardInterrupt
         return sums(rows)
 
     with pytest.raises(KeyboardInterrupt):
-        build_chunks(range(7), tmp_path / "run", 3, watched)
+        build_chunks(range(7), tmp_path / "run", 3, interrupted_sums)
     (tmp_path / "run" / "parts" / ".0002.safetensors.part-77").write_bytes(b"cut sh")
-    files = build_chunks(range(7), tmp_path / "run", 3, watched)
+    files = build_chunks(range(7), tmp_path / "run", 3, interrupted_sums)
     assert made == [[0, 1, 2], [3, 4, 5], [6], [6]]
     assert [load_file(file)["sum"].tolist() for file in files] == [[3], [12], [6]]
     whole = build_chunks(range(7), tmp_path / "whole", 3, sums)
@@ -158,13 +157,13 @@ def test_parts_are_made_once(tmp_path: Path) -> None:
     assert build_chunks([], tmp_path / "none", 3, sums) == []
 
 
-def test_judged_by_decoding() -> None:
-    """Rows of unequal length, each continued from its half: as many are accepted as in decoding them one by one."""
+def test_evaluate_counts_tokens_as_decoding_row_by_row_does() -> None:
+    """Rows of unequal length, each continued from its half, accept as many tokens as when decoded one by one."""
     target = tiny_target("gemma3_text")  # it repeats itself
     drafter = lookup.Drafter(lookup.Config(), target)
     rows = [text[:end] for text, end in zip(greedy_by_transformers("gemma3_text", 3, 20), (24, 9, 1), strict=True)]
     examples = [example(row * 2, None, str(number)) for number, row in enumerate(rows)]
-    metrics = evaluate(drafter, collate(examples), target, new_tokens=8)
+    metrics = evaluate(drafter, collate(examples), None, target, new_tokens=8)
     num_accepted = num_rounds = 0
     for row in rows:
         stats = draftsmith.generate(target, torch.tensor([row]), drafter, max_new_tokens=8).stats
@@ -174,13 +173,13 @@ def test_judged_by_decoding() -> None:
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_an_encoder_decoder_is_judged_from_the_beginning(architecture: str) -> None:
-    """Each row's source is read without the padding, and as much is accepted as when each is decoded alone."""
+def test_evaluate_decodes_an_encoder_decoder_from_the_start(architecture: str) -> None:
+    """Each row's source is read without padding, and as many tokens are accepted as when each is decoded alone."""
     target = tiny_target(architecture)
     drafter = lookup.Drafter(lookup.Config(), target)
     sources = prompts(5)
     batch = collate([example([0, 5], [False, True], str(at), source) for at, source in enumerate(sources)])
-    metrics = evaluate(drafter, batch, target, new_tokens=12)
+    metrics = evaluate(drafter, batch, None, target, new_tokens=12)
     num_accepted = num_rounds = 0
     for source in sources:
         stats = draftsmith.generate(target, torch.tensor([source]), drafter, max_new_tokens=12).stats

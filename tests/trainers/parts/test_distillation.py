@@ -14,7 +14,7 @@ from data.teacher import complete
 from draftsmith.artifacts.artifact import read_manifest
 from tests.support.masked_batch import masked_batch
 from tests.support.models import tiny_target
-from tests.support.runs import SMALL, logged, make_data, make_target, weights
+from tests.support.runs import SMALL, logged, make_data, make_target, trainer_settings, weights
 from trainers import cnn, lstm, ngram
 from trainers.parts import distillation
 from trainers.parts.distillation import BEST_METRIC, run_acceptance, summarise
@@ -24,7 +24,7 @@ from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
 TARGET = tiny_target("llama")
-SETTINGS = lstm.Settings(hidden_size=24, rank=16, num_draft=3, loss="forward_kl", on_policy=0.5)
+SETTINGS = trainer_settings(lstm, hidden_size=24, rank=16, num_draft=3, loss="forward_kl", on_policy=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +142,13 @@ def test_the_best_step_is_that_of_the_largest_predicted_speed_up(folder: Path, m
 
 def test_costs_are_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that goes on has those of its first session."""
-    mark_whole = checkpoints.mark_whole
+    mark_complete = checkpoints.mark_complete
 
     def stop(checkpoint: Path, facts: dict[str, Any]) -> None:
-        mark_whole(checkpoint, facts)
+        mark_complete(checkpoint, facts)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "mark_whole", stop)
+    monkeypatch.setattr(checkpoints, "mark_complete", stop)
     with pytest.raises(KeyboardInterrupt):
         train(lstm, SETTINGS, run_settings(folder, "stopped"))
     monkeypatch.undo()
@@ -186,4 +186,4 @@ def test_what_is_refused() -> None:
     ]
     for message, changes in cases:
         with pytest.raises(ValueError, match=message):
-            lstm.Settings(**changes)  # type: ignore[arg-type]
+            trainer_settings(lstm, **changes)

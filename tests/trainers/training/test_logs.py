@@ -1,4 +1,4 @@
-"""What runs tell: the same names in log.jsonl and in wandb, whatever the family, and once also after a kill."""
+"""Logs: metric names in log.jsonl and wandb for every family, and the last line after an interruption."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 import wandb
 from transformers.integrations.integration_utils import rewrite_logs
 
-from tests.support.runs import SMALL, make_data, make_target
+from tests.support.runs import SMALL, make_data, make_target, trainer_settings
 from tests.support.wandb_files import read_wandb
 from trainers import layerskip, lookup, medusa
 from trainers.training import logs
@@ -19,8 +19,8 @@ from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
 FAMILIES = [
-    (medusa, medusa.Settings(num_heads=2)),
-    (layerskip, layerskip.Settings(objective="acceptance", skip_ratio=0.5, num_texts=2)),
+    (medusa, trainer_settings(medusa, num_heads=2)),
+    (layerskip, trainer_settings(layerskip, objective="acceptance", skip_ratio=0.5, num_texts=2)),
     (lookup, lookup.Settings()),
 ]
 
@@ -43,7 +43,7 @@ def lines(output: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
-def test_every_run_ends_with_what_it_reached_and_cost(folder: Path, family: ModuleType, settings: Any) -> None:
+def test_last_line_has_acceptance_and_training_time(folder: Path, family: ModuleType, settings: Any) -> None:
     output = train(family, settings, run_settings(folder, family.__name__))
     manifest = json.loads((output / "draft_config.json").read_text())
     *earlier, last = lines(output)
@@ -57,37 +57,37 @@ def test_every_run_ends_with_what_it_reached_and_cost(folder: Path, family: Modu
         assert [line["step"] for line in earlier] == [1, 2] and all("score" in line for line in earlier)
 
 
-def test_wandb_is_told_the_same_without_an_account(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a run with a gradient and one without; the config holds every setting, the run's and the family's."""
+def test_wandb_offline_gets_the_same_metrics_and_all_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks a family with gradient and one without."""
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     for family, settings in FAMILIES[:2]:
-        output = train(family, settings, run_settings(folder, f"{family.__name__}-told", report_to="wandb"))
+        output = train(family, settings, run_settings(folder, f"{family.__name__}-wandb", report_to="wandb"))
         wandb.finish()
         (file,) = output.glob("wandb/offline-run-*/*.wandb")
-        told, config = read_wandb(file)
+        logged, config = read_wandb(file)
         assert config["num_texts" if family is layerskip else "num_heads"] == 2 and config["max_steps"] == 2
         for line in lines(output):
             expected = {wandb_name(name): value for name, value in line.items() if name != "step"}
-            assert any(expected.items() <= one.items() for one in told), line
+            assert any(expected.items() <= one.items() for one in logged), line
 
 
-def test_names_are_those_that_transformers_gives_them() -> None:
+def test_wandb_names_equal_those_of_transformers() -> None:
     line = {"loss": 1.0, "eval_acceptance": 0.5, "tokens_per_s": 3.0}
     assert {wandb_name(name): value for name, value in line.items()} == rewrite_logs(line)
 
 
-def test_a_run_killed_after_its_last_line_tells_it_once(tmp_path: Path) -> None:
+def test_log_artifact_replaces_the_line_of_a_killed_run(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "seconds": 1.0}\n{"step": 2, "eval_acceptance": 0.')
     run = RunSettings(max_steps=2)
     for seconds in (3.0, 4.0):
-        logs.conclude(run, {"acceptance": 0.5}, seconds, tmp_path)
+        logs.log_artifact(run, {"acceptance": 0.5}, seconds, tmp_path)
     assert lines(tmp_path) == [
         {"step": 1, "loss": 2.0, "seconds": 1.0},
         {"step": 2, "eval_acceptance": 0.5, "seconds": 4.0},
     ]
 
 
-def test_each_trial_of_a_wandb_sweep_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_folder_of_a_wandb_sweep_is_named_after_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
     monkeypatch.setenv("WANDB_RUN_ID", "r1")
     assert RunSettings().folder("x") == Path("runs/x")

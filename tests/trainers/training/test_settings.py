@@ -1,4 +1,4 @@
-"""Settings from the command line and YAML: what is understood, and how faults are told."""
+"""Settings from the command line and YAML: accepted forms, error messages and --help."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ class Run:
     """Settings of every kind."""
 
     max_steps: int = 10
-    """How long it takes."""
+    """Number of steps."""
     learning_rate: float = 1e-3
     name: str = "x"
     """Two lines
@@ -31,8 +31,8 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needed:
-    """A setting without a default, and one that is checked."""
+class Required:
+    """A required setting and one with a checked value."""
 
     target: str
     share: float = 0.5
@@ -68,15 +68,15 @@ class Trainer:
 
 
 def parse(*argv: str) -> Run:
-    (run,) = parse_settings(Run, description="What it does.", argv=list(argv))
+    (run,) = parse_settings(Run, description="Trains a drafter.", argv=list(argv))
     assert isinstance(run, Run)
     return run
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *argv: str, kinds: tuple[type, ...] = (Run,)) -> list[str]:
-    """Returns the faults told, one a line, the program's name cut off."""
+def faults_of(capsys: pytest.CaptureFixture[str], *argv: str, classes: tuple[type, ...] = (Run,)) -> list[str]:
+    """Returns the faults printed, one per line, without the program's name."""
     with pytest.raises(SystemExit) as exit_:
-        parse_settings(*kinds, description=None, argv=list(argv))
+        parse_settings(*classes, description=None, argv=list(argv))
     assert exit_.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -110,15 +110,15 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str, kinds: tuple[type, .
         ("--local-rank 0", {}),
     ],
 )
-def test_the_command_line(argv: str, expected: dict[str, Any]) -> None:
+def test_command_line_accepts(argv: str, expected: dict[str, Any]) -> None:
     assert parse(*argv.split()) == Run(**expected)
 
 
-def test_mappings_are_written_as_yaml() -> None:
+def test_mapping_is_read_as_yaml() -> None:
     assert parse("--model", "{hidden_size: 8, act: silu}").model == {"hidden_size": 8, "act": "silu"}
 
 
-def test_flags_beat_the_preset_which_beats_defaults(tmp_path: Path) -> None:
+def test_flags_override_the_preset_which_overrides_defaults(tmp_path: Path) -> None:
     preset = tmp_path / "preset.yaml"
     preset.write_text(
         "max-steps: 5\nlearning_rate: 3e-4\nbf16: true\nlayers: [1, 2]\nlimit: null\nmodel: {a: 1}\nname: preset\n"
@@ -129,8 +129,8 @@ def test_flags_beat_the_preset_which_beats_defaults(tmp_path: Path) -> None:
 
 
 def test_several_dataclasses_share_the_command_line() -> None:
-    run, needed = parse_settings(Run, Needed, description=None, argv=["--target", "t", "--max-steps", "2"])
-    assert (run, needed) == (Run(max_steps=2), Needed(target="t"))
+    run, needed = parse_settings(Run, Required, description=None, argv=["--target", "t", "--max-steps", "2"])
+    assert (run, needed) == (Run(max_steps=2), Required(target="t"))
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_several_dataclasses_share_the_command_line() -> None:
         ("--max_stpes=3", "unknown setting '--max_stpes' on the command line; did you mean --max-steps?"),
         ("--qqqqq", "unknown setting '--qqqqq' on the command line; see --help"),
         ("--max 3", "unknown setting '--max' on the command line; did you mean --max-steps?"),
-        ("stray", "do not know what to do with 'stray': settings are written --key value"),
-        ("--max-steps 3 4", "do not know what to do with '4': settings are written --key value"),
+        ("stray", "unexpected argument 'stray'; settings are written --key value"),
+        ("--max-steps 3 4", "unexpected argument '4'; settings are written --key value"),
         ("--max-steps abc", "--max-steps takes a whole number, not 'abc'"),
         ("--max-steps 1.5", "--max-steps takes a whole number, not '1.5'"),
         ("--learning-rate fast", "--learning-rate takes a number, not 'fast'"),
@@ -149,7 +149,7 @@ def test_several_dataclasses_share_the_command_line() -> None:
         ("--layers [1,", "--layers is not valid YAML: '[1,'"),
         ("--model 3", "--model takes a mapping like {key: value}, not 3"),
         ("--bf16=maybe", "--bf16 takes true or false, not 'maybe'"),
-        ("--no-name", "--no-name: only switches have a --no- form"),
+        ("--no-name", "--no-name: only true/false settings have a --no- form"),
         ("--max-steps", "--max-steps needs a value"),
         ("--max-steps --bf16", "--max-steps needs a value"),
         ("--schedule linaer", "--schedule takes one of cosine, linear, not 'linaer'; did you mean linear?"),
@@ -157,8 +157,8 @@ def test_several_dataclasses_share_the_command_line() -> None:
         ("--config nowhere.yaml", "--config nowhere.yaml: no such file"),
     ],
 )
-def test_a_fault_is_one_clear_sentence(capsys: pytest.CaptureFixture[str], argv: str, fault: str) -> None:
-    assert refusal(capsys, *argv.split()) == [fault]
+def test_fault_on_the_command_line(capsys: pytest.CaptureFixture[str], argv: str, fault: str) -> None:
+    assert faults_of(capsys, *argv.split()) == [fault]
 
 
 @pytest.mark.parametrize(
@@ -169,37 +169,37 @@ def test_a_fault_is_one_clear_sentence(capsys: pytest.CaptureFixture[str], argv:
         ("max_steps: 1.5", "{path}: max-steps takes a whole number, not 1.5"),
         ("max_steps: true", "{path}: max-steps takes a whole number, not True"),
         ("name: [a]", "{path}: name takes text, not ['a']"),
-        ("- max_steps", "--config {path}: should hold `key: value` lines"),
+        ("- max_steps", "--config {path}: must contain `key: value` lines"),
         ("max_steps: [1", "--config {path}: not valid YAML: "),
     ],
 )
-def test_a_faulty_preset(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, fault: str) -> None:
+def test_fault_in_a_preset(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, fault: str) -> None:
     path = tmp_path / "preset.yaml"
     path.write_text(text)
-    (told,) = refusal(capsys, "--config", str(path))
+    (message,) = faults_of(capsys, "--config", str(path))
     expected = fault.format(path=path)
-    assert told.startswith(expected) if fault.endswith(" ") else told == expected
+    assert message.startswith(expected) if fault.endswith(" ") else message == expected
 
 
-def test_all_faults_are_told_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "preset.yaml"
     path.write_text("sharr: 0.1\nmax_steps: many\n")
     argv = ["--bf61", "--config", str(path), "--learning-rate", "fast"]
-    assert refusal(capsys, *argv, kinds=(Run, Needed)) == [
+    assert faults_of(capsys, *argv, classes=(Run, Required)) == [
         "unknown setting '--bf61' on the command line; did you mean --bf16?",
         f"unknown setting 'sharr' in {path}; did you mean share?",
         f"{path}: max-steps takes a whole number, not 'many'",
         "--learning-rate takes a number, not 'fast'",
-        "--target must be given",
+        "--target is required",
     ]
 
 
-def test_what_a_dataclass_refuses_is_told_alike(capsys: pytest.CaptureFixture[str]) -> None:
-    told = refusal(capsys, "--target", "t", "--share", "2", kinds=(Run, Needed))
-    assert told == ["share is 2.0; it must lie between 0 and 1"]
+def test_value_rejected_by_a_dataclass_is_reported_as_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    messages = faults_of(capsys, "--target", "t", "--share", "2", classes=(Run, Required))
+    assert messages == ["share is 2.0; it must lie between 0 and 1"]
 
 
-def test_two_settings_of_one_name_are_our_own_mistake() -> None:
+def test_two_settings_with_the_same_name_fail_an_assertion() -> None:
     with pytest.raises(AssertionError, match=r"two settings are called max_steps: Run.max_steps and Run.max_steps; "):
         parse_settings(Run, Run, description=None, argv=[])
 
@@ -208,10 +208,10 @@ def test_nested_dataclass_gives_settings_of_the_same_level(tmp_path: Path) -> No
     preset = tmp_path / "preset.yaml"
     preset.write_text("num-draft: 3\ntree_nodes: 4\n")
     trainer, run = parse_settings(
-        Trainer, Needed, description=None, argv=f"--config {preset} --num-draft 5 --loss kl --target t".split()
+        Trainer, Required, description=None, argv=f"--config {preset} --num-draft 5 --loss kl --target t".split()
     )
     assert trainer == Trainer(config=Config(num_draft=5, num_nodes=4, num_blocks=2), loss="kl")
-    assert run == Needed(target="t")
+    assert run == Required(target="t")
 
 
 def test_flat_and_from_flat_are_inverse_and_use_the_names_of_flags() -> None:
@@ -231,11 +231,11 @@ def test_flat_and_from_flat_are_inverse_and_use_the_names_of_flags() -> None:
         ("--num-draft 0", "num_draft is 0; it must be at least 1"),
     ],
 )
-def test_faults_in_a_nested_dataclass(capsys: pytest.CaptureFixture[str], argv: str, fault: str) -> None:
-    assert refusal(capsys, *argv.split(), kinds=(Trainer,)) == [fault]
+def test_fault_in_a_nested_dataclass(capsys: pytest.CaptureFixture[str], argv: str, fault: str) -> None:
+    assert faults_of(capsys, *argv.split(), classes=(Trainer,)) == [fault]
 
 
-def test_nested_setting_of_a_name_in_use_is_our_own_mistake() -> None:
+def test_nested_setting_with_the_name_of_another_fails_an_assertion() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Clash:
         num_draft: int = 1
@@ -255,15 +255,15 @@ def test_help_of_a_nested_dataclass(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  --num-blocks N              [default 2]" in lines
 
 
-def test_help_shows_meaning_default_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_description_default_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse_settings(
-            Run, Needed, description="What it does.\n\n    a command line   # kept as it is\n", argv=["--help"]
+            Run, Required, description="Trains a drafter.\n\n    a command line   # kept as it is\n", argv=["--help"]
         )
     assert exit_.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert "    a command line   # kept as it is" in lines
-    assert "  --max-steps N               How long it takes. [default 10]" in lines
+    assert "  --max-steps N               Number of steps. [default 10]" in lines
     assert "  --name TEXT                 Two lines of help. [default 'x']" in lines
     assert "  --schedule {cosine,linear}  [default 'cosine']" in lines
     assert "  --layers N ...              [default ()]" in lines
