@@ -1,7 +1,7 @@
-"""Several drafters of which one drafts at each step: as a look-up, and heads where it finds nothing.
+"""Cascade: several drafters, one of which drafts in each step, such as a look-up and heads for where it finds nothing.
 
-Which one is asked first is settled by what each has brought: tokens a millisecond, drafting and verification included.
-A plain step is one of the choices, so that nothing is drafted where that does not pay.
+The parts are tried in the order of their measured tokens per millisecond, drafting and verification included. A step
+of plain decoding is one of the choices, so that nothing is drafted where drafting does not pay.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,16 +32,16 @@ from draftsmith.parts.composites import (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The parts, and in which order they are asked."""
+    """Settings of a cascade."""
 
     parts: PartConfigs
     """Each part's family and configuration."""
     adaptive: bool = True
-    """Whether the part that has brought most tokens a millisecond is asked first, and none that has brought less than
-    plain steps: this goes by the clock and by earlier calls. Else all are asked in the order given."""
+    """Whether the fastest part by measured tokens per millisecond is tried first, and none that is slower than plain
+    steps, which depends on the clock and on earlier calls; otherwise parts are tried in the given order."""
     min_tokens: int = 1
-    """A part has found something if its draft, of some row, is at least so many tokens deep; else the next is asked. A
-    draft of tokens drawn from a law counts if it has any, as it must not be judged by what was drawn."""
+    """Minimum depth, in at least one row, of a part's draft; the next part is tried otherwise. A sampled draft needs
+    only one token: rejecting it for what was sampled would change the output distribution."""
 
     def __post_init__(self) -> None:
         check_parts(self.parts)
@@ -50,10 +50,10 @@ class Config:
 
 
 class Drafter(drafter.Drafter):
-    """One part proposes for the whole batch, as a step is one forward; all of them see what becomes of it."""
+    """Uses one part's draft for the whole batch in each step; all parts observe every step."""
 
     TRIAL_EVERY = 32
-    """Steps after which a choice that was not made comes first: its estimate may have come to be wrong."""
+    """Steps after which a choice not used since is tried first, because its estimate may be out of date."""
 
     keeps_state_between_calls = True
 
@@ -62,7 +62,7 @@ class Drafter(drafter.Drafter):
         self.target = target
         self.parts = list(parts or [make_part(part, target) for part in config.parts])
         self.hidden_layers = hidden_layers_of(self.parts)
-        self._known: dict[tuple[int, Sampling], list[Estimate]] = {}
+        self._estimates_by_call: dict[tuple[int, Sampling], list[Estimate]] = {}
 
     def save_state(self, folder: Path) -> None:
         save_parts(self.parts, folder)
@@ -81,18 +81,18 @@ class Drafter(drafter.Drafter):
         self._session = session
         self._is_running = [True] * len(session.rows)
         self._draft: Draft | None = None
-        # What was learnt holds for calls like this one; the last estimate is that of plain steps.
+        # Estimates hold for calls of this batch size and sampling; the last one is that of plain steps.
         key = (len(session.rows), session.sampling)
-        self._estimates = self._known.setdefault(key, [Estimate() for _ in range(len(self.parts) + 1)])
+        self._estimates = self._estimates_by_call.setdefault(key, [Estimate() for _ in range(len(self.parts) + 1)])
         for part in self.parts:
             part.start(session)
 
     def propose(self, budget: int) -> Draft:
-        for place in self._order():
-            is_plain = place == len(self.parts)
-            self._place = place
-            self._draft = self._session.empty_draft() if is_plain else self.parts[place].propose(budget)
-            if is_plain or self._has_found(self._draft):
+        for choice in self._order():
+            is_plain = choice == len(self.parts)
+            self._choice = choice
+            self._draft = self._session.empty_draft() if is_plain else self.parts[choice].propose(budget)
+            if is_plain or self._is_deep_enough(self._draft):
                 break
         assert self._draft is not None
         return self._draft
@@ -101,15 +101,15 @@ class Drafter(drafter.Drafter):
         self._is_running = [len(path) > 0 for path in step.paths]
         for estimate in self._estimates:
             estimate.num_since += 1
-        if step.is_for(self._draft) and (step.draft.tree.depth > 0 or self._place == len(self.parts)):
+        if step.is_for(self._draft) and (step.draft.tree.depth > 0 or self._choice == len(self.parts)):
             tokens = sum(map(len, step.paths)) / max(sum(self._is_running), 1)
-            self._estimates[self._place].add(tokens, step.cost_ms)
+            self._estimates[self._choice].add(tokens, step.cost_ms)
         self._draft = None
         for part in self.parts:
             part.observe(step)
 
     def _order(self) -> list[int]:
-        """Returns the order in which parts are asked, and where among them a plain step stands."""
+        """Returns the parts in the order in which they are tried, a plain step being the choice `len(self.parts)`."""
         if not self.config.adaptive:
             return list(range(len(self.parts)))
         estimates = self._estimates
@@ -118,28 +118,28 @@ class Drafter(drafter.Drafter):
             key=lambda at: (estimates[at].num_since < self.TRIAL_EVERY, -estimates[at].tokens_per_ms()),
         )
 
-    def _has_found(self, draft: Draft) -> bool:
+    def _is_deep_enough(self, draft: Draft) -> bool:
         depths = [drafted_depth(draft, row) for row, runs in enumerate(self._is_running) if runs]
         return max(depths) >= (self.config.min_tokens if draft.draft_probs_BNV is None else 1)
 
 
 class Estimate:
-    """What a part's drafts have brought: means at first, then running ones."""
+    """Estimates a choice's tokens per millisecond: by plain means at first, then by running means."""
 
     WEIGHT = 0.1
-    """Of the newest step in a running mean."""
+    """Weight of the newest step in a running mean."""
 
     def __init__(self) -> None:
         self._num_steps = self.num_since = 0
         self._tokens = self._ms = 0.0
 
     def add(self, tokens: float, ms: float) -> None:
-        """Takes in one step's tokens, of a row on average, and what it took."""
+        """Adds a step: its tokens, averaged over rows, and its time."""
         self._num_steps, self.num_since = self._num_steps + 1, 0
         weight = max(self.WEIGHT, 1 / self._num_steps)
         self._tokens += weight * (tokens - self._tokens)
         self._ms += weight * (ms - self._ms)
 
     def tokens_per_ms(self) -> float:
-        """Returns the expected rate, infinite before there is any."""
+        """Returns the estimate, infinite before the first step."""
         return self._tokens / self._ms if self._ms > 0 else float("inf")

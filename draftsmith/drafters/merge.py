@@ -1,9 +1,9 @@
-"""The trees of several drafters joined into one, of which the target verifies the nodes most likely to be right.
+"""Merges the draft trees of several drafters into one and keeps the nodes most likely to be correct.
 
-What a part's guess is worth is learnt as text is written: the share of its nodes of one depth and rank that were right
-where the node above was. A node's chance is the product of those on its path; of parts that agree as if they were
-independent. The likeliest nodes give most accepted tokens for their number, as each counts with its chance (EAGLE-2,
-2406.16858, section 4.2).
+The accuracy of a part's nodes is estimated while text is generated: the share of its nodes of one depth and rank that
+were correct, given that their parents were. A node's probability of being correct is the product of these along its
+path; parts that agree are treated as independent. For a given number of nodes, the likeliest ones give the greatest
+expected number of accepted tokens, which is the sum of their probabilities (EAGLE-2, 2406.16858, section 4.2).
 
 Shape suffixes: P parts, D depths, R ranks among siblings.
 """
@@ -33,19 +33,21 @@ from draftsmith.parts.composites import (
 )
 from draftsmith.parts.trie import TokenTree, heaviest_path, to_draft
 
-STORE, PRIOR = "counts.npy", 8
+COUNTS = "counts.npy"
+PRIOR = 8
+"""Weight, in nodes, of the prior accuracy of nodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The parts, and how much of their trees is kept."""
+    """Settings of the merged tree."""
 
     parts: PartConfigs
-    """Each part's family and configuration; their drafts must be deterministic."""
+    """Each part's family and configuration; its drafts must be deterministic."""
     num_nodes: int = 16
-    """Most nodes of the joined tree."""
+    """Maximum number of nodes of the merged tree."""
     least_chance: float = 0.0
-    """A node less likely than this is left out: what it takes to verify it is more than it brings."""
+    """Minimum probability of a node being correct; less likely ones cost more to verify than they gain."""
 
     def __post_init__(self) -> None:
         check_parts(self.parts)
@@ -56,14 +58,14 @@ class Config:
 
 
 class Drafter(drafter.Drafter):
-    """All parts propose; their trees become one for each row, and the best branch alone for an encoder-decoder.
+    """Merges all parts' trees into one per row, of which an encoder-decoder gets the likeliest path only.
 
-    `counts_PDR2` says of each part's nodes how many were right and how many were judged. A call begins with what it
-    holds and goes on counting; `keep` puts that into it.
+    `counts_PDR2` holds, by part, depth and rank, the number of correct nodes and of evaluated nodes. Each call starts
+    counting from it; `keep` stores the call's counts in it.
     """
 
     NUM_DEPTHS, NUM_RANKS = 16, 16
-    """Deeper and later nodes count as the last."""
+    """Deeper nodes and higher ranks count as the last."""
 
     keeps_state_between_calls = True
 
@@ -83,25 +85,27 @@ class Drafter(drafter.Drafter):
 
     def save_state(self, folder: Path) -> None:
         save_parts(self.parts, folder)
-        np.save(folder / STORE, self.counts_PDR2)
+        np.save(folder / COUNTS, self.counts_PDR2)
 
     @classmethod
     def load_state(cls, folder: Path, config: Config, target: Target) -> Self:
         parts = [load_part(folder, config.parts, at, target) for at in range(len(config.parts))]
         try:
-            counts_PDR2 = np.load(folder / STORE, allow_pickle=False)
+            counts_PDR2 = np.load(folder / COUNTS, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
-                f"{folder / STORE} is missing or broken ({error}); the artifact must be made again"
+                f"{folder / COUNTS} is missing or broken ({error}); the artifact must be made again"
             ) from error
         drafter = cls(config, target, parts)
         if (counts_PDR2.shape, counts_PDR2.dtype) != (drafter.counts_PDR2.shape, drafter.counts_PDR2.dtype):
             raise ValueError(
-                f"{folder / STORE} holds {counts_PDR2.dtype} {list(counts_PDR2.shape)}, expected"
+                f"{folder / COUNTS} holds {counts_PDR2.dtype} {list(counts_PDR2.shape)}, expected"
                 f" {drafter.counts_PDR2.dtype} {list(drafter.counts_PDR2.shape)}; the artifact must be made again"
             )
         if (counts_PDR2[..., 0] < 0).any() or (counts_PDR2[..., 0] > counts_PDR2[..., 1]).any():
-            raise ValueError(f"{folder / STORE} counts more right than judged; the artifact must be made again")
+            raise ValueError(
+                f"{folder / COUNTS} counts more correct nodes than evaluated ones; the artifact must be made again"
+            )
         drafter.counts_PDR2 = counts_PDR2
         return drafter
 
@@ -114,60 +118,60 @@ class Drafter(drafter.Drafter):
     def start(self, session: Session) -> None:
         self._session = session
         self._counts_PDR2 = self.counts_PDR2.copy()
-        self._guessed: list[list[Guesses]] = []
+        self._trees: list[list[PartTree]] = []
         for part in self.parts:
             part.start(session)
 
     def propose(self, budget: int) -> Draft:
         drafts = [part.propose(budget) for part in self.parts]
         for part, draft in zip(self.parts, drafts, strict=True):
-            _refuse_unfit(part, draft)
+            _check_mergeable(part, draft)
         self._lengths = [len(row) for row in self._session.rows]
-        self._guessed = [list(of_parts) for of_parts in zip(*map(guesses, drafts), strict=True)]
-        chances = chances_of(self._counts_PDR2).tolist()
-        rows = [self._joined(of_parts, chances) for of_parts in self._guessed]
+        self._trees = [list(trees) for trees in zip(*map(part_trees, drafts), strict=True)]
+        accuracies = estimate_accuracies(self._counts_PDR2).tolist()
+        rows = [self._merge(trees, accuracies) for trees in self._trees]
         if self.target.is_encoder_decoder:
-            rows = [heaviest_path(branches) for branches in rows]
+            rows = [heaviest_path(tree) for tree in rows]
         return to_draft(self._session, rows)
 
     def observe(self, step: Step) -> None:
-        for row, of_parts in enumerate(self._guessed):
+        for row, trees in enumerate(self._trees):
             if step.paths[row]:
                 text = self._session.rows[row][self._lengths[row] :]
-                for guessed, counts_DR2 in zip(of_parts, self._counts_PDR2, strict=True):
-                    guessed.judge(text, counts_DR2)
-        self._guessed = []
+                for tree, counts_DR2 in zip(trees, self._counts_PDR2, strict=True):
+                    tree.count_correct(text, counts_DR2)
+        self._trees = []
         for part in self.parts:
             part.observe(step)
 
     def keep(self) -> None:
-        """Lets later calls begin with what this one has learnt."""
+        """Stores the counts of the current call, so that later calls start from them."""
         self.counts_PDR2 = self._counts_PDR2.copy()
 
-    def _joined(self, of_parts: Sequence["Guesses"], chances: list) -> TokenTree:
-        """Returns one row's tree; a node's weight is its chance of being right."""
-        missed: dict[tuple[int, ...], float] = {}
-        for part, guessed in enumerate(of_parts):
-            for path, chance in guessed.weighed(chances[part]):
-                missed[path] = missed.get(path, 1.0) * (1 - chance)
-        # A parent is as likely as its child at least, and comes before it.
+    def _merge(self, trees: Sequence["PartTree"], accuracies: list) -> TokenTree:
+        """Returns one row's tree; a node's weight is its probability of being correct."""
+        wrong: dict[tuple[int, ...], float] = {}
+        for part, tree in enumerate(trees):
+            for path, probability in tree.path_probabilities(accuracies[part]):
+                wrong[path] = wrong.get(path, 1.0) * (1 - probability)
+        # A parent is at least as likely as its child, and is sorted before it.
         likely = sorted(
-            (path for path, miss in missed.items() if 1 - miss >= self.config.least_chance),
-            key=lambda path: (missed[path], len(path)),
+            (path for path, probability in wrong.items() if 1 - probability >= self.config.least_chance),
+            key=lambda path: (wrong[path], len(path)),
         )[: self.config.num_nodes]
         number = {(): 0} | {path: node for node, path in enumerate(likely, start=1)}
         return TokenTree(
             tokens=[path[-1] for path in likely],
             parents=[number[path[:-1]] for path in likely],
-            weights=[1 - missed[path] for path in likely],
+            weights=[1 - wrong[path] for path in likely],
         )
 
 
-class Guesses:
+class PartTree:
     """One part's tree in one row: each node's path of tokens, parent, depth and rank among its siblings."""
 
     def __init__(self, tokens: Sequence[int], parents: Sequence[int]) -> None:
-        """Takes what follows node 0."""
+        """Takes the nodes after node 0."""
         self._parents, num_children = [-1, *parents], [0] * (len(tokens) + 1)
         self._paths: list[tuple[int, ...]] = [()]
         self._cells = [(0, 0)]
@@ -179,49 +183,50 @@ class Guesses:
             )
             num_children[parent] += 1
 
-    def weighed(self, chances_DR: list[list[float]]) -> Iterator[tuple[tuple[int, ...], float]]:
-        """Yields each node's path and the chance that all of it is right."""
-        chance = [1.0]
+    def path_probabilities(self, accuracies_DR: list[list[float]]) -> Iterator[tuple[tuple[int, ...], float]]:
+        """Yields each node's path and the probability that all of it is correct."""
+        probabilities = [1.0]
         for path, parent, (depth, rank) in list(zip(self._paths, self._parents, self._cells, strict=True))[1:]:
-            chance.append(chance[parent] * chances_DR[depth][rank])
-            yield path, chance[-1]
+            probabilities.append(probabilities[parent] * accuracies_DR[depth][rank])
+            yield path, probabilities[-1]
 
-    def judge(self, text: Sequence[int], counts_DR2: np.ndarray) -> None:
-        """Counts the nodes whose parent was right and which the text says of whether they were."""
-        is_right = [True]
+    def count_correct(self, text: Sequence[int], counts_DR2: np.ndarray) -> None:
+        """Adds to the counts the nodes whose parent was correct and that are no deeper than the text is long."""
+        is_correct = [True]
         for path, parent, (depth, rank) in list(zip(self._paths, self._parents, self._cells, strict=True))[1:]:
-            is_judged = is_right[parent] and len(path) <= len(text)
-            is_right.append(is_judged and path[-1] == text[len(path) - 1])
-            if is_judged:
-                counts_DR2[depth, rank] += (is_right[-1], 1)
+            is_evaluated = is_correct[parent] and len(path) <= len(text)
+            is_correct.append(is_evaluated and path[-1] == text[len(path) - 1])
+            if is_evaluated:
+                counts_DR2[depth, rank] += (is_correct[-1], 1)
 
 
-def guesses(draft: Draft) -> list[Guesses]:
-    """Returns each row's tree."""
+def part_trees(draft: Draft) -> list[PartTree]:
+    """Returns each row's tree without its padding."""
     tokens, parents = draft.tokens_BN.tolist(), draft.tree.parents_RN.tolist()
     used = draft.num_nodes or [draft.tree.num_nodes] * len(tokens)
     return [
-        Guesses(ids[1:number], parents[row % len(parents)][1:number])
+        PartTree(ids[1:number], parents[row % len(parents)][1:number])
         for row, (ids, number) in enumerate(zip(tokens, used, strict=True))
     ]
 
 
-def chances_of(counts_PDR2: np.ndarray) -> np.ndarray:
-    """Returns the shares of right nodes [P, D, R], drawn to 2^-(rank + 1) as if by `PRIOR` nodes more."""
+def estimate_accuracies(counts_PDR2: np.ndarray) -> np.ndarray:
+    """Returns the shares of correct nodes [P, D, R], with a prior of 2^-(rank + 1) that weighs as `PRIOR` nodes."""
     expected_R = 0.5 ** np.arange(1, counts_PDR2.shape[2] + 1)
     return (counts_PDR2[..., 0] + PRIOR * expected_R) / (counts_PDR2[..., 1] + PRIOR)
 
 
-def _refuse_unfit(part: Part, draft: Draft) -> None:
+def _check_mergeable(part: Part, draft: Draft) -> None:
+    """Raises ValueError for a draft that cannot be merged with others."""
     if draft.resume_point is not None:
         raise ValueError(
-            f"{part.name} runs the target's first blocks over its own draft, which cannot be joined with another; leave"
+            f"{part.name} runs the target's first blocks over its own draft, which cannot be merged with another; leave"
             " it out"
         )
     if draft.draft_probs_BNV is not None:
-        ways = {"siblings": "siblings: deterministic with a fixed tree", "width": "a width, for trees that grow"}
+        ways = {"siblings": "siblings: deterministic with a static tree", "width": "a width, for dynamic trees"}
         helpful = [way for setting, way in ways.items() if hasattr(part.config, setting)]
         raise ValueError(
-            f"{part.name} drafts tokens drawn from a law, and trees are joined of deterministic ones only: "
+            f"{part.name} samples its drafts, and only deterministic trees can be merged: "
             + (f"give it {' or '.join(helpful)}" if helpful else "leave it out, or decode at temperature 0")
         )

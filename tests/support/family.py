@@ -78,6 +78,11 @@ def built(family: ModuleType, config: ConfigOf, target: Target) -> Any:
     return drafter
 
 
+def part_config(family: str, config: Any) -> dict[str, Any]:
+    """Returns an entry of a composite's `parts`."""
+    return {"family": family, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
+
+
 def check_greedy(drafter: Any, architecture: str) -> None:
     """Greedy output is transformers' own, for one row or five ragged ones, padded left or right."""
     is_tiny = drafter.target is tiny_target(architecture)
