@@ -1,4 +1,4 @@
-"""Figures of training and of held-out rows: sums and counts added up, and what families conclude from their means."""
+"""Metrics of training and of held-out rows: sums and counts added up, means, and the families' summaries of them."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -17,8 +17,8 @@ ACCEPTANCE = "acceptance"
 ON_DRAFT_TEXT = "acceptance_on_draft_text"
 
 
-class Sums:
-    """Adds up (sum, count) pairs; divided once, by `means`."""
+class MetricSums:
+    """Adds up (sum, count) pairs, which `means` divides once."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -30,36 +30,36 @@ class Sums:
             self._counts[name] = self._counts.get(name, 0) + count
 
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda pairs: pairs) -> dict[str, float]:
-        """Returns sum / count of each metric, NaN where the count is 0; `reduce` adds a tensor up over ranks."""
+        """Returns sum / count of each metric, NaN where the count is 0; `reduce` sums a tensor over ranks."""
         names = list(self._sums)
         pairs = torch.stack([torch.stack([self._sums[name] for name in names]), self._count_tensor(names)])
         sums, counts = reduce(pairs).tolist()
-        return {name: sums[at] / counts[at] if counts[at] else math.nan for at, name in enumerate(names)}
+        return {name: sums[i] / counts[i] if counts[i] else math.nan for i, name in enumerate(names)}
 
     def _count_tensor(self, names: list[str]) -> Tensor:
         device = self._sums[names[0]].device
         return torch.tensor([self._counts[name] for name in names], dtype=torch.float64, device=device)
 
 
-def best_of(family: ModuleType) -> str:
-    """Returns the held-out figure that names the family's best step."""
+def best_metric(family: ModuleType) -> str:
+    """Returns the name of the held-out metric that selects the best checkpoint."""
     return getattr(family, "BEST_METRIC", ACCEPTANCE)
 
 
 def evaluate(drafter: Any, batch: Batch, family: ModuleType, settings: Any, target: Target, needs: Needs) -> Metrics:
-    """Returns the family's judgement of held-out rows, and of what the drafter writes in their place if it writes."""
+    """Returns the family's metrics on held-out rows, and its acceptance on text that the drafter generates itself."""
     metrics = family.evaluate(drafter, batch, settings, target)
-    own = family.self_generated(drafter, batch, settings, target) if hasattr(family, "self_generated") else None
-    if own is None:
+    generated = family.self_generated(drafter, batch, settings, target) if hasattr(family, "self_generated") else None
+    if generated is None:
         return metrics
-    own = complete(own, target, needs.layers + needs.held_out_layers, needs.top_k)
-    return metrics | {ON_DRAFT_TEXT: family.evaluate(drafter, own, settings, target)[ACCEPTANCE]}
+    generated = complete(generated, target, needs.layers + needs.held_out_layers, needs.top_k)
+    return metrics | {ON_DRAFT_TEXT: family.evaluate(drafter, generated, settings, target)[ACCEPTANCE]}
 
 
 def summarise(means: dict[str, float], costs: dict[str, float], family: ModuleType) -> dict[str, float]:
-    """Returns the figures that are there, with what the family concludes from them."""
-    there = {name: value for name, value in means.items() if not math.isnan(value)}
-    return there | family.summarise(there, costs) if hasattr(family, "summarise") else means
+    """Returns the means with the metrics that the family computes from those that are not NaN."""
+    known = {name: value for name, value in means.items() if not math.isnan(value)}
+    return known | family.summarise(known, costs) if hasattr(family, "summarise") else means
 
 
 def evaluate_all(
@@ -71,8 +71,8 @@ def evaluate_all(
     needs: Needs,
     costs: dict[str, float],
 ) -> dict[str, float]:
-    """Returns all figures of a drafter on these held-out rows."""
-    sums = Sums()
+    """Returns all metrics of a drafter on batches of held-out rows."""
+    sums = MetricSums()
     for batch in batches:
         sums.add(evaluate(drafter, batch, family, settings, target, needs))
     return summarise(sums.means(), costs, family)

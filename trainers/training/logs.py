@@ -1,11 +1,12 @@
-"""What a run tells: a progress bar on rank 0, `log.jsonl` in its folder, and wandb if that is asked for.
+"""Logs of a run: a progress bar on rank 0, `log.jsonl` in its folder and optionally wandb.
 
-Every family's lines hold the same names. While it learns by gradient: `loss`, `tokens_per_s` and `seconds`; of held-out
-rows: `eval_acceptance` and what else is judged; in the last line, whatever the family, both `eval_acceptance` and
-`seconds`, of the artifact itself. wandb shows them, as transformers does, as `train/loss` and `eval/acceptance`.
+Metrics have the same names for every family. Training by gradient logs `loss`, `tokens_per_s` and `seconds`;
+evaluation logs `eval_acceptance` and the family's other metrics; the last line of every run has `eval_acceptance` and
+`seconds` of the finished artifact. wandb shows them, as transformers does, as `train/loss` and `eval/acceptance`.
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -20,12 +21,12 @@ from trainers.training.jsonl import HELD_OUT, LOG, wandb_name
 from trainers.training.run_settings import RunSettings
 
 
-class Progress(TrainerCallback):
-    """A bar with steps, time left, loss and tokens a second, and a line for every judgement on held-out rows."""
+class ProgressCallback(TrainerCallback):
+    """Shows a progress bar with loss and tokens per second, and a line for every evaluation."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            # Where there is no terminal every update is a line of its own.
+            # Without a terminal every update is a separate line.
             interval = 0.5 if sys.stderr.isatty() else 20
             self._bar = tqdm(
                 total=state.max_steps, initial=state.global_step, desc="training", unit="step", mininterval=interval
@@ -51,15 +52,15 @@ class Progress(TrainerCallback):
             self._bar.close()
 
 
-class JsonLines(TrainerCallback):
-    """Appends every log to a file, one object a line; a resumed run first drops lines past its checkpoint."""
+class JsonlCallback(TrainerCallback):
+    """Appends every log to a file of JSON lines; a resumed run first removes lines past its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and self._path.exists():
-            # The last line of a killed run may be cut short; it belongs to a step past the checkpoint.
+            # An incomplete last line, left by a killed run, counts as past the checkpoint.
             kept = [line for line in self._path.read_text().splitlines() if _step(line) <= state.global_step]
             self._path.write_text("".join(line + "\n" for line in kept))
 
@@ -72,15 +73,15 @@ class JsonLines(TrainerCallback):
 
 
 def begin(run: RunSettings, config: dict[str, Any], output: Path) -> None:
-    """Opens wandb's run on rank 0, if it is asked for, with every setting in its config."""
+    """Starts the wandb run on rank 0, if enabled, with all settings in its config."""
     if run.report_to == "wandb" and launchers.rank() == 0:
         import wandb
 
         wandb.init(project=os.environ["WANDB_PROJECT"], name=output.name, dir=output, config=config)
 
 
-def reporter(run: RunSettings, output: Path) -> Callable[[dict[str, Any]], None]:
-    """Returns what notes lines of a run without gradient, each with its "step"."""
+def make_logger(run: RunSettings, output: Path) -> Callable[[dict[str, Any]], None]:
+    """Returns a function that logs a line of metrics, which includes its "step", for families without gradient."""
 
     def report(line: dict[str, Any]) -> None:
         with (output / LOG).open("a") as file:
@@ -88,29 +89,30 @@ def reporter(run: RunSettings, output: Path) -> Callable[[dict[str, Any]], None]
         if run.report_to == "wandb":
             import wandb
 
-            shown = {wandb_name(name): value for name, value in line.items() if name != "step"}
-            wandb.log(shown | {"train/global_step": line["step"]})
+            metrics = {wandb_name(name): value for name, value in line.items() if name != "step"}
+            wandb.log(metrics | {"train/global_step": line["step"]})
 
     return report
 
 
-def conclude(run: RunSettings, judged: dict[str, float], seconds: float, output: Path) -> None:
-    """Notes how the artifact itself was judged and what it cost, in place of what a run killed since has noted."""
+def log_artifact(run: RunSettings, metrics: dict[str, float], seconds: float, output: Path) -> None:
+    """Logs the metrics and training time of the artifact; replaces such a line if a killed run has left one."""
     log = output / LOG
     if log.exists():
-        # The last line of a killed run may be cut short.
-        lines = [line for line in log.read_text().splitlines() if _step(line) < float("inf") and not _concludes(line)]
+        # A killed run may have left an incomplete last line.
+        lines = [line for line in log.read_text().splitlines() if _step(line) < math.inf and not _is_of_artifact(line)]
         log.write_text("".join(line + "\n" for line in lines))
-    numbers = {HELD_OUT + name: value for name, value in judged.items()}
-    reporter(run, output)({"step": run.max_steps, **numbers, "seconds": seconds})
+    held_out = {HELD_OUT + name: value for name, value in metrics.items()}
+    make_logger(run, output)({"step": run.max_steps, **held_out, "seconds": seconds})
 
 
-def _concludes(line: str) -> bool:
+def _is_of_artifact(line: str) -> bool:
     return {HELD_OUT + "acceptance", "seconds"} <= json.loads(line).keys()
 
 
 def _step(line: str) -> float:
+    """Returns the step of a log line, infinity for an incomplete one."""
     try:
         return json.loads(line)["step"]
     except ValueError:
-        return float("inf")
+        return math.inf

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 import draftsmith
-from data.batches import Batch, Example, collate, cut, split
+from data.batches import Batch, Example, collate, split, truncate
 from data.examples import Examples, check_target, open_examples
 from data.shards import open_folder
 from data.teacher import complete
@@ -197,7 +197,7 @@ def _split(examples: Examples, run: RunSettings, max_length: int) -> tuple[Seque
     batch_size = run.batch_size * launchers.num_ranks()
     if len(train_rows) < batch_size:
         raise ValueError(f"{run.data} has {len(train_rows)} training rows, fewer than the {batch_size} of one batch")
-    rows = [cut(examples[index], max_length) for index in held_out[: run.max_held_out]]
+    rows = [truncate(examples[index], max_length) for index in held_out[: run.max_held_out]]
     batches = [collate(rows[begin : begin + run.batch_size]) for begin in range(0, len(rows), run.batch_size)]
     return Subset(examples, train_rows), batches  # type: ignore[arg-type,return-value]
 
@@ -209,4 +209,4 @@ class _Collator:
         self._max_length = max_length
 
     def __call__(self, rows: Sequence[Example]) -> dict[str, Batch]:
-        return {"batch": collate([cut(row, self._max_length) for row in rows])}
+        return {"batch": collate([truncate(row, self._max_length) for row in rows])}

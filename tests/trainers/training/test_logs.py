@@ -47,8 +47,8 @@ def test_last_line_has_acceptance_and_training_time(folder: Path, family: Module
     output = train(family, settings, run_settings(folder, family.__name__))
     manifest = json.loads((output / "draft_config.json").read_text())
     *earlier, last = lines(output)
-    judged = {f"eval_{name}": value for name, value in manifest["measured_acceptance"].items()}
-    assert last == {"step": 2, **judged, "seconds": manifest["train_s"]} and "eval_acceptance" in last
+    held_out = {f"eval_{name}": value for name, value in manifest["measured_acceptance"].items()}
+    assert last == {"step": 2, **held_out, "seconds": manifest["train_s"]} and "eval_acceptance" in last
     if family is medusa:
         for line in (line for line in earlier if "loss" in line):
             assert {"step", "loss", "tokens_per_s", "seconds", "learning_rate"} <= line.keys()
