@@ -1,14 +1,14 @@
-"""Trains every family on one target and compares them all, or compares drafters that are there: one table, one picture.
+"""Compares the speed of drafters on one target in one table: given artifacts, or every family trained for it first.
 
     ./launch.sh bakeoff                                             # pocket target, all of recipes/configs/bakeoff.yaml
     ./launch.sh bakeoff --target T --learn-from runs/mine --data prompts.jsonl --line-up mine.yaml --train-steps 2000
-    ./launch.sh bakeoff --drafts runs/medusa runs/distill           # these alone, on held-out source, into runs/bakeoff
+    ./launch.sh bakeoff --drafts runs/medusa runs/distill           # existing artifacts only, into runs/bakeoff
     ./launch.sh bakeoff --target T --data prompts.jsonl --drafts runs/mine --num-prompts 64 --max-new-tokens 256
     ./launch.sh bakeoff --drafts runs/medusa --temperatures 0,0.7 --batch-sizes 1,4,16 --verifiers typical
     ./launch.sh bakeoff --drafts runs/distill --lengths fixed=4,heuristic,expected_gain --gates 0.5
 
-Every round decodes the same prompts by each contender in turn; speed-ups are medians over rounds. A run that was killed
-is continued by the same command. Pocket target, two drafters, one CPU core: about 5 minutes.
+In every round, plain decoding, transformers and all drafters decode the same prompts in turn; speed-ups are medians
+over rounds. The same command continues an interrupted run. Pocket target, two drafters, one CPU core: about 5 minutes.
 """
 
 import sys
@@ -37,71 +37,71 @@ from trainers.training import launchers
 from trainers.training.settings import parse_settings
 
 LINE_UP = Path(__file__).resolve().parent / "configs" / "bakeoff.yaml"
-MAX_TRAINING_THREADS = 4  # more slow small models down
+MAX_TRAINING_THREADS = 4  # more threads slow small models down
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What is compared, on what, and how long."""
+    """The drafters, the prompts, and how they are decoded."""
 
     target: str = str(POCKET)
     """A transformers folder or hub name."""
     drafts: tuple[str, ...] = ()
-    """Folders of the artifacts to compare; if none, those of the line-up are made first."""
+    """Folders of the artifacts to compare; if empty, the drafters of the line-up are trained first."""
     line_up: str = str(LINE_UP)
-    """YAML table of the drafters to make, all of the same data, seed and budget; see trainers/sweeps/lineup.py."""
+    """YAML table of the drafters to train, with the same data, seed and budget; see trainers/sweeps/lineup.py."""
     learn_from: str = ""
-    """What these learn from: a folder of pseudo-data or a teacher store, or prompts that the target continues first, if
-    empty source code on this machine."""
+    """Training data: a folder of pseudo-data, a teacher store, or prompts that the target continues first; if empty,
+    source code on this machine."""
     num_texts: int = 720
-    """Prompts that it continues."""
+    """Number of training prompts that the target continues."""
     text_tokens: int = 112
-    """Tokens written after each."""
+    """New tokens per training prompt."""
     train_steps: int = 0
-    """Optimiser steps of each training, 0 for what the line-up says."""
+    """Optimiser steps of each drafter; 0 uses the line-up's."""
     data: str = ""
-    """Where the prompts come from (data/sources.py); if empty python-source, of encoder-decoders python-docstrings."""
+    """Source of the prompts (data/sources); if empty, python-source, or python-docstrings for an encoder-decoder."""
     output: str = "runs/bakeoff"
     """Folder for bakeoff.html, .json, .md, .csv and .png."""
     num_prompts: int = 8
-    """Prompts drawn from the data, 0 for all."""
+    """Number of prompts; 0 for all."""
     max_steps: int = 0
-    """At most so many of the largest batches, 0 for all prompts: for a quick trial."""
+    """Maximum number of the largest batches, for a quick trial; 0 for all prompts."""
     prompt_tokens: int = 64
-    """Length of prompts cut from source code or plain text."""
+    """Length of prompts cut from source code or plain text, in tokens."""
     long_prompts: LongPrompts = "auto"
-    """What becomes of rows too long for the target; auto cuts what an encoder reads, and refuses others."""
+    """Treatment of prompts too long for the target; auto truncates an encoder's input, and raises for others."""
     max_new_tokens: int = 48
-    """Tokens decoded after each prompt."""
+    """New tokens per prompt."""
     rounds: int = 3
-    """Times that everything is decoded."""
+    """Number of times that everything is decoded."""
     temperatures: str = "0,1"
-    """With commas; 0 is greedy."""
+    """Sampling temperatures, separated by commas; 0 is greedy."""
     batch_sizes: str = "1,8"
-    """With commas."""
+    """Batch sizes, separated by commas."""
     verifiers: str = ""
-    """With commas: a further row for each drafter with this verifier, as typical, which is lossy."""
+    """Other verifiers, separated by commas, each in an extra row of every drafter; typical is lossy, for example."""
     lengths: str = ""
-    """With commas: a further row for each drafter with this policy of draftsmith/length/policies.py, as fixed=4 or heuristic."""
+    """Draft-length policies (draftsmith/length/policies.py), separated by commas, each in an extra row, as fixed=4."""
     forecast_sizes: str = "1,2,4,8,16"
-    """With commas: batch sizes for which speed-ups are predicted beside those measured; empty for no predictions."""
+    """Batch sizes, separated by commas, for which speed-ups are predicted beside the measured ones; may be empty."""
     gates: str = ""
-    """With commas: a further row for each drafter that drafts nothing where the target is less sure, as 0.5."""
+    """Target-confidence thresholds, separated by commas, each in an extra row; drafting is skipped below them."""
     seed: int = 0
-    """Of the choice of prompts and of what is sampled."""
+    """Random seed of the choice of prompts and of sampling."""
     threads: int = 1
-    """CPU threads, 0 for torch's own choice; a small target is fastest and steadiest on one."""
+    """CPU threads; 0 uses torch's default. A small target is fastest and most stable on one."""
     device: str = "auto"
-    """Where the target runs."""
+    """Device of the target."""
     dtype: str = ""
-    """What its weights are loaded as; if empty float32 on a CPU, and on a GPU as they are stored."""
+    """Dtype of the target; if empty, float32 on a CPU, and the stored dtype on a GPU."""
     report_to: Literal["files", "wandb"] = "files"
-    """Leave the table and pictures in the output alone, or in wandb too ($WANDB_MODE=offline needs no account)."""
+    """Write the results to the output folder only, or log them to wandb too (WANDB_MODE=offline needs no account)."""
     wandb_project: str = "draftsmith"
-    """Project in wandb."""
+    """Name of the wandb project."""
 
     def comparison(self) -> BakeoffSettings:
-        """Returns what `compare` wants; raises ValueError for what it cannot be."""
+        """Returns the settings of `compare`; raises ValueError for invalid ones."""
         return BakeoffSettings(
             temperatures=tuple(_numbers("temperatures", self.temperatures, float)),
             batch_sizes=tuple(_numbers("batch_sizes", self.batch_sizes, int)),
@@ -141,24 +141,26 @@ def main(run: RunSettings) -> None:
     settings.check_prompts(len(prompts))
     dtype = run.dtype or ("auto" if torch.cuda.is_available() and run.device != "cpu" else "float32")
     target = Target.from_pretrained(run.target, dtype=dtype, device=run.device)
-    artifacts = [Path(draft) for draft in run.drafts] or _made(line_up, target, facts, run)
+    artifacts = [Path(draft) for draft in run.drafts] or _train(line_up, target, facts, run)
     rows = compare(target, prompts, artifacts, output, settings)
     if run.report_to == "wandb":
         to_wandb(rows, output, run.wandb_project)
     print("\n".join([header(rows, "terminal"), *table(rows, "terminal")]))
-    print(f"\nWritten to {run.output}: bakeoff.md, .csv, .json, .png and the page {Path(run.output) / 'bakeoff.html'}")
+    print(
+        f"\nWritten to {run.output}: bakeoff.md, .csv, .json, .png and the report {Path(run.output) / 'bakeoff.html'}"
+    )
 
 
-def _made(line_up: list[lineup.Entry], target: Target, facts: TargetInfo, run: RunSettings) -> list[Path]:
-    """Has the target write the text if it is not there, and makes the drafters; returns their artifacts."""
+def _train(line_up: list[lineup.Entry], target: Target, facts: TargetInfo, run: RunSettings) -> list[Path]:
+    """Generates the training data if needed, trains the drafters of the line-up, and returns their artifacts."""
     output, data = Path(run.output), Path(run.learn_from)
-    given: dict[str, Any] = {"target": run.target, "seed": run.seed}
+    options: dict[str, Any] = {"target": run.target, "seed": run.seed}
     if run.train_steps:
-        given["max_steps"] = run.train_steps
+        options["max_steps"] = run.train_steps
     claim(output)
     with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
         if not any((data / marker).exists() for marker in (pseudo_data.MARKER, store.MARKER)):
-            learnt = load_prompts(
+            training_prompts = load_prompts(
                 run.learn_from or default_source("train", is_encoder_decoder=facts.is_encoder_decoder),
                 facts.tokenizer,
                 max_prompts=run.num_texts,
@@ -167,15 +169,17 @@ def _made(line_up: list[lineup.Entry], target: Target, facts: TargetInfo, run: R
                 is_encoder_decoder=facts.is_encoder_decoder,
                 seed=run.seed,
             )
-            print(f"The target writes what drafters learn from: {len(learnt)} texts")
+            print(f"Generating training data with the target: {len(training_prompts)} texts")
             data = output / "pseudo-data"
-            wanted = PseudoDataSettings(max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed)
-            write_pseudo_data(LocalWriter(target), learnt, data, wanted)
-        print(f"{len(line_up)} drafters learn from it; what each says meanwhile is in {output / 'logs'}", flush=True)
-        made = lineup.make(line_up, output, is_quiet=True, data=str(data), **given)
+            settings = PseudoDataSettings(
+                max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed
+            )
+            write_pseudo_data(LocalWriter(target), training_prompts, data, settings)
+        print(f"Training {len(line_up)} drafters; the log of each is in {output / 'logs'}", flush=True)
+        made = lineup.make(line_up, output, is_quiet=True, data=str(data), **options)
         artifacts = lineup.say(made, len(line_up))
     if not artifacts:
-        raise ValueError(f"none of the drafters of {run.line_up} could be made; see above")
+        raise ValueError(f"none of the drafters of {run.line_up} could be trained; see the messages above")
     return artifacts
 
 
@@ -183,7 +187,7 @@ def _numbers(name: str, text: str, kind: type) -> list:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name} is {text!r}; expected numbers with commas, as in 0,1") from None
+        raise ValueError(f"{name} is {text!r}; expected numbers separated by commas, as in 0,1") from None
 
 
 if __name__ == "__main__":

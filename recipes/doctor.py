@@ -4,10 +4,11 @@
     ./launch.sh doctor --draft runs/mine --target T --data runs/mine-data --num-prompts 32
     ./launch.sh doctor --draft runs/medusa --vllm-python .venv-serving/bin/python
 
-The target continues held-out prompts greedily. Teacher-forced drafts at every position of these texts show what to expect
-from training. They are compared with real decoding, with transformers' assisted generation for a draft model, and with vLLM
-running the artifact's export if `--vllm-python` is given. Then the chat template, loss mask, dtype, vocabulary map,
-hidden layers, rotary base, positions, carried state and export are checked. The exit status is 1 if a fault was found.
+The target continues held-out prompts greedily. Teacher-forced drafts at every position of these texts show what to
+expect from training. They are compared with real decoding, with transformers' assisted generation for a draft model,
+and with vLLM running the artifact's export if `--vllm-python` is given. Then the chat template, loss mask, dtype,
+vocabulary map, hidden layers, rotary base, positions, carried state and export are checked. The exit status is 1 if a
+fault was found.
 
 Pocket target, one CPU core: a minute.
 """

@@ -1,16 +1,16 @@
-"""Small models that learnt from people's text against those that learnt from the target, on both pocket targets.
+"""Compares small draft models trained on human-written text with those trained on target-generated text.
 
     ./launch.sh forgotten_small_models                      # into runs/forgotten_small_models
     ./launch.sh forgotten_small_models --targets T --train-steps 4000 --num-texts 20000
 
-The comparison of "LLM needs forgotten small LMs" done on one footing: a draft LM, an LSTM, a CNN and an n-gram model,
-each of the original text (baseline) and of what the target wrote after the same prompts or sources (distilled), as the
-two line-ups recipes/configs/forgotten-*.yaml say. Compared is real decoding of held-out prompts. A run that was stopped
-is continued by the same command.
+The comparison of "LLM needs forgotten small LMs" under equal conditions: a draft LM, an LSTM, a CNN and an n-gram
+model, each trained on the original text (baseline) and on the target's continuations of the same prompts or sources
+(distilled), by the two line-ups recipes/configs/forgotten-*.yaml. Speed is measured on held-out prompts of both pocket
+targets. The same command continues an interrupted run.
 
 A busy CPU core, `--rounds 2 --num-prompts 12 --num-texts 1000`: 50 minutes. On the encoder-decoder all four distilled
-drafters are ahead (LSTM 1.72 tokens a forward against 1.34 greedily, n-grams 2.56 against 1.40); on the causal target,
-which was trained on the baseline's text, they are behind. LOG.md has the table and says why.
+drafters are better (greedy tau of the LSTM 1.72 against 1.34, of n-grams 2.56 against 1.40); on the causal target,
+which was trained on the baseline's text, they are worse. LOG.md has the table and the reasons.
 """
 
 import json
@@ -47,58 +47,58 @@ PROMPT_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonSettings:
-    """What is compared, and how much of everything."""
+    """The targets, and the amount of training and measurement."""
 
     targets: tuple[str, ...] = (str(POCKET), str(POCKET_SEQ2SEQ))
     """Transformers folders or hub names, causal or encoder-decoder."""
     output: str = f"runs/{NAME}"
-    """Folder for the text, the drafters, the tables and the picture."""
+    """Folder for the training data, the drafters, the tables and the plot."""
     num_texts: int = 1200
-    """Prompts that a target continues, or sources that it reads."""
+    """Number of prompts that each target continues, or of sources for an encoder-decoder."""
     text_tokens: int = 112
-    """Tokens that it writes at most after each."""
+    """Maximum number of new tokens for each."""
     train_steps: int = 0
-    """Optimiser steps of each training, 0 for what the line-ups say."""
+    """Optimiser steps of each drafter; 0 uses the line-ups'."""
     num_prompts: int = 16
-    """Held-out prompts to compare on."""
+    """Number of held-out prompts to compare on."""
     max_new_tokens: int = 48
-    """Decoded after each."""
+    """New tokens per prompt."""
     rounds: int = 3
-    """Times that all of them are decoded."""
+    """Number of times that these are decoded."""
     seed: int = 0
-    """Of everything."""
+    """Random seed."""
 
 
 def main(run: ComparisonSettings) -> None:
     output, line_ups = Path(run.output), {way: lineup.read(path) for way, path in LINE_UPS.items()}
-    rows = [row for target in run.targets for row in _compared(target, output / Path(target).name, line_ups, run)]
+    rows = [row for target in run.targets for row in _compare(target, output / Path(target).name, line_ups, run)]
     pairs = pairs_of(rows, WAYS)
     if not pairs:
-        raise ValueError("no drafter could be made in both ways; see above")
+        raise ValueError("no drafter could be trained in both ways; see the messages above")
     text = "\n".join([*pair_table(pairs, WAYS), "", f"![{' against '.join(WAYS)}]({NAME}.png)", ""])
     write_whole(output / f"{NAME}.json", lambda path: path.write_text(json.dumps(pairs, indent=1) + "\n"))
     write_whole(output / f"{NAME}.md", lambda path: path.write_text(text))
     write_whole(output / f"{NAME}.png", lambda path: draw_pairs(pairs, WAYS, path))
     print(text)
-    print(f"Written to {output}: {NAME}.md, .json and the picture {output / NAME}.png")
+    print(f"Written to {output}: {NAME}.md, .json and the plot {output / NAME}.png")
 
 
 def _originals(facts: TargetInfo, output: Path, run: ComparisonSettings) -> tuple[Path, Path]:
-    """Writes what people wrote, and what the target is given to write the same itself; returns both files."""
+    """Writes the human-written texts, and the prompts or sources for the target; returns both files."""
     source = default_source("train", is_encoder_decoder=facts.is_encoder_decoder)
     labels, sources = output / "labels.jsonl", output / "sources.jsonl"
     if facts.is_encoder_decoder:
         pairs = [row.fields for row in read_source(source) if isinstance(row, Row)]
-        written = random.Random(run.seed).sample(pairs, min(run.num_texts, len(pairs)))
-        given = written
+        originals = random.Random(run.seed).sample(pairs, min(run.num_texts, len(pairs)))
+        prompt_rows = originals
     else:
         length, tokenizer = PROMPT_TOKENS + run.text_tokens, facts.tokenizer
         assert tokenizer is not None
         texts = load_prompts(source, tokenizer, max_prompts=run.num_texts, prompt_tokens=length, seed=run.seed)
-        written = [{"text": text.text} for text in texts]
+        originals = [{"text": text.text} for text in texts]
         ids = [text.ids[:PROMPT_TOKENS] for text in texts]
-        given = [{"text": tokenizer.decode(one, skip_special_tokens=True)} for one in ids]
-    for path, rows in ((labels, written), (sources, given)):
+        prompt_rows = [{"text": tokenizer.decode(one, skip_special_tokens=True)} for one in ids]
+    for path, rows in ((labels, originals), (sources, prompt_rows)):
         write_whole(path, partial(_write_rows, rows))
     return labels, sources
 
@@ -107,10 +107,10 @@ def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _compared(
+def _compare(
     name: str, output: Path, line_ups: dict[str, list[lineup.Entry]], run: ComparisonSettings
 ) -> list[dict[str, Any]]:
-    """Makes every drafter for one target in both ways; returns the rows of its bake-off."""
+    """Trains every drafter for one target in both ways; returns the rows of its bake-off."""
     facts = read_target_info(name)
     is_encoder_decoder = facts.is_encoder_decoder
     common: dict[str, Any] = {"is_encoder_decoder": is_encoder_decoder, "seed": run.seed}
@@ -123,24 +123,27 @@ def _compared(
     )
     claim(output)
     labels, sources = _originals(facts, output, run)
-    learnt = load_prompts(
+    training_prompts = load_prompts(
         str(sources), facts.tokenizer, max_prompt_tokens=prompt_room(facts, run.text_tokens), **common
     )
     target = Target.from_pretrained(name, dtype="float32")
-    given: dict[str, Any] = {"target": name, "seed": run.seed} | (
+    options: dict[str, Any] = {"target": name, "seed": run.seed} | (
         {"max_steps": run.train_steps} if run.train_steps else {}
     )
-    print(f"\n{Path(name).name} writes {len(learnt)} texts; what trainings say is in {output}/*/logs", flush=True)
+    print(
+        f"\n{Path(name).name}: generating {len(training_prompts)} texts; training logs are in {output}/*/logs",
+        flush=True,
+    )
     with num_threads(min(4, torch.get_num_threads())):
-        # Greedy text alone would teach greedy drafting alone.
-        wanted = PseudoDataSettings(
+        # Greedy text alone would train drafters for greedy decoding only.
+        data_settings = PseudoDataSettings(
             temperature="0,1", max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed
         )
-        write_pseudo_data(LocalWriter(target), learnt, output / "pseudo-data", wanted)
+        write_pseudo_data(LocalWriter(target), training_prompts, output / "pseudo-data", data_settings)
         artifacts = []
         for way, data in zip(WAYS, (str(labels), str(output / "pseudo-data")), strict=True):
-            print(f"{way}, of {data}", flush=True)
-            made = lineup.make(line_ups[way], output / way, is_quiet=True, data=data, **given)
+            print(f"{way}: training on {data}", flush=True)
+            made = lineup.make(line_ups[way], output / way, is_quiet=True, data=data, **options)
             artifacts += lineup.say(made, len(line_ups[way]))
     settings = BakeoffSettings(
         rounds=run.rounds, max_new_tokens=run.max_new_tokens, batch_sizes=(1,), seed=run.seed, forecast_sizes=()

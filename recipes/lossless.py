@@ -1,11 +1,11 @@
-"""Certifies that drafters keep a target's output: greedy text token for token, sampled text in law.
+"""Certifies that drafters are lossless: greedy text equals the target's, sampled text has its distribution.
 
     ./launch.sh lossless --draft runs/medusa                        # pocket target, held-out source, into runs/lossless
     ./launch.sh lossless --target T --data prompts.jsonl --draft runs/mine runs/other --num-rows 8000
-    ./launch.sh lossless --draft runs/distill --verifier typical    # tested, and refused a certificate
+    ./launch.sh lossless --draft runs/distill --verifier typical    # a lossy verifier: tested, but not certified
 
-What is tested, what such a test sees and what it does not: eval/lossless.py, which `python -m eval.lossless` also runs.
-The status is 1 unless everything passed. Pocket target, one drafter, one CPU core: 3 minutes and 20 seconds.
+eval/lossless.py says what is tested and which biases are detected; `python -m eval.lossless` is the same command. The
+exit status is 1 unless all tests passed. Pocket target, one drafter, one CPU core: 3 minutes and 20 seconds.
 """
 
 import sys
@@ -26,36 +26,36 @@ from trainers.training.settings import parse_settings
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What is certified, and on which prompts."""
+    """The artifacts to certify, and the prompts."""
 
     target: str = str(POCKET)
     """A transformers folder or hub name."""
     draft: tuple[str, ...] = ()
     """Folders of the artifacts to certify."""
     data: str = ""
-    """Where the prompts come from (data/sources.py); if empty python-source, of encoder-decoders python-docstrings."""
+    """Source of the prompts (data/sources); if empty, python-source, or python-docstrings for an encoder-decoder."""
     output: str = "runs/lossless"
     """Folder for lossless.json and lossless.md."""
     num_prompts: int = 8
-    """Prompts drawn from the data."""
+    """Number of prompts."""
     max_steps: int = 0
-    """At most so many batches of draws for each drafter and law, 0 for all: for a quick trial."""
+    """Maximum number of sampled batches per drafter and sampling setting, for a quick trial; 0 for all."""
     prompt_tokens: int = 32
-    """Length of prompts cut from source code or plain text."""
+    """Length of prompts cut from source code or plain text, in tokens."""
     long_prompts: LongPrompts = "auto"
-    """What becomes of rows too long for the target; auto cuts what an encoder reads, and refuses others."""
+    """Treatment of prompts too long for the target; auto truncates an encoder's input, and raises for others."""
     device: str = "auto"
-    """Where the target runs."""
+    """Device of the target."""
 
     def __post_init__(self) -> None:
         if not self.draft:
-            raise ValueError("--draft names no artifact, and without one there is nothing to certify")
+            raise ValueError("--draft names no artifact; name at least one to certify")
         if len(set(self.draft)) < len(self.draft):
             raise ValueError(f"drafts are {list(self.draft)}; name each artifact once")
 
 
 def main(run: RunSettings, settings: SampledTestSettings, greedy: GreedySettings) -> int:
-    """Returns the process's status."""
+    """Returns the exit status."""
     output = Path(run.output)
     check_output(output)
     manifests = [read_manifest(draft) for draft in run.draft]

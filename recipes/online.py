@@ -1,11 +1,11 @@
-"""Serves prompts of a new domain with a drafter that learns from them as it goes, beside one that does not.
+"""Serves prompts of a new domain with a drafter that is trained online, beside the same drafter without training.
 
     ./launch.sh online --draft runs/lstm --data .venv/lib/python3.12/site-packages/networkx/algorithms
     ./launch.sh online --draft runs/distill --target T --data requests.jsonl --temperature 1 --every 4
 
-Block by block of requests it says how many of the first drafted tokens the target accepted, and how many tokens a round
-gave, of the drafter as it came and of the one that learns (2310.07177). `curves.png` shows both; the artifact in the
-output folder is the drafter as it has become, and what was killed is continued by the same command.
+For each block of requests it prints first-token acceptance and mean accepted length of the frozen drafter and of the
+one trained online (2310.07177), and plots both in `curves.png`. The output folder holds the trained drafter as an
+artifact. The same command continues an interrupted run.
 """
 
 import sys
@@ -28,32 +28,34 @@ from trainers.online import Online, OnlineSettings
 from trainers.training.settings import parse_settings
 
 FIRST, TAU = "First drafted token accepted", "Tokens a target forward"
+"""Keys of the metrics in the artifact's record."""
+TITLES = {FIRST: "First-token acceptance rate", TAU: "Mean accepted length (tau)"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServingSettings:
-    """What is served, and how."""
+    """The requests, and how they are served."""
 
     draft: str = "runs/lstm"
-    """Artifact of the drafter that is to learn."""
+    """Artifact of the drafter to train."""
     target: str = str(POCKET)
     """Its target: a transformers folder or hub name."""
     data: str = "python-source"
-    """The requests' prompts: any source of text."""
+    """Source of the prompts of the requests."""
     output: str = "runs/online"
     """Folder for the artifact and the curves."""
     max_prompts: int = 400
-    """Requests, 0 for all there are."""
+    """Number of requests; 0 for all."""
     block: int = 50
-    """Requests whose figures make one point; after each all is saved."""
+    """Requests per block; metrics are averaged and everything is saved after each block."""
     max_steps: int = 0
-    """Blocks at most, 0 for all: for a quick trial."""
+    """Maximum number of blocks, for a quick trial; 0 for all."""
     max_new_tokens: int = 64
-    """Tokens written on each request."""
+    """New tokens per request."""
     temperature: float = 0.0
-    """At which they are written; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     seed: int = 0
-    """Draws the prompts, and at a temperature the tokens."""
+    """Random seed of the choice of prompts and of sampling."""
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -99,24 +101,24 @@ def main(serving: ServingSettings, settings: OnlineSettings) -> None:
                 )
                 found[name].append(out.stats)
         online.learn()
-        served.append({"steps": online.num_steps, **{name: _figures(stats) for name, stats in found.items()}})
+        served.append({"steps": online.num_steps, **{name: _metrics(stats) for name, stats in found.items()}})
         online.save_optimizer(_state(output, len(served)))
         online.save(output / "artifact", record={"served": served, "settings": identity})
         _state(output, len(served) - 1).unlink(missing_ok=True)
         tqdm.write("; ".join(f"{name} {one}" for name, one in served[-1].items()))
-    panels = [Panel(title=title) for title in (FIRST, TAU)]
-    for panel in panels:
-        for name in ("frozen", "online"):
-            panel.lines[name] = [(block["steps"], block[name][panel.title]) for block in served]
+    panels = []
+    for metric, title in TITLES.items():
+        lines = {name: [(block["steps"], block[name][metric]) for block in served] for name in ("frozen", "online")}
+        panels.append(Panel(title=title, lines=lines))
     publish_curves(panels, output)
-    print(f"{output}/artifact is the drafter as it is now; {output}/curves.png shows how it came to be so")
+    print(f"The trained drafter is {output}/artifact; {output}/curves.png shows its metrics over the requests")
 
 
 def _state(output: Path, number: int) -> Path:
     return output / f"optimiser-{number}.safetensors"
 
 
-def _figures(stats: list[GenerationStats]) -> dict[str, float]:
+def _metrics(stats: list[GenerationStats]) -> dict[str, float]:
     accepted, drafted = (sum(sum(getattr(one, name)[:1]) for one in stats) for name in ("accepted", "drafted"))
     tau = sum(one.new_tokens for one in stats) / max(sum(one.steps for one in stats), 1)
     return {FIRST: round(accepted / max(drafted, 1), 4), TAU: round(tau, 4)}

@@ -1,8 +1,8 @@
-"""Makes the HTML page of a comparison anew, from what lies in its folder.
+"""Renders the HTML report of a finished comparison again, from the files in its folder.
 
     ./launch.sh report runs/bakeoff                 # writes runs/bakeoff/bakeoff.html; open it in any browser
 
-The bake-off writes the page itself. Nothing is decoded or measured again; a second.
+The bake-off writes the report itself. Nothing is decoded or measured again; this takes a second.
 """
 
 import sys

@@ -1,16 +1,17 @@
-"""Compresses a target in several ways to several sizes, heals each, and shows what that costs and what it saves.
+"""Compresses a target by several methods to several sizes, heals each copy, and compares them as draft models.
 
     ./launch.sh tradeoff                                            # pocket target, into runs/tradeoff
     ./launch.sh tradeoff --methods influence neurons --sizes 0.25 0.5 0.75 --max-steps 300 --target T --data runs/mine
-    ./launch.sh tradeoff --no-heal                                  # as they are when cut
+    ./launch.sh tradeoff --no-heal                                  # without healing
 
-`tradeoff.png` has weights against acceptance, and against speed-up, measured and predicted from acceptance and cost;
-`.md` and `.json` have the figures, and `bakeoff.*` the comparison they come from. A run that was killed goes on.
+`tradeoff.png` plots the number of weights against acceptance, and against measured and predicted speed-up; `.md` and
+`.json` have the numbers, `bakeoff.*` the comparison they come from. The same command continues an interrupted run.
 
-A share of a busy CPU, pocket target, `--loss forward_kl --max-steps 100 --learning-rate 1e-3`: three to nine minutes a
-healing. Half of the layers, healed, is the best size (1.02 greedily in one round of 8 prompts, predicted 1.29) and the
-only one that does not slow the pocket down; at temperature 1 all do. Acceptance is read off the target's own text, and
-rounds begin where the last one failed: what it predicts is a ceiling.
+On a busy CPU, pocket target, `--loss forward_kl --max-steps 100 --learning-rate 1e-3`: three to nine minutes per
+healing. Half of the layers, healed, is the best size (speed-up 1.02 at temperature 0 in one round of 8 prompts,
+predicted 1.29) and the only one that does not slow the pocket target down; at temperature 1 all do. Acceptance is
+measured on the target's own text, whereas drafts begin where the last one was rejected: the prediction is an upper
+bound.
 """
 
 import dataclasses
@@ -47,31 +48,31 @@ COST_ROUNDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
-    """What is compressed, and what it is measured on."""
+    """The compression methods and sizes, and the measurement."""
 
     methods: tuple[str, ...] = ("influence", "width", "neurons", "wanda", "int8")
-    """Ways to compress; see recipes/compress.py."""
+    """Compression methods; see recipes/compress.py."""
     sizes: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """Shares that are kept; fewer bits have none, and a way that cannot keep one leaves it out."""
+    """Fractions to keep; quantisation has none, and methods that cannot keep a fraction leave it out."""
     heal: bool = True
-    """Whether each is healed too, by as many steps as the run has."""
+    """If true, each copy is also healed by distillation for the run's steps."""
     calibration_batches: int = 32
-    """Batches of text by which is chosen what to keep."""
+    """Batches of text that determine what to keep."""
     held_out: str = "python-source"
-    """Prompts to decode."""
+    """Source of the prompts to decode."""
     num_prompts: int = 8
-    """Of these."""
+    """Number of prompts."""
     max_new_tokens: int = 64
-    """Decoded after each."""
+    """New tokens per prompt."""
     rounds: int = 3
-    """Times that all of them are decoded."""
+    """Number of times that these are decoded."""
 
 
 def main(wanted: SweepSettings, loss: distill.Settings, run: RunSettings) -> None:
     output = Path(run.output or "runs/tradeoff").resolve()
     claim(output)
     artifacts: list[Path] = []
-    for settings in _choices(wanted, run, output):
+    for settings in _compressions(wanted, run, output):
         name = Path(settings.output).name
         try:
             folder = compress(settings)
@@ -85,17 +86,17 @@ def main(wanted: SweepSettings, loss: distill.Settings, run: RunSettings) -> Non
             artifacts.append(train(distill, how, healed))
     target = Target.from_pretrained(run.target, dtype="float32")
     prompts = load_prompts(wanted.held_out, target.tokenizer, max_prompts=wanted.num_prompts, seed=run.seed)
-    laws = BakeoffSettings(
+    bakeoff_settings = BakeoffSettings(
         rounds=wanted.rounds, max_new_tokens=wanted.max_new_tokens, batch_sizes=(1,), forecast_sizes=(), seed=run.seed
     )
-    judged = held_out(next(_choices(wanted, run, output)), target)
-    rows = compare(target, prompts, artifacts, output, laws)
-    points = [point for at, path in enumerate(artifacts) for point in _points(target, path, at, rows, judged)]
+    batches = held_out(next(_compressions(wanted, run, output)), target)
+    rows = compare(target, prompts, artifacts, output, bakeoff_settings)
+    points = [point for index, path in enumerate(artifacts) for point in _points(target, path, index, rows, batches)]
     print(publish_tradeoff(points, output))
 
 
-def _choices(wanted: SweepSettings, run: RunSettings, output: Path) -> Iterator[CompressSettings]:
-    """Yields what is compressed; sizes mean nothing to fewer bits."""
+def _compressions(wanted: SweepSettings, run: RunSettings, output: Path) -> Iterator[CompressSettings]:
+    """Yields the settings of each compression; quantisation has no sizes."""
     shared: dict[str, Any] = {name: getattr(run, name) for name in ("target", "data", "seed", "batch_size", "bf16")}
     shared["max_steps"] = wanted.calibration_batches
     for method in wanted.methods:
@@ -103,16 +104,16 @@ def _choices(wanted: SweepSettings, run: RunSettings, output: Path) -> Iterator[
             yield CompressSettings(method=method, output=str(output / "models" / method), **shared)
             continue
         for keep in wanted.sizes:
-            place = str(output / "models" / f"{method}-{keep:g}")
-            yield CompressSettings(method=method, keep=keep, output=place, **shared)
+            folder = str(output / "models" / f"{method}-{keep:g}")
+            yield CompressSettings(method=method, keep=keep, output=folder, **shared)
 
 
 def _points(
-    target: Target, artifact: Path, at: int, rows: list[dict[str, Any]], judged: list[Batch]
+    target: Target, artifact: Path, index: int, rows: list[dict[str, Any]], batches: list[Batch]
 ) -> Iterator[Point]:
-    """Yields what the artifact in place `at` of the comparison did, at each temperature."""
+    """Yields the results of the comparison's artifact number `index` at each temperature."""
     drafter = draftsmith.load(artifact, target)
-    acceptance = accepted(drafter, judged, target)
+    acceptance = accepted(drafter, batches, target)
     with num_threads(1):
         ratios = [verify_ms(drafter.draft_model, (0,))[0] / verify_ms(target, (0,))[0] for _ in range(COST_ROUNDS)]
     method, kind = artifact.name.partition("-")[0], artifact.parent.name
@@ -126,8 +127,8 @@ def _points(
             num_weights=num_weights,
             cost_ratio=statistics.median(ratios),
             acceptance=acceptance["acceptance" if temperature else "greedy_agreement"],
-            tau=drafting[at]["tau"],
-            speedup=drafting[at]["speedup"],
+            tau=drafting[index]["tau"],
+            speedup=drafting[index]["speedup"],
         )
 
 

@@ -233,7 +233,7 @@ def test_compare_ablation_rows_of_lengths_and_gates(tmp_path: Path, capsys: pyte
     assert [row["drafter"] for row in rows] == expected * 2
     output = capsys.readouterr().out
     for name in ("medusa", "lookup"):
-        assert f"{name} (refit) is left out: length 'refit' goes by the draft's confidence" in output
+        assert f"{name} (refit) is left out: length 'refit' needs the draft model's confidence" in output
     for row in rows:
         assert row["lossless"] and row["identical"] is (True if row["temperature"] == 0 else None)
         assert row["is_ablation"] is ("(" in row["drafter"])

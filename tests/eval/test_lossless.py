@@ -349,7 +349,7 @@ def test_recipe_invalid_input_raises_before_loading_weights(workplace: Path, mon
         for message, change in faults.items():
             with pytest.raises(ValueError, match=message):
                 main(replace(good, **change), SampledTestSettings(), greedy_settings)
-    with pytest.raises(ValueError, match="verifier 'block' does not support drafts of the sampling scheme 'deterministic'"):
+    with pytest.raises(ValueError, match="'block' does not support drafts of the sampling scheme 'deterministic'"):
         main(good, SampledTestSettings(verifier="block"), greedy_settings)
     make_target(workplace / "other", seed=5)
     with pytest.raises(ValueError, match="train a drafter for this target"):
@@ -360,7 +360,7 @@ def test_recipe_invalid_input_raises_before_loading_weights(workplace: Path, mon
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (RunSettings, {}, "nothing to certify"),
+        (RunSettings, {}, "name at least one to certify"),
         (RunSettings, {"draft": ("a", "a")}, "name each artifact once"),
         (SampledTestSettings, {"num_rows": 0}, "num_rows is 0"),
         (SampledTestSettings, {"verifier": "best"}, "unknown verifier 'best'"),

@@ -1,4 +1,4 @@
-"""recipes/bakeoff.py with artifacts that are there: bad input is refused, and what the command line leaves."""
+"""Tests of the bake-off recipe with existing artifacts: invalid input, and results of the command line."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from tests.support.models import prompts
 from tests.support.runs import command, make_target, run
 
 
-def test_recipe_refuses_bad_input_before_the_weights_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_invalid_input_raises_before_loading_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = make_target(tmp_path / "target")
     artifact = make_artifacts(target, tmp_path)[1]
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "w3 w4 w5"}\n{"prompt": "w6 w7"}\n')
@@ -36,7 +36,7 @@ def test_recipe_refuses_bad_input_before_the_weights_load(tmp_path: Path, monkey
         "was made for a vocabulary of 99": {"drafts": (str(other),)},
         "is empty": {"data": str(tmp_path / "empty.jsonl")},
         "contains other files": {"output": str(tmp_path)},
-        "expected numbers with commas": {"temperatures": "cold"},
+        "expected numbers separated by commas": {"temperatures": "cold"},
         "needs as many prompts": {"batch_sizes": "8"},
     }
     with monkeypatch.context() as patched:

@@ -1,4 +1,4 @@
-"""recipes/forgotten_small_models.py: both ways, a causal and an encoder-decoder target, one table and one picture."""
+"""Tests of the comparison of baseline and distilled drafters on a causal and an encoder-decoder target."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,9 @@ drafters:
 
 
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
-def test_both_ways_on_a_target(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_trains_and_compares_both_ways(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tables = {}
     for way, loss in (("baseline", "ce"), ("distilled", "forward_kl")):
         tables[way] = tmp_path / f"{way}.yaml"
@@ -41,9 +43,11 @@ def test_both_ways_on_a_target(architecture: str, tmp_path: Path, monkeypatch: p
     assert found == [("lstm", 0.0), ("ngram", 0.0), ("lstm", 1.0), ("ngram", 1.0)]
     assert all(0 <= pair[way]["acceptance"] <= 1 <= pair[way]["tau"] for pair in pairs for way in tables)
     folder = tmp_path / "out" / "target"
-    learnt = {way: json.loads((folder / way / "lstm" / "draft_config.json").read_text())["settings"] for way in tables}
-    assert learnt["baseline"]["data"] == str(folder / "labels.jsonl")
-    assert learnt["distilled"]["data"] == str(folder / "pseudo-data")
+    recorded = {
+        way: json.loads((folder / way / "lstm" / "draft_config.json").read_text())["settings"] for way in tables
+    }
+    assert manifests["baseline"]["settings"]["data"] == str(folder / "labels.jsonl")
+    assert manifests["distilled"]["settings"]["data"] == str(folder / "pseudo-data")
     rows = [json.loads(line) for line in (folder / "labels.jsonl").read_text().splitlines()]
     assert len(rows) == 16 and all(
         set(row) == ({"text"} if architecture == "llama" else {"source", "target"}) for row in rows
@@ -51,7 +55,7 @@ def test_both_ways_on_a_target(architecture: str, tmp_path: Path, monkeypatch: p
     assert matplotlib.image.imread(tmp_path / "out" / "forgotten_small_models.png").shape[0] > 400
 
 
-def test_pairs_by_hand() -> None:
+def test_pairs_of_and_pair_table() -> None:
     def row(drafter: str, tau: float) -> dict:
         return {
             "drafter": drafter,

@@ -1,4 +1,4 @@
-"""recipes/quickstart.py: text, drafters, table and picture from one command, and nothing trained twice."""
+"""Tests of the quickstart: text, drafters, table and plot from one command, and nothing trained twice."""
 
 import json
 from pathlib import Path
@@ -37,33 +37,33 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> QuickstartSettings:
     )
 
 
-def test_all_of_it_and_then_again(tiny: QuickstartSettings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart_and_its_continuation(tiny: QuickstartSettings, capsys: pytest.CaptureFixture[str]) -> None:
     main(tiny)
     output = Path(tiny.output)
-    told = capsys.readouterr().out
+    text = capsys.readouterr().out
     rows = json.loads((output / "bakeoff.json").read_text())
     found = [(row["temperature"], row["batch_size"], row["drafter"]) for row in rows]
     names = ("plain", "transformers", "distill", "lookup", "medusa")
     assert found == [(temperature, size, name) for temperature in (0.0, 1.0) for size in (1, 8) for name in names]
     assert all(row["identical"] for row in rows if row["temperature"] == 0)
-    assert "temperature 1, batch 8" in told
-    assert f"{output}/bakeoff.png is the picture" in told
+    assert "temperature 1, batch 8" in text
+    assert f"The report is {output}/bakeoff.html" in text
     assert read_manifest(output / "lookup")["config"]["num_draft"] == 5
     made = {name: (output / name / "draft_config.json").read_bytes() for name in (*TRAINED, "lookup")}
 
     main(tiny)
-    told = capsys.readouterr().out
-    assert told.count("nothing to do") == len(made)
+    text = capsys.readouterr().out
+    assert text.count("nothing to do") == len(made)
     assert {name: (output / name / "draft_config.json").read_bytes() for name in made} == made
 
 
-def test_prompts_to_compare_on_are_not_learnt_from(tiny: QuickstartSettings) -> None:
-    learnt, judged = quickstart._prompts(tiny)
-    assert (len(learnt), len(judged)) == (24, 8)
-    assert not {prompt.key for prompt in learnt} & {prompt.key for prompt in judged}
+def test_held_out_prompts_are_not_in_the_training_data(tiny: QuickstartSettings) -> None:
+    training, held_out = quickstart._prompts(tiny)
+    assert (len(training), len(held_out)) == (24, 8)
+    assert not {prompt.key for prompt in training} & {prompt.key for prompt in held_out}
 
 
-def test_folder_that_holds_something_else_is_refused_at_once(tmp_path: Path) -> None:
+def test_output_folder_with_other_files_raises_at_once(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     done = run(command("quickstart", output=tmp_path), tmp_path)
     assert done.returncode != 0
@@ -72,7 +72,7 @@ def test_folder_that_holds_something_else_is_refused_at_once(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_pocket_target_with_its_own_presets(tmp_path: Path) -> None:
+def test_quickstart_on_the_pocket_target(tmp_path: Path) -> None:
     small = {"num_texts": 40, "text_tokens": 24, "max_steps": 4, "max_new_tokens": 8, "rounds": 1}
     done = run(command("quickstart", target=POCKET, **small), tmp_path)
     assert done.returncode == 0, done.stderr

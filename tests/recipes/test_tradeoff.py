@@ -1,4 +1,4 @@
-"""recipes/tradeoff.py and eval/plots/tradeoff.py: sizes compressed, healed, compared, and drawn against what is predicted."""
+"""Tests of compressing to several sizes: healing, comparison, predictions and plot."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,9 @@ from trainers import distill
 from trainers.training.run_settings import RunSettings
 
 
-def test_each_size_is_cut_healed_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipe_cuts_heals_and_compares_each_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = str(write_prompts(tmp_path / "prompts.jsonl", 40))
-    wanted = SweepSettings(
+    sweep = SweepSettings(
         methods=("even", "width", "wanda"),
         sizes=(0.34,),
         calibration_batches=1,
@@ -31,9 +31,9 @@ def test_each_size_is_cut_healed_and_compared(tmp_path: Path, capsys: pytest.Cap
         output=str(tmp_path / "out"),
         **SMALL | {"max_steps": 4, "eval_steps": 2},
     )
-    main(wanted, trainer_settings(distill, loss="forward_kl"), run)
-    told = capsys.readouterr().out
-    assert "width-0.34 is left out: keep 0.34 leaves 0.68 of the 2 query heads" in told
+    main(sweep, trainer_settings(distill, loss="forward_kl"), run)
+    output = capsys.readouterr().out
+    assert "width-0.34 is left out: keep 0.34 leaves 0.68 of the 2 query heads" in output
     rows = json.loads((tmp_path / "out" / "tradeoff.json").read_text())
     sizes = ("even-0.34", "wanda-0.34")
     names = [f"{name}, {kind}" for name in sizes for kind in ("cut", "healed")]
@@ -50,11 +50,11 @@ def test_each_size_is_cut_healed_and_compared(tmp_path: Path, capsys: pytest.Cap
     weights = {row["name"]: row["num_weights"] for row in rows}
     assert weights["even-0.34, cut"] == weights["even-0.34, healed"] < weights["wanda-0.34, cut"]
     assert weights["wanda-0.34, cut"] == weights["wanda-0.34, healed"]
-    main(wanted, trainer_settings(distill, loss="forward_kl"), run)
+    main(sweep, trainer_settings(distill, loss="forward_kl"), run)
     assert capsys.readouterr().out.count("nothing to do") == 2 * len(sizes)
 
 
-def test_points_are_predicted_and_drawn(tmp_path: Path) -> None:
+def test_publish_tradeoff(tmp_path: Path) -> None:
     facts = {"line": "x, cut", "temperature": 0.0, "tau": 2.0, "speedup": 1.5}
     points = [
         Point(name=f"x-{size}", num_weights=size, cost_ratio=0.01 * size, acceptance=0.5 + 0.004 * size, **facts)
