@@ -15,10 +15,10 @@ from tests.support.biased_verifiers import accept_by_the_targets_chance, draw_fo
 from tests.support.distributions import (
     FALSE_ALARM,
     check_distribution,
+    distribution_p_value,
     distribution_target,
     exact_distribution,
     p_value,
-    sampled_p_value,
 )
 from tests.support.drafters import sampled_drafter
 
@@ -51,12 +51,12 @@ def test_a_deterministic_chain_may_also_be_judged_token_by_token() -> None:
 def test_a_biased_verifier_is_seen(name: str, verify: Callable[..., Verdict], monkeypatch: pytest.MonkeyPatch) -> None:
     biased = SimpleNamespace(name="biased", sampling=Sampling(temperature=1.0), verify=verify)
     monkeypatch.setattr("draftsmith.verify.choose", lambda *_: biased)
-    assert sampled_p_value(sampled_drafter(name), distribution_target(), num_samples=NUM_SAMPLES // 4) < FALSE_ALARM
+    assert distribution_p_value(sampled_drafter(name), distribution_target(), num_samples=NUM_SAMPLES // 4) < FALSE_ALARM
 
 
 def test_typical_acceptance_is_seen_to_be_lossy() -> None:
     assert (
-        sampled_p_value(
+        distribution_p_value(
             sampled_drafter("medusa"), distribution_target(), num_samples=NUM_SAMPLES // 4, verifier="typical"
         )
         < FALSE_ALARM
@@ -74,7 +74,7 @@ def test_drafts_judged_by_another_law_than_theirs_are_seen(monkeypatch: pytest.M
         return Draft(**vars(draft) | {"draft_probs_BNV": flatter / flatter.sum(-1, keepdim=True)})
 
     monkeypatch.setattr(drafter, "propose", without_truncation)
-    assert sampled_p_value(drafter, distribution_target(), num_samples=NUM_SAMPLES // 4, top_k=5) < FALSE_ALARM
+    assert distribution_p_value(drafter, distribution_target(), num_samples=NUM_SAMPLES // 4, top_k=5) < FALSE_ALARM
 
 
 def test_the_exact_law_and_the_test_are_sound() -> None:

@@ -1,1 +1,1 @@
-"""How many tokens to draft: policies, the controller around a drafter, and what forwards cost."""
+"""Draft length: policies, the wrapper that applies them to a drafter, and the cost of forwards."""

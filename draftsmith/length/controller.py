@@ -1,6 +1,6 @@
-"""Puts a policy of lengths around a drafter.
+"""Applies a draft-length policy to a drafter.
 
-Shape suffixes: B rows, N nodes.
+Shape suffixes: B rows, N nodes; R is B, or 1 when all rows share the shape.
 """
 
 import dataclasses
@@ -12,35 +12,38 @@ from draftsmith.core.stats import drafted_depth
 from draftsmith.core.tree import Draft
 from draftsmith.length.policies import Fixed, Outcome, Policy, make
 
-DEEPEST = 16
-"""Most tokens of a draft whose drafter's configuration names no `num_draft`, as that of a tree."""
+DEFAULT_NUM_DRAFT = 16
+"""Longest draft of a drafter whose configuration has no `num_draft`, such as one of a fixed tree."""
 
 
 def with_length_control(drafter: Drafter, length: str | Policy) -> Drafter:
-    """Returns the drafter with drafts as long as `length` says, "auto" being what a drafter that asks has of its own.
+    """Returns the drafter with its draft length controlled by the policy `length`, "auto" being the drafter's default.
 
-    Raises ValueError for an unknown policy, or one that goes by confidences where the drafter tells none.
+    Raises ValueError for an unknown policy, or one that needs draft confidences if the drafter does not report any.
     """
     supports_early_stop = getattr(drafter.config, "supports_early_stop", False)
     if length == "auto":
-        # A drafter may have a policy that it keeps from call to call.
+        # A drafter may keep a policy from call to call.
         length = drafter.policy or (drafter.config.length if supports_early_stop else "fixed")
     policy = make(length) if isinstance(length, str) else length
     if policy.needs_confidence and not supports_early_stop:
         name = type(policy).__name__.lower()
-        raise ValueError(f"length {name!r} goes by the draft's confidence, which this drafter does not tell")
+        raise ValueError(
+            f"length {name!r} needs the draft model's confidence, which this drafter does not report; use 'fixed',"
+            " 'heuristic' or 'expected_gain'"
+        )
     if isinstance(policy, Fixed) and policy.num_draft == float("inf"):
         return drafter
     return LengthControlled(drafter, policy, supports_early_stop=supports_early_stop)
 
 
 class LengthControlled(Drafter):
-    """A drafter held to a policy: rows get a budget each before anything is drafted, or are asked token by token."""
+    """A drafter whose draft length is set by a policy: per row before drafting, or token by token with early stop."""
 
     def __init__(self, drafter: Drafter, policy: Policy, *, supports_early_stop: bool) -> None:
         self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
         self._drafter, self._policy, self._supports_early_stop = drafter, policy, supports_early_stop
-        self._num_draft = getattr(drafter.config, "num_draft", DEEPEST)
+        self._num_draft = getattr(drafter.config, "num_draft", DEFAULT_NUM_DRAFT)
 
     def start(self, session: Session) -> None:
         self._session = session
@@ -64,19 +67,23 @@ class LengthControlled(Drafter):
             for row, path in enumerate(step.paths):
                 num_drafted = drafted_depth(step.draft, row)
                 if path and num_drafted:
-                    told = self._confidences[row]
-                    one = Outcome(row=row, num_drafted=num_drafted, num_matched=len(path) - 1, confidences=told)
-                    outcomes.append(one)
+                    outcome = Outcome(
+                        row=row,
+                        num_drafted=num_drafted,
+                        num_accepted=len(path) - 1,
+                        confidences=self._confidences[row],
+                    )
+                    outcomes.append(outcome)
             self._policy.learn(outcomes, step.draft.tree.depth, step.cost_ms)
         self._is_running = [len(path) > 0 for path in step.paths]
         self._drafter.observe(step)
 
     def reactivate(self) -> None:
-        """Lets rows that had finished draft again."""
+        """Marks all rows as running, for drafts of text that was taken back."""
         self._is_running = [True] * len(self._is_running)
 
     def _limit(self, row: int, most: int) -> int:
-        """Returns the row's budget: all or nothing if the drafter asks again after each token."""
+        """Returns the row's draft length, or with early stop, which decides on each token later, `most` or 0."""
         if self._supports_early_stop:
             return most if self._policy.should_continue(row, 0, ()) else 0
         number = 0
@@ -85,16 +92,17 @@ class LengthControlled(Drafter):
         return number
 
     def _should_continue(self, row: int, confidence: float) -> bool:
-        told = self._confidences[row]
-        told.append(confidence)
-        return len(told) < self._limits[row] and self._policy.should_continue(row, len(told), told)
+        confidences = self._confidences[row]
+        confidences.append(confidence)
+        num_drafted = len(confidences)
+        return num_drafted < self._limits[row] and self._policy.should_continue(row, num_drafted, confidences)
 
 
 def cut(draft: Draft, depths: list[int]) -> Draft:
-    """Returns the draft with each row's nodes in use ending before the first that is deeper than its entry of `depths`.
+    """Returns the draft with each row's nodes cut before the first one that is deeper than the row's entry of `depths`.
 
-    The depths must not depend on what was drafted: a token is not to be withheld for what it is. A tree's nodes must
-    come level by level, lest siblings be parted, which are judged by how all of them were drawn.
+    Depths must not depend on the tokens drafted: withholding a token for what it is would bias the output. A tree's
+    nodes must be in level order, so that siblings, which are verified by how all of them were sampled, stay together.
     """
     if min(depths) >= draft.tree.depth:
         return draft

@@ -1,4 +1,4 @@
-"""Policies around drafters: who is asked what, per row; and no choice of length changes the output or its law."""
+"""Length control: budgets per row, early stop per token, and lossless output for every policy."""
 
 import json
 from functools import cache
@@ -17,7 +17,7 @@ from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters import lm, lookup, medusa
 from draftsmith.length.controller import LengthControlled, cut, with_length_control
 from draftsmith.length.policies import POLICIES, Confidence, Outcome, make
-from tests.support.distributions import FALSE_ALARM, check_distribution, distribution_target, sampled_p_value
+from tests.support.distributions import FALSE_ALARM, check_distribution, distribution_p_value, distribution_target
 from tests.support.drafters import SAMPLED_SMALL, TREE, generate_rows, tiny_drafter
 from tests.support.family import Watched, built, texts
 from tests.support.models import greedy_by_transformers, tiny_config, tiny_target
@@ -27,7 +27,7 @@ NUM_SAMPLES = 5_000
 
 
 class Chains(Drafter):
-    """Drafts chains as deep as it may, and keeps the budgets that it was given."""
+    """Drafts chains of the full budget and records the budgets."""
 
     target: Any = None
 
@@ -47,57 +47,64 @@ class Chains(Drafter):
         self.step = step
 
 
-def begun(drafter: Any, num_rows: int = 3) -> Any:
+def started(drafter: Any, num_rows: int = 3) -> Any:
     rows = [[3, 4]] * num_rows
     given = {"cache": None, "sampling": Sampling(), "generator": torch.Generator()}
     drafter.start(Session(target=tiny_target("llama"), rows=rows, **given))
     return drafter
 
 
-def seen(draft: Draft, paths: list[list[int]]) -> Step:
+def step_of(draft: Draft, paths: list[list[int]]) -> Step:
     return Step(draft=draft, logits_BNV=None, hidden={}, verdict=None, paths=paths, cost_ms=1.0)  # type: ignore
 
 
-def test_each_row_has_a_budget_of_its_own() -> None:
+def test_each_row_has_its_own_budget() -> None:
     inner = Chains(num_draft=4)
-    drafter = begun(with_length_control(inner, "heuristic"))
+    drafter = started(with_length_control(inner, "heuristic"))
     draft = drafter.propose(100)
     assert inner.budgets == [4] and draft.num_nodes is None
-    drafter.observe(seen(draft, [[0, 1, 2, 3, 4], [0, 1], [0]]))
+    drafter.observe(step_of(draft, [[0, 1, 2, 3, 4], [0, 1], [0]]))
     draft = drafter.propose(100)
     assert inner.budgets == [4, 4] and draft.num_nodes == [5, 4, 4]
-    drafter.observe(seen(draft, [[0, 1], [0, 1], []]))
+    drafter.observe(step_of(draft, [[0, 1], [0, 1], []]))
     draft = drafter.propose(100)
     assert inner.budgets == [4, 4, 3] and draft.num_nodes == [4, 3, 1], "a finished row drafts nothing"
     assert inner.step.paths[0] == [0, 1]
-    assert drafter.propose(1).tree.num_nodes == 2, "no deeper than the loop allows"
+    assert drafter.propose(1).tree.num_nodes == 2, "at most the loop's budget"
 
 
-def test_a_drafter_that_asks_is_asked_for_each_token() -> None:
+def test_early_stop_decides_after_each_token() -> None:
     inner = Chains(num_draft=5, length="confidence=0.5", supports_early_stop=True)
-    drafter = begun(with_length_control(inner, "auto"), 2)
+    drafter = started(with_length_control(inner, "auto"), 2)
     draft = drafter.propose(100)
-    ask = inner.session.should_continue
-    assert [ask(0, 0.9), ask(1, 0.5), ask(0, 0.4), ask(1, 0.9)] == [True, True, False, True]
-    assert [ask(1, 0.9), ask(1, 0.9), ask(1, 0.9)] == [True, True, False], "five is the most"
-    judged: list[Any] = []
+    should_continue = inner.session.should_continue
+    assert [should_continue(0, 0.9), should_continue(1, 0.5), should_continue(0, 0.4), should_continue(1, 0.9)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert [should_continue(1, 0.9), should_continue(1, 0.9), should_continue(1, 0.9)] == [True, True, False], (
+        "five is the maximum"
+    )
+    learned: list[Any] = []
     policy = Confidence(0.5)
-    policy.learn = lambda outcomes, depth, cost_ms: judged.extend([*outcomes, depth, cost_ms])  # type: ignore
-    drafter = begun(with_length_control(inner, policy), 2)
+    policy.learn = lambda outcomes, depth, cost_ms: learned.extend([*outcomes, depth, cost_ms])  # type: ignore
+    drafter = started(with_length_control(inner, policy), 2)
     draft = drafter.propose(100)
     for row, confidence in ((0, 0.9), (1, 0.2), (0, 0.4)):
         inner.session.should_continue(row, confidence)
     draft = Draft(tokens_BN=draft.tokens_BN, tree=draft.tree, num_nodes=[3, 2])
-    drafter.observe(seen(draft, [[0, 1], [0]]))
-    assert judged == [
-        Outcome(row=0, num_drafted=2, num_matched=1, confidences=[0.9, 0.4]),
-        Outcome(row=1, num_drafted=1, num_matched=0, confidences=[0.2]),
+    drafter.observe(step_of(draft, [[0, 1], [0]]))
+    assert learned == [
+        Outcome(row=0, num_drafted=2, num_accepted=1, confidences=[0.9, 0.4]),
+        Outcome(row=1, num_drafted=1, num_accepted=0, confidences=[0.2]),
         5,
         1.0,
     ]
 
 
-def test_trees_are_cut_by_depth() -> None:
+def test_cut_limits_trees_by_depth() -> None:
     parents = [[-1, 0, 0, 1, 2, 3], [-1, 0, 1, 1, 2, 3]]
     draft = Draft(tokens_BN=torch.zeros(2, 6, dtype=torch.long), tree=Tree.from_parents(parents))
     assert cut(draft, [3, 3]) is draft
@@ -106,16 +113,16 @@ def test_trees_are_cut_by_depth() -> None:
     stats = GenerationStats(num_rows=2)
     for row, num_accepted in enumerate((0, 1)):
         stats.count(cut(draft, [0, 2]), row, num_accepted=num_accepted, num_kept=num_accepted + 1)
-    assert (stats.drafted, stats.accepted) == ([1, 1], [1, 0]), "what was cut was not drafted"
+    assert (stats.drafted, stats.accepted) == ([1, 1], [1, 0]), "cut nodes do not count as drafted"
     out_of_order = Tree.from_parents([[-1, 0, 1, 0]])
     assert cut(Draft(tokens_BN=draft.tokens_BN[:1, :4], tree=out_of_order), [0]).num_nodes == [1]
-    with pytest.raises(AssertionError):  # siblings would be parted
+    with pytest.raises(AssertionError):  # it would separate siblings
         cut(Draft(tokens_BN=draft.tokens_BN[:1, :4], tree=out_of_order), [1])
     used = Draft(tokens_BN=draft.tokens_BN, tree=draft.tree, num_nodes=[2, 6])
     assert cut(used, [2, 3]).num_nodes == [2, 6]
 
 
-def test_policies_by_name_and_by_what_the_artifact_says(tmp_path: Path) -> None:
+def test_length_is_chosen_by_name_or_by_the_artifact(tmp_path: Path) -> None:
     target = tiny_target("llama")
     drafter = tiny_drafter("lm", "llama")
     draftsmith.save(drafter, tmp_path / "draft", target)
@@ -129,27 +136,35 @@ def test_policies_by_name_and_by_what_the_artifact_says(tmp_path: Path) -> None:
     for name in POLICIES:
         assert type(make(name)) is POLICIES[name]
     faults = {
-        "unknown length policy 'long'; there are fixed, heuristic,": "long",
-        "'few' is no number": "fixed=few",
-        "at least one token": "fixed=0",
-        "begin with at least one": "heuristic=nan",
+        "unknown length policy 'long'; choose one of fixed, heuristic,": "long",
+        "'few' is not a number": "fixed=few",
+        "number of drafted tokens must be at least 1": "fixed=0",
+        "first number of drafted tokens must be at least 1": "heuristic=nan",
         "it must lie between 0 and 1": "refit=1",
         "must be 0 \\(measured\\) or positive": "expected_gain=-1",
-        "length 'refit' goes by the draft's confidence": "refit",
+        "length 'refit' needs the draft model's confidence": "refit",
     }
     for message, length in faults.items():
         with pytest.raises(ValueError, match=message):
             generate_rows(target, 1, lookup.Drafter(lookup.Config(), target), length=length)
 
 
-# --- The output --------------------------------------------------------------------------------------------------
+# --- Output ------------------------------------------------------------------------------------------------------
 
-TELLING = ("fixed=2", "heuristic", "confidence=0.4", "adaptive=0.4", "refit=0.3", "expected_gain=0.15", "expected_gain")
-SILENT = ("fixed=1", "heuristic", "expected_gain=0.1", "expected_gain")
+WITH_CONFIDENCE = (
+    "fixed=2",
+    "heuristic",
+    "confidence=0.4",
+    "adaptive=0.4",
+    "refit=0.3",
+    "expected_gain=0.15",
+    "expected_gain",
+)
+WITHOUT_CONFIDENCE = ("fixed=1", "heuristic", "expected_gain=0.1", "expected_gain")
 
 
 class Lengths(Watched):
-    """Keeps how many nodes each row's draft had in the end."""
+    """Records the numbers of nodes of the drafts that were verified."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__(inner)
@@ -162,9 +177,10 @@ class Lengths(Watched):
 
 @pytest.mark.parametrize(
     ("name", "length"),
-    [("copy", one) for one in TELLING] + [(name, one) for name in ("medusa", "lookup") for one in SILENT],
+    [("copy", one) for one in WITH_CONFIDENCE]
+    + [(name, one) for name in ("medusa", "lookup") for one in WITHOUT_CONFIDENCE],
 )
-def test_greedy_output_is_the_targets(name: str, length: str) -> None:
+def test_greedy_output_equals_the_target(name: str, length: str) -> None:
     target = tiny_target("llama")
     drafter = Lengths(tiny_drafter(name, "llama"))
     for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
@@ -174,14 +190,14 @@ def test_greedy_output_is_the_targets(name: str, length: str) -> None:
     assert len(drafter.found) > 1 or length.startswith("fixed")
 
 
-def test_a_draft_model_is_not_asked_about_trees() -> None:
+def test_a_draft_model_with_trees_has_no_early_stop() -> None:
     target = tiny_target("llama")
     model = tiny_config("llama", num_hidden_layers=1).to_dict()
     drafter = built(lm, lm.Config(model=model, num_draft=3, width=2, num_nodes=6), target)
     for length in ("auto", "heuristic", "expected_gain"):
         out = generate_rows(target, 5, drafter, length=length)
         assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
-    with pytest.raises(ValueError, match="length 'refit' goes by the draft's confidence"):
+    with pytest.raises(ValueError, match="length 'refit' needs the draft model's confidence"):
         generate_rows(target, 5, drafter, length="refit")
 
 
@@ -190,9 +206,9 @@ def small() -> Any:
     return built(lm, lm.Config(model=SAMPLED_SMALL, num_draft=3, length="fixed"), distribution_target())
 
 
-@pytest.mark.parametrize("length", TELLING)
-def test_sampled_text_follows_the_law(length: str) -> None:
-    """One policy object for all calls, so that what it has learnt, and the clock, decide."""
+@pytest.mark.parametrize("length", WITH_CONFIDENCE)
+def test_sampling_with_early_stop_is_lossless(length: str) -> None:
+    """One policy object for all calls, so that its state and measured times matter."""
     drafter = Lengths(small())
     check_distribution(
         LengthControlled(drafter, make(length), supports_early_stop=True),
@@ -202,30 +218,30 @@ def test_sampled_text_follows_the_law(length: str) -> None:
     assert len(drafter.found) > 1 or length == "fixed=2"
 
 
-@pytest.mark.parametrize("length", SILENT)
+@pytest.mark.parametrize("length", WITHOUT_CONFIDENCE)
 @pytest.mark.parametrize("family", ["medusa", "lookup"])
-def test_sampled_text_of_drafters_that_tell_nothing_follows_the_law(family: str, length: str) -> None:
-    silent: Any = lookup.Drafter(lookup.Config(num_draft=3), distribution_target())
+def test_sampling_without_confidences_is_lossless(family: str, length: str) -> None:
+    drafter: Any = lookup.Drafter(lookup.Config(num_draft=3), distribution_target())
     if family == "medusa":
-        silent = built(medusa, medusa.Config(num_heads=3, tree=TREE), distribution_target())
+        drafter = built(medusa, medusa.Config(num_heads=3, tree=TREE), distribution_target())
     check_distribution(
-        LengthControlled(silent, make(length), supports_early_stop=False),
+        LengthControlled(drafter, make(length), supports_early_stop=False),
         distribution_target(),
         num_samples=NUM_SAMPLES,
     )
 
 
 class Withholds(LengthControlled):
-    """WRONG: a token is not judged for what it turned out to be."""
+    """WRONG: withholds a token from verification depending on the token."""
 
     def propose(self, budget: int) -> Draft:
         draft = super().propose(budget)
         used = draft.num_nodes or [draft.tree.num_nodes] * len(draft.tokens_BN)
-        doubts = [len(told) > 0 and told[-1] < 0.3 for told in self._confidences]
-        kept = [nodes - doubt for nodes, doubt in zip(used, doubts, strict=True)]
+        withheld = [len(confidences) > 0 and confidences[-1] < 0.3 for confidences in self._confidences]
+        kept = [nodes - is_withheld for nodes, is_withheld in zip(used, withheld, strict=True)]
         return Draft(**vars(draft) | {"num_nodes": kept})
 
 
-def test_a_token_withheld_for_what_it_is_would_be_seen() -> None:
+def test_withholding_sampled_tokens_is_detected_as_biased() -> None:
     wrong = Withholds(small(), Confidence(0.3), supports_early_stop=True)
-    assert sampled_p_value(wrong, distribution_target(), num_samples=NUM_SAMPLES) < FALSE_ALARM
+    assert distribution_p_value(wrong, distribution_target(), num_samples=NUM_SAMPLES) < FALSE_ALARM

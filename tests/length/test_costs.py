@@ -1,4 +1,4 @@
-"""What forwards cost: every architecture is timed, and more nodes never take less."""
+"""Measured forward costs do not decrease with the number of nodes, for each architecture."""
 
 import time
 
@@ -9,13 +9,13 @@ from tests.support.models import tiny_target
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "t5"])
-def test_a_round_with_more_nodes_never_costs_less(architecture: str) -> None:
+def test_verify_ms_does_not_decrease_with_nodes(architecture: str) -> None:
     costs = verify_ms(tiny_target(architecture), sizes=(1, 4, 16))
     assert list(costs) == [1, 4, 16]
     assert 0 < costs[1] <= costs[4] <= costs[16]
 
 
-def test_the_quickest_of_several_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickest_ms_returns_the_shortest_run(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     clock = iter([0.0, 0.5, 1.0, 1.003, 2.0, 2.001, *([9.0, 9.7] * REPEATS)])
     with monkeypatch.context() as patched:
