@@ -1,1 +1,1 @@
-"""Side by side: decoding (measure.py), the bake-off (compare.py), its table (table.py), its picture (plots.py)."""
+"""Evaluation: the bake-off (compare.py), the losslessness certificate (lossless.py), reports, plots and the doctor."""

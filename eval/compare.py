@@ -53,7 +53,7 @@ def compare(
         drafters = {one.method.name: one.drafter for one in competing if one.family and not one.is_ablation}
         texts = record_texts(target, prompts, drafters, settings.max_new_tokens)
     markdown = "\n".join([header(rows, "markdown"), *table(rows, "markdown"), "", "![speed-up](bakeoff.png)", ""])
-    publish(output, rows, texts=texts, markdown=markdown, csv=to_csv(rows), picture=lambda path: draw(rows, path))
+    publish(output, rows, texts=texts, markdown=markdown, csv=to_csv(rows), plot=lambda path: draw(rows, path))
     write_report(output)
     return rows
 
@@ -228,8 +228,8 @@ def _add_forecasts(
     }
     predicted: dict[tuple[str, float, int], float] = {}
     by_batch_size: dict[tuple[str, float], dict[int, float]] = {}
-    wanted = [(one, at) for one in with_drafter for at in settings.temperatures if one.competes_at(at)]
-    for one, temperature in tqdm(wanted, desc="forecasts", unit="drafter", delay=2, mininterval=_interval()):
+    pairs = [(one, at) for one in with_drafter for at in settings.temperatures if one.competes_at(at)]
+    for one, temperature in tqdm(pairs, desc="forecasts", unit="drafter", delay=2, mininterval=_interval()):
         name = one.method.name
         plain, drafted = (
             {size: [tallies[method] for tallies in totals[temperature, size]] for size in settings.batch_sizes}
@@ -238,8 +238,8 @@ def _add_forecasts(
         target_costs = costs[one.drafter.target]
         for size in settings.batch_sizes:
             predicted[name, temperature, size] = median(
-                forecast.predict_static_batching(*pair, size, target_costs)
-                for pair in zip(plain[size], drafted[size], strict=True)
+                forecast.predict_static_batching(*tallies, size, target_costs)
+                for tallies in zip(plain[size], drafted[size], strict=True)
             )
         by_batch_size[name, temperature] = forecast.predict_by_batch_size(plain, drafted, sizes, target_costs)
     for row in rows:

@@ -122,26 +122,26 @@ def main(run: RunSettings) -> None:
     launchers.require(run.report_to == "wandb", "wandb", "--report-to wandb")
     line_up = [] if run.drafts else lineup.read(Path(run.line_up))
     manifests = [read_manifest(draft) for draft in run.drafts]
-    facts = read_target_info(run.target)
+    target_info = read_target_info(run.target)
     for draft, manifest in zip(run.drafts, manifests, strict=True):
-        check_fits(draft, manifest, facts)
+        check_fits(draft, manifest, target_info)
     num_prompts = run.num_prompts
     if run.max_steps:
         num_prompts = min(num_prompts or sys.maxsize, run.max_steps * max(settings.batch_sizes))
     prompts = load_prompts(
-        run.data or default_source("", is_encoder_decoder=facts.is_encoder_decoder),
-        facts.tokenizer,
+        run.data or default_source("", is_encoder_decoder=target_info.is_encoder_decoder),
+        target_info.tokenizer,
         max_prompts=num_prompts,
-        max_prompt_tokens=prompt_room(facts, run.max_new_tokens),
+        max_prompt_tokens=prompt_room(target_info, run.max_new_tokens),
         prompt_tokens=run.prompt_tokens,
         long_prompts=run.long_prompts,
-        is_encoder_decoder=facts.is_encoder_decoder,
+        is_encoder_decoder=target_info.is_encoder_decoder,
         seed=run.seed,
     )
     settings.check_prompts(len(prompts))
     dtype = run.dtype or ("auto" if torch.cuda.is_available() and run.device != "cpu" else "float32")
     target = Target.from_pretrained(run.target, dtype=dtype, device=run.device)
-    artifacts = [Path(draft) for draft in run.drafts] or _train(line_up, target, facts, run)
+    artifacts = [Path(draft) for draft in run.drafts] or _train(line_up, target, target_info, run)
     rows = compare(target, prompts, artifacts, output, settings)
     if run.report_to == "wandb":
         to_wandb(rows, output, run.wandb_project)
@@ -151,7 +151,7 @@ def main(run: RunSettings) -> None:
     )
 
 
-def _train(line_up: list[lineup.Entry], target: Target, facts: TargetInfo, run: RunSettings) -> list[Path]:
+def _train(line_up: list[lineup.Entry], target: Target, target_info: TargetInfo, run: RunSettings) -> list[Path]:
     """Generates the training data if needed, trains the drafters of the line-up, and returns their artifacts."""
     output, data = Path(run.output), Path(run.learn_from)
     options: dict[str, Any] = {"target": run.target, "seed": run.seed}
@@ -161,12 +161,12 @@ def _train(line_up: list[lineup.Entry], target: Target, facts: TargetInfo, run: 
     with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
         if not any((data / marker).exists() for marker in (pseudo_data.MARKER, store.MARKER)):
             training_prompts = load_prompts(
-                run.learn_from or default_source("train", is_encoder_decoder=facts.is_encoder_decoder),
-                facts.tokenizer,
+                run.learn_from or default_source("train", is_encoder_decoder=target_info.is_encoder_decoder),
+                target_info.tokenizer,
                 max_prompts=run.num_texts,
-                max_prompt_tokens=prompt_room(facts, run.text_tokens),
+                max_prompt_tokens=prompt_room(target_info, run.text_tokens),
                 long_prompts="drop",
-                is_encoder_decoder=facts.is_encoder_decoder,
+                is_encoder_decoder=target_info.is_encoder_decoder,
                 seed=run.seed,
             )
             print(f"Generating training data with the target: {len(training_prompts)} texts")

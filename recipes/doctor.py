@@ -99,11 +99,11 @@ def main(run: RunSettings) -> int:
     name, source = run.target or manifest["target"]["name"], run.data or settings.get("data")
     if not source:
         raise ValueError(f"artifact {run.draft} does not record its training data; name texts with --data")
-    facts = read_target_info(name)
-    if facts.is_encoder_decoder:
+    target_info = read_target_info(name)
+    if target_info.is_encoder_decoder:
         raise ValueError(f"target {name} is an encoder-decoder; the doctor supports drafters of causal targets only")
-    check_fits(run.draft, manifest, facts)
-    examples = open_examples(source, facts)
+    check_fits(run.draft, manifest, target_info)
+    examples = open_examples(source, target_info)
     dtype = run.dtype or (manifest.get("made_with") or {}).get("dtype") or "float32"
     target = Target.from_pretrained(name, dtype=dtype, device=run.device)
     check_target(examples, source, target)

@@ -83,16 +83,16 @@ def main(run: ComparisonSettings) -> None:
     print(f"Written to {output}: {NAME}.md, .json and the plot {output / NAME}.png")
 
 
-def _originals(facts: TargetInfo, output: Path, run: ComparisonSettings) -> tuple[Path, Path]:
+def _originals(target_info: TargetInfo, output: Path, run: ComparisonSettings) -> tuple[Path, Path]:
     """Writes the human-written texts, and the prompts or sources for the target; returns both files."""
-    source = default_source("train", is_encoder_decoder=facts.is_encoder_decoder)
+    source = default_source("train", is_encoder_decoder=target_info.is_encoder_decoder)
     labels, sources = output / "labels.jsonl", output / "sources.jsonl"
-    if facts.is_encoder_decoder:
+    if target_info.is_encoder_decoder:
         pairs = [row.fields for row in read_source(source) if isinstance(row, Row)]
         originals = random.Random(run.seed).sample(pairs, min(run.num_texts, len(pairs)))
         prompt_rows = originals
     else:
-        length, tokenizer = PROMPT_TOKENS + run.text_tokens, facts.tokenizer
+        length, tokenizer = PROMPT_TOKENS + run.text_tokens, target_info.tokenizer
         assert tokenizer is not None
         texts = load_prompts(source, tokenizer, max_prompts=run.num_texts, prompt_tokens=length, seed=run.seed)
         originals = [{"text": text.text} for text in texts]
@@ -111,20 +111,20 @@ def _compare(
     name: str, output: Path, line_ups: dict[str, list[lineup.Entry]], run: ComparisonSettings
 ) -> list[dict[str, Any]]:
     """Trains every drafter for one target in both ways; returns the rows of its bake-off."""
-    facts = read_target_info(name)
-    is_encoder_decoder = facts.is_encoder_decoder
+    target_info = read_target_info(name)
+    is_encoder_decoder = target_info.is_encoder_decoder
     common: dict[str, Any] = {"is_encoder_decoder": is_encoder_decoder, "seed": run.seed}
     held_out = load_prompts(
         default_source("", is_encoder_decoder=is_encoder_decoder),
-        facts.tokenizer,
+        target_info.tokenizer,
         max_prompts=run.num_prompts,
-        max_prompt_tokens=prompt_room(facts, run.max_new_tokens),
+        max_prompt_tokens=prompt_room(target_info, run.max_new_tokens),
         **common,
     )
     claim(output)
-    labels, sources = _originals(facts, output, run)
+    labels, sources = _originals(target_info, output, run)
     training_prompts = load_prompts(
-        str(sources), facts.tokenizer, max_prompt_tokens=prompt_room(facts, run.text_tokens), **common
+        str(sources), target_info.tokenizer, max_prompt_tokens=prompt_room(target_info, run.text_tokens), **common
     )
     target = Target.from_pretrained(name, dtype="float32")
     options: dict[str, Any] = {"target": name, "seed": run.seed} | (

@@ -59,20 +59,20 @@ def main(run: RunSettings, settings: SampledTestSettings, greedy: GreedySettings
     output = Path(run.output)
     check_output(output)
     manifests = [read_manifest(draft) for draft in run.draft]
-    facts = read_target_info(run.target)
+    target_info = read_target_info(run.target)
     for draft, manifest in zip(run.draft, manifests, strict=True):
-        check_fits(draft, manifest, facts)
+        check_fits(draft, manifest, target_info)
     if run.max_steps:
         num_rows = min(settings.num_rows, run.max_steps * settings.rows_at_once)
         settings = replace(settings, num_rows=num_rows)
     prompts = load_prompts(
-        run.data or default_source("", is_encoder_decoder=facts.is_encoder_decoder),
-        facts.tokenizer,
+        run.data or default_source("", is_encoder_decoder=target_info.is_encoder_decoder),
+        target_info.tokenizer,
         max_prompts=run.num_prompts,
-        max_prompt_tokens=prompt_room(facts, max(greedy.max_new_tokens, settings.num_tokens + EXTRA_TOKENS)),
+        max_prompt_tokens=prompt_room(target_info, max(greedy.max_new_tokens, settings.num_tokens + EXTRA_TOKENS)),
         prompt_tokens=run.prompt_tokens,
         long_prompts=run.long_prompts,
-        is_encoder_decoder=facts.is_encoder_decoder,
+        is_encoder_decoder=target_info.is_encoder_decoder,
         seed=settings.seed,
     )
     greedy.check_prompts(len(prompts))

@@ -63,15 +63,15 @@ class ServingSettings:
 
 
 def main(serving: ServingSettings, settings: OnlineSettings) -> None:
-    output, facts = Path(serving.output), read_target_info(serving.target)
-    check_fits(serving.draft, read_manifest(serving.draft), facts)
-    room = prompt_room(facts, serving.max_new_tokens)
+    output, target_info = Path(serving.output), read_target_info(serving.target)
+    check_fits(serving.draft, read_manifest(serving.draft), target_info)
+    room = prompt_room(target_info, serving.max_new_tokens)
     prompts = load_prompts(
         serving.data,
-        facts.tokenizer,
+        target_info.tokenizer,
         max_prompts=serving.max_prompts,
         max_prompt_tokens=room,
-        is_encoder_decoder=facts.is_encoder_decoder,
+        is_encoder_decoder=target_info.is_encoder_decoder,
         seed=serving.seed,
     )
     identity = {**asdict(serving), **asdict(settings), "output": None, "max_steps": None}

@@ -108,12 +108,12 @@ def main(run: QuickstartSettings) -> None:
 
 def _prompts(run: QuickstartSettings) -> tuple[list[Prompt], list[Prompt]]:
     """Returns the training prompts and the held-out prompts."""
-    facts = read_target_info(run.target)
-    room = facts.context_length - max(run.text_tokens, run.max_new_tokens)
+    target_info = read_target_info(run.target)
+    room = target_info.context_length - max(run.text_tokens, run.max_new_tokens)
 
     def load(source: str, number: int) -> list[Prompt]:
         options = {"max_prompts": number, "max_prompt_tokens": room, "long_prompts": "drop", "seed": run.seed}
-        return load_prompts(source, facts.tokenizer, **options)  # type: ignore[arg-type]
+        return load_prompts(source, target_info.tokenizer, **options)  # type: ignore[arg-type]
 
     held_out = run.held_out or (HELD_OUT if run.data == TRAINING else "")
     if held_out:

@@ -68,11 +68,11 @@ class SweepSettings:
     """Number of times that these are decoded."""
 
 
-def main(wanted: SweepSettings, loss: distill.Settings, run: RunSettings) -> None:
+def main(sweep: SweepSettings, loss: distill.Settings, run: RunSettings) -> None:
     output = Path(run.output or "runs/tradeoff").resolve()
     claim(output)
     artifacts: list[Path] = []
-    for settings in _compressions(wanted, run, output):
+    for settings in _compressions(sweep, run, output):
         name = Path(settings.output).name
         try:
             folder = compress(settings)
@@ -80,30 +80,30 @@ def main(wanted: SweepSettings, loss: distill.Settings, run: RunSettings) -> Non
             print(f"{name} is left out: {error}")
             continue
         artifacts.append(draft_with(folder, settings, output / CUT / name))
-        if wanted.heal and settings.method not in SCHEMES:
+        if sweep.heal and settings.method not in SCHEMES:
             how = dataclasses.replace(loss, init=str(folder), keep_zeros=settings.method in ZEROS)
             healed = dataclasses.replace(run, output=str(output / HEALED / name))
             artifacts.append(train(distill, how, healed))
     target = Target.from_pretrained(run.target, dtype="float32")
-    prompts = load_prompts(wanted.held_out, target.tokenizer, max_prompts=wanted.num_prompts, seed=run.seed)
+    prompts = load_prompts(sweep.held_out, target.tokenizer, max_prompts=sweep.num_prompts, seed=run.seed)
     bakeoff_settings = BakeoffSettings(
-        rounds=wanted.rounds, max_new_tokens=wanted.max_new_tokens, batch_sizes=(1,), forecast_sizes=(), seed=run.seed
+        rounds=sweep.rounds, max_new_tokens=sweep.max_new_tokens, batch_sizes=(1,), forecast_sizes=(), seed=run.seed
     )
-    batches = held_out(next(_compressions(wanted, run, output)), target)
+    batches = held_out(next(_compressions(sweep, run, output)), target)
     rows = compare(target, prompts, artifacts, output, bakeoff_settings)
     points = [point for index, path in enumerate(artifacts) for point in _points(target, path, index, rows, batches)]
     print(publish_tradeoff(points, output))
 
 
-def _compressions(wanted: SweepSettings, run: RunSettings, output: Path) -> Iterator[CompressSettings]:
+def _compressions(sweep: SweepSettings, run: RunSettings, output: Path) -> Iterator[CompressSettings]:
     """Yields the settings of each compression; quantisation has no sizes."""
     shared: dict[str, Any] = {name: getattr(run, name) for name in ("target", "data", "seed", "batch_size", "bf16")}
-    shared["max_steps"] = wanted.calibration_batches
-    for method in wanted.methods:
+    shared["max_steps"] = sweep.calibration_batches
+    for method in sweep.methods:
         if method in SCHEMES:
             yield CompressSettings(method=method, output=str(output / "models" / method), **shared)
             continue
-        for keep in wanted.sizes:
+        for keep in sweep.sizes:
             folder = str(output / "models" / f"{method}-{keep:g}")
             yield CompressSettings(method=method, keep=keep, output=folder, **shared)
 

@@ -21,7 +21,7 @@ PLAIN, TRANSFORMERS = "plain", "transformers"
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A decoding method with the facts that its table row shows."""
+    """A decoding method with what its table row shows about it."""
 
     method: DecodingMethod
     family: str | None = None
@@ -69,7 +69,7 @@ def contenders(
         manifest = read_manifest(path)
         drafter = draftsmith.load(path, target)
         parameters: list[Tensor] = list(drafter.parameters())
-        facts: dict[str, Any] = {
+        columns: dict[str, Any] = {
             "family": manifest["family"],
             "drafter": drafter,
             "is_tuned": drafter.target is not target,
@@ -78,7 +78,7 @@ def contenders(
             "train_s": manifest.get("train_s"),
         }
         reference = None
-        if facts["is_tuned"]:
+        if columns["is_tuned"]:
             # The fine-tuned target writes other text than the original one, so it needs its own baseline.
             reference = f"{name} ({PLAIN})"
             decode = draftsmith_method(drafter.target)
@@ -86,8 +86,8 @@ def contenders(
         method = DecodingMethod(
             name=name, decode=draftsmith_method(drafter.target, drafter), reference=reference, drafter=drafter
         )
-        found.append(Contender(method=method, **facts))
-        for ablation in _ablations(method, drafter, facts, settings):
+        found.append(Contender(method=method, **columns))
+        for ablation in _ablations(method, drafter, columns, settings):
             try:
                 warm_up(ablation.method, [prompts[0].ids], temperature=1.0)
                 found.append(ablation)
@@ -97,24 +97,24 @@ def contenders(
 
 
 def _ablations(
-    own: DecodingMethod, drafter: Any, facts: dict[str, Any], settings: BakeoffSettings
+    own: DecodingMethod, drafter: Any, columns: dict[str, Any], settings: BakeoffSettings
 ) -> Iterator[Contender]:
     """Yields the drafter of `own` with each other verifier, draft-length policy and confidence threshold."""
 
-    def changed(what: str, **options: Any) -> DecodingMethod:
-        given = {"drafter": drafter} | options
-        return replace(own, name=f"{own.name} ({what})", decode=draftsmith_method(drafter.target, **given))
+    def changed(label: str, **options: Any) -> DecodingMethod:
+        options = {"drafter": drafter} | options
+        return replace(own, name=f"{own.name} ({label})", decode=draftsmith_method(drafter.target, **options))
 
     for verifier in settings.verifiers:
         is_lossless = verify.find(verifier)[0].LOSSLESS
         yield Contender(
-            method=changed(verifier, verifier=verifier), verifier=verifier, is_lossless=is_lossless, **facts
+            method=changed(verifier, verifier=verifier), verifier=verifier, is_lossless=is_lossless, **columns
         )
     for policy in settings.lengths:
-        yield Contender(method=changed(policy, policy=policy), length=policy, **facts)
+        yield Contender(method=changed(policy, policy=policy), length=policy, **columns)
     for gate in settings.gates:
         yield Contender(
-            method=changed(f"gate {gate:g}", drafter=TargetConfidenceThreshold(drafter, gate)), gate=gate, **facts
+            method=changed(f"gate {gate:g}", drafter=TargetConfidenceThreshold(drafter, gate)), gate=gate, **columns
         )
 
 

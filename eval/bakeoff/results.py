@@ -80,11 +80,11 @@ def publish(
     texts: dict[str, Any],
     markdown: str,
     csv: str,
-    picture: Callable[[Path], None],
+    plot: Callable[[Path], None],
 ) -> None:
     """Writes the result files, each atomically, and removes the file of partial measurements."""
     write_whole(folder / TEXTS, lambda path: path.write_text(json.dumps(texts) + "\n"))
-    write_whole(folder / f"{NAME}.png", picture)
+    write_whole(folder / f"{NAME}.png", plot)
     write_whole(folder / f"{NAME}.csv", lambda path: path.write_text(csv, newline=""))
     write_whole(folder / f"{NAME}.md", lambda path: path.write_text(markdown))
     write_whole(folder / f"{NAME}.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))

@@ -24,7 +24,7 @@ def to_wandb(rows: Sequence[dict[str, Any]], output: Path, project: str) -> None
         }
         logged["bakeoff"] = wandb.Table(columns=columns, data=[[_cell(row[name]) for name in columns] for row in rows])
         # A name of its own: bakeoff.png is logged beside the table "bakeoff".
-        logged |= {f"picture of {picture.stem}": wandb.Image(str(picture)) for picture in sorted(output.glob("*.png"))}
+        logged |= {f"plot of {plot.stem}": wandb.Image(str(plot)) for plot in sorted(output.glob("*.png"))}
         run.log(logged)
 
 

@@ -21,12 +21,27 @@ from eval.report.token_view import KINDS, annotated_texts
 
 Row = dict[str, Any]
 PAGE = f"{NAME}.html"
-TEMPLATE = "page.html.j2"
 NEEDED = {"drafter", "family", "temperature", "batch_size", "speedup", "tuned", "lossless", "accepted_per_depth"}
 """Columns without which no page is made; the oldest supported comparisons have them."""
 NUM_OPEN = 3
 """Drafters of each text that are shown unfolded."""
 LINE_END = Markup('<span class="end" aria-hidden="true">&#8629;</span>\n')
+
+
+def _visible(piece: str) -> Markup:
+    """Returns a token's text with visible line ends; a token that is only part of a character becomes a box."""
+    return escape(piece or "\u25af").replace("\n", LINE_END)
+
+
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+ENVIRONMENT.tests["slower"] = is_slower
+ENVIRONMENT.filters["visible"] = _visible
 
 
 class Cell(NamedTuple):
@@ -63,57 +78,23 @@ def write_report(folder: Path) -> Path:
 def page(rows: Sequence[Row], recorded: dict[str, Any]) -> str:
     """Returns the HTML of a comparison's rows and of what eval/report/recorded_texts.py recorded."""
     groups = [(title, list(group)) for title, group in groupby(rows, key=_conditions)]
-    parts: dict[str, Any] = {
-        "tables": _tables(groups),
-        "costs": _costs(groups),
-        "forecasts": _forecasts(rows),
-        "categories": _categories(groups),
-        "acceptance": _acceptance(rows),
-        "trees": _trees(recorded["trees"]),
-        "texts": annotated_texts(recorded["texts"]),
-    }
-    titles = {
-        "tables": ("table", "Table"),
-        "costs": ("cost", "Speed-up against training time"),
-        "forecasts": ("batches", "Predicted speed-up by batch size"),
-        "categories": ("categories", "Speed-up by category"),
-        "acceptance": ("acceptance", "Acceptance by depth"),
-        "trees": ("trees", "Draft trees"),
-        "texts": ("texts", "Token by token"),
-    }
-    return (
-        _environment()
-        .get_template(TEMPLATE)
-        .render(
-            parts,
-            sections=[title for name, title in titles.items() if parts[name]],
-            target=rows[0]["target"],
-            conditions=header(rows, "terminal"),
-            summaries=[_summary(title, group) for title, group in groups if any(map(_is_own, group))],
-            definitions=definitions(rows),
-            acceptance_legend=_acceptance_legend(rows),
-            token_kinds=KINDS,
-            num_open=NUM_OPEN,
-        )
+    acceptance = _acceptance(rows)
+    return ENVIRONMENT.get_template("page.html.j2").render(
+        target=rows[0]["target"],
+        conditions=header(rows, "terminal"),
+        summaries=[_summary(title, group) for title, group in groups if any(map(_is_own, group))],
+        tables=_tables(groups),
+        definitions=definitions(rows),
+        costs=_costs(groups),
+        forecasts=_forecasts(rows),
+        categories=_categories(groups),
+        acceptance=[(name, charts.by_depth(lines, f"Acceptance of {name} by depth")) for name, lines in acceptance],
+        temperatures=[label for label, _ in max((lines for _, lines in acceptance), key=len, default=[])],
+        trees=_trees(recorded["trees"]),
+        texts=annotated_texts(recorded["texts"]),
+        token_kinds=KINDS,
+        num_open=NUM_OPEN,
     )
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.tests["slower"] = is_slower
-    environment.filters["visible"] = _visible
-    return environment
-
-
-def _visible(piece: str) -> Markup:
-    """Returns a token's text with visible line ends; a token that is only part of a character becomes a box."""
-    return escape(piece or "\u25af").replace("\n", LINE_END)
 
 
 def _read(file: Path) -> Any:
@@ -263,30 +244,15 @@ def _categories(groups: Sequence[tuple[str, list[Row]]]) -> list[dict[str, Any]]
     return found
 
 
-def _acceptance_by_drafter(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
-    """Returns {drafter: {temperature: acceptance by depth}} at the smallest batch size, for up to 3 temperatures."""
+def _acceptance(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, list[float]]]]]:
+    """Returns for each drafter the acceptance by depth at the smallest batch size and up to 3 temperatures."""
     smallest = min(row["batch_size"] for row in rows)
-    found: dict[str, dict[str, list[float]]] = {}
+    lines: dict[str, list[tuple[str, list[float]]]] = {}
     for row in rows:
         if _is_own(row) and row["batch_size"] == smallest and row["accepted_per_depth"]:
-            lines = found.setdefault(row["drafter"], {})
-            if len(lines) < 3:
-                lines[f"temperature {row['temperature']:g}"] = row["accepted_per_depth"][:10]
-    return found
-
-
-def _acceptance(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
-    return [
-        (name, charts.by_depth(list(lines.items()), f"Acceptance of {name} by depth"))
-        for name, lines in _acceptance_by_drafter(rows).items()
-    ]
-
-
-def _acceptance_legend(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Returns the marker of each temperature in the acceptance charts."""
-    temperatures = max(_acceptance_by_drafter(rows).values(), key=len, default={})
-    markers = ("Circles, solid", "squares, dashed", "triangles, dotted")
-    return list(zip(markers, temperatures, strict=False))
+            label = f"temperature {row['temperature']:g}"
+            lines.setdefault(row["drafter"], []).append((label, row["accepted_per_depth"][:10]))
+    return [(name, of_drafter[:3]) for name, of_drafter in lines.items()]
 
 
 def _trees(trees: dict[str, Any]) -> list[tuple[str, Markup]]:

@@ -43,9 +43,7 @@ def test_recipe_trains_and_compares_both_ways(
     assert found == [("lstm", 0.0), ("ngram", 0.0), ("lstm", 1.0), ("ngram", 1.0)]
     assert all(0 <= pair[way]["acceptance"] <= 1 <= pair[way]["tau"] for pair in pairs for way in tables)
     folder = tmp_path / "out" / "target"
-    recorded = {
-        way: json.loads((folder / way / "lstm" / "draft_config.json").read_text())["settings"] for way in tables
-    }
+    manifests = {way: json.loads((folder / way / "lstm" / "draft_config.json").read_text()) for way in tables}
     assert manifests["baseline"]["settings"]["data"] == str(folder / "labels.jsonl")
     assert manifests["distilled"]["settings"]["data"] == str(folder / "pseudo-data")
     rows = [json.loads(line) for line in (folder / "labels.jsonl").read_text().splitlines()]
