@@ -151,7 +151,7 @@ def main(run: RunSettings) -> None:
     )
 
 
-def _train(line_up: list[lineup.Entry], target: Target, target_info: TargetInfo, run: RunSettings) -> list[Path]:
+def _train(line_up: list[lineup.DrafterSpec], target: Target, target_info: TargetInfo, run: RunSettings) -> list[Path]:
     """Generates the training data if needed, trains the drafters of the line-up, and returns their artifacts."""
     output, data = Path(run.output), Path(run.learn_from)
     options: dict[str, Any] = {"target": run.target, "seed": run.seed}
@@ -176,8 +176,8 @@ def _train(line_up: list[lineup.Entry], target: Target, target_info: TargetInfo,
             )
             write_pseudo_data(LocalWriter(target), training_prompts, data, settings)
         print(f"Training {len(line_up)} drafters; the log of each is in {output / 'logs'}", flush=True)
-        made = lineup.make(line_up, output, is_quiet=True, data=str(data), **options)
-        artifacts = lineup.say(made, len(line_up))
+        results = lineup.train_all(line_up, output, is_quiet=True, data=str(data), **options)
+        artifacts = lineup.report(results, len(line_up))
     if not artifacts:
         raise ValueError(f"none of the drafters of {run.line_up} could be trained; see the messages above")
     return artifacts

@@ -1,15 +1,15 @@
-"""Composes trained drafters of which one drafts at each step, as a look-up and heads, into one artifact.
+"""Combines trained drafters, one of which drafts in each step (such as lookup and heads), into one artifact.
 
-    ./launch.sh cascade --parts runs/lookup runs/medusa              # the one that has brought most a millisecond first
-    ./launch.sh cascade --parts runs/lookup runs/medusa --no-adaptive --min-tokens 3        # the first that finds three
+    ./launch.sh cascade --parts runs/lookup runs/medusa              # tries first what gave most tokens per ms so far
+    ./launch.sh cascade --parts runs/lookup runs/medusa --no-adaptive --min-tokens 3    # first draft of at least 3
     ./launch.sh cascade --target T --data runs/mine --parts runs/a runs/b runs/c
 
-Nothing is trained: of the run's settings those of an optimiser mean nothing here. The artifact holds its parts whole.
+Nothing is trained, so the optimiser's settings have no effect. The artifact contains its parts.
 
-Nothing is drafted where plain steps bring more. Pocket target, a share of a core, 8 prompts of 64 tokens, speed by CPU
-time: greedily 1.85 times plain decoding for a look-up alone (min_ngram 2, 2.27 tokens a round), 1.75 with Medusa after
-it (2.45), 1.73 with Hydra (2.25): a round of heads costs what it brings here. At temperature 1 none of them pays; the
-cascades keep 0.96 and 0.99 of the plain speed, where heads alone have 0.79 and 0.72.
+Drafting is skipped where plain steps are faster. Pocket target, shared CPU core, 8 prompts of 64 tokens, speed by CPU
+time, greedy: lookup alone (min_ngram 2) 1.85 times plain decoding at 2.27 tokens per round; with Medusa after it 1.75
+at 2.45; with Hydra 1.73 at 2.25, as a round of heads costs here what it gains. At temperature 1 none is faster than
+plain decoding: the cascades reach 0.96 and 0.99 of its speed, heads alone 0.79 and 0.72.
 """
 
 import sys

@@ -108,7 +108,7 @@ def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _compare(
-    name: str, output: Path, line_ups: dict[str, list[lineup.Entry]], run: ComparisonSettings
+    name: str, output: Path, line_ups: dict[str, list[lineup.DrafterSpec]], run: ComparisonSettings
 ) -> list[dict[str, Any]]:
     """Trains every drafter for one target in both ways; returns the rows of its bake-off."""
     target_info = read_target_info(name)
@@ -143,8 +143,8 @@ def _compare(
         artifacts = []
         for way, data in zip(WAYS, (str(labels), str(output / "pseudo-data")), strict=True):
             print(f"{way}: training on {data}", flush=True)
-            made = lineup.make(line_ups[way], output / way, is_quiet=True, data=data, **options)
-            artifacts += lineup.say(made, len(line_ups[way]))
+            results = lineup.train_all(line_ups[way], output / way, is_quiet=True, data=data, **options)
+            artifacts += lineup.report(results, len(line_ups[way]))
     settings = BakeoffSettings(
         rounds=run.rounds, max_new_tokens=run.max_new_tokens, batch_sizes=(1,), seed=run.seed, forecast_sizes=()
     )

@@ -1,15 +1,15 @@
-"""Leaves prompt lookup as an artifact, which copies what followed the same tokens earlier in the text.
+"""Writes an artifact for prompt lookup, which drafts what followed the same tokens earlier in the text.
 
     ./launch.sh lookup                                      # pocket target, into runs/lookup
-    ./launch.sh lookup --num-continuations 3                # a tree of what followed in three places
+    ./launch.sh lookup --num-continuations 3                # trees of the continuations of three matches
     ./launch.sh lookup --target T --data runs/mine --max-ngram 5 --num-draft 20
 
-Nothing is learnt: `--max-steps` and the settings of an optimiser mean nothing here. The data are what acceptance is
-measured on.
+Nothing is trained, so `--max-steps` and the optimiser's settings have no effect; the data only serve to measure
+acceptance.
 
-One CPU core, pocket target, 8 prompts of `python-source`, 64 new tokens: 2.52 tokens a step greedily and 1.10 at
-temperature 1; from three places 2.57 and 1.17, which the 30 in 100 more nodes take back, so that one is the default. A
-proposal takes 0.09 ms, 1.3 % of a plain step.
+One CPU core, pocket target, 8 prompts of `python-source`, 64 new tokens: 2.52 tokens per round greedily and 1.10 at
+temperature 1; with three continuations 2.57 and 1.17, but 30 % more nodes, which cost as much as they gain, so one is
+the default. A proposal takes 0.09 ms, 1.3 % of a plain step.
 """
 
 import sys

@@ -1,15 +1,16 @@
-"""Composes trained drafters whose trees are joined into one, as heads and looked-up text, into one artifact.
+"""Combines trained drafters whose draft trees are merged into one (such as heads and lookup) into one artifact.
 
     ./launch.sh merge --parts runs/medusa runs/trigram               # pocket target, into runs/merge
     ./launch.sh merge --parts runs/medusa runs/lookup --num-nodes 4 --least-chance 0.1
     ./launch.sh merge --target T --data runs/mine --parts runs/a runs/b --num-texts 200
 
-Nothing is trained but how often each part's guesses are right, by decoding `--num-texts` rows. At temperatures above 0
-parts must draft deterministically, as heads do; a draft LM with a width, hydra's with `--siblings deterministic`.
+Nothing is trained; the acceptance rates of the parts' tokens are estimated by decoding `--num-texts` rows. At
+temperatures above 0 the parts must draft deterministically, as heads, a draft LM with `--width` and hydra with
+`--siblings deterministic` do.
 
-A share of a CPU core, pocket target, tokens a round in 8 greedy texts (at temperature 1): Medusa 1.66 (1.17), tri-grams
-2.96 (1.26), both with 64 nodes 3.07 (1.37), with 16 2.80 (1.28). Medusa and a look-up, 2.27 alone: 2.99 with 8 nodes.
-Medusa, look-up and tri-grams: 3.77 (1.32) with 16.
+Shared CPU core, pocket target, tokens per round on 8 greedy texts (at temperature 1): Medusa 1.66 (1.17), tri-grams
+2.96 (1.26), merged with 64 nodes 3.07 (1.37), with 16 2.80 (1.28). Lookup 2.27, merged with Medusa 2.99 with 8 nodes.
+Medusa, lookup and tri-grams: 3.77 (1.32) with 16.
 """
 
 import sys

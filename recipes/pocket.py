@@ -1,9 +1,9 @@
-"""Trains the pocket targets: the 7 M Llama and the 7 M T5 that everything here runs on by default.
+"""Trains the pocket targets: the 7 M Llama and the 7 M T5 that recipes and tests use by default.
 
-    ./launch.sh pocket                     # both, from Python source found on this machine; continues if stopped
+    ./launch.sh pocket                     # both, on Python source found on this machine; continues if interrupted
     ./launch.sh pocket --kind causal --max-steps 300 --max-files 400 --output runs/pocket-trial   # a trial
 
-Hardware and numbers: see the cards, `data/pocket/README.md` and `data/pocket-seq2seq/README.md`.
+Hardware and results: see the model cards, `data/pocket/README.md` and `data/pocket-seq2seq/README.md`.
 """
 
 from trainers.pocket import PocketSettings, train_pocket

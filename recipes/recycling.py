@@ -1,16 +1,16 @@
-"""Fills a matrix of likely successors from the target's own text and leaves the artifact, which goes on learning.
+"""Fills a matrix of likely successors from the target's own text, and writes an artifact that keeps learning.
 
     ./launch.sh recycling                                           # pocket target, its own text, into runs/recycling
     ./launch.sh recycling --target T --data runs/mine --max-steps 1000
-    ./launch.sh recycling --tree-nodes 80                           # as many nodes as in the paper
+    ./launch.sh recycling --tree-nodes 80                           # the number of nodes in the paper
 
-`--max-steps` is how many batches the target reads; a teacher store that holds its logits saves it that. The settings of
-an optimiser mean nothing here. A killed run goes on from the parts that it had finished.
+`--max-steps` is the number of batches that the target reads, or a teacher store with its logits provides. The
+optimiser's settings have no effect. An interrupted run continues from its last finished part.
 
-A share of a CPU core, pocket target, 150 batches of its own text: 105 s, a tree of 8 nodes; held-out acceptance 2.87
-tokens a round. On 8 prompts of `python-source` 2.5 tokens a step greedily and 1.26 at temperature 1, at batch size 1
-and 8 alike. To propose takes 0.15 ms and to learn 0.3, together 7 % of a plain step: a third of it are the likeliest 8
-of 4,096 tokens at 9 nodes, the rest some thirty small operations.
+Shared CPU core, pocket target, 150 batches of its own text: 105 s, a tree of 8 nodes; held-out acceptance 2.87 tokens
+per round. On 8 prompts of `python-source` 2.5 tokens per round greedily and 1.26 at temperature 1, at batch sizes 1
+and 8. A proposal takes 0.15 ms and learning 0.3 ms, together 7 % of a plain step: a third of it is the top 8 of 4,096
+logits at 9 nodes, the rest some thirty small operations.
 """
 
 import sys

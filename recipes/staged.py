@@ -1,13 +1,14 @@
-"""Composes a draft model and a small drafter that speculates for it, so that it drafts sooner, into one artifact.
+"""Combines a draft model with a smaller drafter that speculates for it, so that it drafts faster, into one artifact.
 
     ./launch.sh staged --parts runs/distill runs/lookup              # pocket target, into runs/staged
     ./launch.sh staged --target T --data runs/mine --parts runs/draft runs/ngram --num-draft 12 --length fixed
 
-Nothing is trained. The second part may have been made for the target if it goes by the text alone. Its drafts are
-verified by the draft model, whose own law the chains therefore follow.
+Nothing is trained. The second part may have been made for the target if it reads only text. Its drafts are verified by
+the draft model, so the chains follow the draft model's distribution.
 
-It pays where the draft model's own text is easily guessed and several of its tokens cost hardly more than one. Pocket
-target: 1.65 tokens a round, as the draft model alone; a drafted token takes 4.5 ms of a share of a core instead of 3.3.
+It pays if the draft model's text is easy to predict and verifying several of its tokens costs little more than one.
+Pocket target: 1.65 tokens per round, as with the draft model alone; a drafted token takes 4.5 ms on a shared core
+instead of 3.3 ms.
 """
 
 import sys

@@ -34,7 +34,7 @@ from eval.bakeoff.results import claim
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.plots.tradeoff import Point, publish_tradeoff
-from recipes.compress import accepted, draft_with, held_out
+from recipes.compress import held_out_acceptance, held_out_batches, make_artifact
 from trainers import distill
 from trainers.compress import ZEROS, CompressSettings, compress
 from trainers.training.checkpoints import WEIGHTS
@@ -79,7 +79,7 @@ def main(sweep: SweepSettings, loss: distill.Settings, run: RunSettings) -> None
         except ValueError as error:
             print(f"{name} is left out: {error}")
             continue
-        artifacts.append(draft_with(folder, settings, output / CUT / name))
+        artifacts.append(make_artifact(folder, settings, output / CUT / name))
         if sweep.heal and settings.method not in SCHEMES:
             how = dataclasses.replace(loss, init=str(folder), keep_zeros=settings.method in ZEROS)
             healed = dataclasses.replace(run, output=str(output / HEALED / name))
@@ -89,7 +89,7 @@ def main(sweep: SweepSettings, loss: distill.Settings, run: RunSettings) -> None
     bakeoff_settings = BakeoffSettings(
         rounds=sweep.rounds, max_new_tokens=sweep.max_new_tokens, batch_sizes=(1,), forecast_sizes=(), seed=run.seed
     )
-    batches = held_out(next(_compressions(sweep, run, output)), target)
+    batches = held_out_batches(next(_compressions(sweep, run, output)), target)
     rows = compare(target, prompts, artifacts, output, bakeoff_settings)
     points = [point for index, path in enumerate(artifacts) for point in _points(target, path, index, rows, batches)]
     print(publish_tradeoff(points, output))
@@ -113,7 +113,7 @@ def _points(
 ) -> Iterator[Point]:
     """Yields the results of the comparison's artifact number `index` at each temperature."""
     drafter = draftsmith.load(artifact, target)
-    acceptance = accepted(drafter, batches, target)
+    acceptance = held_out_acceptance(drafter, batches, target)
     with num_threads(1):
         ratios = [verify_ms(drafter.draft_model, (0,))[0] / verify_ms(target, (0,))[0] for _ in range(COST_ROUNDS)]
     method, kind = artifact.name.partition("-")[0], artifact.parent.name

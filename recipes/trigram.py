@@ -1,17 +1,17 @@
-"""Counts which tokens follow which two in the target's own text, and leaves a store that drafts trees.
+"""Counts which tokens follow which pairs in the target's own text, and writes an artifact that drafts trees from it.
 
     ./launch.sh trigram                                             # pocket target, its own text, into runs/trigram
-    ./launch.sh trigram --num-nodes 8                               # small trees, where every node costs something
+    ./launch.sh trigram --num-nodes 8                               # small trees, where every node has a cost
     ./launch.sh trigram --maker full                                # the likeliest texts instead of a random search
     ./launch.sh trigram --target T --data runs/mine --budget-mb 200
 
-Of the run's settings, those of an optimiser mean nothing here. The search is compiled when a drafter is made, which
-takes some fifteen seconds the first time and is kept.
+The optimiser's settings have no effect. The search is compiled when a drafter is first loaded, which takes about
+fifteen seconds and is cached.
 
-A share of a CPU core, pocket target, 1.27 M tokens of its own greedy text: counted in a second, 19 s with loading and
-judging; 43,000 pairs of tokens and 88,000 successors, 1.4 MB. Held-out text is continued by 3.0 drafted tokens a round.
-On 8 prompts of python-source a round brings 2.96 tokens greedily and 1.29 at temperature 1, with 39 nodes; with
-`--num-nodes 8` 2.52 and 1.24. A proposal takes 0.16 ms, or 0.4 ms amid decoding on shared cores, 3 % of a plain step.
+Shared CPU core, pocket target, 1.27 M tokens of its own greedy text: counting takes a second, 19 s with loading and
+evaluation; 43,000 pairs of tokens and 88,000 successors, 1.4 MB; held-out acceptance 3.0 drafted tokens per round. On
+8 prompts of python-source 2.96 tokens per round greedily and 1.29 at temperature 1, with 39 nodes; with `--num-nodes
+8` 2.52 and 1.24. A proposal takes 0.16 ms, or 0.4 ms during decoding on shared cores, 3 % of a plain step.
 """
 
 import sys

@@ -15,7 +15,7 @@ import draftsmith
 from draftsmith import Target
 from draftsmith.core.views import blocks_of
 from draftsmith.drafters import layerskip
-from recipes.compress import draft_with
+from recipes.compress import make_artifact
 from tests.support.models import prompts, tiny_model, tiny_tokenizer
 from tests.support.runs import SMALL, make_data, make_target, trainer_settings
 from trainers import distill
@@ -101,7 +101,7 @@ def test_the_artifact_drafts_and_the_same_command_makes_nothing_twice(
 ) -> None:
     wanted = settings(source, tmp_path, method="influence", keep=0.6)
     folder = compress(wanted)
-    artifact = draft_with(folder, wanted)
+    artifact = make_artifact(folder, wanted)
     target = target_of(source)
     drafter = draftsmith.load(artifact, target)
     assert drafter.model.config.num_hidden_layers == 2
@@ -112,7 +112,7 @@ def test_the_artifact_drafts_and_the_same_command_makes_nothing_twice(
     assert 0 < measured["acceptance"] <= 1 and 0 <= measured["greedy_agreement"] <= 1
     times = [file.stat().st_mtime_ns for file in sorted(folder.rglob("*"))]
     capsys.readouterr()
-    draft_with(compress(wanted), wanted)
+    make_artifact(compress(wanted), wanted)
     assert "nothing is left to do" in capsys.readouterr().out
     assert times == [file.stat().st_mtime_ns for file in sorted(folder.rglob("*"))]
     with pytest.raises(ValueError, match=r"was made with other settings \(keep was 0.6, is 0.34\); name another"):
@@ -154,7 +154,7 @@ def test_fewer_bits(source: dict[str, str], tmp_path: Path, method: str) -> None
     wanted = settings(source, tmp_path, method=method)
     folder = compress(wanted)
     target = target_of(source)
-    drafter = draftsmith.load(draft_with(folder, wanted), target)
+    drafter = draftsmith.load(make_artifact(folder, wanted), target)
     tokens = torch.tensor([prompts(1)[0]])
     with torch.inference_mode():
         own = AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=tokens).logits

@@ -1,7 +1,7 @@
-"""A line-up: drafters made one after the other for one target, of the same data, seed and budget, as a table says.
+"""Line-ups: several drafters trained in turn for one target, with the same data, seed and budget.
 
-The table is a YAML file: under `all` the settings of every run, under `drafters` a name for each and its own settings,
-`trainer` among them where it is not called like one. `parts` name drafters further up.
+A line-up is a YAML file. `all` holds the settings of every run; `drafters` maps the name of each drafter to its own
+settings, with its `trainer` if that differs from the name. `parts` names drafters listed before it.
 """
 
 import contextlib
@@ -24,134 +24,136 @@ from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 BUDGET = ("target", "data", "seed", "max_steps", "batch_size", "gradient_accumulation", "max_length", "output")
-"""What is the same for all drafters, so that a table of them is fair."""
+"""Settings that must be the same for all drafters, so that their comparison is fair."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One drafter to be made."""
+class DrafterSpec:
+    """A drafter of a line-up."""
 
     name: str
     trainer: str
     settings: dict[str, Any]
-    """Those of every run and its own."""
+    """Settings of every run, overridden by its own."""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The drafters that it is made of."""
+        """The names of the drafters that it is composed of."""
         return tuple(self.settings.get("parts", ()))
 
 
-def read(path: Path) -> list[Entry]:
-    """Returns the table's drafters in their order.
+def read(path: Path) -> list[DrafterSpec]:
+    """Returns the drafters of a line-up in their order.
 
-    Raises ValueError, naming the drafter, for what cannot be; exits with status 2, all faults listed, if settings are
-    wrong.
+    Raises ValueError for an invalid file or drafter; exits with status 2, after listing all faults, for invalid
+    settings.
     """
     try:
         table = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"no such file: {path}; a line-up is a table as recipes/configs/bakeoff.yaml") from None
+        raise ValueError(f"no such file: {path}; recipes/configs/bakeoff.yaml is an example of a line-up") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(table, dict) or not table.get("drafters") or set(table) - {"all", "drafters"}:
-        raise ValueError(f"{path} must hold `drafters` and may hold `all`, and nothing else")
-    entries: list[Entry] = []
+        raise ValueError(f"{path} must contain `drafters`, and may contain `all`, but nothing else")
+    specs: list[DrafterSpec] = []
     for name, given in table["drafters"].items():
         settings = (table.get("all") or {}) | (given or {})
-        entry = Entry(name=str(name), trainer=str(settings.pop("trainer", name)), settings=settings)
-        _check(entry, given or {}, [other.name for other in entries], path)
-        _settings(entry, path.parent, {})
-        entries.append(entry)
-    return entries
+        spec = DrafterSpec(name=str(name), trainer=str(settings.pop("trainer", name)), settings=settings)
+        _check(spec, given or {}, [other.name for other in specs], path)
+        _settings(spec, path.parent, {})
+        specs.append(spec)
+    return specs
 
 
-def _check(entry: Entry, given: Mapping[str, Any], before: list[str], path: Path) -> None:
+def _check(spec: DrafterSpec, given: Mapping[str, Any], before: list[str], path: Path) -> None:
     names = [info.name for info in pkgutil.iter_modules(trainers.__path__) if not info.ispkg]
-    if entry.trainer not in names or not hasattr(_module(entry), "needs"):
-        near = difflib.get_close_matches(entry.trainer, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "name one by `trainer`"
-        raise ValueError(f"{path}: {entry.name} asks for a trainer {entry.trainer!r}, which there is none of; {hint}")
+    if spec.trainer not in names or not hasattr(_module(spec), "needs"):
+        near = difflib.get_close_matches(spec.trainer, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "set `trainer`"
+        raise ValueError(f"{path}: {spec.name} has the unknown trainer {spec.trainer!r}; {hint}")
     own = sorted(set(given) & set(BUDGET))
     if own:
-        raise ValueError(f"{path}: {entry.name} has a {own[0]} of its own; it is the same for all, or no table is fair")
-    unknown = [part for part in entry.parts if part not in before]
+        raise ValueError(f"{path}: {spec.name} sets {own[0]}, which must be the same for all; set it under `all`")
+    unknown = [part for part in spec.parts if part not in before]
     if unknown:
-        raise ValueError(f"{path}: {entry.name} is made of {unknown[0]!r}, which is no drafter further up")
+        raise ValueError(f"{path}: {spec.name} has the part {unknown[0]!r}; parts must be drafters listed before it")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """What became of an entry."""
+class TrainingResult:
+    """The artifact of a drafter, or the reason why it was skipped."""
 
-    entry: Entry
+    spec: DrafterSpec
     artifact: Path | None = None
-    """None if it was left out."""
+    """None if it was skipped."""
     reason: str = ""
-    """Why it was."""
-    was_there: bool = False
-    """Whether an earlier run had made it."""
+    """Why it was skipped."""
+    existed: bool = False
+    """The artifact was made by an earlier run."""
 
 
-def make(line_up: list[Entry], output: Path, *, is_quiet: bool, **given: Any) -> Iterator[Made]:
-    """Makes each drafter in `output` by its name; `given` are settings of every run that beat the table's.
+def train_all(
+    line_up: list[DrafterSpec], output: Path, *, is_quiet: bool, **overrides: Any
+) -> Iterator[TrainingResult]:
+    """Trains each drafter into `output`/NAME and yields the results; `overrides` replace settings of every run.
 
-    One that is finished there is left as it is, one that was stopped is continued. A drafter that the target is not
-    fit for is left out, and so is what is made of it. If quiet, what runs say goes to `output`/logs/NAME.log.
+    Finished runs are kept and interrupted ones continued. A drafter that does not fit the target or the data is
+    skipped, as are those composed of it. If quiet, the output of runs goes to `output`/logs/NAME.log.
     """
-    made: dict[str, Made] = {}
-    for entry in line_up:
-        missing = [part for part in entry.parts if made[part].artifact is None]
+    results: dict[str, TrainingResult] = {}
+    for spec in line_up:
+        missing = [part for part in spec.parts if results[part].artifact is None]
         if missing:
-            made[entry.name] = Made(entry=entry, reason=f"it is made of {missing[0]}, which was left out")
+            results[spec.name] = TrainingResult(spec=spec, reason=f"its part {missing[0]} was skipped")
         else:
-            made[entry.name] = _make(entry, _settings(entry, output, given), output, is_quiet=is_quiet)
-        yield made[entry.name]
+            results[spec.name] = _train(spec, _settings(spec, output, overrides), output, is_quiet=is_quiet)
+        yield results[spec.name]
 
 
-def _make(entry: Entry, settings: tuple[Any, RunSettings], output: Path, *, is_quiet: bool) -> Made:
-    was_there = (output / entry.name / MANIFEST).exists()
-    with _told_to(output / "logs" / f"{entry.name}.log") if is_quiet else contextlib.nullcontext():
+def _train(spec: DrafterSpec, settings: tuple[Any, RunSettings], output: Path, *, is_quiet: bool) -> TrainingResult:
+    existed = (output / spec.name / MANIFEST).exists()
+    with _output_to(output / "logs" / f"{spec.name}.log") if is_quiet else contextlib.nullcontext():
         try:
-            return Made(entry=entry, artifact=train(_module(entry), *settings), was_there=was_there)
+            return TrainingResult(spec=spec, artifact=train(_module(spec), *settings), existed=existed)
         except ValueError as error:
-            return Made(entry=entry, reason=str(error))
+            return TrainingResult(spec=spec, reason=str(error))
 
 
-def _settings(entry: Entry, output: Path, given: Mapping[str, Any]) -> tuple[Any, RunSettings]:
+def _settings(spec: DrafterSpec, output: Path, overrides: Mapping[str, Any]) -> tuple[Any, RunSettings]:
     """Returns the family's settings and the run's."""
-    settings = entry.settings | dict(given) | {"output": str(output / entry.name)}
-    if entry.parts:
-        settings["parts"] = [str(output / part) for part in entry.parts]
+    settings = spec.settings | dict(overrides) | {"output": str(output / spec.name)}
+    if spec.parts:
+        settings["parts"] = [str(output / part) for part in spec.parts]
     with tempfile.TemporaryDirectory() as folder:
-        preset = Path(folder) / f"{entry.name}.yaml"
+        preset = Path(folder) / f"{spec.name}.yaml"
         preset.write_text(yaml.safe_dump(settings))
-        return parse_settings(_module(entry).Settings, RunSettings, description=None, argv=["--config", str(preset)])
+        return parse_settings(_module(spec).Settings, RunSettings, description=None, argv=["--config", str(preset)])
 
 
-def _module(entry: Entry) -> Any:
-    return importlib.import_module(f"trainers.{entry.trainer}")
+def _module(spec: DrafterSpec) -> Any:
+    return importlib.import_module(f"trainers.{spec.trainer}")
 
 
 @contextlib.contextmanager
-def _told_to(path: Path) -> Iterator[None]:
+def _output_to(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield
 
 
-def say(found: Iterator[Made], total: int) -> list[Path]:
-    """Prints a line for each drafter as it is made; returns the artifacts of those that were."""
+def report(results: Iterator[TrainingResult], total: int) -> list[Path]:
+    """Prints a line for each result as it arrives; returns the artifacts."""
     artifacts = []
     for number in range(1, total + 1):
-        began = time.perf_counter()
-        made = next(found)
-        if made.artifact is None:
-            told = f"left out: {made.reason}"
+        started = time.perf_counter()
+        result = next(results)
+        if result.artifact is None:
+            status = f"skipped: {result.reason}"
         else:
-            acceptance = read_manifest(made.artifact)["measured_acceptance"]["acceptance"]
-            took = "was there" if made.was_there else f"{time.perf_counter() - began:.0f} s"
-            told = f"{took}, held-out acceptance {acceptance:.3f}"
-            artifacts.append(made.artifact)
-        print(f"{number:>3} of {total}  {made.entry.name:<20}{told}", flush=True)
+            acceptance = read_manifest(result.artifact)["measured_acceptance"]["acceptance"]
+            duration = "already trained" if result.existed else f"{time.perf_counter() - started:.0f} s"
+            status = f"{duration}, held-out acceptance {acceptance:.3f}"
+            artifacts.append(result.artifact)
+        print(f"{number:>3} of {total}  {result.spec.name:<20}{status}", flush=True)
     return artifacts

@@ -1,4 +1,4 @@
-"""trainers/sweeps/lineup.py and `recipes/bakeoff.py` without artifacts: a table of drafters, made and then compared."""
+"""Line-ups of drafters, and recipes/bakeoff.py without artifacts, which trains a line-up and then compares it."""
 
 import json
 from dataclasses import replace
@@ -40,69 +40,69 @@ def tiny(tmp_path: Path) -> RunSettings:
     )
 
 
-def test_all_are_made_compared_and_made_once(tiny: RunSettings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bakeoff_trains_all_drafters_once_and_compares_them(
+    tiny: RunSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(tiny)
     output, names = Path(tiny.output), ["lookup", "heads", "both"]
-    told = capsys.readouterr().out
-    assert [f"{at} of 3  {name}" in told for at, name in enumerate(names, start=1)] == [True] * 3
-    assert "trained in" not in told and "trained in" in (output / "logs" / "heads.log").read_text()
+    printed = capsys.readouterr().out
+    assert [f"{number} of 3  {name}" in printed for number, name in enumerate(names, start=1)] == [True] * 3
+    assert "trained in" not in printed and "trained in" in (output / "logs" / "heads.log").read_text()
     rows = json.loads((output / "bakeoff.json").read_text())
     assert [row["drafter"] for row in rows] == ["plain", "transformers", *names]
     manifests = {name: read_manifest(output / name) for name in names}
     assert [manifests[name]["family"] for name in names] == ["lookup", "medusa", "cascade"]
     assert {manifest["data_fingerprint"] for manifest in manifests.values()} == {manifests["heads"]["data_fingerprint"]}
     assert {manifest["settings"]["max_steps"] for manifest in manifests.values()} == {4}
-    made = {name: (output / name / "draft_config.json").read_bytes() for name in names}
+    manifest_bytes = {name: (output / name / "draft_config.json").read_bytes() for name in names}
     main(tiny)
-    assert {name: (output / name / "draft_config.json").read_bytes() for name in names} == made
-    assert capsys.readouterr().out.count("was there, held-out acceptance") == 3
+    assert {name: (output / name / "draft_config.json").read_bytes() for name in names} == manifest_bytes
+    assert capsys.readouterr().out.count("already trained, held-out acceptance") == 3
     main(replace(tiny, train_steps=2, output=f"{output}-2"))
     assert read_manifest(Path(f"{output}-2") / "heads")["settings"]["max_steps"] == 2
 
 
-def test_what_cannot_be_made_is_left_out_and_what_is_made_of_it(
+def test_bakeoff_skips_untrainable_drafters_and_those_composed_of_them(
     tiny: RunSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = TABLE.replace("num_heads: 2}", "num_heads: 2, held_out_share: 0.999999}")
     Path(tiny.line_up).write_text(table)
     main(tiny)
-    told = capsys.readouterr().out
-    assert "heads               left out: " in told and "of 24 rows none is left to train on" in told
-    assert "both                left out: it is made of heads, which was left out" in told
+    printed = capsys.readouterr().out
+    assert "heads               skipped: " in printed and "leaves none of the 24 rows for training" in printed
+    assert "both                skipped: its part heads was skipped" in printed
     rows = json.loads((Path(tiny.output) / "bakeoff.json").read_text())
     assert [row["drafter"] for row in rows] == ["plain", "transformers", "lookup"]
 
 
-def test_the_shipped_table_is_in_order(tmp_path: Path) -> None:
+def test_settings_of_the_default_line_up_are_valid(tmp_path: Path) -> None:
     line_up = lineup.read(LINE_UP)
     assert len(line_up) > 20
-    for entry in line_up:
-        family, run = lineup._settings(entry, tmp_path, {"data": "runs/mine"})
-        assert type(family).__module__ == f"trainers.{entry.trainer}"
-        assert (run.output, run.max_steps, run.data) == (str(tmp_path / entry.name), 120, "runs/mine")
+    for spec in line_up:
+        family, run = lineup._settings(spec, tmp_path, {"data": "runs/mine"})
+        assert type(family).__module__ == f"trainers.{spec.trainer}"
+        assert (run.output, run.max_steps, run.data) == (str(tmp_path / spec.name), 120, "runs/mine")
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("all:", "every:", "must hold `drafters`"),
+        ("all:", "every:", "must contain `drafters`"),
         ("trainer: medusa", "trainer: medussa", "did you mean 'medusa'"),
-        ("trainer: medusa", "trainer: settings", "which there is none of"),
-        ("num_draft: 5", "max_steps: 5", "lookup has a max_steps of its own"),
-        ("[lookup, heads]", "[lookup, head]", "both is made of 'head', which is no drafter further up"),
-        ("num_draft: 5}", "num_draft: 5", "is no YAML"),
+        ("trainer: medusa", "trainer: settings", "heads has the unknown trainer"),
+        ("num_draft: 5", "max_steps: 5", "lookup sets max_steps, which must be the same"),
+        ("[lookup, heads]", "[lookup, head]", "both has the part 'head'; parts must be"),
+        ("num_draft: 5}", "num_draft: 5", "is not valid YAML"),
     ],
 )
-def test_a_faulty_table_is_refused(tiny: RunSettings, old: str, new: str, message: str) -> None:
+def test_read_rejects_an_invalid_line_up(tiny: RunSettings, old: str, new: str, message: str) -> None:
     Path(tiny.line_up).write_text(TABLE.replace(old, new))
     with pytest.raises(ValueError, match=message):
         main(tiny)
     assert not Path(tiny.output).exists()
 
 
-def test_a_faulty_setting_stops_all_before_anything_is_made(
-    tiny: RunSettings, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_setting_stops_before_any_training(tiny: RunSettings, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="no such file"):
         lineup.read(Path(tiny.line_up).with_name("nowhere.yaml"))
     Path(tiny.line_up).write_text(TABLE.replace("num_heads: 2", "num_head: 2"))
