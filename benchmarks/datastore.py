@@ -94,7 +94,7 @@ def look_up(drafter: Drafter, texts: list[np.ndarray], run: BenchmarkSettings, d
         began = time.thread_time()
         matches = [shard.match(given, config.max_match, config.min_match) for shard in drafter.shards]
         matching_us.append(1e6 * (time.thread_time() - began))
-        drafter.branches(given, config.num_draft)
+        drafter.tree(given, config.num_draft)
         drafting_us.append(1e6 * (time.thread_time() - began) - matching_us[-1])
         lengths.append(max(length for length, _ in matches))
     for name, times in (("longest match", matching_us), ("match and tree", drafting_us)):

@@ -23,6 +23,7 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.recycling import Config, Drafter
 from draftsmith.length.costs import quickest_ms
 from draftsmith.parts import autoregressive
+from draftsmith.parts.checks import check_at_least
 from trainers import Metrics, Needs
 from trainers.corpora import corpus, decoding
 from trainers.parts import heads, trees
@@ -45,8 +46,7 @@ class Settings:
     """Number of nodes in the tree; 0 maximises tokens per second as measured on this machine."""
 
     def __post_init__(self) -> None:
-        if self.tree_nodes < 0:
-            raise ValueError(f"tree_nodes is {self.tree_nodes}; it must not be negative")
+        check_at_least(self, 0, "tree_nodes")
 
 
 def needs(settings: Settings, target: Target) -> Needs:
@@ -86,22 +86,22 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
 def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[Batch]) -> Drafter:
     """Returns the drafter with the tree computed from its ranks on held-out text and the measured costs."""
     if target.is_encoder_decoder:
-        return drafter.like(trees.chain(DEPTH))
+        return drafter.with_tree(trees.chain(DEPTH))
     rows = heads.ranks_by_row(successor_ranks(drafter.successors, batch) for batch in held_out)
     session = _session(target, int(held_out[0].tokens_BT[0, 0]))
 
     def draft_ms(tree: autoregressive.Paths) -> float:
-        trial = drafter.like(tree)
+        trial = drafter.with_tree(tree)
         trial.start(session)
         return quickest_ms(lambda: trial.propose(DEPTH))
 
     children = trees.non_increasing(trees.conditional_accuracy(torch.cat(rows), settings.config.num_successors))
-    return drafter.like(heads.plan_tree(children, rows, draft_ms, target, settings.tree_nodes))
+    return drafter.with_tree(heads.plan_tree(children, rows, draft_ms, target, settings.tree_nodes))
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns the accepted tokens per round; successors learned while decoding are dropped afterwards."""
-    return decoding.evaluate(drafter.like(drafter.config.tree), batch, settings, target)
+    return decoding.evaluate(drafter.with_tree(drafter.config.tree), batch, settings, target)
 
 
 def top_k_pairs(rows: Sequence[Example], target: Target, num_successors: int) -> Pairs:

@@ -6,32 +6,32 @@ from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts import trie
+from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.retrieval import source_tokens
+from draftsmith.parts.trie import build_trie, to_draft
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Nothing is learnt; these settle what is copied."""
+    """Settings of the look-up; nothing is trained."""
 
     max_ngram: int = 3
-    """Longest run of last tokens looked for; shorter ones are tried down to `min_ngram`."""
+    """Length of the longest n-gram looked up; shorter ones are tried down to `min_ngram`."""
     min_ngram: int = 1
-    """Shortest run that may match."""
+    """Length of the shortest n-gram looked up."""
     num_draft: int = 10
-    """Most tokens copied from one place; the second place gives half as many, the third a third."""
+    """Maximum number of tokens copied from the best match; the second gives half as many, the third a third."""
     num_continuations: int = 1
-    """Places copied from at once, each followed by another token; more than one make a tree."""
+    """Number of matches, followed by different tokens, that are copied from; more than one make a tree."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.max_ngram:
             raise ValueError(f"min_ngram {self.min_ngram} must be at least 1 and at most max_ngram {self.max_ngram}")
-        for name in ("num_draft", "num_continuations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(self, 1, "num_draft", "num_continuations")
 
 
 class Drafter(drafter.Drafter):
-    """Keeps, for each row, where each n-gram last ended, so that a look-up and an update take constant time."""
+    """Indexes each row's n-grams by the positions after them, so that look-ups and updates take constant time."""
 
     serving_engines = ("vllm", "sglang")
 
@@ -41,11 +41,7 @@ class Drafter(drafter.Drafter):
 
     def start(self, session: Session) -> None:
         self._session = session
-        sources: list[list[int]] = [[] for _ in session.rows]
-        if session.source is not None:
-            mask = session.source.mask_BT.bool()
-            sources = [ids[kept].tolist() for ids, kept in zip(session.source.tokens_BT, mask, strict=True)]
-        self._rows = [_Index(self.config, source) for source in sources]
+        self._rows = [_Index(self.config, source) for source in source_tokens(session)]
 
     def propose(self, budget: int) -> Draft:
         copied = []
@@ -53,25 +49,25 @@ class Drafter(drafter.Drafter):
             index.extend(row)
             found = index.continuations(min(budget, self.config.num_draft))
             copied.append(found[:1] if self.target.is_encoder_decoder else found)
-        return trie.to_draft(self._session, [trie.build_trie((tokens, 1.0) for tokens in found) for found in copied])
+        return to_draft(self._session, [build_trie((tokens, 1.0) for tokens in found) for found in copied])
 
     def observe(self, step: Step) -> None:
-        """Nothing to learn: the next `propose` reads the new tokens."""
+        """Does nothing: the next `propose` reads the new tokens."""
 
 
 class _Index:
-    """One row's text, an encoder's source before it, and where each n-gram in it last came before each token."""
+    """One row's text, after its source if there is one, and by n-gram the latest position after it of each token."""
 
     def __init__(self, config: Config, source: list[int]) -> None:
         self._config = config
         self._ids = list(source)
         self._num_source = len(source)
-        # Of the tokens that followed an n-gram the latest `num_continuations`, in the order in which they last did.
+        # The latest `num_continuations` tokens after each n-gram, and their positions, in order of the latter.
         self._ends: dict[tuple[int, ...], dict[int, int]] = {}
         self._num_indexed = 0
 
     def extend(self, row: list[int]) -> None:
-        """Takes up the row's new tokens; n-grams that end before the last token become known."""
+        """Adds the row's new tokens and indexes the n-grams that end before the last token."""
         ids, config = self._ids, self._config
         ids += row[len(ids) - self._num_source :]
         for end in range(self._num_indexed + 1, len(ids)):
@@ -84,9 +80,9 @@ class _Index:
         self._num_indexed = max(self._num_indexed, len(ids) - 1)
 
     def continuations(self, num_tokens: int) -> list[list[int]]:
-        """Returns what followed the longest matches, of equal ones the latest, no two beginning alike.
+        """Returns what followed the longest matches, the latest first if equally long, with different first tokens.
 
-        A copy that meets the end of the text goes round.
+        A copy that reaches the end of the text continues with its own beginning.
         """
         ids, config = self._ids, self._config
         found: dict[int, int] = {}
@@ -96,6 +92,6 @@ class _Index:
                 if len(found) < config.num_continuations:
                     found.setdefault(token, end)
         return [
-            [ids[end + offset % (len(ids) - end)] for offset in range(num_tokens // place)]
-            for place, end in enumerate(found.values(), start=1)
+            [ids[end + offset % (len(ids) - end)] for offset in range(num_tokens // rank)]
+            for rank, end in enumerate(found.values(), start=1)
         ]

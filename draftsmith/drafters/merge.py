@@ -31,6 +31,7 @@ from draftsmith.parts.composites import (
     parameters_of,
     save_parts,
 )
+from draftsmith.parts.retrieval import load_array
 from draftsmith.parts.trie import TokenTree, heaviest_path, to_draft
 
 COUNTS = "counts.npy"
@@ -90,12 +91,7 @@ class Drafter(drafter.Drafter):
     @classmethod
     def load_state(cls, folder: Path, config: Config, target: Target) -> Self:
         parts = [load_part(folder, config.parts, at, target) for at in range(len(config.parts))]
-        try:
-            counts_PDR2 = np.load(folder / COUNTS, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(
-                f"{folder / COUNTS} is missing or broken ({error}); the artifact must be made again"
-            ) from error
+        counts_PDR2 = load_array(folder / COUNTS)
         drafter = cls(config, target, parts)
         if (counts_PDR2.shape, counts_PDR2.dtype) != (drafter.counts_PDR2.shape, drafter.counts_PDR2.dtype):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Lookahead: windows, pools and drafts against a slow reference that reads every column as a text of its own."""
+"""Tests of lookahead: windows, pools and drafts against a slow reference that reads each column as its own text."""
 
 import random
 from itertools import pairwise
@@ -33,8 +33,8 @@ def test_family(tmp_path: Path) -> None:
     check_family(lookahead, EXAMPLE, tmp_path)
 
 
-class Slow:
-    """One row's lookahead as the paper's figures draw it: entries by (level, column), texts read one by one."""
+class SlowLookahead:
+    """One row's lookahead as in the paper's figures: entries by (level, column), with one forward per column."""
 
     def __init__(self, config: Config, target: Target, prompt: list[int]) -> None:
         self.config, self.target = config, target
@@ -46,11 +46,11 @@ class Slow:
             self.seen = [tuple(prompt[at : at + config.level]) for at in range(len(prompt) - config.level + 1)]
 
     def columns(self) -> list[tuple[int, ...]]:
-        """Returns what stands before each column's next token, after the pending token."""
+        """Returns, for each column, the tokens after the pending one up to the column's end."""
         before = []
         for column in range(self.num_columns):
             seen = [(0, at) for at in range(1, column + 1)] + [(level, column) for level in range(1, self.num_levels)]
-            before.append(tuple(self.entries[place] for place in seen))
+            before.append(tuple(self.entries[entry] for entry in seen))
         return before
 
     def guesses(self, pending: int) -> list[tuple[int, ...]]:
@@ -58,7 +58,7 @@ class Slow:
         return [ngram[1:] for ngram in latest[: self.config.num_guesses]]
 
     def move(self, row: list[int]) -> None:
-        """Reads the columns behind the row's text, the last token of which is pending."""
+        """Reads the columns after the row's text, whose last token is pending."""
         following = [self.next(row + list(column)) for column in self.columns()]
         self.entries[0, 0] = row[-1]
         if self.num_levels == self.config.level - 1:
@@ -67,7 +67,7 @@ class Slow:
                 self.seen.append((*ngram, token))
             self.entries = {(level - 1, column): token for (level, column), token in self.entries.items() if level}
         else:
-            # One column goes as the text goes on, and one level comes.
+            # The text moves on by one column, and a level is added.
             self.entries = {(level, column - 1): token for (level, column), token in self.entries.items() if column}
             self.num_levels, self.num_columns, following = self.num_levels + 1, self.num_columns - 1, following[1:]
         self.entries |= {(self.num_levels - 1, column): token for column, token in enumerate(following)}
@@ -78,11 +78,11 @@ class Slow:
 
 
 class Compared(Watched):
-    """Compares every draft with what the slow reference would try."""
+    """Compares every draft with the slow reference."""
 
     def start(self, session: Session) -> None:
         super().start(session)
-        self.slow = [Slow(self.config, self.target, list(row)) for row in session.rows]
+        self.slow = [SlowLookahead(self.config, self.target, list(row)) for row in session.rows]
         self.num_guesses = 0
 
     def propose(self, budget: int) -> Draft:
@@ -94,7 +94,7 @@ class Compared(Watched):
             tried = {text[:end] for text in guesses for end in range(1, min(len(text), budget) + 1)}
             if self._is_window_in:
                 tried |= {text[:end] for text in columns for end in range(1, len(text) + 1)}
-            assert texts_of(draft, number) == sorted(tried)
+            assert paths_of(draft, number) == sorted(tried)
             self.num_guesses += len(guesses)
         return draft
 
@@ -105,8 +105,8 @@ class Compared(Watched):
                 slow.move(row)
 
 
-def texts_of(draft: Draft, row: int) -> list[tuple[int, ...]]:
-    """Returns what is read on the way to each of the row's nodes in use but node 0, in alphabetical order."""
+def paths_of(draft: Draft, row: int) -> list[tuple[int, ...]]:
+    """Returns the tokens on the path to each node of a row, sorted, without node 0 and padding."""
     used = draft.num_nodes[row] if draft.num_nodes else draft.tree.num_nodes
     parents_N = draft.tree.parents_RN[row if len(draft.tree.parents_RN) > 1 else 0]
     found: list[tuple[int, ...]] = [()]
@@ -124,8 +124,8 @@ def texts_of(draft: Draft, row: int) -> list[tuple[int, ...]]:
     ],
     ids=lambda config: f"{config.window}-{config.level}-{config.num_guesses}",
 )
-def test_drafts_are_those_of_the_slow_reference(config: Config) -> None:
-    """Of rows of unequal lengths, from the empty pool to the last tokens."""
+def test_drafts_equal_the_slow_reference(config: Config) -> None:
+    """With ragged rows, from an empty pool to the last tokens."""
     for architecture, num_rows in (("llama", 3), ("gemma3_text", 1)):
         drafter = Compared(Drafter(config, tiny_target(architecture)))
         ids, mask = padded(prompts(num_rows), side="left")
@@ -134,8 +134,8 @@ def test_drafts_are_those_of_the_slow_reference(config: Config) -> None:
         assert drafter.num_guesses > 5
 
 
-def test_sampled_text_leaves_the_windows_greedy() -> None:
-    """What the pool learns does not depend on what was drawn: windows follow the likeliest tokens."""
+def test_windows_are_greedy_for_sampled_text() -> None:
+    """The pool's n-grams do not depend on what is sampled: windows follow the likeliest tokens."""
     drafter = Compared(Drafter(EXAMPLE, distribution_target()))
     draftsmith.generate(
         drafter.target, torch.tensor([[1, 4, 2, 7, 4]]), drafter, max_new_tokens=NUM_NEW, temperature=1.0, seed=0
@@ -143,22 +143,22 @@ def test_sampled_text_leaves_the_windows_greedy() -> None:
     assert drafter.num_guesses > 5
 
 
-def test_a_window_by_hand() -> None:
-    """Two columns of an n-gram of three: a level is gained, then levels move down and n-grams are kept."""
+def test_window_by_hand() -> None:
+    """Two columns and n-grams of three tokens: a level is added, then levels move down and n-grams are kept."""
     window = _Window(Config(window=2, level=3, num_guesses=1, pool_from_prompt=False), [7])
     assert window.columns() == [[], [7], [7, 7]]
     window.move(1, [10, 11, 12])
-    assert window.columns() == [[11], [7, 12]], "a column less, as the text has gone on by a token"
+    assert window.columns() == [[11], [7, 12]], "one column less, because the text moved on by a token"
     assert window.guesses(1) == window.guesses(7) == []
     window.move(2, [20, 21])
     assert window.guesses(2) == [(11, 20)] and window.guesses(7) == [(12, 21)]
     assert window.columns() == [[20], [12, 21]]
     window.move(2, [30, 31])
-    assert window.guesses(2) == [(20, 30)], "of one token's n-grams the latest alone"
+    assert window.guesses(2) == [(20, 30)], "only the latest n-gram of a first token is kept"
     assert window.guesses(12) == [(21, 31)]
 
 
-def test_the_start_depends_on_the_prompt_alone() -> None:
+def test_first_window_depends_only_on_the_prompt() -> None:
     target = tiny_target("llama")
     firsts = []
     for seed in (0, 1):
@@ -175,8 +175,8 @@ def test_the_start_depends_on_the_prompt_alone() -> None:
 @given(
     some.lists(some.integers(0, 3), min_size=1, max_size=20), some.integers(2, 4), some.integers(1, 3), some.booleans()
 )
-def test_the_pool_keeps_the_latest_ngrams(prompt: list[int], level: int, num_guesses: int, is_seeded: bool) -> None:
-    """Of any prompt, shorter than an n-gram or all alike too, against a search through it."""
+def test_pool_keeps_the_latest_ngrams(prompt: list[int], level: int, num_guesses: int, is_seeded: bool) -> None:
+    """Compares with a search, also for prompts shorter than an n-gram or of equal tokens."""
     config = Config(level=level, num_guesses=num_guesses, pool_from_prompt=is_seeded)
     window = _Window(config, prompt)
     for token in range(4):
@@ -186,7 +186,7 @@ def test_the_pool_keeps_the_latest_ngrams(prompt: list[int], level: int, num_gue
 
 
 class Interrupted(Watched):
-    """Puts another draft in the place of every second one: none, or one that looks like nothing of the window."""
+    """Replaces every second draft by an empty one, or by one that shares nothing with the window."""
 
     def __init__(self, inner: Drafter, *, is_plain: bool) -> None:
         super().__init__(inner)
@@ -206,7 +206,7 @@ class Interrupted(Watched):
 
 
 @pytest.mark.parametrize("is_plain", [True, False])
-def test_after_drafts_of_others_the_window_stays(is_plain: bool) -> None:
+def test_window_stays_after_other_drafts(is_plain: bool) -> None:
     target = tiny_target("llama")
     drafter = Interrupted(Drafter(EXAMPLE, target), is_plain=is_plain)
     ids, mask = padded(prompts(3))
@@ -216,7 +216,7 @@ def test_after_drafts_of_others_the_window_stays(is_plain: bool) -> None:
         assert all((one == other) != was_own for one, other in zip(before, after, strict=True))
 
 
-def test_lengths_by_a_policy_cut_its_trees() -> None:
+def test_length_policy_cuts_trees() -> None:
     target = tiny_target("llama")
     drafter = Watched(Drafter(EXAMPLE, target))
     ids, mask = padded(prompts(5))
@@ -225,8 +225,8 @@ def test_lengths_by_a_policy_cut_its_trees() -> None:
     assert drafter.num_drafted > 0
 
 
-def test_text_that_repeats_itself_is_guessed() -> None:
-    """A model that has fallen into a cycle: an n-gram known from the prompt is accepted whole."""
+def test_repetitive_text_is_accepted() -> None:
+    """An n-gram of the prompt is accepted completely once the model repeats itself."""
     target = tiny_target("gemma3_text")
     text = greedy_by_transformers("gemma3_text", 1, NUM_NEW)[0]
     assert text[9:18] == [text[9]] * 9, "the tiny model has changed: choose another one that repeats itself"
@@ -240,12 +240,12 @@ def test_text_that_repeats_itself_is_guessed() -> None:
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_encoder_decoders_are_refused(architecture: str) -> None:
+def test_encoder_decoder_is_rejected(architecture: str) -> None:
     with pytest.raises(ValueError, match="is an encoder-decoder: it verifies chains, and lookahead needs trees"):
         Drafter(Config(), tiny_target(architecture))
 
 
-def test_settings_that_cannot_be_are_refused() -> None:
+def test_config_rejects_invalid_settings() -> None:
     wrong: dict[str, Any]
     for wrong, least in (({"window": 0}, 1), ({"level": 1}, 2), ({"num_guesses": 0}, 1)):
         with pytest.raises(ValueError, match=rf"{next(iter(wrong))} is \d; it must be at least {least}"):
@@ -253,7 +253,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 
 def test_recipe(tmp_path: Path) -> None:
-    """The artifact drafts as it was told to, and says what was measured."""
+    """The artifact has the given settings and a measured acceptance."""
     make_data(make_target(tmp_path / "target"), tmp_path / "data", num_rows=20)
     output = tmp_path / "output"
     run = RunSettings(target=str(tmp_path / "target"), data=str(tmp_path / "data"), output=str(output))

@@ -1,4 +1,4 @@
-"""Prompt lookup: what is copied, against a search without an index."""
+"""Tests of prompt lookup: copies against a search without an index."""
 
 import random
 import sys
@@ -31,14 +31,15 @@ def test_family(tmp_path: Path) -> None:
     check_family(lookup, Config(), tmp_path)
 
 
-def test_family_that_copies_from_several_places(tmp_path: Path) -> None:
+def test_family_with_several_continuations(tmp_path: Path) -> None:
     check_family(lookup, Config(num_draft=6, num_continuations=3), tmp_path, architectures=("llama",))
 
 
 def slow_continuations(config: Config, text: list[int], num_tokens: int) -> list[list[int]]:
-    """Returns what follows each occurrence of the n-gram that ends the text, the longest and latest first.
+    """Returns the continuations of the n-gram that ends the text, those of the longest and latest matches first.
 
-    Of those that begin alike only the first counts, and the next of them is shorter; copies may be copied on.
+    Only the first with each first token is kept, and each is shorter than the one before; copied tokens may be copied
+    again.
     """
     found: dict[int, int] = {}
     for size in range(config.max_ngram, config.min_ngram - 1, -1):
@@ -46,9 +47,9 @@ def slow_continuations(config: Config, text: list[int], num_tokens: int) -> list
             if text[begin : begin + size] == text[len(text) - size :]:
                 found.setdefault(text[begin + size], begin + size)
     copies = []
-    for place, begin in enumerate([*found.values()][: config.num_continuations], start=1):
+    for rank, begin in enumerate([*found.values()][: config.num_continuations], start=1):
         longer = list(text)
-        for at in range(num_tokens // place):
+        for at in range(num_tokens // rank):
             longer.append(longer[begin + at])
         copies.append(longer[len(text) :])
     return copies
@@ -57,7 +58,7 @@ def slow_continuations(config: Config, text: list[int], num_tokens: int) -> list
 @settings(deadline=None)
 @given(
     some.builds(
-        lambda low, more, places: Config(min_ngram=low, max_ngram=low + more, num_continuations=places),
+        lambda low, more, number: Config(min_ngram=low, max_ngram=low + more, num_continuations=number),
         some.integers(1, 3),
         some.integers(0, 3),
         some.integers(1, 4),
@@ -66,10 +67,10 @@ def slow_continuations(config: Config, text: list[int], num_tokens: int) -> list
     some.lists(some.lists(some.integers(0, 2), max_size=5), min_size=1, max_size=6),
     some.integers(1, 7),
 )
-def test_the_index_finds_what_a_search_finds(
+def test_index_finds_what_a_search_finds(
     config: Config, source: list[int], steps: list[list[int]], num_tokens: int
 ) -> None:
-    """Whatever the source and the tokens of each step, none, one, or all alike among them."""
+    """With any source and any tokens per step, including no token and equal tokens."""
     index, row = _Index(config, source), [1]
     for new in steps:
         index.extend(row)
@@ -77,26 +78,26 @@ def test_the_index_finds_what_a_search_finds(
         row += new
 
 
-def test_a_case_by_hand() -> None:
+def test_continuations_by_hand() -> None:
     def found(text: list[int], **settings: int) -> list[list[int]]:
         index = _Index(Config(**settings), [])
         index.extend(text)
         return index.continuations(4)
 
     assert found([1, 2, 3, 4, 1, 2]) == [[3, 4, 1, 2]]
-    assert found([1, 2, 7, 5, 2, 8, 1, 2]) == [[7, 5, 2, 8]], "a longer match wins over a later one"
-    assert found([1, 2, 7, 1, 2, 8, 1, 2]) == [[8, 1, 2, 8]], "of equal matches the latest; at the end it goes round"
+    assert found([1, 2, 7, 5, 2, 8, 1, 2]) == [[7, 5, 2, 8]], "a longer match is preferred to a later one"
+    assert found([1, 2, 7, 1, 2, 8, 1, 2]) == [[8, 1, 2, 8]], "of equal matches the latest; the copy wraps around"
     assert found([5, 6, 6]) == [[6, 6, 6, 6]]
     assert found([1, 2, 3]) == found([1]) == []
     assert found([1, 2, 3, 9, 3], min_ngram=2) == []
     several = found([1, 2, 7, 1, 2, 8, 3, 2, 9, 1, 2], num_continuations=3)
-    assert several == [[8, 3, 2, 9], [7, 1], [9]], "a longer match first, then the latest, each shorter than the last"
+    assert several == [[8, 3, 2, 9], [7, 1], [9]], "longer matches first, then later ones, each copied shorter"
     assert found([1, 2, 7, 1, 2, 8, 3, 2, 9, 1, 2], num_continuations=2) == several[:2]
 
 
 @pytest.mark.parametrize("num_continuations", [1, 3])
-def test_an_update_takes_as_long_in_a_long_text(num_continuations: int) -> None:
-    """Whatever came before: the calls made for 100 more tokens are counted, not timed."""
+def test_update_takes_constant_time(num_continuations: int) -> None:
+    """Counts the function calls for 100 more tokens after short and long texts."""
     counts = []
     for length in (100, 2_000):
         rng = random.Random(0)
@@ -121,7 +122,7 @@ def test_an_update_takes_as_long_in_a_long_text(num_continuations: int) -> None:
 
 
 class Copied(Watched):
-    """Notes what each row copied, padding left off, and compares it with the slow search."""
+    """Records what each row copied, without padding, and compares it with the slow search."""
 
     def start(self, session: Session) -> None:
         super().start(session)
@@ -143,7 +144,7 @@ class Copied(Watched):
         return draft
 
 
-def test_rows_of_a_batch_copy_each_their_own() -> None:
+def test_rows_copy_from_their_own_text() -> None:
     target = tiny_target("llama")
     rows = [[1, 2, 3, 4, 1, 2], [5, 6, 7], [8, 8]]
     ids, mask = padded(rows, side="left")
@@ -151,12 +152,12 @@ def test_rows_of_a_batch_copy_each_their_own() -> None:
     draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=6)
     assert drafter.copied[0] == [[3, 4, 1], [], [8, 8, 8]]
     draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=3)
-    assert drafter.copied[0] == [[3, 4], [], [8, 8]], "no deeper than the tokens still to come"
+    assert drafter.copied[0] == [[3, 4], [], [8, 8]], "no more than the remaining tokens"
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_an_encoders_source_is_searched_too(architecture: str) -> None:
-    """What follows in the source is copied, and where it ends what the decoder has said."""
+def test_source_of_an_encoder_decoder_is_searched(architecture: str) -> None:
+    """Copies run from the end of the source into the decoder's own text."""
     index = _Index(Config(), [20, 21, 22, 23, 24])
     index.extend([0, 21, 22])
     assert index.continuations(4) == [[23, 24, 0, 21]]
@@ -166,10 +167,12 @@ def test_an_encoders_source_is_searched_too(architecture: str) -> None:
     for num_continuations in (1, 3):
         drafter = Copied(Drafter(Config(num_draft=4, num_continuations=num_continuations), target))
         draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=20)
-        assert any(copied for step in drafter.copied for copied in step), "of several the best alone, as a chain"
+        assert any(copied for step in drafter.copied for copied in step), (
+            "only the best continuation is drafted, as a chain"
+        )
 
 
-def test_a_tree_of_several_continuations() -> None:
+def test_several_continuations_make_a_tree() -> None:
     target = tiny_target("llama")
     drafter = Watched(Drafter(Config(num_draft=3, num_continuations=2), target))
     ids, mask = padded([[9, 7, 7, 9, 8, 8, 5, 9], [4, 5, 6]])
@@ -177,7 +180,7 @@ def test_a_tree_of_several_continuations() -> None:
     assert drafter.drafts[0] == [[9, 8, 7, 8, 5], [6, 0, 0, 0, 0]], "level by level: 8 8 5, and 7"
 
 
-def test_lengths_by_a_policy_cut_trees_row_by_row() -> None:
+def test_length_policy_cuts_trees_per_row() -> None:
     target = tiny_target("llama")
     drafter = Watched(Drafter(Config(num_draft=4, num_continuations=3), target))
     ids, mask = padded(prompts(5))
@@ -185,8 +188,8 @@ def test_lengths_by_a_policy_cut_trees_row_by_row() -> None:
     assert texts(out) == greedy_by_transformers("llama", 5, 20)
 
 
-def test_text_that_repeats_itself_is_drafted_well() -> None:
-    """A model that has fallen into a cycle: all that is copied is accepted."""
+def test_repetitive_text_is_accepted() -> None:
+    """All copied tokens are accepted once the model repeats itself."""
     target = tiny_target("gemma3_text")
     text = greedy_by_transformers("gemma3_text", 1, 20)[0]
     assert text[10:18] == [text[9]] * 8, "the tiny model has changed: choose another one that repeats itself"
@@ -195,7 +198,7 @@ def test_text_that_repeats_itself_is_drafted_well() -> None:
     assert out.stats.steps == 2
 
 
-def test_settings_that_cannot_be_are_refused() -> None:
+def test_config_rejects_invalid_settings() -> None:
     for changes in ({"max_ngram": 1, "min_ngram": 2}, {"min_ngram": 0}, {"max_ngram": 0}):
         with pytest.raises(ValueError, match="must be at least 1 and at most max_ngram"):
             Config(**changes)
@@ -206,7 +209,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 
 def test_recipe(tmp_path: Path) -> None:
-    """The artifact drafts as it was told to, and says what was measured."""
+    """The artifact has the given settings and a measured acceptance."""
     make_data(make_target(tmp_path / "target"), tmp_path / "data", num_rows=20)
     output = tmp_path / "output"
     run = RunSettings(target=str(tmp_path / "target"), data=str(tmp_path / "data"), output=str(output))

@@ -1,4 +1,4 @@
-"""Token Recycling: what is kept of each token against a dictionary, trees of known and unknown tokens, warm starts."""
+"""Tests of Token Recycling: the matrix against a dictionary, trees with unknown tokens, and the trained start."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from draftsmith import Target
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import recycling
-from draftsmith.drafters.recycling import TREE, Config, Drafter, shape
+from draftsmith.drafters.recycling import TREE, Config, Drafter, static_tree
 from tests.support.family import Alternating, Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
 from tests.support.runs import make_data, make_target, trainer_settings
@@ -30,7 +30,7 @@ from trainers.corpora import corpus
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
-SMALL = Config(num_successors=4, tree=shape((4, 5, 3), 4))
+SMALL = Config(num_successors=4, tree=static_tree((4, 5, 3), 4))
 EXAMPLE = SMALL
 
 
@@ -38,17 +38,17 @@ def test_family(tmp_path: Path) -> None:
     check_family(recycling, SMALL, tmp_path)
 
 
-def test_the_papers_tree() -> None:
+def test_static_tree_has_the_papers_levels() -> None:
     assert [sum(len(path) == depth for path in TREE) for depth in range(1, 8)] == [8, 21, 25, 15, 8, 3, 0]
-    assert shape((3, 4), 3) == ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 2)), "products 1, 2, 2, 3"
-    assert set(shape((2, 2), 2)) == {(0,), (1,), (0, 0), (0, 1)}
+    assert static_tree((3, 4), 3) == ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 2)), "products 1, 2, 2, 3"
+    assert set(static_tree((2, 2), 2)) == {(0,), (1,), (0, 0), (0, 1)}
 
 
-# --- What is kept --------------------------------------------------------------------------------------------------
+# --- The matrix ----------------------------------------------------------------------------------------------------
 
 
-class Kept(Watched):
-    """Keeps the same in dictionaries, token by token, and compares after every step; drafts are as they say."""
+class Compared(Watched):
+    """Keeps successors in dictionaries, token by token, and compares matrix and drafts with them in every step."""
 
     def start(self, session: Session) -> None:
         matrix = self.inner.successors.tolist()
@@ -100,7 +100,7 @@ class Kept(Watched):
 
 
 def drafted_paths(draft: Draft, row: int) -> list[tuple[int, ...]]:
-    """Returns the tokens on the way to each node in use."""
+    """Returns the tokens on the path to each node, without padding."""
     parents = draft.tree.parents_RN.expand(len(draft.tokens_BN), -1)[row].tolist()
     tokens = draft.tokens_BN[row].tolist()
     paths: list[tuple[int, ...]] = [()]
@@ -111,24 +111,24 @@ def drafted_paths(draft: Draft, row: int) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("num_rows", [1, 5])
-def test_drafts_and_what_is_kept_against_a_dictionary(num_rows: int, temperature: float) -> None:
+def test_drafts_and_matrix_equal_the_dictionaries(num_rows: int, temperature: float) -> None:
     target = tiny_target("llama")
     drafter = Drafter(SMALL, target)
     for seed in range(2):
         ids, mask = padded(prompts(num_rows, seed=seed))
-        watched = Kept(drafter)
+        watched = Compared(drafter)
         given = {"temperature": temperature, "seed": seed}
         draftsmith.generate(target, ids, watched, attention_mask=mask, max_new_tokens=20, **given)  # type: ignore[arg-type]
         assert watched.num_drafted > 0
 
 
-def test_it_learns_from_the_drafts_of_others() -> None:
+def test_matrix_learns_from_other_drafts() -> None:
     target = tiny_target("llama")
     ids, mask = padded(prompts(5))
     out = draftsmith.generate(
         target,
         ids,
-        Alternating(Kept(Drafter(SMALL, target))),
+        Alternating(Compared(Drafter(SMALL, target))),
         attention_mask=mask,
         max_new_tokens=20,
         eos_token_id=[9, 30],
@@ -137,8 +137,8 @@ def test_it_learns_from_the_drafts_of_others() -> None:
     assert texts(out) == texts(plain)
 
 
-def test_of_nodes_with_the_same_token_the_deepest_accepted_counts() -> None:
-    """By hand: a chain 5, 5, 5, 5 of which two are accepted, and beside it a row that has finished."""
+def test_repeated_token_gets_the_successors_of_its_deepest_accepted_node() -> None:
+    """By hand: a chain 5, 5, 5, 5 of which two tokens are accepted, and a row that has finished."""
     target = tiny_target("llama")
     drafter = Drafter(Config(num_successors=2, tree=((0,), (1,))), target)
     logits_BNV = torch.zeros(2, 4, VOCAB_SIZE)
@@ -160,13 +160,13 @@ def test_of_nodes_with_the_same_token_the_deepest_accepted_counts() -> None:
 
     none = [VOCAB_SIZE, VOCAB_SIZE]
     assert observed([[5] * 4, [6] * 4], [[0, 1, 2], []]) == [[2, 22], none]
-    assert observed([[5] * 4, [5] * 4], [[0, 1, 2], [0, 1, 2]]) == [[12, 22], none], "of two rows the last"
-    assert observed([[6, 6, 6, 5], [6] * 4], [[0, 1, 2], []]) == [[3, 23], [2, 22]], "rejected, yet of use"
-    assert observed([[6, 6, 6, 5], [6] * 4], [[0, 1, 2], []], [3, 4]) == [none, [2, 22]], "padding is not"
+    assert observed([[5] * 4, [5] * 4], [[0, 1, 2], [0, 1, 2]]) == [[12, 22], none], "of two rows the last one counts"
+    assert observed([[6, 6, 6, 5], [6] * 4], [[0, 1, 2], []]) == [[3, 23], [2, 22]], "rejected nodes count, too"
+    assert observed([[6, 6, 6, 5], [6] * 4], [[0, 1, 2], []], [3, 4]) == [none, [2, 22]], "padding does not count"
 
 
 def fake_session(target: Target, rows: list[list[int]]) -> Any:
-    """Returns a session of which no prompt was read."""
+    """Returns a session without hidden states of the prompt."""
     session: Any = type("Rows", (), {"target": target, "rows": rows, "hidden": {}})()
     session.pending = lambda: Session.pending(session)
     return session
@@ -175,7 +175,7 @@ def fake_session(target: Target, rows: list[list[int]]) -> Any:
 # --- Drafts --------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_known_is_a_plain_step_and_what_is_unknown_is_left_out() -> None:
+def test_unknown_successors_are_left_out() -> None:
     target = tiny_target("llama")
     drafter = Drafter(Config(num_successors=2, tree=((0,), (1,), (0, 0), (1, 0), (1, 1))), target)
     drafter.successors[3] = torch.tensor([0, 4])
@@ -195,7 +195,7 @@ def test_nothing_known_is_a_plain_step_and_what_is_unknown_is_left_out() -> None
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_an_encoder_decoder_is_given_the_first_chain(architecture: str) -> None:
+def test_encoder_decoder_gets_the_chain_of_first_successors(architecture: str) -> None:
     target = tiny_target(architecture)
     ids, mask = padded(prompts(5))
     plain = texts(draftsmith.generate(target, ids, attention_mask=mask, max_new_tokens=20))
@@ -203,10 +203,10 @@ def test_an_encoder_decoder_is_given_the_first_chain(architecture: str) -> None:
     for _ in range(2):
         out = draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=20)
         assert texts(out) == plain and out.stats.drafted
-    assert len(out.stats.drafted) == 3, "as deep as the tree"
+    assert len(out.stats.drafted) == 3, "the depth of the tree"
 
 
-def test_later_calls_profit_from_earlier_ones(tmp_path: Path) -> None:
+def test_later_calls_use_what_earlier_ones_learnt(tmp_path: Path) -> None:
     target = tiny_target("llama")
     ids, mask = padded(prompts(5))
     drafter = Drafter(SMALL, target)
@@ -221,7 +221,7 @@ def test_later_calls_profit_from_earlier_ones(tmp_path: Path) -> None:
     assert steps(drafter) == steps(loaded) < first
 
 
-def test_an_odd_matrix_is_refused(tmp_path: Path) -> None:
+def test_load_rejects_an_invalid_matrix(tmp_path: Path) -> None:
     target = tiny_target("llama")
     draftsmith.save(Drafter(SMALL, target), tmp_path / "artifact", target)
     file = tmp_path / "artifact" / "model.safetensors"
@@ -239,17 +239,17 @@ def test_an_odd_matrix_is_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"num_successors": 0, "tree": ((0,),)}, "num_successors is 0; it must be at least 1"),
-        ({"tree": ()}, "the tree has no node"),
-        ({"num_successors": 4}, "a tree node has rank 7; num_successors 4 has ranks below that"),
+        ({"tree": ()}, "the tree has no nodes"),
+        ({"num_successors": 4}, "a tree node has rank 7; with num_successors 4 ranks are smaller than that"),
         ({"tree": ((0,), (1, 0))}, r"tree node \[1, 0\] needs node \[1\]"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_config_rejects_invalid_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**changes)
 
 
-def test_more_successors_than_tokens_are_refused() -> None:
+def test_drafter_rejects_more_successors_than_tokens() -> None:
     with pytest.raises(ValueError, match="num_successors is 65; the target's vocabulary has 64 tokens"):
         Drafter(Config(num_successors=65, tree=((0,),)), tiny_target("llama"))
     for changes in ({"num_successors": 0}, {"tree_nodes": -1}):
@@ -264,7 +264,9 @@ PAIRS = some.lists(some.lists(some.tuples(some.integers(0, 3), some.integers(0, 
 
 @hypothesis_settings(max_examples=60, deadline=None)
 @given(PAIRS, some.integers(1, 3))
-def test_sums_and_the_likeliest_of_each_token(parts: list[list[tuple[int, int, int]]], num_kept: int) -> None:
+def test_sum_weights_and_heaviest_pairs_equal_a_dictionary(
+    parts: list[list[tuple[int, int, int]]], num_kept: int
+) -> None:
     coded = [
         (np.array([4 * one + other for one, other, _ in part], np.int64), np.array([float(w) for *_, w in part]))
         for part in parts
@@ -283,19 +285,19 @@ def test_sums_and_the_likeliest_of_each_token(parts: list[list[tuple[int, int, i
 
 
 def slow_ranks(successors_VK: Tensor, tokens: list[int], mask: list[bool], top_TK: Tensor) -> list[list[int]]:
-    """Returns the ranks [T, D], each by a look at the whole text before the pending token."""
+    """Returns the ranks [T, D], each found by a scan of the text before the pending token."""
     ranks = [[-1] * trainer.DEPTH for _ in tokens]
     for at in range(len(tokens)):
-        for place in range(at, min(at + trainer.DEPTH, len(tokens) - 1)):
-            before = [one for one in range(at) if tokens[one] == tokens[place]]
-            kept = top_TK[before[-1]] if before else successors_VK[tokens[place]]
-            right = (kept == tokens[place + 1]).nonzero()
-            if mask[place + 1]:
-                ranks[at][place - at] = int(right[0]) if len(right) else len(kept)
+        for position in range(at, min(at + trainer.DEPTH, len(tokens) - 1)):
+            before = [one for one in range(at) if tokens[one] == tokens[position]]
+            kept = top_TK[before[-1]] if before else successors_VK[tokens[position]]
+            correct = (kept == tokens[position + 1]).nonzero()
+            if mask[position + 1]:
+                ranks[at][position - at] = int(correct[0]) if len(correct) else len(kept)
     return ranks
 
 
-def test_ranks_are_of_what_is_kept_when_the_token_comes() -> None:
+def test_successor_ranks_equal_the_slow_reference() -> None:
     target = tiny_target("llama")
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(12, (length,), generator=generator).tolist() for length in (30, 12)]
@@ -328,20 +330,20 @@ def run_settings(folder: Path, name: str) -> RunSettings:
     return RunSettings(target=target, data=data, output=output, max_steps=8, batch_size=4)
 
 
-def test_a_run_stopped_and_begun_again_ends_as_an_unbroken_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what it leaves is what the target finds likeliest, summed over the rows that it read."""
-    monkeypatch.setattr(trainer, "BATCHES_A_PART", 2)
+def test_resumed_run_gives_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The successors are those of the largest sums of the target's probabilities over the rows."""
+    monkeypatch.setattr(trainer, "BATCHES_PER_CHUNK", 2)
     chosen = trainer_settings(trainer, num_successors=3, tree_nodes=9)
     whole = train(trainer, chosen, run_settings(folder, "whole"))
     made: list[str] = []
 
-    def stopping(path: Path, *given: Any) -> None:
+    def interrupted_write(path: Path, *given: Any) -> None:
         if path.name == "0002.safetensors":
             raise KeyboardInterrupt
         made.append(path.name)
         write_whole(path, *given)
 
-    monkeypatch.setattr(corpus, "write_whole", stopping)
+    monkeypatch.setattr(corpus, "write_whole", interrupted_write)
     with pytest.raises(KeyboardInterrupt):
         train(trainer, chosen, run_settings(folder, "broken"))
     monkeypatch.setattr(corpus, "write_whole", write_whole)
@@ -372,7 +374,7 @@ def check_successors(successors_VK: Tensor, target: Target, folder: Path) -> Non
         assert successors_VK[token].tolist() == expected.tolist()
 
 
-def test_judging_teaches_nothing() -> None:
+def test_evaluation_leaves_the_matrix_unchanged() -> None:
     target = tiny_target("llama")
     drafter = Drafter(SMALL, target)
     rows = [example(ids, None, str(at)) for at, ids in enumerate(greedy_by_transformers("llama", 2, 20))]

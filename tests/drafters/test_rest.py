@@ -1,4 +1,4 @@
-"""The datastore: drafts against a scan of all documents, builds from every kind of data, resumed, budgeted, refused."""
+"""Tests of REST: drafts against a scan of all documents, and how its datastore is built, resumed and checked."""
 
 import json
 import os
@@ -29,25 +29,20 @@ from draftsmith.drafters.rest import UNSEEN, Config, Drafter
 from draftsmith.parts.trie import TokenTree
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
-from tests.support.retrieval import DOCUMENTS, TOKENS, paths_of, slow_match
+from tests.support.retrieval import DOCUMENTS, TOKENS, paths_of, shards_for, slow_match
 from tests.support.retrieval import VOCAB_SIZE as FEW_TOKENS
 from tests.support.runs import command, environment, make_data, make_target, trainer_settings
 from trainers import rest as trainer
 from trainers.corpora import corpus, suffix_arrays
 from trainers.corpora.suffix_arrays import build, group_texts
-from trainers.rest import Settings
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
 
 def stored(target: Target) -> Drafter:
-    """Returns a drafter whose two shards hold the target's own text, and text that it would not write."""
-    ids, mask = padded([[token % target.vocab_size for token in row] for row in prompts(5)])
-    own = texts(draftsmith.generate(target, ids, attention_mask=mask, max_new_tokens=20, eos_token_id=()))
-    noise = torch.randint(target.vocab_size, (8, 60), generator=torch.Generator().manual_seed(0)).tolist()
-    shards = (own[:3], own[3:] + noise)
-    built = tuple(build([np.array(row) for row in rows], target.vocab_size) for rows in shards)
-    return Drafter(Config(min_match=1, max_match=6, max_matches=8, num_draft=5, num_nodes=8), target, built)
+    """Returns a drafter with a datastore."""
+    config = Config(min_match=1, max_match=6, max_matches=8, num_draft=5, num_nodes=8)
+    return Drafter(config, target, shards_for(target))
 
 
 EXAMPLE = stored
@@ -57,24 +52,24 @@ def test_family(tmp_path: Path) -> None:
     check_family(rest, stored, tmp_path)
 
 
-def slow_branches(config: Config, documents: list[list[int]], text: list[int], budget: int) -> dict[tuple, float]:
-    """Returns the chance of every beginning of what follows the longest match, the likeliest first."""
+def slow_tree(config: Config, documents: list[list[int]], text: list[int], budget: int) -> dict[tuple, float]:
+    """Returns the probability of every prefix of what follows the longest match, the likeliest first."""
     _, followed = slow_match(documents, text, config.max_match, config.min_match)
-    times: Counter[tuple[int, ...]] = Counter()
+    counts: Counter[tuple[int, ...]] = Counter()
     for tokens, number in followed.items():
         for end in range(min(len(tokens), budget, config.num_draft) + 1):
-            times[tokens[:end]] += number
-    chances = {(): 1.0}
-    for beginning in sorted(times, key=len):
-        if beginning:
-            chances[beginning] = chances[beginning[:-1]] * times[beginning] / (times[beginning[:-1]] + UNSEEN)
-    del chances[()]
-    return dict(sorted(chances.items(), key=lambda item: -item[1]))
+            counts[tokens[:end]] += number
+    probabilities = {(): 1.0}
+    for prefix in sorted(counts, key=len):
+        if prefix:
+            probabilities[prefix] = probabilities[prefix[:-1]] * counts[prefix] / (counts[prefix[:-1]] + UNSEEN)
+    del probabilities[()]
+    return dict(sorted(probabilities.items(), key=lambda item: -item[1]))
 
 
-def branches_of(drafter: Drafter, text: list[int], budget: int) -> tuple[TokenTree, dict[tuple, float]]:
-    branches = drafter.branches(text, budget)
-    return branches, dict(zip(paths_of(branches), branches.weights, strict=True))
+def tree_of(drafter: Drafter, text: list[int], budget: int) -> tuple[TokenTree, dict[tuple, float]]:
+    tree = drafter.tree(text, budget)
+    return tree, dict(zip(paths_of(tree), tree.weights, strict=True))
 
 
 @hypothesis_settings(max_examples=40, deadline=None)
@@ -85,66 +80,64 @@ def branches_of(drafter: Drafter, text: list[int], budget: int) -> tuple[TokenTr
     some.integers(1, 8),
     some.sampled_from([0.0, 0.1, 0.4]),
 )
-def test_the_likeliest_beginnings_are_kept(
+def test_tree_keeps_the_likeliest_prefixes(
     documents: list[list[int]], text: list[int], cut: int, num_nodes: int, min_chance: float
 ) -> None:
-    """Of documents in one shard or two; of beginnings as likely any may be kept, but none before its parent."""
+    """With the documents in one shard or two; of equally likely prefixes any may be kept, but never before a parent."""
     config = Config(max_match=4, num_draft=3, num_nodes=num_nodes, min_chance=min_chance)
-    expected = slow_branches(config, documents, text, 2)
-    likely = [chance for chance in expected.values() if chance >= min_chance][:num_nodes]
+    expected = slow_tree(config, documents, text, 2)
+    likely = [one for one in expected.values() if one >= min_chance][:num_nodes]
     found = []
     for groups in ([documents], [documents[:cut], documents[cut:]]):
         shards = tuple(build([np.array(one, np.int64) for one in group], FEW_TOKENS) for group in groups)
-        branches, chances = branches_of(Drafter(config, tiny_target("llama"), shards), text, 2)
-        assert sorted(chances.values(), reverse=True) == pytest.approx(likely)
-        assert all(chances[beginning] == pytest.approx(expected[beginning]) for beginning in chances)
-        assert all(parent <= node for node, parent in enumerate(branches.parents))
-        found.append(sorted(chances.values()))
+        tree, probabilities = tree_of(Drafter(config, tiny_target("llama"), shards), text, 2)
+        assert sorted(probabilities.values(), reverse=True) == pytest.approx(likely)
+        assert all(one == pytest.approx(expected[prefix]) for prefix, one in probabilities.items())
+        assert all(parent <= node for node, parent in enumerate(tree.parents))
+        found.append(sorted(probabilities.values()))
     assert found[0] == pytest.approx(found[1])
 
 
-def test_a_case_by_hand() -> None:
-    """After 1 2 came 3 4 twice and 3 5 once; 2 alone was followed by 6 as well."""
+def test_tree_by_hand() -> None:
+    """1 2 was followed by 3 4 twice and by 3 5 once; 2 alone was also followed by 6."""
     documents = [[1, 2, 3, 4], [7, 1, 2, 3, 4], [1, 2, 3, 5], [8, 2, 6]]
     drafter = Drafter(Config(), tiny_target("llama"), (build([np.array(one) for one in documents], VOCAB_SIZE),))
     third = 3 / 5
-    _, chances = branches_of(drafter, [9, 1, 2], 10)
-    assert chances == pytest.approx({(3,): third, (3, 4): third * 2 / 5, (3, 5): third * 1 / 5})
-    assert branches_of(drafter, [1, 2], 1)[1] == pytest.approx({(3,): third}), "no deeper than the budget"
-    assert branches_of(drafter, [5, 2], 10)[1] == {}, "a single token is no match"
-    assert branches_of(drafter, [3, 4], 10)[1] == {}, "nothing follows it"
+    _, found = tree_of(drafter, [9, 1, 2], 10)
+    assert found == pytest.approx({(3,): third, (3, 4): third * 2 / 5, (3, 5): third * 1 / 5})
+    assert tree_of(drafter, [1, 2], 1)[1] == pytest.approx({(3,): third}), "no deeper than the budget"
+    assert tree_of(drafter, [5, 2], 10)[1] == {}, "a single token is too short a match"
+    assert tree_of(drafter, [3, 4], 10)[1] == {}, "nothing follows the match"
 
 
-def test_of_many_places_some_are_read_evenly() -> None:
-    """Ninety places, sorted by the token before the match, on which depends what follows: a third of each is read."""
+def test_many_matches_are_read_evenly_spread() -> None:
+    """Of ninety matches, sorted by the token before, which decides what follows, a third of each kind is read."""
     documents = [np.array([before, 9, 9, before]) for before in (1, 2, 3) for _ in range(30)]
     whole, halves = (build(documents, VOCAB_SIZE),), [documents[at::2] for at in (0, 1)]
     for shards in (whole, tuple(build(half, VOCAB_SIZE) for half in halves)):
         drafter = Drafter(Config(max_matches=30), tiny_target("llama"), shards)
-        _, chances = branches_of(drafter, [9, 9], 10)
-        assert chances == pytest.approx(dict.fromkeys([(1,), (2,), (3,)], 10 / 32))
+        _, found = tree_of(drafter, [9, 9], 10)
+        assert found == pytest.approx(dict.fromkeys([(1,), (2,), (3,)], 10 / 32))
     nine = tuple(build(documents[at : at + 10], VOCAB_SIZE) for at in range(0, 90, 10))
-    _, chances = branches_of(Drafter(Config(max_matches=4), tiny_target("llama"), nine), [9, 9], 10)
-    # Places 0, 23, 46 and 69 of the ninety.
-    assert chances == pytest.approx({(1,): 2 / 6, (2,): 1 / 6, (3,): 1 / 6})
+    _, found = tree_of(Drafter(Config(max_matches=4), tiny_target("llama"), nine), [9, 9], 10)
+    # Matches 0, 23, 46 and 69 of the ninety are read.
+    assert found == pytest.approx({(1,): 2 / 6, (2,): 1 / 6, (3,): 1 / 6})
 
 
-def test_text_that_is_stored_is_drafted_in_whole() -> None:
+def test_stored_text_is_drafted_completely() -> None:
     target = tiny_target("llama")
     (text,) = greedy_by_transformers("llama", 1, 20)
     drafter = Drafter(Config(num_draft=6, num_nodes=6, min_chance=0), target, (build([np.array(text)], VOCAB_SIZE),))
     out = draftsmith.generate(target, torch.tensor([text[:9]]), drafter, max_new_tokens=20)
-    assert texts(out) == [text] and out.stats.steps == 3, "twice six and one more, and what is left"
+    assert texts(out) == [text] and out.stats.steps == 3, "twice six drafted tokens and one more, and the rest"
 
 
-def test_rows_that_have_finished_are_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_rows_are_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     target = tiny_target("llama")
     drafter, rows = Watched(stored(target)), prompts(2)
     looked_up = []
-    inner = drafter.inner.branches
-    monkeypatch.setattr(
-        drafter.inner, "branches", lambda text, budget: looked_up.append(text[0]) or inner(text, budget)
-    )
+    inner = drafter.inner.tree
+    monkeypatch.setattr(drafter.inner, "tree", lambda text, budget: looked_up.append(text[0]) or inner(text, budget))
     ids, mask = padded(rows)
     plain = texts(draftsmith.generate(target, ids, attention_mask=mask, max_new_tokens=20))
     end = next(token for token in plain[0][len(rows[0]) :] if token not in plain[1][len(rows[1]) :])
@@ -155,7 +148,7 @@ def test_rows_that_have_finished_are_not_looked_up(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_an_encoder_decoder_is_given_the_best_branch(architecture: str) -> None:
+def test_encoder_decoder_gets_the_likeliest_path(architecture: str) -> None:
     target = tiny_target(architecture)
     for num_rows in (1, 5):
         ids, mask = padded(prompts(num_rows), side="left")
@@ -165,7 +158,7 @@ def test_an_encoder_decoder_is_given_the_best_branch(architecture: str) -> None:
         assert watched.num_drafted > 0
 
 
-def test_an_empty_store_drafts_nothing() -> None:
+def test_empty_datastore_drafts_nothing() -> None:
     target = tiny_target("llama")
     for shards in ((), (build([], VOCAB_SIZE),), (build([np.array([4])], VOCAB_SIZE),)):
         out = draftsmith.generate(target, torch.tensor([[4, 4]]), Drafter(Config(), target, shards), max_new_tokens=4)
@@ -183,13 +176,14 @@ def test_an_empty_store_drafts_nothing() -> None:
         ({"min_chance": 1.0}, "min_chance is 1.0; it must be at least 0 and less than 1"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
-    for kind in (Config, Settings):
-        with pytest.raises(ValueError, match=message):
-            kind(**changes)
+def test_config_rejects_invalid_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+    with pytest.raises(ValueError, match=message):
+        trainer_settings(trainer, **changes)
 
 
-# --- The build ---------------------------------------------------------------------------------------------------
+# --- Building the datastore ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +204,7 @@ def shards_of(output: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(output.glob("shard-*"))]
 
 
-def test_what_is_stored_is_what_the_target_wrote(folder: Path) -> None:
+def test_datastore_holds_the_targets_text(folder: Path) -> None:
     output = train(trainer, trainer_settings(trainer, context=2, shard_tokens=100), run_settings(folder, "run"))
     target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
     drafter = draftsmith.load(output, target)
@@ -222,23 +216,23 @@ def test_what_is_stored_is_what_the_target_wrote(folder: Path) -> None:
         ends = np.flatnonzero(shard.tokens_S == VOCAB_SIZE)
         found += [one[one < VOCAB_SIZE].astype(np.int64).tobytes() for one in np.split(shard.tokens_S, ends + 1)[:-1]]
     assert len(drafter.shards) > 1 and len(set(found)) == len(found)
-    assert set(found) < held_out and len(held_out) - len(found) == 1, "all but the row held out"
+    assert set(found) < held_out and len(held_out) - len(found) == 1, "all but the held-out row"
     assert not (output / "parts").exists()
     assert read_manifest(output)["measured_acceptance"]["acceptance"] >= 0
     assert train(trainer, trainer_settings(trainer, context=2, shard_tokens=100), run_settings(folder, "run")) == output
 
 
-def test_a_build_that_was_stopped_ends_as_an_unbroken_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_build_gives_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(trainer, trainer_settings(trainer, shard_tokens=60), run_settings(folder, "whole"))
     built: list[int] = []
 
-    def stopping(texts: list[np.ndarray], vocab_size: int) -> Any:
+    def interrupted_build(texts: list[np.ndarray], vocab_size: int) -> Any:
         if len(built) == 2:
             raise KeyboardInterrupt
         built.append(len(texts))
         return build(texts, vocab_size)
 
-    monkeypatch.setattr(suffix_arrays, "build", stopping)
+    monkeypatch.setattr(suffix_arrays, "build", interrupted_build)
     with pytest.raises(KeyboardInterrupt):
         train(trainer, trainer_settings(trainer, shard_tokens=60), run_settings(folder, "broken"))
     monkeypatch.undo()
@@ -252,8 +246,8 @@ def test_a_build_that_was_stopped_ends_as_an_unbroken_one(folder: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_kill_9(folder: Path) -> None:
-    """A process killed at some moment once its second shard is there, then the same command again: the same bytes."""
+def test_killed_build_resumes_to_the_same_bytes(folder: Path) -> None:
+    """A process killed at a random moment after its second shard, and the same command again."""
     run = run_settings(folder, "killed")
     words = command("rest", target=run.target, data=run.data, output=run.output, batch_size=4, shard_tokens=18)
     process = subprocess.Popen(words, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True)
@@ -271,7 +265,7 @@ def words(ids: list[int]) -> str:
     return " ".join(f"w{token}" for token in ids)
 
 
-def test_every_kind_of_data(folder: Path, tmp_path: Path) -> None:
+def test_build_reads_every_kind_of_data(folder: Path, tmp_path: Path) -> None:
     """The same text as JSONL, Parquet, a folder of text and a teacher store."""
     target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
     rows = [[number, *range(3, 12), number] for number in range(20, 30)]
@@ -295,19 +289,19 @@ def test_every_kind_of_data(folder: Path, tmp_path: Path) -> None:
         assert len(found) >= 5 and all(ids in rows for ids in found), name
 
 
-def test_a_budget_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_keeps_within_its_budget(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = train(trainer, trainer_settings(trainer, budget_mb=0.001), run_settings(folder, "budget"))
     assert "the budget keeps" in capsys.readouterr().out
     target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
     (shard,) = draftsmith.load(output, target).shards
     assert 700 < shard.tokens_S.nbytes + shard.ends_P.nbytes <= 1000
-    with pytest.raises(ValueError, match="a budget of 1 tokens holds no document"):
+    with pytest.raises(ValueError, match="no document fits into the budget of 1 tokens"):
         train(trainer, trainer_settings(trainer, budget_mb=1e-5), run_settings(folder, "tiny"))
 
 
 @hypothesis_settings(max_examples=100, deadline=None)
 @given(some.lists(some.integers(0, 30), max_size=10), some.integers(2, 12))
-def test_groups_hold_at_most_so_many_tokens(lengths: list[int], shard_tokens: int) -> None:
+def test_group_texts_limits_the_tokens_of_a_group(lengths: list[int], shard_tokens: int) -> None:
     whole = np.arange(sum(lengths))
     groups = group_texts(np.split(whole, np.cumsum(lengths))[:-1], shard_tokens)
     pieces = [piece for group in groups for piece in group]
@@ -315,19 +309,19 @@ def test_groups_hold_at_most_so_many_tokens(lengths: list[int], shard_tokens: in
     sizes = [sum(len(piece) + 1 for piece in group) for group in groups]
     assert all(size <= shard_tokens for size in sizes)
     for group, size, following in zip(groups, sizes, groups[1:], strict=False):
-        assert group and size + len(following[0]) + 1 > shard_tokens, "it would have had room"
+        assert group and size + len(following[0]) + 1 > shard_tokens, "the next text does not fit"
 
 
-def test_settings_of_the_build_that_cannot_be_are_refused() -> None:
+def test_trainer_rejects_invalid_settings() -> None:
     for changes in ({"budget_mb": -1.0}, {"context": -1}):
-        with pytest.raises(ValueError, match="must not be negative"):
+        with pytest.raises(ValueError, match="it must be at least 0"):
             trainer_settings(trainer, **changes)
     for size in (1, 2**29):
         with pytest.raises(ValueError, match=f"shard_tokens is {size}; it must lie between 2 and"):
             trainer_settings(trainer, shard_tokens=size)
 
 
-def test_a_store_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+def test_load_rejects_an_incomplete_datastore(tmp_path: Path) -> None:
     target = tiny_target("llama")
     draftsmith.save(stored(target), tmp_path / "artifact", target=target)
     first, second = sorted((tmp_path / "artifact").glob("shard-*"))

@@ -1,10 +1,18 @@
-"""Hypothesis strategies for stored text, and slow references of look-ups in it."""
+"""Stored text for tests: shards, Hypothesis strategies, and slow references of look-ups."""
 
 from collections import Counter
 
+import numpy as np
+import torch
 from hypothesis import strategies as some
 
+import draftsmith
+from draftsmith import Target
+from draftsmith.parts.suffix_array import SuffixArray
 from draftsmith.parts.trie import TokenTree
+from tests.support.family import texts
+from tests.support.models import padded, prompts
+from trainers.corpora.suffix_arrays import build
 
 VOCAB_SIZE = 3
 """Few tokens, so that matches are frequent."""
@@ -34,3 +42,12 @@ def paths_of(tree: TokenTree) -> list[tuple[int, ...]]:
     for token, parent in zip(tree.tokens, tree.parents, strict=True):
         paths.append((*paths[parent], token))
     return paths[1:]
+
+
+def shards_for(target: Target) -> tuple[SuffixArray, ...]:
+    """Returns two shards with text that the target generates and random text."""
+    ids, mask = padded([[token % target.vocab_size for token in row] for row in prompts(5)])
+    own = texts(draftsmith.generate(target, ids, attention_mask=mask, max_new_tokens=20, eos_token_id=()))
+    noise = torch.randint(target.vocab_size, (8, 60), generator=torch.Generator().manual_seed(0)).tolist()
+    shards = (own[:3], own[3:] + noise)
+    return tuple(build([np.array(row) for row in rows], target.vocab_size) for rows in shards)

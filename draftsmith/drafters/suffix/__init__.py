@@ -1,8 +1,8 @@
-"""SuffixDecoding (2411.04975): what followed a text's last tokens, in it or in others, drafted by how often it did.
+"""SuffixDecoding (2411.04975): drafts what most often followed the text's last tokens, in it or in other texts.
 
-A row's own text, earlier calls' and a stored corpus are searched for every length of match. A counted suffix tree is
-read off a suffix array by ranges: a node's count is how many places its string ends at, and the chance of a path after
-it, the product of count(child) / count(node) along it, the share of these places that the path follows.
+A row's own text, texts of earlier calls and a datastore are searched for matches of every length. Ranges of a suffix
+array serve as a counted suffix tree: a node's count is the number of positions after its string, and the probability of
+a path after it, the product of count(child) / count(node) along the path, is the share of these that the path follows.
 """
 
 from collections import Counter
@@ -18,6 +18,8 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.drafters.suffix.growing_text import GrowingText
+from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.retrieval import load_array, source_tokens
 from draftsmith.parts.suffix_array import SuffixArray, empty, read_shards, token_type, write_shards
 from draftsmith.parts.trie import TokenTree, build_trie, heaviest_nodes, heaviest_path, to_draft
 
@@ -26,56 +28,52 @@ RECENT = "recent.npy"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How far back is looked, and how much a match is trusted."""
+    """Settings of the search, and of the draft's size by the length of the match."""
 
     max_match: int = 24
-    """Most last tokens looked for: the depth of the trees."""
+    """Maximum length of a match, which is the depth of the suffix trees."""
     factor: float = 1.0
-    """Tokens drafted for each token of the match; longer matches are trusted with longer drafts."""
+    """Number of tokens drafted per token of the match."""
     offset: float = 0.0
-    """Tokens drafted beside those."""
+    """Number of tokens drafted in addition to those."""
     num_draft: int = 16
-    """Most tokens drafted."""
+    """Maximum number of tokens drafted."""
     branches: bool = True
-    """Whether the likeliest tokens are drafted as a tree, wherever they are, or those of the likeliest path."""
+    """Whether to draft a tree of the likeliest nodes; otherwise the likeliest path."""
     min_chance: float = 0.1
-    """Tokens whose path followed a smaller share of the matches are not drafted."""
+    """Minimum probability of a drafted token's path: the share of the matches that it followed."""
     max_matches: int = 64
-    """Most places whose continuation is read, evenly spread over those that match."""
+    """Maximum number of matches whose continuation is read, evenly spread over all."""
     recent_tokens: int = 65_536
-    """Tokens of finished calls that are kept for later ones, the oldest dropped first; 0 for none, as where the same
-    prompts are decoded again to be timed."""
+    """Number of tokens of earlier calls that are kept, the oldest dropped first; 0 for none, which timing the same
+    prompts repeatedly needs."""
 
     def __post_init__(self) -> None:
-        for name in ("max_match", "num_draft", "max_matches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("factor", "recent_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        check_at_least(self, 1, "max_match", "num_draft", "max_matches")
+        check_at_least(self, 0, "factor", "recent_tokens")
         if not 0 <= self.min_chance <= 1:
             raise ValueError(f"min_chance is {self.min_chance}; it must lie between 0 and 1")
-        if self.room(self.max_match) < 1:
-            raise ValueError(f"factor {self.factor} and offset {self.offset} leave no token to draft for any match")
+        if self.draft_size(self.max_match) < 1:
+            raise ValueError(f"factor {self.factor} and offset {self.offset} draft no token for a match of any length")
 
-    def room(self, length: int) -> int:
-        """Returns how many tokens are drafted for a match of so many."""
+    def draft_size(self, length: int) -> int:
+        """Returns the number of tokens drafted for a match of this length."""
         return min(int(self.factor * length + self.offset), self.num_draft)
 
 
 @dataclass(kw_only=True, eq=False)
-class _Found:
-    """The most promising continuation so far."""
+class _Candidate:
+    """The continuations of one match, as a tree."""
 
     score: float = 0.0
-    """How many of its tokens are expected to be right: the sum of the chances of their paths."""
+    """Expected number of correct tokens: the sum of the probabilities of the nodes' paths."""
     length: int = 0
-    """Of the match that it follows."""
-    branches: TokenTree = field(default_factory=TokenTree)
+    """Length of the match."""
+    tree: TokenTree = field(default_factory=TokenTree)
 
 
 class Drafter(drafter.Drafter):
-    """Each row's text, those of earlier calls and the stored ones."""
+    """Searches each row's text, the texts of earlier calls and the datastore."""
 
     serving_engines = ("vllm", "sglang")
     keeps_state_between_calls = True
@@ -89,17 +87,13 @@ class Drafter(drafter.Drafter):
         self.forget()
 
     def forget(self) -> None:
-        """Knows of recent texts only those that it was given."""
+        """Drops the texts of earlier calls, except those that it was made with."""
         self.recent = GrowingText(self.config.max_match, self.target.vocab_size, self._given)
         self._session: Session | None = None
 
     def start(self, session: Session) -> None:
-        self._remember()
-        sources: list[list[int]] = [[] for _ in session.rows]
-        if session.source is not None:
-            mask = session.source.mask_BT.bool()
-            pairs = zip(session.source.tokens_BT, mask, strict=True)
-            sources = [[*ids[kept].tolist(), self.target.vocab_size] for ids, kept in pairs]
+        self._keep_last_call()
+        sources = [[*ids, self.target.vocab_size] if ids else [] for ids in source_tokens(session)]
         self._session, self._num_given = session, [len(row) for row in session.rows]
         self._is_running, self._num_before = [True] * len(session.rows), [len(source) for source in sources]
         self._own = [
@@ -110,57 +104,57 @@ class Drafter(drafter.Drafter):
     def propose(self, budget: int) -> Draft:
         assert self._session is not None
         drafted = [TokenTree() for _ in self._own]
-        for at, (row, own) in enumerate(zip(self._session.rows, self._own, strict=True)):
-            if self._is_running[at]:
-                own.extend(row[len(own.tokens) - self._num_before[at] :])
-                drafted[at] = self._best(row, own, budget)
+        for number, (row, own) in enumerate(zip(self._session.rows, self._own, strict=True)):
+            if self._is_running[number]:
+                own.extend(row[len(own.tokens) - self._num_before[number] :])
+                drafted[number] = self._best(row, own, budget)
         return to_draft(self._session, drafted)
 
     def observe(self, step: Step) -> None:
-        """Notes which rows go on: the next `propose` reads the new tokens."""
+        """Notes which rows are running; the next `propose` reads the new tokens."""
         self._is_running = [len(path) > 0 for path in step.paths]
 
     def rewind(self, lengths: list[int]) -> bool:
-        """Takes back what came after so many tokens of each row, all of which go on."""
         self._is_running = [True] * len(lengths)
         for own, num_before, length in zip(self._own, self._num_before, lengths, strict=True):
             own.truncate(num_before + length)
         return True
 
     def _best(self, row: list[int], own: GrowingText, budget: int) -> TokenTree:
-        """Returns the best continuation; of equal ones that of the longer match, then of the row's own text."""
-        best = _Found()
+        """Returns the tree of the highest score; of equal ones that of the longer match, then of the row's own text."""
+        best = _Candidate()
         texts: list[GrowingText | SuffixArray] = [own, self.recent, *self.shards]
         for text in texts:
-            longest, places = text.match(row, self.config.max_match, 1)
-            num_places = 0
+            longest, entries = text.match(row, self.config.max_match, 1)
+            num_entries = 0
             for length in range(longest, 0, -1):
-                # No chance is above 1, and shorter matches have less room.
-                num_nodes = min(self.config.room(length), budget)
+                # The score is at most the number of nodes, and shorter matches get no more nodes.
+                num_nodes = min(self.config.draft_size(length), budget)
                 if num_nodes < 1 or (num_nodes, length) <= (best.score, best.length):
                     break
                 if length < longest:
-                    _, places = text.match(row, length, 1)
-                if len(places) == num_places:
-                    continue  # those of the longer match, which had no less room
-                num_places = len(places)
-                found = self._continue(text, places, length, num_nodes)
+                    _, entries = text.match(row, length, 1)
+                if len(entries) == num_entries:
+                    continue  # the same positions as of the longer match, which got no fewer nodes
+                num_entries = len(entries)
+                found = self._continue(text, entries, length, num_nodes)
                 if (found.score, found.length) > (best.score, best.length):
                     best = found
-        return best.branches
+        return best.tree
 
-    def _continue(self, text: GrowingText | SuffixArray, places: range, length: int, num_nodes: int) -> _Found:
+    def _continue(self, text: GrowingText | SuffixArray, entries: range, length: int, num_nodes: int) -> _Candidate:
+        """Returns the tree of what followed the entries of a match."""
         config = self.config
-        read = places[:: -(-len(places) // config.max_matches)]
-        branches = build_trie(Counter(text.continuations(read, num_nodes)).items())
-        num_likely = sum(weight >= config.min_chance * len(read) for weight in branches.weights)
-        kept = heaviest_nodes(branches, num_likely)
+        read = entries[:: -(-len(entries) // config.max_matches)]
+        tree = build_trie(Counter(text.continuations(read, num_nodes)).items())
+        num_likely = sum(weight >= config.min_chance * len(read) for weight in tree.weights)
+        kept = heaviest_nodes(tree, num_likely)
         is_tree = config.branches and self.target.takes_trees
         kept = heaviest_nodes(kept, num_nodes) if is_tree else heaviest_path(kept)
-        return _Found(score=sum(kept.weights) / len(read), length=length, branches=kept)
+        return _Candidate(score=sum(kept.weights) / len(read), length=length, tree=kept)
 
-    def _remember(self) -> None:
-        """Takes each row of the last call, with as much of its prompt as may match, for one of the recent texts."""
+    def _keep_last_call(self) -> None:
+        """Adds each row of the last call, with as much of its prompt as a match can cover, to the recent texts."""
         if self._session is None or not self.config.recent_tokens:
             return
         for row, given in zip(self._session.rows, self._num_given, strict=True):
@@ -169,27 +163,21 @@ class Drafter(drafter.Drafter):
         self._session = None
 
     def save_state(self, folder: Path) -> None:
-        """Writes the stored texts and the recent ones, the last call's among them."""
-        self._remember()
+        """Writes the datastore and the recent texts, including those of the last call."""
+        self._keep_last_call()
         write_shards(folder, self.shards)
         np.save(folder / RECENT, np.array(self.recent.tokens, token_type(self.target.vocab_size)))
 
     @classmethod
     def load_state(cls, folder: Path, config: Config, target: Target) -> Self:
-        """Returns the drafter with what `folder` holds; raises ValueError if a file is missing, truncated or odd."""
         shards = read_shards(folder, target.vocab_size)
-        try:
-            recent_S = np.load(folder / RECENT, allow_pickle=False)
-        except (OSError, EOFError, ValueError) as error:
-            raise ValueError(
-                f"{folder / RECENT} is missing or truncated ({error}); the artifact must be made again"
-            ) from None
+        recent_S = load_array(folder / RECENT)
         if (
             recent_S.dtype != token_type(target.vocab_size)
             or recent_S.ndim != 1
             or recent_S.max(initial=0) > target.vocab_size
         ):
             raise ValueError(
-                f"{folder / RECENT} holds no text of a vocabulary of {target.vocab_size}; it must be made again"
+                f"{folder / RECENT} is no text of a vocabulary of {target.vocab_size}; the artifact must be made again"
             )
         return cls(config, target, shards, recent_S.tolist())

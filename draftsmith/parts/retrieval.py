@@ -1,0 +1,23 @@
+"""Shared code of the families that draft from text and from stored arrays."""
+
+from pathlib import Path
+
+import numpy as np
+
+from draftsmith.core.drafter import Session
+
+
+def source_tokens(session: Session) -> list[list[int]]:
+    """Returns each row's source token ids for an encoder-decoder target, and empty lists for others."""
+    source = session.source
+    if source is None:
+        return [[] for _ in session.rows]
+    return [ids[mask].tolist() for ids, mask in zip(source.tokens_BT, source.mask_BT.bool(), strict=True)]
+
+
+def load_array(file: Path, *, mmap: bool = False) -> np.ndarray:
+    """Returns the array of an .npy file, memory-mapped if asked for; raises ValueError if it cannot be read."""
+    try:
+        return np.load(file, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{file} is missing or truncated ({error}); the artifact must be made again") from error
