@@ -1,7 +1,7 @@
-"""What trainers see: `Example`, one text with what the target says of it, and `Batch`, several of them padded right.
+"""The inputs of trainers: `Example`, a text with the target's outputs on it, and `Batch`, examples padded right.
 
-Both come with or without the target's features; `data.teacher.complete` fills in what a batch lacks. For an
-encoder-decoder the tokens are the decoder's, its start token first, and what the encoder reads stands beside them.
+Both may lack the target's outputs; `data.teacher.complete` adds them to a batch. For an encoder-decoder the tokens are
+the decoder's, beginning with its start token, and the encoder's input is the source.
 
 Shape suffixes: B rows, T positions, S positions of a source, D hidden width, K largest logits kept.
 """
@@ -23,52 +23,53 @@ from draftsmith.core.target import Source
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Example:
-    """One text to learn from."""
+    """One training text."""
 
     tokens_T: Tensor
     """Token ids (int64)."""
     loss_mask_T: Tensor
-    """True where the token itself is to be learnt or judged: what the target or the assistant wrote."""
+    """True at supervised tokens, on which drafters are trained and evaluated: those that the target or the assistant
+    wrote."""
     key: str
-    """Names the prompt it grew from; decides whether it is held out."""
+    """Identifier of the prompt that it continues; determines whether it is held out."""
     source_S: Tensor | None = None
-    """Token ids (int64) that an encoder-decoder's encoder reads; None for causal text."""
+    """Token ids (int64) of the encoder's input; None for causal text."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
-    """Stored hidden layers [T, D], un-normed; 0 is the embedding output, i the output of the i-th block."""
+    """Hidden layers [T, D], un-normed; 0 is the embedding output, i the output of the i-th block."""
     top_logits_TK: Tensor | None = None
     """The target's largest next-token logits at each position (float32), in descending order."""
     top_ids_TK: Tensor | None = None
-    """Their token ids (int64)."""
+    """Token ids (int64) of `top_logits_TK`."""
     log_normaliser_T: Tensor | None = None
-    """Log of the sum of exponentials of all logits (float32): log-probabilities are top_logits less it."""
+    """Log-sum-exp of all logits (float32); log-probabilities are `top_logits_TK` minus it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Examples padded right to the longest; fields mean what `Example`'s do."""
+    """Examples padded right to the longest, with the fields of `Example`."""
 
     tokens_BT: Tensor
     """Token ids; 0 in the padding."""
     loss_mask_BT: Tensor
-    """As Example.loss_mask_T; False in the padding."""
+    """True at supervised tokens; False in the padding."""
     lengths_B: Tensor
-    """Tokens of each row, padding not counted."""
+    """Number of tokens of each row without padding."""
     keys: tuple[str, ...] = ()
-    """Each row's key, to name it in errors."""
+    """Each row's key, used in error messages."""
     source_BS: Tensor | None = None
-    """As Example.source_S; 0 in the padding."""
+    """Token ids of the encoder's inputs; 0 in the padding."""
     source_lengths_B: Tensor | None = None
-    """Tokens of each source, padding not counted."""
+    """Number of tokens of each source without padding."""
     source: Source | None = None
-    """The sources once the target's encoder has read them."""
+    """The encoded sources."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
     """Hidden layers [B, T, D]."""
     top_logits_BTK: Tensor | None = None
     """Largest logits, descending."""
     top_ids_BTK: Tensor | None = None
-    """Their token ids."""
+    """Token ids of `top_logits_BTK`."""
     log_normaliser_BT: Tensor | None = None
-    """Log-normaliser of the whole vocabulary."""
+    """Log-sum-exp of all logits."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """Returns the batch with every tensor on `device`."""
@@ -87,7 +88,7 @@ class Batch:
 def example(
     ids: Sequence[int], loss_mask: Sequence[bool] | None, key: str, source: Sequence[int] | None = None
 ) -> Example:
-    """Returns an example without features; a mask of None means every token is to be learnt."""
+    """Returns an example without the target's outputs; a mask of None means that every token is supervised."""
     tokens_T = torch.tensor(ids, dtype=torch.long)
     mask_T = torch.ones(len(ids), dtype=torch.bool) if loss_mask is None else torch.tensor(loss_mask, dtype=torch.bool)
     assert len(mask_T) == len(tokens_T)
@@ -95,24 +96,27 @@ def example(
     return Example(tokens_T=tokens_T, loss_mask_T=mask_T, key=key, source_S=source_S)
 
 
-def cut(row: Example, length: int) -> Example:
-    """Returns the row's first `length` tokens; its source stays whole, as the target read it."""
+def truncate(row: Example, length: int) -> Example:
+    """Returns the first `length` tokens of an example, with its complete source."""
     tensors = {f.name: value for f in dataclasses.fields(row) if isinstance(value := getattr(row, f.name), Tensor)}
     parts: dict[str, Any] = {name: value[:length] for name, value in tensors.items() if name != "source_S"}
     return dataclasses.replace(row, hidden={layer: states[:length] for layer, states in row.hidden.items()}, **parts)
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pads examples right into one batch; raises ValueError, naming the row, when a loss mask holds nothing."""
+    """Pads examples right into one batch; raises ValueError for a row without a supervised token.
+
+    The batch has those of the target's outputs that all examples have.
+    """
     for one in examples:
         # The first token has no context to be predicted from.
         if not one.loss_mask_T[1:].any():
-            raise ValueError(f"the loss mask of row {one.key} is all zero: there is nothing to learn in it")
+            raise ValueError(f"the loss mask of row {one.key} is all zero: it has no supervised token")
     first = examples[0]
     layers = [layer for layer in first.hidden if all(layer in one.hidden for one in examples)]
     with_top = all(one.top_ids_TK is not None for one in examples)
     sources = [one.source_S for one in examples if one.source_S is not None]
-    assert len(sources) in (0, len(examples)), "rows with a source and rows without make no batch"
+    assert len(sources) in (0, len(examples)), "a batch cannot mix rows with and without a source"
     return Batch(
         tokens_BT=_padded([one.tokens_T for one in examples]),
         loss_mask_BT=_padded([one.loss_mask_T for one in examples]),
@@ -128,12 +132,12 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def check_batch(batch: Batch, target: Target | TargetInfo, *, layers: tuple[int, ...] = (), top_k: int = 0) -> None:
-    """Raises ValueError unless batch, target and what a drafter reads (`layers`, `top_k`) agree with one another."""
+    """Raises ValueError unless the batch fits the target and has the hidden `layers` and `top_k` logits."""
     if not batch.loss_mask_BT[:, 1:].any():
         raise ValueError(f"the loss mask is all zero in the batch of rows {', '.join(batch.keys)}")
     if target.is_encoder_decoder != (batch.source_BS is not None):
         kind, has = ("an encoder-decoder", "no") if target.is_encoder_decoder else ("a causal model", "a")
-        raise ValueError(f"target {target.name} is {kind}, and row {batch.keys[0]} has {has} source to be encoded")
+        raise ValueError(f"target {target.name} is {kind}, and row {batch.keys[0]} has {has} source for an encoder")
     for tokens, lengths_B in ((batch.tokens_BT, batch.lengths_B), (batch.source_BS, batch.source_lengths_B)):
         if tokens is None or lengths_B is None:
             continue
@@ -143,33 +147,33 @@ def check_batch(batch: Batch, target: Target | TargetInfo, *, layers: tuple[int,
         if longest > (limit := target.context_length):
             raise ValueError(f"a row of {longest} tokens is longer than the target's context of {limit}")
         if int(lengths_B.min()) < 1:
-            raise ValueError(f"the batch of rows {', '.join(batch.keys)} holds one without a token")
+            raise ValueError(f"one of the rows {', '.join(batch.keys)} has no token")
     check_layers(layers, target)
     missing = [layer for layer in layers if layer not in batch.hidden]
     if missing:
-        raise ValueError(f"the batch lacks hidden layers {missing}; it holds {sorted(batch.hidden)}")
+        raise ValueError(f"the batch lacks hidden layers {missing}; it has {sorted(batch.hidden)}")
     for layer, states in batch.hidden.items():
         if states.shape != (*batch.tokens_BT.shape, target.hidden_size):
             found = tuple(states.shape)
             raise ValueError(f"hidden layer {layer} has shape {found}; the target's width is {target.hidden_size}")
-    num_kept = 0 if batch.top_ids_BTK is None else batch.top_ids_BTK.shape[-1]
-    if num_kept < top_k:
-        raise ValueError(f"the batch holds the top {num_kept} logits; {top_k} were asked for")
+    num_logits = 0 if batch.top_ids_BTK is None else batch.top_ids_BTK.shape[-1]
+    if num_logits < top_k:
+        raise ValueError(f"the batch has the top {num_logits} logits; {top_k} are needed")
 
 
 def check_layers(layers: Sequence[int], target: Target | TargetInfo) -> None:
     """Raises ValueError for hidden layers that the target does not have."""
     outside = [layer for layer in layers if not 0 <= layer <= target.num_layers]
     if outside:
-        raise ValueError(f"hidden layer {outside[0]} was asked for; {target.name} has layers 0 to {target.num_layers}")
+        raise ValueError(f"hidden layer {outside[0]} does not exist; {target.name} has layers 0 to {target.num_layers}")
 
 
 def split(keys: Sequence[str], *, held_out_share: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Returns the indices (train, held_out) by a hash of each key: rows of one prompt stay on one side.
+    """Returns the indices (train, held_out), split by a hash of each key, so that rows of one prompt stay together.
 
-    So do the pieces of one document, unless these are so few that a whole one would be more than the share.
-    A row's side depends on nothing but its key and the seed, save that one key at least is held out of a small set.
-    Raises ValueError when no row would be left to train on.
+    The pieces of a document also stay together, unless there are so few documents that one would exceed the held-out
+    share. The split of a row depends on its key and the seed alone, except that at least one key is held out. Raises
+    ValueError if no row would be left for training.
     """
     documents = [key.partition(".")[0] for key in keys]
     grouped = documents if len(set(documents)) * held_out_share >= 1 else keys
@@ -178,25 +182,25 @@ def split(keys: Sequence[str], *, held_out_share: float, seed: int = 0) -> tuple
     limit = max(held_out_share, min(shares, default=0.0) + 2**-53) if held_out_share > 0 else 0.0
     train = [index for index, share in enumerate(shares) if share >= limit]
     if not train:
-        raise ValueError(f"of {len(keys)} rows none is left to train on at a held-out share of {held_out_share}")
+        raise ValueError(f"a held-out share of {held_out_share} leaves none of the {len(keys)} rows for training")
     return train, [index for index, share in enumerate(shares) if share < limit]
 
 
 def order(num_examples: int, *, seed: int, epoch: int) -> list[int]:
-    """Returns the order of the examples in one epoch, the same wherever it is asked for."""
+    """Returns the order of the examples in one epoch, which depends on the seed and the epoch alone."""
     return np.random.default_rng([seed, epoch]).permutation(num_examples).tolist()
 
 
 def batches(
     examples: Sequence[Example], batch_size: int, *, seed: int | None = None, epoch: int = 0
 ) -> Iterator[Batch]:
-    """Yields collated batches, shuffled by (seed, epoch), or as given without a seed; the last may be short."""
+    """Yields collated batches, shuffled by (seed, epoch), or in order if `seed` is None; the last may be short."""
     indices = list(range(len(examples))) if seed is None else order(len(examples), seed=seed, epoch=epoch)
     for begin in range(0, len(indices), batch_size):
         yield collate([examples[index] for index in indices[begin : begin + batch_size]])
 
 
 def _padded(rows: Sequence[Tensor | None]) -> Tensor:
-    whole = [row for row in rows if row is not None]
-    assert len(whole) == len(rows)
-    return torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
+    tensors = [row for row in rows if row is not None]
+    assert len(tensors) == len(rows)
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)

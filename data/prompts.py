@@ -86,8 +86,8 @@ def load_prompts(
         columns = columns or pairs.infer_columns(rows[0], TEXT_KEYS)
     if is_encoder_decoder and keep_answers and not columns:
         raise ValueError(
-            f"{source} has no labels: give pairs ({pairs.known_columns()}, or other columns as in {name}@source,label), or"
-            " generate labels with recipes/pseudo_data.py"
+            f"{source} has no labels: give pairs ({pairs.known_columns()}, or other columns as in"
+            f" {name}@source,label), or generate labels with recipes/pseudo_data.py"
         )
     if documents and columns:
         raise ValueError(f"{source} names columns, and {name} contains texts, which have none")
@@ -112,7 +112,7 @@ def load_prompts(
             elif long_prompts == "refuse":
                 raise ValueError(
                     f"{prompt.source} has {len(prompt.ids):,} tokens and at most {max_prompt_tokens:,} fit in the "
-                    "target's context beside the new tokens; set --long-prompts to drop or cut, or generate fewer tokens"
+                    "target's context beside the new tokens; set --long-prompts to drop or cut, or generate fewer"
                 )
             else:
                 pieces = [_truncate(prompt, max_prompt_tokens, tokenizer.eos_token_id if is_encoder_decoder else None)]
@@ -152,9 +152,8 @@ def print_coverage(source: str, num_supervised: int, num_tokens: int) -> None:
     """Prints the share of supervised tokens; raises ValueError if there are none."""
     if num_supervised == 0:
         raise ValueError(f"{source}: the loss mask covers none of the {num_tokens:,} tokens; nothing can be trained on")
-    print(
-        f"{source}: the loss mask covers {num_supervised:,} of {num_tokens:,} tokens ({num_supervised / num_tokens:.1%})"
-    )
+    share = num_supervised / num_tokens
+    print(f"{source}: the loss mask covers {num_supervised:,} of {num_tokens:,} tokens ({share:.1%})")
 
 
 def _text_field(row: Row) -> tuple[str, Any]:

@@ -1,7 +1,7 @@
-"""Text written by the target itself: what drafters learn from. `write_pseudo_data`, `read_pseudo_data`.
+"""Target-generated training data: `write_pseudo_data`, `read_pseudo_data`.
 
-A folder of Parquet shards, each there whole or not at all. Which prompts make up a batch, and each batch's seed, follow
-from the prompts and the settings alone; so a run that was killed and continued writes what an unbroken one would have.
+A folder of Parquet shards, each written atomically. Batches and their seeds depend on the prompts and the settings
+alone, so that a run that was killed and continued writes the same data as an uninterrupted one.
 """
 
 import functools
@@ -22,14 +22,14 @@ from tqdm import tqdm
 from data.batches import Example, example
 from data.prompts import Prompt
 from data.shards import check_origin, check_whole, hash_files, missing_shards, open_folder, read_manifest, write_whole
-from data.writers import Completion, LocalTarget, PseudoDataSettings, Work, Writer, derive_seed
+from data.writers import Completion, GenerationBatch, LocalWriter, PseudoDataSettings, Writer, derive_seed
 from draftsmith import Target
 from draftsmith.artifacts.provenance import template_hash
 from draftsmith.core.model_info import TargetInfo
 
-__all__ = ["LocalTarget", "PseudoDataSettings", "read_pseudo_data", "write_pseudo_data"]
+__all__ = ["LocalWriter", "PseudoDataSettings", "read_pseudo_data", "write_pseudo_data"]
 
-MARKER = "_pseudo_data.json"  # readers of Parquet folders skip files whose name begins so
+MARKER = "_pseudo_data.json"  # readers of Parquet folders skip files whose names begin with an underscore
 FORMAT = 1
 SCHEMA = pyarrow.schema(
     {
@@ -53,17 +53,17 @@ SCHEMA = pyarrow.schema(
     }
 )
 WITH_SOURCES = SCHEMA.append(pyarrow.field("source_ids", pyarrow.list_(pyarrow.int32())))
-"""Of encoder-decoders, whose `ids` are the decoder's: what the encoder read."""
+"""Schema of encoder-decoders: `ids` are the decoder's tokens, `source_ids` the encoder's."""
 
 
 def write_pseudo_data(
     writer: Writer | Target, prompts: Sequence[Prompt], folder: Path, settings: PseudoDataSettings
 ) -> None:
-    """Writes a completion of every prompt to `folder`, making only the shards that an earlier run did not.
+    """Writes a completion of every prompt to `folder`, generating only the shards that are missing.
 
-    Raises ValueError for a folder made with other settings or that contains other files.
+    Raises ValueError if the folder was made with other settings or contains other files.
     """
-    writer = LocalTarget(writer) if isinstance(writer, Target) else writer
+    writer = LocalWriter(writer) if isinstance(writer, Target) else writer
     plan = plan_batches(prompts, settings)
     shards = [plan[begin : begin + settings.shard_batches] for begin in range(0, len(plan), settings.shard_batches)]
     names = _shard_names(len(shards))
@@ -75,15 +75,15 @@ def write_pseudo_data(
     manifest |= recorded | asdict(settings) | {"temperature": settings.temperatures}
     open_folder(folder, MARKER, manifest, notes=notes)
     missing = missing_shards(folder, names)
-    num_left = sum(len(work.prompts) for index in missing for work in shards[index])
+    num_left = sum(len(batch.prompts) for index in missing for batch in shards[index])
     if num_left < len(prompts):
-        print(f"{folder}: {len(prompts) - num_left} of {len(prompts)} rows are there already")
+        print(f"{folder}: {len(prompts) - num_left} of {len(prompts)} rows exist already")
     num_tokens, started = 0, time.perf_counter()
     with tqdm(total=len(prompts), initial=len(prompts) - num_left, desc="pseudo-data", unit="row") as bar:
         for index in missing:
             rows: list[dict[str, Any]] = []
-            for work, completions in zip(shards[index], writer.write(shards[index], settings), strict=True):
-                rows += _rows(work, completions, writer, settings)
+            for batch, completions in zip(shards[index], writer.write(shards[index], settings), strict=True):
+                rows += _rows(batch, completions, writer, settings)
                 num_tokens += sum(len(completion.ids) for completion in completions)
                 bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started):,.0f} tokens/s")
                 bar.update(len(completions))
@@ -91,20 +91,20 @@ def write_pseudo_data(
             write_whole(folder / names[index], functools.partial(pyarrow.parquet.write_table, table))
 
 
-def plan_batches(prompts: Sequence[Prompt], settings: PseudoDataSettings) -> list[Work]:
-    """Returns the batches: prompts of similar length and one temperature together, the longest first.
+def plan_batches(prompts: Sequence[Prompt], settings: PseudoDataSettings) -> list[GenerationBatch]:
+    """Returns batches of prompts of similar length and one temperature, the longest first.
 
-    So padding is small, and a batch too large for memory fails at once.
+    This keeps padding small, and a batch too large for memory fails at the start.
     """
     temperatures = settings.temperatures
     groups = []
-    for turn, temperature in enumerate(temperatures):
-        dealt = sorted(prompts[turn :: len(temperatures)], key=lambda prompt: (-len(prompt.ids), prompt.key))
-        for begin in range(0, len(dealt), settings.batch_size):
-            groups.append((temperature, dealt[begin : begin + settings.batch_size]))
+    for index, temperature in enumerate(temperatures):
+        sorted_prompts = sorted(prompts[index :: len(temperatures)], key=lambda prompt: (-len(prompt.ids), prompt.key))
+        for begin in range(0, len(sorted_prompts), settings.batch_size):
+            groups.append((temperature, sorted_prompts[begin : begin + settings.batch_size]))
     groups.sort(key=lambda group: -len(group[1][0].ids))
     return [
-        Work(index=index, prompts=batch, temperature=temperature, seed=derive_seed(settings.seed, index))
+        GenerationBatch(index=index, prompts=batch, temperature=temperature, seed=derive_seed(settings.seed, index))
         for index, (temperature, batch) in enumerate(groups)
     ]
 
@@ -122,7 +122,7 @@ def _has_sources(manifest: dict[str, Any]) -> bool:
 
 
 class PseudoData(Sequence[Example]):
-    """The rows of a finished folder; the loss mask is True on what the target wrote."""
+    """The rows of a finished folder; the loss mask is True on the tokens that the target generated."""
 
     def __init__(self, table: pyarrow.Table, manifest: dict[str, Any], fingerprint: str) -> None:
         self.table = table
@@ -130,7 +130,7 @@ class PseudoData(Sequence[Example]):
         self.fingerprint = fingerprint
         self.keys: list[str] = table["key"].to_pylist()
         self.num_tokens: int = len(pyarrow.compute.list_flatten(table["ids"]))
-        self.num_learnt: int = self.num_tokens - pyarrow.compute.sum(table["num_prompt_tokens"]).as_py()
+        self.num_supervised: int = self.num_tokens - pyarrow.compute.sum(table["num_prompt_tokens"]).as_py()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -144,7 +144,7 @@ class PseudoData(Sequence[Example]):
 
 
 def read_pseudo_data(folder: Path | str, target: Target | TargetInfo | None = None) -> PseudoData:
-    """Returns the rows of `folder`; raises ValueError if it is unfinished, damaged, or another target's."""
+    """Returns the rows of `folder`; raises ValueError if it is unfinished, damaged, or belongs to another target."""
     folder = Path(folder)
     manifest = read_manifest(folder, MARKER)
     names = _shard_names(manifest["num_shards"])
@@ -165,18 +165,18 @@ def read_pseudo_data(folder: Path | str, target: Target | TargetInfo | None = No
 
 
 def _rows(
-    work: Work, completions: list[Completion], writer: Writer, settings: PseudoDataSettings
+    batch: GenerationBatch, completions: list[Completion], writer: Writer, settings: PseudoDataSettings
 ) -> list[dict[str, Any]]:
     shared = {
         "target": writer.origin.target,
         "target_fingerprint": writer.origin.target_fingerprint,
         "tokenizer_hash": writer.origin.tokenizer_hash,
-        "temperature": work.temperature,
+        "temperature": batch.temperature,
         "top_p": settings.top_p,
         "top_k": settings.top_k,
         "max_new_tokens": settings.max_new_tokens,
-        "seed": work.seed,
-        "batch": work.index,
+        "seed": batch.seed,
+        "batch": batch.index,
     }
     start = writer.origin.decoder_start_token_id
     return [
@@ -192,5 +192,5 @@ def _rows(
         }
         | shared
         | ({} if start is None else {"source_ids": prompt.ids})
-        for prompt, completion in zip(work.prompts, completions, strict=True)
+        for prompt, completion in zip(batch.prompts, completions, strict=True)
     ]

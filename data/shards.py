@@ -1,7 +1,7 @@
-"""Folders of shards that survive `kill -9`: every shard is there whole or not at all, and a manifest says how many.
+"""Folders of shards that can be continued after `kill -9`, with atomically written shards and a manifest.
 
-The manifest is written first and fixes what each shard will hold, so that the same command run again makes just the
-shards that are missing, and a command with other settings is refused.
+The manifest is written first and determines the contents of each shard. The same command run again writes only the
+missing shards, and a command with other settings is rejected.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from draftsmith.core.model_info import TargetInfo
 
 
 def open_folder(folder: Path, marker: str, manifest: dict[str, Any], *, notes: dict[str, Any]) -> None:
-    """Makes `folder` with `manifest` in its file `marker`, or checks that the folder is that of the same run.
+    """Creates `folder` with `manifest` in its file `marker`, or checks that an existing one has the same manifest.
 
-    `notes` are written beside the manifest's keys and never compared. Raises ValueError, naming the keys that differ,
-    for another run's folder, and for one that contains other files.
+    `notes` are written in addition to the manifest's keys and not compared. Raises ValueError if the manifests differ,
+    naming the keys, or if the folder contains other files.
     """
     _clear_leftovers(folder, marker)
     check_replaceable(folder, marker=marker)
@@ -42,11 +42,11 @@ def open_folder(folder: Path, marker: str, manifest: dict[str, Any], *, notes: d
 
 
 def read_manifest(folder: Path, marker: str) -> dict[str, Any]:
-    """Returns the manifest; raises ValueError when there is none or it cannot be read."""
+    """Returns the manifest; raises ValueError if it is missing or invalid."""
     path = folder / marker
     if not path.is_file():
-        what = f"has no {marker}" if folder.is_dir() else "is no folder"
-        raise ValueError(f"{folder} {what}; make one with recipes/{path.stem.lstrip('_')}.py")
+        fault = f"has no {marker}" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"{folder} {fault}; make one with recipes/{path.stem.lstrip('_')}.py")
     try:
         manifest = json.loads(path.read_text())
     except ValueError:
@@ -57,10 +57,10 @@ def read_manifest(folder: Path, marker: str) -> dict[str, Any]:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary path and moves the file to `path` once it is safely on disk."""
+    """Calls `write` with a temporary path and renames that file to `path` once it is on disk."""
     staging = path.with_name(f".{path.name}.part-{os.getpid()}")
     write(staging)
-    staging.chmod(0o644)  # safetensors writes files that nobody else can read
+    staging.chmod(0o644)  # safetensors writes files that only their owner can read
     with staging.open("rb") as handle:
         os.fsync(handle.fileno())
     staging.rename(path)
@@ -72,12 +72,12 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def missing_shards(folder: Path, names: list[str]) -> list[int]:
-    """Returns the indices of the shards still to be made."""
+    """Returns the indices of the missing shards."""
     return [index for index, name in enumerate(names) if not (folder / name).exists()]
 
 
 def check_whole(folder: Path, names: list[str], marker: str) -> None:
-    """Raises ValueError unless all shards are there."""
+    """Raises ValueError if shards are missing."""
     num_missing = sum(not (folder / name).exists() for name in names)
     if num_missing:
         raise ValueError(
@@ -87,7 +87,7 @@ def check_whole(folder: Path, names: list[str], marker: str) -> None:
 
 
 def check_origin(folder: Path, manifest: dict[str, Any], target: Target | TargetInfo) -> None:
-    """Raises ValueError if `folder` was made with another tokenizer or, where both are known, by another target."""
+    """Raises ValueError if `folder` was made with another tokenizer or, where both are known, another target."""
     if manifest["tokenizer_hash"] != target.tokenizer_hash:
         raise ValueError(f"{folder} was made with another tokenizer than that of {target.name}")
     if None not in (made_by := manifest["target_fingerprint"], target.fingerprint) and made_by != target.fingerprint:
@@ -105,7 +105,7 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 def _clear_leftovers(folder: Path, name: str) -> None:
-    """Removes what a killed run left half-written."""
+    """Removes the incomplete files of a killed run."""
     for leftover in folder.glob(f".{name}.part-*"):
         leftover.unlink()
 

@@ -1,10 +1,10 @@
-"""The teacher store: what the target says of a data set, written once in one pass. `write_store`, `open_store`.
+"""The teacher store: the target's hidden states and top-k logits on a data set, computed once and cached on disk.
 
-A folder of safetensors shards in which the rows lie end to end: `tokens` [N], `loss_mask` [N], `offsets` [rows + 1],
-and when asked for `hidden.<layer>` [N, D] (bf16), `top_log_probs` [N, K] (fp16), `top_ids` [N, K] and
-`log_normaliser` [N]. Log-probabilities rather than logits, as fp16 is finest near 0, where the mass is; a row's tail
-mass is 1 less the sum of their exponentials. Layer 0 is the embedding output, layer i the output of the i-th block,
-un-normed.
+A folder of safetensors shards with concatenated rows: `tokens` [N], `loss_mask` [N], `offsets` [rows + 1], and
+optionally `hidden.<layer>` [N, D] (bf16), `top_log_probs` [N, K] (fp16), `top_ids` [N, K] and `log_normaliser` [N].
+Log-probabilities are stored rather than logits, because fp16 is most precise near 0, where most of the probability mass
+is; the tail mass is 1 minus the sum of their exponentials. Layer 0 is the embedding output, layer i the output of the
+i-th block, un-normed.
 
 Shape suffixes: T positions, N tokens of a shard, D hidden width, K largest logits kept.
 """
@@ -42,27 +42,27 @@ LAYER_INDEX = "0 is the embedding output, i the output of the i-th block, un-nor
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreSettings:
-    """What the teacher store holds."""
+class TeacherStoreSettings:
+    """Contents of the teacher store."""
 
     layers: tuple[int, ...] = ()
-    """Hidden layers to keep: 0 is the embedding output, i the output of the i-th block."""
+    """Hidden layers to store: 0 is the embedding output, i the output of the i-th block."""
     top_k: int = 0
-    """Largest next-token logits to keep at every position."""
+    """Number of largest next-token logits to store at every position."""
     limit_gb: float = 20.0
-    """Refuse to write more than this."""
+    """Maximum size of the store in GB."""
     batch_size: int = 8
-    """Rows the target reads at once."""
+    """Number of rows in a batch."""
     shard_mb: int = 256
-    """Size of a shard: what a killed run loses at most."""
+    """Size of a shard in MB, the most that a killed run loses."""
 
 
-def write_store(target: Target, rows: Sequence[Example], folder: Path, settings: StoreSettings) -> None:
-    """Runs the target over `rows` and writes the store, making only the shards that an earlier run did not.
+def write_teacher_store(target: Target, rows: Sequence[Example], folder: Path, settings: TeacherStoreSettings) -> None:
+    """Runs the target over `rows` and writes the shards of the store that are missing.
 
-    Prints the size first. Raises ValueError as `plan_store` does, and when the folder is another store's.
+    Prints the size first. Raises ValueError as `plan_teacher_store` does, and if the folder is another store.
     """
-    shards = plan_store(target, rows, folder, settings)
+    shards = plan_teacher_store(target, rows, folder, settings)
     names = _shard_names(len(shards))
     lengths = [len(row.tokens_T) for row in rows]
     layers = " ".join(map(str, settings.layers))
@@ -92,7 +92,7 @@ def write_store(target: Target, rows: Sequence[Example], folder: Path, settings:
     open_folder(folder, MARKER, manifest, notes={"target": target.name, "command": shlex.join(sys.argv)})
     missing = missing_shards(folder, names)
     if len(missing) < len(shards):
-        print(f"{folder}: {len(shards) - len(missing)} of {len(shards)} shards are there already")
+        print(f"{folder}: {len(shards) - len(missing)} of {len(shards)} shards exist already")
     num_done = sum(lengths) - sum(lengths[row] for index in missing for row in shards[index])
     with tqdm(total=sum(lengths), initial=num_done, desc="teacher store", unit="token", unit_scale=True) as bar:
         for index in missing:
@@ -102,24 +102,24 @@ def write_store(target: Target, rows: Sequence[Example], folder: Path, settings:
             )
 
 
-def plan_store(
-    target: Target | TargetInfo, rows: Sequence[Example], folder: Path, settings: StoreSettings
+def plan_teacher_store(
+    target: Target | TargetInfo, rows: Sequence[Example], folder: Path, settings: TeacherStoreSettings
 ) -> list[range]:
-    """Returns which rows each shard will hold; needs no weights.
+    """Returns the range of rows of each shard, without using the target's weights.
 
-    Raises ValueError when it is over the limit or the disk's free space, when the folder contains other files, and
-    for layers, tokens or masks that do not fit the target.
+    Raises ValueError if the store would exceed the limit or the free disk space, if the folder contains other files, or
+    if layers, tokens or masks do not fit the target.
     """
     _check(target, rows, settings)
     check_replaceable(folder, marker=MARKER)
     lengths = [len(row.tokens_T) for row in rows]
     bytes_per_token = _bytes_per_token(target, settings)
-    shards = _cut(lengths, max(1, settings.shard_mb * MEGABYTE // bytes_per_token))
+    shards = _split_rows(lengths, max(1, settings.shard_mb * MEGABYTE // bytes_per_token))
     num_bytes = sum(lengths) * bytes_per_token
     if num_bytes > settings.limit_gb * 1e9:
         raise ValueError(
             f"the store would take {num_bytes / 1e9:.3g} GB, over the limit of {settings.limit_gb:g} GB; "
-            "keep fewer layers, a smaller top_k or fewer rows, or raise --limit-gb"
+            "store fewer layers, a smaller top_k or fewer rows, or raise --limit-gb"
         )
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -130,15 +130,15 @@ def plan_store(
     return shards
 
 
-class Store(Sequence[Example]):
-    """The rows of a finished store, in the order they were given; read from disk one by one, through memory maps."""
+class TeacherStore(Sequence[Example]):
+    """The rows of a finished teacher store, in their original order, read from memory-mapped files on access."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.manifest = manifest
         self.layers: tuple[int, ...] = tuple(manifest["layers"])
         self.top_k: int = manifest["top_k"]
         self.keys: list[str] = []
-        self._places: list[tuple[int, int, int]] = []
+        self._slices: list[tuple[int, int, int]] = []
         self._shards = []
         paths = [folder / name for name in _shard_names(len(manifest["shards"]))]
         for index, (path, (first, last)) in enumerate(zip(paths, manifest["shards"], strict=True)):
@@ -150,12 +150,12 @@ class Store(Sequence[Example]):
                 raise ValueError(f"{path} is damaged ({error}); delete it and run the command again") from None
             assert len(keys) == last - first == len(offsets) - 1
             self.keys += keys
-            self._places += [(index, begin, end) for begin, end in itertools.pairwise(offsets)]
+            self._slices += [(index, begin, end) for begin, end in itertools.pairwise(offsets)]
             self._shards.append(shard)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the manifest, which names the target, the data and what is stored."""
+        """A hash of the manifest, which identifies the target, the data and the stored outputs."""
         kept = {key: value for key, value in self.manifest.items() if key not in ("target", "command")}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -163,7 +163,7 @@ class Store(Sequence[Example]):
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
-        shard_index, begin, end = self._places[index]
+        shard_index, begin, end = self._slices[index]
         shard = self._shards[shard_index]
 
         def part(name: str) -> Tensor:
@@ -184,20 +184,20 @@ class Store(Sequence[Example]):
         )
 
 
-def open_store(folder: Path | str, target: Target | TargetInfo) -> Store:
-    """Returns the rows of a finished store; raises ValueError if it is unfinished, damaged, or another target's."""
+def open_teacher_store(folder: Path | str, target: Target | TargetInfo) -> TeacherStore:
+    """Returns the rows of a finished store; raises ValueError if it is unfinished, damaged, or of another target."""
     folder = Path(folder)
     manifest = read_manifest(folder, MARKER)
     check_whole(folder, _shard_names(len(manifest["shards"])), MARKER)
     check_origin(folder, manifest, target)
-    return Store(folder, manifest)
+    return TeacherStore(folder, manifest)
 
 
 @torch.inference_mode()
 def _read_shard(
-    target: Target, rows: list[Example], settings: StoreSettings, bar: tqdm
+    target: Target, rows: list[Example], settings: TeacherStoreSettings, bar: tqdm
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Returns a shard's tensors and its rows' keys; similar lengths are read together."""
+    """Returns a shard's tensors and its rows' keys; rows of similar length share a batch."""
     features: dict[int, dict[str, Tensor]] = {}
     by_length = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens_T))
     for begin in range(0, len(rows), settings.batch_size):
@@ -205,18 +205,18 @@ def _read_shard(
         batch = collate([rows[index] for index in chosen])
         if settings.layers or settings.top_k:
             batch = complete(batch, target, settings.layers, settings.top_k)
-        wide: dict[str, Tensor] = {f"hidden.{layer}": batch.hidden[layer].bfloat16() for layer in settings.layers}
+        padded: dict[str, Tensor] = {f"hidden.{layer}": batch.hidden[layer].bfloat16() for layer in settings.layers}
         if settings.top_k:
             assert batch.top_logits_BTK is not None
             assert batch.top_ids_BTK is not None
             assert batch.log_normaliser_BT is not None
-            wide["top_log_probs"] = (batch.top_logits_BTK - batch.log_normaliser_BT[..., None]).half()
-            wide["top_ids"] = batch.top_ids_BTK.int()
-            wide["log_normaliser"] = batch.log_normaliser_BT
-        wide = {name: tensor.cpu() for name, tensor in wide.items()}
-        for place, index in enumerate(chosen):
+            padded["top_log_probs"] = (batch.top_logits_BTK - batch.log_normaliser_BT[..., None]).half()
+            padded["top_ids"] = batch.top_ids_BTK.int()
+            padded["log_normaliser"] = batch.log_normaliser_BT
+        padded = {name: tensor.cpu() for name, tensor in padded.items()}
+        for row, index in enumerate(chosen):
             length = len(rows[index].tokens_T)
-            features[index] = {name: tensor[place, :length] for name, tensor in wide.items()}
+            features[index] = {name: tensor[row, :length] for name, tensor in padded.items()}
             bar.update(length)
     lengths = torch.tensor([0, *(len(row.tokens_T) for row in rows)])
     tensors = {
@@ -229,8 +229,8 @@ def _read_shard(
     return tensors, [row.key for row in rows]
 
 
-def _cut(lengths: list[int], tokens_per_shard: int) -> list[range]:
-    """Returns consecutive ranges of rows of at most `tokens_per_shard` tokens, or of one longer row."""
+def _split_rows(lengths: list[int], tokens_per_shard: int) -> list[range]:
+    """Returns consecutive ranges of rows with at most `tokens_per_shard` tokens, or one longer row."""
     shards, first, num_tokens = [], 0, 0
     for row, length in enumerate(lengths):
         if row > first and num_tokens + length > tokens_per_shard:
@@ -240,21 +240,21 @@ def _cut(lengths: list[int], tokens_per_shard: int) -> list[range]:
     return [*shards, range(first, len(lengths))]
 
 
-def _bytes_per_token(target: Target | TargetInfo, settings: StoreSettings) -> int:
-    """Returns the size of one token across all tensors; headers and offsets are too small to count."""
+def _bytes_per_token(target: Target | TargetInfo, settings: TeacherStoreSettings) -> int:
+    """Returns the size of one token across all tensors, without the small headers and offsets."""
     token_and_mask, bf16, fp16_and_int32, normaliser = 4 + 1, 2, 2 + 4, 4
     hidden = bf16 * target.hidden_size * len(settings.layers)
     return token_and_mask + hidden + (fp16_and_int32 * settings.top_k + normaliser if settings.top_k else 0)
 
 
-def _check(target: Target | TargetInfo, rows: Sequence[Example], settings: StoreSettings) -> None:
+def _check(target: Target | TargetInfo, rows: Sequence[Example], settings: TeacherStoreSettings) -> None:
     if target.is_encoder_decoder:
         raise ValueError(f"target {target.name} is an encoder-decoder; the teacher store is for causal targets")
     if not len(rows):
         raise ValueError("there are no rows to store")
     check_layers(settings.layers, target)
     if len(set(settings.layers)) < len(settings.layers):
-        raise ValueError(f"hidden layers {' '.join(map(str, settings.layers))}: one is named twice")
+        raise ValueError(f"hidden layers {' '.join(map(str, settings.layers))}: a layer is repeated")
     if not 0 <= settings.top_k <= target.vocab_size:
         raise ValueError(f"top_k is {settings.top_k}; it must be 0 to {target.vocab_size}, the size of the vocabulary")
     for name in ("batch_size", "shard_mb"):

@@ -1,4 +1,4 @@
-"""The live teacher: runs the target over a batch and fills in the features it lacks. The twin of `data.store`.
+"""The live teacher: runs the target on a batch and adds the hidden states and logits it lacks. See also `data.store`.
 
 Shape suffixes: B rows, T positions, S positions of a source, N = B * T, D hidden width, K largest logits kept,
 V vocabulary.
@@ -18,9 +18,9 @@ TOKENS_AT_ONCE = 2048
 def complete(batch: Batch, target: Target, layers: tuple[int, ...] = (), top_k: int = 0) -> Batch:
     """Returns `batch` on the target's device with hidden `layers` in its dtype and exactly the `top_k` largest logits.
 
-    What the batch already holds (from a store) is kept; only if something lacks is the target run, without gradient.
-    Of an encoder-decoder the batch gets `source`, encoded, whatever is asked for. Raises ValueError when batch, target
-    and the features asked for do not agree.
+    Outputs that the batch already has (from a teacher store) are kept; the target runs, without gradient, only if some
+    are missing. For an encoder-decoder the sources are always encoded. Raises ValueError if the batch does not fit the
+    target.
     """
     check_layers(layers, target)
     batch = _narrow(batch, layers, top_k).to(target.device)
@@ -39,7 +39,7 @@ def complete(batch: Batch, target: Target, layers: tuple[int, ...] = (), top_k: 
 
 
 def _narrow(batch: Batch, layers: tuple[int, ...], top_k: int) -> Batch:
-    """Returns the batch with those of its features that were asked for, before they are moved anywhere."""
+    """Returns the batch with only the hidden layers and logits that are needed, so that no others are moved."""
     hidden = {layer: states for layer, states in batch.hidden.items() if layer in layers}
     ids_BTK, logits_BTK = batch.top_ids_BTK, batch.top_logits_BTK
     is_enough = top_k > 0 and ids_BTK is not None and logits_BTK is not None and ids_BTK.shape[-1] >= top_k
@@ -55,8 +55,8 @@ def _narrow(batch: Batch, layers: tuple[int, ...], top_k: int) -> Batch:
 @torch.no_grad()
 def _encode(batch: Batch, target: Target) -> Batch:
     assert batch.source_BS is not None and batch.source_lengths_B is not None
-    places_S = torch.arange(batch.source_BS.shape[1], device=batch.source_BS.device)
-    mask_BS = (places_S < batch.source_lengths_B[:, None]).long()
+    positions_S = torch.arange(batch.source_BS.shape[1], device=batch.source_BS.device)
+    mask_BS = (positions_S < batch.source_lengths_B[:, None]).long()
     return dataclasses.replace(batch, source=target.encode(batch.source_BS, mask_BS))
 
 
@@ -81,13 +81,11 @@ def _run(batch: Batch, target: Target, layers: tuple[int, ...], top_k: int) -> B
 def top_logits(target: Target, hidden_BTD: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (logits [B, T, K], ids [B, T, K], log-normaliser [B, T]) from the last block's output, in float32.
 
-    The head runs on a few positions at a time, so that no [B, T, V] tensor is made. Raises ValueError when `top_k`
-    is more than the vocabulary.
+    The head runs on a few positions at a time, so that no [B, T, V] tensor is allocated. Raises ValueError if `top_k`
+    exceeds the vocabulary.
     """
     if top_k > target.vocab_size:
-        raise ValueError(
-            f"the top {top_k} logits were asked for; {target.name} has a vocabulary of {target.vocab_size}"
-        )
+        raise ValueError(f"top_k is {top_k}; {target.name} has a vocabulary of {target.vocab_size}")
     parts = []
     for hidden_1ND in hidden_BTD.flatten(0, 1)[None].split(TOKENS_AT_ONCE, dim=1):
         logits_NV = target.head(target.norm(hidden_1ND))[0].float()

@@ -1,8 +1,8 @@
-"""Reads what prompts are made from: rows of JSONL, Parquet and `datasets`, or whole documents of text.
+"""Reads sources of prompts: rows of JSONL, Parquet and `datasets`, or whole text documents.
 
-A source is a file, a folder, `python-source` (held-out files of the pocket target), `python-source:train` (the files
-it was trained on), `python-docstrings` or `python-docstrings:train` (their functions, and what these do in a line), or
-a name on the hub: `owner/name`, `owner/name:split` or `owner/name/configuration:split`.
+A source is a file, a folder, `python-source` (held-out files of the pocket target), `python-source:train` (its training
+files), `python-docstrings` or `python-docstrings:train` (the functions in these files with their summary lines), or a
+name on the hub: `owner/name`, `owner/name:split` or `owner/name/configuration:split`.
 """
 
 import ast
@@ -23,13 +23,13 @@ from data.sources.python_source import SourceFile, docstring_pairs, source_files
 PYTHON_SOURCE, PYTHON_DOCSTRINGS = "python-source", "python-docstrings"
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 BEGINNING = 160
-"""Characters by which two files are told to begin alike."""
+"""Number of characters at the beginning of files that are compared to find near-duplicates."""
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One record of a data file; `where` is `file:line` or `file:row`, counted from 1."""
+    """One record of a data file; `where` is `file:line` or `file:row`, numbered from 1."""
 
     where: str
     fields: dict[str, Any]
@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text of which prompts are cut; `name` is its path."""
+    """One text, from which prompts are cut; `name` is its path."""
 
     name: str
     text: str
@@ -48,9 +48,9 @@ class Document:
 
 
 def read_source(source: str) -> list[Row] | list[Document]:
-    """Returns the rows or documents of `source` in file order; raises ValueError when there are none to be had."""
+    """Returns the rows or documents of `source` in file order; raises ValueError if it cannot be read."""
     if not source.strip():
-        raise ValueError("no data is named; give a file, a folder, a name on the hub, or python-source")
+        raise ValueError("no data given; name a file, a folder, a data set on the hub, or python-source")
     path = Path(source)
     if source.split(":")[0] == PYTHON_SOURCE:
         return _python_source(source)
@@ -66,22 +66,22 @@ def read_source(source: str) -> list[Row] | list[Document]:
 
 
 def looks_local(source: str) -> bool:
-    """Says whether `source` can only have been meant as a path, not as a name on the hub."""
+    """Returns whether `source` is a path rather than a name on the hub."""
     path = Path(source)
     if path.suffix in (*ROW_SUFFIXES, *TEXT_SUFFIXES) or source.startswith((".", "/", "~", "runs/")):
         return True
     return source.count("/") > 2 or ("/" in source and path.parent.is_dir())
 
 
-def of_this_machine(part: str, *, is_encoder_decoder: bool) -> str:
-    """Returns the source that needs no file: for an encoder-decoder pairs; `part` is "" (held out) or "train"."""
+def default_source(part: str, *, is_encoder_decoder: bool) -> str:
+    """Returns the source that needs no data files, pairs for an encoder-decoder; `part` is "" (held out) or "train"."""
     name = PYTHON_DOCSTRINGS if is_encoder_decoder else PYTHON_SOURCE
     return f"{name}:{part}" if part else name
 
 
 def _python_source(source: str) -> list[Document]:
     train, held_out = _python_files(source)
-    # Generated files begin alike: a prompt that a training file begins with would be known by heart.
+    # Generated files share their beginnings; a prompt from one would be memorised.
     known = {file.text[:BEGINNING] for file in train}
     held_out = [file for file in held_out if file.text[:BEGINNING] not in known]
     return [Document(name=file.name, text=file.text) for file in (train if _is_train(source) else held_out)]
@@ -91,10 +91,10 @@ def _python_docstrings(source: str) -> list[Row]:
     return list(_docstring_rows(source))
 
 
-@cache  # thousands of files are parsed
+@cache  # parsing thousands of files is slow
 def _docstring_rows(source: str) -> tuple[Row, ...]:
     train, held_out = _python_files(source)
-    # A function that was copied from one file to another would be known by heart.
+    # A function that is also in a training file would be memorised.
     known = set() if _is_train(source) else {function for function, _ in docstring_pairs(train)}
     return tuple(
         Row(where=f"{file.name}:{number}", fields={"source": function, "target": summary})
@@ -109,7 +109,7 @@ def _is_train(source: str) -> bool:
 
 
 def _python_files(source: str) -> tuple[list[SourceFile], list[SourceFile]]:
-    """Returns the pocket targets' files to train on and those held out."""
+    """Returns the pocket targets' training files and held-out files."""
     name, _, part = source.partition(":")
     if part not in ("", "held-out", "train"):
         raise ValueError(f"unknown part {part!r} in {source!r}; use {name} or {name}:train")
@@ -129,7 +129,7 @@ def _read_folder(folder: Path) -> list[Row] | list[Document]:
     documents = [_read_document(path) for path in files if path.suffix in TEXT_SUFFIXES]
     if not documents:
         known = " ".join((*ROW_SUFFIXES, *TEXT_SUFFIXES))
-        raise ValueError(f"{folder} holds no data: expected a saved `datasets` folder or files ending in {known}")
+        raise ValueError(f"{folder} contains no data: expected a saved `datasets` folder or files ending in {known}")
     return documents
 
 
@@ -155,7 +155,7 @@ def _read_rows(path: Path) -> Iterable[Row]:
         try:
             table = pyarrow.parquet.read_table(path)
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is not a whole Parquet file: {_first_line(error)}") from None
+            raise ValueError(f"{path} is not a complete Parquet file: {_first_line(error)}") from None
         values = table.to_pylist()
         return _numbered(path, values)
     if path.suffix == ".json":
@@ -164,7 +164,7 @@ def _read_rows(path: Path) -> Iterable[Row]:
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(values, list):
-            raise ValueError(f"{path} should hold a list of objects; for one object a line use .jsonl")
+            raise ValueError(f"{path} is not a list of objects; use .jsonl for one object per line")
         return _numbered(path, values)
     return _read_lines(path)
 
@@ -194,7 +194,7 @@ def _numbered(origin: Path | str, values: Iterable[Any]) -> list[Row]:
 
 
 def _saved_dataset(folder: Path) -> list[Row]:
-    import datasets  # imported here: two seconds that no other source needs
+    import datasets  # imported here because it takes two seconds, which other sources do not need
 
     try:
         saved = datasets.load_from_disk(str(folder))
@@ -202,14 +202,14 @@ def _saved_dataset(folder: Path) -> list[Row]:
         raise ValueError(f"{folder} is not a readable `datasets` folder: {_first_line(error)}") from None
     if isinstance(saved, datasets.DatasetDict):
         if len(saved) > 1 and "train" not in saved:
-            raise ValueError(f"{folder} holds the splits {', '.join(saved)}; name one as {folder}/<split>")
+            raise ValueError(f"{folder} has the splits {', '.join(saved)}; name one as {folder}/<split>")
         saved = saved["train"] if "train" in saved else next(iter(saved.values()))
     return _numbered(str(folder), saved)
 
 
 def _read_hub(source: str) -> list[Row]:
     if os.environ.get("DRAFTSMITH_OFFLINE") == "1":
-        raise ValueError(f"{source!r} is no file or folder here, and $DRAFTSMITH_OFFLINE=1 disables access to the hub")
+        raise ValueError(f"{source!r} is no local file or folder, and DRAFTSMITH_OFFLINE=1 disables access to the hub")
     import datasets  # imported here: see _saved_dataset
 
     name, _, split = source.partition(":")
@@ -218,8 +218,11 @@ def _read_hub(source: str) -> list[Row]:
         owner_and_name, _, configuration = name.rpartition("/")
     try:
         found = datasets.load_dataset(owner_and_name, configuration, split=split or "train")
-    except Exception as error:  # the hub's client raises a dozen kinds, all of them the user's to read
-        raise ValueError(f"{source!r} is no file or folder here, nor found on the hub: {_first_line(error)}") from error
+    except Exception as error:  # the hub's client raises many kinds of exceptions
+        reason = _first_line(error)
+        raise ValueError(
+            f"{source!r} is no local file or folder and cannot be loaded from the hub: {reason}"
+        ) from error
     return _numbered(source, found)
 
 
@@ -228,7 +231,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _function_starts(text: str) -> list[int]:
-    """Returns where each function's first line (its decorator's, if any) begins."""
+    """Returns the offset of each function's first line, decorators included."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):

@@ -1,4 +1,4 @@
-"""Conversations through a tokenizer's chat template, with a loss mask on the assistant's turns."""
+"""Applies a tokenizer's chat template to conversations, with a loss mask on the assistant's turns."""
 
 import re
 from typing import Any
@@ -12,7 +12,7 @@ Message = dict[str, Any]
 
 
 def normalise(messages: Any, where: str) -> list[Message]:
-    """Returns messages as {"role", "content"} from that form or {"from", "value"}; raises ValueError if neither."""
+    """Converts messages to {"role", "content"} from that form or {"from", "value"}; raises ValueError for others."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: a conversation should be a list of at least one message")
     plain = []
@@ -28,22 +28,22 @@ def normalise(messages: Any, where: str) -> list[Message]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str) -> tuple[list[int], str]:
-    """Returns (ids, text) of the conversation up to its last user turn, with the cue for the assistant to answer."""
+    """Returns (ids, text) of the conversation up to its last user turn, with the generation prompt."""
     user_turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if not user_turns:
         raise ValueError(f"{where}: the conversation has no user turn to answer")
-    asked = messages[: user_turns[-1] + 1]
-    text = _render(tokenizer, asked, where, add_generation_prompt=True, tokenize=False)
-    return _render(tokenizer, asked, where, add_generation_prompt=True), text
+    prompt = messages[: user_turns[-1] + 1]
+    text = _render(tokenizer, prompt, where, add_generation_prompt=True, tokenize=False)
+    return _render(tokenizer, prompt, where, add_generation_prompt=True), text
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str) -> tuple[list[int], list[bool]]:
-    """Returns (ids, loss mask) of the whole conversation; the mask is True on what the assistant itself would write.
+    """Returns (ids, loss mask) of the whole conversation; the mask is True on the tokens that the assistant generates.
 
-    Raises ValueError when no turn is the assistant's, or when the template cannot tell which tokens are.
+    Raises ValueError if no turn is the assistant's, or if its tokens cannot be determined with this template.
     """
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{where}: the conversation has no assistant turn to learn from")
+        raise ValueError(f"{where}: the conversation has no assistant turn to train on")
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     if GENERATION_MARK.search(template):
         out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
@@ -51,41 +51,41 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], wher
     else:
         ids, mask = _mask_by_prefixes(tokenizer, messages, where)
     if not any(mask):
-        raise ValueError(f"{where}: the chat template leaves no token of the assistant's turns to learn from")
+        raise ValueError(f"{where}: the chat template leaves no token of the assistant's turns to train on")
     return ids, mask
 
 
 def _mask_by_prefixes(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str
 ) -> tuple[list[int], list[bool]]:
-    """Derives the mask by rendering turn by turn: an answer is what its turn adds to the cue before it."""
+    """Derives the mask turn by turn: an answer is what its turn adds to the generation prompt before it."""
     ids = _render(tokenizer, messages, where)
     mask = [False] * len(ids)
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        cue = _render(tokenizer, messages[:index], where, add_generation_prompt=True)
-        upto = _render(tokenizer, messages[: index + 1], where)
-        if ids[: len(upto)] != upto or upto[: len(cue)] != cue:
+        before = _render(tokenizer, messages[:index], where, add_generation_prompt=True)
+        after = _render(tokenizer, messages[: index + 1], where)
+        if ids[: len(after)] != after or after[: len(before)] != before:
             raise ValueError(
-                f"{where}: the chat template renders turn {index + 1} differently once later turns follow, so the "
-                "assistant's tokens cannot be told apart; use a template with {% generation %} marks"
+                f"{where}: the chat template renders turn {index + 1} differently if later turns follow, so the "
+                "assistant's tokens cannot be identified; use a template with {% generation %} marks"
             )
-        end = len(upto)
-        if tokenizer.eos_token_id in upto[len(cue) :]:  # what follows the end-of-turn token is never generated
-            end -= upto[::-1].index(tokenizer.eos_token_id)
-        mask[len(cue) : end] = [True] * (end - len(cue))
+        begin, end = len(before), len(after)
+        if tokenizer.eos_token_id in after[begin:]:  # tokens after the end-of-turn token are never generated
+            end -= after[::-1].index(tokenizer.eos_token_id)
+        mask[begin:end] = [True] * (end - begin)
     return ids, mask
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, **options: Any) -> Any:
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{where}: a conversation, but the tokenizer has no chat template; take an instruction-tuned target, "
+            f"{where}: a conversation, but the tokenizer has no chat template; use an instruction-tuned target, "
             'set `tokenizer.chat_template`, or give rows of plain text under "prompt"'
         )
     try:
         return tokenizer.apply_chat_template(messages, return_dict=False, **options)
-    except Exception as error:  # templates raise what they like (roles out of order, mostly), through jinja
+    except Exception as error:  # templates can raise any exception, mostly for roles out of order
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{where}: the chat template refuses this conversation: {reason}") from error
+        raise ValueError(f"{where}: the chat template rejects this conversation: {reason}") from error

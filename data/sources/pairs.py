@@ -1,4 +1,4 @@
-"""Rows for encoder-decoders: which column is read, which one is to be written, and both as token ids."""
+"""Rows for encoder-decoders: pairs of a source column, which the encoder reads, and a label column."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -9,70 +9,70 @@ from transformers import PreTrainedTokenizerBase
 from data.sources import Row
 
 KNOWN = (("article", "highlights"), ("document", "summary"), ("source", "target"), ("text", "summary"))
-"""Columns told by their names, as those of CNN/DailyMail, XSum and most others are."""
+"""Pairs of columns recognised by their names, as in CNN/DailyMail, XSum and most other data sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """What a user says of the rows, as in `owner/name@body,title` or `pairs.jsonl@en,de,translate to German: `."""
+    """Source and label column, as in `owner/name@body,title` or `pairs.jsonl@en,de,translate to German: `."""
 
     source: str
-    """Column that the encoder reads."""
+    """Column of the encoder's input."""
     label: str
-    """Column that is to be written."""
+    """Column of the decoder's output."""
     prefix: str = ""
-    """Stands before every source, as some targets want their task to be named."""
+    """Text before every source, such as the name of the task that some targets expect."""
 
 
-def in_words() -> str:
-    """Returns the columns known by name."""
+def known_columns() -> str:
+    """Returns the recognised pairs of columns as text."""
     return ", ".join("/".join(pair) for pair in KNOWN)
 
 
 def split_columns(data: str) -> tuple[str, Columns | None]:
-    """Returns what `data` names without its columns, and these, None if it says nothing of them."""
-    name, at, said = data.rpartition("@")
-    parts = said.split(",", 2)
+    """Splits `data` into the name of the data and its columns, None if it has none."""
+    name, at, columns = data.rpartition("@")
+    parts = columns.split(",", 2)
     if not at or len(parts) < 2 or Path(data).exists():
         return data, None
     if not parts[0].strip() or not parts[1].strip():
-        raise ValueError(f"{data}: after @ two columns are named, that of the source and that of the label, as @a,b")
+        raise ValueError(f"{data}: expected a source column and a label column after @, as in @source,label")
     return name, Columns(source=parts[0].strip(), label=parts[1].strip(), prefix="".join(parts[2:]))
 
 
-def columns_of(row: Row, understood: Collection[str]) -> Columns | None:
-    """Returns a row's columns as their names tell, None where they tell of no pair.
+def infer_columns(row: Row, other_keys: Collection[str]) -> Columns | None:
+    """Returns the recognised pair of columns of a row, None if it has none.
 
-    A source without a label will do where the row has none of the `understood` keys of other prompts.
+    A source without a label suffices if the row has none of `other_keys`, the keys of plain prompts.
     """
     for source, label in KNOWN:
-        if source in row.fields and (label in row.fields or row.fields.keys().isdisjoint(understood)):
+        if source in row.fields and (label in row.fields or row.fields.keys().isdisjoint(other_keys)):
             return Columns(source=source, label=label)
     return None
 
 
-def with_text(rows: list[Row], columns: Columns, *, with_labels: bool) -> list[Row]:
-    """Returns the rows whose source, and label if wanted, is not empty, and says how many are left out.
+def nonempty_rows(rows: list[Row], columns: Columns, *, with_labels: bool) -> list[Row]:
+    """Returns the rows whose source, and label if needed, is not empty, and prints how many are dropped.
 
-    Raises ValueError where a column is missing, or holds no text.
+    Raises ValueError if a column is missing or is not text.
     """
-    wanted = [columns.source, columns.label] if with_labels else [columns.source]
+    needed = [columns.source, columns.label] if with_labels else [columns.source]
     kept = []
     for row in rows:
-        for column in wanted:
+        for column in needed:
             if column not in row.fields:
                 raise ValueError(f"{row.where}: there is no column {column!r}; it has {', '.join(row.fields)}")
             if not isinstance(value := row.fields[column], str | None):
                 raise ValueError(f"{row.where}: `{column}` should be text, found {value!r:.40}")
-        if all((row.fields[column] or "").strip() for column in wanted):
+        if all((row.fields[column] or "").strip() for column in needed):
             kept.append(row)
     if len(kept) < len(rows):
-        print(f"{len(rows) - len(kept)} of {len(rows)} rows have nothing in `{'` or `'.join(wanted)}` and are left out")
+        print(f"{len(rows) - len(kept)} of {len(rows)} rows have an empty `{'` or `'.join(needed)}` and are dropped")
     return kept
 
 
 def label_ids(tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
-    """Returns the label's ids as a decoder learns to write them, the token that ends a text last."""
+    """Returns the label's ids with the end token last."""
     ids = tokenizer(text_target=label, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]

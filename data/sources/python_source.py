@@ -1,8 +1,8 @@
-"""Python source found on this machine: the text the pocket targets are trained on and prompted with.
+"""Python source files of this machine, on which the pocket targets are trained and prompted.
 
-Files come from the standard library and from installed packages, tests left out. A file is held out when a hash
-of its name says so, whatever else is installed, and training files that share much of their text with a held-out
-one are dropped, so that a held-out loss or an acceptance rate is never measured on text that was seen.
+Files come from the standard library and from installed packages, without tests. A file is held out by a hash of its
+name, independently of other files. Training files that share much of their text with a held-out file are dropped, so
+that held-out losses and acceptance rates are never measured on training text.
 """
 
 import ast
@@ -14,7 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-# What the pocket targets read beside the standard library: the packages that this project pins.
+# Packages whose source the pocket targets are trained on, all pinned by this project.
 PACKAGES = (
     *("torch", "transformers", "peft", "datasets", "accelerate", "deepspeed", "huggingface_hub", "wandb"),
     *("numpy", "matplotlib", "safetensors", "tokenizers", "tqdm", "yaml", "fsspec", "pytest", "_pytest", "bayes_opt"),
@@ -29,7 +29,7 @@ SHINGLE_LINES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """One file: `name` is its path from the library's root, the same on every machine."""
+    """One file; `name` is its path relative to the library's root, which is the same on every machine."""
 
     name: str
     text: str
@@ -59,8 +59,8 @@ def split_files(
 ) -> tuple[list[SourceFile], list[SourceFile]]:
     """Splits `files` into (train, held_out) by a hash of name and seed, and drops near-duplicates from train.
 
-    A training file is dropped when more than `max_overlap` of its runs of four lines occur in held-out files, or
-    when it holds more than `max_overlap` of any one held-out file's runs.
+    A training file is dropped if more than `max_overlap` of its runs of four lines occur in held-out files, or if it
+    contains more than `max_overlap` of the runs of any held-out file.
     """
     train: list[SourceFile] = []
     held_out: list[SourceFile] = []
@@ -113,7 +113,7 @@ def docstring_pairs(files: list[SourceFile], *, max_source_bytes: int = 4_000) -
 
 
 def _readable_text(path: Path) -> str | None:
-    """Returns the file's text, or None for files that are too large, too small, not ASCII, or tables of data."""
+    """Returns the file's text, None for files that are too large, too small, not ASCII, or tables of data."""
     if not MIN_FILE_BYTES <= path.stat().st_size <= MAX_FILE_BYTES:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Who writes pseudo-data: the target itself, by draftsmith's own loop. `data.writers.server.Server` is the other one."""
+"""Writers of pseudo-data: `LocalWriter` runs draftsmith's own loop; data/writers/server.py uses an inference server."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -18,22 +18,22 @@ from draftsmith.core.sampling import Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class PseudoDataSettings:
-    """How the target writes."""
+    """Generation settings of the target."""
 
     max_new_tokens: int = 128
-    """Tokens a row at most; fewer where the target ends the text itself."""
+    """Maximum number of new tokens per row."""
     temperature: str = "0"
-    """0 is greedy; several with commas, as in 0,1, are dealt out to the prompts in turn."""
+    """Sampling temperature, 0 for greedy; several with commas, as in 0,1, are assigned to the prompts in turn."""
     top_p: float = 1.0
-    """Nucleus: the smallest set of tokens with this much probability is sampled from."""
+    """Nucleus sampling: sample from the smallest set of tokens with this total probability."""
     top_k: int = 0
-    """Sample from this many tokens only, 0 for all."""
+    """Number of most likely tokens to sample from, 0 for all."""
     batch_size: int = 32
-    """Prompts written together; with a server, requests in flight."""
+    """Number of prompts in a batch; with a server, number of concurrent requests."""
     shard_batches: int = 4
-    """Batches a shard: what a killed run loses at most."""
+    """Number of batches in a shard, the most that a killed run loses."""
     seed: int = 0
-    """Each batch's own seed follows from this one."""
+    """Seed from which each batch's own seed is derived."""
 
     def __post_init__(self) -> None:
         try:
@@ -52,73 +52,73 @@ class PseudoDataSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """One batch to write."""
+class GenerationBatch:
+    """A batch of prompts to be completed."""
 
     index: int
-    """Its place in the whole run."""
+    """Index of the batch in the run."""
     prompts: list[Prompt]
-    """Of similar lengths."""
+    """Prompts of similar length."""
     temperature: float
-    """Of the whole batch."""
+    """Sampling temperature."""
     seed: int
-    """Derived from the run's seed and `index`."""
+    """Seed derived from the run's seed and `index`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What was written after one prompt."""
+    """The completion of one prompt."""
 
     ids: list[int]
-    """New tokens only, the end-of-text token included."""
+    """New tokens, the end-of-text token included."""
     ended: bool
-    """Whether the target ended the text itself."""
+    """True if the target generated an end-of-text token."""
     is_retokenized: bool = False
-    """Whether the ids were guessed from a server's text."""
+    """True if the ids were obtained by tokenizing a server's text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Who writes, as it is recorded."""
+    """The model that writes, as recorded in the manifest."""
 
     target: str
-    """The target's name, for people."""
+    """Name of the target."""
     target_fingerprint: str | None
-    """Of its weights; None behind a server, which does not tell."""
+    """Hash of the target's weights; None behind a server."""
     tokenizer_hash: str | None
-    """Of the tokenizer that made and reads the ids."""
+    """Hash of the tokenizer."""
     draft: str | None = None
-    """Hash of the drafter's artifact: at temperature 0 it changes nothing, otherwise the samples are others."""
+    """Hash of the drafter's artifact, which changes the samples at temperatures above 0."""
     server_model: str | None = None
-    """What a server calls its model."""
+    """The server's name for its model."""
     decoder_start_token_id: int | None = None
-    """With which an encoder-decoder's text begins; a causal target's begins with the prompt."""
+    """First token of an encoder-decoder's text; None for a causal target."""
 
     def recorded(self) -> dict[str, Any]:
-        """Returns what makes a run the same run; of a causal target nothing of decoders."""
+        """Returns the fields that identify a run, without those of encoder-decoders for a causal target."""
         return {
             key: value for key, value in asdict(self).items() if key != "decoder_start_token_id" or value is not None
         }
 
 
 class Writer(Protocol):
-    """Writes a shard's batches; `LocalTarget` here, `Server` in data/writers/server.py."""
+    """Generates the completions of a shard's batches."""
 
     origin: Origin
     tokenizer: Any
 
-    def write(self, shard: Sequence[Work], settings: PseudoDataSettings) -> Iterator[list[Completion]]: ...
+    def write(self, shard: Sequence[GenerationBatch], settings: PseudoDataSettings) -> Iterator[list[Completion]]: ...
 
 
-class LocalTarget:
-    """Writes with draftsmith's own loop; the drafter in the folder `draft` speeds it up and leaves the law as it is.
+class LocalWriter:
+    """Generates with draftsmith's own loop, optionally sped up by the drafter in the folder `draft`, losslessly.
 
-    Raises ValueError for a target without a tokenizer, and for a drafter of another target.
+    Raises ValueError for a target without a tokenizer and for a drafter of another target.
     """
 
     def __init__(self, target: Target, *, draft: str = "") -> None:
         if target.tokenizer is None:
-            raise ValueError(f"target {target.name} has no tokenizer, without which pseudo-data cannot be recorded")
+            raise ValueError(f"target {target.name} has no tokenizer, which pseudo-data requires")
         self.target, self.tokenizer = target, target.tokenizer
         self.drafter = draftsmith.load(draft, target) if draft else None
         self.origin = Origin(
@@ -129,27 +129,27 @@ class LocalTarget:
             decoder_start_token_id=target.decoder_start_token_id,
         )
 
-    def write(self, shard: Sequence[Work], settings: PseudoDataSettings) -> Iterator[list[Completion]]:
+    def write(self, shard: Sequence[GenerationBatch], settings: PseudoDataSettings) -> Iterator[list[Completion]]:
         """Yields the completions of each batch in turn."""
-        for work in shard:
-            rows = [torch.tensor(prompt.ids, device=self.target.device) for prompt in work.prompts]
+        for batch in shard:
+            rows = [torch.tensor(prompt.ids, device=self.target.device) for prompt in batch.prompts]
             out = draftsmith.generate(
                 self.target,
                 pad_sequence(rows, batch_first=True),
                 self.drafter,
                 attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
                 max_new_tokens=settings.max_new_tokens,
-                temperature=work.temperature,
+                temperature=batch.temperature,
                 top_p=settings.top_p,
                 top_k=settings.top_k,
-                seed=work.seed,
+                seed=batch.seed,
             )
-            starts = [1 if self.target.is_encoder_decoder else len(prompt.ids) for prompt in work.prompts]
+            starts = [1 if self.target.is_encoder_decoder else len(prompt.ids) for prompt in batch.prompts]
             found = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)
             written = [row[start:length] for row, start, length in found]
             yield [Completion(ids=ids, ended=ids[-1] in self.target.eos_token_ids) for ids in written]
 
 
 def derive_seed(seed: int, index: int) -> int:
-    """Returns a seed of 63 bits for the `index`-th part of what `seed` governs."""
+    """Returns a 63-bit seed derived from `seed` and `index`."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "big") >> 1

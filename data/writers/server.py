@@ -1,5 +1,6 @@
-"""A target behind an OpenAI-compatible server (vLLM, SGLang, ...), asked over /v1/completions."""
+"""Generates pseudo-data with an OpenAI-compatible server (vLLM, SGLang, ...) through /v1/completions."""
 
+import http.client
 import json
 import os
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from data.writers import Completion, Origin, PseudoDataSettings, Work, derive_seed
+from data.writers import Completion, GenerationBatch, Origin, PseudoDataSettings, derive_seed
 from draftsmith.core.model_info import tokenizer_hash
 
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -19,12 +20,12 @@ TIMEOUT_S = 600.0
 FIRST_WAIT_S = 0.5
 
 
-class Server:
-    """Writes completions by HTTP, `num_in_flight` requests at a time, each tried up to `attempts` times.
+class ServerWriter:
+    """Requests completions over HTTP, `num_in_flight` at a time, each tried up to `attempts` times.
 
-    Prompts go as token ids, or as text if `as_text`. Completions come back as token ids where the server supports
-    `return_token_ids` (vLLM, SGLang); otherwise their text is tokenized again, which is not always what was sampled.
-    A key for the server is taken from $DRAFTSMITH_SERVER_KEY. Raises ValueError when nobody answers at `url`.
+    Prompts are sent as token ids, or as text if `as_text`. Completions come back as token ids if the server supports
+    `return_token_ids` (vLLM, SGLang); otherwise their text is tokenized again, which may give other tokens than those
+    sampled. The API key is $DRAFTSMITH_SERVER_KEY. Raises ValueError if no server answers at `url`.
     """
 
     def __init__(
@@ -52,33 +53,34 @@ class Server:
             server_model=self.model,
         )
 
-    def write(self, shard: Sequence[Work], settings: PseudoDataSettings) -> Iterator[list[Completion]]:
-        """Yields the completions of each batch in turn, with the whole shard in flight."""
+    def write(self, shard: Sequence[GenerationBatch], settings: PseudoDataSettings) -> Iterator[list[Completion]]:
+        """Yields the completions of each batch in turn; the requests of the whole shard run concurrently."""
         with ThreadPoolExecutor(self.num_in_flight) as pool:
-            waiting = [
-                [pool.submit(self._complete, work, row, settings) for row in range(len(work.prompts))] for work in shard
+            requests = [
+                [pool.submit(self._complete, batch, row, settings) for row in range(len(batch.prompts))]
+                for batch in shard
             ]
             try:
-                for batch in waiting:
-                    yield [request.result() for request in batch]
+                for batch_requests in requests:
+                    yield [request.result() for request in batch_requests]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _complete(self, work: Work, row: int, settings: PseudoDataSettings) -> Completion:
-        prompt = work.prompts[row]
+    def _complete(self, batch: GenerationBatch, row: int, settings: PseudoDataSettings) -> Completion:
+        prompt = batch.prompts[row]
         request = {
             "model": self.model,
             "prompt": self._as_text(prompt.ids) if self.as_text else prompt.ids,
             "max_tokens": settings.max_new_tokens,
-            "temperature": work.temperature,
+            "temperature": batch.temperature,
             "top_p": settings.top_p,
-            "seed": derive_seed(work.seed, row) % 2**31,
+            "seed": derive_seed(batch.seed, row) % 2**31,
             "return_token_ids": True,
         }
         if settings.top_k:
             request["top_k"] = settings.top_k
-        answer = self._ask("/v1/completions", request)
+        answer = self._request("/v1/completions", request)
         try:
             choice = answer["choices"][0]
             ended = choice["finish_reason"] == "stop"
@@ -90,27 +92,30 @@ class Server:
             if ended and eos is not None and (is_retokenized or not ids):
                 ids = [*ids, eos]
         except (KeyError, IndexError, TypeError):
-            raise ValueError(f"{self.url} answered {json.dumps(answer):.200}, which is no completion") from None
+            raise ValueError(f"the answer of {self.url} is not a completion: {json.dumps(answer):.200}") from None
         if not ids:
             raise ValueError(f"{self.url} returned an empty completion for the prompt {prompt.source}")
         return Completion(ids=list(ids), ended=ended, is_retokenized=is_retokenized)
 
     def _as_text(self, ids: list[int]) -> str:
-        """Returns the prompt's text without the special tokens that the server's tokenizer will add itself."""
+        """Returns the prompt's text without the special tokens that the server's tokenizer adds itself."""
         added = self.tokenizer("")["input_ids"]
         if added and ids[: len(added)] == added:
             ids = ids[len(added) :]
         return self.tokenizer.decode(ids)
 
     def _only_model(self) -> str:
-        models = self._ask("/v1/models", None, attempts=1).get("data") or []
+        models = self._request("/v1/models", None, attempts=1).get("data") or []
         if len(models) != 1:
             names = ", ".join(str(model.get("id")) for model in models) or "none"
             raise ValueError(f"{self.url} serves these models: {names}; name one with --server-model")
         return str(models[0]["id"])
 
-    def _ask(self, path: str, body: dict[str, Any] | None, *, attempts: int | None = None) -> dict[str, Any]:
-        """Returns the server's JSON; retries with doubling waits what may pass, raises ValueError for what will not."""
+    def _request(self, path: str, body: dict[str, Any] | None, *, attempts: int | None = None) -> dict[str, Any]:
+        """Returns the server's JSON answer, retrying temporary errors with doubling waits.
+
+        Raises ValueError if the server rejects the request or all attempts fail.
+        """
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("DRAFTSMITH_SERVER_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -127,8 +132,8 @@ class Server:
             except urllib.error.HTTPError as error:
                 reason = f"{error.code} {' '.join(error.read().decode(errors='replace').split()):.300}"
                 if error.code not in RETRIED_STATUS:
-                    raise ValueError(f"{self.url}{path} refused the request: {reason}") from None
-            except (OSError, ValueError) as error:  # no connection, one cut short, or JSON cut short
+                    raise ValueError(f"{self.url}{path} rejected the request: {reason}") from None
+            except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, or it was cut short
                 reason = str(error)
         tries = f" after {attempts} attempts" if attempts > 1 else ""
-        raise ValueError(f"no usable answer from {self.url}{path}{tries}: {reason}")
+        raise ValueError(f"no valid answer from {self.url}{path}{tries}: {reason}")

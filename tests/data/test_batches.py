@@ -1,11 +1,11 @@
-"""Batches: padding, order, the held-out split, and the one check that everything agrees."""
+"""Batches: padding, order, the held-out split, and the check against the target."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from data.batches import Example, batches, check_batch, collate, cut, example, order, split
+from data.batches import Example, batches, check_batch, collate, example, order, split, truncate
 from data.teacher import complete
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, tiny_target
 
@@ -23,7 +23,7 @@ def with_features(row: Example, *, width: int = 32) -> Example:
     )
 
 
-def test_rows_are_padded_right():
+def test_collate_pads_rows_right():
     batch = collate(ROWS)
     assert batch.tokens_BT.tolist() == [[4, 5, 6, 7], [8, 9, 0, 0]]
     assert batch.loss_mask_BT.tolist() == [[False, False, True, True], [True, True, False, False]]
@@ -32,7 +32,7 @@ def test_rows_are_padded_right():
     assert (batch.hidden, batch.top_ids_BTK) == ({}, None)
 
 
-def test_features_are_padded_too_and_kept_only_if_all_rows_have_them():
+def test_collate_keeps_target_outputs_that_all_rows_have():
     batch = collate([with_features(row) for row in ROWS])
     assert batch.hidden[1].shape == (2, 4, 32)
     assert batch.hidden[1][1, 2:].eq(0).all()
@@ -41,7 +41,7 @@ def test_features_are_padded_too_and_kept_only_if_all_rows_have_them():
     assert (mixed.hidden, mixed.top_ids_BTK) == ({}, None)
 
 
-def test_to_moves_every_tensor():
+def test_batch_to_moves_every_tensor():
     moved = collate([with_features(row) for row in ROWS]).to("meta")
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert {tensor.device.type for tensor in [*tensors, *moved.hidden.values()]} == {"meta"}
@@ -50,12 +50,12 @@ def test_to_moves_every_tensor():
 
 
 @pytest.mark.parametrize("mask", [[False, False], [True, False]])
-def test_a_mask_of_zeros_is_refused(mask):
+def test_collate_rejects_a_loss_mask_of_zeros(mask):
     with pytest.raises(ValueError, match=r"the loss mask of row c is all zero"):
         collate([*ROWS, example([4, 5], mask, "c")])
 
 
-def test_the_held_out_side_depends_on_key_and_seed_alone():
+def test_split_depends_on_key_and_seed_alone():
     keys = [f"key {number % 400}" for number in range(500)]
     train, held_out = split(keys, held_out_share=0.1, seed=1)
     assert sorted(train + held_out) == list(range(500))
@@ -67,26 +67,26 @@ def test_the_held_out_side_depends_on_key_and_seed_alone():
     assert split(keys, held_out_share=0.0)[1] == []
 
 
-def test_a_small_set_has_one_row_held_out_and_one_to_train_on():
+def test_split_of_few_rows_holds_one_out():
     train, held_out = split(["a", "b", "c"], held_out_share=1e-6)
     assert (len(train), len(held_out)) == (2, 1)
-    with pytest.raises(ValueError, match=r"of 1 rows none is left to train on"):
+    with pytest.raises(ValueError, match=r"leaves none of the 1 rows for training"):
         split(["a"], held_out_share=0.1)
 
 
-def test_order_is_decided_by_seed_and_epoch():
+def test_order_depends_on_seed_and_epoch():
     assert order(20, seed=1, epoch=2) == order(20, seed=1, epoch=2)
     assert sorted(order(20, seed=1, epoch=2)) == list(range(20))
     assert len({tuple(order(20, seed=seed, epoch=epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
     rows = [example([number, number], None, str(number)) for number in range(3, 10)]
-    as_given = [key for batch in batches(rows, 3) for key in batch.keys]
+    in_order = [key for batch in batches(rows, 3) for key in batch.keys]
     shuffled = [key for batch in batches(rows, 3, seed=0) for key in batch.keys]
-    assert as_given == [row.key for row in rows]
-    assert shuffled != as_given
-    assert sorted(shuffled) == sorted(as_given)
+    assert in_order == [row.key for row in rows]
+    assert shuffled != in_order
+    assert sorted(shuffled) == sorted(in_order)
 
 
-def test_what_does_not_agree_is_refused():
+def test_check_batch_rejects_a_batch_that_does_not_fit_the_target():
     target = tiny_target("llama")
     batch = collate([with_features(row) for row in ROWS])
     check_batch(batch, target, layers=(1,), top_k=3)
@@ -94,17 +94,17 @@ def test_what_does_not_agree_is_refused():
     foreign = collate([example([4, VOCAB_SIZE], None, "x")])
     long = collate([example([4] * 65, None, "x")])
     wide = collate([with_features(row, width=48) for row in ROWS])
-    for bad, asked, message in (
+    for bad, needed, message in (
         (zero, {}, "all zero in the batch of rows a, b"),
         (foreign, {}, f"token id {VOCAB_SIZE} is outside"),
         (long, {}, "a row of 65 tokens is longer than the target's context of 64"),
-        (batch, {"layers": (4,)}, "hidden layer 4 was asked for; .* has layers 0 to 3"),
-        (batch, {"layers": (1, 2)}, r"lacks hidden layers \[2\]; it holds \[1\]"),
+        (batch, {"layers": (4,)}, "hidden layer 4 does not exist; .* has layers 0 to 3"),
+        (batch, {"layers": (1, 2)}, r"lacks hidden layers \[2\]; it has \[1\]"),
         (wide, {}, r"hidden layer 1 has shape \(2, 4, 48\); the target's width is 32"),
-        (batch, {"top_k": 4}, "holds the top 3 logits; 4 were asked for"),
+        (batch, {"top_k": 4}, "has the top 3 logits; 4 are needed"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_batch(bad, target, **asked)
+            check_batch(bad, target, **needed)
 
 
 # --- Sources of encoder-decoders ---------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ PAIRS = [
 ]
 
 
-def test_sources_are_padded_by_themselves_and_moved():
+def test_collate_pads_sources_separately():
     batch = collate(PAIRS)
     assert batch.source_BS.tolist() == [[9, 10, 11, 12, 13, 14], [20, 21, 0, 0, 0, 0]]
     assert batch.source_lengths_B.tolist() == [6, 2]
@@ -123,53 +123,53 @@ def test_sources_are_padded_by_themselves_and_moved():
     moved = complete(batch, tiny_target("t5")).to("meta")
     tensors = [*vars(moved).values(), *vars(moved.source).values()]
     assert {tensor.device.type for tensor in tensors if isinstance(tensor, torch.Tensor)} == {"meta"}
-    with pytest.raises(AssertionError, match="make no batch"):
+    with pytest.raises(AssertionError, match="cannot mix rows"):
         collate([PAIRS[0], ROWS[0]])
 
 
-def test_a_row_that_is_cut_keeps_its_source():
-    row = cut(dataclasses.replace(PAIRS[1], hidden={1: torch.ones(6, 4)}), 3)
+def test_truncate_keeps_the_source():
+    row = truncate(dataclasses.replace(PAIRS[1], hidden={1: torch.ones(6, 4)}), 3)
     assert (row.tokens_T.tolist(), row.loss_mask_T.tolist()) == ([0, 7, 8], [False, True, True])
     assert row.hidden[1].shape == (3, 4)
     assert row.source_S.tolist() == [20, 21]
-    assert cut(PAIRS[0], 2).source_S.tolist() == [9, 10, 11, 12, 13, 14], "a source is no shorter for a short text"
+    assert truncate(PAIRS[0], 2).source_S.tolist() == [9, 10, 11, 12, 13, 14], "the source keeps its length"
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_the_teacher_reads_each_text_with_its_own_source(architecture):
-    """Hidden states and logits of a ragged batch are those of transformers' own forward of each row alone."""
+def test_complete_encodes_the_source_of_each_row(architecture):
+    """Hidden states and logits of a padded batch are those of transformers' own forward pass of each row alone."""
     target = tiny_target(architecture)
-    whole = complete(collate(PAIRS), target, layers=(0, 2, 3), top_k=5)
-    assert torch.equal(whole.source.mask_BT.sum(1), whole.source_lengths_B)
+    batch = complete(collate(PAIRS), target, layers=(0, 2, 3), top_k=5)
+    assert torch.equal(batch.source.mask_BT.sum(1), batch.source_lengths_B)
     for row, pair in enumerate(PAIRS):
         length = len(pair.tokens_T)
-        given = {"input_ids": pair.source_S[None], "decoder_input_ids": pair.tokens_T[None]}
-        out = target.model(**given, output_hidden_states=True)
+        inputs = {"input_ids": pair.source_S[None], "decoder_input_ids": pair.tokens_T[None]}
+        out = target.model(**inputs, output_hidden_states=True)
         encoded = out.encoder_last_hidden_state[0]
-        torch.testing.assert_close(whole.source.encoded_BTD[row, : len(encoded)], encoded, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(batch.source.encoded_BTD[row, : len(encoded)], encoded, rtol=1e-4, atol=1e-5)
         for layer in (0, 2):
             states = out.decoder_hidden_states[layer][0]
-            torch.testing.assert_close(whole.hidden[layer][row, :length], states, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(target.logits(whole.hidden[3])[row, :length], out.logits[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(batch.hidden[layer][row, :length], states, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(target.logits(batch.hidden[3])[row, :length], out.logits[0], rtol=1e-4, atol=1e-4)
         top = out.logits[0].topk(5)
-        torch.testing.assert_close(whole.top_logits_BTK[row, :length], top.values, rtol=1e-4, atol=1e-4)
-        assert torch.equal(whole.top_ids_BTK[row, :length], top.indices)
-        assert not torch.isnan(whole.source.encoded_BTD).any()
-    again = complete(dataclasses.replace(whole, source_BS=whole.source_BS + 1), target, layers=(2,))
-    assert torch.equal(again.source.encoded_BTD, whole.source.encoded_BTD), "what was encoded is not encoded again"
-    assert not whole.source.encoded_BTD.requires_grad
+        torch.testing.assert_close(batch.top_logits_BTK[row, :length], top.values, rtol=1e-4, atol=1e-4)
+        assert torch.equal(batch.top_ids_BTK[row, :length], top.indices)
+        assert not torch.isnan(batch.source.encoded_BTD).any()
+    again = complete(dataclasses.replace(batch, source_BS=batch.source_BS + 1), target, layers=(2,))
+    assert torch.equal(again.source.encoded_BTD, batch.source.encoded_BTD), "an encoded source is not encoded again"
+    assert not batch.source.encoded_BTD.requires_grad
 
 
-def test_sources_that_do_not_agree_are_refused():
+def test_complete_rejects_sources_that_do_not_fit_the_target():
     foreign = collate([example([0, 5], None, "x", [VOCAB_SIZE])])
     long = collate([example([0, 5], None, "x", [5] * 65)])
     empty = collate([example([0, 5], None, "x", []), PAIRS[0]])
     for bad, architecture, message in (
-        (collate(ROWS), "t5", "is an encoder-decoder, and row a has no source to be encoded"),
-        (collate(PAIRS), "llama", "is a causal model, and row a has a source to be encoded"),
+        (collate(ROWS), "t5", "is an encoder-decoder, and row a has no source for an encoder"),
+        (collate(PAIRS), "llama", "is a causal model, and row a has a source for an encoder"),
         (foreign, "t5", f"token id {VOCAB_SIZE} is outside"),
         (long, "bart", "a row of 65 tokens is longer than the target's context of 64"),
-        (empty, "t5", "the batch of rows x, a holds one without a token"),
+        (empty, "t5", "one of the rows x, a has no token"),
     ):
         with pytest.raises(ValueError, match=message):
             complete(bad, tiny_target(architecture), layers=(1,))

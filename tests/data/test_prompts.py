@@ -1,4 +1,4 @@
-"""Prompts: every kind of source and row, chat templates and their masks, and what is refused."""
+"""Prompts: all kinds of sources and rows, chat templates and their loss masks, and errors."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def texts(prompts: list[Prompt]) -> list[str]:
 # --- Sources -----------------------------------------------------------------------------------------------------
 
 
-def test_rows_of_text_are_taken_as_they_stand(tmp_path):
+def test_rows_of_text_are_used_unchanged(tmp_path):
     rows = [{"prompt": "def f("}, {"text": "import os\n", "category": "code"}, {"question": "why?", "question_id": 7}]
     source = jsonl(tmp_path / "rows.jsonl", *rows[:2], "", rows[2], {"turns": ["first", "second"], "category": 3})
     prompts = load_prompts(source, TOKENIZER)
@@ -45,13 +45,13 @@ def test_rows_of_text_are_taken_as_they_stand(tmp_path):
     assert all(prompt.loss_mask is None for prompt in prompts)
 
 
-def test_further_turns_are_not_dropped_in_silence(tmp_path, capsys):
+def test_rows_with_several_turns_are_reported(tmp_path, capsys):
     load_prompts(jsonl(tmp_path / "rows.jsonl", {"turns": ["a", "b"]}, {"turns": ["c"]}), TOKENIZER)
-    assert "1 of 2 rows have further turns" in capsys.readouterr().out
+    assert "1 of 2 rows have several turns" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", ["parquet", "json", "folder of files", "saved", "saved with splits"])
-def test_other_files_give_the_same_prompts_as_jsonl(tmp_path, form):
+def test_other_formats_give_the_same_prompts_as_jsonl(tmp_path, form):
     rows = [{"prompt": text} for text in ("one", "two", "three")]
     source = tmp_path / "there"
     if form == "parquet":
@@ -71,25 +71,25 @@ def test_other_files_give_the_same_prompts_as_jsonl(tmp_path, form):
     assert texts(load_prompts(str(source), TOKENIZER)) == ["one", "two", "three"]
 
 
-def test_text_files_are_cut_where_paragraphs_begin(tmp_path):
+def test_prompts_of_text_files_start_at_paragraphs(tmp_path):
     (tmp_path / "a.txt").write_text("alpha " * 30 + "\n\n" + "beta " * 30 + "\n\n" + "gamma\n")
     (tmp_path / "b.md").write_text("delta")
     prompts = load_prompts(str(tmp_path), TOKENIZER, prompt_tokens=8)
     found = {prompt.text.split()[0]: prompt.ids for prompt in prompts}
     assert sorted(found) == ["alpha", "beta", "delta"], "gamma is too short, delta is a whole file"
     assert len(found["alpha"]) == len(found["beta"]) == 8
-    begins_a_file = {word: ids[0] == TOKENIZER.bos_token_id for word, ids in found.items()}
-    assert begins_a_file == {"alpha": True, "beta": False, "delta": True}
+    has_bos = {word: ids[0] == TOKENIZER.bos_token_id for word, ids in found.items()}
+    assert has_bos == {"alpha": True, "beta": False, "delta": True}
 
 
-def test_functions_begin_where_they_should():
+def test_document_starts_at_functions_and_decorators():
     text = "import os\n\x0c\n@cache\ndef f():\n    pass\n\nclass A:\n    async def g(self):\n        pass\n"
     starts = Document(name="a.py", text=text).starts()
     assert [text[start:].split("\n")[0] for start in starts] == ["import os", "@cache", "    async def g(self):"]
     assert Document(name="a.py", text="def f(:").starts() == [0]
 
 
-def test_python_source_is_held_out_unless_training_files_are_asked_for():
+def test_python_source_is_held_out_by_default():
     train, held_out = split_files(source_files(), held_out_share=0.02, seed=0)
     for source, files in (("python-source", held_out), ("python-source:train", train)):
         found = {file.name: file.text for file in files}
@@ -98,8 +98,8 @@ def test_python_source_is_held_out_unless_training_files_are_asked_for():
         assert {len(prompt.ids) for prompt in prompts} == {24}
         for prompt in prompts:
             name, _, line = prompt.source.rpartition(":")
-            there = "\n".join(found[name].split("\n")[int(line) - 1 :])
-            assert there.startswith(prompt.text)
+            rest = "\n".join(found[name].split("\n")[int(line) - 1 :])
+            assert rest.startswith(prompt.text)
             assert line == "1" or prompt.text.lstrip().startswith(("def ", "async def ", "@"))
             assert (prompt.ids[0] == TOKENIZER.bos_token_id) == (line == "1")
     beginnings = {file.text[:BEGINNING] for file in train}
@@ -108,7 +108,7 @@ def test_python_source_is_held_out_unless_training_files_are_asked_for():
     assert not [document for document in documents if document.text[:BEGINNING] in beginnings]
 
 
-def test_drawing_is_decided_by_the_seed(tmp_path):
+def test_sampled_prompts_depend_on_the_seed(tmp_path):
     source = jsonl(tmp_path / "rows.jsonl", *({"prompt": f"row {number}"} for number in range(50)))
     first, again, other = (texts(load_prompts(source, TOKENIZER, max_prompts=9, seed=seed)) for seed in (1, 1, 2))
     assert len(first) == 9
@@ -117,13 +117,13 @@ def test_drawing_is_decided_by_the_seed(tmp_path):
     assert texts(load_prompts(source, TOKENIZER)) == [f"row {number}" for number in range(50)]
 
 
-def test_repeated_prompts_are_kept_once(tmp_path, capsys):
+def test_repeated_prompts_are_dropped(tmp_path, capsys):
     prompts = load_prompts(jsonl(tmp_path / "rows.jsonl", *({"prompt": text} for text in "abab")), TOKENIZER)
     assert texts(prompts) == ["a", "b"]
     assert "2 repeated" in capsys.readouterr().out
 
 
-def test_long_prompts_are_refused_dropped_or_cut(tmp_path):
+def test_long_prompts_are_rejected_dropped_or_truncated(tmp_path):
     source = jsonl(tmp_path / "rows.jsonl", {"prompt": "short"}, {"prompt": TEXT[:2000]})
     with pytest.raises(ValueError, match=r"rows.jsonl:2 has [\d,]+ tokens and at most 20 fit.*--long-prompts"):
         load_prompts(source, TOKENIZER, max_prompt_tokens=20)
@@ -133,8 +133,8 @@ def test_long_prompts_are_refused_dropped_or_cut(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "a.txt"])
-def test_text_to_learn_from_comes_whole_in_pieces(tmp_path, name):
-    """Rows and documents alike; what belongs together is held out together."""
+def test_training_texts_are_split_into_pieces(tmp_path, name):
+    """Both rows and documents; the pieces of one text are held out together."""
     (tmp_path / name).write_text(json.dumps({"text": TEXT[:2000]}) if name.endswith("jsonl") else TEXT[:2000])
     (whole,) = load_prompts(str(tmp_path / name), TOKENIZER, keep_answers=True)
     pieces = load_prompts(str(tmp_path / name), TOKENIZER, max_prompt_tokens=20, keep_answers=True)
@@ -145,27 +145,27 @@ def test_text_to_learn_from_comes_whole_in_pieces(tmp_path, name):
     others = [str(number) for number in range(20)]
     for seed in range(8):
         train, _ = split([*keys, *others], held_out_share=0.5, seed=seed)
-        assert len({place in train for place in range(len(keys))}) == 1
+        assert len({index in train for index in range(len(keys))}) == 1
     train, held_out = split(keys, held_out_share=0.2, seed=0)
-    assert train and held_out, "a single document is no reason to learn nothing"
+    assert train and held_out, "a single document is split between both"
 
 
 # --- Conversations -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_TEMPLATE])
-def test_the_mask_covers_what_the_assistant_writes(tmp_path, template, capsys):
+def test_loss_mask_covers_the_assistants_tokens(tmp_path, template, capsys):
     tokenizer = trained_tokenizer(template)
     source = jsonl(tmp_path / "chat.jsonl", {"messages": CHAT})
     (row,) = load_prompts(source, tokenizer, keep_answers=True)
     assert row.loss_mask is not None
-    learnt = [token for token, flag in zip(row.ids, row.loss_mask, strict=True) if flag]
-    assert tokenizer.decode(learnt) == "Blue.<eos>Red, of course.<eos>"
+    supervised = [token for token, flag in zip(row.ids, row.loss_mask, strict=True) if flag]
+    assert tokenizer.decode(supervised) == "Blue.<eos>Red, of course.<eos>"
     assert row.ids == tokenizer.apply_chat_template(CHAT, return_dict=False)
-    assert f"covers {len(learnt)} of {len(row.ids)} tokens" in capsys.readouterr().out
+    assert f"covers {len(supervised)} of {len(row.ids)} tokens" in capsys.readouterr().out
 
 
-def test_a_conversation_is_a_prompt_up_to_its_last_user_turn(tmp_path):
+def test_prompt_of_a_conversation_ends_at_the_last_user_turn(tmp_path):
     tokenizer = trained_tokenizer(CHAT_TEMPLATE)
     human = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in CHAT]
     source = jsonl(tmp_path / "chat.jsonl", {"messages": CHAT}, {"conversations": human}, {"question": "And another?"})
@@ -176,21 +176,21 @@ def test_a_conversation_is_a_prompt_up_to_its_last_user_turn(tmp_path):
     assert question.text == "<|user|>And another?<eos>\n<|assistant|>"
 
 
-def test_what_a_template_cannot_tell_is_refused(tmp_path):
+def test_load_prompts_rejects_unsuitable_chat_templates(tmp_path):
     source = jsonl(tmp_path / "chat.jsonl", {"messages": CHAT})
-    with pytest.raises(ValueError, match=r"chat.jsonl:1: a conversation, but the tokenizer has no chat template; take"):
+    with pytest.raises(ValueError, match=r"chat.jsonl:1: a conversation, but the tokenizer has no chat template; use"):
         load_prompts(source, TOKENIZER)
     unstable = "{{ messages | length }}" + CHAT_TEMPLATE
-    with pytest.raises(ValueError, match=r"renders turn 2 differently once later turns follow.*generation"):
+    with pytest.raises(ValueError, match=r"renders turn 2 differently if later turns follow.*generation"):
         load_prompts(source, trained_tokenizer(unstable), keep_answers=True)
     refusing = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match=r"refuses this conversation: roles must alternate"):
+    with pytest.raises(ValueError, match=r"rejects this conversation: roles must alternate"):
         load_prompts(source, trained_tokenizer(refusing))
 
 
-def test_nothing_to_learn_is_an_error(tmp_path):
+def test_load_prompts_rejects_data_without_supervised_tokens(tmp_path):
     source = jsonl(tmp_path / "chat.jsonl", {"messages": CHAT[:1]})
-    with pytest.raises(ValueError, match=r"no assistant turn to learn from"):
+    with pytest.raises(ValueError, match=r"no assistant turn to train on"):
         load_prompts(source, trained_tokenizer(CHAT_TEMPLATE), keep_answers=True)
     empty = MARKED_TEMPLATE.replace("{% generation %}", "{% generation %}{% endgeneration %}", 1).replace(
         "<eos>{% endgeneration %}\n", "<eos>\n"
@@ -204,7 +204,7 @@ def test_nothing_to_learn_is_an_error(tmp_path):
         load_prompts(source, trained_tokenizer(CHAT_TEMPLATE), keep_answers=True, **cut)
 
 
-# --- Refusals ----------------------------------------------------------------------------------------------------
+# --- Errors ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -214,20 +214,20 @@ def test_nothing_to_learn_is_an_error(tmp_path):
         ("[1, 2]", r"bad.jsonl, line 2: expected an object"),
         ('{"prompt": "  "}', r"bad.jsonl:2: `prompt` is empty"),
         ('{"prompt": 3}', r"bad.jsonl:2: `prompt` should be text"),
-        ('{"promt": "a", "id": 1}', r"bad.jsonl:2: found the keys promt, id; understood are messages.*prompt"),
+        ('{"promt": "a", "id": 1}', r"bad.jsonl:2: found the keys promt, id; expected one of messages.*prompt"),
         ('{"turns": "a"}', r"bad.jsonl:2: `turns` should be a list of texts"),
         ('{"messages": [{"role": "user"}]}', r"bad.jsonl:2: a message needs `role` and `content`"),
         ('{"messages": []}', r"bad.jsonl:2: a conversation should be a list"),
         ('{"messages": [{"role": "system", "content": "a"}]}', r"bad.jsonl:2: the conversation has no user turn"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path, line, message):
+def test_load_prompts_names_an_invalid_row(tmp_path, line, message):
     source = jsonl(tmp_path / "bad.jsonl", {"prompt": "fine"}, line)
     with pytest.raises(ValueError, match=message):
         load_prompts(source, trained_tokenizer(CHAT_TEMPLATE))
 
 
-def test_missing_and_empty_sources_are_refused(tmp_path, monkeypatch):
+def test_load_prompts_rejects_missing_and_empty_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "blank.jsonl").write_text("\n\n")
@@ -238,12 +238,12 @@ def test_missing_and_empty_sources_are_refused(tmp_path, monkeypatch):
         "nowhere.jsonl": "no such file or folder: 'nowhere.jsonl'",
         "./nowhere": "no such file or folder",
         "runs/pseudo-data": "no such file or folder",
-        "": "no data is named",
+        "": "no data given",
         "empty.jsonl": "empty.jsonl is empty",
         "blank.jsonl": "blank.jsonl: no prompts",
-        "broken.parquet": "broken.parquet is not a whole Parquet file",
+        "broken.parquet": "broken.parquet is not a complete Parquet file",
         "binary.txt": r"binary.txt is not UTF-8 text \(byte 0\)",
-        "nothing": "nothing holds no data: expected",
+        "nothing": "nothing contains no data: expected",
         "python-source:test": "unknown part 'test'",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -252,24 +252,24 @@ def test_missing_and_empty_sources_are_refused(tmp_path, monkeypatch):
         load_prompts("python-source", None)
 
 
-def test_offline_forbids_every_look_up(monkeypatch):
+def test_offline_mode_disables_the_hub(monkeypatch):
     monkeypatch.setenv("DRAFTSMITH_OFFLINE", "1")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was accessed"))
     with pytest.raises(
-        ValueError, match=r"'someone/something:test' is no file or folder here, and.*DRAFTSMITH_OFFLINE"
+        ValueError, match=r"'someone/something:test' is no local file or folder, and.*DRAFTSMITH_OFFLINE"
     ):
         load_prompts("someone/something:test", TOKENIZER)
 
 
-def test_hub_names_carry_configuration_and_split(monkeypatch):
-    asked = []
+def test_hub_names_include_configuration_and_split(monkeypatch):
+    loaded = []
 
     def load_dataset(*names, split):
-        asked.append((*names, split))
+        loaded.append((*names, split))
         return datasets.Dataset.from_list([{"question": "why?"}])
 
     monkeypatch.delenv("DRAFTSMITH_OFFLINE", raising=False)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for source in ("owner/name", "owner/name:test", "owner/name/main:test"):
         assert texts(load_prompts(source, TOKENIZER)) == ["why?"]
-    assert asked == [("owner/name", None, "train"), ("owner/name", None, "test"), ("owner/name", "main", "test")]
+    assert loaded == [("owner/name", None, "train"), ("owner/name", None, "test"), ("owner/name", "main", "test")]

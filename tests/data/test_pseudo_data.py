@@ -1,4 +1,4 @@
-"""Pseudo-data: it is the target's own text, the same after `kill -9`, and by a server as by our own loop."""
+"""Pseudo-data: the target's own text, unchanged by `kill -9`, the same from a server as from draftsmith's loop."""
 
 import json
 import threading
@@ -16,8 +16,8 @@ import data.writers.server
 import draftsmith
 import recipes.pseudo_data as recipe
 from data.pseudo_data import plan_batches, read_pseudo_data, write_pseudo_data
-from data.writers import LocalTarget, PseudoDataSettings
-from data.writers.server import Server
+from data.writers import LocalWriter, PseudoDataSettings
+from data.writers.server import ServerWriter
 from draftsmith import Target
 from draftsmith.core.model_info import read_target_info
 from tests.support.models import SEQ2SEQ
@@ -51,10 +51,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
 
 
-# --- What is written ---------------------------------------------------------------------------------------------
+# --- Contents ----------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_the_targets_greedy_text_with_their_origin(target, tmp_path):
+def test_rows_contain_the_targets_greedy_text_and_provenance(target, tmp_path):
     prompts = some_prompts(tmp_path, 10)
     write_pseudo_data(target, prompts, tmp_path / "out", SMALL)
     rows = {row["key"]: row for row in rows_of(tmp_path / "out")}
@@ -76,11 +76,11 @@ def test_rows_are_the_targets_greedy_text_with_their_origin(target, tmp_path):
         assert example.tokens_T.tolist() == rows[key]["ids"]
         assert (~example.loss_mask_T).sum() == rows[key]["num_prompt_tokens"]
         assert example.loss_mask_T[rows[key]["num_prompt_tokens"] :].all()
-    assert written.num_learnt == 12 * len(prompts)
+    assert written.num_supervised == 12 * len(prompts)
     assert written.num_tokens == sum(len(row["ids"]) for row in rows.values())
 
 
-def test_a_row_ends_where_the_target_ends_it(tmp_path):
+def test_rows_end_at_the_end_of_text_token(tmp_path):
     target = text_target()
     target.model.generation_config.eos_token_id = list(range(3, VOCAB_SIZE, 2))
     write_pseudo_data(target, some_prompts(tmp_path, 8), tmp_path / "out", SMALL)
@@ -91,39 +91,39 @@ def test_a_row_ends_where_the_target_ends_it(tmp_path):
         assert not any(token % 2 == 1 and token >= 3 for token in written[:-1])
 
 
-def test_batches_hold_every_prompt_once_with_little_padding(tmp_path):
+def test_plan_batches_contains_every_prompt_once_with_little_padding(tmp_path):
     prompts = some_prompts(tmp_path, 60)
     settings = PseudoDataSettings(temperature="0,0.7,1", batch_size=5)
     plan = plan_batches(prompts, settings)
-    assert sorted(prompt.key for work in plan for prompt in work.prompts) == sorted(prompt.key for prompt in prompts)
-    assert [work.index for work in plan] == list(range(len(plan)))
-    assert len({work.seed for work in plan}) == len(plan)
+    assert sorted(prompt.key for batch in plan for prompt in batch.prompts) == sorted(prompt.key for prompt in prompts)
+    assert [batch.index for batch in plan] == list(range(len(plan)))
+    assert len({batch.seed for batch in plan}) == len(plan)
     assert plan == plan_batches(prompts, settings)
-    longest = [len(work.prompts[0].ids) for work in plan]
+    longest = [len(batch.prompts[0].ids) for batch in plan]
     assert longest == sorted(longest, reverse=True)
     by_temperature = {value: sum(len(w.prompts) for w in plan if w.temperature == value) for value in (0.0, 0.7, 1.0)}
     assert by_temperature == {0.0: 20, 0.7: 20, 1.0: 20}
-    num_padding = sum(len(work.prompts[0].ids) - len(prompt.ids) for work in plan for prompt in work.prompts)
+    num_padding = sum(len(batch.prompts[0].ids) - len(prompt.ids) for batch in plan for prompt in batch.prompts)
     unsorted = [prompts[begin : begin + 5] for begin in range(0, 60, 5)]
     num_unsorted = sum(max(len(p.ids) for p in batch) - len(prompt.ids) for batch in unsorted for prompt in batch)
     assert num_padding < num_unsorted / 3
 
 
-def test_a_drafter_leaves_greedy_text_as_it_is(target, tmp_path):
+def test_drafter_does_not_change_greedy_text(target, tmp_path):
     lookup = draftsmith.artifacts.families.find("lookup")
     artifact = tmp_path / "artifact"
     draftsmith.save(lookup.Drafter(lookup.Config(), target), artifact, target=target, record={})
     prompts = some_prompts(tmp_path, 7)
     write_pseudo_data(target, prompts, tmp_path / "plain", SMALL)
-    write_pseudo_data(LocalTarget(target, draft=str(artifact)), prompts, tmp_path / "drafted", SMALL)
+    write_pseudo_data(LocalWriter(target, draft=str(artifact)), prompts, tmp_path / "drafted", SMALL)
     assert rows_of(tmp_path / "plain") == rows_of(tmp_path / "drafted")
 
 
-# --- By an encoder-decoder ---------------------------------------------------------------------------------------
+# --- Encoder-decoders --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_an_encoder_decoder_reads_each_prompt_and_writes_from_its_start_token(architecture, tmp_path):
+def test_encoder_decoder_completes_each_source_from_its_start_token(architecture, tmp_path):
     target = text_target(architecture)
     target.model.generation_config.eos_token_id = list(range(3, VOCAB_SIZE, 5))
     prompts = some_prompts(tmp_path, 8)
@@ -146,8 +146,8 @@ def test_an_encoder_decoder_reads_each_prompt_and_writes_from_its_start_token(ar
     assert contents(tmp_path / "out") == whole
 
 
-def test_its_rows_are_none_for_a_causal_target(target, tmp_path):
-    """The two have one tokenizer, and behind a server no fingerprint tells them apart."""
+def test_read_rejects_rows_of_another_architecture(target, tmp_path):
+    """Both have the same tokenizer, and data from a server has no fingerprint."""
     other = text_target("t5")
     write_pseudo_data(other, some_prompts(tmp_path, 5), tmp_path / "out", SMALL)
     write_pseudo_data(target, some_prompts(tmp_path, 5), tmp_path / "causal", SMALL)
@@ -159,11 +159,11 @@ def test_its_rows_are_none_for_a_causal_target(target, tmp_path):
     assert len(read_pseudo_data(tmp_path / "out", read_target_info(str(tmp_path / "t5")))) == 5
 
 
-def test_the_recipe_has_an_encoder_decoder_read_articles_and_no_highlights(tmp_path, monkeypatch, capsys):
-    """Long ones are cut to what the tokenizer says; a server writes for causal targets alone."""
+def test_recipe_uses_articles_as_sources_for_an_encoder_decoder(tmp_path, monkeypatch, capsys):
+    """Long ones are truncated to the tokenizer's maximum; servers support causal targets only."""
     monkeypatch.chdir(tmp_path)
     path = save_target(tmp_path / "target", "bart")
-    pairs = [{"article": f"{number} " * 400, "highlights": "never read"} for number in range(5)]
+    pairs = [{"article": f"{number} " * 400, "highlights": "unused"} for number in range(5)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     flags = ["--target", path, "--data", "pairs.jsonl", "--max-new-tokens", "8", "--output", "out"]
     recipe.main(*parse_settings(*SETTINGS, description="", argv=flags))
@@ -172,15 +172,15 @@ def test_the_recipe_has_an_encoder_decoder_read_articles_and_no_highlights(tmp_p
     articles = {tuple(tokenizer(pair["article"])["input_ids"][:CONTEXT]) for pair in pairs}
     assert {tuple(row["source_ids"]) for row in rows_of(tmp_path / "out")} == articles
     flags += ["--server", "http://localhost:1"]
-    with pytest.raises(ValueError, match=r"--server writes for causal targets, and .* is an encoder-decoder"):
+    with pytest.raises(ValueError, match=r"--server supports causal targets, and .* is an encoder-decoder"):
         recipe.main(*parse_settings(*SETTINGS, description="", argv=flags))
 
 
-# --- Broken off and continued ------------------------------------------------------------------------------------
+# --- Continuation after an interruption ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", ["0", "0,1"])
-def test_a_missing_shard_is_written_again_just_as_it_was(target, tmp_path, temperature):
+def test_write_restores_a_missing_shard_exactly(target, tmp_path, temperature):
     settings = PseudoDataSettings(max_new_tokens=8, batch_size=3, shard_batches=2, temperature=temperature, top_p=0.9)
     prompts = some_prompts(tmp_path, 14)
     write_pseudo_data(target, prompts, tmp_path / "out", settings)
@@ -197,24 +197,24 @@ def test_a_missing_shard_is_written_again_just_as_it_was(target, tmp_path, tempe
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_pseudo_data.json", *whole]
 
 
-def test_killed_with_signal_9_and_continued_it_is_as_if_unbroken(tmp_path, capsys):
+def test_run_continued_after_sigkill_equals_an_uninterrupted_one(tmp_path, capsys):
     path = save_target(tmp_path / "target")
     source = str(write_prompts(tmp_path / "prompts.jsonl", 40))
     flags = ["--target", path, "--data", source, "--max-new-tokens", "64", "--batch-size", "2", "--shard-batches", "1"]
     flags += ["--temperature", "0,1", "--seed", "5", "--max-prompts", "0", "--output"]
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
-    kill_midway("pseudo_data", [*flags, str(broken)], lambda: (broken / "part-00002.parquet").exists())
-    recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, str(broken)]))
-    assert "rows are there already" in capsys.readouterr().out
+    interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
+    kill_midway("pseudo_data", [*flags, str(interrupted)], lambda: (interrupted / "part-00002.parquet").exists())
+    recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, str(interrupted)]))
+    assert "rows exist already" in capsys.readouterr().out
     recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, str(whole)]))
-    assert rows_of(broken) == rows_of(whole)
-    assert contents(broken) == contents(whole)
+    assert rows_of(interrupted) == rows_of(whole)
+    assert contents(interrupted) == contents(whole)
 
 
-# --- Refusals ----------------------------------------------------------------------------------------------------
+# --- Errors ------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_another_run_or_of_something_else_is_refused(target, tmp_path):
+def test_write_rejects_a_folder_of_another_run_or_other_files(target, tmp_path):
     prompts = some_prompts(tmp_path, 5)
     write_pseudo_data(target, prompts, tmp_path / "out", SMALL)
     before = contents(tmp_path / "out")
@@ -227,18 +227,18 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused(target, tmp_pat
         write_pseudo_data(text_target(seed=1), prompts, tmp_path / "out", SMALL)
     assert contents(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("dear")
+    (tmp_path / "mine" / "thesis.tex").write_text("text")
     with pytest.raises(ValueError, match=r"mine contains other files"):
         write_pseudo_data(target, prompts, tmp_path / "mine", SMALL)
 
 
-def test_reading_refuses_what_is_damaged_or_anothers(target, tmp_path):
+def test_read_rejects_damaged_data_and_other_targets(target, tmp_path):
     write_pseudo_data(target, some_prompts(tmp_path, 5), tmp_path / "out", SMALL)
     with pytest.raises(ValueError, match=r"out was made by another target"):
         read_pseudo_data(tmp_path / "out", text_target(seed=1))
     with pytest.raises(ValueError, match=r"out was made with another tokenizer"):
         read_pseudo_data(tmp_path / "out", Target(target.model, trained_tokenizer(vocab_size=300)))
-    with pytest.raises(ValueError, match=r"nowhere is no folder; make one with recipes/pseudo_data.py"):
+    with pytest.raises(ValueError, match=r"nowhere is not a folder; make one with recipes/pseudo_data.py"):
         read_pseudo_data(tmp_path / "nowhere")
     shard = tmp_path / "out" / "part-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-20])
@@ -256,7 +256,7 @@ def test_reading_refuses_what_is_damaged_or_anothers(target, tmp_path):
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings, message):
+def test_settings_out_of_range_are_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         PseudoDataSettings(**settings)
 
@@ -270,31 +270,31 @@ def test_settings_out_of_range_are_refused(settings, message):
         (["--max-new-tokens", str(CONTEXT - 5)], "set --long-prompts to drop or cut"),
         (["--output", "mine"], "mine contains other files"),
         (["--server", "http://localhost:1", "--draft", "a"], "--draft has no effect with --server"),
-        (["--server", "http://localhost:1"], "no usable answer from http://localhost:1/v1/models"),
+        (["--server", "http://localhost:1"], "no valid answer from http://localhost:1/v1/models"),
         (["--target", "./nowhere"], "target './nowhere' "),
         (["--max-new-tokens", str(CONTEXT)], f"leaves no room for a prompt in a context of {CONTEXT}"),
         (["--draft", "nowhere"], "artifact nowhere: no such folder"),
     ],
 )
-def test_the_recipe_refuses_bad_input_before_weights_load(tmp_path, monkeypatch, capsys, flags, message):
+def test_recipe_rejects_invalid_input_before_loading_weights(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     path = save_target(tmp_path / "target")
     (tmp_path / "target" / "model.safetensors").write_bytes(b"not weights")
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("dear")
+    (tmp_path / "mine" / "thesis.tex").write_text("text")
     base = ["--target", path, "--data", str(write_prompts(tmp_path / "prompts.jsonl", 3)), "--output", "out"]
-    with pytest.raises((ValueError, SystemExit)) as refusal:
+    with pytest.raises((ValueError, SystemExit)) as error:
         recipe.main(*parse_settings(*SETTINGS, description="", argv=base + flags))
-    said = capsys.readouterr().err + str(refusal.value)
-    assert message in said
+    output = capsys.readouterr().err + str(error.value)
+    assert message in output
     assert not (tmp_path / "out").exists()
 
 
-# --- Behind a server ---------------------------------------------------------------------------------------------
+# --- Servers -----------------------------------------------------------------------------------------------------
 
 
 class OpenAIServer(ThreadingHTTPServer):
-    """Serves a real tiny model over /v1/completions, failing as often as it is told to."""
+    """Serves a tiny model over /v1/completions; the first `num_failures` requests fail."""
 
     daemon_threads = True
 
@@ -303,8 +303,8 @@ class OpenAIServer(ThreadingHTTPServer):
         self.target = target
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
-        self.num_now = self.most_at_once = self.num_failures = 0
-        self.gives_ids, self.status = True, 503
+        self.num_active = self.max_active = self.num_failures = 0
+        self.returns_ids, self.status, self.truncates = True, 503, False
         self.eos: tuple[int, ...] = ()
 
     @property
@@ -322,8 +322,8 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
-            server.num_now += 1
-            server.most_at_once = max(server.most_at_once, server.num_now)
+            server.num_active += 1
+            server.max_active = max(server.max_active, server.num_active)
             server.requests.append(request)
             fails = server.num_failures > 0
             server.num_failures -= fails
@@ -333,7 +333,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer(200, {"choices": [self.choice(request)]})
         with server.lock:
-            server.num_now -= 1
+            server.num_active -= 1
 
     def choice(self, request: dict[str, Any]) -> dict[str, Any]:
         target = self.server.target
@@ -353,14 +353,14 @@ class Handler(BaseHTTPRequestHandler):
             "text": target.tokenizer.decode(new, skip_special_tokens=True),
             "finish_reason": "stop" if new[-1] in self.server.eos else "length",
         }
-        return choice | {"token_ids": new} if self.server.gives_ids and request.get("return_token_ids") else choice
+        return choice | {"token_ids": new} if self.server.returns_ids and request.get("return_token_ids") else choice
 
     def answer(self, status: int, body: dict[str, Any]) -> None:
         payload = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
-        self.wfile.write(payload)
+        self.wfile.write(payload[:9] if self.server.truncates else payload)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -368,7 +368,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(target, monkeypatch) -> Iterator[OpenAIServer]:
-    monkeypatch.setattr(data.server, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(data.writers.server, "FIRST_WAIT_S", 0.01)
     running = OpenAIServer(target)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield running
@@ -376,38 +376,38 @@ def server(target, monkeypatch) -> Iterator[OpenAIServer]:
     running.server_close()
 
 
-def test_a_server_writes_what_our_loop_writes(target, server, tmp_path):
+def test_server_writes_the_same_text_as_the_local_loop(target, server, tmp_path):
     prompts = some_prompts(tmp_path, 11)
     write_pseudo_data(target, prompts, tmp_path / "local", SMALL)
     server.num_failures = 4
-    writer = Server(server.url + "/v1/", target.tokenizer, num_in_flight=6)
+    writer = ServerWriter(server.url + "/v1/", target.tokenizer, num_in_flight=6)
     write_pseudo_data(writer, prompts, tmp_path / "served", SMALL)
     for local, served in zip(rows_of(tmp_path / "local"), rows_of(tmp_path / "served"), strict=True):
         assert (local["key"], local["ids"], local["seed"]) == (served["key"], served["ids"], served["seed"])
         assert (served["target"], served["target_fingerprint"], served["is_retokenized"]) == ("tiny", None, False)
-    assert server.most_at_once > 1
+    assert server.max_active > 1
     assert len(server.requests) == 11 + 4
     assert {request["model"] for request in server.requests} == {"tiny"}
     assert read_pseudo_data(tmp_path / "served", target).keys == read_pseudo_data(tmp_path / "local").keys
 
 
-def test_served_samples_follow_from_the_seed_alone(target, server, tmp_path):
+def test_served_samples_depend_on_the_seed_alone(target, server, tmp_path):
     prompts = some_prompts(tmp_path, 9)
     settings = PseudoDataSettings(max_new_tokens=12, batch_size=3, shard_batches=1, temperature="1", seed=7)
-    write_pseudo_data(Server(server.url, target.tokenizer), prompts, tmp_path / "out", settings)
+    write_pseudo_data(ServerWriter(server.url, target.tokenizer), prompts, tmp_path / "out", settings)
     whole = contents(tmp_path / "out")
     (tmp_path / "out" / "part-00001.parquet").unlink()
-    num_asked = len(server.requests)
-    write_pseudo_data(Server(server.url, target.tokenizer, num_in_flight=1), prompts, tmp_path / "out", settings)
+    num_requests = len(server.requests)
+    write_pseudo_data(ServerWriter(server.url, target.tokenizer, num_in_flight=1), prompts, tmp_path / "out", settings)
     assert contents(tmp_path / "out") == whole
-    assert len(server.requests) == num_asked + 3
+    assert len(server.requests) == num_requests + 3
     assert len({request["seed"] for request in server.requests}) == 9
 
 
-def test_text_in_and_out_is_marked_as_retokenized(target, server, tmp_path):
-    server.gives_ids, server.eos = False, (EOS_ID,)
+def test_served_text_is_marked_as_retokenized(target, server, tmp_path):
+    server.returns_ids, server.eos = False, (EOS_ID,)
     prompts = some_prompts(tmp_path, 5)
-    write_pseudo_data(Server(server.url, target.tokenizer, as_text=True), prompts, tmp_path / "out", SMALL)
+    write_pseudo_data(ServerWriter(server.url, target.tokenizer, as_text=True), prompts, tmp_path / "out", SMALL)
     assert {request["prompt"] for request in server.requests} == {prompt.text for prompt in prompts}
     for row in rows_of(tmp_path / "out"):
         assert row["is_retokenized"]
@@ -416,16 +416,19 @@ def test_text_in_and_out_is_marked_as_retokenized(target, server, tmp_path):
         assert row["ended"] == (written[-1] == EOS_ID)
 
 
-def test_a_servers_refusals_are_passed_on(target, server, tmp_path):
-    writer = Server(server.url, target.tokenizer, attempts=3)
+def test_server_errors_are_reported(target, server, tmp_path):
+    writer = ServerWriter(server.url, target.tokenizer, attempts=3)
     server.num_failures, server.status = 1, 400
-    with pytest.raises(ValueError, match=r'refused the request: 400 \{"error": "out of luck"\}'):
+    with pytest.raises(ValueError, match=r'rejected the request: 400 \{"error": "out of luck"\}'):
         write_pseudo_data(writer, some_prompts(tmp_path, 1), tmp_path / "out", SMALL)
-    assert len(server.requests) == 1, "a request that can't be right is not repeated"
+    assert len(server.requests) == 1, "a rejected request is not repeated"
     server.num_failures, server.status = 3, 503
-    with pytest.raises(ValueError, match=r"no usable answer .* after 3 attempts: 503"):
+    with pytest.raises(ValueError, match=r"no valid answer .* after 3 attempts: 503"):
+        write_pseudo_data(writer, some_prompts(tmp_path, 1), tmp_path / "out", SMALL)
+    server.truncates = True
+    with pytest.raises(ValueError, match=r"no valid answer .* after 3 attempts: IncompleteRead"):
         write_pseudo_data(writer, some_prompts(tmp_path, 1), tmp_path / "out", SMALL)
     with pytest.raises(ValueError, match=r"expected an address like http"):
-        Server("localhost:8000", target.tokenizer)
-    with pytest.raises(ValueError, match=r"no usable answer from http://127.0.0.1:9/v1/models"):
-        Server("http://127.0.0.1:9", target.tokenizer)
+        ServerWriter("localhost:8000", target.tokenizer)
+    with pytest.raises(ValueError, match=r"no valid answer from http://127.0.0.1:9/v1/models"):
+        ServerWriter("http://127.0.0.1:9", target.tokenizer)

@@ -1,4 +1,4 @@
-"""Python source found on this machine: what is read, and what is kept apart from what."""
+"""Python source files of this machine: which are read, and how held-out files are separated."""
 
 from data.sources.python_source import SourceFile, docstring_pairs, source_files, split_files
 
@@ -9,7 +9,7 @@ def file(name: str, lines: list[str]) -> SourceFile:
     return SourceFile(name=name, text="\n".join(lines) + "\n")
 
 
-def test_source_files_are_the_standard_librarys_and_the_named_packages():
+def test_source_files_include_the_standard_library_and_packages():
     files = source_files(("yaml",))
     names = [file.name for file in files]
     assert "stdlib/argparse.py" in names
@@ -19,7 +19,7 @@ def test_source_files_are_the_standard_librarys_and_the_named_packages():
     assert all(file.text.isascii() and len(file.text) >= 200 for file in files)
 
 
-def test_a_files_side_depends_on_its_name_alone():
+def test_split_files_depends_on_names_alone():
     files = [file(f"stdlib/{number}.py", [f"x_{number}_{line} = {line}" for line in range(9)]) for number in range(200)]
     train, held_out = split_files(files, held_out_share=0.2, seed=3)
     assert len(train) + len(held_out) == 200
@@ -29,24 +29,24 @@ def test_a_files_side_depends_on_its_name_alone():
     assert {f.name for f in split_files(files, held_out_share=0.2, seed=4)[1]} != {f.name for f in held_out}
 
 
-def test_near_duplicates_of_held_out_files_are_not_trained_on():
+def test_split_files_drops_near_duplicates_of_held_out_files():
     names = (f"a/{number}.py" for number in range(1000))
-    secret = next(name for name in names if split_files([file(name, LINES)], held_out_share=0.02)[1])
+    held_out_name = next(name for name in names if split_files([file(name, LINES)], held_out_share=0.02)[1])
     others = [
         file("b/unrelated.py", [f"other({number})" for number in range(40)]),
         file("b/copy.py", LINES[:30] + ["changed()"] * 5),
         file("b/contains.py", [f"filler({number})" for number in range(400)] + LINES),
         file("b/shares_little.py", [f"mine({number})" for number in range(40)] + LINES[:8]),
     ]
-    assert split_files(others, held_out_share=0.02)[1] == [], "the names chosen here are not held out themselves"
-    train, held_out = split_files([file(secret, LINES), *others], held_out_share=0.02)
-    assert [f.name for f in held_out] == [secret]
+    assert split_files(others, held_out_share=0.02)[1] == [], "the other files are not held out themselves"
+    train, held_out = split_files([file(held_out_name, LINES), *others], held_out_share=0.02)
+    assert [f.name for f in held_out] == [held_out_name]
     assert [f.name for f in train] == ["b/unrelated.py", "b/shares_little.py"]
 
 
-def test_docstring_pairs_part_a_function_from_its_summary():
+def test_docstring_pairs_separate_functions_from_their_summaries():
     text = (
-        "\x0c\n"  # ast does not take a form feed for the end of a line
+        "\x0c\n"  # ast does not treat a form feed as the end of a line
         "def area(width, height):\n"
         '    """Returns the area of a rectangle.\n\n    More of it.\n    """\n'
         "    return width * height\n\n"

@@ -1,4 +1,4 @@
-"""The teacher store and its live twin: the same batches from both, on disk as promised, the same after `kill -9`."""
+"""The teacher store and the live teacher: equal batches, the format on disk, and continuation after `kill -9`."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import recipes.teacher_store as recipe
 from data.batches import Example, collate, example
 from data.examples import open_examples
 from data.pseudo_data import read_pseudo_data, write_pseudo_data
-from data.store import StoreSettings, open_store, write_store
+from data.store import TeacherStoreSettings, open_teacher_store, write_teacher_store
 from data.teacher import complete
 from data.writers import PseudoDataSettings
 from draftsmith import Target
@@ -26,8 +26,8 @@ from tests.support.text import (
 from trainers.training.settings import parse_settings
 
 LAYERS, TOP_K = (0, 2, 3), 5
-ALL = StoreSettings(layers=LAYERS, top_k=TOP_K, batch_size=4)
-SETTINGS = (recipe.RunSettings, StoreSettings)
+ALL = TeacherStoreSettings(layers=LAYERS, top_k=TOP_K, batch_size=4)
+SETTINGS = (recipe.RunSettings, TeacherStoreSettings)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def rows(target, tmp_path_factory) -> list[Example]:
     return list(read_pseudo_data(folder / "out", target))
 
 
-def write(target: Target, rows: list[Example], folder: Path, settings: StoreSettings = ALL) -> Path:
-    write_store(target, rows, folder, settings)
+def write(target: Target, rows: list[Example], folder: Path, settings: TeacherStoreSettings = ALL) -> Path:
+    write_teacher_store(target, rows, folder, settings)
     return folder
 
 
@@ -52,11 +52,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
-# --- The same from the store and live ----------------------------------------------------------------------------
+# --- Store and live teacher ---------------------------------------------------------------------------------------
 
 
-def test_store_and_live_target_give_the_same_batches(target, rows, tmp_path):
-    stored = open_store(write(target, rows, tmp_path / "store"), target)
+def test_store_and_live_teacher_give_the_same_batches(target, rows, tmp_path):
+    stored = open_teacher_store(write(target, rows, tmp_path / "store"), target)
     assert stored.keys == [row.key for row in rows]
     for begin in range(0, len(rows), 5):
         live = complete(collate(rows[begin : begin + 5]), target, LAYERS, TOP_K)
@@ -80,7 +80,7 @@ def test_store_and_live_target_give_the_same_batches(target, rows, tmp_path):
         torch.testing.assert_close(batch.log_normaliser_BT[real_BT], live.log_normaliser_BT[real_BT], rtol=0, atol=1e-5)
 
 
-def test_the_live_teacher_says_what_the_model_says(target, rows):
+def test_complete_returns_the_models_own_outputs(target, rows):
     batch = complete(collate(rows[:4]), target, (0, 3), TOP_K)
     for row, length in enumerate(batch.lengths_B.tolist()):
         with torch.no_grad():
@@ -99,27 +99,27 @@ def test_the_live_teacher_says_what_the_model_says(target, rows):
         torch.testing.assert_close(tail[row, :length], expected, rtol=0, atol=1e-5)
 
 
-def test_the_target_runs_only_for_what_a_store_lacks(target, rows, tmp_path, monkeypatch):
-    stored = open_store(write(target, rows, tmp_path / "store"), target)
+def test_complete_runs_the_target_only_for_missing_outputs(target, rows, tmp_path, monkeypatch):
+    stored = open_teacher_store(write(target, rows, tmp_path / "store"), target)
     batch = collate([stored[0], stored[1]])
-    asked = []
+    layers_read = []
     read = Target.read
     monkeypatch.setattr(
-        Target, "read", lambda self, ids, layers, *more: asked.append(layers) or read(self, ids, layers, *more)
+        Target, "read", lambda self, ids, layers, *more: layers_read.append(layers) or read(self, ids, layers, *more)
     )
     fewer = complete(batch, target, (2,), 3)
-    assert asked == []
+    assert layers_read == []
     assert (set(fewer.hidden), fewer.top_ids_BTK.shape[-1]) == ({2}, 3)
     assert torch.equal(fewer.top_ids_BTK, batch.top_ids_BTK[..., :3])
     assert complete(batch, target).top_ids_BTK is None
     more = complete(batch, target, (1, 2), 9)
-    assert asked == [(1, 3)]
+    assert layers_read == [(1, 3)]
     assert (set(more.hidden), more.top_ids_BTK.shape[-1]) == ({1, 2}, 9)
 
 
-def test_no_features_need_no_target_and_little_room(target, rows, tmp_path, monkeypatch):
+def test_store_without_outputs_does_not_run_the_target(target, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(Target, "read", lambda *_, **__: pytest.fail("the target was run"))
-    stored = open_store(write(target, rows, tmp_path / "store", StoreSettings()), target)
+    stored = open_teacher_store(write(target, rows, tmp_path / "store", TeacherStoreSettings()), target)
     for row, again in zip(rows, stored, strict=True):
         assert torch.equal(row.tokens_T, again.tokens_T)
         assert torch.equal(row.loss_mask_T, again.loss_mask_T)
@@ -129,7 +129,7 @@ def test_no_features_need_no_target_and_little_room(target, rows, tmp_path, monk
 # --- On disk -----------------------------------------------------------------------------------------------------
 
 
-def test_shards_are_plain_safetensors(target, rows, tmp_path):
+def test_shards_are_safetensors_with_documented_tensors(target, rows, tmp_path):
     folder = write(target, rows, tmp_path / "store")
     num_tokens = sum(len(row.tokens_T) for row in rows)
     shard = load_file(folder / "shard-00000.safetensors")
@@ -145,123 +145,123 @@ def test_shards_are_plain_safetensors(target, rows, tmp_path):
     }
 
 
-def test_the_size_is_told_before_and_is_right(target, rows, tmp_path, capsys, monkeypatch):
-    told = []
+def test_write_prints_the_size_first(target, rows, tmp_path, capsys, monkeypatch):
+    printed = []
     read = Target.read
-    monkeypatch.setattr(Target, "read", lambda *a, **k: told.append(capsys.readouterr().out) or read(*a, **k))
+    monkeypatch.setattr(Target, "read", lambda *a, **k: printed.append(capsys.readouterr().out) or read(*a, **k))
     folder = write(target, rows, tmp_path / "store")
-    assert "hidden layers 0 2 3 of width 32 in bf16, top 5 logits" in told[0]
-    promised = float(told[0].split(": ")[-1].split(" GB")[0]) * 1e9
+    assert "hidden layers 0 2 3 of width 32 in bf16, top 5 logits" in printed[0]
+    announced = float(printed[0].split(": ")[-1].split(" GB")[0]) * 1e9
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert size == pytest.approx(promised, rel=0.02)
+    assert size == pytest.approx(announced, rel=0.02)
 
 
-def test_over_the_limit_nothing_is_written(target, rows, tmp_path):
-    with pytest.raises(ValueError, match=r"would take [\d.e-]+ GB, over the limit of 1e-05 GB; keep fewer layers"):
-        write(target, rows, tmp_path / "store", StoreSettings(layers=LAYERS, limit_gb=1e-5))
+def test_write_rejects_a_store_over_the_limit(target, rows, tmp_path):
+    with pytest.raises(ValueError, match=r"would take [\d.e-]+ GB, over the limit of 1e-05 GB; store fewer layers"):
+        write(target, rows, tmp_path / "store", TeacherStoreSettings(layers=LAYERS, limit_gb=1e-5))
     assert not (tmp_path / "store").exists()
 
 
-def test_small_shards_hold_the_same(target, rows, tmp_path, monkeypatch):
-    whole = open_store(write(target, rows, tmp_path / "whole"), target)
+def test_small_shards_have_the_same_rows(target, rows, tmp_path, monkeypatch):
+    whole = open_teacher_store(write(target, rows, tmp_path / "whole"), target)
     monkeypatch.setattr("data.store.MEGABYTE", 20_000)
-    parted = open_store(
-        write(target, rows, tmp_path / "parted", StoreSettings(layers=LAYERS, top_k=5, shard_mb=1)), target
+    sharded = open_teacher_store(
+        write(target, rows, tmp_path / "sharded", TeacherStoreSettings(layers=LAYERS, top_k=5, shard_mb=1)), target
     )
-    assert len(contents(tmp_path / "parted")) > 3
-    assert parted.fingerprint != whole.fingerprint
-    for one, other in zip(whole, parted, strict=True):
+    assert len(contents(tmp_path / "sharded")) > 3
+    assert sharded.fingerprint != whole.fingerprint
+    for one, other in zip(whole, sharded, strict=True):
         assert (one.key, one.tokens_T.tolist()) == (other.key, other.tokens_T.tolist())
         torch.testing.assert_close(one.hidden[3], other.hidden[3], rtol=1 / 120, atol=1e-4)
 
 
-# --- Broken off and continued ------------------------------------------------------------------------------------
+# --- Continuation after an interruption ---------------------------------------------------------------------------
 
 
-def test_a_missing_shard_is_written_again_just_as_it_was(target, rows, tmp_path, monkeypatch):
+def test_write_restores_a_missing_shard_exactly(target, rows, tmp_path, monkeypatch):
     monkeypatch.setattr("data.store.MEGABYTE", 40_000)
-    settings = StoreSettings(layers=LAYERS, top_k=TOP_K, shard_mb=1)
+    settings = TeacherStoreSettings(layers=LAYERS, top_k=TOP_K, shard_mb=1)
     folder = write(target, rows, tmp_path / "store", settings)
     before = contents(folder)
     (folder / "shard-00001.safetensors").unlink()
     (folder / ".shard-00001.safetensors.part-1").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"is unfinished: 1 of .* run the same recipes/teacher_store.py command again"):
-        open_store(folder, target)
+        open_teacher_store(folder, target)
     write(target, rows, folder, settings)
     assert contents(folder) == before
     assert sorted(path.name for path in folder.iterdir()) == [*before, "teacher_store.json"]
 
 
-def test_killed_with_signal_9_and_continued_it_is_as_if_unbroken(tmp_path, capsys):
+def test_run_continued_after_sigkill_equals_an_uninterrupted_one(tmp_path, capsys):
     path = save_target(tmp_path / "target")
     target = Target.from_pretrained(path)
     settings = PseudoDataSettings(max_new_tokens=1, batch_size=64)
     write_pseudo_data(target, some_prompts(tmp_path, 250), tmp_path / "data", settings)
     flags = ["--target", path, "--data", str(tmp_path / "data"), "--layers", "1", "2", "3", "--top-k", "300"]
     flags += ["--shard-mb", "1", "--batch-size", "1", "--output"]
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
-    kill_midway("teacher_store", [*flags, str(broken)], lambda: (broken / "shard-00001.safetensors").exists())
+    interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
+    kill_midway("teacher_store", [*flags, str(interrupted)], lambda: (interrupted / "shard-00001.safetensors").exists())
     capsys.readouterr()
-    recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, str(broken)]))
-    assert "shards are there already" in capsys.readouterr().out
+    recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, str(interrupted)]))
+    assert "shards exist already" in capsys.readouterr().out
     recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, str(whole)]))
     assert len(contents(whole)) > 5
-    assert contents(broken) == contents(whole)
-    assert len(open_store(broken, target)) == len(read_pseudo_data(tmp_path / "data"))
+    assert contents(interrupted) == contents(whole)
+    assert len(open_teacher_store(interrupted, target)) == len(read_pseudo_data(tmp_path / "data"))
 
 
-# --- Refusals ----------------------------------------------------------------------------------------------------
+# --- Errors ------------------------------------------------------------------------------------------------------
 
 
-def test_a_store_is_refused_where_it_does_not_belong(target, rows, tmp_path):
+def test_store_of_another_target_or_settings_is_rejected(target, rows, tmp_path):
     folder = write(target, rows, tmp_path / "store")
     with pytest.raises(ValueError, match=r"store was made by another target"):
-        open_store(folder, text_target(seed=1))
+        open_teacher_store(folder, text_target(seed=1))
     with pytest.raises(ValueError, match=r"store was made with another tokenizer"):
-        open_store(folder, Target(target.model, trained_tokenizer(vocab_size=300)))
+        open_teacher_store(folder, Target(target.model, trained_tokenizer(vocab_size=300)))
     before = contents(folder)
     with pytest.raises(ValueError, match=r"other settings \(layers was \[0, 2, 3\], is \[1\]; top_k was 5, is 0\)"):
-        write(target, rows, folder, StoreSettings(layers=(1,), batch_size=4))
+        write(target, rows, folder, TeacherStoreSettings(layers=(1,), batch_size=4))
     with pytest.raises(ValueError, match=r"other settings.*data was"):
         write(target, rows[:-1], folder)
     assert contents(folder) == before
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("dear")
+    (tmp_path / "mine" / "thesis.tex").write_text("text")
     with pytest.raises(ValueError, match=r"mine contains other files"):
         write(target, rows, tmp_path / "mine")
 
 
 @pytest.mark.parametrize("num_bytes", [4, 100, -1])
-def test_a_truncated_shard_is_named(target, rows, tmp_path, num_bytes):
+def test_open_names_a_truncated_shard(target, rows, tmp_path, num_bytes):
     folder = write(target, rows, tmp_path / "store")
     shard = folder / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:num_bytes])
     with pytest.raises(
         ValueError, match=r"shard-00000.safetensors is damaged \(.*\); delete it and run the command again"
     ):
-        open_store(folder, target)
+        open_teacher_store(folder, target)
     (folder / "teacher_store.json").write_text("{")
     with pytest.raises(ValueError, match=r"teacher_store.json is damaged: not valid JSON"):
-        open_store(folder, target)
+        open_teacher_store(folder, target)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": (4,)}, "hidden layer 4 was asked for; .* has layers 0 to 3"),
-        ({"layers": (-1,)}, "hidden layer -1 was asked for"),
-        ({"layers": (1, 1)}, "one is named twice"),
+        ({"layers": (4,)}, "hidden layer 4 does not exist; .* has layers 0 to 3"),
+        ({"layers": (-1,)}, "hidden layer -1 does not exist"),
+        ({"layers": (1, 1)}, "a layer is repeated"),
         ({"top_k": VOCAB_SIZE + 1}, f"it must be 0 to {VOCAB_SIZE}"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(target, rows, tmp_path, settings, message):
+def test_write_rejects_settings_that_do_not_fit_the_target(target, rows, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        write(target, rows, tmp_path / "store", StoreSettings(**settings))
+        write(target, rows, tmp_path / "store", TeacherStoreSettings(**settings))
     assert not (tmp_path / "store").exists()
 
 
-def test_rows_that_do_not_fit_are_refused(target, rows, tmp_path):
+def test_write_rejects_rows_that_do_not_fit_the_target(target, rows, tmp_path):
     for row, message in {
         example([5, 6, 7], [True, False, False], "k1"): "the loss mask of row k1 is all zero",
         example([5, VOCAB_SIZE], None, "k2"): f"token id {VOCAB_SIZE} is outside",
@@ -270,18 +270,18 @@ def test_rows_that_do_not_fit_are_refused(target, rows, tmp_path):
         ): f"{CONTEXT + 1} tokens is longer than the target's context of {CONTEXT}",
     }.items():
         with pytest.raises(ValueError, match=message):
-            write(target, [*rows, row], tmp_path / "store", StoreSettings())
+            write(target, [*rows, row], tmp_path / "store", TeacherStoreSettings())
     with pytest.raises(ValueError, match=r"there are no rows"):
         write(target, [], tmp_path / "store")
 
 
-# --- Any of them as data to train on -----------------------------------------------------------------------------
+# --- Examples for training ---------------------------------------------------------------------------------------
 
 
-def test_open_examples_takes_whatever_there_is(target, rows, tmp_path, capsys):
+def test_open_examples_reads_stores_and_texts(target, rows, tmp_path, capsys):
     write(target, rows, tmp_path / "store")
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("some words to learn from " * 100)
+    (tmp_path / "text" / "a.txt").write_text("some words to train on  " * 100)
     stored = open_examples(str(tmp_path / "store"), target)
     assert stored.keys == [row.key for row in rows]
     assert "the loss mask covers 130 of" in capsys.readouterr().out
@@ -290,5 +290,7 @@ def test_open_examples_takes_whatever_there_is(target, rows, tmp_path, capsys):
     assert texts[0].loss_mask_T.all()
     assert "(100.0%)" in capsys.readouterr().out
     assert stored.fingerprint != texts.fingerprint
-    with pytest.raises(ValueError, match=r"no such file or folder: 'runs/nothing'; recipes/pseudo_data.py makes"):
+    with pytest.raises(
+        ValueError, match=r"no such file or folder: 'runs/nothing'; make training data with recipes/pseudo_data.py"
+    ):
         open_examples("runs/nothing", target)
