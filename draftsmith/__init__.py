@@ -1,4 +1,4 @@
-"""draftsmith's thin inference module: one target, one loop, one artifact format, any drafter, the target's own law."""
+"""draftsmith's inference module: lossless speculative decoding of one target with any family of drafter."""
 
 from draftsmith.artifacts.artifact import load, save
 from draftsmith.core.target import Target

@@ -1,4 +1,4 @@
-"""The command `draftsmith`: generate text with a drafter; inspect, export, describe or publish an artifact."""
+"""The command line `draftsmith`: generates text with a drafter; inspects, exports, describes or uploads an artifact."""
 
 import argparse
 import difflib
@@ -15,7 +15,7 @@ GREEN_UNDERLINED, PLAIN = "\033[4;32m", "\033[0m"
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that names the nearest flag when it meets one that it does not know."""
+    """A parser whose error for an unknown flag names the nearest one."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; a user's mistake ends in one sentence on stderr and exit status 2."""
+    """Runs the command line; a user error prints one sentence on stderr and exits with status 2."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -49,48 +49,62 @@ def _fail(message: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="draftsmith", description="Speculative decoding with drafters made by draftsmith.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,inspect,export,card,push}")
-    generate = commands.add_parser("generate", help="continue a prompt, streaming", allow_abbrev=False)
+    generate = commands.add_parser("generate", help="continue a prompt and stream the text", allow_abbrev=False)
     generate.add_argument("prompt", help="the text to continue; - reads standard input")
     generate.add_argument("--target", help="a transformers folder or hub name (default: the pocket target)")
-    generate.add_argument("--draft", metavar="ARTIFACT", help="a drafter's folder; without it decoding is plain")
-    generate.add_argument("--show-drafts", action="store_true", help="mark the tokens that the drafter got right")
+    generate.add_argument("--draft", metavar="ARTIFACT", help="a drafter's folder (default: plain decoding)")
+    generate.add_argument("--show-drafts", action="store_true", help="mark the accepted draft tokens")
     generate.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="at most this many (default 128)"
+        "--max-new-tokens", type=int, default=128, metavar="N", help="most tokens generated (default 128)"
     )
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep this mass of likeliest tokens")
-    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="keep this many tokens; 0 keeps all")
-    generate.add_argument("--seed", type=int, help="the same seed gives the same text")
-    generate.add_argument("--verifier", default="auto", help="how drafts are judged (default: the best lossless way)")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 decodes greedily (default 0)")
     generate.add_argument(
-        "--length", default="auto", help="how much is drafted, as fixed=4 (default: the drafter's own)"
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="keep the most likely tokens up to this probability (default 1)",
+    )
+    generate.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="keep this many of the most likely tokens; 0 keeps all (default 0)",
+    )
+    generate.add_argument("--seed", type=int, help="the same seed gives the same text")
+    generate.add_argument(
+        "--verifier", default="auto", help="how drafts are verified (default: the best lossless verifier)"
+    )
+    generate.add_argument(
+        "--length", default="auto", help="draft-length policy, such as fixed=4 (default: the drafter's own)"
     )
     generate.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
-    generate.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    generate.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if available)")
     generate.set_defaults(run=_generate)
-    inspect = commands.add_parser("inspect", help="show what an artifact is and how it measured", allow_abbrev=False)
+    inspect = commands.add_parser("inspect", help="show an artifact's manifest and sizes", allow_abbrev=False)
     inspect.add_argument("artifact", help="a drafter's folder, or owner/name on the hub")
     inspect.set_defaults(run=_inspect)
-    export = commands.add_parser("export", help="write an artifact as a server loads it", allow_abbrev=False)
+    export = commands.add_parser("export", help="write an artifact in a server's format", allow_abbrev=False)
     export.add_argument("artifact", help="a drafter's folder")
     export.add_argument("--to", required=True, metavar="ENGINE", help="transformers, vllm, sglang or speculators")
-    export.add_argument("--target", help="a transformers folder or hub name (default: what the artifact was made for)")
+    export.add_argument("--target", help="a transformers folder or hub name (default: the artifact's target)")
     export.add_argument("output", metavar="OUT", help="the folder to write")
     export.set_defaults(run=_export)
-    card = commands.add_parser("card", help="write an artifact's README.md anew", allow_abbrev=False)
+    card = commands.add_parser("card", help="rewrite an artifact's model card, README.md", allow_abbrev=False)
     card.add_argument("artifact", help="a drafter's folder")
-    card.add_argument("--results", metavar="BAKEOFF_JSON", help="a comparison whose figures the card is to show")
+    card.add_argument("--results", metavar="BAKEOFF_JSON", help="a comparison whose results the card shows")
     card.set_defaults(run=_card)
     push = commands.add_parser("push", help="upload an artifact to the Hugging Face hub", allow_abbrev=False)
     push.add_argument("artifact", help="a drafter's folder")
-    push.add_argument("repo_id", metavar="OWNER/NAME", help="the repository, made if it is not there")
-    push.add_argument("--private", action="store_true", help="make it a private one")
+    push.add_argument("repo_id", metavar="OWNER/NAME", help="the repository, created if missing")
+    push.add_argument("--private", action="store_true", help="create it as private")
     push.set_defaults(run=_push)
     return parser
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    # Imported late, so that --help and mistakes in flags answer at once.
+    # Imported here, so that --help and errors in flags are printed without delay.
     from transformers.utils.logging import disable_progress_bar
 
     from draftsmith import Target, load, verify
@@ -108,22 +122,24 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.length != "auto":
         policies.make(arguments.length)
     if arguments.target is None and not CHECKOUT_TARGET.is_dir():
-        raise ValueError("name a target with --target: a transformers folder or hub name")
+        raise ValueError("no target: name one with --target, a transformers folder or hub name")
     path = arguments.target or str(CHECKOUT_TARGET)
-    facts = read_target_info(path)
-    if facts.tokenizer is None:
+    info = read_target_info(path)
+    if info.tokenizer is None:
         raise ValueError(f"target {path} has no tokenizer; save one in its folder")
     if arguments.draft is not None:
-        check_fits(arguments.draft, read_manifest(arguments.draft), facts)
+        check_fits(arguments.draft, read_manifest(arguments.draft), info)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    prompt_ids = facts.tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].long()
+    prompt_ids = info.tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].long()
     if prompt_ids.shape[1] == 0:
-        raise ValueError("the prompt is empty; give some text to continue")
-    check_lengths(facts, prompt_ids.tolist(), arguments.max_new_tokens)
+        raise ValueError("the prompt is empty; pass a text to continue")
+    check_lengths(info, prompt_ids.tolist(), arguments.max_new_tokens)
     target = Target.from_pretrained(path, dtype=arguments.dtype, device=arguments.device)
     drafter = load(arguments.draft, target) if arguments.draft is not None else None
     if drafter is not None and drafter.target is not target:
-        print("draftsmith: this drafter has tuned its target, whose text may differ from the target's", file=sys.stderr)
+        print(
+            "draftsmith: this drafter fine-tunes its target, whose text may differ from the original", file=sys.stderr
+        )
         target = drafter.target
     printer = _Printer(target.tokenizer, marks=arguments.show_drafts and drafter is not None)
     began = time.perf_counter()
@@ -144,13 +160,13 @@ def _generate(arguments: argparse.Namespace) -> None:
     stats = out.stats
     print(
         f"{stats.new_tokens} tokens in {seconds:.2f} s ({stats.new_tokens / seconds:.0f}/s),"
-        f" {stats.tau:.2f} tokens a target forward; draft {stats.draft_ms:.0f} ms, verify {stats.verify_ms:.0f} ms",
+        f" mean accepted length (tau) {stats.tau:.2f}; draft {stats.draft_ms:.0f} ms, verify {stats.verify_ms:.0f} ms",
         file=sys.stderr,
     )
 
 
 class _Printer:
-    """Streams text as tokens come; with `marks` the drafter's accepted tokens are underlined or bracketed."""
+    """Streams text; with `marks` accepted draft tokens are underlined, or bracketed without colours."""
 
     def __init__(self, tokenizer: Any, *, marks: bool, write: Callable[[str], Any] | None = None) -> None:
         self._tokenizer, self._marks, self._write = tokenizer, marks, write or sys.stdout.write
@@ -161,7 +177,7 @@ class _Printer:
         self._is_prompt = True
 
     def put(self, tokens: Any) -> None:
-        """Prints one step's tokens: the last one is the target's own, those before it were drafted."""
+        """Prints one step's tokens: accepted draft tokens, then the target's own."""
         ids = tokens.tolist()
         drafted, own = (ids[:-1], ids[-1:]) if self._marks and not self._is_prompt else ([], ids)
         self._print(drafted, self._open, self._close)
@@ -176,11 +192,11 @@ class _Printer:
     def _print(self, ids: list[int], before: str, after: str) -> None:
         self._ids += ids
         text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        # A character whose bytes have not all come decodes to a replacement mark; it is held back.
-        fresh = text[self._num_printed :].rstrip("\ufffd")
-        if fresh:
-            self._write(f"{before}{fresh}{after}")
-            self._num_printed += len(fresh)
+        # An incomplete character decodes to a replacement character, which is held back.
+        new = text[self._num_printed :].rstrip("\ufffd")
+        if new:
+            self._write(f"{before}{new}{after}")
+            self._num_printed += len(new)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -189,8 +205,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     folder = local_folder(arguments.artifact)
     manifest = read_manifest(folder)
-    tuned = ", which it tunes" if manifest.get("tunes_target") else ""
-    print(f"{folder}: a drafter of family {manifest['family']} for target {manifest['target']['name']}{tuned}")
+    note = ", which it fine-tunes" if manifest.get("tunes_target") else ""
+    print(f"{folder}: a drafter of family {manifest['family']} for target {manifest['target']['name']}{note}")
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"  {file.stat().st_size / 1e6:8.2f} MB  {file.relative_to(folder)}")
     if (folder / "model.safetensors").is_file():
@@ -213,7 +229,7 @@ def _card(arguments: argparse.Namespace) -> None:
         name, parent = folder.resolve().name, folder.resolve().parent.name
         measured = measured_section(read_rows(Path(arguments.results)), (name, f"{parent}/{name}"), manifest["family"])
     kept = rewrite(folder, manifest, measured)
-    print(f"Written: {folder / CARD}" + (f"; the one before, written by hand, is now {kept}" if kept else ""))
+    print(f"Written: {folder / CARD}" + (f"; the edited card is kept as {kept}" if kept else ""))
 
 
 def _push(arguments: argparse.Namespace) -> None:
@@ -224,7 +240,7 @@ def _push(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.artifact)
     manifest = read_manifest(folder)
     if "files" not in manifest:
-        raise ValueError(f"the manifest of {folder} does not say which files are its own; save it anew to push it")
+        raise ValueError(f"the manifest of {folder} does not list the artifact's files; save it again to push it")
     hub.check_may_push(folder)
     files: dict[str, str | Path] = {str(file.relative_to(folder)): file for file in own_files(folder)}
     files[CARD] = for_hub(folder, manifest, arguments.repo_id)

@@ -1,4 +1,4 @@
-"""Inside transformers: `model.generate(..., custom_generate=draftsmith.custom_generate, drafter=drafter)`."""
+"""Use inside transformers: `model.generate(..., custom_generate=draftsmith.custom_generate, drafter=drafter)`."""
 
 from typing import Any
 
@@ -29,27 +29,32 @@ def custom_generate(
     inputs_tensor: Tensor | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
-    """Returns the sequences that transformers' own decoding of `input_ids` would, drafted by `drafter`.
+    """Returns the sequences of `model.generate`, decoded speculatively with `drafter`; transformers calls it.
 
     Raises ValueError for logits processors and stopping criteria other than temperature, top-k, top-p, length and
-    end-of-sequence, for beams, and for a drafter of another model.
+    end-of-sequence, for beam search, and for a drafter of another model.
     """
     target = drafter.target if drafter is not None else Target(model)
     if target.model is not model:
         raise ValueError(
             "the drafter was loaded for another model object; load it with Target(model) of this one, or call"
-            " drafter.target.model.generate if it has tuned its target"
+            " drafter.target.model.generate if it fine-tunes its target"
         )
     if (generation_config.num_beams or 1) > 1:
-        raise ValueError("draftsmith decodes greedily or by sampling; num_beams must be 1")
+        raise ValueError(
+            f"num_beams is {generation_config.num_beams}; draftsmith decodes greedily or by sampling, so it must be 1"
+        )
     if generation_config.return_dict_in_generate:
         raise ValueError(
-            "draftsmith returns sequences only; leave out return_dict_in_generate, or call draftsmith.generate"
+            "return_dict_in_generate is not supported: only sequences are returned; leave it out, or call"
+            " draftsmith.generate"
         )
     settings = _sampling_settings(logits_processor or [], is_sampling=bool(generation_config.do_sample))
     odd = [type(criterion).__name__ for criterion in stopping_criteria or [] if not isinstance(criterion, CRITERIA)]
     if odd:
-        raise ValueError(f"stopping criterion {odd[0]} is not supported; draftsmith stops at a length or end token")
+        raise ValueError(
+            f"stopping criterion {odd[0]} is not supported; draftsmith stops at a length or an end-of-sequence token"
+        )
     eos = generation_config.eos_token_id
     out = generate(
         target,
@@ -65,7 +70,7 @@ def custom_generate(
     )
     if target.is_encoder_decoder:
         return out.sequences
-    # transformers keeps the prompts as they were given, padding included.
+    # transformers returns prompts as given, padding included.
     num_prompt = _prompt_lengths(input_ids, model_kwargs.get("attention_mask"))
     longest = max(int(end) - prompt for end, prompt in zip(out.lengths, num_prompt, strict=True))
     pad = generation_config.pad_token_id
@@ -82,12 +87,14 @@ def _prompt_lengths(input_ids: Tensor, attention_mask: Tensor | None) -> list[in
     return attention_mask.sum(1).tolist()
 
 
-def _sampling_settings(given: Any, *, is_sampling: bool) -> dict[str, Any]:
+def _sampling_settings(logits_processor: Any, *, is_sampling: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {"temperature": 1.0 if is_sampling else 0.0}
-    for processor in given:
+    for processor in logits_processor:
         if not isinstance(processor, WARPERS):
             name = type(processor).__name__
-            raise ValueError(f"logits processor {name} is not supported; draftsmith keeps temperature, top-k and top-p")
+            raise ValueError(
+                f"logits processor {name} is not supported; draftsmith supports temperature, top-k and top-p"
+            )
         if isinstance(processor, processors.TemperatureLogitsWarper):
             settings["temperature"] = processor.temperature
         elif isinstance(processor, processors.TopKLogitsWarper):

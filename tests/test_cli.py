@@ -1,4 +1,4 @@
-"""The command line: what it prints, and how it refuses."""
+"""The command line: its output and its errors."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return path, str(root / "draft")
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
         main(list(arguments))
     assert stop.value.code == 2
@@ -31,7 +31,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return message
 
 
-def test_generate_streams_what_generate_returns(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_prints_the_text_of_generate(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     path, draft = folders
     prompt = "def read(path): return path\ndef read(path):"
     texts = []
@@ -39,15 +39,15 @@ def test_generate_streams_what_generate_returns(folders: tuple[str, str], capsys
         main(["generate", "--target", path, *more, "--max-new-tokens", "24", prompt])
         printed = capsys.readouterr()
         texts.append(printed.out)
-        assert "tokens a target forward" in printed.err
+        assert "mean accepted length (tau)" in printed.err
     target = draftsmith.Target.from_pretrained(path)
     ids = target.tokenizer(prompt, return_tensors="pt")["input_ids"]
     expected = target.tokenizer.decode(draftsmith.generate(target, ids, max_new_tokens=24).sequences[0])
-    # Bytes of an unfinished character at the end are held back.
+    # Bytes of an incomplete character at the end are held back.
     assert texts[0] == texts[1] == expected.rstrip("\ufffd") + "\n"
 
 
-def test_a_drafter_that_has_tuned_its_target_writes_that_ones_text(
+def test_generate_with_a_fine_tuned_target_prints_its_text(
     folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = draftsmith.Target.from_pretrained(folders[0])
@@ -60,12 +60,12 @@ def test_a_drafter_that_has_tuned_its_target_writes_that_ones_text(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
     )
     assert printed.out == target.tokenizer.decode(expected[0], skip_special_tokens=True).rstrip("\ufffd") + "\n"
-    assert "has tuned its target" in printed.err
+    assert "fine-tunes its target" in printed.err
     main(["inspect", str(tmp_path / "draft")])
-    assert ", which it tunes\n" in capsys.readouterr().out
+    assert ", which it fine-tunes\n" in capsys.readouterr().out
 
 
-def test_show_drafts_marks_what_was_accepted() -> None:
+def test_show_drafts_marks_accepted_tokens() -> None:
     target = text_target()
     printed: list[str] = []
     printer = _Printer(target.tokenizer, marks=True, write=printed.append)
@@ -81,7 +81,7 @@ def test_show_drafts_marks_what_was_accepted() -> None:
     )
 
 
-def test_characters_are_held_back_until_all_their_bytes_have_come() -> None:
+def test_incomplete_characters_are_held_back() -> None:
     target = text_target()
     printed: list[str] = []
     printer = _Printer(target.tokenizer, marks=False, write=printed.append)
@@ -91,7 +91,7 @@ def test_characters_are_held_back_until_all_their_bytes_have_come() -> None:
     assert "".join(printed) == "a é b"
 
 
-def test_inspect_shows_the_manifest(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_the_manifest(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     main(["inspect", folders[1]])
     printed = capsys.readouterr().out
     assert "family lookup" in printed and '"num_draft": 10' in printed and "draft_config.json" in printed
@@ -111,7 +111,7 @@ def test_inspect_shows_the_manifest(folders: tuple[str, str], capsys: pytest.Cap
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
     ],
 )
-def test_mistakes_are_refused_in_one_sentence_before_weights_load(
+def test_errors_are_one_sentence_before_weights_load(
     folders: tuple[str, str],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -119,16 +119,16 @@ def test_mistakes_are_refused_in_one_sentence_before_weights_load(
     expected: str,
 ) -> None:
     monkeypatch.setattr(draftsmith.Target, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
-    assert expected in refusal(capsys, "generate", "--target", folders[0], *arguments, "some text")
+    assert expected in error_of(capsys, "generate", "--target", folders[0], *arguments, "some text")
 
 
-def test_an_empty_prompt_and_another_targets_artifact_are_refused(
+def test_empty_prompts_and_artifacts_of_other_targets_are_rejected(
     folders: tuple[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path, draft = folders
-    assert "the prompt is empty" in refusal(capsys, "generate", "--target", path, "")
+    assert "the prompt is empty" in error_of(capsys, "generate", "--target", path, "")
     other = text_target(seed=1)
     other.model.save_pretrained(tmp_path)
     other.tokenizer.save_pretrained(tmp_path)
-    assert "was made for target" in refusal(capsys, "generate", "--target", str(tmp_path), "--draft", draft, "x = 1")
-    assert "is not a draftsmith artifact" in refusal(capsys, "inspect", path)
+    assert "was made for target" in error_of(capsys, "generate", "--target", str(tmp_path), "--draft", draft, "x = 1")
+    assert "is not a draftsmith artifact" in error_of(capsys, "inspect", path)

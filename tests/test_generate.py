@@ -1,4 +1,4 @@
-"""The loop: greedy identity for each drafter and architecture, ends, limits, streaming, seeds, statistics, errors."""
+"""`generate`: greedy identity per drafter and architecture, end tokens, limits, streaming, seeds, statistics."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ from tests.support.models import (
 
 @pytest.mark.parametrize("architecture", CAUSAL)
 @pytest.mark.parametrize("drafter", ["none", "copy", "scripted"])
-def test_greedy_is_transformers_own(architecture: str, drafter: str) -> None:
+def test_greedy_output_equals_transformers(architecture: str, drafter: str) -> None:
     target = tiny_target(architecture)
     for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
         expected = greedy_by_transformers(architecture, num_rows, NUM_NEW)
@@ -48,7 +48,7 @@ def test_greedy_is_transformers_own(architecture: str, drafter: str) -> None:
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
 @pytest.mark.parametrize("drafter", ["none", "lookup", "scripted"])
-def test_greedy_is_transformers_own_for_encoder_decoders(architecture: str, drafter: str) -> None:
+def test_greedy_output_equals_transformers_for_encoder_decoders(architecture: str, drafter: str) -> None:
     target = tiny_target(architecture)
     for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
         expected = greedy_by_transformers(architecture, num_rows, NUM_NEW)
@@ -63,12 +63,12 @@ def test_greedy_is_transformers_own_for_encoder_decoders(architecture: str, draf
 
 
 @pytest.mark.parametrize(("wrong_every", "accepted"), [(0, 4), (1, 0), (2, 1), (3, 2)])
-def test_drafts_that_always_sometimes_never_match(wrong_every: int, accepted: int) -> None:
-    """One row whose text is known: every count follows from which tokens the draft has wrong."""
+def test_statistics_of_drafts_with_known_errors(wrong_every: int, accepted: int) -> None:
+    """One row whose text is known: every count follows from which drafted tokens are wrong."""
     target, (expected,) = tiny_target("llama"), greedy_by_transformers("llama", 1, 61 - 9)
     prompt = torch.tensor(prompts(1))
     if wrong_every:
-        # From a text of 6n tokens on a draft's first wrong token is always equally far away.
+        # After a prompt of 6 tokens each draft's first wrong token is at the same depth.
         prompt = prompt[:, :6]
         expected = texts(draftsmith.generate(target, prompt, max_new_tokens=40))[0]
     drafter = Scripted(target, [expected], trees=False, wrong_every=wrong_every)
@@ -77,13 +77,13 @@ def test_drafts_that_always_sometimes_never_match(wrong_every: int, accepted: in
     assert texts(out)[0] == expected[: prompt.shape[1] + num_new]
     assert out.stats.steps == 5
     assert out.stats.tau == accepted + 1
-    # Four tokens deep, and never deeper than the tokens still to come, the target's own one not counted.
+    # At most four tokens deep, and at most the number of remaining tokens without the target's own.
     reached = [min(4, (accepted + 1) * left - 1) for left in (5, 4, 3, 2, 1)]
     assert out.stats.drafted == [sum(deepest >= depth for deepest in reached) for depth in range(1, 5)]
     assert out.stats.accepted_per_depth == [float(depth <= accepted) for depth in range(1, 5)]
 
 
-def test_statistics_add_up() -> None:
+def test_statistics_are_consistent() -> None:
     target = tiny_target("llama")
     for name in ("none", "medusa", "copy", "lookup"):
         stats = (out := generate_rows(target, 5, tiny_drafter(name, "llama") if name != "none" else None)).stats
@@ -93,21 +93,21 @@ def test_statistics_add_up() -> None:
         assert stats.tau == stats.new_tokens / stats.steps
         assert len(stats.accepted_per_depth) == len(stats.drafted) == len(stats.accepted)
         assert all(0 <= share <= 1 for share in stats.accepted_per_depth)
-        assert sorted(stats.accepted, reverse=True) == stats.accepted, "a path that is deep is also shallow"
-        # Every step commits one token of the target's own beside those accepted; the last may be cut to the limit.
+        assert sorted(stats.accepted, reverse=True) == stats.accepted, "counts must not increase with depth"
+        # Every step commits one token of the target besides the accepted ones; the last may be cut to the limit.
         assert stats.new_tokens <= stats.steps + sum(stats.accepted)
         if name == "none":
             assert (stats.steps, stats.tau, stats.drafted) == (5 * NUM_NEW, 1.0, [])
-        for spent in (stats.prefill_ms, stats.draft_ms, stats.verify_ms, stats.commit_ms):
-            assert spent > 0
-    assert stats.verify_ms > stats.commit_ms, "the target's forward is in it"
+        for milliseconds in (stats.prefill_ms, stats.draft_ms, stats.verify_ms, stats.commit_ms):
+            assert milliseconds > 0
+    assert stats.verify_ms > stats.commit_ms, "it includes the target's forward"
 
 
 @pytest.mark.parametrize("drafter", ["none", "medusa", "copy", "lookup", "scripted"])
-def test_it_stops_at_an_end_inside_an_accepted_draft(drafter: str) -> None:
+def test_generation_stops_at_an_end_token_inside_an_accepted_draft(drafter: str) -> None:
     target, whole = tiny_target("mistral"), greedy_by_transformers("mistral", 5, NUM_NEW)
     num_prompt = [len(prompt) for prompt in prompts(5)]
-    # Ends that occur at different places in the rows' texts, and in one not at all.
+    # End tokens at different positions of the rows' texts, and in one row none.
     ends = (whole[0][num_prompt[0] + 2], whole[1][num_prompt[1] + 9])
     expected = []
     for row, size in zip(whole, num_prompt, strict=True):
@@ -124,7 +124,7 @@ def test_it_stops_at_an_end_inside_an_accepted_draft(drafter: str) -> None:
     assert texts(generate_rows(target, 5, used, eos_token_id=ends[0]))[0] == expected[0]
 
 
-def test_the_models_own_end_is_the_default_and_can_be_turned_off() -> None:
+def test_eos_token_id_defaults_to_the_model_and_can_be_turned_off() -> None:
     model = tiny_model("llama")
     whole = greedy_by_transformers("llama", 1, NUM_NEW)[0]
     model.generation_config.eos_token_id = [whole[9 + 4], VOCAB_SIZE - 1]
@@ -136,7 +136,7 @@ def test_the_models_own_end_is_the_default_and_can_be_turned_off() -> None:
 
 @pytest.mark.parametrize("drafter", ["none", "medusa", "lm", "copy", "lookup", "scripted"])
 @pytest.mark.parametrize("num_new", [1, 2, 3, 7])
-def test_exactly_as_many_tokens_as_asked_for(drafter: str, num_new: int) -> None:
+def test_max_new_tokens_is_reached_exactly(drafter: str, num_new: int) -> None:
     target, whole = tiny_target("llama"), greedy_by_transformers("llama", 5, NUM_NEW)
     used: Any = Scripted(target, whole, trees=True) if drafter == "scripted" else None
     used = used or (tiny_drafter(drafter, "llama") if drafter != "none" else None)
@@ -147,7 +147,7 @@ def test_exactly_as_many_tokens_as_asked_for(drafter: str, num_new: int) -> None
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "bart"])
 @pytest.mark.parametrize("drafter", ["none", "medusa", "lm", "lookup"])
-def test_text_may_fill_the_context_to_its_last_place(architecture: str, drafter: str) -> None:
+def test_text_may_fill_the_whole_context(architecture: str, drafter: str) -> None:
     if architecture in SEQ2SEQ and drafter in ("medusa", "lm"):
         return
     target, rows = tiny_target(architecture), [prompts(4)[3], prompts(4)[3][:5]]
@@ -165,7 +165,7 @@ def test_text_may_fill_the_context_to_its_last_place(architecture: str, drafter:
 
 
 @pytest.mark.parametrize("drafter", ["none", "medusa", "copy", "lookup"])
-def test_a_prompt_may_be_one_token(drafter: str) -> None:
+def test_prompts_of_one_token(drafter: str) -> None:
     target = tiny_target("qwen2")
     used = tiny_drafter(drafter, "qwen2") if drafter != "none" else None
     expected = target.model.generate(torch.tensor([[7]]), do_sample=False, max_new_tokens=NUM_NEW)
@@ -175,7 +175,7 @@ def test_a_prompt_may_be_one_token(drafter: str) -> None:
 
 
 class Pieces:
-    """A streamer that keeps what it is given."""
+    """A streamer that records its pieces."""
 
     def __init__(self) -> None:
         self.pieces: list[list[int]] = []
@@ -190,14 +190,14 @@ class Pieces:
 
 
 @pytest.mark.parametrize("drafter", ["none", "copy"])
-def test_streamed_pieces_join_to_the_output(drafter: str) -> None:
+def test_streamed_pieces_make_up_the_output(drafter: str) -> None:
     streamer = Pieces()
     out = generate_rows(
         tiny_target("llama"), 1, tiny_drafter("copy", "llama") if drafter == "copy" else None, streamer=streamer
     )
     assert streamer.pieces[0] == prompts(1)[0], "the prompt comes first, as transformers' streamers expect"
     assert [token for piece in streamer.pieces for token in piece] == texts(out)[0]
-    assert len(streamer.pieces) == 1 + out.stats.steps, "a piece for each step, as soon as it is known"
+    assert len(streamer.pieces) == 1 + out.stats.steps, "one piece per step"
     assert streamer.ended == 1
 
 
@@ -208,7 +208,7 @@ def test_transformers_streamers_print_the_text(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("drafter", ["none", "medusa", "copy", "lookup"])
-def test_seeds_reproduce_and_differ(drafter: str) -> None:
+def test_seeds_reproduce_text(drafter: str) -> None:
     target = tiny_target("llama")
     used = tiny_drafter(drafter, "llama") if drafter != "none" else None
     sampled = [texts(generate_rows(target, 5, used, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
@@ -220,7 +220,7 @@ def test_seeds_reproduce_and_differ(drafter: str) -> None:
     assert texts(generate_rows(target, 5, used, temperature=1.0)) == unseeded[0]
 
 
-def test_what_is_returned_can_be_trained_on() -> None:
+def test_outputs_can_be_used_in_training() -> None:
     target = tiny_target("llama")
     out = generate_rows(target, 2)
     loss = target.model(out.sequences, labels=out.sequences).loss
@@ -228,8 +228,8 @@ def test_what_is_returned_can_be_trained_on() -> None:
     target.model.zero_grad()
 
 
-def test_a_call_leaves_nothing_to_the_next() -> None:
-    """A drafter is used for one batch, then another of other shape, by an abandoned call in between."""
+def test_calls_do_not_affect_later_ones() -> None:
+    """A drafter is used for batches of different shapes, with a failed call in between."""
     target = tiny_target("llama")
     for name in ("medusa", "copy", "lookup"):
         drafter = tiny_drafter(name, "llama")
@@ -240,35 +240,44 @@ def test_a_call_leaves_nothing_to_the_next() -> None:
         assert texts(generate_rows(target, 5, drafter)) == first
 
 
-def refused(target: Target, ids: Any, message: str, **settings: Any) -> None:
-    """Asserts that the call is refused with one sentence that holds `message`."""
+def check_error(target: Target, ids: Any, message: str, **settings: Any) -> None:
+    """Asserts that the call raises ValueError with one sentence that matches `message`."""
     with pytest.raises(ValueError, match=message) as error:
         draftsmith.generate(target, torch.as_tensor(ids), **{"max_new_tokens": 8} | settings)
     assert "\n" not in str(error.value)
 
 
-def test_what_cannot_be_generated_is_refused() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     target, ids = tiny_target("llama"), [[4, 5, 6], [7, 8, 9]]
-    refused(target, [[4] * 60], "prompt 0 has 60 tokens, and with max_new_tokens=5 it does not fit", max_new_tokens=5)
-    refused(target, [[4] * 65], "does not fit the target's context of 64", max_new_tokens=1)
-    refused(target, ids, "prompt 1 is empty", attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
-    refused(target, torch.zeros(1, 0, dtype=torch.long), "prompt 0 is empty")
-    refused(target, torch.zeros(0, 3, dtype=torch.long), r"input_ids has shape \(0, 3\)")
-    refused(target, [4, 5, 6], r"input_ids has shape \(3,\); it must be \[batch, length\]")
-    refused(target, ids, "attention_mask has holes", attention_mask=torch.tensor([[1, 1, 1], [1, 0, 1]]))
-    refused(target, ids, "attention_mask has holes", attention_mask=torch.tensor([[0, 1, 0], [1, 1, 1]]))
-    refused(target, ids, r"attention_mask has shape \(1, 3\), input_ids \(2, 3\)", attention_mask=torch.ones(1, 3))
-    refused(target, [[4, VOCAB_SIZE]], f"prompt 0 holds token {VOCAB_SIZE}; the target's vocabulary has {VOCAB_SIZE}")
-    refused(target, [[4, -1]], "prompt 0 holds token -1")
-    refused(target, ids, "max_new_tokens is 0; it must be at least 1", max_new_tokens=0)
-    refused(target, ids, "top_p is 1.5; it must be above 0 and at most 1", temperature=1.0, top_p=1.5)
-    refused(target, ids, "temperature is -1; it must be 0", temperature=-1)
-    refused(target, ids, "unknown verifier 'nosuch'; there are auto, bild", verifier="nosuch")
-    refused(target, ids, "a streamer prints one row, and there are 2", streamer=Pieces())
+    check_error(
+        target, [[4] * 60], "prompt 0 has 60 tokens, and with max_new_tokens=5 it does not fit", max_new_tokens=5
+    )
+    check_error(target, [[4] * 65], "does not fit the target's context of 64", max_new_tokens=1)
+    check_error(target, ids, "prompt 1 is empty", attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    check_error(target, torch.zeros(1, 0, dtype=torch.long), "prompt 0 is empty")
+    check_error(target, torch.zeros(0, 3, dtype=torch.long), r"input_ids has shape \(0, 3\)")
+    check_error(target, [4, 5, 6], r"input_ids has shape \(3,\); it must be \[batch, length\]")
+    check_error(target, ids, "attention_mask has holes", attention_mask=torch.tensor([[1, 1, 1], [1, 0, 1]]))
+    check_error(target, ids, "attention_mask has holes", attention_mask=torch.tensor([[0, 1, 0], [1, 1, 1]]))
+    check_error(
+        target,
+        ids,
+        r"attention_mask has shape \(1, 3\); it must be that of input_ids, \(2, 3\)",
+        attention_mask=torch.ones(1, 3),
+    )
+    check_error(
+        target, [[4, VOCAB_SIZE]], f"prompt 0 holds token {VOCAB_SIZE}; the target's vocabulary has {VOCAB_SIZE}"
+    )
+    check_error(target, [[4, -1]], "prompt 0 holds token -1")
+    check_error(target, ids, "max_new_tokens is 0; it must be at least 1", max_new_tokens=0)
+    check_error(target, ids, "top_p is 1.5; it must be above 0 and at most 1", temperature=1.0, top_p=1.5)
+    check_error(target, ids, "temperature is -1; it must be 0", temperature=-1)
+    check_error(target, ids, "unknown verifier 'nosuch'; choose one of auto, bild", verifier="nosuch")
+    check_error(target, ids, "a streamer prints one row, but there are 2", streamer=Pieces())
 
 
-def test_padding_may_hold_any_token() -> None:
-    """What is masked is never looked at: an id outside the vocabulary, as some tokenizers pad, is no error."""
+def test_padding_may_hold_any_id() -> None:
+    """Masked ids are ignored, even those outside the vocabulary that some tokenizers pad with."""
     target, rows = tiny_target("llama"), prompts(2)
     ids, mask = padded(rows, side="left")
     ids[mask == 0] = -100
@@ -277,20 +286,20 @@ def test_padding_may_hold_any_token() -> None:
     ]
 
 
-def test_a_verifier_that_does_not_fit_the_drafter_is_refused() -> None:
+def test_a_verifier_that_does_not_support_the_draft_is_rejected() -> None:
     target = tiny_target("llama")
     for name, verifier in (("lm", "deterministic"), ("medusa", "token"), ("lookup", "greedy")):
         with pytest.raises(ValueError, match=f"verifier '{verifier}'"):
             generate_rows(target, 1, tiny_drafter(name, "llama"), temperature=1.0, verifier=verifier)
 
 
-def test_typical_acceptance_is_greedy_at_temperature_zero() -> None:
+def test_typical_acceptance_is_greedy_at_temperature_0() -> None:
     out = generate_rows(tiny_target("llama"), 5, tiny_drafter("copy", "llama"), verifier="typical")
     assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
 
 
-def test_the_draft_model_may_have_a_shorter_context() -> None:
-    """Beyond it the small model drafts no more, or drafts badly; the text stays the target's."""
+def test_draft_model_with_a_shorter_context() -> None:
+    """Past its context the small model drafts nothing or badly; the text stays the target's."""
     target = tiny_target("llama")
     small = tiny_config("gpt2", n_positions=16, n_layer=1).to_dict()
     drafter = built(lm, lm.Config(model=small, num_draft=4, length="fixed"), target)
@@ -299,7 +308,7 @@ def test_the_draft_model_may_have_a_shorter_context() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_a_target_may_be_in_bfloat16(architecture: str) -> None:
+def test_target_in_bfloat16(architecture: str) -> None:
     target = Target(tiny_model(architecture).to(torch.bfloat16))
     small = lm.Config(model=tiny_config("llama", num_hidden_layers=1).to_dict(), length="fixed")
     for drafter in (built(medusa, HEADS, target), built(lm, small, target)):
@@ -309,8 +318,8 @@ def test_a_target_may_be_in_bfloat16(architecture: str) -> None:
             assert out.stats.new_tokens == 5 * NUM_NEW
 
 
-def test_a_long_prompt_is_fed_in_chunks_and_outlasts_the_cache() -> None:
-    """600 tokens: more than a chunk of the prefill, and than the cache holds at first."""
+def test_a_long_prompt_is_prefilled_in_chunks_and_grows_the_cache() -> None:
+    """600 tokens are more than a prefill chunk and the cache's first capacity."""
     model = tiny_model("mistral", max_position_embeddings=1_000)
     target = Target(model)
     rows = [(prompts(4)[3] * 50)[:600], prompts(2)[1]]

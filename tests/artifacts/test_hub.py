@@ -202,7 +202,7 @@ def test_push_rejects_a_manifest_without_files(folder: Path, capsys: pytest.Capt
     manifest = json.loads((folder / "draft_config.json").read_text())
     del manifest["files"]
     (folder / "draft_config.json").write_text(json.dumps(manifest))
-    assert "does not say which files are its own" in error_of(capsys, "push", folder, "someone/heads")
+    assert "does not list the artifact's files" in error_of(capsys, "push", folder, "someone/heads")
 
 
 def test_load_names_an_artifact_found_neither_locally_nor_on_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

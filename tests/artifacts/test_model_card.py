@@ -141,7 +141,7 @@ def test_card_command_adds_the_rows_of_a_comparison(tmp_path: Path, capsys: pyte
     assert "a test machine" in text and "9.9" not in text and text.count("| 1.50 |") == 2
     (folder / "README.md").write_text("by hand")
     main(["card", str(folder)])
-    assert "written by hand, is now README.edited.md" in capsys.readouterr().out
+    assert "the edited card is kept as README.edited.md" in capsys.readouterr().out
     assert (folder / "README.edited.md").read_text() == "by hand"
 
 

@@ -1,4 +1,4 @@
-"""The cache: what is committed equals a fresh prefill, whatever path was accepted; nothing gets lost."""
+"""The cache: committed tokens equal a fresh prefill for any accepted paths, and growing loses nothing."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ def random_tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def held(cache: KVCache, row: int) -> Tensor:
-    """Returns what a row owns [layers, 2, heads, its length, width]."""
+def committed(cache: KVCache, row: int) -> Tensor:
+    """Returns a row's committed keys and values [layers, 2, heads, its length, width]."""
     assert cache._storage is not None
     return cache._storage[:, :, row, :, : cache.lengths[row]]
 
@@ -25,7 +25,7 @@ def held(cache: KVCache, row: int) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_committed_paths_equal_a_fresh_prefill(architecture: str) -> None:
-    """Three rounds on five ragged rows: paths that must be gathered, paths of one node, a row that has finished."""
+    """Three rounds on five ragged rows: paths that must be gathered, paths of one node, a finished row."""
     target, texts = tiny_target(architecture), prompts(5)
     cache = target.new_cache(5)
     target.prefill(texts, cache)
@@ -40,12 +40,12 @@ def test_committed_paths_equal_a_fresh_prefill(architecture: str) -> None:
         fresh = target.new_cache(5)
         target.prefill(texts, fresh)
         for row in range(5):
-            assert torch.allclose(held(cache, row), held(fresh, row), atol=2e-5), (turn, row)
+            assert torch.allclose(committed(cache, row), committed(fresh, row), atol=2e-5), (turn, row)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_single_row_is_gathered_too(architecture: str) -> None:
+def test_commit_gathers_a_single_row(architecture: str) -> None:
     target, (text, *_) = tiny_target(architecture), prompts(1)
     cache, fresh = target.new_cache(1), target.new_cache(1)
     target.prefill([text], cache)
@@ -53,12 +53,12 @@ def test_a_single_row_is_gathered_too(architecture: str) -> None:
     target.forward(tokens_BN, TREE, cache)
     cache.commit([[0, 2, 4, 6]])
     target.prefill([text + tokens_BN[0, [0, 2, 4, 6]].tolist()], fresh)
-    assert torch.allclose(held(cache, 0), held(fresh, 0), atol=2e-5)
+    assert torch.allclose(committed(cache, 0), committed(fresh, 0), atol=2e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_an_encoder_decoder_keeps_what_a_fresh_prefill_would(architecture: str) -> None:
+def test_committed_chains_of_an_encoder_decoder_equal_a_fresh_prefill(architecture: str) -> None:
     target, texts = tiny_target(architecture), [[0], [0, 7, 9], [0, 3]]
     source = target.encode(*padded(prompts(3)))
     cache, fresh = target.new_cache(3, source=source), target.new_cache(3, source=source)
@@ -70,12 +70,12 @@ def test_an_encoder_decoder_keeps_what_a_fresh_prefill_would(architecture: str) 
         texts[row] += tokens_BN[row, :kept].tolist()
     target.prefill(texts, fresh)
     for row in range(3):
-        assert torch.allclose(held(cache, row), held(fresh, row), atol=2e-5), row
+        assert torch.allclose(committed(cache, row), committed(fresh, row), atol=2e-5), row
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [1, 4, 5])
-def test_a_prompt_may_be_fed_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_in_chunks_equals_prefill_at_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     target, texts = tiny_target("mistral"), prompts(5)
     layers = (0, 3)
     whole, parts = target.new_cache(5), target.new_cache(5)
@@ -84,13 +84,13 @@ def test_a_prompt_may_be_fed_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPat
     found = target.prefill(texts, parts, layers=layers)
     assert parts.lengths == whole.lengths == [len(text) for text in texts]
     for row, text in enumerate(texts):
-        assert torch.allclose(held(parts, row), held(whole, row), atol=2e-5)
+        assert torch.allclose(committed(parts, row), committed(whole, row), atol=2e-5)
         for layer in layers:
             assert torch.allclose(found[layer][row, : len(text)], expected[layer][row, : len(text)], atol=2e-5)
 
 
 def fill(cache: KVCache, num_new: int, value: float) -> Tensor:
-    """Writes `num_new` new slots a row, each with a number of its own; returns them [B, N]."""
+    """Writes `num_new` new slots per row, each with its own number; returns the numbers [B, N]."""
     batch_size = len(cache.lengths)
     numbers_BN = value + torch.arange(batch_size * num_new).view(batch_size, num_new).float()
     cache.prepare(num_new, numbers_BN.device)
@@ -102,17 +102,17 @@ def fill(cache: KVCache, num_new: int, value: float) -> Tensor:
 
 
 def numbers(cache: KVCache, layer: int = 0) -> list[list[float]]:
-    """Returns what each row owns in one layer, and checks that heads, values and widths say the same."""
+    """Returns each row's committed numbers in one layer, and checks that heads, values and widths agree."""
     found = []
     for row in range(len(cache.lengths)):
-        keys, values = held(cache, row)[layer, 0] - 10_000 * layer, held(cache, row)[layer, 1]
+        keys, values = committed(cache, row)[layer, 0] - 10_000 * layer, committed(cache, row)[layer, 1]
         assert torch.equal(keys, keys[:1, :, :1].expand_as(keys)) and torch.equal(values, -keys)
         found.append(keys[0, :, 0].tolist())
     return found
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_it_grows_without_losing_anything(batch_size: int) -> None:
+def test_cache_grows_without_loss(batch_size: int) -> None:
     cache = KVCache(num_layers=2, batch_size=batch_size)
     expected: list[list[float]] = [[] for _ in range(batch_size)]
     capacities = set()
@@ -125,10 +125,10 @@ def test_it_grows_without_losing_anything(batch_size: int) -> None:
         capacities.add(cache.capacity)
     assert numbers(cache, 0) == expected and numbers(cache, 1) == expected
     assert cache.lengths == [len(row) for row in expected]
-    assert capacities == {FIRST_CAPACITY, 2 * FIRST_CAPACITY}, "it grows geometrically"
+    assert capacities == {FIRST_CAPACITY, 2 * FIRST_CAPACITY}, "capacity must grow geometrically"
 
 
-def test_a_prompt_longer_than_twice_the_capacity_fits() -> None:
+def test_a_prompt_longer_than_twice_the_capacity() -> None:
     cache = KVCache(num_layers=1, batch_size=1)
     first = fill(cache, 10, 0.0)
     cache.commit([list(range(10))])
@@ -137,8 +137,8 @@ def test_a_prompt_longer_than_twice_the_capacity_fits() -> None:
     assert numbers(cache) == [first[0].tolist() + second[0].tolist()]
 
 
-def test_rows_cut_back_are_written_anew() -> None:
-    """A drafter cuts its own rows back to what was accepted, each to another length."""
+def test_rows_can_be_cut_back_and_written_again() -> None:
+    """A drafter cuts its own rows back to the accepted tokens, each to another length."""
     cache = KVCache(num_layers=1, batch_size=3)
     first = fill(cache, 6, 0.0)
     cache.commit([list(range(6))] * 3)
@@ -151,7 +151,7 @@ def test_rows_cut_back_are_written_anew() -> None:
     assert numbers(cache) == [old + late for old, late in zip(kept, new, strict=True)]
 
 
-def test_uncommitted_tokens_are_forgotten() -> None:
+def test_uncommitted_tokens_are_overwritten() -> None:
     cache = KVCache(num_layers=1, batch_size=2)
     fill(cache, 4, 0.0)
     second = fill(cache, 3, 50.0)

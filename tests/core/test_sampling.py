@@ -1,4 +1,4 @@
-"""The law that tokens are drawn from, against transformers' warpers, and the drawing itself."""
+"""The sampling distribution against transformers' warpers, and drawing from it."""
 
 import math
 
@@ -19,8 +19,8 @@ def random_logits(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 100])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-6])
-def test_the_law_is_that_of_transformers(temperature: float, top_k: int, top_p: float) -> None:
-    """Temperature first, then top-k, then top-p: any other order would give another law."""
+def test_probs_equal_transformers(temperature: float, top_k: int, top_p: float) -> None:
+    """Temperature first, then top-k, then top-p: any other order would give another distribution."""
     logits_BV = random_logits(200, 23)
     scores_BV = TemperatureLogitsWarper(temperature)(None, logits_BV)
     if top_k:
@@ -32,25 +32,27 @@ def test_the_law_is_that_of_transformers(temperature: float, top_k: int, top_p: 
     assert torch.equal(probs_BV == 0, scores_BV == float("-inf"))
 
 
-def test_a_law_by_hand() -> None:
+def test_probs_hand_worked() -> None:
     logits_V = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
     assert Sampling(temperature=1.0).probs(logits_V).tolist() == pytest.approx([0.4, 0.3, 0.2, 0.1])
     assert Sampling(temperature=0.5).probs(logits_V).tolist() == pytest.approx([16 / 30, 9 / 30, 4 / 30, 1 / 30])
     assert Sampling(temperature=1.0, top_k=2).probs(logits_V).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
-    # 0.4 + 0.3 reach 0.6, so that the second is the last one kept.
+    # 0.4 + 0.3 reach 0.6, so the second is the last one kept.
     assert Sampling(temperature=1.0, top_p=0.6).probs(logits_V).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
     # Of the three that top-k keeps the first two hold 7 / 9 of the mass; without top-k 0.75 would keep three.
-    assert Sampling(temperature=1.0, top_k=3, top_p=0.75).probs(logits_V).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert Sampling(temperature=1.0, top_k=3, top_p=0.75).probs(logits_V).tolist() == pytest.approx(
+        [4 / 7, 3 / 7, 0, 0]
+    )
     assert Sampling(temperature=1.0, top_p=0.75).probs(logits_V).tolist() == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
 
 
-def test_greedy_is_one_hot() -> None:
+def test_probs_are_one_hot_when_greedy() -> None:
     probs_V = Sampling().probs(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 0.0]]))
     assert probs_V.tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_low_precision_logits_have_a_law_in_float32(dtype: torch.dtype) -> None:
+def test_probs_of_low_precision_logits_are_float32(dtype: torch.dtype) -> None:
     logits_BV = random_logits(50, 300).to(dtype)
     for sampling in (Sampling(temperature=1.0), Sampling(temperature=0.7, top_k=20, top_p=0.9)):
         probs_BV = sampling.probs(logits_BV)
@@ -72,22 +74,22 @@ def test_low_precision_logits_have_a_law_in_float32(dtype: torch.dtype) -> None:
         ({"temperature": 1.0, "top_k": 2.5}, "top_k is 2.5"),
     ],
 )
-def test_settings_out_of_range(settings: dict[str, float], message: str) -> None:
+def test_sampling_rejects_settings_out_of_range(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_drawing_inverts_the_running_sum(dtype: torch.dtype) -> None:
+def test_draw_inverts_the_running_sum(dtype: torch.dtype) -> None:
     weights_V = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0], dtype=dtype)
     uniforms_B = torch.tensor([0.0, 0.2, 0.25, 0.5, 0.75, 0.9, JUST_BELOW_ONE], dtype=torch.float64)
     expected = [1, 1, 3, 3, 4, 4, 4]
     assert draw(weights_V.expand(7, -1), uniforms_B).tolist() == expected
-    assert draw(8 * weights_V.expand(7, -1), uniforms_B).tolist() == expected, "weights need no normalising"
+    assert draw(8 * weights_V.expand(7, -1), uniforms_B).tolist() == expected, "weights need not be normalised"
 
 
 @pytest.mark.parametrize("vocab_size", [8 * BLOCK, 10 * BLOCK + 7])
-def test_blocks_of_a_large_vocabulary_change_nothing(vocab_size: int) -> None:
+def test_draw_in_blocks_equals_draw_without(vocab_size: int) -> None:
     weights_BV = random_logits(400, vocab_size, dtype=torch.float64).softmax(-1)
     weights_BV[torch.rand(weights_BV.shape, generator=torch.Generator().manual_seed(1)) < 0.6] = 0
     weights_BV[::5, : BLOCK + 1], weights_BV[1::5, -BLOCK - 1 :] = 0, 0
@@ -100,18 +102,18 @@ def test_blocks_of_a_large_vocabulary_change_nothing(vocab_size: int) -> None:
 @pytest.mark.parametrize("vocab_size", [1_000, 10 * BLOCK + 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("uniform", [0.0, 1e-300, 0.5, 1 - 1e-9, JUST_BELOW_ONE])
-def test_no_token_of_probability_zero_is_ever_drawn(dtype: torch.dtype, uniform: float, vocab_size: int) -> None:
-    """At the edges of the uniform too, over a vocabulary where sums round, with zeros first, last and between."""
+def test_draw_never_returns_tokens_of_probability_0(dtype: torch.dtype, uniform: float, vocab_size: int) -> None:
+    """Includes uniforms at both edges, a vocabulary whose sums round, and zeros first, last and between."""
     weights_BV = random_logits(300, vocab_size, dtype=dtype).softmax(-1)
     weights_BV[torch.rand(weights_BV.shape, generator=torch.Generator().manual_seed(1)) < 0.6] = 0
     weights_BV[::2, :3], weights_BV[1::2, -3:] = 0, 0
     weights_BV[:10, 1:] = 0
-    weights_BV[:10, 0] = 1e-30  # all that is left may be tiny
+    weights_BV[:10, 0] = 1e-30  # all remaining weight may be tiny
     tokens_B = draw(weights_BV, torch.full((300,), uniform, dtype=torch.float64))
     assert (weights_BV.gather(1, tokens_B[:, None]) > 0).all()
 
 
-def test_drawing_keeps_leading_dimensions_and_the_law() -> None:
+def test_draw_keeps_leading_dimensions_and_the_distribution() -> None:
     probs_BNV = random_logits(2, 3, 4).softmax(-1)
     num_cells = 200_000
     # Evenly spaced uniforms integrate over the unit interval to 1 / num_cells.

@@ -1,4 +1,4 @@
-"""The target: trees, spans, left-out sublayers and hidden layers, each against transformers' own plain forward."""
+"""The target: trees, spans, skipped sublayers and hidden layers, each against transformers' own forward."""
 
 import contextlib
 import copy
@@ -27,9 +27,9 @@ from tests.support.models import (
     tiny_target,
 )
 
-# Positions, masks and kernels differ between a tree and a plain forward; logits are of size 2 to 10.
+# Positions, masks and kernels differ between a tree and a plain forward; logits are between 2 and 10.
 TOLERANCE = 2e-4
-# The projection by which a block's attention and MLP enter the residual stream.
+# The output projections of a block's attention and MLP.
 ATTENTION_OUT = ("o_proj", "c_proj", "dense", "out_proj")
 MLP_OUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2")
 
@@ -59,7 +59,7 @@ def plain_logits(model: Any, ids: list[int], **given: Any) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("attention", [None, "eager"])
 @pytest.mark.parametrize("architecture", CAUSAL)
-def test_a_tree_is_its_paths_run_one_by_one(architecture: str, attention: str | None) -> None:
+def test_tree_forward_equals_its_paths_one_by_one(architecture: str, attention: str | None) -> None:
     target, rows = tiny_target(architecture, attention), prompts(5)
     assert attention in (None, target.model.config._attn_implementation)
     tree, tokens_BN = random_tree(8, seed=1), random_tokens(5, 8)
@@ -75,8 +75,8 @@ def test_a_tree_is_its_paths_run_one_by_one(architecture: str, attention: str | 
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3_text", "phi3"])
-def test_a_sliding_window_is_counted_in_positions(architecture: str) -> None:
-    """A branch of ten nodes with a sibling beside each: in slots of the cache it is twice as long as in the text."""
+def test_sliding_window_counts_positions_instead_of_slots(architecture: str) -> None:
+    """A branch of ten nodes with a sibling for each: it takes twice as many cache slots as positions."""
     target, rows = tiny_target(architecture), prompts(2)
     parents = [-1] + [max(0, node - 2 + node % 2) for node in range(1, 20)]
     tree, tokens_BN = Tree.from_parents([parents]), random_tokens(2, 20)
@@ -92,7 +92,7 @@ def test_a_sliding_window_is_counted_in_positions(architecture: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "opt"])
-def test_each_row_may_have_a_tree_of_its_own(architecture: str) -> None:
+def test_each_row_may_have_its_own_tree(architecture: str) -> None:
     target, rows = tiny_target(architecture), prompts(2)
     tree = Tree.from_parents([[-1, 0, 0, 1, 3], [-1, 0, 1, 2, 0]])
     tokens_BN = random_tokens(2, 5)
@@ -108,7 +108,7 @@ def test_each_row_may_have_a_tree_of_its_own(architecture: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", CAUSAL)
-def test_a_tree_fed_in_parts_is_the_whole(architecture: str) -> None:
+def test_a_tree_may_be_fed_in_parts(architecture: str) -> None:
     """Ragged and even rows; parts of one node and of several."""
     target, tree, tokens_BN = tiny_target(architecture), random_tree(7, seed=3), random_tokens(3, 7, seed=4)
     for rows in (prompts(3), [row[:1] for row in prompts(3)]):
@@ -129,7 +129,7 @@ def test_a_tree_fed_in_parts_is_the_whole(architecture: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_an_encoder_decoder_runs_ragged_chains_and_refuses_trees(architecture: str) -> None:
+def test_encoder_decoders_run_ragged_chains_and_reject_trees(architecture: str) -> None:
     target, sources, rows = tiny_target(architecture), prompts(3, seed=4), prompts(3)
     ids, mask = padded(sources)
     source = target.encode(ids, mask)
@@ -149,7 +149,7 @@ def test_an_encoder_decoder_runs_ragged_chains_and_refuses_trees(architecture: s
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", CAUSAL)
-def test_two_spans_are_the_whole(architecture: str) -> None:
+def test_two_spans_equal_the_whole_forward(architecture: str) -> None:
     target, rows = tiny_target(architecture), prompts(3)
     tree, tokens_BN = random_tree(6, seed=2), random_tokens(3, 6)
     whole, parts = target.new_cache(3), target.new_cache(3)
@@ -176,8 +176,8 @@ def test_two_spans_are_the_whole(architecture: str) -> None:
 
 def without_block(model: Any, index: int) -> Any:
     """Returns a copy of the model with one block deleted."""
-    twin = copy.deepcopy(model)
-    stack = twin.get_decoder()
+    copied = copy.deepcopy(model)
+    stack = copied.get_decoder()
     layers = next(child for child in stack.children() if isinstance(child, nn.ModuleList))
     del layers[index]
     if getattr(stack.config, "layer_types", None):
@@ -185,25 +185,25 @@ def without_block(model: Any, index: int) -> Any:
     for name in ("num_hidden_layers", "n_layer"):
         if hasattr(stack.config, name):
             setattr(stack.config, name, NUM_LAYERS - 1)
-    return twin
+    return copied
 
 
 def without_sublayer(model: Any, index: int, kind: str) -> Any:
     """Returns a copy of the model in which one sublayer's projection to the residual stream is zero."""
-    twin = copy.deepcopy(model)
-    layers = next(child for child in twin.get_decoder().children() if isinstance(child, nn.ModuleList))
+    copied = copy.deepcopy(model)
+    layers = next(child for child in copied.get_decoder().children() if isinstance(child, nn.ModuleList))
     attention = next(child for name, child in layers[index].named_children() if "attn" in name or name == "attention")
     mlp = getattr(layers[index], "mlp", layers[index])
     home, names = (attention, ATTENTION_OUT) if kind == "attention" else (mlp, MLP_OUT)
     projection = next(getattr(home, name) for name in names if hasattr(home, name))
     for parameter in projection.parameters():
         parameter.data.zero_()
-    return twin
+    return copied
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", CAUSAL)
-def test_sublayers_left_out_are_as_if_deleted(architecture: str) -> None:
+def test_skipping_sublayers_equals_deleting_them(architecture: str) -> None:
     target, prompt = tiny_target(architecture), prompts(1)[0]
     tree, tokens_BN = random_tree(5, seed=3), random_tokens(1, 5)
     whole_block = frozenset({("attention", 1), ("mlp", 1)})
@@ -220,12 +220,12 @@ def test_sublayers_left_out_are_as_if_deleted(architecture: str) -> None:
             expected = plain_logits(reference, prompt + tokens_BN[0, path_to(tree, node)].tolist())[-1]
             assert (logits_BNV[0, node] - expected).abs().max() < TOLERANCE, (sorted(skipped), node)
     again = target.logits(target.forward(tokens_BN, chain(5), target.new_cache(1)).hidden_BND)
-    assert torch.equal(full, again), "leaving sublayers out must not outlast the call"
+    assert torch.equal(full, again), "skipping must not outlast the call"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", CAUSAL + SEQ2SEQ)
-def test_hidden_layers_are_those_of_transformers(architecture: str) -> None:
+def test_hidden_layers_equal_transformers(architecture: str) -> None:
     target, rows = tiny_target(architecture), prompts(3)
     ids, _ = padded(rows)
     layers = tuple(range(NUM_LAYERS + 1))
@@ -243,7 +243,7 @@ def test_hidden_layers_are_those_of_transformers(architecture: str) -> None:
             out = target.model(torch.tensor([prompt]), output_hidden_states=True)
             hidden = out.hidden_states
         for layer in layers:
-            # transformers' last entry has been through the final norm, ours has not.
+            # transformers' last entry is normed, ours is not.
             found = [states[layer][row, :kept] for states in (read, prefilled)]
             if layer == NUM_LAYERS:
                 found = [target.norm(states) for states in found]
@@ -251,11 +251,11 @@ def test_hidden_layers_are_those_of_transformers(architecture: str) -> None:
                 assert torch.allclose(states, hidden[layer][0], atol=1e-4), (row, layer)
         logits = target.logits(read[NUM_LAYERS][row : row + 1, :kept])[0]
         assert (logits - out.logits[0]).abs().max() < TOLERANCE
-    if architecture != "bart":  # its blocks end in their norm
+    if architecture != "bart":  # its blocks end with a norm
         assert not torch.allclose(target.norm(read[NUM_LAYERS]), read[NUM_LAYERS], atol=1e-2)
 
 
-def test_reading_has_a_gradient_only_when_enabled() -> None:
+def test_read_has_a_gradient_only_if_enabled() -> None:
     target, ids = Target(tiny_model("llama")), random_tokens(2, 6)
     weight = target.model.get_input_embeddings().weight
     assert target.read(ids, (NUM_LAYERS,))[NUM_LAYERS].requires_grad
@@ -267,7 +267,7 @@ def test_reading_has_a_gradient_only_when_enabled() -> None:
 
 
 def state_of(model: Any) -> dict[str, Any]:
-    """Returns all there is to see on a model, by reference, and copies of its values."""
+    """Returns everything observable on a model but its weights."""
     return {
         "modules": {name: id(module) for name, module in model.named_modules()},
         "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
@@ -281,7 +281,7 @@ def state_of(model: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("architecture", CAUSAL + SEQ2SEQ)
-def test_nothing_is_left_changed_on_the_model(architecture: str) -> None:
+def test_the_model_stays_unchanged(architecture: str) -> None:
     model = tiny_model(architecture)
     values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     given = {"decoder_input_ids": torch.tensor([[0, 5]])} if model.config.is_encoder_decoder else {}
@@ -300,59 +300,59 @@ def test_nothing_is_left_changed_on_the_model(architecture: str) -> None:
     assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
     after = model(torch.tensor(prompts(1)), **given).logits
     assert torch.equal(after, logits)
-    after.sum().backward()  # nothing of inference mode may stick to it either
+    after.sum().backward()  # inference mode must leave no trace either
 
 
-def test_a_model_stays_in_the_mode_it_was_in() -> None:
+def test_training_mode_is_not_changed() -> None:
     model = tiny_model("llama").train()
-    with contextlib.suppress(ValueError):  # to be refused would be as well
+    with contextlib.suppress(ValueError):  # rejecting it is fine too
         Target(model)
     assert model.training
 
 
-def refused(architecture: str, **changes: Any) -> str:
-    """Returns why the architecture is refused."""
+def rejection(architecture: str, **changes: Any) -> str:
+    """Returns the error for an unsupported architecture."""
     with pytest.raises(ValueError, match=r".") as error:
         Target(tiny_model(architecture, **changes))
     return str(error.value)
 
 
-def test_what_cannot_be_run_over_a_tree_is_refused_by_name() -> None:
+def test_unsupported_architectures_are_rejected_by_name() -> None:
     small = {"hidden_size": WIDTH, "num_hidden_layers": 2}
-    assert "MambaForCausalLM" in refused("mamba", **small, state_size=4)
-    assert "BloomForCausalLM" in refused("bloom", hidden_size=WIDTH, n_layer=2, n_head=4)
-    assert "OPTForCausalLM projects" in refused("opt", word_embed_proj_dim=16)
+    assert "MambaForCausalLM" in rejection("mamba", **small, state_size=4)
+    assert "BloomForCausalLM" in rejection("bloom", hidden_size=WIDTH, n_layer=2, n_head=4)
+    assert "OPTForCausalLM projects" in rejection("opt", word_embed_proj_dim=16)
 
 
-def test_attention_without_a_tree_mask_is_refused() -> None:
+def test_attention_without_tree_masks_is_rejected() -> None:
     model = tiny_model("llama")
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attention 'flash_attention_2', which takes no tree mask"):
         Target(model)
 
 
-def test_a_model_spread_by_device_map_is_refused() -> None:
+def test_a_model_spread_by_device_map_is_rejected() -> None:
     model = tiny_model("llama")
     add_hook_to_module(model.model.layers[0], ModelHook())
     with pytest.raises(ValueError, match="LlamaForCausalLM is spread over devices by device_map"):
         Target(model)
 
 
-def test_post_norm_blocks_run_whole_and_refuse_to_be_skipped() -> None:
+def test_post_norm_blocks_cannot_be_skipped() -> None:
     target = Target(tiny_model("opt", do_layer_norm_before=False))
     with pytest.raises(ValueError, match="OPTDecoderLayer normalises after its sublayers"):
         target.forward(random_tokens(1, 2), chain(2), target.new_cache(1), skipped=frozenset({("mlp", 0)}))
 
 
-def test_attention_that_looks_only_so_many_slots_back_is_refused() -> None:
-    """GPT-Neo counts its window in slots of the cache, which are not positions in a tree or a ragged batch."""
+def test_attention_windows_in_cache_slots_are_rejected() -> None:
+    """GPT-Neo counts its window in cache slots, which are not positions in a tree or a ragged batch."""
     local = {"attention_types": [[["global", "local"], 1]], "window_size": 16}
-    assert "GPTNeoForCausalLM" in refused("gpt_neo", hidden_size=WIDTH, num_layers=2, num_heads=4, **local)
+    assert "GPTNeoForCausalLM" in rejection("gpt_neo", hidden_size=WIDTH, num_layers=2, num_heads=4, **local)
 
 
-def test_residual_streams_of_several_copies_are_refused() -> None:
-    """Gemma 3n's hidden layers are [copies, B, T, D]: a drafter would read something else than it was promised."""
-    assert "Gemma3nForCausalLM" in refused(
+def test_hidden_states_of_several_copies_are_rejected() -> None:
+    """Gemma 3n's hidden layers are [copies, B, T, D], which drafters cannot read."""
+    assert "Gemma3nForCausalLM" in rejection(
         "gemma3n_text",
         hidden_size=WIDTH,
         intermediate_size=48,
@@ -370,15 +370,15 @@ def test_residual_streams_of_several_copies_are_refused() -> None:
     )
 
 
-def test_positions_that_turn_otherwise_in_long_texts_end_the_context() -> None:
-    """Phi-3's long models turn all keys anew once a text outgrows the original length; a cache cannot follow."""
+def test_longrope_limits_the_context_to_its_original_length() -> None:
+    """Phi-3's long models rotate all keys anew once a text outgrows the original length; a cache cannot follow."""
     factors = {"long_factor": [4.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 24}
     rope = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
     target = Target(tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=24))
     assert target.context_length == 24
 
 
-def test_the_fingerprint_is_of_the_weights_alone(tmp_path: Any) -> None:
+def test_fingerprint_depends_on_the_weights_only(tmp_path: Any) -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     loaded = [Target.from_pretrained(str(tmp_path), dtype=dtype) for dtype in ("auto", "float32", "bfloat16")]
@@ -390,18 +390,18 @@ def test_the_fingerprint_is_of_the_weights_alone(tmp_path: Any) -> None:
     assert Target(tiny_model("llama", seed=1)).fingerprint != loaded[0].fingerprint
 
 
-def test_what_a_target_says_of_itself() -> None:
+def test_target_attributes() -> None:
     for architecture in CAUSAL:
         target = tiny_target(architecture)
         found = (target.vocab_size, target.num_layers, target.hidden_size, target.context_length)
         assert found == (VOCAB_SIZE, NUM_LAYERS, WIDTH, CONTEXT), architecture
         assert not target.is_encoder_decoder
     assert tiny_target("t5").is_encoder_decoder and tiny_target("bart").context_length == CONTEXT
-    assert tiny_target("t5").context_length > 10**6, "relative positions have no end"
+    assert tiny_target("t5").context_length > 10**6, "relative positions are unlimited"
     assert tiny_target("llama").name == "LlamaForCausalLM"
 
 
-def test_folders_that_hold_no_model_are_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_without_a_model_are_rejected(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRAFTSMITH_OFFLINE", "1")
     with pytest.raises(ValueError, match="not a local folder, and DRAFTSMITH_OFFLINE=1 disables access to the hub"):
         Target.from_pretrained(str(tmp_path / "nowhere"))

@@ -1,4 +1,4 @@
-"""The draft tree and the walk down it, against slow references in plain Python."""
+"""The draft tree and the verifiers' paths in it, against slow references in plain Python."""
 
 import random
 
@@ -22,7 +22,7 @@ def ancestry(parents: list[int], node: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_depths_and_ancestors(seed: int) -> None:
+def test_from_parents_computes_depths_and_ancestors(seed: int) -> None:
     rng = random.Random(seed)
     num_nodes = rng.randint(1, 12)
     parents = [random_parents(rng, num_nodes) for _ in range(rng.choice([1, 1, 3]))]
@@ -37,7 +37,7 @@ def test_depths_and_ancestors(seed: int) -> None:
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 7])
-def test_a_chain_is_the_tree_with_one_branch(num_nodes: int) -> None:
+def test_chain_equals_the_tree_with_one_branch(num_nodes: int) -> None:
     short, long = chain(num_nodes), Tree.from_parents([list(range(-1, num_nodes - 1))])
     assert short.is_chain and long.is_chain and short.depth == long.depth == num_nodes - 1
     for name in ("parents_RN", "depths_RN", "ancestors_RNN"):
@@ -45,14 +45,14 @@ def test_a_chain_is_the_tree_with_one_branch(num_nodes: int) -> None:
 
 
 @pytest.mark.parametrize("parents", [[0, 0], [-1, 1], [-1, 0, 3], [-1, -1], [-1, 0, 2]])
-def test_a_parent_must_come_before_its_child(parents: list[int]) -> None:
+def test_from_parents_rejects_parents_after_their_children(parents: list[int]) -> None:
     with pytest.raises(ValueError, match="each other an earlier node"):
         Tree.from_parents([parents])
     with pytest.raises(ValueError, match="each other an earlier node"):
         Tree.from_parents([[-1, *range(len(parents) - 1)], parents])
 
 
-def test_nodes_in_use() -> None:
+def test_valid_masks_the_nodes_used() -> None:
     tokens_BN = torch.zeros(3, 4, dtype=torch.long)
     assert Draft(tokens_BN=tokens_BN, tree=chain(4)).valid_BN() is None
     valid_BN = Draft(tokens_BN=tokens_BN, tree=chain(4), num_nodes=[1, 4, 2]).valid_BN()
@@ -61,17 +61,17 @@ def test_nodes_in_use() -> None:
 
 
 def slow_follow(parents: list[int], accepted: list[bool], after: list[int]) -> tuple[list[int], int]:
-    """Returns (path, next token): the deepest path of accepted nodes, the first such in node order."""
+    """Returns (path, next token): the deepest path of accepted nodes, the first of equals in node order."""
     best = [0]
     for node in range(len(parents)):
         path = ancestry(parents, node)
-        if all(accepted[at] for at in path[1:]) and len(path) > len(best):
+        if all(accepted[other] for other in path[1:]) and len(path) > len(best):
             best = path
     return best, after[best[-1]]
 
 
 def slow_walk(parents: list[int], tokens: list[int], choices: list[int], num_used: int) -> tuple[list[int], int]:
-    """Returns (path, next token): from node 0 always on to the child that is the token chosen."""
+    """Returns (path, next token): from node 0 repeatedly to the child that equals the chosen token."""
     path = [0]
     while True:
         choice = choices[path[-1]]
@@ -82,7 +82,7 @@ def slow_walk(parents: list[int], tokens: list[int], choices: list[int], num_use
 
 
 def random_case(seed: int) -> tuple[Draft, list[list[int]], list[int]]:
-    """Returns a draft of five rows, its parents a row, and its nodes in use; siblings differ, cousins may not."""
+    """Returns a draft of five rows, each row's parents, and its number of nodes; siblings differ, cousins may not."""
     rng = random.Random(seed)
     num_nodes, num_rows = rng.randint(1, 10), 5
     kind = rng.choice(["shared", "own", "chain"])
@@ -102,7 +102,7 @@ def random_case(seed: int) -> tuple[Draft, list[list[int]], list[int]]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_walk_is_the_slow_walk(seed: int) -> None:
+def test_walk_equals_the_slow_reference(seed: int) -> None:
     draft, parents, used = random_case(seed)
     rng = random.Random(1000 + seed)
     choices = [[rng.randrange(3) for _ in row] for row in parents]
@@ -116,7 +116,7 @@ def test_walk_is_the_slow_walk(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_follow_is_the_slow_search(seed: int) -> None:
+def test_follow_equals_the_slow_reference(seed: int) -> None:
     draft, parents, _ = random_case(2 * seed)
     rng = random.Random(2000 + seed)
     accepted = [[node == 0 or rng.random() < 0.7 for node in range(len(row))] for row in parents]

@@ -31,7 +31,7 @@ from eval.certificate.identity import GreedySettings
 from eval.certificate.sampled import GROUPINGS, SampledTestSettings, parse_sampling
 from eval.lossless import INCONCLUSIVE, LOSSLESS, LOSSY, NOT_LOSSLESS, certify, lines
 from recipes.lossless import RunSettings, main
-from tests.support.biased_verifiers import accept_by_the_targets_chance, draw_for_each_child, one_uniform_for_all
+from tests.support.biased_verifiers import accept_by_target_probability, reuse_one_uniform, sample_for_each_child
 from tests.support.distributions import distribution_target
 from tests.support.family import built
 from tests.support.models import prompts, tiny_config, tiny_target
@@ -180,14 +180,14 @@ def no_truncation(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -
 
 
 BIASED = [
-    ("lm", accept_by_the_targets_chance),
-    ("lm", one_uniform_for_all),
+    ("lm", accept_by_target_probability),
+    ("lm", reuse_one_uniform),
     ("lm", no_residual_after_a_rejection),
     ("lm", same_uniforms_in_all_rows),
     ("lm", flattened_draft_probs),
     ("lookup", same_uniforms_in_all_rows),
-    ("lookup", accept_by_the_targets_chance),
-    ("medusa", draw_for_each_child),
+    ("lookup", accept_by_target_probability),
+    ("medusa", sample_for_each_child),
 ]
 
 

@@ -1,4 +1,7 @@
-"""Wrong verifiers, whose bias the tests of sampled distributions must detect."""
+"""Biased verifiers, which the tests of sampled distributions must detect.
+
+Shape suffixes: B rows, N nodes, V vocabulary, U uniforms.
+"""
 
 import torch
 from torch import Tensor
@@ -9,8 +12,8 @@ from draftsmith.verify.paths import follow
 from draftsmith.verify.research import token
 
 
-def accept_by_the_targets_chance(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """WRONG: forgets by what law the draft was drawn, and draws from the target's law after a rejection."""
+def accept_by_target_probability(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
+    """WRONG: ignores the draft distribution, and samples from the target after a rejection."""
     num_drafted = draft.tree.num_nodes - 1
     target_of_drafted = target_probs_BNV[:, :num_drafted].gather(2, draft.tokens_BN[:, 1:, None])[..., 0]
     is_accepted_BN = torch.ones_like(draft.tokens_BN, dtype=torch.bool)
@@ -21,8 +24,8 @@ def accept_by_the_targets_chance(target_probs_BNV: Tensor, draft: Draft, uniform
     return follow(is_accepted_BN, draft, after_BN)
 
 
-def draw_for_each_child(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """WRONG: tries each child of a tree by itself, so that siblings add up to more than their share."""
+def sample_for_each_child(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
+    """WRONG: tests each child independently, so that siblings are accepted too often."""
     parents_BN = draft.tree.parents_RN.clamp(min=0).expand_as(draft.tokens_BN)
     rows_B1 = torch.arange(len(parents_BN))[:, None]
     is_accepted_BN = uniforms_BU[:, :-1] < target_probs_BNV[rows_B1, parents_BN, draft.tokens_BN]
@@ -30,6 +33,6 @@ def draw_for_each_child(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Ten
     return follow(is_accepted_BN, draft, draw(target_probs_BNV, uniforms_BU[:, -1:].expand_as(draft.tokens_BN)))
 
 
-def one_uniform_for_all(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
-    """WRONG: the right rule with a single uniform for all its decisions."""
+def reuse_one_uniform(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
+    """WRONG: the correct rule with a single uniform for all its decisions."""
     return token.verify(target_probs_BNV, draft, uniforms_BU[:, :1].expand_as(uniforms_BU))

@@ -21,7 +21,7 @@ from eval.certificate import chi_square
 from tests.support.models import SEQ2SEQ, tiny_model
 
 VOCAB_SIZE, NUM_TOKENS = 8, 3
-# A phrase that recurs, so that look-ups find something; an encoder-decoder reads it as its source.
+# Contains a repeated phrase, so that look-ups match; it is an encoder-decoder's source.
 PROMPT = [1, 4, 2, 7, 4, 1, 4, 2]
 FALSE_ALARM = 1e-4
 ROWS = 1_000
@@ -35,7 +35,7 @@ def distribution_target(architecture: str = "llama") -> Target:
 
 
 def check_distribution(drafter: Any, target: Target, *, num_samples: int, seed: int = 0, **settings: Any) -> None:
-    """Asserts that sampled continuations follow the target's distribution; a lossless system fails with FALSE_ALARM."""
+    """Asserts that samples follow the target's distribution; a lossless system fails for FALSE_ALARM of all seeds."""
     p_value = distribution_p_value(drafter, target, num_samples=num_samples, seed=seed, **settings)
     assert p_value > FALSE_ALARM, f"{type(drafter).__module__} with {settings}: p-value {p_value:.2g}"
 

@@ -29,7 +29,7 @@ Verify = Callable[[Tensor, Draft, Tensor], Verdict]
 
 
 def random_distributions(longest: int, seed: int, *, zeros: bool = False) -> Distributions:
-    """Returns a distribution after each text of up to `longest` tokens; with `zeros` some have zeros, as after top-k."""
+    """Returns a distribution after each text of up to `longest` tokens; with `zeros` some have zeros, as by top-k."""
     generator = torch.Generator().manual_seed(seed)
     probs = {}
     for size in range(longest + 1):

@@ -1,4 +1,4 @@
-"""A batch as trainers meet it: rows of several lengths, supervised in part."""
+"""A training batch with rows of several lengths, each supervised in part."""
 
 import torch
 
@@ -7,7 +7,7 @@ from tests.support.models import VOCAB_SIZE
 
 
 def masked_batch(num_rows: int = 3) -> Batch:
-    """Returns rows of 9, 12 and 15 tokens in turn whose loss masks begin at different places and have a hole."""
+    """Returns rows of 9, 12 and 15 tokens in turn, whose loss masks begin at different positions and have a gap."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for row in range(num_rows):

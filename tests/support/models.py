@@ -1,4 +1,4 @@
-"""Tiny models of every architecture draftsmith is tested on, made from configs, and prompts for them."""
+"""Tiny models of every architecture that draftsmith is tested with, and prompts for them."""
 
 from functools import cache
 from typing import Any
@@ -74,12 +74,12 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 }
 SEQ2SEQ = ("t5", "bart")
 CAUSAL = tuple(name for name in _CONFIGS if name not in SEQ2SEQ)
-# Chosen so that each of five greedy texts holds five different tokens or more; the others do with seed 0.
+# Chosen so that each of five greedy texts has at least five different tokens; other architectures have with seed 0.
 _SEEDS = {"llama": 14, "mistral": 6, "qwen3": 13, "gpt2": 12, "gpt_neox": 11, "opt": 1, "t5": 15, "bart": 13}
 
 
 def tiny_config(architecture: str, **changes: Any) -> Any:
-    """Returns the configuration of a tiny model, `changes` put over it."""
+    """Returns the configuration of a tiny model, updated with `changes`."""
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": VOCAB_SIZE}
     if architecture in SEQ2SEQ:
         tokens["decoder_start_token_id"] = 0
@@ -88,9 +88,9 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
 
 
 def tiny_model(architecture: str, *, seed: int | None = None, sharpness: float = 2.0, **changes: Any) -> Any:
-    """Returns a float32 model whose greedy text is not one token for ever; logits have a spread of `sharpness`.
+    """Returns a float32 model whose greedy text varies; its logits have a standard deviation of about `sharpness`.
 
-    Its generation config names no end-of-sequence, so that texts have the length asked for.
+    Its generation config has no end-of-sequence, so that texts have the requested length.
     """
     config = tiny_config(architecture, **changes)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -103,7 +103,7 @@ def tiny_model(architecture: str, *, seed: int | None = None, sharpness: float =
 
 @torch.no_grad()
 def scramble(model: torch.nn.Module, *, seed: int, sharpness: float = 2.0) -> None:
-    """Fills every weight at random, biases and norms included: defaults of one and zero would hide mistakes."""
+    """Sets every weight at random, biases and norms included: defaults of one and zero would hide errors."""
     generator = torch.Generator().manual_seed(seed)
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -114,9 +114,9 @@ def scramble(model: torch.nn.Module, *, seed: int, sharpness: float = 2.0) -> No
         else:
             parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
         if "EncDecAttention.o." in name or "encoder_attn.out_proj" in name:
-            parameter *= 0.1  # what is read from the source stays the same at every step
+            parameter *= 0.1  # cross-attention is the same at every step
     if embedding is not None:
-        # Large embeddings would drown the blocks, and with them what attention sees.
+        # Large embeddings would dominate the blocks' output, and with it attention's.
         embedding.weight *= 0.3
     if head is not None and head.weight is not embedding.weight:
         head.weight *= sharpness / 1.5
@@ -124,7 +124,7 @@ def scramble(model: torch.nn.Module, *, seed: int, sharpness: float = 2.0) -> No
 
 @cache
 def tiny_target(architecture: str, attention: str | None = None, dtype: torch.dtype = torch.float32) -> Target:
-    """Returns the target of the architecture's tiny model, the same object to all tests."""
+    """Returns the target of the architecture's tiny model, the same object for all tests."""
     return Target(tiny_model(architecture, attn_implementation=attention).to(dtype))
 
 
@@ -147,12 +147,12 @@ def prompts(num_rows: int, *, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> li
 
 
 def padded(rows: list[list[int]], *, side: str = "right") -> tuple[Tensor, Tensor]:
-    """Returns (input_ids, attention_mask) [B, T]; the padding is a token that is like any other."""
+    """Returns (input_ids, attention_mask) [B, T]; padding is an ordinary token."""
     longest = max(map(len, rows))
     ids, mask = torch.full((len(rows), longest), 5), torch.zeros(len(rows), longest, dtype=torch.long)
     for index, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-        ids[index, place], mask[index, place] = torch.tensor(row), 1
+        kept = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+        ids[index, kept], mask[index, kept] = torch.tensor(row), 1
     return ids, mask
 
 
@@ -160,12 +160,12 @@ def padded(rows: list[list[int]], *, side: str = "right") -> tuple[Tensor, Tenso
 def greedy_by_transformers(
     architecture: str, num_rows: int, num_new: int, dtype: torch.dtype = torch.float32
 ) -> list[list[int]]:
-    """Returns what transformers' own `generate` makes of `prompts(num_rows)`, prompts included, row by row."""
+    """Returns transformers' greedy output for `prompts(num_rows)`, prompts included, generated row by row."""
     return greedy_by_model(tiny_target(architecture, dtype=dtype).model, num_rows, num_new)
 
 
 def greedy_by_model(model: Any, num_rows: int, num_new: int) -> list[list[int]]:
-    """Returns the same of any model."""
+    """Returns the same for any model."""
     texts = []
     for row in prompts(num_rows):
         given = {"inputs": torch.tensor([row]), "attention_mask": torch.ones(1, len(row))}

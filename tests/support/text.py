@@ -1,4 +1,4 @@
-"""A tokenizer trained on text found on this machine, tiny targets that have it, and a way to kill recipes."""
+"""A tokenizer trained on Python's own source, tiny targets that use it, and killing recipes."""
 
 import argparse
 import inspect
@@ -22,7 +22,7 @@ from tests.support.models import tiny_model
 
 VOCAB_SIZE, CONTEXT, EOS_ID = 384, 256, 2
 TEXT = inspect.getsource(argparse) + inspect.getsource(json)
-# ChatML without and with the marks that tell what the assistant wrote.
+# ChatML without and with the markers of what the assistant wrote.
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -58,7 +58,7 @@ def trained_tokenizer(chat_template: str | None = None, *, vocab_size: int = VOC
 
 
 def text_target(architecture: str = "llama", *, seed: int = 0) -> Target:
-    """Returns a tiny Llama, or another model, in float32 with the trained tokenizer."""
+    """Returns a tiny model in float32 with the trained tokenizer."""
     limit = {} if architecture == "t5" else {"max_position_embeddings": CONTEXT}
     return Target(tiny_model(architecture, seed=seed, vocab_size=VOCAB_SIZE, **limit), trained_tokenizer())
 
@@ -72,7 +72,7 @@ def save_target(folder: Path, architecture: str = "llama") -> str:
 
 
 def write_prompts(path: Path, num_rows: int) -> Path:
-    """Writes prompts of many lengths, taken from the text, as JSONL."""
+    """Writes prompts of many lengths, taken from the text, as JSONL and returns the path."""
     rows = [{"prompt": f"# {start}\n{TEXT[start : start + 10 + start % 70]}"} for start in range(0, 97 * num_rows, 97)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -83,7 +83,7 @@ def some_prompts(folder: Path, num_rows: int) -> list[Prompt]:
 
 
 def kill_midway(recipe: str, flags: list[str], is_started: Callable[[], bool]) -> None:
-    """Runs a recipe as a process of its own and ends it with signal 9 at a random moment after `is_started`."""
+    """Runs a recipe in a subprocess and kills it (signal 9) at a random moment after `is_started`."""
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, str(root / "recipes" / f"{recipe}.py"), *flags]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "DRAFTSMITH_OFFLINE": "1"}

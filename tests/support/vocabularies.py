@@ -1,6 +1,6 @@
-"""Tokenizers of every kind that vocabularies are read from, and ways between them and a tiny target's.
+"""Tokenizers of every supported kind, and translations between their vocabularies and a tiny target's.
 
-Each has a beginning and an end of text; some cannot spell every text.
+Each has a beginning-of-text and an end-of-text token; some cannot spell every text.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ LETTERS = "ab \n(é語😀"
 
 
 def marked_bpe() -> Tokenizer:
-    """As Llama 2's: spaces are marked, a text begins with one, and what is unknown falls back to bytes."""
+    """Returns a tokenizer like Llama 2's: marked spaces, one before each text, and byte fallback."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     letters = ["▁", *sorted(set("abdefinrst(:"))]
     merges = [("▁", "a"), ("d", "e"), ("de", "f"), ("▁", "def"), ("▁", "▁"), ("▁▁", "▁▁"), ("i", "n")]
@@ -31,7 +31,7 @@ def marked_bpe() -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    """As T5's: spaces are marked, and unknown characters are lost."""
+    """Returns a tokenizer like T5's: marked spaces, and unknown characters are lost."""
     made = Tokenizer(models.Unigram())
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     special = ["<unk>", "<s>", "</s>"]
@@ -41,7 +41,7 @@ def unigram() -> Tokenizer:
 
 
 def characters() -> Tokenizer:
-    """One token a character, unknown ones lost, and none for bytes."""
+    """Returns a tokenizer of one token per character; unknown characters are lost."""
     known = ["<unk>", "<s>", "</s>", *sorted(set(TEXT) | set(LETTERS))]
     made = Tokenizer(models.WordLevel({token: number for number, token in enumerate(known)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -60,7 +60,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 TOKENIZERS = ("bytes-259", "bytes-300", "bytes-600", "marked", "unigram", "characters")
 EXACT = ("bytes-259", "bytes-300", "bytes-600", "marked")
-"""Those that can spell every text, and half of one's characters."""
+"""Those that can spell every text, and parts of characters."""
 
 
 @cache
