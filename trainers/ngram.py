@@ -56,6 +56,6 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
         for position in range(1, len(ids)):
             if mask[position]:
                 path = model.path(ids[max(0, position - settings.config.order) : position])
-                nats -= float(np.log(model.chances(path, np.array([ids[position]]))[0]))
+                nats -= float(np.log(model.token_probs(path, np.array([ids[position]]))[0]))
                 num_tokens += 1
     return decoding.evaluate(drafter, batch, settings, target) | {"nats": (torch.tensor(nats), num_tokens)}

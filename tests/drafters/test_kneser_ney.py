@@ -1,4 +1,4 @@
-"""The store of n-grams against Kneser-Ney by its formulas, with dictionaries, on random texts."""
+"""Tests of the Kneser-Ney model against its formulas, computed with dictionaries, on random texts."""
 
 from collections import Counter, defaultdict
 from itertools import product
@@ -19,8 +19,8 @@ Texts = list[list[int]]
 TEXTS = some.lists(some.lists(some.integers(0, VOCAB_SIZE - 1), max_size=30), max_size=4)
 
 
-class Slow:
-    """The law by its formulas: every context asked of is walked down to the empty one."""
+class SlowKneserNey:
+    """Kneser-Ney by its formulas, recursively from each context to the empty one."""
 
     def __init__(self, texts: Texts, order: int) -> None:
         self.order = order
@@ -46,8 +46,8 @@ class Slow:
         found = [1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
         return found if min(found) > 0 else [0.5, 1.0, 1.5]
 
-    def chance(self, token: int, context: tuple[int, ...]) -> float:
-        shorter = self.chance(token, context[1:]) if context else 1 / VOCAB_SIZE
+    def probability(self, token: int, context: tuple[int, ...]) -> float:
+        shorter = self.probability(token, context[1:]) if context else 1 / VOCAB_SIZE
         found = self.successors.get(context, {})
         total = sum(found.values())
         if not total:
@@ -60,11 +60,11 @@ class Slow:
 
     def probs(self, text: list[int]) -> list[float]:
         context = tuple(([VOCAB_SIZE] * self.order + text)[len(text) + 1 :])
-        return [self.chance(token, context) for token in range(VOCAB_SIZE)]
+        return [self.probability(token, context) for token in range(VOCAB_SIZE)]
 
 
-def made(texts: Texts, order: int, folder: Path, *, num_parts: int = 1, **options: float) -> KneserNey:
-    """Returns the store of `texts`, counted in so many parts."""
+def build_model(texts: Texts, order: int, folder: Path, *, num_parts: int = 1, **options: float) -> KneserNey:
+    """Returns the model of `texts`, counted in `num_parts` parts."""
     folder.mkdir(exist_ok=True)
     files = []
     for part in range(num_parts):
@@ -77,7 +77,7 @@ def made(texts: Texts, order: int, folder: Path, *, num_parts: int = 1, **option
 
 
 def contexts(order: int) -> list[list[int]]:
-    """Returns texts of every length up to one more than an order's contexts."""
+    """Returns all texts up to one token more than the longest context."""
     return [list(text) for size in range(min(order, 3) + 1) for text in product(range(VOCAB_SIZE), repeat=size)]
 
 
@@ -89,81 +89,81 @@ def contexts(order: int) -> list[list[int]]:
 @example([[1] * 20], 4, 2, 3)
 @example([[3], [0], [3]], 5, 3, 1)
 @example([[0, 1] * 12, [0, 1, 2] * 5, [1]], 5, 2, 7)
-def test_the_law_is_that_of_the_formulas(texts: Texts, order: int, num_parts: int, max_ngrams: int) -> None:
-    slow = Slow(texts, order)
+def test_distribution_equals_the_formulas(texts: Texts, order: int, num_parts: int, max_ngrams: int) -> None:
+    slow = SlowKneserNey(texts, order)
     with TemporaryDirectory() as folder:
-        model = made(texts, order, Path(folder), num_parts=num_parts, max_ngrams=max_ngrams)
+        model = build_model(texts, order, Path(folder), num_parts=num_parts, max_ngrams=max_ngrams)
         longer = [text[:end] for text in texts for end in range(4, len(text), 3)]
         for context in contexts(order) + longer:
             path = model.path(context)
             probs_V = model.probs(path)
             assert abs(probs_V.sum() - 1) < 1e-9
             assert probs_V == pytest.approx(slow.probs(context), abs=1e-12)
-            assert model.chances(path, np.arange(VOCAB_SIZE)) == pytest.approx(probs_V, abs=1e-15)
-            token, chance = model.best(path)
+            assert model.token_probs(path, np.arange(VOCAB_SIZE)) == pytest.approx(probs_V, abs=1e-15)
+            token, probability = model.best(path)
             assert probs_V[token] >= probs_V.max() - 1e-15
-            assert chance == pytest.approx(probs_V[token], rel=1e-3)
+            assert probability == pytest.approx(probs_V[token], rel=1e-3)
 
 
 @settings(max_examples=20, deadline=None)
 @given(TEXTS, some.integers(1, 5), some.sampled_from(["reload", "budget"]))
-def test_a_store_that_was_saved_or_cut_holds_laws(texts: Texts, order: int, what: str) -> None:
+def test_saved_or_pruned_model_has_distributions(texts: Texts, order: int, change: str) -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
-        model = made(texts, order, folder)
-        if what == "reload":
+        model = build_model(texts, order, folder)
+        if change == "reload":
             (folder / "copy").mkdir()
             model.save(folder / "copy")
             other = KneserNey.load(folder / "copy", VOCAB_SIZE)
         else:
             size = model.num_bytes / 2e6 + 2e-4
-            other = made(texts, order, folder, budget_mb=size, max_ngrams=9)
+            other = build_model(texts, order, folder, budget_mb=size, max_ngrams=9)
             assert other.num_bytes <= size * 1e6
         for text in contexts(order):
             probs_V = other.probs(other.path(text))
             assert abs(probs_V.sum() - 1) < 1e-9
             assert probs_V[other.best(other.path(text))[0]] >= probs_V.max() - 1e-15
-            if what == "reload":
+            if change == "reload":
                 assert (probs_V == model.probs(model.path(text))).all()
 
 
 def test_discounts_by_hand() -> None:
     """Y = 8 / (8 + 2 * 4) = 1/2: D(1) = 1 - 2 * 4 / 8 / 2, D(2) = 2 - 3 * 2 / 4 / 2, D(3) = 3 - 4 * 1 / 2 / 2."""
     assert discounts([8, 4, 2, 1]) == pytest.approx((0, 0.5, 1.25, 2.0))
-    assert discounts([8, 4, 0, 1]) == discounts([2, 1, 9, 1]) == (0, 0.5, 1.0, 1.5), "nothing to go by, or D(2) < 0"
+    assert discounts([8, 4, 0, 1]) == discounts([2, 1, 9, 1]) == (0, 0.5, 1.0, 1.5), "n(3) is 0, or D(2) < 0"
 
 
-def test_what_the_law_misses_least_of_the_longest_ngrams_goes(tmp_path: Path) -> None:
-    """What stays keeps its share, (c - D(c)) / c(h), and all that went is left to the shorter context."""
+def test_pruning_drops_the_longest_ngrams_that_matter_least(tmp_path: Path) -> None:
+    """The others keep their share, (c - D(c)) / c(h); the pruned shares go to the shorter context."""
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, VOCAB_SIZE, 40).tolist() for _ in range(4)]
     texts = [*noise, *[[0, 1, 2, 3, 3, 2, 1, 0]] * 20]
-    whole = made(texts, 3, tmp_path / "whole")
-    cut = made(texts, 3, tmp_path / "cut", budget_mb=whole.num_bytes * 0.75e-6)
-    assert cut.num_bytes <= whole.num_bytes * 0.75
-    worth_kept, worth_gone = [], []
+    whole = build_model(texts, 3, tmp_path / "whole")
+    pruned = build_model(texts, 3, tmp_path / "pruned", budget_mb=whole.num_bytes * 0.75e-6)
+    assert pruned.num_bytes <= whole.num_bytes * 0.75
+    loss_kept, loss_pruned = [], []
     for context in product(range(VOCAB_SIZE), repeat=2):
         path = whole.path(context)
         probs_V, shorter_V = whole.probs(path), whole.probs(path[:2])
         share_V = probs_V - whole.weights_C[path[2]] * shorter_V
-        kept = stored_after(cut, cut.path(context))
+        kept = stored_after(pruned, pruned.path(context))
         for token, count in stored_after(whole, path).items():
             lost = count * np.log(probs_V[token] / (probs_V[token] - share_V[token]))
-            (worth_kept if token in kept else worth_gone).append(lost)
+            (loss_kept if token in kept else loss_pruned).append(lost)
         left = 1 - sum(share_V[token] for token in kept)
         expected_V = left * shorter_V + np.array([share_V[token] * (token in kept) for token in range(VOCAB_SIZE)])
-        assert cut.probs(cut.path(context)) == pytest.approx(expected_V, abs=1e-12)
-    assert worth_kept and worth_gone and min(worth_kept) > max(worth_gone) * 0.95
+        assert pruned.probs(pruned.path(context)) == pytest.approx(expected_V, abs=1e-12)
+    assert loss_kept and loss_pruned and min(loss_kept) > max(loss_pruned) * 0.95
 
 
 def stored_after(model: KneserNey, path: list[int]) -> dict[int, int]:
-    """Returns what was met after the context of two tokens that ends `path`, and how often."""
+    """Returns the counts of the tokens after the context of two tokens that ends `path`."""
     pairs = slice(*model.begins_X[path[2] : path[2] + 2].tolist()) if len(path) > 2 else slice(0)
     return dict(zip(model.tokens_E[pairs].tolist(), model.counts_E[pairs].tolist(), strict=True))
 
 
-def test_damaged_files_are_refused(tmp_path: Path) -> None:
-    model = made([[0, 1, 2, 3] * 9], 3, tmp_path)
+def test_load_rejects_damaged_files(tmp_path: Path) -> None:
+    model = build_model([[0, 1, 2, 3] * 9], 3, tmp_path)
     for name, damage in {
         "keys_C": lambda file: file.write_bytes(file.read_bytes()[:-9]),
         "counts_E": lambda file: file.unlink(),

@@ -265,8 +265,8 @@ def _root(single_V: np.ndarray, discounts_OX: np.ndarray) -> KneserNey:
         counts_E=counts_E.astype(np.uint64),
         discounts_OX=discounts_OX,
     )
-    best = int(root.flat_V.argmax())
-    best_probs_C = root.flat_V[best : best + 1].astype(np.float16)
+    best = int(root.unigram_V.argmax())
+    best_probs_C = root.unigram_V[best : best + 1].astype(np.float16)
     return dataclasses.replace(root, best_C=np.array([best], np.uint64), chances_C=best_probs_C)
 
 
@@ -314,8 +314,8 @@ def _level_probs(
 
 def _all_probs(levels: list[Level], root: KneserNey, cutoff_O: np.ndarray) -> Iterator[tuple[Level, LevelProbs]]:
     """Yields the levels without pairs below the cutoff, from contexts of one token on, and their distributions."""
-    shorter_X = root.flat_V
-    best = root.best_C.astype(int), root.flat_V[root.best_C]
+    shorter_X = root.unigram_V
+    best = root.best_C.astype(int), root.unigram_V[root.best_C]
     for level, discounts_X, cutoff in zip(levels, root.discounts_OX[1:], cutoff_O[1:], strict=True):
         if cutoff == NUM_BINS:
             return

@@ -1,6 +1,6 @@
-"""Kneser-Ney n-grams of what the target writes, with the text at hand mixed in: chains by an exact law.
+"""Drafts chains from a Kneser-Ney n-gram model of target-generated text, interpolated with a cache of the row's text.
 
-Shape suffixes: B rows, G rows still drafting, N nodes, V vocabulary, S tokens that followed in a text, X places.
+Shape suffixes: B rows, G rows still drafting, N nodes, V vocabulary, S tokens that followed in a text, X positions.
 """
 
 from dataclasses import dataclass, replace
@@ -18,23 +18,24 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.drafters.ngram.kneser_ney import KneserNey
 from draftsmith.length import policies
-from draftsmith.parts.trie import to_draft, build_trie
+from draftsmith.parts.retrieval import source_tokens
+from draftsmith.parts.trie import build_trie, to_draft
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is drafted by the store's law and the text at hand."""
+    """Settings of the n-gram model, the cache and the drafts."""
 
     order: int = 5
-    """Tokens of the longest n-gram: the law goes by one token less."""
+    """Length of the longest n-gram; contexts have one token less."""
     num_draft: int = 12
-    """Most tokens drafted at a time."""
+    """Maximum number of tokens drafted per round."""
     length: str = "confidence=0.3"
-    """How long its chains are: a policy of draftsmith/length/policies.py, and its number."""
+    """Draft-length policy (draftsmith/length/policies.py)."""
     sampled: bool = True
-    """Whether, at a temperature, tokens are drawn from the law; else they are the likeliest, as when greedy."""
+    """Whether drafts are sampled if the temperature is not 0; otherwise they are always the likeliest tokens."""
     cache: float = 0.3
-    """Weight of what followed the same tokens earlier in the row, or in an encoder's text; 0 for none."""
+    """Weight of the tokens that followed the same context earlier in the row or in the source; 0 for none."""
 
     def __post_init__(self) -> None:
         policies.make(self.length)
@@ -51,11 +52,11 @@ class Config:
 
 
 class Drafter(drafter.Drafter):
-    """The law of `model`, mixed for each row with what its own text holds.
+    """Drafts from the distribution of `model`, interpolated for each row with the statistics of its own text.
 
-    P_0 is Kneser-Ney's. For k = 1, 2, ... as long as the last k tokens stand in the row's text before,
-    P_k = (1 - cache) P_(k-1) + cache E_k, where E_k(w) is the share of those places at which w followed. Each is a law,
-    and so is their last.
+    P_0 is Kneser-Ney's distribution. For k = 1, 2, ... while the last k tokens occur earlier in the row's text,
+    P_k = (1 - cache) P_(k-1) + cache E_k, where E_k(w) is the share of their occurrences that w followed. The last P_k
+    is used.
     """
 
     serving_engines = ("vllm",)
@@ -74,125 +75,126 @@ class Drafter(drafter.Drafter):
 
     def start(self, session: Session) -> None:
         self._session = session
-        sources: list[list[int]] = [[] for _ in session.rows]
-        if session.source is not None:
-            mask = session.source.mask_BT.bool()
-            sources = [ids[kept].tolist() for ids, kept in zip(session.source.tokens_BT, mask, strict=True)]
-        self._texts = [_Text(source, self.config) for source in sources]
+        self._caches = [_TextCache(source, self.config) for source in source_tokens(session)]
 
     def propose(self, budget: int) -> Draft:
         num_draft = min(budget, self.config.num_draft)
-        for text, row in zip(self._texts, self._session.rows, strict=True):
-            text.extend(row)
+        for cache, row in zip(self._caches, self._session.rows, strict=True):
+            cache.extend(row)
         if self.config.sampled and not self._session.sampling.is_greedy:
-            return self._drawn(num_draft)
-        return self._chains([self._likeliest(row, num_draft) for row in range(len(self._texts))])
+            return self._sampled_chains(num_draft)
+        return self._chains([self._likeliest(row, num_draft) for row in range(len(self._caches))])
 
     def observe(self, step: Step) -> None:
-        """Nothing to learn: the next `propose` reads the new tokens."""
+        """Does nothing: the next `propose` reads the new tokens."""
 
     def _likeliest(self, row: int, num_draft: int) -> list[int]:
-        """Returns the chain of the law's likeliest tokens."""
+        """Returns the chain of the likeliest tokens."""
         drafted: list[int] = []
         while len(drafted) < num_draft:
-            token, chance = self._best(row, self._recent(row, drafted))
+            token, probability = self._best(row, self._recent(row, drafted))
             drafted.append(token)
-            if not self._session.should_continue(row, chance):
+            if not self._session.should_continue(row, probability):
                 break
         return drafted
 
     def _best(self, row: int, recent: list[int]) -> tuple[int, float]:
-        """Returns the likeliest token and its probability, or a bound below it that already says that it is.
+        """Returns the likeliest token and its probability, or a lower bound of it that proves it the likeliest.
 
-        It is one that followed in the text, or the store's own likeliest: to no other does the text give anything.
+        Candidates are the tokens that followed in the text and the model's likeliest one: the cache adds nothing to the
+        others.
         """
         path = self.model.path(recent)
-        token, chance = self.model.best(path)
-        following_S, weights_S, left = self._texts[row].following(recent)
+        token, probability = self.model.best(path)
+        following_S, weights_S, left = self._caches[row].following(recent)
         if len(following_S) == 0:
-            return token, chance
+            return token, probability
         most, weight, second = following_S.item(0), weights_S.item(0), 0.0
         if len(following_S) > 1:
-            following_S, places_S = np.unique(following_S, return_inverse=True)
-            weights_S = np.bincount(places_S, weights_S)
+            following_S, index_S = np.unique(following_S, return_inverse=True)
+            weights_S = np.bincount(index_S, weights_S)
             order_S = weights_S.argsort()
             most, weight, second = following_S.item(order_S[-1]), weights_S.item(order_S[-1]), weights_S[order_S[-2]]
         if most == token:
-            return token, left * chance + weight
-        # The store gives no other token more than `chance`, which is rounded.
-        if weight > 1.001 * left * chance + second:
+            return token, left * probability + weight
+        # The model gives no other token more than `probability`, which is rounded.
+        if weight > 1.001 * left * probability + second:
             return most, weight
         found_S = np.append(following_S, token)
         weights_S = np.append(weights_S, weights_S[following_S == token].sum())
-        chances_S = left * self.model.chances(path, found_S) + weights_S
-        most = int(chances_S.argmax())
-        return found_S.item(most), chances_S.item(most)
+        probs_S = left * self.model.token_probs(path, found_S) + weights_S
+        most = int(probs_S.argmax())
+        return found_S.item(most), probs_S.item(most)
 
-    def _law(self, row: int, recent: list[int]) -> np.ndarray:
-        """Returns the law [V] of the next token."""
-        following_S, weights_S, left = self._texts[row].following(recent)
+    def _probs(self, row: int, recent: list[int]) -> np.ndarray:
+        """Returns the distribution [V] of the next token."""
+        following_S, weights_S, left = self._caches[row].following(recent)
         probs_V = left * self.model.probs(self.model.path(recent))
         return probs_V + np.bincount(following_S, weights_S, minlength=len(probs_V)) if len(following_S) else probs_V
 
-    def _drawn(self, num_draft: int) -> Draft:
-        """Returns chains whose tokens are drawn from the law, after the session's temperature, top-k and top-p."""
+    def _sampled_chains(self, num_draft: int) -> Draft:
+        """Returns chains sampled from the distribution after the session's temperature, top-k and top-p."""
         session = self._session
         uniforms_BX = torch.rand(len(session.rows), num_draft, generator=session.generator, dtype=torch.float64)
         chains: list[list[int]] = [[] for _ in session.rows]
-        laws: list[list[Tensor]] = [[] for _ in session.rows]
-        going = list(range(len(session.rows)))
-        for place in range(num_draft):
-            probs_GV = torch.from_numpy(np.stack([self._law(row, self._recent(row, chains[row])) for row in going]))
+        probs: list[list[Tensor]] = [[] for _ in session.rows]
+        running = list(range(len(session.rows)))
+        for position in range(num_draft):
+            probs_GV = torch.from_numpy(np.stack([self._probs(row, self._recent(row, chains[row])) for row in running]))
             if session.sampling != Sampling(temperature=1):
                 probs_GV = session.sampling.probs(probs_GV.log())
-            # Rounded before anything is drawn: the verifier must be told the very law that was drawn from.
+            # Rounded before sampling: the verifier needs exactly the distribution that was sampled from.
             probs_GV = probs_GV.float()
-            token_G = draw(probs_GV.double(), uniforms_BX[going, place])
-            chance_G = probs_GV.gather(1, token_G[:, None])[:, 0]
-            for row, probs_V, token in zip(going, probs_GV, token_G.tolist(), strict=True):
+            token_G = draw(probs_GV.double(), uniforms_BX[running, position])
+            confidence_G = probs_GV.gather(1, token_G[:, None])[:, 0]
+            for row, probs_V, token in zip(running, probs_GV, token_G.tolist(), strict=True):
                 chains[row].append(token)
-                laws[row].append(probs_V)
-            going = [row for row, chance in zip(going, chance_G.tolist(), strict=True) if session.should_continue(row, chance)]
-            if not going:
+                probs[row].append(probs_V)
+            running = [
+                row
+                for row, confidence in zip(running, confidence_G.tolist(), strict=True)
+                if session.should_continue(row, confidence)
+            ]
+            if not running:
                 break
         draft = self._chains(chains)
-        for own in laws:
+        for own in probs:
             own += [own[-1]] * (draft.tree.depth - len(own))
-        probs_BNV = torch.stack([torch.stack(own) for own in laws]).to(self.target.device)
+        probs_BNV = torch.stack([torch.stack(own) for own in probs]).to(self.target.device)
         return replace(draft, draft_probs_BNV=probs_BNV, sampling_scheme="independent")
 
     def _recent(self, row: int, drafted: list[int]) -> list[int]:
-        """Returns the last tokens, as many as any context has."""
+        """Returns the last tokens, as many as the longest context has or more."""
         return [*self._session.rows[row][-self.config.order :], *drafted]
 
     def _chains(self, chains: list[list[int]]) -> Draft:
         return to_draft(self._session, [build_trie([(tokens, 1.0)]) for tokens in chains])
 
 
-class _Text:
-    """One row's text, an encoder's before it, and what followed in it."""
+class _TextCache:
+    """One row's text, after its source if there is one, searched for the tokens that followed a context."""
 
     def __init__(self, source: list[int], config: Config) -> None:
         self._weight, self._most = config.cache, max(config.order - 1, 1)
-        # What stands before the text equals no token.
+        # The padding before the text equals no token.
         self._ids = np.array([-1] * self._most + source)
         self._num_before = len(self._ids)
 
     def extend(self, row: list[int]) -> None:
-        """Takes up the row's new tokens."""
+        """Adds the row's new tokens."""
         self._ids = np.concatenate([self._ids, np.array(row[len(self._ids) - self._num_before :], dtype=np.int64)])
 
     def following(self, recent: list[int]) -> tuple[np.ndarray, np.ndarray, float]:
-        """Returns what followed the last tokens of `recent`, the weight of each in the law, and that of the store."""
+        """Returns the tokens that followed the last ones of `recent`, their weights, and the weight of the model."""
         ids, kept = self._ids, 1 - self._weight
-        places_S = (ids[:-1] == recent[-1]).nonzero()[0] if self._weight else ids[:0]
+        positions_S = (ids[:-1] == recent[-1]).nonzero()[0] if self._weight else ids[:0]
         found = []
-        while len(places_S):
-            found.append(places_S)
+        while len(positions_S):
+            found.append(positions_S)
             back = len(found)
             if back == min(self._most, len(recent)):
                 break
-            places_S = places_S[ids[places_S - back] == recent[-1 - back]]
+            positions_S = positions_S[ids[positions_S - back] == recent[-1 - back]]
         if not found:
             return ids[:0], ids[:0], 1.0
         left, following_S = kept ** len(found), ids[found[0] + 1]

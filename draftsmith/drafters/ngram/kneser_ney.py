@@ -1,16 +1,16 @@
-"""Interpolated modified Kneser-Ney (Chen & Goodman 1999) on sorted arrays: exact laws of the next token.
+"""Interpolated modified Kneser-Ney smoothing (Chen & Goodman 1999) on sorted arrays.
 
     P(w | h) = (c(hw) - D(c(hw))) / c(h) + (1 - sum of these over w) P(w | h')
 
-h' is the context h without its farthest token, and below the empty context stands the flat law 1 / V. c is how often hw
-was met where h is as long as the order allows, and else how many tokens stood before it (continuation counts).
+h' is the context h without its farthest token; the empty context backs off to the uniform distribution 1 / V. c is the
+number of occurrences of hw if h is as long as the order allows, and otherwise the number of different tokens before hw
+(continuation count).
 
 Contexts are the nodes of a trie read backwards from the last token, numbered level by level from the empty one, 0. A
-node's key is its parent's number times V + 1 plus its farthest token, so that all keys together are in order; V itself
-stands for whatever precedes a text.
+node's key is its parent's number times V + 1 plus its farthest token, so that all keys are in ascending order; V itself
+stands for the positions before a text.
 
-Shape suffixes: C contexts, E pairs of a context and a token met after it, O orders, V vocabulary, S some tokens,
-X others.
+Shape suffixes: C contexts, E pairs of a context and a token after it, O orders, V vocabulary, S tokens, X others.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from draftsmith.parts.retrieval import load_array
+
 FALLBACK = (0.5, 1.0, 1.5)
-"""Discounts where the counts do not settle them, as in KenLM (Heafield et al. 2013)."""
+"""Discounts for counts from which they cannot be estimated, as in KenLM (Heafield et al. 2013)."""
 KINDS = {
     "keys_C": "i",
     "begins_X": "u",
@@ -33,14 +35,14 @@ KINDS = {
     "counts_E": "u",
     "discounts_OX": "f",
 }
-"""The store's arrays, a file each, and numpy's kind of their numbers."""
+"""The model's arrays, each a file of that name, and the numpy kind of their numbers."""
 
 
 def discounts(num_X: Sequence[int]) -> tuple[float, float, float, float]:
-    """Returns D(0) = 0, D(1), D(2), D(3 and more), by how many pairs have a count of 1, 2, 3 and 4.
+    """Returns D(0) = 0, D(1), D(2) and D(3 and more), given the numbers n of pairs with count 1, 2, 3 and 4.
 
-    With Y = n1 / (n1 + 2 n2), D(k) = k - (k + 1) Y n(k+1) / n(k). Where some n is 0, or some D not within 0 < D <= k,
-    all three are `FALLBACK`.
+    With Y = n1 / (n1 + 2 n2), D(k) = k - (k + 1) Y n(k+1) / n(k). If some n is 0 or some D is not in (0, k], all
+    three are `FALLBACK`.
     """
     if min(num_X) > 0:
         share = num_X[0] / (num_X[0] + 2 * num_X[1])
@@ -57,20 +59,20 @@ def discounted(counts_S: np.ndarray, discounts_X: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KneserNey:
-    """The law of the next token after any context."""
+    """The distribution of the next token after any context."""
 
     vocab_size: int
-    """V."""
+    """Vocabulary size V."""
     keys_C: np.ndarray
-    """Ascending; that of the empty context is -1."""
+    """Keys of the contexts, ascending; that of the empty context is -1."""
     begins_X: np.ndarray
-    """Where each context's pairs begin, and behind the last context how many there are [C + 1]."""
+    """Index of each context's first pair, and at the end the number of pairs [C + 1]."""
     totals_C: np.ndarray
-    """c(h), what was pruned included."""
+    """c(h), including pruned pairs."""
     weights_C: np.ndarray
-    """What is left to the shorter context, 1 - sum of (c(hw) - D(c(hw))) / c(h) (float64)."""
+    """Weight of the shorter context, 1 - sum of (c(hw) - D(c(hw))) / c(h) (float64)."""
     best_C: np.ndarray
-    """The likeliest token by the whole law."""
+    """The likeliest token after each context."""
     chances_C: np.ndarray
     """Its probability, rounded (float16)."""
     tokens_E: np.ndarray
@@ -82,7 +84,7 @@ class KneserNey:
 
     @staticmethod
     def empty(vocab_size: int) -> "KneserNey":
-        """Returns the flat law."""
+        """Returns the model of no text, the uniform distribution."""
         return KneserNey(
             vocab_size=vocab_size,
             keys_C=np.array([-1]),
@@ -101,15 +103,15 @@ class KneserNey:
         return sum(getattr(self, name).nbytes for name in KINDS)
 
     @cached_property
-    def flat_V(self) -> np.ndarray:
-        """P(w) after the empty context."""
+    def unigram_V(self) -> np.ndarray:
+        """The distribution after the empty context."""
         probs_V = np.full(self.vocab_size, self.weights_C[0] / self.vocab_size)
         if len(tokens_S := self.tokens_E[self._pairs(0)]):
             probs_V[tokens_S] += self._masses(self.counts_E[self._pairs(0)], 0, 0)
         return probs_V
 
     def path(self, text: Sequence[int]) -> list[int]:
-        """Returns the contexts that end `text`, from the empty one to the longest that is known."""
+        """Returns the contexts that end `text`, from the empty one to the longest known one."""
         path, node, outside = [0], 0, self.vocab_size
         for back in range(1, len(self.discounts_OX)):
             key = node * (outside + 1) + (text[-back] if back <= len(text) else outside)
@@ -122,48 +124,46 @@ class KneserNey:
     def best(self, path: list[int]) -> tuple[int, float]:
         """Returns the likeliest token after a context given by its path, and its probability to three digits.
 
-        The law after any text is that after its longest known context, so that it is known beforehand.
+        They are stored, because the distribution after any text is that after its longest known context.
         """
         return self.best_C.item(path[-1]), self.chances_C.item(path[-1])
 
     def probs(self, path: list[int]) -> np.ndarray:
         """Returns P [V] (float64) after a context given by its path."""
         weights = self._weights(path)
-        probs_V = weights[0] * self.flat_V
+        probs_V = weights[0] * self.unigram_V
         for depth in range(1, len(path)):
             pairs = self._pairs(path[depth])
             probs_V[self.tokens_E[pairs]] += weights[depth] * self._masses(self.counts_E[pairs], path[depth], depth)
         return probs_V
 
-    def chances(self, path: list[int], tokens_S: np.ndarray) -> np.ndarray:
-        """Returns P [S] of some tokens, at a cost that does not grow with the vocabulary."""
+    def token_probs(self, path: list[int], tokens_S: np.ndarray) -> np.ndarray:
+        """Returns the probabilities [S] of some tokens, at a cost independent of the vocabulary size."""
         weights = self._weights(path)
-        chances_S = weights[0] * self.flat_V[tokens_S]
-        # Without this a search would convert all that it searches.
+        probs_S = weights[0] * self.unigram_V[tokens_S]
+        # Otherwise each search would convert the whole array that it searches.
         tokens_S = tokens_S.astype(self.tokens_E.dtype)
         for depth in range(1, len(path)):
             pairs = self._pairs(path[depth])
             known_X = self.tokens_E[pairs]
-            places_S = np.minimum(known_X.searchsorted(tokens_S), len(known_X) - 1)
-            counts_S = self.counts_E[pairs][places_S] * (known_X[places_S] == tokens_S)
-            chances_S += weights[depth] * self._masses(counts_S, path[depth], depth)
-        return chances_S
+            index_S = np.minimum(known_X.searchsorted(tokens_S), len(known_X) - 1)
+            counts_S = self.counts_E[pairs][index_S] * (known_X[index_S] == tokens_S)
+            probs_S += weights[depth] * self._masses(counts_S, path[depth], depth)
+        return probs_S
 
     def save(self, folder: Path) -> None:
+        """Writes each array to a file of its name."""
         for name in KINDS:
             np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
 
     @staticmethod
     def load(folder: Path, vocab_size: int) -> "KneserNey":
-        """Returns what `save` wrote, mapped into memory; raises ValueError for a file that is missing or odd."""
+        """Returns the memory-mapped model that `save` wrote; raises ValueError for a missing or invalid file."""
         arrays = {}
         for name, kind in KINDS.items():
             file = folder / f"{name}.npy"
-            try:
-                # A plain view: each operation on a memmap makes another memmap, which takes longer than the operation.
-                arrays[name] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
-            except (OSError, ValueError, EOFError) as error:
-                raise ValueError(f"{file} is missing or damaged ({error}); the artifact must be made again") from None
+            # A plain view: each operation on a memmap makes another memmap, which takes longer than the operation.
+            arrays[name] = np.asarray(load_array(file, mmap=True))
             if arrays[name].dtype.kind != kind:
                 raise ValueError(f"{file} holds {arrays[name].dtype}; the artifact must be made again")
         num_contexts, num_pairs = len(arrays["keys_C"]), len(arrays["tokens_E"])
@@ -179,7 +179,7 @@ class KneserNey:
         return KneserNey(vocab_size=vocab_size, **arrays)
 
     def _weights(self, path: list[int]) -> list[float]:
-        """Returns how much of each context's share of the law is left by the longer ones."""
+        """Returns, for each context, the product of the weights that longer contexts leave to it."""
         weights = [1.0]
         for node in path[:0:-1]:
             weights.append(weights[-1] * self.weights_C.item(node))
