@@ -1,10 +1,10 @@
-"""Tokens a step of each verifier, on the same prompts with the same draft model; and how near it comes to the optimum.
+"""Mean accepted length (tau) of each verifier with the same prompts and draft model, and the optimal acceptance rate.
 
     ./launch.sh quickstart                                    # once: trains the draft model
     .venv/bin/python benchmarks/acceptance.py                 # pocket target, temperature 1, 200 prompts
 
 Pocket target, the quickstart's draft model: token 1.54, block 1.59; recursive 1.77, traversal 1.81; on three paths
-recursive 1.73, K-SEQ 1.76, traversal 1.79, multi-path 1.84; standard errors 0.02 to 0.03 (LOG.md has the whole table).
+recursive 1.73, K-SEQ 1.76, traversal 1.79, multi-path 1.84; standard errors 0.02 to 0.03 (the full table is in LOG.md).
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("chain of 3", "block", {}),
     ("tree of 7, without replacement", "recursive", {"tree": TREE}),
     ("tree of 7, without replacement", "traversal", {"tree": TREE}),
-    ("tree of 7, top and drawn", "greedy_drafting", {"tree": TREE, "siblings": "top_and_drawn"}),
+    ("tree of 7, top tokens and a sample", "greedy_drafting", {"tree": TREE, "siblings": "top_and_drawn"}),
     ("3 paths of 3, independent", "recursive", {"tree": PATHS, "siblings": "independent"}),
     ("3 paths of 3, independent", "kseq", {"tree": PATHS, "siblings": "independent"}),
     ("3 paths of 3, independent", "traversal", {"tree": PATHS, "siblings": "independent"}),
@@ -46,24 +46,24 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings:
-    """What is decoded, and under which law."""
+    """The target, draft model, prompts and sampling."""
 
     target: str = str(POCKET)
     """A transformers folder or hub name."""
     draft: str = "runs/quickstart/distill"
     """Artifact of a draft model that drafts chains."""
     data: str = "python-source"
-    """Where the prompts come from."""
+    """Source of the prompts."""
     num_prompts: int = 200
-    """Prompts."""
+    """Number of prompts."""
     max_new_tokens: int = 64
-    """Tokens after each."""
+    """New tokens per prompt."""
     temperature: float = 1.0
-    """Above 0."""
+    """Sampling temperature, above 0."""
     batch_size: int = 20
-    """Prompts decoded at once."""
+    """Prompts per batch."""
     threads: int = 1
-    """CPU threads, 0 for torch's own choice."""
+    """CPU threads; 0 keeps torch's default."""
 
 
 def main(run: BenchmarkSettings) -> None:
@@ -71,13 +71,13 @@ def main(run: BenchmarkSettings) -> None:
     target = Target.from_pretrained(run.target, dtype="float32")
     given: Any = draftsmith.load(run.draft, target)
     if not hasattr(given.config, "siblings"):
-        raise ValueError(f"{run.draft} is no draft model whose siblings are drawn from laws")
+        raise ValueError(f"{run.draft} is not a draft model that samples siblings; pass the artifact of a distilled LM")
     sampling = Sampling(temperature=run.temperature)
     prompts = [prompt.ids for prompt in load_prompts(run.data, target.tokenizer, max_prompts=run.num_prompts)]
     batches = [prompts[begin : begin + run.batch_size] for begin in range(0, len(prompts), run.batch_size)]
     print(f"{hardware(target.device)}; {len(prompts)} prompts, {run.max_new_tokens} new tokens, temperature "
           f"{run.temperature:g}; commit {commit()}")  # fmt: skip
-    print(f"{'draft':31} {'verifier':16} tokens a step      first token accepted, at best")
+    print(f"{'draft':35} {'verifier':16} tau                first-token acceptance rate, optimum")
     with num_threads(run.threads), tqdm(total=len(CASES) * len(batches), unit="batch", leave=False) as bar:
         for shape, verifier, changes in CASES:
             config = dataclasses.replace(given.config, num_draft=3, length="fixed", **changes)
@@ -100,10 +100,12 @@ def main(run: BenchmarkSettings) -> None:
                 taus.append(out.stats.tau)
                 bar.update()
             spread = statistics.stdev(taus) / math.sqrt(len(taus)) if len(taus) > 1 else math.nan
-            known = ""
+            first_token = ""
             if watched.num_steps:
-                known = f"{watched.num_accepted / watched.num_steps:.3f}, {watched.optimum / watched.num_steps:.3f}"
-            tqdm.write(f"{shape:31} {verifier:16} {statistics.mean(taus):.3f} +- {spread:.3f}     {known}")
+                first_token = (
+                    f"{watched.num_accepted / watched.num_steps:.3f}, {watched.optimum / watched.num_steps:.3f}"
+                )
+            tqdm.write(f"{shape:35} {verifier:16} {statistics.mean(taus):.3f} +- {spread:.3f}     {first_token}")
 
 
 if __name__ == "__main__":

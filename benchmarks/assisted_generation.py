@@ -1,9 +1,9 @@
-"""Our loop against transformers' own: assisted generation with the same small LM, and plain decoding.
+"""draftsmith against transformers: assisted generation with the same small LM, and plain decoding.
 
     ./launch.sh quickstart                                    # once: trains the small LM
     .venv/bin/python benchmarks/assisted_generation.py        # pocket target
 
-Both decode the same prompts in turn, in this process; ratios are of tokens/s within a round.
+Both decode the same prompts in turn, in one process; ratios are of tok/s within a round.
 One core of an AMD EPYC: 1.39 (1.37 to 1.68) with the length policy that transformers uses (`refit`), 1.74 (1.68 to
 2.56) with the quickstart's `expected_gain`; plain decoding 0.95 (0.94 to 0.98). Output identical.
 """
@@ -25,18 +25,18 @@ from trainers.training.settings import parse_settings
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings:
-    """What decodes what."""
+    """The target, draft model and prompts."""
 
     target: str = str(POCKET)
     """A transformers folder or hub name."""
     draft: str = "runs/quickstart/distill"
     """Artifact whose drafter is a transformers causal LM."""
     data: str = "python-source"
-    """Where the prompts come from."""
+    """Source of the prompts."""
     num_prompts: int = 8
     """Prompts decoded in every round."""
     dtype: str = "float32"
-    """What the target's weights are loaded as."""
+    """Dtype of the target's weights."""
 
 
 def main(run: BenchmarkSettings, settings: PairSettings) -> None:
@@ -46,7 +46,7 @@ def main(run: BenchmarkSettings, settings: PairSettings) -> None:
     drafter = draftsmith.load(run.draft, target)
     assistant = assistant_of(drafter)
     if assistant is None:
-        raise ValueError(f"{run.draft} holds no causal LM, which is what transformers can be assisted by")
+        raise ValueError(f"{run.draft} holds no causal LM, which transformers needs for assisted generation")
     print(describe_conditions(target, len(prompts), settings))
     run_assisted = DecodingMethod(name="transformers", decode=transformers_method(target, assistant))
     ours = DecodingMethod(name="ours", decode=draftsmith_method(target, drafter), drafter=drafter)

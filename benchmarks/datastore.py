@@ -1,14 +1,14 @@
-"""What a datastore costs: tokens a second of sorting, and microseconds of a look-up.
+"""Measures a datastore: tokens sorted per second, and microseconds per look-up.
 
-    .venv/bin/python benchmarks/datastore.py                       # ten million tokens made of the pocket target's text
+    .venv/bin/python benchmarks/datastore.py                # ten million tokens made from the pocket's text
     .venv/bin/python benchmarks/datastore.py --num-shards 4
 
-The text is what `--data` holds, its documents drawn again and again with every tenth token another one, so that matches
-are of all lengths; look-ups are of places in documents drawn so afterwards. All times are the thread's own.
+The text is made of `--data`'s documents, sampled repeatedly with every tenth token replaced, so that matches have all
+lengths; look-ups are at random positions of documents sampled in the same way. Times are thread CPU times.
 
 A shared core of an AMD EPYC, 10 million tokens: sorted at 4.5 million tokens/s (6.1 in four shards), 59 MB; the longest
-match in 45 us (99 at the 99th percentile), with the tree 116 (451); in four shards 161 and 234. Two threads that share
-eight shards out took longer than one, 0.36 ms against 0.28: Python's lock is held throughout.
+match in 45 us (99 at the 99th percentile), with the tree 116 (451); in four shards 161 and 234. Two threads over eight
+shards took longer than one, 0.36 ms against 0.28: Python's lock is held throughout.
 """
 
 import statistics
@@ -34,22 +34,22 @@ from trainers.training.settings import parse_settings
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings:
-    """How much is sorted, and how often something is looked up in it."""
+    """Sizes of the datastore and number of look-ups."""
 
     target: str = str(POCKET)
     """A transformers folder or hub name, for its tokenizer."""
     data: str = DEFAULT_DATA
-    """Text that the store is made of."""
+    """Source of the datastore's text."""
     num_tokens: int = 10_000_000
-    """Tokens stored, to the nearest document."""
+    """Tokens in the datastore, rounded to whole documents."""
     num_shards: int = 1
-    """Files that they are parted into."""
+    """Number of files that it is split into."""
     changed: float = 0.1
-    """Share of tokens that are drawn anew."""
+    """Share of tokens that are replaced."""
     num_queries: int = 3_000
-    """Look-ups timed."""
+    """Number of look-ups timed."""
     seed: int = 0
-    """Of what is drawn."""
+    """Seed of the sampled documents."""
 
 
 def main(run: BenchmarkSettings, config: Config) -> None:
@@ -57,7 +57,10 @@ def main(run: BenchmarkSettings, config: Config) -> None:
     texts = list(documents(open_examples(run.data, target)))
     draw = np.random.default_rng(run.seed)
     known = np.concatenate(texts)
-    groups = [drawn(texts, known, run.num_tokens // run.num_shards, run.changed, draw) for _ in range(run.num_shards)]
+    groups = [
+        sample_documents(texts, known, run.num_tokens // run.num_shards, run.changed, draw)
+        for _ in range(run.num_shards)
+    ]
     num_tokens = sum(len(text) + 1 for group in groups for text in group)
     with num_threads(1):
         print(f"{hardware(torch.device('cpu'))}, 1 thread; {num_tokens:,} tokens; commit {commit() or 'unknown'}")
@@ -67,14 +70,17 @@ def main(run: BenchmarkSettings, config: Config) -> None:
         num_bytes = sum(array.nbytes for shard in shards for array in shard.arrays().values())
         print(f"sorted: {num_tokens / seconds / 1e6:.2f} million tokens/s; {num_bytes / 1e6:.0f} MB")
         look_up(
-            Drafter(config, target, shards), drawn(texts, known, 200 * run.num_queries, run.changed, draw), run, draw
+            Drafter(config, target, shards),
+            sample_documents(texts, known, 200 * run.num_queries, run.changed, draw),
+            run,
+            draw,
         )
 
 
-def drawn(
+def sample_documents(
     texts: list[np.ndarray], known: np.ndarray, num_tokens: int, changed: float, draw: np.random.Generator
 ) -> list[np.ndarray]:
-    """Returns documents drawn with replacement, of so many tokens, some of these drawn from all the text's."""
+    """Returns `num_tokens` of documents sampled with replacement, a share `changed` of their tokens replaced."""
     found: list[np.ndarray] = []
     while num_tokens > 0:
         text = texts[draw.integers(len(texts))]
@@ -85,7 +91,7 @@ def drawn(
 
 
 def look_up(drafter: Drafter, texts: list[np.ndarray], run: BenchmarkSettings, draw: np.random.Generator) -> None:
-    """Prints the time, median and 99th percentile, of finding the longest match and of making the tree from it."""
+    """Prints the median and 99th-percentile time of finding the longest match and of building its tree."""
     config = drafter.config
     lengths, matching_us, drafting_us = [], [], []
     for _ in range(run.num_queries):

@@ -3,11 +3,11 @@
     ./launch.sh quickstart                       # once: trains the heads
     .venv/bin/python benchmarks/medusa.py        # pocket target; any artifact with --draft
 
-Both decode the same prompts in turn, in this process; ratios are of tokens/s within a round.
+Both decode the same prompts in turn, in one process; ratios are of tok/s within a round.
 One core of an AMD EPYC, heads of the command in recipes/medusa.py, each with the tree computed for its dtype, in two
-quiet runs: 1.08 and 1.04 in float32, output identical; 1.39 and 1.40 in bfloat16. On the prompts before, of which one
-was known by heart, 1.11 to 1.14 and 1.45 to 1.51. In bfloat16 near ties fall otherwise in wider forwards, so that
-output is not always identical.
+quiet runs: 1.08 and 1.04 in float32, output identical; 1.39 and 1.40 in bfloat16. On the former prompts, one of which
+the target had memorised, 1.11 to 1.14 and 1.45 to 1.51. In bfloat16 near ties may be resolved differently in wider
+forwards, so that output is not always identical.
 """
 
 import sys
@@ -26,18 +26,18 @@ from trainers.training.settings import parse_settings
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings:
-    """What decodes what."""
+    """The target, drafter and prompts."""
 
     target: str = str(POCKET)
     """A transformers folder or hub name."""
     draft: str = "runs/quickstart/medusa"
     """The drafter's artifact."""
     data: str = "python-source"
-    """Where the prompts come from."""
+    """Source of the prompts."""
     num_prompts: int = 8
     """Prompts decoded in every round."""
     dtype: str = "float32"
-    """What the target's weights are loaded as."""
+    """Dtype of the target's weights."""
 
 
 def main(run: BenchmarkSettings, settings: PairSettings) -> None:

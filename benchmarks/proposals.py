@@ -1,12 +1,12 @@
-"""What drafters take to propose and to learn from a step, beside a plain step of the target.
+"""Measures drafters' time to propose and to observe a step, relative to a plain step of the target.
 
     .venv/bin/python benchmarks/proposals.py --artifacts runs/lookup runs/medusa       # pocket target
 
-All decode the same prompts in turn, in this process, at batch size 1, plain decoding among them; milliseconds are
-medians over steps, of `propose` and `observe` apart, and over prompts of `start`. The share is that of both of a plain
-step. On a CPU it is the process's own time.
-One core of an AMD EPYC, beside other work, a plain step of 6.32 ms; shares in %: lookup 1.3, lookahead and suffix 4.5,
-rest 4.8, recycling 6.7, ngram 7.2, trigram 7.5; in an earlier run, with draft models or heads among their parts,
+All, and plain decoding, decode the same prompts in turn, in one process, at batch size 1. Milliseconds are medians over
+steps for `propose` and `observe`, over prompts for `start`; the share is `propose` plus `observe` over a plain step. On
+a CPU they are process CPU times.
+One core of an AMD EPYC, with other work running, a plain step of 6.32 ms; shares in %: lookup 1.3, lookahead and suffix
+4.5, rest 4.8, recycling 6.7, ngram 7.2, trigram 7.5; in an earlier run, with draft models or heads among their parts,
 cascade 22, merge 29, translated 44, staged 74.
 """
 
@@ -33,24 +33,24 @@ from trainers.training.settings import parse_settings
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings:
-    """What is timed, and on what."""
+    """The drafters, target, prompts and sampling."""
 
     artifacts: tuple[str, ...]
-    """The drafters' artifacts."""
+    """Artifacts of the drafters."""
     target: str = str(POCKET)
     """A transformers folder or hub name."""
     data: str = "python-source"
-    """Where the prompts come from."""
+    """Source of the prompts."""
     num_prompts: int = 8
-    """Prompts that each of them continues."""
+    """Number of prompts."""
     max_new_tokens: int = 64
-    """Tokens after each prompt."""
+    """New tokens per prompt."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     dtype: str = "float32"
-    """What the target's weights are loaded as."""
+    """Dtype of the target's weights."""
     threads: int = 1
-    """CPU threads, 0 for torch's own choice."""
+    """CPU threads; 0 keeps torch's default."""
 
 
 @dataclass(kw_only=True)
@@ -61,13 +61,13 @@ class Times:
     propose: list[float] = field(default_factory=list)
     observe: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
-    """From the beginning of `propose` to that of `observe`."""
+    """From the beginning of `propose` to the beginning of `observe`."""
     num_nodes: list[int] = field(default_factory=list)
     """Nodes verified, the pending one included."""
 
 
 class Timed(Drafter):
-    """A drafter under the clock; without one, plain decoding."""
+    """A drafter whose calls are timed; plain decoding without one."""
 
     def __init__(self, drafter: Any, target: Target) -> None:
         self.drafter, self.target, self.times = drafter, target, Times()
@@ -97,7 +97,7 @@ class Timed(Drafter):
         self.times.num_nodes.append(step.draft.tree.num_nodes)
 
     def _now_ms(self) -> float:
-        """Returns this process's own time on a CPU, which other work on the machine is no part of; else the clock's."""
+        """Returns process CPU time on a CPU, which excludes other work on the machine, and wall-clock time on a GPU."""
         if self.target.device.type != "cuda":
             return 1e3 * time.process_time()
         torch.cuda.synchronize(self.target.device)
@@ -109,7 +109,7 @@ def main(run: BenchmarkSettings) -> None:
         read_manifest(path)
     target = Target.from_pretrained(run.target, dtype=run.dtype)
     prompts = load_prompts(run.data, target.tokenizer, max_prompts=run.num_prompts)
-    # A drafter that has tuned its target goes with the tuned one; a plain step of either takes as long.
+    # A drafter that fine-tunes its target decodes with that; plain steps of both take equally long.
     drafters = [draftsmith.load(path, target) for path in run.artifacts]
     contenders = [Timed(None, target), *(Timed(drafter, drafter.target) for drafter in drafters)]
     print(
@@ -121,8 +121,8 @@ def main(run: BenchmarkSettings) -> None:
             decode(contender, prompts[0].ids, run, seed=0)
             contender.times = Times()
         for turn, prompt in enumerate(prompts):
-            for place in range(len(contenders)):
-                decode(contenders[(turn + place) % len(contenders)], prompt.ids, run, seed=turn)
+            for index in range(len(contenders)):
+                decode(contenders[(turn + index) % len(contenders)], prompt.ids, run, seed=turn)
     show(run.artifacts, contenders)
 
 
@@ -144,14 +144,14 @@ def show(names: tuple[str, ...], contenders: list[Timed]) -> None:
     step_ms = statistics.median(plain.times.step)
     print(f"a plain step takes {step_ms:.2f} ms")
     width = max(map(len, names))
-    print(f"{'artifact':{width}}   start  propose  observe  of a plain step  nodes  whole step")
+    print(f"{'artifact':{width}}   start  propose  observe  share of a plain step  nodes  whole step")
     for name, contender in zip(names, drafting, strict=True):
         times = contender.times
         start, propose, observe, step, num_nodes = map(
             statistics.median, (times.start, times.propose, times.observe, times.step, times.num_nodes)
         )
         print(
-            f"{name:{width}} {start:7.2f} {propose:8.3f} {observe:8.3f} {(propose + observe) / step_ms:15.1%}"
+            f"{name:{width}} {start:7.2f} {propose:8.3f} {observe:8.3f} {(propose + observe) / step_ms:21.1%}"
             f" {num_nodes:6.0f} {step:15.2f} ms"
         )
 
