@@ -246,14 +246,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, verbose=False)["input_ids"]
 
 
-def _split(whole: Prompt, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Prompt]:
+def _split(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Prompt]:
     """Returns a text in pieces of `length` tokens, whose keys show that they belong together."""
     pieces = []
-    for number, begin in enumerate(range(0, len(whole.ids), length)):
-        ids = whole.ids[begin : begin + length]
+    for number, begin in enumerate(range(0, len(prompt.ids), length)):
+        ids = prompt.ids[begin : begin + length]
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        key = f"{whole.key}.{number}" if number else whole.key
-        pieces.append(replace(whole, ids=ids, text=text, key=key, source=f"{whole.source}, token {begin}"))
+        key = f"{prompt.key}.{number}" if number else prompt.key
+        pieces.append(replace(prompt, ids=ids, text=text, key=key, source=f"{prompt.source}, token {begin}"))
     return pieces
 
 

@@ -61,29 +61,29 @@ def main(run: RunSettings, settings: PseudoDataSettings) -> None:
     if run.server and run.draft:
         raise ValueError("--draft has no effect with --server; give one of them")
     check_replaceable(Path(run.output), marker=MARKER)
-    facts = read_target_info(run.target)
-    if run.server and facts.is_encoder_decoder:
+    target_info = read_target_info(run.target)
+    if run.server and target_info.is_encoder_decoder:
         raise ValueError(f"--server supports causal targets, and {run.target} is an encoder-decoder; omit it")
-    if settings.max_new_tokens >= facts.context_length:
-        raise ValueError(f"--max-new-tokens leaves no room for a prompt in a context of {facts.context_length}")
+    if settings.max_new_tokens >= target_info.context_length:
+        raise ValueError(f"--max-new-tokens leaves no room for a prompt in a context of {target_info.context_length}")
     if run.draft:
-        check_fits(run.draft, read_manifest(run.draft), facts)
+        check_fits(run.draft, read_manifest(run.draft), target_info)
     limits = [limit for limit in (run.max_prompts, run.max_steps * settings.batch_size) if limit]
     prompts = load_prompts(
-        run.data or default_source("train", is_encoder_decoder=facts.is_encoder_decoder),
-        facts.tokenizer,
+        run.data or default_source("train", is_encoder_decoder=target_info.is_encoder_decoder),
+        target_info.tokenizer,
         max_prompts=min(limits, default=0),
-        max_prompt_tokens=prompt_room(facts, settings.max_new_tokens),
+        max_prompt_tokens=prompt_room(target_info, settings.max_new_tokens),
         prompt_tokens=run.prompt_tokens,
         long_prompts=run.long_prompts,
-        is_encoder_decoder=facts.is_encoder_decoder,
+        is_encoder_decoder=target_info.is_encoder_decoder,
         seed=settings.seed,
     )
     writer: Writer
     if run.server:
         writer = ServerWriter(
             run.server,
-            facts.tokenizer,
+            target_info.tokenizer,
             model=run.server_model,
             num_in_flight=settings.batch_size,
             as_text=run.server_text,

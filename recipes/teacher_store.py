@@ -38,11 +38,11 @@ class RunSettings:
 
 
 def main(run: RunSettings, settings: TeacherStoreSettings) -> None:
-    facts = read_target_info(run.target)
-    examples = open_examples(run.data, facts)
+    target_info = read_target_info(run.target)
+    examples = open_examples(run.data, target_info)
     num_rows = len(examples) if not run.max_steps else min(len(examples), run.max_steps * settings.batch_size)
     rows = [examples[index] for index in range(num_rows)]
-    plan_teacher_store(facts, rows, Path(run.output), settings)
+    plan_teacher_store(target_info, rows, Path(run.output), settings)
     target = draftsmith.Target.from_pretrained(run.target, dtype=run.dtype)
     check_target(examples, run.data, target)
     write_teacher_store(target, rows, Path(run.output), settings)

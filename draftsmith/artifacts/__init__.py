@@ -1,1 +1,1 @@
-"""Artifacts: saving and loading drafters, their model cards, provenance, and the Hugging Face hub."""
+"""Artifacts: saving and loading drafters, families, model cards, provenance, published heads, and the hub."""

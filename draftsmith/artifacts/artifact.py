@@ -156,14 +156,15 @@ def _load_weights(drafter: nn.Module, file: Path) -> None:
             f"{file} is truncated or not a safetensors file ({error}); the artifact must be made again"
         ) from error
     expected = own_tensors(drafter)
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        raise ValueError(f"{file}: tensor {name!r} is {'missing' if name in expected else 'unknown to this drafter'}")
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
+        if name in expected and tensor.shape != expected[name].shape:
             raise ValueError(
                 f"{file}: {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
             )
-    drafter.load_state_dict(tensors, strict=False)
+    # A drafter may accept tensors under former names, so the names are compared by `load_state_dict`.
+    missing, unexpected = drafter.load_state_dict(tensors, strict=False)
+    for name in sorted({*(expected.keys() & missing), *unexpected}):
+        raise ValueError(f"{file}: tensor {name!r} is {'missing' if name in expected else 'unknown to this drafter'}")
 
 
 def check_fits(folder: str | Path, manifest: dict[str, Any], target: Target | TargetInfo) -> None:

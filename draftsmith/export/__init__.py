@@ -42,7 +42,7 @@ def export(artifact: str | Path, to: str, output: str | Path, target: str | None
         raise ValueError(f"{output} is an artifact; name another output folder")
     check_replaceable(path, marker=LAUNCH)
     source = open_source(artifact_folder.resolve(), manifest, path, target)
-    if source.facts.is_encoder_decoder and write is not custom.write:
+    if source.target_info.is_encoder_decoder and write is not custom.write:
         if to != "transformers":
             raise ValueError(
                 f"{ENGINE_NAMES[to]} does not draft for encoder-decoders such as {source.target_name}; export it --to"

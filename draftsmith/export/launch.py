@@ -66,7 +66,7 @@ def python_launch(
 ) -> Launch:
     """Returns Python code that loads `target` as `model`, followed by `lines`, which call `model.generate`."""
     target = target or source.served_model
-    auto_class = "AutoModelForSeq2SeqLM" if source.facts.is_encoder_decoder else "AutoModelForCausalLM"
+    auto_class = "AutoModelForSeq2SeqLM" if source.target_info.is_encoder_decoder else "AutoModelForCausalLM"
     first = [
         f"from transformers import {auto_class}, AutoTokenizer, GenerationConfig",
         f"tokenizer = AutoTokenizer.from_pretrained({source.target_name!r})",

@@ -24,7 +24,7 @@ class ExportSource:
     manifest: dict[str, Any]
     config: Any
     """The family's configuration."""
-    facts: TargetInfo
+    target_info: TargetInfo
     output: Path
     """Final path of the exported folder, which is written elsewhere first."""
 
@@ -35,7 +35,11 @@ class ExportSource:
     @property
     def target_name(self) -> str:
         """The target's absolute folder or hub name."""
-        return str(Path(self.facts.name).resolve()) if Path(self.facts.name).is_dir() else self.facts.name
+        return (
+            str(Path(self.target_info.name).resolve())
+            if Path(self.target_info.name).is_dir()
+            else self.target_info.name
+        )
 
     @property
     def served_model(self) -> str:
@@ -45,20 +49,20 @@ class ExportSource:
     @cached_property
     def target_config(self) -> Any:
         """The transformers configuration of the target's text model."""
-        return AutoConfig.from_pretrained(self.facts.name).get_text_config(decoder=True)
+        return AutoConfig.from_pretrained(self.target_info.name).get_text_config(decoder=True)
 
     @cached_property
     def generation_config(self) -> Any:
         """The target's generation configuration, derived from its model configuration if it has none."""
         try:
-            return GenerationConfig.from_pretrained(self.facts.name)
+            return GenerationConfig.from_pretrained(self.target_info.name)
         except OSError:
             return GenerationConfig.from_model_config(self.target_config)
 
     @cached_property
     def drafter(self) -> Any:
         """The loaded drafter, in the target's dtype; raises ValueError if it was made for other weights."""
-        return artifact.load(self.artifact, Target.from_pretrained(self.facts.name, device="cpu"))
+        return artifact.load(self.artifact, Target.from_pretrained(self.target_info.name, device="cpu"))
 
     def copy_artifact(self, folder: Path) -> None:
         """Copies the artifact's own files to `folder`, without other files of the run."""
@@ -75,21 +79,21 @@ class ExportSource:
 
     def save_tokenizer(self, folder: Path) -> None:
         """Writes the target's tokenizer, if it has one."""
-        if self.facts.tokenizer is not None:
-            self.facts.tokenizer.save_pretrained(folder)
+        if self.target_info.tokenizer is not None:
+            self.target_info.tokenizer.save_pretrained(folder)
 
 
 def open_source(path: Path, manifest: dict[str, Any], output: Path, target: str | None) -> ExportSource:
     """Returns the source of an export without loading weights; raises ValueError if artifact and target do not fit."""
     name = manifest["target"]["name"] if target is None else target
     try:
-        facts = read_target_info(name)
+        target_info = read_target_info(name)
     except ValueError as error:
         if target is not None:
             raise
         raise ValueError(f"{error}; name the artifact's target with --target") from None
-    artifact.check_fits(path, manifest, facts)
+    artifact.check_fits(path, manifest, target_info)
     config = artifact.make_config(
         artifact.family_of(manifest, path).Config, manifest["config"], path / artifact.MANIFEST
     )
-    return ExportSource(artifact=path, manifest=manifest, config=config, facts=facts, output=output)
+    return ExportSource(artifact=path, manifest=manifest, config=config, target_info=target_info, output=output)

@@ -44,7 +44,7 @@ def corpus_writer(num_draft: Callable[[Any], int]) -> Callable[[ExportSource, Pa
     """
 
     def write(source: ExportSource, folder: Path) -> Launch:
-        tokenizer = source.facts.tokenizer
+        tokenizer = source.target_info.tokenizer
         if tokenizer is None:
             raise ValueError(
                 f"{source.target_name} has no tokenizer, and SGLang's corpora are text; save one in its folder"
@@ -76,7 +76,7 @@ def corpus_writer(num_draft: Callable[[Any], int]) -> Callable[[ExportSource, Pa
 
 def _texts(source: ExportSource) -> Iterator[np.ndarray]:
     """Yields the ids of each text in the artifact's suffix arrays, which separate texts by an id >= vocab_size."""
-    vocab_size = source.facts.vocab_size
+    vocab_size = source.target_info.vocab_size
     for shard in read_shards(source.artifact, vocab_size):
         for part_S in np.split(shard.tokens_S, (shard.tokens_S >= vocab_size).nonzero()[0]):
             text_S = part_S[part_S < vocab_size]

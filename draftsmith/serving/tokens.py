@@ -32,12 +32,12 @@ class TokenTarget:
     """None, because computing it would require all weights."""
 
     def __init__(self, path: str, dtype: torch.dtype, device: torch.device) -> None:
-        facts = read_target_info(path)
-        if facts.is_encoder_decoder:
+        target_info = read_target_info(path)
+        if target_info.is_encoder_decoder:
             raise ValueError(f"target {path} is an encoder-decoder; its drafters run in draftsmith only")
-        self.name, self.tokenizer_hash = facts.name, facts.tokenizer_hash
-        self.vocab_size, self.context_length = facts.vocab_size, facts.context_length
-        self.num_layers, self.hidden_size = facts.num_layers, facts.hidden_size
+        self.name, self.tokenizer_hash = target_info.name, target_info.tokenizer_hash
+        self.vocab_size, self.context_length = target_info.vocab_size, target_info.context_length
+        self.num_layers, self.hidden_size = target_info.num_layers, target_info.hidden_size
         self.dtype, self.device = dtype, device
 
     @cached_property

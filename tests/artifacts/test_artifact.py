@@ -144,7 +144,7 @@ def test_load_names_a_broken_manifest(folder: Path, tmp_path: Path) -> None:
     edit(folder, config={"num_heads": 2, "num_block": 2})
     check_error(folder, "unknown setting 'num_block'; did you mean 'num_blocks'?")
     edit(folder, config={"num_heads": 0, "tree": [[0]]})
-    check_error(folder, "needs 1 to num_heads=0 ranks")
+    check_error(folder, "num_heads is 0; it must be at least 1")
     edit(folder, config={"num_heads": 2}, family="medsua")
     check_error(folder, "unknown drafter family 'medsua'; did you mean 'medusa'?")
     edit(folder, format_version=2)

@@ -125,12 +125,12 @@ def test_family_of_an_installed_package(tmp_path: Path, capsys: pytest.CaptureFi
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    told = "is of family 'echo', which the package acme-drafters defines; install that package"
-    with pytest.raises(ValueError, match=told):
+    message = "is of family 'echo', which the package acme-drafters defines; install that package"
+    with pytest.raises(ValueError, match=message):
         draftsmith.load(tmp_path / "echo", tiny_target("llama"))
     main(["inspect", str(tmp_path / "echo")])
     out, err = capsys.readouterr()
-    assert "a drafter of family echo" in out and told in err
+    assert "a drafter of family echo" in out and message in err
 
 
 def test_find_rejects_a_family_defined_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def nested_config(**changes: Any) -> dict[str, Any]:
     layer = flat_config(rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
     for key in ("draft_vocab_size", "architectures", "rope_theta", "rope_scaling"):
         del layer[key]
-    whole = {
+    config = {
         "speculators_model_type": "eagle3",
         "speculators_version": "0.9.0",
         "architectures": ["Eagle3DraftModel"],
@@ -102,7 +102,7 @@ def nested_config(**changes: Any) -> dict[str, Any]:
         "speculators_config": {"algorithm": "eagle3", "verifier": {"name_or_path": "org/target"}},
         "transformer_layer_config": layer,
     }
-    return whole | changes
+    return config | changes
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], *, pickled: bool = False) -> Settings:
@@ -172,14 +172,14 @@ def test_fit_reads_options_of_published_heads(tmp_path: Path, layers: tuple[int,
     config["transformer_layer_config"]["rope_parameters"] = ROPE | {"rope_theta": 5000.0}
     check_equal(imported(write(tmp_path / "new", config, tensors)), new)
 
-    odd = head(layers=layers, fusion_norm="whole", norm_residual=True, own_embedding=True, draft_vocab=0)
-    odd.embedding.weight.data.copy_(embedding)
-    tensors = published(odd, "midlayer")
-    tensors |= {"input_norm.weight": odd.fusion_norms[0].weight.detach(), "embed_tokens.weight": embedding}
+    other_options = head(layers=layers, fusion_norm="whole", norm_residual=True, own_embedding=True, draft_vocab=0)
+    other_options.embedding.weight.data.copy_(embedding)
+    tensors = published(other_options, "midlayer")
+    tensors |= {"input_norm.weight": other_options.fusion_norms[0].weight.detach(), "embed_tokens.weight": embedding}
     del tensors["d2t"], tensors["t2d"]
     ids = {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in layers]}
     config = flat_config(norm_before_fc=True, norm_before_residual=True, draft_vocab_size=None, eagle_config=ids)
-    check_equal(imported(write(tmp_path / "odd", config, tensors)), odd)
+    check_equal(imported(write(tmp_path / "other", config, tensors)), other_options)
 
 
 @pytest.mark.parametrize(

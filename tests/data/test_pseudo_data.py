@@ -152,10 +152,10 @@ def test_read_rejects_rows_of_another_architecture(target, tmp_path):
     write_pseudo_data(other, some_prompts(tmp_path, 5), tmp_path / "out", SMALL)
     write_pseudo_data(target, some_prompts(tmp_path, 5), tmp_path / "causal", SMALL)
     for folder, wanted in ((tmp_path / "out", "llama"), (tmp_path / "causal", "t5")):
-        facts = read_target_info(save_target(tmp_path / wanted, wanted))
+        target_info = read_target_info(save_target(tmp_path / wanted, wanted))
         kind = "an encoder-decoder" if wanted == "t5" else "a causal model"
         with pytest.raises(ValueError, match=rf"was made by another target .* is {kind}"):
-            read_pseudo_data(folder, facts)
+            read_pseudo_data(folder, target_info)
     assert len(read_pseudo_data(tmp_path / "out", read_target_info(str(tmp_path / "t5")))) == 5
 
 

@@ -297,9 +297,9 @@ def test_export_rejects_families_that_no_server_supports(
     for engine in ENGINES[1:]:
         with pytest.raises(
             ValueError, match=f"does not run drafters of family '{family}'; run it with draftsmith"
-        ) as said:
+        ) as error:
             export(artifact, engine, tmp_path / "out")
-        assert "\n" not in str(said.value) and "--to transformers as a custom_generate folder" in str(said.value)
+        assert "\n" not in str(error.value) and "--to transformers as a custom_generate folder" in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -345,9 +345,9 @@ def test_export_rejects_unsupported_input_before_loading_weights(
         ("nothing", "vllm", "out", {}, "no such folder"),
     ]
     for name, engine, out, more, message in cases:
-        with pytest.raises(ValueError, match=message) as said:
+        with pytest.raises(ValueError, match=message) as error:
             export(tmp_path / name, engine, tmp_path / out, **more)
-        assert "\n" not in str(said.value)
+        assert "\n" not in str(error.value)
     assert (tmp_path / "taken" / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*staging*"))
 

@@ -102,7 +102,7 @@ def ngram_model(target: Target, texts: list[list[int]], folder: Path) -> Any:
 def lstm_model(target: Target, texts: list[list[int]], folder: Path) -> Any:
     torch.manual_seed(0)
     drafter = lstm.Drafter(lstm.Config(hidden_size=64, rank=32, num_draft=NUM_DRAFT, length="fixed"), target)
-    drafter.ends.init_principal_directions()
+    drafter.tied_head.init_principal_directions()
 
     def loss(tokens_1T: Tensor) -> Tensor:
         return functional.cross_entropy(drafter.head()(drafter(tokens_1T[:, :-1]))[0], tokens_1T[0, 1:])

@@ -39,10 +39,10 @@ def sglang(source: ExportSource, folder: Path) -> Launch:
         raise ValueError("SGLang replaces the head's own embedding by the target's; export it --to vllm")
     if config.norm_residual:
         raise ValueError("SGLang does not support a normed residual stream (norm_residual); export it --to vllm")
-    if config.layers[0] == 0 or config.layers[-1] == source.facts.num_layers:
+    if config.layers[0] == 0 or config.layers[-1] == source.target_info.num_layers:
         raise ValueError(
             f"SGLang supports the outputs of all blocks but the last, and this head reads hidden layers"
-            f" {list(config.layers)} of {source.facts.num_layers}; export it --to vllm"
+            f" {list(config.layers)} of {source.target_info.num_layers}; export it --to vllm"
         )
     kind = source.target_config.model_type
     if kind in OTHER_NUMBERING and config.layers != _default_layers(source):
@@ -76,7 +76,10 @@ def flat_config(source: ExportSource) -> dict[str, Any]:
             "eagle_config": {"use_aux_hidden_state": True, LAYER_IDS: [layer - 1 for layer in source.config.layers]},
         }
     config = {"architectures": ["LlamaForCausalLMEagle3"], **_layer(source), **_flags(source), **layers}
-    return config | {"target_hidden_size": source.facts.hidden_size, "num_aux_hidden_states": len(source.config.layers)}
+    return config | {
+        "target_hidden_size": source.target_info.hidden_size,
+        "num_aux_hidden_states": len(source.config.layers),
+    }
 
 
 def nested_config(source: ExportSource) -> dict[str, Any]:
@@ -175,7 +178,7 @@ def _write(
 def _flags(source: ExportSource) -> dict[str, Any]:
     config = source.config
     return {
-        "draft_vocab_size": config.draft_vocab or source.facts.vocab_size,
+        "draft_vocab_size": config.draft_vocab or source.target_info.vocab_size,
         "norm_before_residual": config.norm_residual,
         "norm_before_fc": config.fusion_norm == "whole",
         "fc_norm": config.fusion_norm == "each",
@@ -185,23 +188,23 @@ def _flags(source: ExportSource) -> dict[str, Any]:
 
 def _layer(source: ExportSource) -> dict[str, Any]:
     """Returns the configuration of a Llama of one layer."""
-    config, facts = source.config, source.facts
+    config, target_info = source.config, source.target_info
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.theta}
     if config.stretch:
         factor, low, high, length = config.stretch
         rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
         rope |= {"original_max_position_embeddings": int(length)}
-    ends = {"max_position_embeddings": facts.context_length} if facts.context_length < NO_LIMIT else {}
-    return ends | {
+    context = {"max_position_embeddings": target_info.context_length} if target_info.context_length < NO_LIMIT else {}
+    return context | {
         "model_type": "llama",
         "hidden_act": "silu",
-        "hidden_size": facts.hidden_size,
+        "hidden_size": target_info.hidden_size,
         "intermediate_size": config.inner_width,
         "num_hidden_layers": 1,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_width,
-        "vocab_size": facts.vocab_size,
+        "vocab_size": target_info.vocab_size,
         "rms_norm_eps": config.eps,
         "rope_parameters": rope,
         "attention_bias": False,
@@ -213,7 +216,7 @@ def _layer(source: ExportSource) -> dict[str, Any]:
 
 def _default_layers(source: ExportSource) -> tuple[int, ...]:
     """Returns the hidden layers that servers fuse by default, which depend on the target's number of blocks."""
-    num_layers = source.facts.num_layers
+    num_layers = source.target_info.num_layers
     return 2, num_layers // 2, num_layers - 3
 
 

@@ -21,7 +21,7 @@ def draft_model(source: ExportSource) -> Any:
     if not skipped:
         raise ValueError("no block is skipped, so drafting would cost as much as the target; search a mask first")
     return reduced_model(
-        source.drafter.target, [block for block in range(source.facts.num_layers) if block not in skipped]
+        source.drafter.target, [block for block in range(source.target_info.num_layers) if block not in skipped]
     )
 
 

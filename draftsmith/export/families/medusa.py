@@ -27,9 +27,9 @@ def vllm(source: ExportSource, folder: Path) -> Launch:
     config_json = {
         "model_type": "medusa",
         "architectures": ["MedusaModel"],
-        "hidden_size": source.facts.hidden_size,
-        "vocab_size": source.facts.vocab_size,
-        "truncated_vocab_size": source.facts.vocab_size,
+        "hidden_size": source.target_info.hidden_size,
+        "vocab_size": source.target_info.vocab_size,
+        "truncated_vocab_size": source.target_info.vocab_size,
         "num_heads": config.num_heads,
         "num_hidden_layers": config.num_blocks,
         # Without it vLLM would silently ignore the biases.
