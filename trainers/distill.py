@@ -18,6 +18,7 @@ from draftsmith import Target
 from draftsmith.core.model_info import TargetInfo, read_target_info
 from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.lm import Config, Drafter
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics
 from trainers.compression import constraints
@@ -64,12 +65,8 @@ class Settings(distillation.LossSettings, constraints.WeightConstraints):
     """Number of nodes expanded per level of a dynamic tree, and of children of each."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("hidden_size", "ffn_size", "encoder_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        check_at_least(self, 1, "num_layers", "num_heads", "width")
+        check_at_least(self, 0, "hidden_size", "ffn_size", "encoder_layers")
         is_copied = self.init or self.start == "layers"
         if self.config.rank and is_copied:
             given = "init" if self.init else "start layers"

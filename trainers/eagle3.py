@@ -18,6 +18,7 @@ from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.core.model_info import TargetInfo
 from draftsmith.drafters.eagle3 import Config, Drafter
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural.layers import Attention, ffn_width
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
@@ -55,12 +56,8 @@ class Settings:
     """The loss of step s is weighted by decay^s."""
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("num_kv_heads", "ffn_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        check_at_least(self, 1, "num_heads", "num_steps")
+        check_at_least(self, 0, "num_kv_heads", "ffn_size")
         if not self.decay > 0:
             raise ValueError(f"decay is {self.decay}; it must be positive")
 

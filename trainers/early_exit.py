@@ -14,6 +14,7 @@ from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.early_exit import Config, Drafter
 from draftsmith.length import policies
+from draftsmith.parts.checks import check_at_least
 from trainers import Metrics, Needs
 from trainers.parts import exits
 from trainers.parts.losses import DIVERGENCES, Teacher, cross_entropy, divergence, sum_in_chunks
@@ -35,9 +36,7 @@ class Settings:
     """Cross-entropy on the text (ce), or a divergence from the target's distribution at each of its tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("exit_layer", "num_heads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        check_at_least(self, 0, "exit_layer", "num_heads")
 
 
 def build(settings: Settings, target: Target) -> nn.ModuleList:

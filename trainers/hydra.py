@@ -17,6 +17,7 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.hydra import Config, Drafter
 from draftsmith.length.costs import quickest_ms
 from draftsmith.parts import autoregressive
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural.layers import ffn_width
 from trainers import Metrics, Needs
 from trainers.parts import heads, trees
@@ -48,11 +49,8 @@ class Settings:
     """If not 0, draft dynamic trees instead: number of nodes expanded per level, and of children of each."""
 
     def __post_init__(self) -> None:
-        if self.prefix_heads < 1:
-            raise ValueError(f"prefix_heads is {self.prefix_heads}; it must be at least 1")
-        for name in ("prefix_width", "tree_nodes", "width"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        check_at_least(self, 1, "prefix_heads")
+        check_at_least(self, 0, "prefix_width", "tree_nodes", "width")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and less than 1")
         if self.width and self.tree_nodes:

@@ -15,6 +15,7 @@ from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.kangaroo import Config, Drafter
 from draftsmith.length import policies
+from draftsmith.parts.checks import check_at_least
 from trainers import Metrics, Needs
 from trainers.parts import exits
 from trainers.parts.losses import DIVERGENCES, Teacher, divergence, sum_in_chunks
@@ -34,9 +35,7 @@ class Settings:
     config: Config = field(default_factory=Config, metadata={"omit": ("exit_layer", "num_heads")})
 
     def __post_init__(self) -> None:
-        for name in ("exit_layer", "num_heads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        check_at_least(self, 0, "exit_layer", "num_heads")
         divergence(self.loss)
 
 

@@ -21,6 +21,7 @@ from draftsmith.core.model_info import TargetInfo
 from draftsmith.core.views import blocks_of
 from draftsmith.drafters.early_exit import Config, Drafter
 from draftsmith.length import policies
+from draftsmith.parts.checks import check_at_least
 from trainers import Metrics, Needs
 from trainers.parts import adapters, exits
 from trainers.parts.losses import cross_entropy, sum_in_chunks
@@ -57,8 +58,7 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        if self.exit_layer < 0:
-            raise ValueError(f"exit_layer is {self.exit_layer}; it must not be negative")
+        check_at_least(self, 0, "exit_layer")
         for name in ("max_dropout", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and less than 1")

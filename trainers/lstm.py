@@ -34,14 +34,16 @@ check, prepare, needs = distillation.check_network, distillation.fill_shortlist,
 def build(settings: Settings, target: Target) -> Drafter:
     """Returns a new LSTM in float32."""
     drafter = Drafter(settings.config, target).float()
-    drafter.ends.init_principal_directions()
+    drafter.tied_head.init_principal_directions()
     return drafter
 
 
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the loss of `LossSettings`, summed over supervised tokens."""
     features_BTH = drafter(batch.tokens_BT, batch.source, dropout=settings.dropout, drop_connect=settings.drop_connect)
-    return distillation.loss(features_BTH, drafter.head(batch.source), batch, settings, target, drafter.ends.shortlist)
+    return distillation.loss(
+        features_BTH, drafter.head(batch.source), batch, settings, target, drafter.tied_head.shortlist
+    )
 
 
 evaluate = distillation.evaluate_network

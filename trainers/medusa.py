@@ -13,6 +13,7 @@ from torch import Tensor
 from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.medusa import Config, Drafter
+from draftsmith.parts.checks import check_at_least
 from trainers import Metrics, Needs
 from trainers.parts import heads, trees
 
@@ -30,8 +31,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.decay > 0:
             raise ValueError(f"decay is {self.decay}; it must be positive")
-        if self.tree_nodes < 0:
-            raise ValueError(f"tree_nodes is {self.tree_nodes}; it must not be negative")
+        check_at_least(self, 0, "tree_nodes")
 
 
 def build(settings: Settings, target: Target) -> Drafter:

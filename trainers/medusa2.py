@@ -16,6 +16,7 @@ from data.batches import Batch
 from draftsmith import Target
 from draftsmith.core.model_info import TargetInfo
 from draftsmith.drafters.medusa2 import Config, Drafter
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.self_drafting.fine_tuned import has_tied_head
 from trainers import Metrics, Needs
 from trainers.parts import adapters, heads, trees
@@ -52,9 +53,7 @@ class Settings:
         for name in ("decay", "head_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("tree_nodes", "head_steps", "heads_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        check_at_least(self, 0, "tree_nodes", "head_steps", "heads_weight")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and less than 1")
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data.batches import Example, collate, order
 from draftsmith import Target
 from draftsmith.drafters.merge import Config, Drafter
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.composites import part_config
 from trainers.corpora import decoding
 from trainers.parts import composites
@@ -28,8 +29,7 @@ class Settings:
     """Number of rows whose second halves are decoded to measure the accuracy of the parts' tokens."""
 
     def __post_init__(self) -> None:
-        if self.num_texts < 0:
-            raise ValueError(f"num_texts is {self.num_texts}; it must be at least 0")
+        check_at_least(self, 0, "num_texts")
 
 
 check, prior_train_s = composites.check, composites.prior_train_s

@@ -26,6 +26,7 @@ from data.teacher import complete
 from draftsmith.artifacts.families import name_of
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft
+from draftsmith.parts.checks import check_at_least
 from trainers.parts import distillation
 from trainers.parts.losses import DIVERGENCES
 
@@ -48,14 +49,10 @@ class OnlineSettings:
     """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "kept"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(self, 1, "every", "kept")
         if self.every > self.kept:
             raise ValueError(f"every is {self.every}, and only {self.kept} requests are kept; keep as many at least")
-        for name in ("learning_rate", "top_k"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        check_at_least(self, 0, "learning_rate", "top_k")
         if not self.clip > 0:
             raise ValueError(f"clip is {self.clip}; it must be positive")
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.prophet import Config, Drafter, window_positions
+from draftsmith.parts.checks import check_at_least
 from trainers import Metrics, Needs
 from trainers.parts.losses import (
     DIVERGENCES,
@@ -40,8 +41,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.detach and not (self.config.joint and self.config.own_head):
             raise ValueError("detach needs joint and own_head: a shared head would learn from the prophet's loss too")
-        if self.windows < 1:
-            raise ValueError(f"windows is {self.windows}; it must be at least 1")
+        check_at_least(self, 1, "windows")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

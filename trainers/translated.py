@@ -29,6 +29,7 @@ from draftsmith import Target
 from draftsmith.artifacts.files import atomic_folder
 from draftsmith.core.model_info import TargetInfo, read_target_info, tokenizer_hash
 from draftsmith.drafters.translated import Config, Drafter, translation
+from draftsmith.parts.checks import check_at_least
 from trainers.corpora import decoding
 from trainers.parts import small_models
 from trainers.pocket import BOS, EOS, PAD, MuonAndAdamW, byte_pairs
@@ -62,9 +63,7 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "least_shared"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(self, 1, "num_layers", "num_heads", "least_shared")
         if self.train_vocab <= NUM_SPECIAL_AND_BYTES:
             raise ValueError(f"train_vocab is {self.train_vocab}; a byte-level BPE needs {NUM_SPECIAL_AND_BYTES + 1}")
         if self.hidden_size < 1 or self.hidden_size % (2 * self.num_heads):

@@ -17,6 +17,7 @@ from data.batches import Example
 from draftsmith import Target
 from draftsmith.drafters.trigram import Config, Drafter
 from draftsmith.drafters.trigram.compiled import Table
+from draftsmith.parts.checks import check_at_least
 from trainers.corpora import corpus, decoding
 from trainers.training.run_settings import RunSettings
 
@@ -42,11 +43,8 @@ class Settings:
     """Number of documents counted at a time; a killed build continues after the last such chunk."""
 
     def __post_init__(self) -> None:
-        for name in ("num_successors", "part_documents"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.budget_mb < 0:
-            raise ValueError(f"budget_mb is {self.budget_mb}; it must not be negative")
+        check_at_least(self, 1, "num_successors", "part_documents")
+        check_at_least(self, 0, "budget_mb")
 
 
 needs, evaluate = decoding.needs, decoding.evaluate

@@ -1,4 +1,4 @@
-"""Recipes that compose artifacts: the whole is judged, saved, and drafts as its parts; what does not fit is refused."""
+"""Recipes that compose artifacts: evaluation, saving, losslessness, and ValueError for parts that do not fit."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def paths_of(folder: Path, trainer: ModuleType) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(("trainer", "given"), CASES)
-def test_an_artifact_is_composed_judged_and_lossless(folder: Path, trainer: ModuleType, given: dict[str, Any]) -> None:
+def test_a_composite_is_evaluated_saved_and_lossless(folder: Path, trainer: ModuleType, given: dict[str, Any]) -> None:
     settings = trainer_settings(trainer, parts=paths_of(folder, trainer), **given)
     output = train(trainer, settings, run_settings(folder, trainer.__name__))
     manifest = json.loads((output / "draft_config.json").read_text())
@@ -72,8 +72,8 @@ def test_an_artifact_is_composed_judged_and_lossless(folder: Path, trainer: Modu
     assert watched.num_drafted > 0
 
 
-def test_composing_again_gives_the_same_bytes_also_after_a_kill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed when the parts have been moved into the run's folder and the manifest has not."""
+def test_composing_is_reproducible_also_after_a_kill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed after the parts and before the manifest have been moved into the run's folder."""
     settings = trainer_settings(merge, parts=paths_of(folder, merge), num_texts=4)
     whole = train(merge, settings, run_settings(folder, "whole"))
     replace = Path.replace
@@ -97,7 +97,7 @@ def test_composing_again_gives_the_same_bytes_also_after_a_kill(folder: Path, mo
     assert json.loads((whole / "drafters" / "1" / "draft_config.json").read_text())["train_s"] == 100.0
 
 
-def test_what_does_not_fit_is_refused_before_the_target_loads(folder: Path, tmp_path: Path) -> None:
+def test_parts_that_do_not_fit_raise_before_the_target_loads(folder: Path, tmp_path: Path) -> None:
     facts = read_target_info(str(folder / "target"))
     paths = paths_of(folder, merge)
     for trainer in (cascade, merge):
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_refused_before_the_target_loads(folder: Path, tmp_
         trainer_settings(staged, parts=paths, length="long")
 
 
-def test_a_small_drafter_made_for_the_draft_model_itself_is_told_from_one_made_for_the_target(folder: Path) -> None:
+def test_staged_accepts_drafters_made_for_the_draft_model_or_the_target(folder: Path) -> None:
     target = Target.from_pretrained(str(folder / "target"), dtype="float32")
     model = draftsmith.load(folder / "model", target)
     little = built(lm, lm.Config(model=SMALL, num_draft=2), model.draft_model)

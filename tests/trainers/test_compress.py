@@ -1,4 +1,4 @@
-"""trainers/compress.py and recipes/compress.py: folders that transformers loads, drafters made of them, and healing."""
+"""trainers/compress.py and recipes/compress.py: transformers folders, drafters made of them, and retraining."""
 
 import dataclasses
 import importlib.util
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import draftsmith
 from draftsmith import Target
+from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.core.views import blocks_of
 from draftsmith.drafters import layerskip
 from recipes.compress import make_artifact
@@ -55,7 +56,7 @@ def target_of(source: dict[str, str]) -> Target:
         ({"method": "width"}, {"num_attention_heads": 2, "intermediate_size": 24}),
     ],
 )
-def test_a_smaller_model_is_an_ordinary_folder(
+def test_a_compressed_model_is_an_ordinary_transformers_folder(
     source: dict[str, str], tmp_path: Path, changes: dict[str, Any], kept: dict[str, int]
 ) -> None:
     folder = compress(settings(source, tmp_path, **changes))
@@ -68,17 +69,17 @@ def test_a_smaller_model_is_an_ordinary_folder(
     assert found["num_parameters"] == sum(one.numel() for one in model.parameters())
     assert found["source"]["fingerprint"] == target_of(source).fingerprint
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()
-    told = {name: found[name] for name in ("kept_layers", "kept_heads", "kept_kv_heads", "kept_neurons")}
-    assert [len(told["kept_layers"] or [0] * 3), len(blocks_of(model))] == [len(blocks_of(model))] * 2
-    if told["kept_neurons"]:
-        neurons = torch.tensor(told["kept_neurons"][1])
+    kept = {name: found[name] for name in ("kept_layers", "kept_heads", "kept_kv_heads", "kept_neurons")}
+    assert [len(kept["kept_layers"] or [0] * 3), len(blocks_of(model))] == [len(blocks_of(model))] * 2
+    if kept["kept_neurons"]:
+        neurons = torch.tensor(kept["kept_neurons"][1])
         theirs = target_of(source).model.model.layers[1].mlp.down_proj.weight
         torch.testing.assert_close(model.model.layers[1].mlp.down_proj.weight, theirs[:, neurons])
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
 @pytest.mark.parametrize("pattern", ["any", "2:4"])
-def test_zeros_stay_through_healing(source: dict[str, str], tmp_path: Path, method: str, pattern: str) -> None:
+def test_zeros_stay_zero_in_training(source: dict[str, str], tmp_path: Path, method: str, pattern: str) -> None:
     folder = compress(settings(source, tmp_path, method=method, pattern=pattern))
     sparse = {name: one for name, one in load_file(folder / "model.safetensors").items() if "_proj" in name}
     assert json.loads((folder / MARKER).read_text())["num_zeros"] == sum(one.numel() // 2 for one in sparse.values())
@@ -96,7 +97,7 @@ def test_zeros_stay_through_healing(source: dict[str, str], tmp_path: Path, meth
             assert torch.equal(after[f"model.{name}"] == 0, before == 0)
 
 
-def test_the_artifact_drafts_and_the_same_command_makes_nothing_twice(
+def test_the_artifact_drafts_and_the_same_command_changes_nothing(
     source: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = settings(source, tmp_path, method="influence", keep=0.6)
@@ -108,7 +109,7 @@ def test_the_artifact_drafts_and_the_same_command_makes_nothing_twice(
     tokens = torch.tensor([prompts(1)[0]])
     own = draftsmith.generate(target, tokens, max_new_tokens=12).sequences
     assert torch.equal(draftsmith.generate(target, tokens, drafter, max_new_tokens=12).sequences, own)
-    measured = draftsmith.artifact.read_manifest(artifact)["measured_acceptance"]
+    measured = read_manifest(artifact)["measured_acceptance"]
     assert 0 < measured["acceptance"] <= 1 and 0 <= measured["greedy_agreement"] <= 1
     times = [file.stat().st_mtime_ns for file in sorted(folder.rglob("*"))]
     capsys.readouterr()
@@ -119,8 +120,8 @@ def test_the_artifact_drafts_and_the_same_command_makes_nothing_twice(
         compress(dataclasses.replace(wanted, keep=0.34))
 
 
-def test_what_was_compressed_before_is_compressed_further(source: dict[str, str], tmp_path: Path) -> None:
-    """Weights keep the dtype they had, and the second record holds the first."""
+def test_a_compressed_model_can_be_compressed_further(source: dict[str, str], tmp_path: Path) -> None:
+    """Weights keep their dtype, and the second record contains the first."""
     model = tiny_model("llama", seed=14)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
     tiny_tokenizer().save_pretrained(tmp_path / "half")
@@ -132,7 +133,7 @@ def test_what_was_compressed_before_is_compressed_further(source: dict[str, str]
     assert {one.dtype for one in load_file(narrow / "model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_a_searched_choice_of_layers_is_made_permanent(
+def test_method_mask_removes_the_layers_of_a_searched_mask(
     source: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = target_of(source)
@@ -149,8 +150,8 @@ def test_a_searched_choice_of_layers_is_made_permanent(
 
 @needs_torchao
 @pytest.mark.parametrize("method", ["int8", "int8_dynamic", "int4"])
-def test_fewer_bits(source: dict[str, str], tmp_path: Path, method: str) -> None:
-    """Folder and artifact hold the same model, near the target's own."""
+def test_quantised_models_are_close_to_the_target(source: dict[str, str], tmp_path: Path, method: str) -> None:
+    """Folder and artifact contain the same model."""
     wanted = settings(source, tmp_path, method=method)
     folder = compress(wanted)
     target = target_of(source)
@@ -169,7 +170,7 @@ def test_fewer_bits(source: dict[str, str], tmp_path: Path, method: str) -> None
     )
     plain = draftsmith.generate(target, tokens, max_new_tokens=12).sequences
     assert torch.equal(draftsmith.generate(target, tokens, drafter, max_new_tokens=12).sequences, plain)
-    with pytest.raises(ValueError, match=r"is quantised, and such weights are not trained"):
+    with pytest.raises(ValueError, match=r"is quantised and cannot be trained"):
         train(
             distill, trainer_settings(distill, init=str(folder)), RunSettings(**source, output=str(tmp_path / "healed"))
         )
@@ -177,7 +178,7 @@ def test_fewer_bits(source: dict[str, str], tmp_path: Path, method: str) -> None
         compress(settings(source, tmp_path, model=str(folder), output=str(tmp_path / "again")))
 
 
-def test_what_makes_no_sense_is_refused(source: dict[str, str], tmp_path: Path) -> None:
+def test_invalid_settings_raise(source: dict[str, str], tmp_path: Path) -> None:
     for changes, sentence in (
         ({"keep": 1.0}, "keep is 1.0; it must lie between 0 and 1"),
         ({"pattern": "2:4"}, "pattern 2:4 keeps 0.5 of the weights, by magnitude or wanda"),

@@ -1,4 +1,4 @@
-"""The distilling trainer: its losses against transformers' and slow ones, what it starts from, and its judgement."""
+"""Distillation of small LMs: losses against transformers' and slow ones, initial weights, and metrics."""
 
 import dataclasses
 from functools import partial
@@ -32,13 +32,13 @@ SETTINGS = trainer_settings(distill, rank=8, shortlist=40)
 
 
 def batch(settings: distill.Settings) -> Batch:
-    """Returns rows of 9, 12 and 15 tokens, partly supervised, with what the settings need of the target."""
+    """Returns rows of 9, 12 and 15 tokens, partly supervised, with the target outputs that the settings need."""
     needs = distill.needs(settings, TARGET)
     return complete(masked_batch(), TARGET, needs.layers + needs.held_out_layers, needs.top_k)
 
 
-def test_cross_entropy_is_that_of_transformers() -> None:
-    """Value and gradients against the model's own loss on labels."""
+def test_cross_entropy_equals_that_of_transformers() -> None:
+    """Value and gradients equal those of the model's own loss on labels."""
     torch.manual_seed(0)
     settings = trainer_settings(distill, **SMALL)
     drafter, given = distill.build(settings, TARGET), batch(settings)
@@ -55,7 +55,7 @@ def test_cross_entropy_is_that_of_transformers() -> None:
 
 @pytest.mark.parametrize("top_k", [0, 5])
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
-def test_divergences_compare_both_laws_after_the_same_tokens(name: str, top_k: int) -> None:
+def test_divergences_compare_both_models_after_the_same_tokens(name: str, top_k: int) -> None:
     """Both models' own logits at t, for every t whose next token is supervised."""
     torch.manual_seed(0)
     settings = trainer_settings(distill, loss=name, teacher_top_k=top_k, beta=0.3, **SMALL)
@@ -77,7 +77,7 @@ LISTED = torch.arange(1, VOCAB_SIZE, 3)
 
 
 def listed(settings: distill.Settings) -> tuple[Drafter, Batch]:
-    """Returns a drafter of the tokens LISTED, and a batch."""
+    """Returns a drafter whose shortlist is LISTED, and a batch."""
     torch.manual_seed(0)
     drafter = distill.build(settings, TARGET)
     drafter.shortlist.set_tokens(LISTED)
@@ -85,23 +85,23 @@ def listed(settings: distill.Settings) -> tuple[Drafter, Batch]:
 
 
 @pytest.mark.parametrize("rank", [0, 8])
-def test_cross_entropy_leaves_out_what_is_not_listed(rank: int) -> None:
+def test_cross_entropy_skips_tokens_off_the_shortlist(rank: int) -> None:
     settings = trainer_settings(distill, **SMALL, rank=rank, shortlist=len(LISTED))
     drafter, given = listed(settings)
     found, metrics = distill.loss(drafter, given, settings, TARGET)
     logits_BTW = drafter.model(input_ids=given.tokens_BT).logits[..., LISTED]
     terms, num_outside = [], 0
     for row, t in given.loss_mask_BT[:, 1:].nonzero().tolist():
-        place = (given.tokens_BT[row, t + 1] == LISTED).nonzero().flatten()
-        num_outside += len(place) == 0
-        terms += [-logits_BTW[row, t].log_softmax(-1)[place]]
+        index = (given.tokens_BT[row, t + 1] == LISTED).nonzero().flatten()
+        num_outside += len(index) == 0
+        terms += [-logits_BTW[row, t].log_softmax(-1)[index]]
     torch.testing.assert_close(found, torch.cat(terms).sum())
     assert metrics["outside"][0] == num_outside > 0 and metrics["outside"][1] == len(terms) > num_outside
 
 
 @pytest.mark.parametrize("top_k", [0, VOCAB_SIZE])
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
-def test_divergences_are_from_the_law_of_what_is_listed(name: str, top_k: int) -> None:
+def test_divergences_condition_the_target_on_the_shortlist(name: str, top_k: int) -> None:
     settings = trainer_settings(distill, loss=name, teacher_top_k=top_k, beta=0.3, **SMALL, shortlist=len(LISTED))
     drafter, given = listed(settings)
     found, metrics = distill.loss(drafter, given, settings, TARGET)
@@ -115,8 +115,8 @@ def test_divergences_are_from_the_law_of_what_is_listed(name: str, top_k: int) -
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
-def test_of_the_largest_logits_those_not_listed_are_taken_out(name: str) -> None:
-    """Outcomes by hand: the listed ones among the five, and any other; the law without the mass known to be outside."""
+def test_restrict_to_shortlist_with_top_logits(name: str) -> None:
+    """Outcomes by hand: the listed tokens among the top five, and any other, without the mass known to be unlisted."""
     torch.manual_seed(0)
     shortlist = Shortlist(len(LISTED), VOCAB_SIZE)
     shortlist.set_tokens(LISTED)
@@ -130,12 +130,12 @@ def test_of_the_largest_logits_those_not_listed_are_taken_out(name: str) -> None
         mass = 1 - sum(p[token].item() for token in ids if token not in q)
         theirs = [p[token].item() / mass for token in inside]
         own = [q[token] for token in inside]
-        both = (torch.tensor([*law, 1 - sum(law)]).double().log()[None] for law in (own, theirs))
+        both = (torch.tensor([*probs, 1 - sum(probs)]).double().log()[None] for probs in (own, theirs))
         expected = (partial(jensen_shannon, beta=0.5) if name == "jsd" else DIVERGENCES[name])(*both)
         torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-6)
 
 
-def test_acceptance_counts_what_is_not_listed_as_lost() -> None:
+def test_acceptance_counts_mass_off_the_shortlist_as_rejected() -> None:
     settings = trainer_settings(distill, **SMALL, shortlist=len(LISTED))
     drafter, given = listed(settings)
     with torch.no_grad():
@@ -146,8 +146,8 @@ def test_acceptance_counts_what_is_not_listed_as_lost() -> None:
     torch.testing.assert_close(total, both[given.loss_mask_BT[:, 1:]].sum())
 
 
-def test_the_commonest_tokens_are_listed() -> None:
-    """Of supervised ones, ties going to lower ids."""
+def test_prepare_lists_the_most_frequent_supervised_tokens() -> None:
+    """Ties go to lower ids."""
     rows = [
         example([9, 9, 9, 7, 5, 5, 4], [False, False, True, True, True, True, True], "0"),
         example([3, 8], None, "1"),
@@ -158,8 +158,8 @@ def test_the_commonest_tokens_are_listed() -> None:
     assert drafter.shortlist.ids_W.tolist() == [3, 4, 5, 7]
 
 
-def test_a_tied_model_starts_as_the_settings_say() -> None:
-    """Words through unchanged, the head's directions those in which the target's output rows differ most."""
+def test_initial_weights_of_a_model_tied_to_the_target() -> None:
+    """The embedding map is the identity; the head projects onto the principal directions of the target's LM head."""
     drafter = distill.build(trainer_settings(distill, rank=8), TARGET)
     words, head = drafter.model.get_input_embeddings(), drafter.model.get_output_embeddings()
     tokens = torch.arange(3, 9)
@@ -171,8 +171,8 @@ def test_a_tied_model_starts_as_the_settings_say() -> None:
     assert drafter.model(input_ids=tokens[None]).logits.std() < 2
 
 
-def test_four_steps() -> None:
-    """The losses of four steps of AdamW, as they were when this was written (to 1e-4: one machine's float32)."""
+def test_four_steps_have_golden_losses() -> None:
+    """Losses of four AdamW steps equal recorded values to 1e-4, for float32 on other machines."""
     torch.manual_seed(0)
     settings = trainer_settings(distill, loss="forward_kl", **SMALL)
     drafter, given = distill.build(settings, TARGET), batch(settings)
@@ -188,8 +188,8 @@ def test_four_steps() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "gpt_neox", "opt", "phi3"])
-def test_first_layers_are_the_targets(architecture: str) -> None:
-    """The copy's last hidden state is the target's after that layer; with all layers its law is the target's."""
+def test_start_layers_copies_the_targets_first_layers(architecture: str) -> None:
+    """The copy's last hidden state is the target's after that layer; a full copy has the target's distribution."""
     target = tiny_target(architecture)
     drafter = distill.build(trainer_settings(distill, start="layers", num_layers=2), target)
     tokens_BT = torch.arange(3, 11)[None]
@@ -212,8 +212,8 @@ def source_batch(target: Target, settings: distill.Settings) -> Batch:
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_a_whole_copy_of_an_encoder_decoder_has_its_law(architecture: str) -> None:
-    """So that rows of student and teacher agree in position, and both read the source."""
+def test_a_full_copy_of_an_encoder_decoder_has_its_distribution(architecture: str) -> None:
+    """Student and teacher positions are aligned, and both read the source."""
     target = tiny_target(architecture)
     settings = trainer_settings(distill, start="layers", num_layers=target.num_layers, num_draft=5)
     given = source_batch(target, settings)
@@ -225,8 +225,10 @@ def test_a_whole_copy_of_an_encoder_decoder_has_its_law(architecture: str) -> No
 
 @pytest.mark.parametrize("encoder_layers", [0, 1])
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_what_a_draft_model_of_an_encoder_decoder_sees(architecture: str, encoder_layers: int) -> None:
-    """A token changes its features from there on, as it does the target's, and the source changes all of them."""
+def test_encoder_decoder_draft_models_read_previous_tokens_and_the_source(
+    architecture: str, encoder_layers: int
+) -> None:
+    """A token changes the features from its position on, as it does the target's; the source changes all of them."""
     torch.manual_seed(0)
     target = tiny_target(architecture)
     settings = trainer_settings(distill, **SMALL, encoder_layers=encoder_layers)
@@ -246,8 +248,8 @@ def test_what_a_draft_model_of_an_encoder_decoder_sees(architecture: str, encode
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_a_checkpoint_to_draft_for_an_encoder_decoder(is_causal: bool, tmp_path: Path) -> None:
-    """With its own encoder, or one that reads no source."""
+def test_init_from_a_checkpoint_for_an_encoder_decoder(is_causal: bool, tmp_path: Path) -> None:
+    """The checkpoint is an encoder-decoder, or a causal model that does not read the source."""
     target, model = tiny_target("t5"), tiny_model("llama" if is_causal else "bart", seed=3)
     model.save_pretrained(tmp_path)
     settings = trainer_settings(distill, init=str(tmp_path))
@@ -264,15 +266,15 @@ def test_a_checkpoint_to_draft_for_an_encoder_decoder(is_causal: bool, tmp_path:
             distill.check(settings, causal)
 
 
-def test_a_run_on_the_text_of_an_encoder_decoder(tmp_path: Path) -> None:
-    """Its own: the loop gives the trainer sources, and what it leaves drafts for the target."""
+def test_a_run_for_an_encoder_decoder(tmp_path: Path) -> None:
+    """The loop passes sources to the trainer, and the artifact drafts for the target."""
     data = make_data(make_target(tmp_path / "target", "t5"), tmp_path / "data", num_rows=24, max_new_tokens=12)
     paths = {"target": str(tmp_path / "target"), "data": str(data), "output": str(tmp_path / "run")}
     output = train(distill, dataclasses.replace(SETTINGS, loss="lk"), RunSettings(**paths, **runs.SMALL))
     check_greedy(draftsmith.load(output, Target.from_pretrained(paths["target"], dtype="float32")), "t5")
 
 
-def test_judgement_by_hand() -> None:
+def test_evaluate_equals_metrics_by_hand() -> None:
     torch.manual_seed(0)
     settings = trainer_settings(distill, **SMALL)
     drafter, given = distill.build(settings, TARGET), batch(settings)
@@ -287,7 +289,7 @@ def test_judgement_by_hand() -> None:
     assert metrics["greedy_agreement"][0].item() == agrees.sum()
 
 
-def test_a_new_model_takes_the_targets_embedding_where_the_widths_are_the_same() -> None:
+def test_a_new_model_starts_from_the_targets_embedding_of_the_same_width() -> None:
     theirs = TARGET.model.get_input_embeddings().weight
     taken = distill.build(distill.Settings(), TARGET).model.get_input_embeddings().weight
     assert torch.equal(taken, theirs)
@@ -298,8 +300,8 @@ def test_a_new_model_takes_the_targets_embedding_where_the_widths_are_the_same()
     assert narrow.config.hidden_size == 16
 
 
-def test_a_checkpoint_to_start_from(tmp_path: Path) -> None:
-    """Its weights are taken; another vocabulary or tokenizer is refused from the folder alone."""
+def test_init_from_a_checkpoint(tmp_path: Path) -> None:
+    """Another vocabulary or tokenizer raises ValueError from the folder alone."""
     model = tiny_model("gpt2", seed=3)
     model.save_pretrained(tmp_path / "same")
     drafter = distill.build(trainer_settings(distill, init=str(tmp_path / "same")), TARGET)
@@ -319,27 +321,27 @@ def test_a_checkpoint_to_start_from(tmp_path: Path) -> None:
         distill.check(trainer_settings(distill, init=str(tmp_path / "large")), facts)
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_invalid_settings_raise(tmp_path: Path) -> None:
     cases = [
         ("num_layers", {"num_layers": 0}),
         ("hidden_size", {"hidden_size": -1}),
-        ("loss is ce", {"teacher_top_k": 4}),
+        ("apply to divergences only", {"teacher_top_k": 4}),
         ("beta", {"loss": "jsd", "beta": 0.0}),
         ("must be 1", {"loss": "tvd", "teacher_top_k": 4, "loss_temperature": 2.0}),
         ("rank is -1", {"rank": -1}),
-        ("init brings an embedding and head", {"rank": 4, "init": "somewhere"}),
-        ("start layers brings an embedding and head", {"rank": 4, "start": "layers"}),
-        ("encoder_layers is of a new model", {"encoder_layers": 1, "start": "layers"}),
+        ("and init has its own", {"rank": 4, "init": "somewhere"}),
+        ("and start layers has its own", {"rank": 4, "start": "layers"}),
+        ("encoder_layers is for a new model", {"encoder_layers": 1, "start": "layers"}),
     ]
     for message, changes in cases:
         with pytest.raises(ValueError, match=message):
             trainer_settings(distill, **changes)
-    refused: list[tuple[str, dict[str, Any], str]] = [
+    invalid: list[tuple[str, dict[str, Any], str]] = [
         ("shortlist is 65; it must lie between", {"shortlist": 65}, "llama"),
         ("verifies chains only", {"shape": "tree"}, "t5"),
-        ("is no encoder-decoder", {"encoder_layers": 1}, "llama"),
+        ("is not an encoder-decoder", {"encoder_layers": 1}, "llama"),
     ]
-    for message, changes, architecture in refused:
+    for message, changes, architecture in invalid:
         tiny_config(architecture).save_pretrained(tmp_path / architecture)
         known = read_target_info(str(tmp_path / architecture))
         with pytest.raises(ValueError, match=message):
@@ -351,7 +353,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("shape", "temperature"), [("tree", 0.0), ("tree", 1.0), ("grown", 0.0)])
-def test_the_shape_of_its_drafts(shape: str, temperature: float) -> None:
+def test_finish_sets_the_shape_of_drafts(shape: str, temperature: float) -> None:
     settings = trainer_settings(distill, **SMALL, shape=shape, tree_temperature=temperature, width=2, tree_nodes=5)
     drafter, given = distill.build(settings, TARGET), batch(settings)
     finished = distill.finish(drafter, settings, TARGET, [given])

@@ -1,4 +1,4 @@
-"""EAGLE-3's trainer: its loss against every draft run by itself, judgement by hand, and the vocabulary it counts.
+"""EAGLE-3's trainer: its loss against drafts run one by one, metrics by hand, and the draft vocabulary.
 
 Shape suffixes: B rows, T positions, D hidden width, V vocabulary.
 """
@@ -31,7 +31,7 @@ SETTINGS = trainer_settings(eagle3, num_kv_heads=2, num_steps=3, draft_vocab=40)
 
 
 def batch(num_rows: int = 3) -> Batch:
-    """Returns rows of 5, 7 and 9 tokens whose loss masks begin at different places and have a hole."""
+    """Returns rows of 5, 7 and 9 tokens whose loss masks begin at different positions and have a gap."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for row in range(num_rows):
@@ -50,10 +50,10 @@ def shaken(settings: Settings = SETTINGS) -> Drafter:
 
 
 def chain_from(drafter: Drafter, given: Batch, row: int, start: int) -> Iterator[Tensor]:
-    """Yields three steps' logits [V] of the draft that begins at position `start`, run as drafting does, by itself.
+    """Yields three steps' logits [V] of the draft that begins at position `start`, run by itself, as in drafting.
 
-    Each step runs the layer's plain causal attention over all places anew: the target's features up to `start`, then
-    what the layer gave.
+    Each step runs the layer's plain causal attention over all positions again: on the target's features up to `start`,
+    then on the layer's own.
     """
     tokens_T = given.tokens_BT[row, : given.lengths_B[row]]
     hidden = {layer: states[row : row + 1, : start + 1] for layer, states in given.hidden.items()}
@@ -67,8 +67,8 @@ def chain_from(drafter: Drafter, given: Batch, row: int, start: int) -> Iterator
 
 
 @pytest.mark.parametrize("changes", [{}, {"fusion_norm": "each", "norm_output": True}, {"draft_vocab": 0}])
-def test_the_loss_against_every_draft_by_itself(changes: dict[str, Any]) -> None:
-    """Value and every gradient, to float32's rounding."""
+def test_loss_and_gradients_equal_drafts_run_one_by_one(changes: dict[str, Any]) -> None:
+    """Values agree to float32's rounding."""
     settings, given = (
         trainer_settings(eagle3, **{"num_kv_heads": 2, "num_steps": 3, "draft_vocab": 40} | changes),
         batch(),
@@ -93,19 +93,21 @@ def test_the_loss_against_every_draft_by_itself(changes: dict[str, Any]) -> None
     assert min(counts) > 0 and (not changes.get("draft_vocab", 40) or sum(counts) < 3 * sum(given.loss_mask_BT.sum(1)))
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     given, drafter = batch(), shaken()
     whole, _ = eagle3.loss(drafter, given, SETTINGS, TARGET)
     expected = torch.autograd.grad(whole, list(drafter.parameters()))
-    chunked = eagle3.chunked
-    monkeypatch.setattr(eagle3, "chunked", lambda *given, **options: chunked(*given, **options, max_logits=400))
+    sum_in_chunks = eagle3.sum_in_chunks
+    monkeypatch.setattr(
+        eagle3, "sum_in_chunks", lambda *given, **options: sum_in_chunks(*given, **options, max_logits=400)
+    )
     parts, _ = eagle3.loss(drafter, given, SETTINGS, TARGET)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts, list(drafter.parameters())), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_four_steps() -> None:
-    """The losses of four steps of AdamW, as they were when this was written (to 1e-4: one machine's float32)."""
+def test_four_steps_have_golden_losses() -> None:
+    """Losses of four AdamW steps equal recorded values to 1e-4, for float32 on other machines."""
     torch.manual_seed(0)
     given, drafter = batch(), eagle3.build(SETTINGS, TARGET)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-2)
@@ -120,12 +122,12 @@ def test_four_steps() -> None:
 
 
 @torch.no_grad()
-def test_judgement_by_hand() -> None:
-    """Acceptance counts steps that say the text's token before the first that does not, where all are supervised."""
+def test_evaluate_equals_metrics_by_hand() -> None:
+    """Acceptance counts correct steps before the first wrong one, at positions where all steps are supervised."""
     drafter, given = shaken(), batch()
     hits: list[dict[tuple[int, int], bool]] = [{}, {}, {}]
     for row, length in enumerate(given.lengths_B.tolist()):
-        # A text that is what a draft from its middle says makes some steps right.
+        # The text contains a draft from its middle, so that some steps are correct.
         start = length // 2 - 1
         for step in range(min(3, length - 2 - start)):
             logits_V = list(chain_from(drafter, given, row, start))[step]
@@ -135,16 +137,16 @@ def test_judgement_by_hand() -> None:
             for step, logits_V in enumerate(chain_from(drafter, given, row, start)):
                 if given.loss_mask_BT[row, start + 2 + step]:
                     hits[step][row, start] = int(logits_V.argmax()) == int(given.tokens_BT[row, start + 2 + step])
-    whole = [place for place in hits[0] if place in hits[1] and place in hits[2]]
-    runs = [next((step for step in range(3) if not hits[step][place]), 3) for place in whole]
+    whole = [spot for spot in hits[0] if spot in hits[1] and spot in hits[2]]
+    runs = [next((step for step in range(3) if not hits[step][spot]), 3) for spot in whole]
     metrics = eagle3.evaluate(drafter, given, SETTINGS, TARGET)
     assert [int(part) for part in metrics.pop("acceptance")] == [sum(runs), len(whole)]
     assert [(int(right), count) for right, count in metrics.values()] == [(sum(hit.values()), len(hit)) for hit in hits]
     assert sum(runs) > 0
 
 
-def test_the_vocabulary_is_what_is_learnt_most_often() -> None:
-    """Tokens that are not supervised do not count; of equals the lower ids come first."""
+def test_prepare_takes_the_most_frequent_supervised_tokens() -> None:
+    """Unsupervised tokens do not count; ties go to lower ids."""
     settings = trainer_settings(eagle3, draft_vocab=4)
     rows = [
         example([7, 7, 7, 7, 9, 9], [False] * 4 + [True] * 2, "a"),
@@ -162,7 +164,7 @@ def test_the_vocabulary_is_what_is_learnt_most_often() -> None:
     assert everything.vocabulary().tolist() == list(range(VOCAB_SIZE)) and torch.equal(everything.head.weight, head)
 
 
-def test_layers_that_are_fused() -> None:
+def test_default_and_given_fused_layers() -> None:
     assert eagle3.default_layers(32) == (2, 16, 29)
     assert eagle3.default_layers(8) == (2, 4, 5)
     assert [eagle3.default_layers(few) for few in (1, 2, 3, 6)] == [(1,), (1, 2), (1, 2, 3), (1, 3, 6)]
@@ -170,8 +172,8 @@ def test_layers_that_are_fused() -> None:
     assert eagle3.build(trainer_settings(eagle3, layers=(0, 2)), TARGET).config.layers == (0, 2)
 
 
-def test_a_layer_that_knows_a_text_has_all_its_drafts_accepted() -> None:
-    """Trained on the target's greedy text alone, then asked to draft it, from prompts of two lengths."""
+def test_an_overfitted_layer_has_all_drafts_accepted() -> None:
+    """It is trained on the target's greedy text alone and drafts it from prompts of two lengths."""
     text = greedy_by_transformers("llama", 1, 20)[0]
     mask = [False] * len(prompts(1)[0]) + [True] * 20
     settings = trainer_settings(eagle3, num_steps=3, num_draft=3, width=0)
@@ -197,8 +199,8 @@ def run_settings(folder: Path, name: str, data: str, **changes: Any) -> RunSetti
     return RunSettings(**paths | SMALL | changes)
 
 
-def test_runs_that_count_a_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the teacher store as from the live target (bf16's rounding apart), and continued to the same end."""
+def test_runs_with_a_draft_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher store gives the live target's losses up to bf16 rounding, and a resumed run the unbroken run's."""
     target = make_target(tmp_path / "target")
     make_data(target, tmp_path / "data")
     layers = eagle3.needs(SETTINGS, target).layers
@@ -234,7 +236,7 @@ def test_runs_that_count_a_vocabulary(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["", "zero3"])
 def test_two_ranks_equal_one_process(tmp_path: Path, stage: str) -> None:
-    """With the vocabulary that each rank counts for itself, and a layer called part by part."""
+    """Each rank counts the vocabulary itself and calls the layer's modules separately."""
     make_data(make_target(tmp_path / "target"), tmp_path / "data")
     given = {"recipe": "eagle3", "num_steps": 3, "draft_vocab": 40}
     one = launch(tmp_path, "one", batch_size=4, **given)
@@ -255,6 +257,6 @@ def test_two_ranks_equal_one_process(tmp_path: Path, stage: str) -> None:
         ({"num_heads": 3}, "num_heads is 3"),
     ],
 )
-def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         eagle3.check(trainer_settings(eagle3, **changes), TARGET)

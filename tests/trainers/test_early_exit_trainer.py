@@ -1,4 +1,4 @@
-"""The early exit's trainer: its losses against slow references, rounds cut at random, judgement, and the sweep.
+"""The early exit's trainer: losses against slow references, random rounds, metrics, and the choice of exit layer.
 
 Shape suffixes: B rows, T positions, D hidden width, V vocabulary.
 """
@@ -28,12 +28,12 @@ SETTINGS = trainer_settings(early_exit, exit_layer=1, num_blocks=1, own_head=Tru
 
 @pytest.fixture
 def sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three exit layers are tried, of which the last is the whole target."""
-    monkeypatch.setattr(exits, "swept", lambda num_layers: (1, 2, 3))
+    """Makes layers 1 to 3 the candidates, of which the last is the whole target."""
+    monkeypatch.setattr(exits, "candidate_layers", lambda num_layers: (1, 2, 3))
 
 
 def batch(layers: tuple[int, ...] = (1, 2, 3)) -> Batch:
-    """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
+    """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different positions and have a gap."""
     return complete(masked_batch(), TARGET, layers)
 
 
@@ -43,8 +43,8 @@ def shaken(settings: early_exit.Settings) -> torch.nn.ModuleList:
     return drafters
 
 
-def places(given: Batch) -> list[tuple[int, int]]:
-    """Returns (row, t) wherever the token at t is supervised."""
+def supervised_positions(given: Batch) -> list[tuple[int, int]]:
+    """Returns (row, t) of all supervised tokens."""
     rows, length = given.tokens_BT.shape
     return [(b, t) for b in range(rows) for t in range(1, length) if given.loss_mask_BT[b, t]]
 
@@ -61,8 +61,8 @@ def slow_logits(drafter: Drafter, given: Batch, recycled_BTD: Tensor | None) -> 
 
 @pytest.mark.parametrize("kind", ["ce", "forward_kl", "tvd"])
 @pytest.mark.parametrize(("exit_layer", "recycling"), [(2, True), (0, False)])
-def test_the_loss_against_a_slow_reference(kind: str, exit_layer: int, recycling: bool, sweep: None) -> None:
-    """Token by token in Python: value and every gradient; position t - 1 learns what the target says of token t."""
+def test_loss_and_gradients_equal_a_slow_reference(kind: str, exit_layer: int, recycling: bool, sweep: None) -> None:
+    """The reference goes token by token; position t - 1 learns the target's distribution of token t."""
     settings = trainer_settings(
         early_exit, exit_layer=exit_layer, num_blocks=1, own_head=True, recycling=recycling, loss=kind
     )
@@ -73,7 +73,7 @@ def test_the_loss_against_a_slow_reference(kind: str, exit_layer: int, recycling
     slow = torch.zeros(())
     for drafter in drafters:
         logits_BTV = slow_logits(drafter, given, recycled_BTD)
-        for b, t in places(given):
+        for b, t in supervised_positions(given):
             own_V = logits_BTV[b, t - 1].log_softmax(-1)
             if kind == "ce":
                 slow = slow - own_V[given.tokens_BT[b, t]]
@@ -87,16 +87,18 @@ def test_the_loss_against_a_slow_reference(kind: str, exit_layer: int, recycling
     parameters = list(drafters.parameters())
     found, expected = torch.autograd.grad(fast, parameters), torch.autograd.grad(slow, parameters)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert [count for _, count in metrics.values()] == [len(places(given))] * (0 if exit_layer else len(drafters))
+    assert [count for _, count in metrics.values()] == [len(supervised_positions(given))] * (
+        0 if exit_layer else len(drafters)
+    )
 
 
-def test_rounds_are_cut_at_random() -> None:
-    """Each position is given the state right before its round, whose length is the row's own."""
+def test_crop_returns_the_state_before_a_random_round() -> None:
+    """All rounds of a row have the same length."""
     hidden_BTD = torch.arange(1.0, 31.0).repeat(200, 1)[..., None]
     found_BT = early_exit.crop(hidden_BTD, 4, torch.Generator().manual_seed(0))[..., 0]
     ages = set()
     for row in found_BT.tolist():
-        # A state of position s holds s + 1; age 1 is the position before.
+        # The state of position s is s + 1; age 1 is the position before.
         age = [position + 1 - int(state) for position, state in enumerate(row)]
         first = next(at for at, state in enumerate(row) if state)
         length = max(age[first:])
@@ -107,7 +109,7 @@ def test_rounds_are_cut_at_random() -> None:
     assert ages == {1, 2, 3, 4}
 
 
-def test_judgement_by_hand(sweep: None) -> None:
+def test_evaluate_equals_metrics_by_hand(sweep: None) -> None:
     settings = trainer_settings(early_exit, exit_layer=0, own_head=True)
     given = batch()
     drafters = shaken(settings)
@@ -116,19 +118,22 @@ def test_judgement_by_hand(sweep: None) -> None:
     for drafter in drafters:
         logits_BTV = slow_logits(drafter, given, None)
         accepted, agreed = 0.0, 0
-        for b, t in places(given):
+        for b, t in supervised_positions(given):
             theirs_V = TARGET.logits(given.hidden[NUM_LAYERS][b : b + 1, t - 1 : t])[0, 0].softmax(-1)
             own_V = logits_BTV[b, t - 1].softmax(-1)
             accepted += float(torch.minimum(own_V, theirs_V).sum())
             agreed += int(own_V.argmax() == theirs_V.argmax())
         found = early_exit.evaluate(drafter, given, settings, TARGET)
         assert float(found["acceptance"][0]) == pytest.approx(accepted, rel=1e-4)
-        assert (int(found["greedy_agreement"][0]), found["greedy_agreement"][1]) == (agreed, len(places(given)))
+        assert (int(found["greedy_agreement"][0]), found["greedy_agreement"][1]) == (
+            agreed,
+            len(supervised_positions(given)),
+        )
         each.append(accepted)
     names = [name for name in metrics if name.startswith("acceptance_")]
     assert [float(metrics[name][0]) for name in names] == pytest.approx(each, rel=1e-4)
     assert float(metrics["acceptance"][0]) == pytest.approx(sum(each), rel=1e-4)
-    assert metrics["acceptance"][1] == len(each) * len(places(given))
+    assert metrics["acceptance"][1] == len(each) * len(supervised_positions(given))
 
 
 def test_an_exit_after_the_last_block_agrees_with_the_target() -> None:
@@ -139,28 +144,28 @@ def test_an_exit_after_the_last_block_agrees_with_the_target() -> None:
     assert float(metrics["acceptance"][0]) == pytest.approx(metrics["acceptance"][1], rel=1e-5)
 
 
-def test_the_sweep_keeps_what_promises_most(monkeypatch: pytest.MonkeyPatch, sweep: None) -> None:
-    """The third exit is the target itself: it wins if all rounds cost the same, and not if its tokens cost dearly."""
+def test_finish_keeps_the_exit_with_most_predicted_tokens_per_second(
+    monkeypatch: pytest.MonkeyPatch, sweep: None
+) -> None:
+    """The third exit is the target itself: it wins if all rounds cost the same, and not if its tokens are expensive."""
     settings = trainer_settings(early_exit, own_norm=False, length="fixed")
     drafters = early_exit.build(settings, TARGET)
     for cost_ms, wins in ((0.0, True), (100.0, False)):
         layer_ms = {1: 0.0, 2: 0.0, 3: cost_ms}
 
-        def rounds_ms(drafter: Drafter, num_draft: int, layer_ms: dict[int, float] = layer_ms) -> list[float]:
+        def round_costs_ms(drafter: Drafter, num_draft: int, layer_ms: dict[int, float] = layer_ms) -> list[float]:
             return [1 + layer_ms[drafter.config.exit_layer] * number for number in range(num_draft + 1)]
 
-        monkeypatch.setattr(exits, "rounds_ms", rounds_ms)
+        monkeypatch.setattr(exits, "round_costs_ms", round_costs_ms)
         assert (early_exit.finish(drafters, settings, TARGET, [batch()]) is drafters[2]) == wins
 
 
-def test_without_weights_nothing_is_trained_and_an_artifact_is_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_exit_without_weights_is_saved_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = make_target(tmp_path / "target")
     data = make_data(target, tmp_path / "data")
     run = RunSettings(target=str(tmp_path / "target"), data=str(data), output=str(tmp_path / "out"), **SMALL)
     train(early_exit, trainer_settings(early_exit, own_norm=False, num_draft=2), run)
-    assert "nothing to train" in capsys.readouterr().out
+    assert "no parameters to train" in capsys.readouterr().out
     drafter = draftsmith.load(tmp_path / "out", target)
     assert not list(drafter.parameters()) and drafter.config.exit_layer == 1
     ids = torch.tensor([[5, 6, 7]])
@@ -168,9 +173,9 @@ def test_without_weights_nothing_is_trained_and_an_artifact_is_left(
     assert torch.equal(out.sequences, draftsmith.generate(target, ids, max_new_tokens=8).sequences)
 
 
-def test_what_is_refused() -> None:
+def test_invalid_settings_raise() -> None:
     for name, value in (("exit_layer", -1), ("num_heads", -1), ("num_blocks", -1), ("inner_width", -1)):
-        with pytest.raises(ValueError, match=f"{name} is -1; it must not be negative"):
+        with pytest.raises(ValueError, match=f"{name} is -1; it must be at least 0"):
             trainer_settings(early_exit, **{name: value})
     with pytest.raises(ValueError, match="unknown length policy 'long'"):
         trainer_settings(early_exit, length="long")

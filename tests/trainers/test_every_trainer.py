@@ -1,6 +1,6 @@
-"""Every trainer that learns by gradient: resumed, from the teacher store, and by every launcher, it learns the same.
+"""Every trainer with a loss: resumed runs, runs from the teacher store, and runs on two ranks give the same results.
 
-A trainer's own test may name the settings to try, `SETTINGS`; else they are its defaults.
+Settings are `SETTINGS` of the trainer's own test module if it has them, else the defaults.
 """
 
 import importlib
@@ -28,14 +28,14 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2")
 
 
-def learners() -> list[str]:
-    """Returns the name of every trainer with a loss."""
+def trainers_with_loss() -> list[str]:
+    """Returns the names of all trainers with a loss."""
     names = [info.name for info in pkgutil.iter_modules(trainers.__path__) if not info.ispkg]
     modules = {name: importlib.import_module(f"trainers.{name}") for name in names}
     return [name for name, module in modules.items() if hasattr(module, "Settings") and hasattr(module, "loss")]
 
 
-def parts(name: str) -> tuple[ModuleType, Any]:
+def trainer_and_settings(name: str) -> tuple[ModuleType, Any]:
     """Returns the trainer and its settings."""
     module = importlib.import_module(f"trainers.{name}")
     for test in (f"trainers.test_{name}_trainer", f"trainers.test_{name}", f"drafters.test_{name}"):
@@ -63,12 +63,10 @@ def losses(output: Path) -> list[float]:
     return [line["loss"] for line in logged(output, "loss") if "loss" in line]
 
 
-@pytest.mark.parametrize("name", learners())
-def test_a_run_that_was_stopped_ends_as_an_unbroken_one(
-    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped while it writes its second checkpoint: the same losses and the same weights to the bit."""
-    module, settings = parts(name)
+@pytest.mark.parametrize("name", trainers_with_loss())
+def test_an_interrupted_run_ends_as_an_unbroken_one(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped while writing its second checkpoint, it has the same losses and weights to the bit."""
+    module, settings = trainer_and_settings(name)
     mark_complete = checkpoints.mark_complete
 
     def stop_at_the_end(checkpoint: Path, facts: dict[str, Any]) -> None:
@@ -90,10 +88,10 @@ def test_a_run_that_was_stopped_ends_as_an_unbroken_one(
         assert torch.equal(weights(Path(broken.output))[tensor_name], weight), tensor_name
 
 
-@pytest.mark.parametrize("name", learners())
-def test_the_store_stands_in_for_the_live_target(folder: Path, name: str) -> None:
-    """Hidden states are stored in bf16, with 8 bits: losses agree to a few parts in a hundred."""
-    module, settings = parts(name)
+@pytest.mark.parametrize("name", trainers_with_loss())
+def test_the_teacher_store_gives_the_live_targets_losses(folder: Path, name: str) -> None:
+    """Hidden states are stored in bf16, with 8 significant bits, so that losses agree to 3 %."""
+    module, settings = trainer_and_settings(name)
     target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
     needs, store = module.needs(settings, target), folder / f"{name}-store"
     write_teacher_store(
@@ -112,12 +110,12 @@ def test_the_store_stands_in_for_the_live_target(folder: Path, name: str) -> Non
     [(TORCHRUN, {}), (TORCHRUN, {"deepspeed": "zero2"}), (DEEPSPEED, {"deepspeed": "zero2"})],
     ids=["torchrun", "torchrun zero2", "deepspeed zero2"],
 )
-@pytest.mark.parametrize("name", learners())
-def test_two_ranks_learn_what_one_does(
+@pytest.mark.parametrize("name", trainers_with_loss())
+def test_two_ranks_equal_one_process(
     folder: Path, name: str, launcher: tuple[str, ...], options: dict[str, str], tmp_path: Path
 ) -> None:
     """Losses agree to 1e-4, as only the order of summation differs; the artifact loads."""
-    module, settings = parts(name)
+    module, settings = trainer_and_settings(name)
     changes = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "clip": 0.0}
     alone = folder / f"{name}-alone"
     if not alone.exists():

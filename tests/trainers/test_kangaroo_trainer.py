@@ -1,4 +1,4 @@
-"""Kangaroo's trainer: its loss against a slow reference, four golden steps, judgement, and the sweep of exit layers.
+"""Kangaroo's trainer: its loss against a slow reference, four golden steps, metrics, and the choice of exit layer.
 
 Shape suffixes: B rows, T positions, D hidden width, V vocabulary.
 """
@@ -25,7 +25,7 @@ SWEEP = trainer_settings(kangaroo, exit_layer=0, num_draft=3)
 
 
 def batch(settings: kangaroo.Settings = SETTINGS, target: kangaroo.Target = TARGET) -> Batch:
-    """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
+    """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different positions and have a gap."""
     needs = kangaroo.needs(settings, target)
     return complete(masked_batch(), target, needs.layers, needs.top_k)
 
@@ -36,7 +36,7 @@ def built(settings: kangaroo.Settings = SETTINGS, target: kangaroo.Target = TARG
 
 
 def slow_logits(drafter: Drafter, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the adapter's and the model's own logits [T, V] over one row without padding."""
+    """Returns the adapter's and the model's logits [T, V] over one row without padding."""
     layer = drafter.config.exit_layer
     hidden_1TD = drafter.target.read(tokens_T[None], (layer,))[layer]
     h_TD, positions_1T = hidden_1TD[0], torch.arange(len(tokens_T))[None]
@@ -46,7 +46,7 @@ def slow_logits(drafter: Drafter, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def slow_loss(drafter: Drafter, given: Batch) -> Tensor:
-    """Token by token: KL(p | q) at each position whose next token is supervised."""
+    """Returns the sum of KL(p | q) over positions whose next token is supervised."""
     total = torch.zeros(())
     for tokens_T, mask_T, size in zip(given.tokens_BT, given.loss_mask_BT, given.lengths_B.tolist(), strict=True):
         own_TV, theirs_TV = slow_logits(drafter, tokens_T[:size])
@@ -58,8 +58,8 @@ def slow_loss(drafter: Drafter, given: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, dataclasses.replace(SETTINGS, exit_layer=1, num_heads=2)])
-def test_the_loss_against_a_slow_reference(settings: kangaroo.Settings) -> None:
-    """Value and every gradient, to float32's rounding; the attention, tested by itself, is the drafter's."""
+def test_loss_and_gradients_equal_a_slow_reference(settings: kangaroo.Settings) -> None:
+    """Values agree to float32's rounding; the attention, which has its own tests, is the drafter's."""
     drafters, given = built(settings), batch(settings)
     slow = slow_loss(drafters[0], given)
     fast, metrics = kangaroo.loss(drafters, given, settings, TARGET)
@@ -70,8 +70,8 @@ def test_the_loss_against_a_slow_reference(settings: kangaroo.Settings) -> None:
     assert not metrics
 
 
-def test_four_steps() -> None:
-    """The losses of four steps of AdamW, as they were when this was written (to 1e-4: one machine's float32)."""
+def test_four_steps_have_golden_losses() -> None:
+    """Losses of four AdamW steps equal recorded values to 1e-4, for float32 on other machines."""
     drafters, given = built(), batch()
     optimizer = torch.optim.AdamW(drafters.parameters(), lr=3e-2)
     losses = []
@@ -85,7 +85,7 @@ def test_four_steps() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
-def test_each_divergence_falls(name: str) -> None:
+def test_training_reduces_each_divergence(name: str) -> None:
     settings = dataclasses.replace(SETTINGS, loss=name)
     drafters, given = built(settings), batch(settings)
     optimizer = torch.optim.AdamW(drafters.parameters(), lr=1e-2)
@@ -99,31 +99,31 @@ def test_each_divergence_falls(name: str) -> None:
     assert losses[-1] < 0.97 * losses[0]
 
 
-def test_judgement_by_hand() -> None:
+def test_evaluate_equals_metrics_by_hand() -> None:
     drafters, given = built(), batch()
-    shares, agreements = [], []
+    acceptances, agreements = [], []
     with torch.no_grad():
         for tokens_T, mask_T, size in zip(given.tokens_BT, given.loss_mask_BT, given.lengths_B.tolist(), strict=True):
             own_TV, theirs_TV = slow_logits(drafters[0], tokens_T[:size])
             for t in range(size - 1):
                 if mask_T[t + 1]:
-                    shares.append(float(torch.minimum(own_TV[t].softmax(-1), theirs_TV[t].softmax(-1)).sum()))
+                    acceptances.append(float(torch.minimum(own_TV[t].softmax(-1), theirs_TV[t].softmax(-1)).sum()))
                     agreements.append(int(own_TV[t].argmax()) == int(theirs_TV[t].argmax()))
-        for judged in (drafters, drafters[0]):
-            metrics = kangaroo.evaluate(judged, given, SETTINGS, TARGET)
+        for evaluated in (drafters, drafters[0]):
+            metrics = kangaroo.evaluate(evaluated, given, SETTINGS, TARGET)
             assert set(metrics) == {"acceptance", "greedy_agreement"}
-            assert [count for _, count in metrics.values()] == [len(shares)] * 2
-            assert float(metrics["acceptance"][0]) == pytest.approx(sum(shares), abs=1e-4)
+            assert [count for _, count in metrics.values()] == [len(acceptances)] * 2
+            assert float(metrics["acceptance"][0]) == pytest.approx(sum(acceptances), abs=1e-4)
             assert float(metrics["greedy_agreement"][0]) == sum(agreements)
 
 
-# --- The sweep ---------------------------------------------------------------------------------------------------
+# --- Choice of the exit layer ------------------------------------------------------------------------------------
 
 
 DEEP = kangaroo.Target(tiny_model("llama", seed=14, num_hidden_layers=6))
 
 
-def test_which_layers_are_swept() -> None:
+def test_candidate_layers_reach_half_of_the_target() -> None:
     assert exits.candidate_layers(1) == (1,)
     assert exits.candidate_layers(8) == (1, 2, 3, 4)
     assert exits.candidate_layers(32) == (1, 2, 3, 4, 6, 8, 12, 16)
@@ -132,7 +132,7 @@ def test_which_layers_are_swept() -> None:
     assert kangaroo.needs(dataclasses.replace(SETTINGS, exit_layer=6), DEEP).layers == (6,)
 
 
-def test_in_a_sweep_each_adapter_learns_as_it_would_alone() -> None:
+def test_adapters_trained_together_have_the_gradients_of_adapters_trained_alone() -> None:
     drafters, given = built(SWEEP, DEEP), batch(SWEEP, DEEP)
     assert [drafter.config.exit_layer for drafter in drafters] == [1, 2, 3]
     total, metrics = kangaroo.loss(drafters, given, SWEEP, DEEP)
@@ -151,9 +151,11 @@ def test_in_a_sweep_each_adapter_learns_as_it_would_alone() -> None:
 
 
 @pytest.mark.parametrize("width", [0, 2])
-def test_the_sweep_keeps_the_layer_that_promises_most(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    """The costs decide between adapters that are equally poor; a perfect one is worth a cost."""
-    settings = dataclasses.replace(SWEEP, width=width)
+def test_finish_keeps_the_layer_with_most_predicted_tokens_per_second(
+    monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """Costs decide between equally poor adapters; a perfect one may cost more."""
+    settings = trainer_settings(kangaroo, exit_layer=0, num_draft=3, width=width)
     drafters, given = built(settings, DEEP), batch(settings, DEEP)
     assert [len(exits.round_costs_ms(drafters[0], 2))] == [3]
     base = {1: 3.0, 2: 1.0, 3: 2.0}
@@ -162,50 +164,49 @@ def test_the_sweep_keeps_the_layer_that_promises_most(monkeypatch: pytest.Monkey
         assert num_draft == 3 and not drafter.config.width
         return [base[drafter.config.exit_layer] * (1 + number) for number in range(num_draft + 1)]
 
-    monkeypatch.setattr(exits, "rounds_ms", costs)
+    monkeypatch.setattr(exits, "round_costs_ms", costs)
     finished = kangaroo.finish(drafters, settings, DEEP, [given])
     assert finished is drafters[1] and finished.config.width == width
-    told = iter([certain(True), certain(False), certain(False)])
-    monkeypatch.setattr(exits, "texts", lambda *_: next(told))
+    outcomes = iter([certain(True), certain(False), certain(False)])
+    monkeypatch.setattr(exits, "row_outcomes", lambda *_: next(outcomes))
     base[1] = 1.1
     assert kangaroo.finish(drafters, settings, DEEP, [given]) is drafters[0]
 
 
 def certain(is_right: bool) -> list[tuple[list[bool], list[float]]]:
-    """Returns ten tokens of a draft that is always sure, and always right or wrong."""
+    """Returns outcomes of ten tokens drafted with probability 1, all correct or all wrong."""
     return [([is_right] * 10, [1.0] * 10)]
 
 
-def test_what_is_promised_by_hand() -> None:
-    """Agreement and confidence of each row's supervised tokens, as decoding would meet them; tokens by their cost."""
+def test_row_outcomes_and_tokens_per_ms_by_hand() -> None:
     drafters, given = built(), batch()
     with torch.no_grad():
-        found = exits.row_outcomes(TARGET.head, [kangaroo._adapted(drafters[0], given)], [given], TARGET)
-        for row, (right, confidences) in enumerate(found):
+        outcomes = exits.row_outcomes(TARGET.head, [kangaroo._adapted(drafters[0], given)], [given], TARGET)
+        for row, (right, confidences) in enumerate(outcomes):
             own_TV, theirs_TV = slow_logits(drafters[0], given.tokens_BT[row, : int(given.lengths_B[row])])
-            places = [t - 1 for t in range(1, len(own_TV)) if given.loss_mask_BT[row, t]]
-            assert right == [int(own_TV[t].argmax()) == int(theirs_TV[t].argmax()) for t in places]
-            assert confidences == pytest.approx([float(own_TV[t].softmax(-1).max()) for t in places], abs=1e-5)
-    assert len(found) == 3
+            positions = [t - 1 for t in range(1, len(own_TV)) if given.loss_mask_BT[row, t]]
+            assert right == [int(own_TV[t].argmax()) == int(theirs_TV[t].argmax()) for t in positions]
+            assert confidences == pytest.approx([float(own_TV[t].softmax(-1).max()) for t in positions], abs=1e-5)
+    assert len(outcomes) == 3
     assert exits.tokens_per_ms([(3, 3), (3, 0), (0, 0)], [1.0, 2.0, 4.0, 8.0]) == (4 + 1 + 1) / (8 + 8 + 1)
 
 
-def test_rounds_are_timed_with_the_drafts_that_decoding_makes() -> None:
-    """A round of more tokens never takes less; the drafter's blocks are those that run."""
+def test_round_costs_are_non_decreasing() -> None:
+    """They are measured with the drafter's own rounds."""
     drafter = built(dataclasses.replace(SETTINGS, exit_layer=NUM_LAYERS))[0].eval()
     costs_ms = exits.round_costs_ms(drafter, 4)
     assert len(costs_ms) == 5 and costs_ms == sorted(costs_ms) and costs_ms[0] > 0
 
 
-def test_a_single_layer_is_kept_as_it_is() -> None:
+def test_finish_keeps_a_single_drafter() -> None:
     drafters = built()
     assert kangaroo.finish(drafters, SETTINGS, TARGET, [batch()]) is drafters[0]
     assert drafters[0].config.num_heads == 4
     assert built(dataclasses.replace(SETTINGS, num_heads=2))[0].config.num_heads == 2
 
 
-def test_an_untrained_adapter_without_attention_is_the_target_at_its_last_layer() -> None:
-    """The norm starts as the target's: nothing is left to learn."""
+def test_an_adapter_without_attention_equals_the_target_at_its_last_layer() -> None:
+    """The norm is initialised from the target's, so that the loss is 0."""
     settings = dataclasses.replace(SETTINGS, exit_layer=NUM_LAYERS)
     drafters, given = built(settings), batch(settings)
     nn.init.zeros_(drafters[0].attention.output.weight)
@@ -217,7 +218,7 @@ def test_an_untrained_adapter_without_attention_is_the_target_at_its_last_layer(
         assert float(value) / count == pytest.approx(1.0, abs=1e-5)
 
 
-def test_what_is_refused() -> None:
+def test_invalid_settings_raise() -> None:
     for message, changes in (
         ("exit_layer is -1", {"exit_layer": -1}),
         ("num_heads is -1", {"num_heads": -1}),

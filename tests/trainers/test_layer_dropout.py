@@ -1,4 +1,4 @@
-"""Layer dropout and early-exit loss: rates and curricula by hand, rows left out, the loss, and what is left behind.
+"""Layer dropout and early-exit loss: rates and curricula by hand, skipped blocks, the loss, and the artifact.
 
 Shape suffixes: B rows, T positions, D hidden width, V vocabulary.
 """
@@ -29,7 +29,7 @@ SETTINGS = trainer_settings(layer_dropout, exit_layer=1, curriculum="all", max_d
 
 
 def batch(num_rows: int = 3) -> Batch:
-    """Returns rows of unequal lengths whose loss masks begin at different places and have a hole."""
+    """Returns rows of unequal lengths whose loss masks begin at different positions and have a gap."""
     return complete(masked_batch(num_rows), TARGET)
 
 
@@ -42,7 +42,7 @@ def test_family(tmp_path: Path, rank: int) -> None:
     check_family(early_exit, config, tmp_path, **given)
 
 
-def test_rates_by_hand() -> None:
+def test_dropout_rates_by_hand() -> None:
     """0.2 (2^(l / 4) - 1)."""
     expected = [0.0, 0.0378414, 0.0828427, 0.1363586, 0.2]
     assert layer_dropout.dropout_rates(5, 0.2) == pytest.approx(expected, abs=1e-6)
@@ -66,19 +66,19 @@ def test_rates_by_hand() -> None:
     ],
 )
 def test_curricula_by_hand(kind: str, step: int, on: list[int]) -> None:
-    """Five blocks, a rotation of three steps, a hundred steps."""
+    """Five blocks, a rotation of three steps, a hundred steps in all."""
     is_on = layer_dropout.curriculum(kind, 5, step, 100, 3)
     assert [layer for layer, learns in enumerate(is_on) if learns] == on
 
 
-def test_weights_by_hand() -> None:
+def test_exit_weights_by_hand() -> None:
     """0.5 * 1, 0.5 * 6 and 10, of hidden layers 1, 3 and 4, divided by their sum."""
     found = layer_dropout.exit_weights([True, False, True, True], 0.5)
     assert found == pytest.approx({1: 0.5 / 13.5, 3: 3 / 13.5, 4: 10 / 13.5})
 
 
-def test_rows_leave_blocks_out_at_their_rates() -> None:
-    """A row of the copy is as if its blocks were deleted for some choice of them, each as often as it should be."""
+def test_rows_skip_blocks_at_their_dropout_rates() -> None:
+    """Each row equals the target without some of its blocks, each skipped as often as its rate."""
     settings = trainer_settings(layer_dropout, exit_layer=1, max_dropout=0.6)
     drafter = layer_dropout.build(settings, TARGET).train()
     tokens_BT = torch.tensor([prompts(1)[0]] * 1000)
@@ -97,26 +97,26 @@ def test_rows_leave_blocks_out_at_their_rates() -> None:
             model.model.layers = torch.nn.ModuleList(kept)
             expected_V = model(tokens_BT[:1]).logits[0, -1]
             found_BV = drafter.target.logits(hidden[NUM_LAYERS])[:, -1]
-            assert bool(((found_BV - expected_V).abs().max(1).values < 1e-4).any()), f"no row left out {out}"
+            assert bool(((found_BV - expected_V).abs().max(1).values < 1e-4).any()), f"no row skipped {out}"
         drafter.eval()
         whole = drafter.target.read(tokens_BT[:1], (NUM_LAYERS,))[NUM_LAYERS]
         assert torch.allclose(whole, TARGET.read(tokens_BT[:1], (NUM_LAYERS,))[NUM_LAYERS], atol=1e-6)
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_the_loss_against_a_slow_reference(step: int) -> None:
-    """Token by token in Python, with the copy's own model: value, and the gradient of every weight."""
+def test_loss_and_gradients_equal_a_slow_reference(step: int) -> None:
+    """The reference goes token by token, with the copy's own model."""
     settings = trainer_settings(layer_dropout, exit_layer=1, rotation=2, max_dropout=0.0, exit_scale=0.3)
     drafter, given = layer_dropout.build(settings, TARGET).train(), batch()
     layer_dropout.begin_step(drafter, settings, step, 10)
-    # Of blocks 0, 1 and 2 at step 0 the first and last learn, at step 1 the second and last.
+    # Of the exits after blocks 0, 1 and 2, step 0 trains the first and last, step 1 the second and last.
     raw = {1: 0.3 * 1, 3: 6.0} if step == 0 else {2: 0.3 * 3, 3: 6.0}
     slow = torch.zeros(())
     for row, length in enumerate(given.lengths_B.tolist()):
         ids = given.tokens_BT[row : row + 1, :length]
         states = drafter.target.model(ids, output_hidden_states=True).hidden_states
         for layer, weight in raw.items():
-            # transformers norms the last of its hidden states.
+            # transformers applies the final norm to the last of its hidden states.
             normed = states[layer] if layer == NUM_LAYERS else drafter.target.norm(states[layer])
             logits_TV = drafter.target.model.lm_head(normed)[0].log_softmax(-1)
             for t in range(1, length):
@@ -131,8 +131,8 @@ def test_the_loss_against_a_slow_reference(step: int) -> None:
     assert metrics["target_loss"][1] == int(given.loss_mask_BT[:, 1:].sum())
 
 
-def test_judgement_by_hand() -> None:
-    """Exits are judged by what the copy says at its last block; how often that is the text is told beside it."""
+def test_evaluate_equals_metrics_by_hand() -> None:
+    """Exits are compared with the copy's last block, and its tokens with the text."""
     settings, given = trainer_settings(layer_dropout, exit_layer=2, max_dropout=0.5), batch()
     drafter = layer_dropout.build(settings, TARGET).eval()
     with torch.no_grad():
@@ -156,10 +156,10 @@ def test_judgement_by_hand() -> None:
     assert {number for _, number in metrics.values()} == {count} and 0 < agreed < count
 
 
-def test_low_rank_changes_begin_as_none_and_touch_what_they_are_told_to() -> None:
+def test_new_adapters_are_zero_and_apply_to_the_named_modules() -> None:
     settings = trainer_settings(layer_dropout, exit_layer=1, rank=2, modules=("q_proj", "down_proj"))
     drafter, ids = layer_dropout.build(settings, TARGET).eval(), torch.tensor(prompts(1))
-    assert len(drafter.adapters) == len(linear_layers(TARGET, settings.modules)) == 2 * NUM_LAYERS
+    assert len(drafter.adapters) == len(linear_layers(TARGET, settings.config.modules)) == 2 * NUM_LAYERS
     with torch.no_grad():
         assert torch.equal(drafter.target.model(ids).logits, TARGET.model(ids).logits)
         for adapter in drafter.adapters:
@@ -171,7 +171,7 @@ def test_low_rank_changes_begin_as_none_and_touch_what_they_are_told_to() -> Non
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_trained_it_drafts_for_the_copy_and_says_so(tmp_path: Path, rank: int) -> None:
+def test_a_trained_drafter_drafts_for_its_copy_only(tmp_path: Path, rank: int) -> None:
     target = make_target(tmp_path / "target")
     data = make_data(target, tmp_path / "data")
     run = RunSettings(target=str(tmp_path / "target"), data=str(data), output=str(tmp_path / "out"), **SMALL)
@@ -179,7 +179,7 @@ def test_trained_it_drafts_for_the_copy_and_says_so(tmp_path: Path, rank: int) -
     train(layer_dropout, trainer_settings(layer_dropout, rank=rank, num_draft=3), run)
     drafter = draftsmith.load(tmp_path / "out", target)
     manifest = json.loads((tmp_path / "out" / "draft_config.json").read_text())
-    assert not any(name.startswith("acceptance_") for name in manifest["measured_acceptance"]), "one exit is judged"
+    assert not any(name.startswith("acceptance_") for name in manifest["measured_acceptance"]), "one exit is evaluated"
     assert manifest["tunes_target"] and manifest["target"]["fingerprint"] == target.fingerprint
     assert drafter.config.tunes and drafter.target is not target
     ids = torch.tensor(prompts(1))
@@ -192,7 +192,7 @@ def test_trained_it_drafts_for_the_copy_and_says_so(tmp_path: Path, rank: int) -
     assert all(torch.equal(weight, before[name]) for name, weight in target.model.named_parameters())
 
 
-def test_drafts_of_a_tree_for_the_copy() -> None:
+def test_tree_drafts_for_the_copy_are_lossless() -> None:
     config = early_exit.Config(exit_layer=1, own_norm=False, tunes=True, width=2, num_nodes=5)
     drafter = early_exit.Drafter(config, Target(tiny_model("gemma2")))
     with torch.no_grad():
@@ -203,12 +203,12 @@ def test_drafts_of_a_tree_for_the_copy() -> None:
     assert texts(out) == greedy_by_model(drafter.target.model, 1, 20)
 
 
-def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_settings_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"exit_layer": -1, "max_dropout": 1.0, "dropout": -0.1, "exit_scale": 0.0, "rotation": 0, "alpha": 0.0}
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
             trainer_settings(layer_dropout, **{name: value})
-    with pytest.raises(ValueError, match="it stays as it is without tunes"):
+    with pytest.raises(ValueError, match="set tunes as well, or neither"):
         early_exit.Config(rank=4)
     monkeypatch.setattr(layer_dropout.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs peft, which is not installed"):

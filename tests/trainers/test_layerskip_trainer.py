@@ -1,4 +1,4 @@
-"""The search for sublayers to leave out: its scores against decoding for real, each objective by hand, `kill -9`."""
+"""The search for sublayers to skip: scores against real decoding, each objective by hand, and `kill -9`."""
 
 import itertools
 import json
@@ -34,11 +34,11 @@ COSTS = SublayerCosts(
 
 
 def written(num_rows: int = 3, num_new: int = 20) -> list[Example]:
-    """Returns what the target writes after prompts; the prompts are not supervised."""
+    """Returns greedy continuations of prompts; the prompts are not supervised."""
     texts = greedy_by_transformers("llama", num_rows, num_new)
     given = [len(prompt) for prompt in prompts(num_rows)]
     return [
-        example(ids, [place >= begin for place in range(len(ids))], str(begin))
+        example(ids, [position >= begin for position in range(len(ids))], str(begin))
         for ids, begin in zip(texts, given, strict=True)
     ]
 
@@ -47,13 +47,13 @@ def segments(right: list[int], confidence: list[float] | None = None) -> Any:
     return iter([([bool(one) for one in right], confidence or [0.9] * len(right))])
 
 
-def test_rounds_by_hand() -> None:
-    """Of drafts of three: two right and one wrong, none right, all right and the target's own, and the rest."""
+def test_simulated_rounds_by_hand() -> None:
+    """Drafts of three tokens: two correct, none correct, all correct, and the rest of the text."""
     assert simulate(segments([1, 1, 0, 0, 1, 1, 1, 1, 1]), Fixed(), 3) == [(3, 2), (3, 0), (3, 3), (1, 1)]
     sure = [0.9, 0.1, 0.9, 0.9, 0.9, 0.2, 0.9]
     assert simulate(segments([1, 1, 1, 1, 0, 1, 1], sure), Confidence(0.5), 3) == [(2, 2), (3, 1), (1, 1)]
     twice = itertools.chain(segments([1]), segments([0, 1]))
-    assert simulate(twice, Fixed(), 3) == [(1, 1), (2, 0), (1, 1)], "no draft goes on from one stretch to the next"
+    assert simulate(twice, Fixed(), 3) == [(1, 1), (2, 0), (1, 1)], "no draft crosses segments"
 
 
 def test_costs_and_speed_up_by_hand() -> None:
@@ -67,29 +67,27 @@ def test_costs_and_speed_up_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("attention", "mlp"), [((1,), ()), ((), (1,)), ((0, 2), (1,)), ((), ())])
-def test_the_share_guessed_right_is_that_of_drafts_begun_anew_at_every_token(
-    attention: tuple[int, ...], mlp: tuple[int, ...]
-) -> None:
-    """With drafts of a single token every one reads the whole model's cache, as in decoding: the same to the token."""
+def test_acceptance_equals_that_of_single_token_drafts(attention: tuple[int, ...], mlp: tuple[int, ...]) -> None:
+    """Drafts of a single token read the whole model's cache, as in decoding, so that counts are equal."""
     rows = written()
     texts = CachedTexts(TARGET, collate(rows), 1)
     right_N, confidence_N = texts.agreement(sublayers(attention, mlp))
     drafter = Drafter(Config(attention=attention, mlp=mlp, num_draft=1, length="fixed"), TARGET)
-    num_judged = 0
+    num_drafted = 0
     for row, stretch in zip(rows, texts.segments(right_N, confidence_N), strict=True):
         rounds = simulate(iter([stretch]), Fixed(), 1)
         begin = max(2, int(row.loss_mask_T.int().argmax()))
         prompt_1T, num_new = row.tokens_T[None, :begin], len(row.tokens_T) - begin
         stats = draftsmith.generate(TARGET, prompt_1T, drafter, max_new_tokens=num_new).stats
         num_drafts = stats.drafted[0]
-        # In decoding nothing is drafted where a single token is still wanted.
+        # Decoding drafts nothing when a single token is missing.
         assert num_drafts in (len(rounds), len(rounds) - 1)
         assert sum(num_matched for _, num_matched in rounds[:num_drafts]) == stats.accepted[0]
-        num_judged += num_drafts
-    assert num_judged > 20
+        num_drafted += num_drafts
+    assert num_drafted > 20
 
 
-def test_where_nothing_is_left_out_all_is_right() -> None:
+def test_without_skipping_every_token_is_accepted() -> None:
     metrics = evaluate(
         Drafter(Config(num_draft=4, length="fixed"), TARGET), collate(written()), layerskip.Settings(), TARGET
     )
@@ -101,8 +99,8 @@ def test_where_nothing_is_left_out_all_is_right() -> None:
 
 
 @torch.no_grad()
-def test_influence_against_hooks() -> None:
-    """1 - cosine of a block's output with and without the sublayer, which a hook silences in the user's own model."""
+def test_influence_equals_that_measured_with_hooks() -> None:
+    """1 - cosine of a block's outputs with and without the sublayer, whose output a hook zeroes."""
     rows = written(2)
     expected = []
     for kind in ("self_attn", "mlp"):
@@ -127,17 +125,17 @@ def silence(module: torch.nn.Module, given: Any, output: Any) -> Any:
     return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
 
-def test_probes_by_hand() -> None:
-    """Of four blocks, bits 0 to 3 are attentions, 4 to 7 feed-forward layers; 6, 1, 2, 5, 3 matter least."""
+def test_initial_masks_by_hand() -> None:
+    """Of four blocks, bits 0 to 3 are attentions, 4 to 7 feed-forward layers; 6, 1, 2, 5, 3 influence least."""
     matters = [0.9, 0.2, 0.3, 0.5, 0.8, 0.4, 0.1, 0.7]
-    found = [[place for place, bit in enumerate(bits) if bit] for bits in initial_masks(matters, None)]
+    found = [[index for index, bit in enumerate(bits) if bit] for bits in initial_masks(matters, None)]
     assert found == [[1, 3, 5, 7], [1, 3], [1, 2], [1, 6], [1, 2, 5, 6], [1, 2, 3, 5, 6, 7]]
-    found = [[place for place, bit in enumerate(bits) if bit] for bits in initial_masks(matters, 3)]
+    found = [[index for index, bit in enumerate(bits) if bit] for bits in initial_masks(matters, 3)]
     assert found == [[1, 3, 5], [0, 1, 3], [1, 2, 3], [1, 2, 6]]
 
 
-def test_costs_are_those_of_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of its own: a forward takes a millisecond for each token and each sublayer that is run."""
+def test_measured_costs_are_those_of_the_sublayers_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fake clock: a forward takes a millisecond for each token and each sublayer that is run."""
     target, now = tiny_target("llama"), 0.0
     forward = target.forward
 
@@ -159,28 +157,28 @@ def test_costs_are_those_of_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None
     assert costs.verification(0) == costs.whole
 
 
-def test_decoding_for_real_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_speed_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten tokens in two seconds; the clock is read before the first prompt and after the last."""
     clock = iter([1.0, 3.0])
     drafter = Drafter(Config(num_draft=4, length="fixed"), TARGET)
     generate = draftsmith.generate
     outs = []
 
-    def watched(*given: Any, **settings: Any) -> Any:
+    def recorded_generate(*given: Any, **settings: Any) -> Any:
         with monkeypatch.context() as real:
             real.setattr(time, "perf_counter", perf_counter)
             outs.append(generate(*given, **settings))
         return outs[-1]
 
     perf_counter = time.perf_counter
-    monkeypatch.setattr(draftsmith, "generate", watched)
+    monkeypatch.setattr(draftsmith, "generate", recorded_generate)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    found = layerskip._decoded(drafter, written(2), 5)
+    found = layerskip._decode(drafter, written(2), 5)
     assert found == {"score": 5.0, "tau": 5.0}
     assert [out.stats.new_tokens for out in outs] == [5, 5]
 
 
-def test_acceptance_leaves_exactly_the_share_asked_for_out(folder: Path) -> None:
+def test_acceptance_search_skips_exactly_the_given_fraction(folder: Path) -> None:
     output = train(
         layerskip, trainer_settings(layerskip, objective="acceptance", skip_ratio=0.6), settings(folder, "share")
     )
@@ -194,7 +192,7 @@ def test_acceptance_leaves_exactly_the_share_asked_for_out(folder: Path) -> None
 
 
 @pytest.mark.parametrize(("objective", "search"), [("modelled", "gp"), ("speed", "greedy")])
-def test_any_number_may_be_left_out(folder: Path, objective: str, search: str) -> None:
+def test_other_objectives_try_any_number_of_sublayers(folder: Path, objective: str, search: str) -> None:
     chosen = trainer_settings(layerskip, objective=objective, search=search, num_texts=2, new_tokens=4)
     lines = evaluations(train(layerskip, chosen, settings(folder, objective, max_steps=9)))
     assert len({line["bits"].count("1") for line in lines}) > 1
@@ -207,8 +205,8 @@ def test_any_number_may_be_left_out(folder: Path, objective: str, search: str) -
             assert line["draft_cost"] == pytest.approx(costs.draft(bits) / costs.whole)
 
 
-def test_kill_9(folder: Path) -> None:
-    """A process killed at some moment past its second score, then the same command again: the same log."""
+def test_a_killed_search_continues_to_the_same_log(folder: Path) -> None:
+    """The process gets SIGKILL at a random time after its second evaluation; then the same command runs again."""
     chosen = {"objective": "acceptance", "skip_ratio": 0.4, "num_texts": 2, "search": "gp"}
     run = settings(folder, "killed", max_steps=15)
     words = command(
@@ -250,7 +248,7 @@ def settings(folder: Path, name: str, *, max_steps: int = 12) -> RunSettings:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "acceptance"}, "acceptance alone is best with nothing left out: give a skip_ratio"),
+        ({"objective": "acceptance"}, "acceptance alone is best without skipping: give a skip_ratio"),
         ({"skip_ratio": 1.5}, "skip_ratio is 1.5"),
         ({"num_texts": 0}, "num_texts is 0; it must be at least 1"),
         ({"text_tokens": 2}, "text_tokens is 2; it must be at least 3"),
@@ -258,6 +256,6 @@ def settings(folder: Path, name: str, *, max_steps: int = 12) -> RunSettings:
         ({"length": "long"}, "unknown length policy"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer_settings(layerskip, **changes)

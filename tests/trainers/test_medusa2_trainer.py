@@ -1,4 +1,4 @@
-"""Training heads together with changes of the target: losses against slow references, the ramp, resuming, and ranks.
+"""Medusa-2's trainer: losses against slow references, the loss weight's ramp, resuming, and two ranks.
 
 Shape suffixes: B rows, T positions, K heads, V vocabulary.
 """
@@ -18,6 +18,7 @@ import draftsmith
 from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith import Target
+from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.parts.self_drafting.fine_tuned import linear_layers
 from tests.support.models import VOCAB_SIZE, tiny_model
 from tests.support.runs import SMALL, command, logged, make_data, make_target, run, trainer_settings, weights
@@ -29,13 +30,13 @@ from trainers.training.run_settings import RunSettings
 TARGET = Target(tiny_model("llama"))
 FACTORS = {"num_heads": 2, "rank": 3, "alpha": 2.0, "dropout": 0.0}
 SETTINGS = trainer_settings(medusa2, **FACTORS)
-"""Two ranks would not drop what one process does."""
+"""Without dropout, whose masks would differ between two ranks and one process."""
 LOSSES = ("loss", "target_loss", "head0_loss", "head1_loss", "grad_norm", "learning_rate", "eval_acceptance")
 
 
 @pytest.fixture(autouse=True)
 def frozen() -> None:
-    """As the training loop does."""
+    """Freezes the target, as the training loop does."""
     TARGET.model.requires_grad_(False)
 
 
@@ -44,7 +45,7 @@ def settings_of(**changes: Any) -> medusa2.Settings:
 
 
 def batch(target: Target = TARGET) -> Batch:
-    """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
+    """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different positions and have a gap."""
     generator, rows = torch.Generator().manual_seed(0), []
     for row in range(3):
         length = 9 + 3 * row
@@ -54,7 +55,7 @@ def batch(target: Target = TARGET) -> Batch:
 
 
 def shaken(settings: medusa2.Settings, target: Target = TARGET) -> medusa2.Drafter:
-    """Returns a new drafter with weights other than zero."""
+    """Returns a new drafter with nonzero weights."""
     torch.manual_seed(0)
     drafter, generator = medusa2.build(settings, target), torch.Generator().manual_seed(0)
     for weight in drafter.parameters():
@@ -62,10 +63,10 @@ def shaken(settings: medusa2.Settings, target: Target = TARGET) -> medusa2.Draft
     return drafter
 
 
-def slow_logits(drafter: medusa2.Drafter, given: Batch, *, is_tuned: bool) -> tuple[Tensor, Tensor]:
-    """Returns the target's [B, T, V] and the heads' logits [K, B, T, V] with the changes put in its own weights.
+def slow_logits(drafter: medusa2.Drafter, given: Batch, *, is_fine_tuned: bool) -> tuple[Tensor, Tensor]:
+    """Returns the target's [B, T, V] and the heads' logits [K, B, T, V] with the adapters merged into its weights.
 
-    Without `is_tuned` only its output head is changed.
+    Without `is_fine_tuned` only its output head is changed.
     """
     model, scale = TARGET.model, drafter.config.alpha / drafter.config.rank
     changed = {
@@ -73,7 +74,7 @@ def slow_logits(drafter: medusa2.Drafter, given: Batch, *, is_tuned: bool) -> tu
         for name, adapter in zip(linear_layers(TARGET), drafter.adapters, strict=True)
     }
     inner = {name.removeprefix("model."): weight for name, weight in changed.items() if name != "lm_head.weight"}
-    normed_BTD = functional_call(model.model, inner if is_tuned else {}, (given.tokens_BT,)).last_hidden_state
+    normed_BTD = functional_call(model.model, inner if is_fine_tuned else {}, (given.tokens_BT,)).last_hidden_state
     heads = []
     for blocks in drafter.blocks:
         z_BTD = normed_BTD
@@ -83,29 +84,29 @@ def slow_logits(drafter: medusa2.Drafter, given: Batch, *, is_tuned: bool) -> tu
     return normed_BTD @ changed["lm_head.weight"].T, torch.stack(heads)
 
 
-def places(given: Batch, offset: int) -> list[tuple[int, int]]:
-    """Returns (row, t) wherever the token at t + offset is supervised."""
+def supervised_positions(given: Batch, offset: int) -> list[tuple[int, int]]:
+    """Returns (row, t) of all positions where the token at t + offset is supervised."""
     rows, length = given.tokens_BT.shape
     return [(b, t) for b in range(rows) for t in range(length - offset) if given.loss_mask_BT[b, t + offset]]
 
 
 @pytest.mark.parametrize("num_logits", [2**24, 4 * VOCAB_SIZE])
 @pytest.mark.parametrize(("method", "step"), [("self_distilled", 3), ("two_stage", 3), ("two_stage", 1)])
-def test_the_loss_against_a_slow_reference(
+def test_loss_and_gradients_equal_a_slow_reference(
     method: str, step: int, num_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Token by token in Python, in one piece or in chunks: value and every gradient, to float32's rounding."""
-    monkeypatch.setattr(medusa2.chunked, "__kwdefaults__", {"max_logits": num_logits})
+    """The reference goes token by token; values agree to float32's rounding, whole or in chunks."""
+    monkeypatch.setattr(medusa2.sum_in_chunks, "__kwdefaults__", {"max_logits": num_logits})
     settings, given = settings_of(method=method, head_steps=2), batch()
     drafter = shaken(settings)
-    is_tuned = step >= 2 or method == "self_distilled"
-    own_BTV, heads_KBTV = slow_logits(drafter, given, is_tuned=is_tuned)
+    is_fine_tuned = step >= 2 or method == "self_distilled"
+    own_BTV, heads_KBTV = slow_logits(drafter, given, is_fine_tuned=is_fine_tuned)
     heads_sum, own_sum = torch.zeros(()), torch.zeros(())
     for k in range(2):
-        for b, t in places(given, 2 + k):
+        for b, t in supervised_positions(given, 2 + k):
             log_probs_V = heads_KBTV[k, b, t].log_softmax(-1)
             heads_sum = heads_sum - 0.8 ** (k + 1) * log_probs_V[given.tokens_BT[b, t + 2 + k]]
-    for b, t in places(given, 1):
+    for b, t in supervised_positions(given, 1):
         log_probs_V = own_BTV[b, t].log_softmax(-1)
         if method == "two_stage":
             own_sum = own_sum - log_probs_V[given.tokens_BT[b, t + 1]]
@@ -121,12 +122,12 @@ def test_the_loss_against_a_slow_reference(
     found = torch.autograd.grad(fast, list(drafter.parameters()))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other, rtol=1e-3, atol=1e-4)
-    counts = [len(places(given, offset)) for offset in ((2, 3) if step == 1 else (1, 2, 3))]
+    counts = [len(supervised_positions(given, offset)) for offset in ((2, 3) if step == 1 else (1, 2, 3))]
     assert [count for _, count in metrics.values()] == counts
 
 
-def test_the_ramp_by_hand() -> None:
-    """At a third of the way sin(30 degrees), half-way sin(45), at the last step all of 0.01 or of what is asked for."""
+def test_heads_weight_follows_a_sine() -> None:
+    """After a third of training sin(30 degrees), after half sin(45), at the last step the whole weight."""
     given = batch()
     for steps, weight, expected in (
         ((0, 3), 0.0, 0.005),
@@ -142,8 +143,8 @@ def test_the_ramp_by_hand() -> None:
         torch.testing.assert_close(total, metrics["target_loss"][0] + expected * heads)
 
 
-def test_new_changes_change_nothing() -> None:
-    """The first factor is random and the second zero: the same law as the target's, and a loss of the heads alone."""
+def test_new_adapters_leave_the_target_unchanged() -> None:
+    """One factor is random and the other zero, so that the loss is that of the heads alone."""
     settings, given = settings_of(), batch()
     drafter = medusa2.build(settings, TARGET)
     assert all(adapter.down.weight.any() and not adapter.up.weight.any() for adapter in drafter.adapters)
@@ -153,8 +154,8 @@ def test_new_changes_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_merged_is_what_peft_merges(architecture: str) -> None:
-    """Weights to 1e-6, and so does the target that is trained, whose changes are not merged, give the same logits."""
+def test_merged_weights_equal_those_of_peft(architecture: str) -> None:
+    """Weights agree to 1e-6, and the target in training, with unmerged adapters, gives the same logits."""
     target = Target(tiny_model(architecture))
     drafter = shaken(settings_of(), target)
     names = list(linear_layers(target))
@@ -175,7 +176,7 @@ def test_merged_is_what_peft_merges(architecture: str) -> None:
         torch.testing.assert_close(drafter.target.model(ids).logits, merged.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_is_drawn_in_training_alone_and_never_before_the_head() -> None:
+def test_dropout_applies_in_training_only_and_not_at_the_head() -> None:
     drafter, given = shaken(settings_of(dropout=0.5)), batch()
 
     def read() -> Tensor:
@@ -191,29 +192,32 @@ def test_dropout_is_drawn_in_training_alone_and_never_before_the_head() -> None:
     assert torch.equal(read(), read())
 
 
-def test_judgement_by_hand() -> None:
-    """Heads are judged by what the tuned target says; how often that is the text is told beside it."""
+def test_evaluate_equals_metrics_by_hand() -> None:
+    """Heads are compared with the fine-tuned target's greedy tokens, and those with the text."""
     settings, given = settings_of(), batch()
     drafter = shaken(settings)
     with torch.no_grad():
-        own_BTV, heads_KBTV = slow_logits(drafter, given, is_tuned=True)
-        said_BT, guesses_KBT = own_BTV.argmax(-1), heads_KBTV.argmax(-1)
+        own_BTV, heads_KBTV = slow_logits(drafter, given, is_fine_tuned=True)
+        greedy_BT, predicted_KBT = own_BTV.argmax(-1), heads_KBTV.argmax(-1)
         hits = [
-            {(b, t): bool(guesses_KBT[k, b, t] == said_BT[b, t + 1 + k]) for b, t in places(given, 2 + k)}
+            {
+                (b, t): bool(predicted_KBT[k, b, t] == greedy_BT[b, t + 1 + k])
+                for b, t in supervised_positions(given, 2 + k)
+            }
             for k in (0, 1)
         ]
-        whole = [place for place in hits[0] if place in hits[1]]
+        whole = [spot for spot in hits[0] if spot in hits[1]]
         metrics = medusa2.evaluate(drafter, given, settings, TARGET)
-    runs = [hits[0][place] + (hits[0][place] and hits[1][place]) for place in whole]
+    runs = [hits[0][spot] + (hits[0][spot] and hits[1][spot]) for spot in whole]
     assert [int(part) for part in metrics["acceptance"]] == [sum(runs), len(whole)]
     for k in range(2):
         assert [int(part) for part in metrics[f"head{k}_accuracy"]] == [sum(hits[k].values()), len(hits[k])]
-    kept = sum(bool(said_BT[b, t] == given.tokens_BT[b, t + 1]) for b, t in places(given, 1))
-    assert [int(part) for part in metrics["target_accuracy"]] == [kept, len(places(given, 1))]
+    num_correct = sum(bool(greedy_BT[b, t] == given.tokens_BT[b, t + 1]) for b, t in supervised_positions(given, 1))
+    assert [int(part) for part in metrics["target_accuracy"]] == [num_correct, len(supervised_positions(given, 1))]
     assert sum(runs) > 0
 
 
-def test_rates_by_hand() -> None:
+def test_learning_rate_factors_by_hand() -> None:
     heads, changes = medusa2.learning_rate_factors(settings_of()).values()
     assert [heads(step) for step in (0, 99)] == [4, 4] and [changes(step) for step in (0, 99)] == [1, 1]
     heads, changes = medusa2.learning_rate_factors(
@@ -243,7 +247,7 @@ def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
     return RunSettings(**{**paths, **SMALL, "learning_rate": 0.01, **changes})
 
 
-def test_a_run_leaves_the_target_as_it_was_and_an_artifact_that_tunes_it(folder: Path, unbroken: Path) -> None:
+def test_a_run_keeps_the_target_and_saves_a_fine_tuned_one(folder: Path, unbroken: Path) -> None:
     target = Target.from_pretrained(str(folder / "target"), dtype="float32")
     fingerprint, before = target.fingerprint, {n: w.clone() for n, w in target.model.state_dict().items()}
     drafter = draftsmith.load(unbroken, target)
@@ -257,10 +261,10 @@ def test_a_run_leaves_the_target_as_it_was_and_an_artifact_that_tunes_it(folder:
         ids, do_sample=False, max_new_tokens=12, attention_mask=torch.ones_like(ids)
     )
     assert torch.equal(out.sequences, expected)
-    assert draftsmith.artifact.read_manifest(unbroken)["target"]["fingerprint"] == fingerprint
+    assert read_manifest(unbroken)["target"]["fingerprint"] == fingerprint
 
 
-def test_groups_of_weights_learn_at_their_own_rates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameter_groups_have_their_own_learning_rates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[tuple[int, float]]] = []
 
     class Rates(gradient.CheckpointSchedule):
@@ -269,15 +273,17 @@ def test_groups_of_weights_learn_at_their_own_rates(folder: Path, monkeypatch: p
 
     monkeypatch.setattr(gradient, "CheckpointSchedule", Rates)
     train(medusa2, settings_of(tree_nodes=1), run_settings(folder, "rates", schedule="constant", max_steps=4))
-    # Heads have two matrices and, in a group without decay, two biases; 22 matrices have two factors each.
+    # Heads have two matrices and, in a group without weight decay, two biases; 22 adapters have two factors each.
     assert [size for size, _ in seen[0]] == [2, 44, 2]
     heads, changes, biases = zip(*[[rate for _, rate in groups] for groups in seen], strict=True)
     assert heads == biases == tuple(4 * rate for rate in changes)
     assert changes == (0.0, 0.005, 0.01, 0.01)
 
 
-def test_a_broken_run_goes_on_to_the_same_bytes(folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped past the checkpoint at step 4: the ramp, the rates and the dropout go on from there."""
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped after the checkpoint at step 4 and continues loss weight, learning rates and dropout."""
 
     again, mark_complete = run_settings(folder, "broken"), checkpoints.mark_complete
 
@@ -299,9 +305,9 @@ def test_a_broken_run_goes_on_to_the_same_bytes(folder: Path, unbroken: Path, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["self_distilled", "two_stage"])
 def test_two_ranks_equal_one_process(folder: Path, method: str) -> None:
-    """Losses to 1e-4, save the divergence of almost equal laws, which is rounding, and weights to 1e-5.
+    """Losses agree to 1e-4 and weights to 1e-5; the divergence of almost equal distributions is rounding.
 
-    One of the two stages has no use for half of the weights.
+    One of the two stages does not use half of the weights.
     """
     flags = {**SMALL, **FACTORS, "method": method, "head_steps": 3, "clip": 0, "tree_nodes": 2, "learning_rate": 1e-3}
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -316,7 +322,7 @@ def test_two_ranks_equal_one_process(folder: Path, method: str) -> None:
         torch.testing.assert_close(weights(two)[name], weight, rtol=0, atol=1e-5)
 
 
-def test_what_is_refused() -> None:
+def test_invalid_settings_raise() -> None:
     for changes in (
         {"num_heads": 0},
         {"rank": 0},

@@ -1,4 +1,4 @@
-"""Medusa's trainer: its loss against a slow reference, four golden steps, judgement, and the tree it computes.
+"""Medusa's trainer: its loss against a slow reference, four golden steps, metrics, and the computed tree.
 
 Shape suffixes: B rows, T positions, K heads, R ranks.
 """
@@ -19,12 +19,12 @@ SETTINGS = trainer_settings(medusa, num_heads=3, num_blocks=2)
 
 
 def batch(num_rows: int = 3) -> Batch:
-    """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different places and have a hole."""
+    """Returns rows of 9, 12 and 15 tokens whose loss masks begin at different positions and have a gap."""
     return complete(masked_batch(num_rows), TARGET, (TARGET.num_layers,))
 
 
 def shaken(settings: medusa.Settings = SETTINGS) -> medusa.Drafter:
-    """Returns heads with weights other than zero."""
+    """Returns heads with nonzero weights."""
     drafter = medusa.build(settings, TARGET)
     generator = torch.Generator().manual_seed(0)
     for weight in drafter.parameters():
@@ -38,21 +38,21 @@ def slow_logits(drafter: medusa.Drafter, given: Batch) -> Tensor:
     return torch.stack([drafter.head(k, z_BTD) for k, z_BTD in enumerate(drafter.heads(normed_BTD))])
 
 
-def places(given: Batch, k: int) -> list[tuple[int, int]]:
-    """Returns (row, t) wherever head k's token is supervised."""
+def supervised_positions(given: Batch, k: int) -> list[tuple[int, int]]:
+    """Returns (row, t) of all positions where head k's label is supervised."""
     rows, length = given.tokens_BT.shape
     return [(b, t) for b in range(rows) for t in range(length - 2 - k) if given.loss_mask_BT[b, t + 2 + k]]
 
 
 @pytest.mark.parametrize("own_head", [False, True])
-def test_the_loss_against_a_slow_reference(own_head: bool) -> None:
-    """Token by token in Python: value and every gradient, to float32's rounding."""
+def test_loss_and_gradients_equal_a_slow_reference(own_head: bool) -> None:
+    """The reference goes token by token; values agree to float32's rounding."""
     settings, given = trainer_settings(medusa, num_heads=3, num_blocks=2, own_head=own_head), batch()
     drafter = shaken(settings)
     logits_KBTV = slow_logits(drafter, given)
     slow = torch.zeros(())
     for k in range(3):
-        for b, t in places(given, k):
+        for b, t in supervised_positions(given, k):
             label = int(given.tokens_BT[b, t + 2 + k])
             slow = slow - 0.8 ** (k + 1) * logits_KBTV[k, b, t].log_softmax(-1)[label]
     expected = torch.autograd.grad(slow, list(drafter.parameters()))
@@ -60,11 +60,11 @@ def test_the_loss_against_a_slow_reference(own_head: bool) -> None:
     torch.testing.assert_close(fast, slow)
     found = torch.autograd.grad(fast, list(drafter.parameters()))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert [count for _, count in metrics.values()] == [len(places(given, k)) for k in range(3)]
+    assert [count for _, count in metrics.values()] == [len(supervised_positions(given, k)) for k in range(3)]
 
 
-def test_four_steps() -> None:
-    """The losses of four steps of AdamW, as they were when this was written (to 1e-4: one machine's float32)."""
+def test_four_steps_have_golden_losses() -> None:
+    """Losses of four AdamW steps equal recorded values to 1e-4, for float32 on other machines."""
     given, drafter = batch(), medusa.build(SETTINGS, TARGET)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-2)
     losses = []
@@ -77,28 +77,31 @@ def test_four_steps() -> None:
     assert losses == pytest.approx([284.63199, 204.13153, 141.75316, 95.85065], rel=1e-4)
 
 
-def test_heads_start_as_the_target_itself_and_share_nothing() -> None:
+def test_new_heads_equal_the_target_and_share_no_weights() -> None:
     drafter, given = medusa.build(SETTINGS, TARGET), batch()
     expected_BTV = TARGET.logits(given.hidden[TARGET.num_layers])
     for logits_BTV in slow_logits(drafter, given):
         torch.testing.assert_close(logits_BTV, expected_BTV)
-    places = [weight.data_ptr() for weight in drafter.parameters()]
-    assert len(set(places)) == len(places) == 3 * 2 * 2
+    pointers = [weight.data_ptr() for weight in drafter.parameters()]
+    assert len(set(pointers)) == len(pointers) == 3 * 2 * 2
 
 
-def test_judgement_by_hand() -> None:
-    """Acceptance counts heads right before the first wrong one, at positions where all heads are supervised."""
+def test_evaluate_equals_metrics_by_hand() -> None:
+    """Acceptance counts correct heads before the first wrong one, at positions where all heads are supervised."""
     drafter, given = shaken(), batch()
-    guesses_KBT = slow_logits(drafter, given).argmax(-1)
-    # Rows that hold the guesses make some of them right.
-    for b, t in places(given, 0):
-        given.tokens_BT[b, t + 2] = guesses_KBT[0, b, t]
+    predicted_KBT = slow_logits(drafter, given).argmax(-1)
+    # The heads' own tokens are written into the rows, so that some are correct.
+    for b, t in supervised_positions(given, 0):
+        given.tokens_BT[b, t + 2] = predicted_KBT[0, b, t]
     hits = [
-        {(b, t): bool(guesses_KBT[k, b, t] == given.tokens_BT[b, t + 2 + k]) for b, t in places(given, k)}
+        {
+            (b, t): bool(predicted_KBT[k, b, t] == given.tokens_BT[b, t + 2 + k])
+            for b, t in supervised_positions(given, k)
+        }
         for k in range(3)
     ]
-    whole = [place for place in hits[0] if place in hits[1] and place in hits[2]]
-    runs = [next((k for k in range(3) if not hits[k][place]), 3) for place in whole]
+    whole = [spot for spot in hits[0] if spot in hits[1] and spot in hits[2]]
+    runs = [next((k for k in range(3) if not hits[k][spot]), 3) for spot in whole]
     metrics = medusa.evaluate(drafter, given, SETTINGS, TARGET)
     assert [int(part) for part in metrics["acceptance"]] == [sum(runs), len(whole)]
     for k in range(3):
@@ -106,9 +109,9 @@ def test_judgement_by_hand() -> None:
     assert sum(runs) > 0
 
 
-def test_the_finished_drafter_has_the_same_heads_and_a_measured_tree() -> None:
+def test_finish_keeps_the_heads_and_computes_a_tree() -> None:
     drafter, given = shaken(), batch()
-    for b, t in places(given, 0):
+    for b, t in supervised_positions(given, 0):
         given.tokens_BT[b, t + 2] = slow_logits(drafter, given)[0, b, t].argmax()
     for tree_nodes in (3, 0):
         settings = trainer_settings(medusa, num_heads=3, num_blocks=2, tree_nodes=tree_nodes)
@@ -119,7 +122,7 @@ def test_the_finished_drafter_has_the_same_heads_and_a_measured_tree() -> None:
             assert torch.equal(finished.state_dict()[name], weight)
 
 
-def test_what_is_refused() -> None:
+def test_invalid_settings_raise() -> None:
     for changes in ({"num_heads": 0}, {"num_blocks": 0}, {"decay": 0.0}, {"tree_nodes": -1}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             trainer_settings(medusa, **changes)

@@ -1,4 +1,4 @@
-"""Learning while serving: what is kept and learnt, that output stays the target's, and that it pays."""
+"""Online training: the loss, lossless output, state kept and reset, and a rising acceptance rate."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from draftsmith.core.tree import Draft
 from draftsmith.drafters import cnn, lookup, lstm
 from recipes.online import ServingSettings, main
 from tests.support.distributions import check_distribution, distribution_target
-from tests.support.family import Watched, built, check_forgetting, check_greedy
+from tests.support.family import Watched, built, check_forget, check_greedy
 from tests.support.models import CONTEXT, padded, prompts, tiny_model, tiny_target
 from tests.support.text import save_target, write_prompts
 from tests.trainers.parts.test_on_policy import draft_model
@@ -38,8 +38,8 @@ def call(drafter: Any, num_rows: int = 5, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
-def test_greedy_output_is_the_targets(architecture: str) -> None:
-    """Token for token, learning after every call at a rate that changes drafts."""
+def test_greedy_output_is_identical_to_the_targets(architecture: str) -> None:
+    """Output is identical while each call trains at a learning rate that changes drafts."""
     for drafter in drafters(tiny_target(architecture)):
         online = Online(drafter, OnlineSettings(every=1, learning_rate=3e-2))
         check_greedy(online, architecture)
@@ -50,7 +50,7 @@ def test_greedy_output_is_the_targets(architecture: str) -> None:
     ("architecture", "number"),
     [("llama", 0), *(pytest.param(*one, marks=pytest.mark.slow) for one in (("llama", 1), ("llama", 2), ("t5", 0)))],
 )
-def test_sampled_output_follows_the_targets_law(architecture: str, number: int) -> None:
+def test_sampled_output_follows_the_targets_distribution(architecture: str, number: int) -> None:
     online = Online(
         drafters(distribution_target(architecture))[number], OnlineSettings(every=1000, kept=1000, learning_rate=1e-2)
     )
@@ -58,15 +58,15 @@ def test_sampled_output_follows_the_targets_law(architecture: str, number: int) 
     assert online.num_steps == 3
 
 
-def test_it_forgets() -> None:
+def test_forget_restores_the_first_weights() -> None:
     for drafter in drafters(tiny_target("llama")):
         online = Online(drafter, OnlineSettings(every=1, learning_rate=3e-2))
-        check_forgetting(online)
+        check_forget(online)
         assert online.num_steps > 0
 
 
-def test_weights_stay_during_a_call() -> None:
-    """They change when the next one starts, once there were requests enough."""
+def test_weights_change_between_calls_only() -> None:
+    """They change when the next call starts, after enough requests."""
     drafter = drafters(tiny_target("llama"))[0]
     online = Online(drafter, OnlineSettings(every=10))
     seen: list[list[torch.Tensor]] = []
@@ -84,12 +84,12 @@ def test_weights_stay_during_a_call() -> None:
 
 
 class Rejections(Watched):
-    """Writes down, by row, the places of the tokens after which the target rejected one."""
+    """Records (row, position) of the tokens after which the target rejected one."""
 
-    places: list[tuple[int, int]]
+    positions: list[tuple[int, int]]
 
     def start(self, session: Any) -> None:
-        self.places = []
+        self.positions = []
         super().start(session)
 
     def propose(self, budget: int) -> Draft:
@@ -98,16 +98,16 @@ class Rejections(Watched):
 
     def observe(self, step: Any) -> None:
         for row, path in enumerate(step.paths):
-            place = self._before[row] + len(path) - 2
-            if path and len(path) < step.draft.tree.num_nodes and place + 1 < len(self._session.rows[row]):
-                self.places.append((row, place))
+            position = self._before[row] + len(path) - 2
+            if path and len(path) < step.draft.tree.num_nodes and position + 1 < len(self._session.rows[row]):
+                self.positions.append((row, position))
         super().observe(step)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 @pytest.mark.parametrize("top_k", [0, 5])
-def test_what_it_learns(architecture: str, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss is the divergence at rejected places alone, both laws from fresh passes; the target is not run again."""
+def test_loss_is_the_divergence_at_rejections(architecture: str, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both distributions are computed anew; the target is not run again by the drafter."""
     target = tiny_target(architecture)
     for drafter in drafters(target):
         online = Online(drafter, OnlineSettings(every=100, kept=100, top_k=top_k))
@@ -118,19 +118,21 @@ def test_what_it_learns(architecture: str, top_k: int, monkeypatch: pytest.Monke
         last, terms = target.num_layers, []
         with torch.no_grad():
             theirs_BTV = target.logits(target.read(out.sequences, (last,), source)[last])
-            for row, place in watched.places:
-                text = out.sequences[row : row + 1, : place + 1]
+            for row, position in watched.positions:
+                text = out.sequences[row : row + 1, : position + 1]
                 if drafter.draft_model is not None:
                     own_V = drafter.model(text).logits[0, -1]
                 else:
-                    one = source and draftsmith.core.target.Source(**{k: v[row : row + 1] for k, v in vars(source).items()})
+                    one = source and draftsmith.core.target.Source(
+                        **{k: v[row : row + 1] for k, v in vars(source).items()}
+                    )
                     own_V = drafter.head(one)(drafter(text, one))[0, -1]
-                terms.append(divergence("forward_kl")(own_V[None], _teacher(theirs_BTV[row, place], top_k)))
+                terms.append(divergence("forward_kl")(own_V[None], _teacher(theirs_BTV[row, position], top_k)))
         if not target.is_encoder_decoder:
             monkeypatch.setattr(target, "read", None)
         found = online.learn()
         monkeypatch.undo()
-        assert len(watched.places) > 10 and found == pytest.approx(torch.cat(terms).mean().item(), rel=1e-3)
+        assert len(watched.positions) > 10 and found == pytest.approx(torch.cat(terms).mean().item(), rel=1e-3)
         assert online.learn() is None
 
 
@@ -141,18 +143,18 @@ def _teacher(logits_V: torch.Tensor, top_k: int) -> Teacher:
     return Teacher(logits=top.values, ids_NK=top.indices, log_normaliser_N=logits_V.logsumexp(-1)[None])
 
 
-def test_it_comes_to_be_accepted_more() -> None:
-    """Served the same five prompts fifteen times, each drafter is accepted half as often again at least."""
+def test_acceptance_rises_with_repeated_prompts() -> None:
+    """With the same five prompts fifteen times, each drafter's acceptance rate rises by at least half."""
     for drafter in drafters(tiny_target("llama")):
         online = Online(drafter, OnlineSettings(every=5, learning_rate=2e-2))
-        shares = []
+        rates = []
         for _ in range(15):
             stats = call(online).stats
-            shares.append(stats.accepted[0] / stats.drafted[0])
-        assert shares[-1] > 1.5 * shares[0] and shares[-1] > 0.2, shares
+            rates.append(stats.accepted[0] / stats.drafted[0])
+        assert rates[-1] > 1.5 * rates[0] and rates[-1] > 0.2, rates
 
 
-def test_it_keeps_no_more_than_it_was_told_to() -> None:
+def test_no_more_than_kept_requests_are_stored() -> None:
     online = Online(drafters(tiny_target("llama"))[0], OnlineSettings(every=3, kept=3))
     call(online)
     online._take_in()
@@ -160,8 +162,8 @@ def test_it_keeps_no_more_than_it_was_told_to() -> None:
     assert all(len(one.tokens_T) <= CONTEXT and one.top_ids_TK.shape[-1] == 64 for one in online._requests)
 
 
-def test_saved_and_gone_on_with(tmp_path: Path) -> None:
-    """The artifact is an ordinary one; with the optimiser's state it learns on to the same weights."""
+def test_a_saved_drafter_continues_training_to_the_same_weights(tmp_path: Path) -> None:
+    """The artifact is an ordinary one; the optimiser's state is saved beside it."""
     target = Target(tiny_model("llama"))
     online = Online(built(lstm, CONFIGS[lstm], target), OnlineSettings(every=5))
     for _ in range(2):
@@ -178,8 +180,8 @@ def test_saved_and_gone_on_with(tmp_path: Path) -> None:
         assert torch.equal(weight, other.drafter.state_dict()[name])
 
 
-def test_the_recipe_serves_and_goes_on(tmp_path: Path) -> None:
-    """Stopped after a block it ends with the same weights and figures as in one go; the artifact is an ordinary one."""
+def test_an_interrupted_recipe_continues(tmp_path: Path) -> None:
+    """Stopped after a block, it ends with the same weights and figures as an unbroken run and an ordinary artifact."""
     target = save_target(tmp_path / "target")
     data = str(write_prompts(tmp_path / "prompts.jsonl", 6))
     draftsmith.save(
@@ -208,9 +210,9 @@ def test_the_recipe_serves_and_goes_on(tmp_path: Path) -> None:
         main(ServingSettings(**given | {"block": 3, "output": str(tmp_path / "whole")}, max_new_tokens=8), settings)
 
 
-def test_what_is_refused() -> None:
+def test_invalid_drafters_and_settings_raise() -> None:
     target = tiny_target("llama")
-    with pytest.raises(ValueError, match="the family lookup cannot learn"):
+    with pytest.raises(ValueError, match="the family lookup cannot"):
         Online(lookup.Drafter(lookup.Config(), target))
     for message, changes in (
         ("every is 0", {"every": 0}),

@@ -1,4 +1,4 @@
-"""The prophet's trainer: its windows and losses against a slow reference, four golden steps, and judgement by hand.
+"""The prophet's trainer: windows and losses against a slow reference, four golden steps, and metrics by hand.
 
 Shape suffixes: B rows, T positions, V vocabulary.
 """
@@ -29,7 +29,7 @@ SETTINGS = trainer_settings(prophet, num_layers=1, num_draft=NUM_DRAFT, windows=
 
 
 def batch(target: Target) -> Batch:
-    """Returns rows of 7, 9 and 11 tokens whose loss masks begin at different places and have a hole."""
+    """Returns rows of 7, 9 and 11 tokens whose loss masks begin at different positions and have a gap."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for row in range(3):
@@ -40,7 +40,7 @@ def batch(target: Target) -> Batch:
 
 
 def shaken(settings: prophet.Settings, target: Target) -> prophet.Drafter:
-    """Returns a prophet whose maps and norms are not those it begins with."""
+    """Returns a prophet with perturbed maps and norms."""
     torch.manual_seed(0)
     drafter = prophet.build(settings, target)
     for weight in drafter.parameters():
@@ -64,8 +64,8 @@ def predictions(drafter: prophet.Drafter, given: Batch) -> Iterator[tuple[int, i
 
 
 @pytest.mark.parametrize("kind", ["ce", "forward_kl"])
-def test_the_loss_against_a_slow_reference(kind: str) -> None:
-    """Prediction by prediction, in float64: value and every gradient."""
+def test_loss_and_gradients_equal_a_slow_reference(kind: str) -> None:
+    """The reference goes prediction by prediction, in float64."""
     target = Target(tiny_model("llama").double())
     settings = trainer_settings(prophet, num_layers=1, num_draft=NUM_DRAFT, windows=99, num_states=3, loss=kind)
     given, drafter = batch(target), shaken(settings, target).double()
@@ -84,14 +84,14 @@ def test_the_loss_against_a_slow_reference(kind: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(fast, parameters), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_labels_by_hand() -> None:
-    """The window whose pending token stands at t predicts the tokens at t + 1 to t + P, where they are supervised."""
+def test_window_labels_by_hand() -> None:
+    """The window with its pending token at t predicts the supervised tokens at t + 1 to t + P."""
     target = tiny_target("llama")
     given, drafter = batch(target), prophet.build(SETTINGS, target)
     chosen = prophet.select_windows(drafter, given, given.hidden[target.num_layers], 99, 0.0)
     found = list(zip(chosen.rows_W.tolist(), chosen.pending_W.tolist(), strict=True))
     assert found == list(windows(given)) and chosen.weight == 1
-    # Row 0 holds seven tokens, and its token 5 is not to be learnt.
+    # Row 0 has seven tokens, and its token 5 is not supervised.
     assert [t for row, t in found if row == 0] == [0, 1, 2, 3, 5]
     ids = given.tokens_BT[0].tolist()
     assert chosen.labels_WP[1].tolist() == ids[2:5] and chosen.mask_WP[1].tolist() == [True, True, True]
@@ -99,8 +99,8 @@ def test_labels_by_hand() -> None:
     assert int(chosen.labels_WP[4, 0]) == ids[6] and chosen.mask_WP[4].tolist() == [True, False, False]
 
 
-def test_windows_are_spread_over_the_text() -> None:
-    """Of some 20 places 3 a row are taken, at equal distances, and a phase moves them; each stands for its share."""
+def test_windows_are_evenly_spaced() -> None:
+    """Of some 20 windows 3 per row are selected, shifted by the phase and weighted by their number."""
     target = tiny_target("llama")
     given, drafter = batch(target), prophet.build(SETTINGS, target)
     every = list(windows(given))
@@ -108,18 +108,18 @@ def test_windows_are_spread_over_the_text() -> None:
     for phase in (0.0, 0.99):
         chosen = prophet.select_windows(drafter, given, given.hidden[target.num_layers], 3, phase)
         assert chosen.weight == len(every) / 9
-        places = zip(chosen.rows_W.tolist(), chosen.pending_W.tolist(), strict=True)
-        found.append([every.index(place) for place in places])
+        positions = zip(chosen.rows_W.tolist(), chosen.pending_W.tolist(), strict=True)
+        found.append([every.index(position) for position in positions])
     assert found[0] == [at * len(every) // 9 for at in range(9)]
     assert found[1] == sorted(set(found[1])) and found[1][-1] == len(every) - 1
 
 
 @torch.no_grad()
-def test_judgement_by_hand() -> None:
-    """Acceptance counts tokens that are right before the first wrong one, in windows supervised throughout."""
+def test_evaluate_equals_metrics_by_hand() -> None:
+    """Acceptance counts correct tokens before the first wrong one, in fully supervised windows."""
     target = tiny_target("llama")
     given, drafter = batch(target), shaken(SETTINGS, target)
-    # Rows that hold the guesses make some of them right.
+    # The prophet's own tokens are written into the rows, so that some are correct.
     for row, _, label, logits_V in predictions(drafter, given):
         if label % 3:
             given.tokens_BT[row, label] = logits_V.argmax()
@@ -141,8 +141,8 @@ def test_judgement_by_hand() -> None:
     assert run > 0
 
 
-def test_four_steps() -> None:
-    """The losses of four steps of AdamW, as they were when this was written (to 1e-4: one machine's float32)."""
+def test_four_steps_have_golden_losses() -> None:
+    """Losses of four AdamW steps equal recorded values to 1e-4, for float32 on other machines."""
     target = tiny_target("llama")
     torch.manual_seed(0)
     given, drafter = batch(target), prophet.build(SETTINGS, target)
@@ -158,11 +158,12 @@ def test_four_steps() -> None:
 
 
 def test_joint_training_adds_the_loss_of_the_copy() -> None:
-    """The copy begins as the target: both losses are what they are apart; detached, its gradient is its own loss's."""
+    """The copy starts as the target, so that losses add up; detached, it gets the gradient of its own loss."""
     target = Target(tiny_model("llama"))
     given = batch(target)
-    alone = trainer_settings(prophet, num_layers=1, num_draft=NUM_DRAFT, windows=99, own_head=True)
-    joint, detached = (dataclasses.replace(alone, joint=True, detach=detach) for detach in (False, True))
+    values = {"num_layers": 1, "num_draft": NUM_DRAFT, "windows": 99, "own_head": True}
+    alone = trainer_settings(prophet, **values)
+    joint, detached = (trainer_settings(prophet, **values, joint=True, detach=detach) for detach in (False, True))
     torch.manual_seed(0)
     frozen = prophet.build(alone, target)
     expected, _ = prophet.loss(frozen, given, alone, target)
@@ -178,21 +179,21 @@ def test_joint_training_adds_the_loss_of_the_copy() -> None:
         found, metrics = prophet.loss(drafter, dataclasses.replace(given, hidden={}), settings, target)
         torch.testing.assert_close(found, main + expected)
         torch.testing.assert_close(metrics["main_loss"][0], main.detach())
-        judged = prophet.evaluate(drafter, given, settings, target)
-        assert judged["main_loss"][0].item() == pytest.approx(main.item(), rel=1e-5)
+        metrics = prophet.evaluate(drafter, given, settings, target)
+        assert metrics["main_loss"][0].item() == pytest.approx(main.item(), rel=1e-5)
         gradient = torch.autograd.grad(found, list(drafter.weights))
         pairs = zip(gradient, main_gradient, strict=True)
         reaches.append(not all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in pairs))
     assert reaches == [True, False]
 
 
-def test_joint_training_leaves_the_target_alone() -> None:
+def test_joint_training_does_not_change_the_target() -> None:
     for kind in ("ce", "forward_kl"):
         check_training(trainer=prophet, settings=trainer_settings(prophet, num_layers=1, joint=True, loss=kind))
 
 
-def test_a_stopped_run_goes_on_with_the_same_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows are chosen at random; a run stopped past its checkpoint learns what an unbroken one does."""
+def test_an_interrupted_run_continues_with_the_same_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows are shifted at random; a run stopped after its checkpoint ends with the unbroken run's weights."""
     data = make_data(make_target(tmp_path / "target"), tmp_path / "data")
     given = {"target": str(tmp_path / "target"), "data": str(data)} | SMALL
     settings = trainer_settings(prophet, num_layers=1, num_draft=NUM_DRAFT, windows=3)
@@ -217,7 +218,7 @@ def test_a_stopped_run_goes_on_with_the_same_windows(tmp_path: Path, monkeypatch
         assert torch.equal(found[name], weight), name
 
 
-def test_what_is_refused() -> None:
+def test_invalid_settings_raise() -> None:
     for changes in ({"windows": 0}, {"num_draft": 0}, {"num_layers": 0}, {"detach": True}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             trainer_settings(prophet, **changes)

@@ -1,4 +1,4 @@
-"""Fitting a draft model of another vocabulary: one that is there, or one that is trained."""
+"""Draft models with another vocabulary: a given model, and a trained one."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
     return RunSettings(**{**paths, **SMALL, "max_length": 64, "held_out_share": 0.1, "max_held_out": 4, **changes})
 
 
-def test_a_given_model_is_taken_as_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_given_model_is_used_unchanged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = train(trainer, trainer_settings(trainer, draft_model=str(folder / "small")), run_settings(folder, "given"))
     assert "has 300 of its 300 tokens in common with the 384 of" in capsys.readouterr().out
     target = Target.from_pretrained(str(folder / "target"), dtype="float32")
@@ -49,9 +49,9 @@ def test_a_given_model_is_taken_as_it_is(folder: Path, capsys: pytest.CaptureFix
     assert manifest["measured_acceptance"]["acceptance"] >= 0
 
 
-def test_too_little_in_common_is_refused_before_weights_are_loaded(folder: Path) -> None:
+def test_too_few_shared_tokens_raise_before_weights_load(folder: Path) -> None:
     given_settings = trainer_settings(trainer, draft_model=str(folder / "small"), least_shared=301)
-    with pytest.raises(ValueError, match=r"has 300 tokens in common with that of .*, fewer than 301"):
+    with pytest.raises(ValueError, match=r"has 300 tokens in common with that of .*, fewer than least_shared \(301\)"):
         trainer.check(given_settings, read_target_info(str(folder / "target")))
     with pytest.raises(ValueError, match="train_vocab is 259"):
         trainer_settings(trainer, train_vocab=259)
@@ -59,10 +59,8 @@ def test_too_little_in_common_is_refused_before_weights_are_loaded(folder: Path)
         train(trainer, trainer_settings(trainer, train_vocab=280), run_settings(folder, "long", max_length=10_000))
 
 
-def test_a_small_model_is_trained_and_a_killed_run_ends_as_an_unbroken_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped while it writes its second checkpoint: the same artifact to the byte."""
+def test_training_a_model_and_resuming_an_interrupted_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped while writing its second checkpoint, it ends with the same artifact to the byte."""
     chosen = trainer_settings(trainer, train_vocab=280, hidden_size=32)
     mark_complete = trainer.checkpoints.mark_complete
 
@@ -92,7 +90,7 @@ def test_a_small_model_is_trained_and_a_killed_run_ends_as_an_unbroken_one(
 
 
 @pytest.mark.slow
-def test_the_recipe_says_what_is_wrong_in_one_line(folder: Path) -> None:
+def test_the_recipe_reports_errors_in_one_line(folder: Path) -> None:
     flags = {"target": folder / "target", "data": folder / "data", "draft_model": folder / "data"}
     done = run(command("translated", **flags, output=folder / "wrong"), folder)
     assert done.returncode == 1 and "has no config.json" in done.stderr and done.stderr.count("\n") == 1

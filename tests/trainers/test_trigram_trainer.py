@@ -1,4 +1,4 @@
-"""Counting tri-grams against counters on random corpora, in parts, within a budget, and killed while it is done."""
+"""Tri-gram counts against counters on random corpora: in chunks, within a budget, and after an interruption."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 import draftsmith
 from data.pseudo_data import read_pseudo_data
+from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.drafters.trigram.compiled import Table
 from tests.support.models import VOCAB_SIZE
 from tests.support.runs import make_data, make_target, trainer_settings
@@ -29,7 +30,7 @@ Successors = dict[tuple[int, int], list[tuple[int, float]]]
 
 
 def written(texts: Sequence[Sequence[int]], folder: Path, size: int, vocab_size: int = 4) -> list[Path]:
-    """Returns the files of these texts' parts."""
+    """Returns the chunk files of these texts."""
     arrays = [np.array(text, np.int64) for text in texts]
     files = []
     for begin in range(0, len(arrays), size):
@@ -47,7 +48,7 @@ def counted(texts: Sequence[Sequence[int]]) -> dict[tuple[int, int], Counter[int
 
 
 def expected(texts: Sequence[Sequence[int]], most: int) -> Successors:
-    """Of equally frequent successors the smaller id comes first."""
+    """Returns the most frequent successors of each pair, ties going to smaller ids."""
     return {
         pair: [
             (token, float(np.float32(times / after.total())))
@@ -74,12 +75,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @FEW
 @given(CORPUS, some.integers(1, 4), some.integers(1, 4), some.integers(1, 12))
-def test_the_table_is_what_was_counted(
-    folder: Path, texts: list[list[int]], size: int, most: int, at_a_time: int
-) -> None:
-    """However the text is parted, and however little of it is read at a time."""
+def test_the_table_equals_counters(folder: Path, texts: list[list[int]], size: int, most: int, at_a_time: int) -> None:
+    """For any chunk size and any number of tri-grams merged at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trigram, "MERGED_AT_A_TIME", at_a_time)
+        patch.setattr(trigram, "MERGE_SIZE", at_a_time)
         table = build(written(texts, folder, size), 4, most)
     assert list(read(table).items()) == list(expected(texts, most).items())
 
@@ -87,15 +86,15 @@ def test_the_table_is_what_was_counted(
 @pytest.mark.parametrize(
     "texts", [[], [[]], [[2]], [[2, 2]], [[1] * 30], [[3, 3, 3], [3, 3, 3]], [[0, 0], [0, 0, 0]], [[3, 0], [1, 2, 3]]]
 )
-def test_corpora_at_the_edge(tmp_path: Path, texts: list[list[int]]) -> None:
-    """Nothing, too little, all equal, and texts that must not be read across their ends."""
+def test_edge_case_corpora(tmp_path: Path, texts: list[list[int]]) -> None:
+    """No text, too little, all tokens equal, and texts whose boundaries must not be crossed."""
     table = build(written(texts, tmp_path, 1), 4, 12)
     assert read(table) == expected(texts, 12)
 
 
 @FEW
 @given(CORPUS, some.integers(1, 4), some.integers(1, 400))
-def test_a_budget_drops_what_was_met_most_rarely(folder: Path, texts: list[list[int]], size: int, budget: int) -> None:
+def test_a_budget_drops_the_rarest_pairs(folder: Path, texts: list[list[int]], size: int, budget: int) -> None:
     left, kept = budget, []
     after = counted(texts)
     for pair in sorted(after, key=lambda pair: (-after[pair].total(), pair)):
@@ -104,31 +103,31 @@ def test_a_budget_drops_what_was_met_most_rarely(folder: Path, texts: list[list[
             break
         kept.append(pair)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trigram, "MERGED_AT_A_TIME", 1)
+        patch.setattr(trigram, "MERGE_SIZE", 1)
         table = build(written(texts, folder, size), 4, 2, budget)
     whole = expected(texts, 2)
     assert read(table) == {pair: whole[pair] for pair in sorted(kept)}
 
 
-def test_what_does_not_fit_lets_nothing_smaller_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the pairs met twice, in blocks of their own, the first takes 24 of 54 bytes, the others 32 and 24."""
+def test_after_a_pair_that_does_not_fit_no_smaller_one_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the pairs that occur twice, in blocks of their own, the first takes 24 of 54 bytes, the others 32 and 24."""
     twice = [[0, 0, 1], [1, 1, 2], [1, 1, 3], [2, 2, 3], [0, 0, 1], [2, 2, 3]]
     often = [*([0, 1, token] for token in range(4)), *([1, 2, token] for token in range(3))]
-    monkeypatch.setattr(trigram, "MERGED_AT_A_TIME", 1)
+    monkeypatch.setattr(trigram, "MERGE_SIZE", 1)
     files = written([*twice, *often], tmp_path, 99)
     assert len(list(trigram.merge_counts(files, 4))) == 4
     table = build(files, 4, 12, 48 + 40 + 54)
     assert list(read(table)) == [(0, 0), (0, 1), (1, 2)]
 
 
-def test_what_a_budget_drops_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_prints_what_it_drops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = written([[0, 1, 2, 0, 1, 2, 0, 1], [3, 3, 3]], tmp_path, 2)
     assert len(build(files, 4, 12, 4 * 24).keys_K) == 4
     assert capsys.readouterr().out == ""
     table = build(files, 4, 12, 2 * 24 + 23)
     assert read(table) == {(0, 1): [(2, 1.0)], (1, 2): [(0, 1.0)]}
-    said = capsys.readouterr().out
-    assert "keeps 2 of 4 pairs of tokens, with 2 successors; those dropped were met 2 times at most" in said
+    printed = capsys.readouterr().out
+    assert "keeps 2 of 4 pairs of tokens, with 2 successors; dropped pairs occurred at most 2 times" in printed
 
 
 # --- Runs --------------------------------------------------------------------------------------------------------
@@ -148,8 +147,8 @@ def run_settings(folder: Path, name: str) -> RunSettings:
     return RunSettings(**paths, batch_size=4, max_held_out=2)
 
 
-def test_a_run_learns_the_targets_own_text(runs: Path) -> None:
-    """Prompts are context only: the first two tokens learnt are preceded by two of the prompt."""
+def test_a_run_counts_the_targets_text(runs: Path) -> None:
+    """Prompts are context only: the first supervised token is preceded by two prompt tokens."""
     output = train(trigram, trainer_settings(trigram, num_sequences=5, bump=0.0), run_settings(runs, "run"))
     target = draftsmith.Target.from_pretrained(str(runs / "target"), dtype="float32")
     drafter = draftsmith.load(output, target)
@@ -159,11 +158,11 @@ def test_a_run_learns_the_targets_own_text(runs: Path) -> None:
     assert all(len(text) <= 18 for text in texts)
     found, every = read(drafter.table, VOCAB_SIZE), expected(texts, 12)
     assert set(found) <= set(every) and len(found) > 0.8 * len(every), "all but what was held out"
-    acceptance = draftsmith.artifact.read_manifest(output)["measured_acceptance"]["acceptance"]
+    acceptance = read_manifest(output)["measured_acceptance"]["acceptance"]
     assert 0 <= acceptance <= 5
 
 
-def test_a_build_that_was_killed_leaves_the_same_bytes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_ends_with_the_same_bytes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = trainer_settings(trigram, part_documents=6)
     whole = train(trigram, chosen, run_settings(runs, "whole"))
     calls = []
@@ -185,9 +184,9 @@ def test_a_build_that_was_killed_leaves_the_same_bytes(runs: Path, monkeypatch: 
     assert [(killed / name).read_bytes() for name in names] == [(whole / name).read_bytes() for name in names]
 
 
-def test_a_vocabulary_too_large_to_count_is_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vocabulary_too_large_to_count_raises(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trigram, "LARGEST_VOCABULARY", VOCAB_SIZE - 1)
-    with pytest.raises(ValueError, match=f"a vocabulary of {VOCAB_SIZE} is larger than"):
+    with pytest.raises(ValueError, match=f"the target has {VOCAB_SIZE} tokens; at most"):
         train(trigram, trigram.Settings(), run_settings(runs, "large"))
 
 
@@ -196,10 +195,10 @@ def test_a_vocabulary_too_large_to_count_is_refused(runs: Path, monkeypatch: pyt
     [
         ({"num_successors": 0}, "num_successors is 0; it must be at least 1"),
         ({"part_documents": 0}, "part_documents is 0"),
-        ({"budget_mb": -1.0}, "budget_mb is -1.0; it must not be negative"),
+        ({"budget_mb": -1.0}, "budget_mb is -1.0; it must be at least 0"),
         ({"maker": "random"}, "maker is 'random'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer_settings(trigram, **changes)

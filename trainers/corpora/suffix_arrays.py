@@ -11,6 +11,7 @@ import numpy as np
 from pydivsufsort import divsufsort
 
 from data.batches import Example
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.suffix_array import SuffixArray, token_type
 from trainers.corpora import corpus
 from trainers.training.run_settings import RunSettings
@@ -32,9 +33,7 @@ class StoreSettings:
     """Largest number of tokens in a shard, which is sorted in memory."""
 
     def __post_init__(self) -> None:
-        for name in ("budget_mb", "context"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        check_at_least(self, 0, "budget_mb", "context")
         if not 2 <= self.shard_tokens <= LARGEST_SHARD:
             raise ValueError(f"shard_tokens is {self.shard_tokens}; it must lie between 2 and {LARGEST_SHARD}")
 

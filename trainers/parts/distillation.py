@@ -18,6 +18,7 @@ from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.core.model_info import TargetInfo
 from draftsmith.length import predicted_speedup
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural import cross_attention
 from draftsmith.parts.neural.shortlist import Shortlist, check_size
 from trainers import Metrics, Needs
@@ -62,8 +63,7 @@ class LossSettings:
     """Sampling temperature of that text."""
 
     def __post_init__(self) -> None:
-        if self.teacher_top_k < 0:
-            raise ValueError(f"teacher_top_k is {self.teacher_top_k}; it must not be negative")
+        check_at_least(self, 0, "teacher_top_k")
         if self.loss == "ce" and (self.teacher_top_k or self.loss_temperature != 1):
             raise ValueError("teacher_top_k and loss_temperature apply to divergences only; choose a --loss besides ce")
         if not 0 <= self.on_policy <= 1:
@@ -86,7 +86,7 @@ def check_network(settings: Any, target: TargetInfo) -> None:
 
 def fill_shortlist(drafter: Any, settings: Any, target: Target, rows: Sequence[Example]) -> None:
     """Fills a network's shortlist with the most frequent tokens of the rows."""
-    corpus.fill_shortlist(drafter.ends.shortlist, rows)
+    corpus.fill_shortlist(drafter.tied_head.shortlist, rows)
 
 
 def needs(settings: LossSettings, target: Target) -> Needs:

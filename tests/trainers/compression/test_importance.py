@@ -21,12 +21,12 @@ def rows() -> list[list[int]]:
 
 def batches() -> list[Batch]:
     """Returns the rows, padded, in batches of three and one."""
-    found = [example(ids, None, str(place)) for place, ids in enumerate(rows())]
+    found = [example(ids, None, str(index)) for index, ids in enumerate(rows())]
     return [collate(found[:3]), collate(found[3:])]
 
 
 def hidden(ids: list[int]) -> list[Tensor]:
-    """Returns what goes into each block, and comes out of the last one, by hooks on the model itself."""
+    """Returns the inputs of each block and the output of the last one, by hooks on the model itself."""
     found: list[Tensor] = []
     blocks = blocks_of(TARGET.model)
     handles = [block.register_forward_pre_hook(lambda _, given: found.append(given[0][0])) for block in blocks]
@@ -42,14 +42,14 @@ def cosines(first: Tensor, second: Tensor) -> list[float]:
     return [float(a @ b / (a.norm() * b.norm())) for a, b in zip(first, second, strict=True)]
 
 
-def test_block_influence() -> None:
+def test_block_influence_equals_a_slow_loop() -> None:
     found = importance.block_influence(TARGET, batches())
     for layer in range(3):
         alike = [one for ids in rows() for one in cosines(hidden(ids)[layer], hidden(ids)[layer + 1])]
         assert found[layer] == pytest.approx(1 - sum(alike) / len(alike), abs=1e-5)
 
 
-def test_angular_distance() -> None:
+def test_angular_distance_equals_a_slow_loop() -> None:
     found = importance.angular_distance(TARGET, batches(), 2)
     assert len(found) == 2
     for start in range(2):
@@ -57,7 +57,7 @@ def test_angular_distance() -> None:
         assert found[start] == pytest.approx(sum(math.acos(one) / math.pi for one in alike) / len(alike), abs=1e-4)
 
 
-def test_activations() -> None:
+def test_activations_equal_a_slow_loop() -> None:
     heads_LH, neurons_LF = importance.activations(TARGET, batches())
     assert heads_LH.shape == (3, 4) and neurons_LF.shape == (3, 48)
     for layer, block in enumerate(blocks_of(TARGET.model)):
@@ -78,7 +78,7 @@ def test_activations() -> None:
         torch.testing.assert_close(neurons_LF[layer].float(), neurons_F.sqrt(), rtol=1e-4, atol=1e-5)
 
 
-def test_watchers_leave_nothing_behind() -> None:
+def test_capture_inputs_removes_its_hooks() -> None:
     module = torch.nn.Linear(2, 2)
     seen: list[Tensor] = []
     with importance.capture_inputs({module: seen.append}):

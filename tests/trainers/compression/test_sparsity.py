@@ -1,4 +1,4 @@
-"""trainers/compression/sparsity.py: which weights become zero, against slow loops."""
+"""trainers/compression/sparsity.py: the weights set to zero, against slow loops."""
 
 import copy
 
@@ -19,10 +19,10 @@ def texts() -> list[list[int]]:
     return [torch.randint(3, VOCAB_SIZE, (size,), generator=generator).tolist() for size in (9, 14, 4)]
 
 
-def test_which_scores_are_kept() -> None:
+def test_keep_mask_by_hand() -> None:
     scores_OI = torch.tensor([[1.0, 5, 2, 3, 9, 8, 7, 6], [4, 3, 2, 1, 10, 20, 30, 40]])
     by_row = sparsity.keep_mask(scores_OI, 0.25, is_two_of_four=False, by_row=True)
-    assert by_row.tolist() == [[place in (4, 5) for place in range(8)], [place in (6, 7) for place in range(8)]]
+    assert by_row.tolist() == [[index in (4, 5) for index in range(8)], [index in (6, 7) for index in range(8)]]
     of_all = sparsity.keep_mask(scores_OI, 0.25, is_two_of_four=False, by_row=False)
     assert scores_OI[of_all].sort().values.tolist() == [10, 20, 30, 40]
     two = sparsity.keep_mask(scores_OI, 0.5, is_two_of_four=True, by_row=True)
@@ -31,19 +31,19 @@ def test_which_scores_are_kept() -> None:
 
 @pytest.mark.parametrize("is_two_of_four", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox"])
-def test_wanda_takes_the_inputs_that_sparse_blocks_yield(architecture: str, is_two_of_four: bool) -> None:
-    """The slow way: a whole forward of every text by itself for every block, all blocks before it already sparse."""
+def test_wanda_uses_the_inputs_from_sparse_blocks(architecture: str, is_two_of_four: bool) -> None:
+    """The reference runs every text by itself for every block, after all earlier blocks are sparse."""
     model = tiny_model(architecture)
     expected = copy.deepcopy(model)
     for block in blocks_of(expected):
         layers = sparsity.linear_layers(expected, block)
-        given: dict[int, list[Tensor]] = {place: [] for place in range(len(layers))}
+        given: dict[int, list[Tensor]] = {index: [] for index in range(len(layers))}
         for ids in texts():
-            watchers = {one: lambda x, seen=given[place]: seen.append(x[0]) for place, one in enumerate(layers)}
+            watchers = {one: lambda x, seen=given[index]: seen.append(x[0]) for index, one in enumerate(layers)}
             with capture_inputs(watchers), torch.inference_mode():
                 expected(input_ids=torch.tensor([ids]))
-        for place, layer in enumerate(layers):
-            norms_I = torch.cat(given[place]).square().sum(0).sqrt()
+        for index, layer in enumerate(layers):
+            norms_I = torch.cat(given[index]).square().sum(0).sqrt()
             for row_I in layer.weight.data:
                 groups = row_I.view(-1, 4) if is_two_of_four else row_I[None]
                 for group, norms in zip(groups, norms_I.view(groups.shape), strict=True):
@@ -56,7 +56,7 @@ def test_wanda_takes_the_inputs_that_sparse_blocks_yield(architecture: str, is_t
         torch.testing.assert_close(weight, expected.state_dict()[name], msg=name)
 
 
-def test_magnitude_and_what_cannot_be_sparse() -> None:
+def test_magnitude_pruning_and_unsupported_models() -> None:
     model = tiny_model("llama")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     sparsity.prune_by_magnitude(model, 0.75, is_two_of_four=False)

@@ -1,4 +1,4 @@
-"""The search over bit strings: what is proposed, that nothing is scored twice, that a broken one goes on the same."""
+"""The search over bit strings: proposals, no repeated evaluation, and resuming."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ SPACE = Space(num_bits=8)
 WORTH = (3.0, -1.0, 2.0, -2.0, 0.5, -0.5, 1.0, -3.0)
 
 
-def worth(bits: Bits) -> dict[str, float]:
-    """Returns the sum of the worth of the bits set, and 1.5 less if the first two of them are set together."""
+def value_of(bits: Bits) -> dict[str, float]:
+    """Returns the sum of the values of the bits set, minus 1.5 if the first two are set together."""
     return {"score": sum(w for bit, w in zip(bits, WORTH, strict=True) if bit) - 1.5 * bits[0] * bits[2]}
 
 
@@ -27,7 +27,7 @@ def test_neighbours_by_hand() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("num_ones", [None, 2])
-def test_every_string_is_scored_once_until_none_is_left(tmp_path: Path, method: str, num_ones: int | None) -> None:
+def test_every_string_is_evaluated_once(tmp_path: Path, method: str, num_ones: int | None) -> None:
     space, seen = Space(num_bits=5, num_ones=num_ones), []
 
     def evaluate(bits: Bits) -> dict[str, float]:
@@ -42,8 +42,8 @@ def test_every_string_is_scored_once_until_none_is_left(tmp_path: Path, method: 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_search_broken_anywhere_goes_on_as_if_it_had_not_been(tmp_path: Path, method: str) -> None:
-    def run(name: str, evaluate: object = worth) -> str:
+def test_an_interrupted_search_continues_unchanged(tmp_path: Path, method: str) -> None:
+    def run(name: str, evaluate: object = value_of) -> str:
         path = tmp_path / name
         search(method, SPACE, evaluate, [(1,) * 8], num_evaluations=14, seed=3, path=path)  # type: ignore[arg-type]
         return path.read_text()
@@ -56,37 +56,37 @@ def test_a_search_broken_anywhere_goes_on_as_if_it_had_not_been(tmp_path: Path, 
         assert run("broken") == whole
 
 
-def test_what_a_choice_raises_ends_the_search_and_is_no_score(tmp_path: Path) -> None:
+def test_an_exception_ends_the_search_without_a_score(tmp_path: Path) -> None:
     calls = []
 
     def evaluate(bits: Bits) -> dict[str, float]:
         calls.append(bits)
         if len(calls) == 4:
             raise RuntimeError("out of memory")
-        return worth(bits)
+        return value_of(bits)
 
     with pytest.raises(RuntimeError, match="out of memory"):
         search("random", SPACE, evaluate, [], num_evaluations=9, seed=0, path=tmp_path / "log")
     assert len((tmp_path / "log").read_text().splitlines()) == 3
 
 
-def test_the_log_tells_the_best_so_far_and_all_that_was_measured(tmp_path: Path) -> None:
-    told: list[dict[str, float]] = []
-    best = search("greedy", SPACE, worth, [], num_evaluations=30, seed=0, path=tmp_path / "log", report=told.append)
-    scores = [line["score"] for line in told]
-    assert [line["best"] for line in told] == np.maximum.accumulate(scores).tolist()
-    assert [line["step"] for line in told] == list(range(1, 31))
-    assert worth(best)["score"] == max(scores)
+def test_the_log_has_every_result_and_the_best_so_far(tmp_path: Path) -> None:
+    lines: list[dict[str, float]] = []
+    best = search("greedy", SPACE, value_of, [], num_evaluations=30, seed=0, path=tmp_path / "log", report=lines.append)
+    scores = [line["score"] for line in lines]
+    assert [line["best"] for line in lines] == np.maximum.accumulate(scores).tolist()
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert value_of(best)["score"] == max(scores)
 
 
 @pytest.mark.parametrize("method", ["greedy", "gp"])
-def test_neighbours_and_the_gaussian_process_find_what_is_best(tmp_path: Path, method: str) -> None:
-    """In 40 of 256 strings, where chance finds it one time in six."""
-    best = search(method, SPACE, worth, [], num_evaluations=40, seed=0, path=tmp_path / "log")
+def test_greedy_and_gp_find_the_best_string(tmp_path: Path, method: str) -> None:
+    """They take 40 of 256 evaluations, with which random search succeeds one time in six."""
+    best = search(method, SPACE, value_of, [], num_evaluations=40, seed=0, path=tmp_path / "log")
     assert best == BEST
 
 
-def test_greedy_tries_the_neighbours_of_the_best_first() -> None:
+def test_greedy_proposes_neighbours_of_the_best_first() -> None:
     scores = {(0, 0, 0): 1.0, (1, 0, 0): 0.5, (0, 1, 0): 0.0}
     assert propose("greedy", Space(num_bits=3), scores, [], 0) == ((0, 0, 1), "greedy")
     scores[0, 0, 1] = 0.2

@@ -1,4 +1,4 @@
-"""What distilling trainers share: judgement in runs and on drafters' own text, and the best step by predicted speed."""
+"""Distillation: on-policy training and evaluation, and the choice of the best checkpoint by predicted speed-up."""
 
 import dataclasses
 import math
@@ -42,12 +42,12 @@ def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
 
 
 def batch() -> Batch:
-    """Returns three rows, supervised with gaps, and what the target says of them."""
+    """Returns three rows, supervised with gaps, with the target's last hidden states."""
     return complete(masked_batch(), TARGET, (TARGET.num_layers,))
 
 
-def test_acceptances_in_a_row() -> None:
-    """Against windows cut out by hand, none across a gap or a row's end."""
+def test_run_acceptance_equals_windows_cut_by_hand() -> None:
+    """No window crosses a gap or the end of a row."""
     given = batch()
     known = given.loss_mask_BT[:, 1:]
     accepted_N = torch.rand(int(known.sum()), generator=torch.Generator().manual_seed(0))
@@ -68,8 +68,8 @@ def test_acceptances_in_a_row() -> None:
         assert float(total) == pytest.approx(sum(math.prod(window) for window in windows), abs=1e-5)
 
 
-def test_the_predicted_speed_up() -> None:
-    """By hand: the best of one, two and three drafted tokens; runs win over the same acceptance scattered."""
+def test_summarise_predicts_the_best_speed_up() -> None:
+    """By hand: the best of one, two and three drafted tokens; consecutive acceptances beat scattered ones."""
     means = {"acceptance": 0.6, "accepted_to_2": 0.4, "accepted_to_3": 0.3}
     expected = max(1.6 / 1.2, 2.0 / 1.4, 2.3 / 1.6)
     assert summarise(means, {"cost_ratio": 0.2}) == pytest.approx({BEST_METRIC: expected, "cost_ratio": 0.2})
@@ -80,8 +80,8 @@ def test_the_predicted_speed_up() -> None:
     assert unknown[BEST_METRIC] == pytest.approx(1.6 / 1.2) and "accepted_to_2" not in unknown
 
 
-def test_it_is_judged_on_its_own_text_too() -> None:
-    """The acceptance there is sum_x min(p, q) by both models' own passes over what it wrote."""
+def test_evaluate_measures_acceptance_on_draft_text() -> None:
+    """It is sum_x min(p, q) of both models' own passes over the drafter's text."""
     torch.manual_seed(0)
     drafter, given, needs = lstm.build(SETTINGS, TARGET), batch(), lstm.needs(SETTINGS, TARGET)
     with torch.no_grad():
@@ -98,8 +98,8 @@ def test_it_is_judged_on_its_own_text_too() -> None:
     assert metrics["acceptance"][0] == on_text[0] and total != on_text[0]
 
 
-def test_its_own_text_is_learnt_from(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """With a share of 1 every batch that the loss sees is prompts and what the drafter drew, judged by the target."""
+def test_on_policy_training_uses_draft_text(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """With on_policy 1, every batch consists of prompts and the drafter's samples, with the target's hidden states."""
     seen = []
 
     def loss(drafter: Any, batch: Batch, settings: Any, target: Any) -> Any:
@@ -112,8 +112,8 @@ def test_its_own_text_is_learnt_from(monkeypatch: pytest.MonkeyPatch, folder: Pa
 
     real = lstm.loss
     monkeypatch.setattr(lstm, "loss", loss)
-    all_own = dataclasses.replace(SETTINGS, on_policy=1.0)
-    train(lstm, all_own, run_settings(folder, "own", max_steps=2, gradient_accumulation=2, batch_size=2))
+    on_policy = dataclasses.replace(SETTINGS, on_policy=1.0)
+    train(lstm, on_policy, run_settings(folder, "own", max_steps=2, gradient_accumulation=2, batch_size=2))
     own, seen = seen, []
     train(lstm, dataclasses.replace(SETTINGS, on_policy=0.0), run_settings(folder, "theirs", max_steps=2))
     assert len(own) == 4 and len(seen) == 2
@@ -124,8 +124,8 @@ def test_its_own_text_is_learnt_from(monkeypatch: pytest.MonkeyPatch, folder: Pa
         assert text[:first] == given[:first] and text[first:] != given[first:]
 
 
-def test_the_best_step_is_that_of_the_largest_predicted_speed_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the prediction is turned round, the worst step is kept; what names it is in the artifact and the log."""
+def test_best_checkpoint_has_the_largest_predicted_speed_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the negative prediction the worst checkpoint is kept; the metric is in the artifact and the log."""
     monkeypatch.setattr(lstm, "summarise", lambda means, costs: {BEST_METRIC: -means["acceptance"], **costs})
     output = train(lstm, SETTINGS, run_settings(folder, "turned", max_steps=12, learning_rate=3e-2))
     names = ("eval_acceptance", f"eval_{BEST_METRIC}", f"eval_{ON_DRAFT_TEXT}", "eval_accepted_to_3", "eval_cost_ratio")
@@ -137,11 +137,11 @@ def test_the_best_step_is_that_of_the_largest_predicted_speed_up(folder: Path, m
     assert measured["acceptance"] == pytest.approx(min(acceptances))
     assert measured[BEST_METRIC] == pytest.approx(-min(acceptances))
     target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
-    assert draftsmith.load(output, target).config == SETTINGS.config()
+    assert draftsmith.load(output, target).config == SETTINGS.config
 
 
 def test_costs_are_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that goes on has those of its first session."""
+    """A resumed run uses the costs of its first session."""
     mark_complete = checkpoints.mark_complete
 
     def stop(checkpoint: Path, facts: dict[str, Any]) -> None:
@@ -158,8 +158,8 @@ def test_costs_are_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert ratios == {read_manifest(output)["measured_acceptance"]["cost_ratio"]}
 
 
-def test_a_run_that_starts_from_an_artifact(folder: Path) -> None:
-    """Its first weights are those, whatever is learnt next; another family or shape, and what has none, is refused."""
+def test_start_from_loads_an_artifacts_weights(folder: Path) -> None:
+    """Another family or shape, or a family without gradient, raises ValueError."""
     first = train(lstm, SETTINGS, run_settings(folder, "first"))
     second = dataclasses.replace(SETTINGS, loss="tvd", on_policy=0.0)
     still = run_settings(folder, "second", start_from=str(first), learning_rate=0.0)
@@ -170,18 +170,22 @@ def test_a_run_that_starts_from_an_artifact(folder: Path) -> None:
     assert not torch.equal(weights(learnt)["layers.weight_hh_l0"], weights(first)["layers.weight_hh_l0"])
     cases: list[tuple[str, Any, Any]] = [
         ("another family, lstm", cnn, cnn.Settings()),
-        ("another shape, as in", lstm, dataclasses.replace(SETTINGS, hidden_size=16)),
+        (
+            "another shape, such as",
+            lstm,
+            dataclasses.replace(SETTINGS, config=dataclasses.replace(SETTINGS.config, hidden_size=16)),
+        ),
         ("without gradient", ngram, ngram.Settings()),
     ]
     for number, (message, family, settings) in enumerate(cases):
         with pytest.raises(ValueError, match=message):
-            train(family, settings, dataclasses.replace(still, output=str(folder / f"refused-{number}")))
+            train(family, settings, dataclasses.replace(still, output=str(folder / f"rejected-{number}")))
 
 
-def test_what_is_refused() -> None:
+def test_invalid_settings_raise() -> None:
     cases = [
         ("on_policy needs a divergence", {"on_policy": 0.5}),
-        ("it is a share", {"on_policy": 1.5, "loss": "tvd"}),
+        ("it is a fraction", {"on_policy": 1.5, "loss": "tvd"}),
         ("must not be negative", {"on_policy_temperature": -1.0}),
     ]
     for message, changes in cases:

@@ -1,4 +1,4 @@
-"""Losses: worked by hand, against slow references in value and gradient, at their limits, and in what they keep."""
+"""Losses by hand, against slow references in value and gradient, at their limits, and their memory."""
 
 import math
 
@@ -35,7 +35,7 @@ def top_k(logits_NV: Tensor, k: int) -> Teacher:
     return Teacher(logits=top.values, ids_NK=top.indices, log_normaliser_N=logits_NV.logsumexp(-1))
 
 
-def test_a_case_by_hand() -> None:
+def test_all_losses_by_hand() -> None:
     """p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4)."""
     p = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
     q = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64).log()
@@ -58,8 +58,8 @@ def test_a_case_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
-def test_value_and_gradient_against_a_slow_reference(name: str) -> None:
-    """Sums over tokens written out in Python, in float64: equal to 1e-10, gradients too."""
+def test_losses_and_gradients_equal_a_slow_reference(name: str) -> None:
+    """The reference sums over tokens in Python, in float64; values agree to 1e-10."""
     teacher_NV = random_logits(0, NUM_POSITIONS, VOCAB_SIZE)
     fast = random_logits(1, NUM_POSITIONS, VOCAB_SIZE).requires_grad_()
     slow = fast.detach().clone().requires_grad_()
@@ -95,8 +95,8 @@ def test_value_and_gradient_against_a_slow_reference(name: str) -> None:
     torch.testing.assert_close(fast.grad, slow.grad, rtol=1e-8, atol=1e-10)
 
 
-def test_limits_of_the_jensen_shannon_divergence() -> None:
-    """Divided by beta (by 1 - beta) it tends to the forward (reverse) KL; the error is of first order."""
+def test_jensen_shannon_tends_to_the_kl_divergences() -> None:
+    """Divided by beta (1 - beta) it tends to the forward (reverse) KL, with an error of first order."""
     student, teacher = outcome_log_probs(random_logits(1, 3, 6), Teacher(logits=random_logits(2, 3, 6)))
     small = 1e-6
     near_forward = jensen_shannon(student, teacher, beta=small) / small
@@ -105,7 +105,7 @@ def test_limits_of_the_jensen_shannon_divergence() -> None:
     torch.testing.assert_close(near_reverse, reverse_kl(student, teacher), rtol=1e-3, atol=1e-4)
 
 
-def test_acceptance_is_one_less_total_variation_and_lk_is_its_negative_log() -> None:
+def test_acceptance_equals_one_minus_total_variation_and_lk_its_negative_log() -> None:
     student, teacher = outcome_log_probs(random_logits(1, 9, 6), Teacher(logits=random_logits(2, 9, 6)))
     accepted_N = acceptance(student, teacher)
     torch.testing.assert_close(total_variation(student, teacher), 1 - accepted_N)
@@ -115,8 +115,8 @@ def test_acceptance_is_one_less_total_variation_and_lk_is_its_negative_log() -> 
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
-def test_top_logits(name: str) -> None:
-    """K = V equals all logits; fewer give at most as much: the law with all other tokens lumped together."""
+def test_losses_with_top_logits(name: str) -> None:
+    """K = V equals all logits; fewer equal, and are at most, the loss with all other tokens as one outcome."""
     loss = divergence(name)
     student_NV, teacher_NV = random_logits(3, NUM_POSITIONS, VOCAB_SIZE), random_logits(4, NUM_POSITIONS, VOCAB_SIZE)
     full_N = loss(student_NV, Teacher(logits=teacher_NV))
@@ -136,8 +136,8 @@ def test_top_logits(name: str) -> None:
         assert (few_N <= full_N + 1e-12).all()
 
 
-def test_gradient_with_nothing_outside_the_top_is_finite() -> None:
-    """A target so sure that its rest rounds to zero gives finite losses and gradients in float32."""
+def test_losses_are_finite_if_the_top_logits_have_all_the_mass() -> None:
+    """A target whose other tokens' mass rounds to zero gives finite losses and gradients in float32."""
     teacher = top_k(torch.tensor([[60.0, 0.0, 0.0, 0.0]]), 2)
     for name in DIVERGENCES:
         student = torch.zeros(1, 4, requires_grad=True)
@@ -145,7 +145,7 @@ def test_gradient_with_nothing_outside_the_top_is_finite() -> None:
         assert student.grad is not None and student.grad.isfinite().all(), name
 
 
-def test_what_is_refused() -> None:
+def test_invalid_beta_and_temperature_raise() -> None:
     with pytest.raises(ValueError, match="beta"):
         divergence("jsd", beta=1.0)
     with pytest.raises(ValueError, match="temperature"):
@@ -154,13 +154,13 @@ def test_what_is_refused() -> None:
         outcome_log_probs(torch.zeros(1, 4), top_k(torch.zeros(1, 4), 2), temperature=2.0)
 
 
-class Kept:
-    """Counts the elements of the largest tensor that autograd keeps for the backward pass."""
+class SavedForBackward:
+    """Records the size of the largest tensor that autograd saves for the backward pass."""
 
     def __init__(self) -> None:
         self.largest = 0
 
-    def __enter__(self) -> "Kept":
+    def __enter__(self) -> "SavedForBackward":
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         self._hooks.__enter__()
         return self
@@ -174,8 +174,8 @@ class Kept:
 
 
 @pytest.mark.parametrize("size", [1, 3, NUM_POSITIONS, 100])
-def test_chunks_change_neither_value_nor_gradient(size: int) -> None:
-    """Sum, gradient of the hidden states and of the head's weights equal the whole computed at once, to 1e-12."""
+def test_sum_in_chunks_equals_the_whole_sum(size: int) -> None:
+    """Sum, and gradients of the hidden states and the head's weights, equal those without chunks to 1e-12."""
     hidden_ND = random_logits(0, NUM_POSITIONS, WIDTH).requires_grad_()
     weight_VD = random_logits(1, VOCAB_SIZE, WIDTH).requires_grad_()
     labels_N = torch.arange(NUM_POSITIONS)
@@ -196,8 +196,8 @@ def test_chunks_change_neither_value_nor_gradient(size: int) -> None:
     torch.testing.assert_close(total, fused, rtol=1e-10, atol=1e-10)
 
 
-def test_chunks_keep_no_logits() -> None:
-    """With 256 positions of 512 tokens in chunks of 16, nothing larger than the head or the hidden states is kept."""
+def test_sum_in_chunks_saves_no_logits() -> None:
+    """With 256 positions of 512 tokens in chunks of 16, nothing larger than the head or the hidden states is saved."""
     hidden_ND = torch.randn(256, 8, requires_grad=True)
     head = torch.nn.Linear(8, 512)
     labels_N = torch.zeros(256, dtype=torch.long)
@@ -205,16 +205,16 @@ def test_chunks_keep_no_logits() -> None:
     def loss(hidden: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(head(hidden), labels)
 
-    with Kept() as whole:
+    with SavedForBackward() as whole:
         sum_in_chunks(loss, hidden_ND, labels_N, vocab_size=512, max_logits=256 * 512)
-    with Kept() as in_chunks:
+    with SavedForBackward() as in_chunks:
         sum_in_chunks(loss, hidden_ND, labels_N, vocab_size=512, max_logits=16 * 512)
     assert whole.largest == 256 * 512
     assert in_chunks.largest <= 512 * 8
 
 
-def test_no_positions_give_a_zero_with_a_gradient() -> None:
-    """A rank with nothing to learn in its batch still takes part in the reduction of gradients."""
+def test_sum_in_chunks_of_no_positions_is_a_zero_with_gradient() -> None:
+    """A rank without supervised tokens in its batch takes part in the reduction of gradients."""
     head = torch.nn.Linear(4, 6)
     total, count = sum_in_chunks(lambda hidden: head(hidden).logsumexp(-1), torch.zeros(0, 4), vocab_size=6)
     assert count == 0 and total.item() == 0.0

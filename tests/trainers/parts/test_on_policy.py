@@ -1,4 +1,4 @@
-"""Text that drafters write alone: its law, what it depends on, and the batches that it goes into."""
+"""On-policy text: its distribution, its independence of other rows, and the batches with it."""
 
 import dataclasses
 from typing import Any
@@ -31,32 +31,32 @@ def draft_model(target: Target, **changes: Any) -> Any:
 
 
 def drafters(target: Target) -> list[Any]:
-    """Returns one of each family that is distilled, two of them such as draft trees elsewhere."""
+    """Returns one drafter of each distilled family, two of them configured for trees."""
     reading = [built(family, config, target) for family, config in READING.items()]
     return reading if target.is_encoder_decoder else [*reading, draft_model(target, tree=((0,), (1,), (0, 0)))]
 
 
 def logits(drafter: Any, ids: list[int]) -> Tensor:
-    """Returns [T, V] of one parallel pass."""
+    """Returns logits [T, V] of one parallel pass."""
     if isinstance(drafter, lm.Drafter):
         return drafter.model(torch.tensor([ids])).logits[0]
     return fresh_logits(drafter, ids)
 
 
 def batch(target: Target, num_rows: int = 5, **changes: Any) -> Batch:
-    """Returns rows whose supervised tokens, up to 12, have a gap, beginning with an unsupervised part or not."""
+    """Returns rows with up to 12 supervised tokens and a gap, with and without unsupervised prompts."""
     rows = []
     for row, ids in enumerate(prompts(num_rows, seed=4)):
         text = ids + prompts(1, seed=row + 50)[0] + [5, 6, 7]
-        mask = [(row == 1 or place >= len(ids)) and place != len(ids) + 2 for place in range(len(text))]
+        mask = [(row == 1 or position >= len(ids)) and position != len(ids) + 2 for position in range(len(text))]
         source = prompts(1, seed=row + 70)[0][: 3 + row] if target.is_encoder_decoder else None
         rows.append(example(text, mask, f"row-{row}", source))
     return dataclasses.replace(collate(rows), **changes)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_it_is_drawn_from_the_drafters_law(temperature: float) -> None:
-    """Three tokens by 4,000 seeds against the exact law, from parallel passes in float32."""
+def test_generate_alone_samples_the_drafters_distribution(temperature: float) -> None:
+    """Three tokens with 4,000 seeds follow the exact distribution, from parallel passes in float32."""
     target, count = distribution_target(), 4_000
     for drafter in drafters(target):
         probs_C, rows = torch.ones(1, dtype=torch.float64), [PROMPT]
@@ -72,8 +72,8 @@ def test_it_is_drawn_from_the_drafters_law(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", *SEQ2SEQ])
-def test_a_row_is_written_as_it_would_be_alone(architecture: str) -> None:
-    """Ragged prompts and limits, rows that end, at temperature 1; what it says of the drafter is as before."""
+def test_rows_are_independent_of_the_batch(architecture: str) -> None:
+    """Prompts and limits of unequal lengths, rows that end, temperature 1; the drafter's state is restored."""
     target = tiny_target(architecture)
     for drafter in drafters(target):
         drafter.train()
@@ -92,7 +92,7 @@ def test_a_row_is_written_as_it_would_be_alone(architecture: str) -> None:
         assert sum(differ) >= 2
 
 
-def test_greedily_it_is_the_likeliest_token_each_time() -> None:
+def test_generate_alone_is_greedy_at_temperature_0() -> None:
     target = tiny_target("llama")
     for drafter in drafters(target):
         texts = generate_alone(drafter, target, prompts(3), limits=[9, 0, 4], seeds=[0, 0, 0], temperature=0.0)
@@ -103,8 +103,8 @@ def test_greedily_it_is_the_likeliest_token_each_time() -> None:
                     assert text[length] == logits(drafter, text[:length])[-1].argmax()
 
 
-def test_what_becomes_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts and other rows stay, features go, all that is written is supervised, and an end ends a row."""
+def test_rewrite_rows_replaces_supervised_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and other rows stay, features are dropped, new tokens are supervised, and rows stop at the end token."""
     target = tiny_target("llama")
     given = complete(batch(target), target, (target.num_layers,), 4)
     drafter = drafters(target)[0]
@@ -120,18 +120,18 @@ def test_what_becomes_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         length = int(found.lengths_B[row])
         assert length - prompt_length == int(given.loss_mask_BT[row, prompt_length:].sum())
         assert torch.equal(found.tokens_BT[row, :prompt_length], given.tokens_BT[row, :prompt_length])
-        assert found.loss_mask_BT[row].tolist() == [prompt_length <= place < length for place in range(25)]
+        assert found.loss_mask_BT[row].tolist() == [prompt_length <= position < length for position in range(25)]
     end = int(found.tokens_BT[3, 16])
     monkeypatch.setattr(target, "eos_token_ids", (end,))
     ended = rewrite_rows(drafter, given, target, [1, 3], temperature=1.0, salt="")
-    place = found.tokens_BT[3, 14:].tolist().index(end) + 14
-    assert int(ended.lengths_B[3]) == place + 1 and ended.tokens_BT[3, place] == end
+    position = found.tokens_BT[3, 14:].tolist().index(end) + 14
+    assert int(ended.lengths_B[3]) == position + 1 and ended.tokens_BT[3, position] == end
     assert rewrite_rows(drafter, given, target, [], temperature=1.0, salt="") is given
     few = rewrite_rows(drafter, given, target, [3], temperature=1.0, salt="", most_tokens=2)
     assert int(few.lengths_B[3]) == 16 and torch.equal(few.tokens_BT[3, :16], found.tokens_BT[3, :16])
 
 
-def test_sources_stay_with_their_rows() -> None:
+def test_rewrite_rows_keeps_sources() -> None:
     target = tiny_target("t5")
     given = batch(target)
     found = rewrite_rows(drafters(target)[0], given, target, [2], temperature=1.0, salt="")
@@ -140,8 +140,8 @@ def test_sources_stay_with_their_rows() -> None:
     assert expected is not None and torch.equal(found.source.encoded_BTD, expected.encoded_BTD)
 
 
-def test_coins() -> None:
-    """They fall by share, by row and by salt, the same for a row whatever stands beside it."""
+def test_select_rows_depends_on_share_row_and_salt() -> None:
+    """The selection of a row does not depend on the other rows."""
     rows = [example([3, row % VOCAB_SIZE, row // VOCAB_SIZE], None, f"{row}") for row in range(2_000)]
     whole = collate(rows)
     assert on_policy.select_rows(0.0, whole, "1") == [] and len(on_policy.select_rows(1.0, whole, "1")) == 2_000
@@ -153,8 +153,8 @@ def test_coins() -> None:
     ]
 
 
-def test_the_cost_of_a_drafted_token() -> None:
-    """A drafter as large as its target costs at least half a plain step, and more than those that are for drafting."""
+def test_cost_ratio_of_large_and_small_drafters() -> None:
+    """A drafter as large as its target costs at least half a plain step, and more than small ones."""
     target = tiny_target("llama")
     whole = built(lm, lm.Config(model=target.model.config.to_diff_dict(), num_draft=4), target)
     with torch.no_grad():
