@@ -54,6 +54,4 @@ class BakeoffSettings:
     def check_prompts(self, num_prompts: int) -> None:
         """Raises ValueError if there are too few prompts to fill the largest batch."""
         if num_prompts < max(self.batch_sizes):
-            raise ValueError(
-                f"batch size {max(self.batch_sizes)} needs at least as many prompts, but there are {num_prompts}"
-            )
+            raise ValueError(f"batch size {max(self.batch_sizes)} needs as many prompts, but there are {num_prompts}")

@@ -98,10 +98,10 @@ def check_template(manifest: dict[str, Any], data: dict[str, Any] | None, tokeni
 @torch.no_grad()
 def check_mask(rows: Sequence[Example], target: Target, data: dict[str, Any] | None) -> Finding:
     """Checks that the loss mask covers the target's own tokens, by comparing greedy text with the target's argmax."""
-    num_learnt = int(sum(row.loss_mask_T[1:].sum() for row in rows))
+    num_supervised = int(sum(row.loss_mask_T[1:].sum() for row in rows))
     num_tokens = sum(len(row.tokens_T) for row in rows)
-    covered = f"the loss mask covers {num_learnt:,} of {num_tokens:,} inspected tokens"
-    if not num_learnt:
+    covered = f"the loss mask covers {num_supervised:,} of {num_tokens:,} inspected tokens"
+    if not num_supervised:
         return Finding(name="mask", verdict="fault", message=f"{covered}: there is nothing to learn from")
     if data is None or "temperature" not in data:
         return Finding(
@@ -244,8 +244,8 @@ def check_position(context: CheckContext, trainer_accuracy: float | None) -> Fin
         return Finding(name="position", verdict="ok", message=f"{own}, not higher against tokens at other positions")
     message = f"{own} in drafts, {trainer_accuracy:.1%} by the trainer's evaluation of the same texts"
     error = math.sqrt(max(trainer_accuracy * (1 - trainer_accuracy), 0.01) / max(context.teacher_forced.num_drafts, 1))
-    is_whole = len(context.positions) == sum(len(text.ids) - text.num_prompt for text in context.texts)
-    if abs(trainer_accuracy - rates[0]) > (0.02 if is_whole else max(MARGIN, ERRORS * error)):
+    covers_all_positions = len(context.positions) == sum(len(text.ids) - text.num_prompt for text in context.texts)
+    if abs(trainer_accuracy - rates[0]) > (0.02 if covers_all_positions else max(MARGIN, ERRORS * error)):
         return Finding(
             name="position", verdict="fault", message=f"{message}: training and drafting process the texts differently"
         )

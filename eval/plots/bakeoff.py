@@ -36,7 +36,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             panel.set_title(f"Speed-up at {_label(temperature)}, batch {batch_size}", fontsize=11)
         found = [row for row in rows if (row["temperature"], row["batch_size"]) == (temperature, batch_sizes[0])]
         _acceptance(panels[-1], found)
-        panels[-1].set_title(f"Accepted by depth, %, {_label(temperature)}, batch {batch_sizes[0]}", fontsize=11)
+        panels[-1].set_title(f"Accepted, %, {_label(temperature)}, batch {batch_sizes[0]}", fontsize=11)
     first = rows[0]
     figure.suptitle(f"{first['target']} on {first['hardware']}, {first['threads']} thread(s)", fontsize=12)
     figure.savefig(path, format="png")
@@ -69,7 +69,7 @@ def _bars(panel: Any, rows: Sequence[Row], longest: float) -> None:
     panel.set_yticks(range(len(rows)), [shorten(row["drafter"], MAX_NAME) for row in rows], fontsize=10)
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_xlim(0, 1.45 * longest)  # room for the labels
-    panel.set_xlabel("speed-up: tok/s relative to plain decoding", fontsize=9.5)
+    panel.set_xlabel("tok/s relative to plain decoding", fontsize=9.5)
     panel.spines[["top", "right"]].set_visible(False)
 
 
