@@ -1,4 +1,4 @@
-"""Drafts from tri-grams: rows that learn as they go, other makers, the store; test_trigram_search.py has the search."""
+"""Tests of tri-gram drafts: the rows' own tri-grams, the makers, and the table; the search is tested beside it."""
 
 import itertools
 import mmap
@@ -14,10 +14,10 @@ import draftsmith
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import trigram
 from draftsmith.drafters.trigram import Config, Drafter
-from tests.drafters.trigrams import Weights, learn, lengthened, search, table_of
 from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
+from tests.support.trigram_reference import Weights, add_trigrams, extend_paths, search, table_of
 
 EXAMPLE = Config(num_iterations=20, num_sequences=6, num_nodes=7)
 
@@ -34,15 +34,15 @@ def own_text(target: Any) -> list[list[int]]:
 
 
 def filled(config: Config, target: Any) -> Drafter:
-    """Returns a drafter that knows the target's own greedy text, and some that it would not write."""
+    """Returns a drafter whose table has the target's greedy text and random text."""
     known: Weights = {}
     for text in [*own_text(target), *prompts(5, seed=4)]:
-        learn(known, text, 0.125, 1.0)
+        add_trigrams(known, text, 0.125, 1.0)
     return Drafter(config, target, table_of(known, target.vocab_size))
 
 
-class Mixed(Watched):
-    """Every other step is a plain one that this drafter did not propose; keeps the slow reference beside it."""
+class Compared(Watched):
+    """Compares each draft with the slow reference, and replaces every second one by a plain step."""
 
     def start(self, session: Any) -> None:
         super().start(session)
@@ -59,7 +59,7 @@ class Mixed(Watched):
         ]
         self.num_rounds, self.is_running = 0, [True] * len(session.rows)
         for known, row in zip(self.known, session.rows, strict=True):
-            learn(known, row[-16:], 0.04, 3.0)
+            add_trigrams(known, row[-16:], 0.04, 3.0)
 
     def propose(self, budget: int) -> Draft:
         self.num_rounds += 1
@@ -70,7 +70,7 @@ class Mixed(Watched):
             expected = {}
             if len(ids) > 1 and self.is_running[row]:
                 expected = search(known, *ids[-2:], min(budget, config.depth), config)
-                expected = lengthened(known, *ids[-2:], expected, budget)
+                expected = extend_paths(known, *ids[-2:], expected, budget)
                 expected = dict(sorted(expected.items(), key=lambda one: -one[1])[: config.num_nodes])
             num_nodes = draft.num_nodes[row] if draft.num_nodes else draft.tree.num_nodes
             parents = draft.tree.parents_RN[row if len(draft.tree.parents_RN) > 1 else 0, :num_nodes].tolist()
@@ -85,15 +85,15 @@ class Mixed(Watched):
         self.is_running = [bool(path) for path in step.paths]
         for known, row, path in zip(self.known, self._session.rows, step.paths, strict=True):
             if path:
-                learn(known, row[-16:], 0.04, 3.0)
+                add_trigrams(known, row[-16:], 0.04, 3.0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_learn_what_they_commit_whoever_proposed_it(temperature: float) -> None:
+def test_rows_add_their_committed_trigrams(temperature: float) -> None:
     target = tiny_target("llama")
-    drafter = Mixed(filled(EXAMPLE, target))
+    drafter = Compared(filled(EXAMPLE, target))
     ids, mask = padded(prompts(5), side="left")
-    # Rows that end earlier go on standing beside the others.
+    # Some rows end earlier than others.
     eos = own_text(target)[1][-6]
     out = draftsmith.generate(
         target, ids, drafter, attention_mask=mask, max_new_tokens=14, temperature=temperature, seed=1, eos_token_id=eos
@@ -106,18 +106,20 @@ def test_rows_learn_what_they_commit_whoever_proposed_it(temperature: float) -> 
 
 
 @pytest.mark.parametrize("maker", ["full", "greedy"])
-def test_the_other_makers(maker: str) -> None:
-    """Greedy output is the target's own; with room for one text only, the likeliest are the chain."""
+def test_other_makers_are_lossless(maker: str) -> None:
+    """Greedy output equals the target's, and sampled text follows its distribution."""
     target = tiny_target("llama")
     drafter = filled(Config(maker=maker), target)
     ids, mask = padded(prompts(5), side="left")
     out = draftsmith.generate(target, ids, Watched(drafter), attention_mask=mask, max_new_tokens=20)
     assert texts(out) == own_text(target) and out.stats.tau > 2
-    sampling = Drafter(Config(maker=maker), distribution_target(), table_of({(4, 2): {7: 0.5, 1: 0.5}, (2, 7): {4: 1.0}}, 8))
+    sampling = Drafter(
+        Config(maker=maker), distribution_target(), table_of({(4, 2): {7: 0.5, 1: 0.5}, (2, 7): {4: 1.0}}, 8)
+    )
     check_distribution(sampling, distribution_target(), num_samples=1_000)
 
 
-def test_no_more_nodes_than_asked_for() -> None:
+def test_num_nodes_limits_the_tree() -> None:
     target = tiny_target("llama")
     shapes = []
     for num_nodes in (1, 3, 64):
@@ -127,8 +129,8 @@ def test_no_more_nodes_than_asked_for() -> None:
     assert shapes[:2] == [1, 3] and shapes[2] > 3
 
 
-def test_the_same_text_gets_the_same_draft() -> None:
-    """Whatever row it is in, and whatever else is drawn in the call."""
+def test_same_text_gets_the_same_draft() -> None:
+    """In any row, and whatever is sampled in the call."""
     target = tiny_target("llama")
     firsts = []
     for rows, seed in (([[3, 4, 5, 3, 4]], 1), ([[6, 7], [3, 4, 5, 3, 4]], 2)):
@@ -141,19 +143,19 @@ def test_the_same_text_gets_the_same_draft() -> None:
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_an_encoder_decoder_is_given_one_branch(architecture: str) -> None:
+def test_encoder_decoder_gets_a_single_path(architecture: str) -> None:
     target = tiny_target(architecture)
     expected = greedy_by_transformers(architecture, 5, 20)
     known: Weights = {}
     for text in expected:
-        learn(known, text, 0.25, 1.0)
+        add_trigrams(known, text, 0.25, 1.0)
     drafter = Watched(Drafter(Config(), target, table_of(known, target.vocab_size)))
     ids, mask = padded(prompts(5), side="right")
     out = draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=20)
     assert texts(out) == expected and drafter.num_drafted > 0 and out.stats.tau > 1.3
 
 
-# --- The store ---------------------------------------------------------------------------------------------------
+# --- The table ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -167,7 +169,7 @@ def memory_of(array: Any) -> Any:
     return memory_of(array.base) if isinstance(array, np.ndarray) else array
 
 
-def test_a_store_is_read_from_its_files(saved: Path) -> None:
+def test_load_maps_the_files_into_memory(saved: Path) -> None:
     target = tiny_target("llama")
     drafter, loaded = filled(Config(), target), draftsmith.load(saved, target)
     for one, other in zip(drafter.table, loaded.table, strict=True):
@@ -182,7 +184,7 @@ def test_a_store_is_read_from_its_files(saved: Path) -> None:
     assert drafts[0] == drafts[1]
 
 
-ODD: dict[str, list[Any]] = {
+INVALID: dict[str, list[Any]] = {
     "keys": [lambda array: array[::-1], lambda array: array - array[0] - 1, lambda array: array + VOCAB_SIZE**2],
     "begins": [lambda array: array[::-1], lambda array: array + 1, lambda array: array * 2],
     "tokens": [lambda array: array - VOCAB_SIZE, lambda array: array + VOCAB_SIZE],
@@ -190,15 +192,13 @@ ODD: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_a_file_that_is_truncated_or_odd_is_refused(saved: Path, name: str) -> None:
+@pytest.mark.parametrize("name", INVALID)
+def test_load_rejects_truncated_and_invalid_files(saved: Path, name: str) -> None:
     file, target = saved / f"{name}.npy", tiny_target("llama")
     array, whole = np.load(file), file.read_bytes()
-    for change in (*ODD[name], lambda array: array[:-1], lambda array: np.append(array, array[-1:])):
+    for change in (*INVALID[name], lambda array: array[:-1], lambda array: np.append(array, array[-1:])):
         np.save(file, change(array))
-        with pytest.raises(
-            ValueError, match=r"\.npy does not fit the rest of the store; the artifact must be made again"
-        ):
+        with pytest.raises(ValueError, match=r"\.npy does not fit the other arrays; the artifact must be made again"):
             draftsmith.load(saved, target)
     for odd in (array[None], array.astype("f8"), np.array(["x"])):
         np.save(file, odd)
@@ -206,15 +206,15 @@ def test_a_file_that_is_truncated_or_odd_is_refused(saved: Path, name: str) -> N
             draftsmith.load(saved, target)
     for cut in (whole[:-8], whole[:50], b"", b"no array at all"):
         file.write_bytes(cut)
-        with pytest.raises(ValueError, match=f"{name}.npy is missing, truncated or no array"):
+        with pytest.raises(ValueError, match=f"{name}.npy is missing or truncated"):
             draftsmith.load(saved, target)
     file.unlink()
-    with pytest.raises(ValueError, match=f"{name}.npy is missing, truncated or no array"):
+    with pytest.raises(ValueError, match=f"{name}.npy is missing or truncated"):
         draftsmith.load(saved, target)
 
 
-def test_without_the_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(draftsmith, "compiled")
+def test_missing_numba_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(trigram, "compiled")
     monkeypatch.setitem(sys.modules, "draftsmith.drafters.trigram.compiled", None)
     with pytest.raises(ValueError, match=r"needs numba: pip install 'draftsmith\[compiled\]'"):
         Drafter(Config(), tiny_target("llama"))
@@ -223,19 +223,19 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"maker": "random"}, "maker is 'random'; there are mcts, full, greedy"),
+        ({"maker": "random"}, "maker is 'random'; it must be one of mcts, full, greedy"),
         ({"num_iterations": 0}, "num_iterations is 0; it must be at least 1"),
         ({"depth": 0}, "depth is 0"),
         ({"num_sequences": 0}, "num_sequences is 0"),
         ({"num_nodes": 0}, "num_nodes is 0"),
-        ({"bump": -0.1}, "bump is -0.1; it must not be negative"),
+        ({"bump": -0.1}, "bump is -0.1; it must be at least 0"),
         ({"explore": -1.0}, "explore is -1.0"),
         ({"chance": -1}, "chance is -1"),
         ({"explore_base": 0.0}, "explore_base is 0.0; it must be positive"),
         ({"largest": 0.0}, "largest is 0.0"),
-        ({"window": 2}, "window is 2; it must hold a tri-gram"),
+        ({"window": 2}, "window is 2; it must be at least 3"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_config_rejects_invalid_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**changes)

@@ -1,9 +1,9 @@
-"""Searches through successor tables that an interpreter would be too slow for; the only file that needs numba.
+"""Compiled searches in tri-gram tables; the only file that needs numba.
 
-A table says which tokens follow two others, and how strongly. An overlay says so in the table's stead of the pairs met
-in one text. Both are arrays, and trusted: whoever fills them has checked that no index points outside.
+A table holds the successors of pairs of tokens with their weights. An overlay replaces the table's entries for the
+pairs that occur in one text. Their arrays are not checked here: the caller has made sure that no index is out of range.
 
-Shape suffixes: K keys, S successors of all keys, H places of a hash table, E entries of an overlay, T last tokens of a
+Shape suffixes: K keys, S successors of all keys, H slots of a hash table, E entries of an overlay, T last tokens of a
 text, C successors of one pair, N nodes of a tree, node 0 being the pending token.
 """
 
@@ -20,12 +20,12 @@ NONE = -1
 
 
 class Table(NamedTuple):
-    """Sorted keys, first * vocabulary + second, and the successors of each, the heaviest first."""
+    """Sorted keys, first * vocabulary + second, and the successors of each in descending order of weight."""
 
     keys_K: np.ndarray
     """int64."""
     begins_K: np.ndarray
-    """int64, one more than keys: key k's successors lie from begins[k] up to begins[k + 1]."""
+    """int64, K + 1: the successors of key k are those from begins[k] up to begins[k + 1]."""
     tokens_S: np.ndarray
     """int32."""
     weights_S: np.ndarray
@@ -33,34 +33,34 @@ class Table(NamedTuple):
 
 
 class Overlay(NamedTuple):
-    """The successors of pairs met in one text: a hash table of linked lists."""
+    """The successors of the pairs that occur in one text: a hash table of linked lists."""
 
     keys_H: np.ndarray
-    """int64, `NONE` where a place is free; their number is a power of two."""
+    """int64, `NONE` in a free slot; their number is a power of two."""
     heads_H: np.ndarray
-    """int64: the first entry of the key's list."""
+    """int64: the first entry of each key's list."""
     tokens_E: np.ndarray
     """int32."""
     weights_E: np.ndarray
     """float64."""
     nexts_E: np.ndarray
-    """int64: the list's next entry, `NONE` at its end."""
+    """int64: the next entry of the list, `NONE` at its end."""
     sizes: np.ndarray
-    """int64: keys, entries, entries of the longest list."""
+    """int64: the numbers of keys, of entries, and of entries of the longest list."""
 
 
-class Known(NamedTuple):
-    """All that is known of what follows what."""
+class Trigrams(NamedTuple):
+    """A table and the overlay of one text."""
 
     table: Table
     overlay: Overlay
     vocab_size: int
     widest: int
-    """Successors that a pair has at most."""
+    """Largest number of successors of a pair."""
 
 
 def new_overlay() -> Overlay:
-    """Returns an overlay in which nothing is met yet."""
+    """Returns an empty overlay."""
     free_H, entries_E = np.full(64, NONE), np.zeros(256, dtype=np.int64)
     return Overlay(
         keys_H=free_H,
@@ -73,59 +73,59 @@ def new_overlay() -> Overlay:
 
 
 @njit(cache=True)
-def mixed(number: np.uint64) -> np.uint64:
-    """Returns the number's hash, what SplitMix64 makes of its states (Steele, Lea and Flood, OOPSLA 2014)."""
+def splitmix64(number: np.uint64) -> np.uint64:
+    """Returns the output of SplitMix64 for a state, used as a hash (Steele, Lea and Flood, OOPSLA 2014)."""
     number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return number ^ (number >> np.uint64(31))
 
 
 @njit(cache=True)
-def uniform(seed: np.uint64, place: int) -> float:
-    """Returns the uniform in [0, 1) at a place of the stream that the seed begins, SplitMix64's."""
-    return np.float64(mixed(seed + np.uint64(place + 1) * GOLDEN) >> np.uint64(11)) * 2.0**-53
+def uniform(seed: np.uint64, index: int) -> float:
+    """Returns number `index` of the stream of uniforms in [0, 1) that SplitMix64 generates from the seed."""
+    return np.float64(splitmix64(seed + np.uint64(index + 1) * GOLDEN) >> np.uint64(11)) * 2.0**-53
 
 
 @njit(cache=True)
 def _find(overlay: Overlay, key: int) -> np.int64:
-    """Returns where the key is in the hash table, or the free place where it would be."""
+    """Returns the slot of the key in the hash table, or the free slot where it belongs."""
     last = len(overlay.keys_H) - 1
-    place = np.int64(mixed(np.uint64(key)) & np.uint64(last))
-    while overlay.keys_H[place] != key and overlay.keys_H[place] != NONE:
-        place = (place + 1) & last
-    return place
+    slot = np.int64(splitmix64(np.uint64(key)) & np.uint64(last))
+    while overlay.keys_H[slot] != key and overlay.keys_H[slot] != NONE:
+        slot = (slot + 1) & last
+    return slot
 
 
 @njit(cache=True)
 def _span(table: Table, key: int) -> tuple[int, int]:
-    """Returns where the key's successors begin and end in the table, two zeros if it is not there."""
-    place = np.searchsorted(table.keys_K, key)
-    if place == len(table.keys_K) or table.keys_K[place] != key:
+    """Returns where the key's successors begin and end in the table, or two zeros if the key is missing."""
+    at = np.searchsorted(table.keys_K, key)
+    if at == len(table.keys_K) or table.keys_K[at] != key:
         return 0, 0
-    return table.begins_K[place], table.begins_K[place + 1]
+    return table.begins_K[at], table.begins_K[at + 1]
 
 
 @njit(cache=True)
-def _push(overlay: Overlay, place: int, token: int, weight: float) -> None:
-    """Puts an entry before the others of a list."""
+def _push(overlay: Overlay, slot: int, token: int, weight: float) -> None:
+    """Inserts an entry at the head of a slot's list."""
     entry = overlay.sizes[1]
     overlay.tokens_E[entry], overlay.weights_E[entry] = token, weight
-    overlay.nexts_E[entry], overlay.heads_H[place] = overlay.heads_H[place], entry
+    overlay.nexts_E[entry], overlay.heads_H[slot] = overlay.heads_H[slot], entry
     overlay.sizes[1] += 1
 
 
 @njit(cache=True)
 def _with_room(overlay: Overlay, num_keys: int, num_entries: int) -> Overlay:
-    """Returns the overlay, or a larger copy, with room for so many more."""
+    """Returns the overlay, or a larger copy, with room for this many more keys and entries."""
     keys_H, heads_H, tokens_E, weights_E, nexts_E, sizes = overlay
     if 2 * (sizes[0] + num_keys) > len(keys_H):
-        # Half of all places stay free, so that searches are short.
+        # At least half of the slots stay free, so that searches are short.
         keys_H, heads_H = np.full(4 * len(keys_H), NONE), np.full(4 * len(keys_H), NONE)
         larger = Overlay(keys_H, heads_H, tokens_E, weights_E, nexts_E, sizes)
         for old in range(len(overlay.keys_H)):
             if overlay.keys_H[old] != NONE:
-                place = _find(larger, overlay.keys_H[old])
-                keys_H[place], heads_H[place] = overlay.keys_H[old], overlay.heads_H[old]
+                slot = _find(larger, overlay.keys_H[old])
+                keys_H[slot], heads_H[slot] = overlay.keys_H[old], overlay.heads_H[old]
     if sizes[1] + num_entries > len(tokens_E):
         more = max(len(tokens_E), num_entries)
         tokens_E = np.concatenate((tokens_E, np.zeros(more, tokens_E.dtype)))
@@ -135,46 +135,46 @@ def _with_room(overlay: Overlay, num_keys: int, num_entries: int) -> Overlay:
 
 
 @njit(cache=True)
-def learn(
+def add_trigrams(
     table: Table, overlay: Overlay, recent_T: np.ndarray, vocab_size: int, bump: float, largest: float
 ) -> Overlay:
-    """Returns the overlay with `bump` added to the weight of every three tokens in turn, up to `largest`.
+    """Returns the overlay with `bump` added to the weight of each tri-gram of `recent_T`, up to `largest`.
 
-    A pair met for the first time takes over what the table says of it; a successor not known to follow starts from 0.
+    A new pair starts with its successors in the table, and a new successor with weight 0.
     """
     for end in range(2, len(recent_T)):
         key, token = recent_T[end - 2] * vocab_size + recent_T[end - 1], recent_T[end]
         begin, stop = _span(table, key)
         overlay = _with_room(overlay, 1, stop - begin + 1)
-        place = _find(overlay, key)
-        if overlay.keys_H[place] == NONE:
-            overlay.keys_H[place] = key
+        slot = _find(overlay, key)
+        if overlay.keys_H[slot] == NONE:
+            overlay.keys_H[slot] = key
             overlay.sizes[0] += 1
-            for known in range(stop - 1, begin - 1, -1):
-                _push(overlay, place, table.tokens_S[known], table.weights_S[known])
-        entry, size = overlay.heads_H[place], 0
+            for at in range(stop - 1, begin - 1, -1):
+                _push(overlay, slot, table.tokens_S[at], table.weights_S[at])
+        entry, size = overlay.heads_H[slot], 0
         while entry != NONE and overlay.tokens_E[entry] != token:
             entry, size = overlay.nexts_E[entry], size + 1
         if entry == NONE:
-            _push(overlay, place, token, 0.0)
-            entry = overlay.heads_H[place]
+            _push(overlay, slot, token, 0.0)
+            entry = overlay.heads_H[slot]
             overlay.sizes[2] = max(overlay.sizes[2], size + 1)
         overlay.weights_E[entry] = min(overlay.weights_E[entry] + bump, largest)
     return overlay
 
 
 @njit(cache=True)
-def following(known: Known, first: int, second: int, tokens_C: np.ndarray, weights_C: np.ndarray) -> int:
-    """Writes a pair's successors, the heaviest first and of equal ones the latest met, and returns their number."""
-    table, overlay, key, count = known.table, known.overlay, first * known.vocab_size + second, 0
-    place = _find(overlay, key)
-    if overlay.keys_H[place] == NONE:
+def write_successors(trigrams: Trigrams, first: int, second: int, tokens_C: np.ndarray, weights_C: np.ndarray) -> int:
+    """Writes a pair's successors in descending order of weight, the latest first if equal, and returns their number."""
+    table, overlay, key, count = trigrams.table, trigrams.overlay, first * trigrams.vocab_size + second, 0
+    slot = _find(overlay, key)
+    if overlay.keys_H[slot] == NONE:
         begin, stop = _span(table, key)
-        for place in range(begin, stop):
-            tokens_C[count], weights_C[count] = table.tokens_S[place], table.weights_S[place]
+        for at in range(begin, stop):
+            tokens_C[count], weights_C[count] = table.tokens_S[at], table.weights_S[at]
             count += 1
         return count
-    entry = overlay.heads_H[place]
+    entry = overlay.heads_H[slot]
     while entry != NONE:
         weight, at = overlay.weights_E[entry], count
         while at > 0 and weights_C[at - 1] < weight:
@@ -186,13 +186,13 @@ def following(known: Known, first: int, second: int, tokens_C: np.ndarray, weigh
 
 
 @njit(cache=True)
-def chain(known: Known, before: int, pending: int, depth: int) -> Nodes:
-    """Returns the chain of at most `depth` tokens, each the heaviest successor; scores are products of their shares."""
-    tokens_C, weights_C = np.empty(known.widest, np.int64), np.empty(known.widest)
+def greedy_chain(trigrams: Trigrams, before: int, pending: int, depth: int) -> Nodes:
+    """Returns the chain of at most `depth` heaviest successors; scores are products of their shares of the weights."""
+    tokens_C, weights_C = np.empty(trigrams.widest, np.int64), np.empty(trigrams.widest)
     tokens_N, scores_N = np.full(depth + 1, pending), np.ones(depth + 1)
     last = 0
     while last < depth:
-        count = following(known, before, tokens_N[last], tokens_C, weights_C)
+        count = write_successors(trigrams, before, tokens_N[last], tokens_C, weights_C)
         if count == 0:
             break
         before, tokens_N[last + 1] = tokens_N[last], tokens_C[0]
@@ -203,18 +203,18 @@ def chain(known: Known, before: int, pending: int, depth: int) -> Nodes:
 
 
 @njit(cache=True)
-def likeliest(known: Known, before: int, pending: int, depth: int, num_nodes: int) -> Nodes:
-    """Returns the `num_nodes` likeliest texts of at most `depth` tokens by the product of shares, in that order.
+def likeliest_paths(trigrams: Trigrams, before: int, pending: int, depth: int, num_nodes: int) -> Nodes:
+    """Returns the `num_nodes` paths of at most `depth` tokens with the largest products of shares, in that order.
 
-    It never rises along a path, so that the best one's successors are all that need be looked at next, as if every path
-    had been followed; of equally likely ones the earlier found comes first.
+    The product never increases along a path, so that expanding the best open node each time gives the same result as
+    following every path. Of equal ones the one found first comes first.
     """
-    tokens_C, weights_C = np.empty(known.widest, np.int64), np.empty(known.widest)
-    most = 1 + known.widest * (num_nodes + 1)
+    tokens_C, weights_C = np.empty(trigrams.widest, np.int64), np.empty(trigrams.widest)
+    most = 1 + trigrams.widest * (num_nodes + 1)
     tokens_N, parents_N, depths_N = np.empty(most, np.int64), np.empty(most, np.int64), np.zeros(most, np.int64)
     scores_N, is_open_N = np.ones(most), np.ones(most, np.bool_)
     tokens_N[0], parents_N[0] = pending, NONE
-    # Places in the order found, and of those taken where they come in the tree that is returned.
+    # Nodes are numbered in the order found; `taken` lists those returned.
     taken, num_found = np.empty(num_nodes + 1, np.int64), 1
     for num_taken in range(num_nodes + 1):
         best = NONE
@@ -228,19 +228,19 @@ def likeliest(known: Known, before: int, pending: int, depth: int, num_nodes: in
         if depths_N[best] == depth:
             continue
         above = before if best == 0 else tokens_N[parents_N[best]]
-        count = following(known, above, tokens_N[best], tokens_C, weights_C)
+        count = write_successors(trigrams, above, tokens_N[best], tokens_C, weights_C)
         total = weights_C[:count].sum()
-        for place in range(count):
-            tokens_N[num_found], parents_N[num_found] = tokens_C[place], best
+        for rank in range(count):
+            tokens_N[num_found], parents_N[num_found] = tokens_C[rank], best
             depths_N[num_found] = depths_N[best] + 1
-            scores_N[num_found] = scores_N[best] * (weights_C[place] / total)
+            scores_N[num_found] = scores_N[best] * (weights_C[rank] / total)
             num_found += 1
-    return _only(tokens_N, parents_N, depths_N, scores_N, taken)
+    return _select(tokens_N, parents_N, depths_N, scores_N, taken)
 
 
 @njit(cache=True)
-def searched(
-    known: Known,
+def monte_carlo_search(
+    trigrams: Trigrams,
     before: int,
     pending: int,
     depth: int,
@@ -250,24 +250,24 @@ def searched(
     base: float,
     seed: int,
 ) -> Nodes:
-    """Returns the `num_nodes` texts of at most `depth` tokens that a Monte Carlo tree search visits most often.
+    """Returns the `num_nodes` paths of at most `depth` tokens that a Monte Carlo tree search visits most often.
 
     Each iteration descends to the child of largest token preference score (2407.12021, the draft maker's variant of
-    PUCT), W / n + (explore + ln((N + base + 1) / base)) P sqrt(N) / (1 + n), where N and n count the visits of parent
-    and child, W adds up the child's rewards and P is its weight; a child not yet visited comes first, the heaviest of
-    several. At the end of the tree all successors become children, and the text goes on by their weights' shares to
-    `depth` tokens. The reward, 1 and the sum of all weights on the way, goes to every node of the path. Scores are
-    shares of the iterations; the same pair of tokens sees the same chances.
+    PUCT), W / n + (explore + ln((N + base + 1) / base)) P sqrt(N) / (1 + n), where N and n are the visits of parent and
+    child, W the sum of the child's rewards and P its weight; unvisited children come first, the heaviest of them first.
+    A leaf is expanded by all its successors, and the path is completed to `depth` tokens by sampling in proportion to
+    the weights. The reward, 1 plus the sum of all weights on the path, is added to each of its nodes. Scores are shares
+    of the iterations; the same pair of tokens gets the same random numbers.
     """
-    tokens_C, weights_C = np.empty(known.widest, np.int64), np.empty(known.widest)
-    most = 1 + known.widest * (num_iterations + 1)
+    tokens_C, weights_C = np.empty(trigrams.widest, np.int64), np.empty(trigrams.widest)
+    most = 1 + trigrams.widest * (num_iterations + 1)
     tokens_N, parents_N, depths_N = np.empty(most, np.int64), np.empty(most, np.int64), np.zeros(most, np.int64)
     weights_N, rewards_N, visits_N = np.empty(most), np.zeros(most), np.zeros(most)
-    # A node's children lie side by side, from its first one on; NONE where it has not been asked for them.
+    # A node's children are adjacent, from its first one on; NONE for a node that has not been expanded.
     firsts_N, counts_N = np.full(most, NONE), np.zeros(most, np.int64)
     tokens_N[0], parents_N[0] = pending, NONE
     num_found = 1
-    chances = mixed(np.uint64(seed) + mixed(np.uint64(before * known.vocab_size + pending)))
+    stream = splitmix64(np.uint64(seed) + splitmix64(np.uint64(before * trigrams.vocab_size + pending)))
     for iteration in range(num_iterations):
         node, reward = 0, 1.0
         while counts_N[node] > 0:
@@ -284,10 +284,10 @@ def searched(
             reward += weights_N[node]
         above = before if node == 0 else tokens_N[parents_N[node]]
         if firsts_N[node] == NONE and depths_N[node] < depth:
-            count = following(known, above, tokens_N[node], tokens_C, weights_C)
+            count = write_successors(trigrams, above, tokens_N[node], tokens_C, weights_C)
             firsts_N[node], counts_N[node] = num_found, count
-            for place in range(count):
-                tokens_N[num_found], weights_N[num_found] = tokens_C[place], weights_C[place]
+            for rank in range(count):
+                tokens_N[num_found], weights_N[num_found] = tokens_C[rank], weights_C[rank]
                 parents_N[num_found], depths_N[num_found] = node, depths_N[node] + 1
                 num_found += 1
             if count > 0:
@@ -295,10 +295,10 @@ def searched(
                 reward += weights_N[node]
         token, length = tokens_N[node], depths_N[node]
         while length < depth:
-            count = following(known, above, token, tokens_C, weights_C)
+            count = write_successors(trigrams, above, token, tokens_C, weights_C)
             if count == 0:
                 break
-            left, drawn = uniform(chances, iteration * depth + length) * weights_C[:count].sum(), 0
+            left, drawn = uniform(stream, iteration * depth + length) * weights_C[:count].sum(), 0
             while drawn < count - 1 and left >= weights_C[drawn]:
                 left, drawn = left - weights_C[drawn], drawn + 1
             above, token, length = token, tokens_C[drawn], length + 1
@@ -306,26 +306,26 @@ def searched(
         while node != NONE:
             visits_N[node], rewards_N[node] = visits_N[node] + 1, rewards_N[node] + reward
             node = parents_N[node]
-    # A parent has been visited as often as its children together, and comes before them.
+    # A parent has at least as many visits as its children together, and comes before them.
     visited = np.flatnonzero(visits_N[:num_found])
     taken = visited[np.argsort(-visits_N[visited], kind="mergesort")[: num_nodes + 1]]
-    return _only(tokens_N, parents_N, depths_N, visits_N / num_iterations, taken)
+    return _select(tokens_N, parents_N, depths_N, visits_N / num_iterations, taken)
 
 
 @njit(cache=True)
-def lengthened(known: Known, before: int, nodes: Nodes, depth: int) -> Nodes:
-    """Returns the tree with every text's heaviest successor added, save where there is one or `depth` is reached.
+def extend_paths(trigrams: Trigrams, before: int, nodes: Nodes, depth: int) -> Nodes:
+    """Returns the tree with the heaviest successor of every path added, unless it is there or too deep.
 
-    Its score is its share of the text's.
+    The score of an added node is its share of its parent's score.
     """
     tokens_N, parents_N, depths_N, scores_N = nodes
-    tokens_C, weights_C = np.empty(known.widest, np.int64), np.empty(known.widest)
+    tokens_C, weights_C = np.empty(trigrams.widest, np.int64), np.empty(trigrams.widest)
     num_nodes, num_all = len(tokens_N), len(tokens_N)
     tokens_N, parents_N = np.append(tokens_N, tokens_N), np.append(parents_N, parents_N)
     depths_N, scores_N = np.append(depths_N, depths_N), np.append(scores_N, scores_N)
     for node in range(num_nodes):
         above = before if node == 0 else tokens_N[parents_N[node]]
-        count = following(known, above, tokens_N[node], tokens_C, weights_C)
+        count = write_successors(trigrams, above, tokens_N[node], tokens_C, weights_C)
         is_new = count > 0 and depths_N[node] < depth
         for child in range(node + 1, num_nodes):
             is_new = is_new and not (parents_N[child] == node and tokens_N[child] == tokens_C[0])
@@ -337,14 +337,14 @@ def lengthened(known: Known, before: int, nodes: Nodes, depth: int) -> Nodes:
 
 
 @njit(cache=True)
-def _only(
+def _select(
     tokens_N: np.ndarray, parents_N: np.ndarray, depths_N: np.ndarray, scores_N: np.ndarray, taken: np.ndarray
 ) -> Nodes:
-    """Returns the nodes taken, in their order; every node's parent is taken before it."""
+    """Returns the nodes `taken`, in that order; every node's parent must come before it."""
     number_N = np.full(len(tokens_N), NONE)
-    for place, node in enumerate(taken):
-        number_N[node] = place
+    for number, node in enumerate(taken):
+        number_N[node] = number
     parents = parents_N[taken]
-    for place in range(1, len(taken)):
-        parents[place] = number_N[parents[place]]
+    for number in range(1, len(taken)):
+        parents[number] = number_N[parents[number]]
     return tokens_N[taken], parents, depths_N[taken], scores_N[taken]
