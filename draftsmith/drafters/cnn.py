@@ -23,6 +23,7 @@ from draftsmith.length import policies
 from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural.cross_attention import CrossAttention, ProjectedSource
+from draftsmith.parts.neural.former_names import accept_former_names
 from draftsmith.parts.neural.recurrent import RecurrentDraftState, State
 from draftsmith.parts.neural.shortlist import WeightCache
 from draftsmith.parts.neural.tied_heads import TiedHead
@@ -79,32 +80,33 @@ class Drafter(nn.Module, drafter.Drafter):
         self.config = config
         object.__setattr__(self, "target", target)
         size = config.num_channels
-        self.ends = TiedHead(target, size, config.rank, shortlist=config.shortlist)
-        self.input = nn.Linear(self.ends.input_width, size)
+        self.tied_head = TiedHead(target, size, config.rank, shortlist=config.shortlist)
+        self.input = nn.Linear(self.tied_head.input_width, size)
         # Taps are concatenated, the earliest first.
         self.layers = nn.ModuleList(nn.Linear(config.kernel_size * size, 2 * size) for _ in config.dilations)
-        self.reader = CrossAttention(target, size, size, copies=config.copy)
+        self.cross_attention = CrossAttention(target, size, size, copies=config.copy)
         self.to(device=target.device, dtype=target.dtype)
         self._folded = WeightCache(self, self._fold)
+        accept_former_names(self, {"ends": "tied_head", "reader": "cross_attention"})
 
     def forward(self, tokens_BT: Tensor, source: Source | None = None, *, dropout: float = 0.0) -> Tensor:
         """Returns the features [B, T, ...] after each token, the input of `head`.
 
         In training `dropout` is applied to the inputs of layers.
         """
-        projected = self.reader.project(source)
-        return self.reader.attend(self._run(tokens_BT, projected, dropout)[0], projected)
+        projected = self.cross_attention.project(source)
+        return self.cross_attention.attend(self._run(tokens_BT, projected, dropout)[0], projected)
 
     def head(self, source: Source | None = None) -> Callable[[Tensor], Tensor]:
         """Returns the map from features, with this source, [..., X] to logits [..., V]."""
-        return self.reader.copy_head(self.ends.head, source)
+        return self.cross_attention.copy_head(self.tied_head.head, source)
 
     # Drafting
 
     def start(self, session: Session) -> None:
         self._folded()
-        self._source = self.reader.project(session.source)
-        self._logits = self.reader.copy_head(self._head, session.source)
+        self._source = self.cross_attention.project(session.source)
+        self._logits = self.cross_attention.copy_head(self._head, session.source)
         self._state = RecurrentDraftState(self, session, self.config)
 
     def propose(self, budget: int) -> Draft:
@@ -143,7 +145,7 @@ class Drafter(nn.Module, drafter.Drafter):
             taps_BKC = window_BSC[:, ::dilation].flatten(1)
             x_BC = x_BC + functional.glu(torch.addmm(bias_G, taps_BKC, weight_KCG), dim=1)
             found.append(window_BSC[:, 1:])
-        return self.reader.attend(x_BC, self._source), tuple(found)
+        return self.cross_attention.attend(x_BC, self._source), tuple(found)
 
     def logits(self, features: Tensor) -> Tensor:
         return self._logits(features)
@@ -152,7 +154,7 @@ class Drafter(nn.Module, drafter.Drafter):
         self, tokens_BT: Tensor, source: ProjectedSource | None, dropout: float = 0.0
     ) -> tuple[Tensor, list[Tensor]]:
         """Returns the features [B, T, C], and each layer's inputs [B, C, S + T], of which the first S are zeros."""
-        x_BTC, inputs = self.input(self.ends.embed(tokens_BT)), []
+        x_BTC, inputs = self.input(self.tied_head.embed(tokens_BT)), []
         x_BCT = (x_BTC if source is None else x_BTC + source.summary_BG[:, None]).transpose(1, 2)
         for linear, dilation in zip(self._linears(), self.config.dilations, strict=True):
             kept_BCT = functional.dropout(x_BCT, dropout) if dropout else x_BCT
@@ -165,12 +167,12 @@ class Drafter(nn.Module, drafter.Drafter):
     @torch.no_grad()
     def _fold(self) -> None:
         """Arranges the weights for single steps."""
-        self._inputs = self.ends.folded_input(self.input.weight, self.input.bias)
+        self._inputs = self.tied_head.folded_input(self.input.weight, self.input.bias)
         self._weights = (
             [linear.weight.T.contiguous() for linear in self._linears()],
             [linear.bias for linear in self._linears()],
         )
-        self._head = self.ends.folded_head()
+        self._head = self.tied_head.folded_head()
 
     def _span(self, dilation: int) -> int:
         """Returns the number of past inputs that a layer reads."""

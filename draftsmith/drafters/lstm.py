@@ -22,6 +22,7 @@ from draftsmith.length import policies
 from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural.cross_attention import CrossAttention, ProjectedSource
+from draftsmith.parts.neural.former_names import accept_former_names
 from draftsmith.parts.neural.recurrent import RecurrentDraftState, State
 from draftsmith.parts.neural.shortlist import WeightCache
 from draftsmith.parts.neural.tied_heads import TiedHead
@@ -71,12 +72,13 @@ class Drafter(nn.Module, drafter.Drafter):
         super().__init__()
         self.config = config
         object.__setattr__(self, "target", target)
-        self.ends = TiedHead(target, config.hidden_size, config.rank, shortlist=config.shortlist)
-        self.layers = nn.LSTM(self.ends.input_width, config.hidden_size, config.num_layers, batch_first=True)
+        self.tied_head = TiedHead(target, config.hidden_size, config.rank, shortlist=config.shortlist)
+        self.layers = nn.LSTM(self.tied_head.input_width, config.hidden_size, config.num_layers, batch_first=True)
         summary_width = config.num_layers * config.hidden_size
-        self.reader = CrossAttention(target, config.hidden_size, summary_width, copies=config.copy)
+        self.cross_attention = CrossAttention(target, config.hidden_size, summary_width, copies=config.copy)
         self.to(device=target.device, dtype=target.dtype)
         self._folded = WeightCache(self, self._fold)
+        accept_former_names(self, {"ends": "tied_head", "reader": "cross_attention"})
 
     def forward(
         self, tokens_BT: Tensor, source: Source | None = None, *, dropout: float = 0.0, drop_connect: float = 0.0
@@ -86,29 +88,29 @@ class Drafter(nn.Module, drafter.Drafter):
         In training `dropout` zeroes inputs and features, the same ones at all positions of a row, and `drop_connect`
         zeroes weights between one position and the next (1708.02182, sections 2 and 4.1).
         """
-        layers, inputs_BTE = self.layers, dropped(self.ends.embed(tokens_BT), dropout)
-        projected = self.reader.project(source)
+        layers, inputs_BTE = self.layers, dropped(self.tied_head.embed(tokens_BT), dropout)
+        projected = self.cross_attention.project(source)
         inputs = (inputs_BTE, self._initial_state(projected, inputs_BTE))
         if not drop_connect:
-            return self.reader.attend(dropped(layers(*inputs)[0], dropout), projected)
+            return self.cross_attention.attend(dropped(layers(*inputs)[0], dropout), projected)
         dropped_weights = {
             name: nn.functional.dropout(weight, drop_connect)
             for name, weight in layers.named_parameters()
             if name.startswith("weight_hh")
         }
         features_BTH, _ = torch.func.functional_call(layers, dropped_weights, inputs)
-        return self.reader.attend(dropped(features_BTH, dropout), projected)
+        return self.cross_attention.attend(dropped(features_BTH, dropout), projected)
 
     def head(self, source: Source | None = None) -> Callable[[Tensor], Tensor]:
         """Returns the map from features, with this source, [..., X] to logits [..., V]."""
-        return self.reader.copy_head(self.ends.head, source)
+        return self.cross_attention.copy_head(self.tied_head.head, source)
 
     # Drafting
 
     def start(self, session: Session) -> None:
         self._folded()
-        self._source = self.reader.project(session.source)
-        self._logits = self.reader.copy_head(self._head, session.source)
+        self._source = self.cross_attention.project(session.source)
+        self._logits = self.cross_attention.copy_head(self._head, session.source)
         self._state = RecurrentDraftState(self, session, self.config)
 
     def propose(self, budget: int) -> Draft:
@@ -125,7 +127,7 @@ class Drafter(nn.Module, drafter.Drafter):
     # RecurrentNetwork
 
     def read(self, tokens_BT: Tensor, lengths: list[int]) -> State:
-        inputs_BTE = self.ends.embed(tokens_BT)
+        inputs_BTE = self.tied_head.embed(tokens_BT)
         initial = self._initial_state(self._source, inputs_BTE)
         found: State = initial
         if any(lengths):
@@ -143,7 +145,7 @@ class Drafter(nn.Module, drafter.Drafter):
             found += [h_BH, c_BH]
             if next_input is not None:
                 gates_BG = torch.addmm(next_input[1], h_BH, next_input[0])
-        return self.reader.attend(found[-2], self._source), tuple(found)
+        return self.cross_attention.attend(found[-2], self._source), tuple(found)
 
     def logits(self, features: Tensor) -> Tensor:
         return self._logits(features)
@@ -171,9 +173,9 @@ class Drafter(nn.Module, drafter.Drafter):
             inputs.append((from_below.T.contiguous(), biases[0] + biases[1]))
             recurrent.append(from_before.T.contiguous())
         first_EG, first_bias_G = inputs[0]
-        self._inputs = self.ends.folded_input(first_EG.T, first_bias_G)
+        self._inputs = self.tied_head.folded_input(first_EG.T, first_bias_G)
         self._weights = list(zip(recurrent, [*inputs[1:], None], strict=True))
-        self._head = self.ends.folded_head()
+        self._head = self.tied_head.folded_head()
 
 
 def cell(gates_BG: Tensor, c_BH: Tensor) -> tuple[Tensor, Tensor]:

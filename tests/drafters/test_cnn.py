@@ -12,7 +12,13 @@ from draftsmith.drafters import cnn
 from draftsmith.drafters.cnn import Config, Drafter
 from tests.support.family import built, check_family
 from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
-from tests.support.recurrent_checks import check_reading, check_run_on_pairs, check_shortlist, check_writing, source_of
+from tests.support.recurrent_checks import (
+    check_on_policy,
+    check_recurrent,
+    check_run_on_pairs,
+    check_shortlist,
+    source_of,
+)
 from tests.support.runs import trainer_settings
 from trainers import cnn as trainer
 
@@ -29,7 +35,7 @@ def test_shortlist(tmp_path: Path) -> None:
 
 
 def test_repeated_on_policy_batches() -> None:
-    check_writing(cnn, EXAMPLE)
+    check_on_policy(cnn, EXAMPLE)
 
 
 def test_training_run_on_encoder_decoder(tmp_path: Path) -> None:
@@ -48,21 +54,21 @@ def test_training_run_on_encoder_decoder(tmp_path: Path) -> None:
 def test_family_on_encoder_decoder(architecture: str, copy: bool, tmp_path: Path) -> None:
     config, settings = (dataclasses.replace(one, copy=copy) for one in (EXAMPLE, SETTINGS))
     check_family(cnn, config, tmp_path, architectures=(architecture,), trainer=trainer, settings=settings)
-    check_reading(cnn, config, architecture)
+    check_recurrent(cnn, config, architecture)
 
 
 @pytest.mark.parametrize(
     "config", [EXAMPLE, Config(num_channels=20, kernel_size=4, dilations=(3, 1), rank=32, num_draft=4)]
 )
 def test_drafts_follow_the_networks_distribution(config: Config) -> None:
-    check_reading(cnn, config)
+    check_recurrent(cnn, config)
 
 
 def test_layer_matches_values_by_hand() -> None:
     """x + (W * x + b) sigmoid(U * x + c) at each position, over the inputs `dilation` apart, zeros before the text."""
     config = Config(num_channels=6, kernel_size=3, dilations=(2,), rank=4)
     drafter, tokens_T = built(cnn, config, tiny_target("llama")), [5, 9, 4, 7, 7, 3]
-    x_TC = drafter.input(drafter.ends.embed(torch.tensor(tokens_T)))
+    x_TC = drafter.input(drafter.tied_head.embed(torch.tensor(tokens_T)))
     weight_GKC, bias_G = drafter.layers[0].weight.unflatten(1, (3, 6)), drafter.layers[0].bias
     for position in range(len(tokens_T)):
         gates_G = bias_G.clone()
@@ -85,7 +91,7 @@ def test_receptive_field_matches_layers() -> None:
 def test_tied_matrices_are_neither_trained_nor_saved() -> None:
     target = tiny_target("llama")
     drafter = Drafter(EXAMPLE, target)
-    assert {name.split(".")[0] for name in drafter.state_dict()} == {"ends", "input", "layers"}
+    assert {name.split(".")[0] for name in drafter.state_dict()} == {"tied_head", "input", "layers"}
     assert all(VOCAB_SIZE not in weight.shape[:1] or weight.ndim == 1 for weight in drafter.parameters())
 
 

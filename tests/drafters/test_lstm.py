@@ -15,11 +15,11 @@ from draftsmith.parts.neural import tied_heads
 from tests.support.family import built, check_family
 from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
 from tests.support.recurrent_checks import (
-    check_reading,
+    check_on_policy,
+    check_recurrent,
     check_run_on_pairs,
     check_shortlist,
     check_steps,
-    check_writing,
     source_of,
 )
 from tests.support.runs import trainer_settings
@@ -38,7 +38,7 @@ def test_shortlist(tmp_path: Path) -> None:
 
 
 def test_repeated_on_policy_batches() -> None:
-    check_writing(lstm, EXAMPLE)
+    check_on_policy(lstm, EXAMPLE)
 
 
 def test_training_run_on_encoder_decoder(tmp_path: Path) -> None:
@@ -57,12 +57,12 @@ def test_training_run_on_encoder_decoder(tmp_path: Path) -> None:
 def test_family_on_encoder_decoder(architecture: str, copy: bool, tmp_path: Path) -> None:
     config, settings = (dataclasses.replace(one, copy=copy) for one in (EXAMPLE, SETTINGS))
     check_family(lstm, config, tmp_path, architectures=(architecture,), trainer=trainer, settings=settings)
-    check_reading(lstm, config, architecture)
+    check_recurrent(lstm, config, architecture)
 
 
 @pytest.mark.parametrize("config", [EXAMPLE, Config(hidden_size=20, num_layers=1, rank=32, num_draft=4)])
 def test_drafts_follow_the_networks_distribution(config: Config) -> None:
-    check_reading(lstm, config)
+    check_recurrent(lstm, config)
 
 
 def test_large_vocabularies_use_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_cell_matches_torch() -> None:
 def test_tied_matrices_are_neither_trained_nor_saved() -> None:
     target = draftsmith.Target(tiny_model("llama"))  # not shared: other tests leave gradients behind
     drafter = Drafter(EXAMPLE, target)
-    assert {name.split(".")[0] for name in drafter.state_dict()} == {"ends", "layers"}
+    assert {name.split(".")[0] for name in drafter.state_dict()} == {"tied_head", "layers"}
     assert all(VOCAB_SIZE not in weight.shape[:1] or weight.ndim == 1 for weight in drafter.parameters())
     drafter(torch.tensor([[5, 6]])).sum().backward()
     assert target.model.get_input_embeddings().weight.grad is None

@@ -36,7 +36,8 @@ def test_fine_tuned_target_has_given_weights_and_shares_others(architecture: str
 
 def test_generate_rejects_drafter_of_another_target() -> None:
     target = tiny_target("llama")
-    own = fine_tuned_target(target, {name: torch.zeros_like(target.model.get_parameter(name)) for name in names(target)})
+    zeros = {name: torch.zeros_like(target.model.get_parameter(name)) for name in names(target)}
+    own = fine_tuned_target(target, zeros)
     ids = torch.tensor(prompts(1))
     drafter = lookup.Drafter(lookup.Config(), own)
     with pytest.raises(ValueError, match=r"drafts for another Target object.*drafter\.target"):
