@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,11 @@ from trainers import lstm as trainer
 
 SETTINGS = trainer_settings(trainer, hidden_size=24, num_layers=2, rank=16, loss="lk_hybrid")
 EXAMPLE = Config(hidden_size=24, num_layers=2, rank=8, num_draft=4, length="refit=0.1")
+
+
+def with_config(**changes: Any) -> trainer.Settings:
+    """Returns SETTINGS with changes of the drafter's configuration."""
+    return dataclasses.replace(SETTINGS, config=dataclasses.replace(SETTINGS.config, **changes))
 
 
 def test_family(tmp_path: Path) -> None:
@@ -55,7 +61,8 @@ def test_training_run_on_encoder_decoder(tmp_path: Path) -> None:
     ],
 )
 def test_family_on_encoder_decoder(architecture: str, copy: bool, tmp_path: Path) -> None:
-    config, settings = (dataclasses.replace(one, copy=copy) for one in (EXAMPLE, SETTINGS))
+    config = dataclasses.replace(EXAMPLE, copy=copy)
+    settings = with_config(copy=copy)
     check_family(lstm, config, tmp_path, architectures=(architecture,), trainer=trainer, settings=settings)
     check_recurrent(lstm, config, architecture)
 
@@ -111,7 +118,7 @@ def test_float32_drafter_with_bfloat16_target() -> None:
     """The dtypes of mixed-precision training."""
     for architecture, copy in (("llama", False), ("t5", True)):
         target = draftsmith.Target(tiny_model(architecture).bfloat16())
-        drafter = trainer.build(dataclasses.replace(SETTINGS, copy=copy), target)
+        drafter = trainer.build(with_config(copy=copy), target)
         source = source_of(target, 2)
         with torch.autocast("cpu", torch.bfloat16):
             logits_BTV = drafter.head(source)(drafter(torch.tensor([[5, 6, 7], [7, 6, 5]]), source))
@@ -140,6 +147,6 @@ def test_invalid_settings_are_rejected() -> None:
             trainer_settings(trainer, **changes)
     for refuse in (trainer.check, trainer.build):
         with pytest.raises(ValueError, match="it has no source to copy from"):
-            refuse(dataclasses.replace(SETTINGS, copy=True), tiny_target("llama"))
+            refuse(with_config(copy=True), tiny_target("llama"))
     with pytest.raises(ValueError, match="width is 2, for trees, and .* is an encoder-decoder: it verifies chains"):
-        trainer.check(dataclasses.replace(SETTINGS, width=2), tiny_target("t5"))
+        trainer.check(with_config(width=2), tiny_target("t5"))

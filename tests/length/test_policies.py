@@ -164,12 +164,12 @@ def test_best_length_equals_the_papers_formula() -> None:
         for alpha, (length, speedup) in zip(ALPHAS, optima, strict=True):
             found = best_length([alpha] * 40, [1 + cost * number for number in range(41)])
             assert found[1] == pytest.approx(speedup, abs=0.006)
-            assert found[0] == length or (cost, alpha) == (0.2, 0.5), "one and two tokens are worth the same there"
-    assert best_length([0.2] * 9, [1 + 0.3 * number for number in range(10)]) == (0, 1.0), "nothing pays"
+            assert found[0] == length or (cost, alpha) == (0.2, 0.5), "one and two tokens are equally good there"
+    assert best_length([0.2] * 9, [1 + 0.3 * number for number in range(10)]) == (0, 1.0), "drafting does not pay"
 
 
-def planted(alpha: float, token_ms: float, *, plain_ms: float = 10.0) -> ExpectedGain:
-    """Returns a policy that has seen drafts accepted with chance `alpha` a token, and what they took."""
+def measured_policy(alpha: float, token_ms: float, *, plain_ms: float = 10.0) -> ExpectedGain:
+    """Returns a policy after drafts with an acceptance rate of `alpha` per token and linear costs."""
     policy, num_drafts = ExpectedGain(), 1_000
     policy.start(1, 12)
     for number in (4, 0, 8, 1, 2, 4, 0, 8, 1, 2):
@@ -186,14 +186,14 @@ def planted(alpha: float, token_ms: float, *, plain_ms: float = 10.0) -> Expecte
     ("alpha", "token_ms", "best"), [(0.8, 1, 6), (0.5, 1, 2), (0.9, 2, 7), (0.7, 0.5, 6), (0.2, 3, 0)]
 )
 def test_expected_gain_finds_the_optimum_of_measured_costs(alpha: float, token_ms: float, best: int) -> None:
-    policy = planted(alpha, token_ms)
+    policy = measured_policy(alpha, token_ms)
     assert (policy.best, allowed(policy)) == (best, best)
     policy.learn([], 4, 900.0)
     assert policy.best == best, "a single slow round is ignored"
 
 
 def test_expected_gain_accounts_for_the_fixed_cost_of_drafting() -> None:
-    policy = planted(0.5, 0.01, plain_ms=20.0)
+    policy = measured_policy(0.5, 0.01, plain_ms=20.0)
     assert policy.best > 3
     policy.learn([], 0, 5.0)
     assert policy.best == 0, "two tokens at most in 20 ms, plain ones in 5"

@@ -1,6 +1,6 @@
-"""One check for every family: what its drafter owes to the loop, to artifacts, to the law and to training.
+"""Checks of every family: decoding, artifacts, sampled distributions and training.
 
-A family's own test needs no more than
+A family's own test only needs
 
     def test_family(tmp_path: Path) -> None:
         check_family(lookup, lookup.Config(), tmp_path)
@@ -50,17 +50,16 @@ def check_family(
     trainer: ModuleType | None = None,
     settings: Any = None,
 ) -> None:
-    """Checks the drafter of `family` with random weights; `config` is one, or a function of the target that gives one.
+    """Asserts that a family's drafter with random weights works; `config` may be a function of the target.
 
-    Of a family whose drafters have a store it gives the drafter itself.
-
-    With `trainer` (a module of `trainers/`) and its `settings` also what training does to it. Fails by assertion.
+    For a family whose drafters have state besides weights, the function returns the drafter itself. With `trainer` (a
+    module of `trainers/`) and its `settings`, training is checked as well.
     """
     for architecture in architectures:
         check_greedy(built(family, config, tiny_target(architecture)), architecture)
     target = tiny_target(architectures[0])
     check_round_trip(built(family, config, target), target, folder / "artifact")
-    check_forgetting(built(family, config, target))
+    check_forget(built(family, config, target))
     drafter = built(family, config, distribution_target("t5" if target.is_encoder_decoder else "llama"))
     check_distribution(drafter, drafter.target, top_p=0.9, num_samples=4_000)
     if trainer is not None:
@@ -68,7 +67,7 @@ def check_family(
 
 
 def built(family: ModuleType, config: ConfigOf, target: Target) -> Any:
-    """Returns the family's drafter for the target, its weights, if any, at random."""
+    """Returns the family's drafter for the target, with random weights if it has any."""
     made = config(target) if callable(config) else config
     drafter = made if isinstance(made, Drafter) else family.Drafter(made, target)
     if isinstance(drafter, nn.Module):
@@ -84,7 +83,7 @@ def part_config(family: str, config: Any) -> dict[str, Any]:
 
 
 def check_greedy(drafter: Any, architecture: str) -> None:
-    """Greedy output is transformers' own, for one row or five ragged ones, padded left or right."""
+    """Asserts that greedy output equals transformers', for one row and for five ragged ones, padded left and right."""
     is_tiny = drafter.target is tiny_target(architecture)
     for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
         ids, mask = padded(prompts(num_rows), side=side)
@@ -101,7 +100,7 @@ def check_greedy(drafter: Any, architecture: str) -> None:
 
 
 def check_round_trip(drafter: Any, target: Target, folder: Path) -> None:
-    """What is saved loads as the same drafter, for the same target only."""
+    """Asserts that a saved drafter loads as the same one, and only for the same target."""
     draftsmith.save(drafter, folder, target=target)
     loaded = draftsmith.load(folder, target)
     assert type(loaded) is type(drafter)
@@ -117,16 +116,16 @@ def check_round_trip(drafter: Any, target: Target, folder: Path) -> None:
     runs = []
     for one in (drafter, loaded):
         watched = Watched(one)
-        law = {"temperature": 1.0, "seed": 3}
-        draftsmith.generate(one.target, ids, watched, attention_mask=mask, max_new_tokens=NUM_NEW, **law)
+        sampling = {"temperature": 1.0, "seed": 3}
+        draftsmith.generate(one.target, ids, watched, attention_mask=mask, max_new_tokens=NUM_NEW, **sampling)
         runs.append(watched.drafts)
     assert runs[0] == runs[1]
     with pytest.raises(ValueError, match="was made for target"):
         draftsmith.load(folder, Target(tiny_model("llama", seed=77)))
 
 
-def check_forgetting(drafter: Any) -> None:
-    """Having forgotten earlier calls, it drafts as it did in the first."""
+def check_forget(drafter: Any) -> None:
+    """Asserts that after `forget` it drafts as in the first calls."""
     ids, mask = padded(prompts(5))
     runs = []
     for _ in range(2):
@@ -140,7 +139,7 @@ def check_forgetting(drafter: Any) -> None:
 
 
 def check_training(trainer: ModuleType, settings: Any, architecture: str = "llama") -> None:
-    """The loss falls on a batch; every weight of the drafter comes to learn, and the target stays as it was."""
+    """Asserts that the loss falls on a batch, every weight gets a gradient, and the target stays unchanged."""
     target = Target(tiny_model(architecture))
     target.model.requires_grad_(False)  # as the training loop does
     before = {name: weight.detach().clone() for name, weight in target.model.named_parameters()}
@@ -169,12 +168,12 @@ def check_training(trainer: ModuleType, settings: Any, architecture: str = "llam
 
 
 def texts(out: Any) -> list[list[int]]:
-    """Returns each row's ids, prompt included, padding left off."""
+    """Returns each row's ids, prompt included, without padding."""
     return [ids[:length].tolist() for ids, length in zip(out.sequences, out.lengths, strict=True)]
 
 
 class Watched(Drafter):
-    """A drafter under watch: asserts at every call what the loop and the verifiers rely on."""
+    """A drafter whose every call is checked for what the loop and the verifiers rely on."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -216,12 +215,13 @@ class Watched(Drafter):
         valid_BN = draft.valid_BN()
         parents_BN = draft.tree.parents_RN.expand_as(draft.tokens_BN)[:, 1:]
         rows_B1 = torch.arange(len(parents_BN))[:, None]
-        drawn_BN = probs_BNV[rows_B1, parents_BN, draft.tokens_BN[:, 1:]]
-        assert (drawn_BN > 0)[valid_BN[:, 1:] if valid_BN is not None else ...].all(), "drafted what its law excludes"
+        drafted_probs_BN = probs_BNV[rows_B1, parents_BN, draft.tokens_BN[:, 1:]]
+        is_used = valid_BN[:, 1:] if valid_BN is not None else ...
+        assert (drafted_probs_BN > 0)[is_used].all(), "drafted a token of probability 0"
 
 
 class Alternating(Drafter):
-    """Proposes what a lookup finds at every second step; the drafter, under watch, sees all of them."""
+    """Proposes a lookup's drafts at every second step; the watched drafter observes all steps."""
 
     def __init__(self, inner: Watched) -> None:
         self.inner = inner
