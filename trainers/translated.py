@@ -208,7 +208,7 @@ def _blocks(drafter: Drafter, rows: Sequence[Example], run: RunSettings) -> Tens
     ids = [
         token
         for index in order(len(rows), seed=run.seed, epoch=0)
-        for token in drafter.translation.begin(rows[index].tokens_T.tolist())
+        for token in drafter.translation.to_draft_ids(rows[index].tokens_T.tolist())
     ]
     num_blocks = len(ids) // run.max_length
     if num_blocks < run.batch_size:

@@ -1,4 +1,4 @@
-"""Drafters with another vocabulary: greedy output, laws, an exact reference for tiny vocabularies, and artifacts."""
+"""Tests of drafters with another vocabulary: lossless output, an exact reference for tiny vocabularies, artifacts."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ NUM_NEW = 20
 
 
 def without_text(target: Target, **changes: Any) -> Config:
-    """Returns the configuration of a small model whose vocabulary, in another order, lacks some of the target's."""
+    """Returns the configuration of a small model with some of the target's tokens in another order, by ids."""
     order = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(0)).tolist()
     counterparts = (*(-1 if token % 5 == 3 else token for token in order), -1, -1)
     model = tiny_config("llama", vocab_size=len(counterparts), num_hidden_layers=1).to_dict()
@@ -59,16 +59,16 @@ def drafter_for(target: Target, own: Any, **changes: Any) -> Drafter:
 
 
 class Compared(Watched):
-    """Checks that the draft model has read each row's text, and its laws against the model run afresh."""
+    """Checks that the draft model processed each row's text, and its distributions against forwards without a cache."""
 
     def propose(self, budget: int) -> Draft:
         draft = super().propose(budget)
         drafter, way = self.inner, self.inner.translation
         for number, row in enumerate(self._session.rows):
-            own = drafter._own[number]
-            assert way.own.text(own).endswith(way.theirs.text(row))
+            own = drafter._draft_ids[number]
+            assert way.draft.text(own).endswith(way.target.text(row))
             num_read = drafter._cache.lengths[number]
-            assert drafter._read[number][:num_read][: len(own)] == own[:num_read]
+            assert drafter._processed[number][:num_read][: len(own)] == own[:num_read]
             if draft.draft_probs_BNV is not None:
                 self._check_row(draft.draft_probs_BNV[number], own, draft, number)
         return draft
@@ -95,15 +95,15 @@ def text_rows(target: Target) -> list[list[int]]:
 
 @cache
 def greedy_texts() -> list[list[int]]:
-    """Returns what transformers' own `generate` makes of the rows of text."""
+    """Returns the greedy output of transformers' `generate` for the rows of text."""
     target = shared_target()
     rows = [torch.tensor([row]) for row in text_rows(target)]
     return [target.model.generate(row, do_sample=False, max_new_tokens=NUM_NEW)[0].tolist() for row in rows]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_greedy_output_is_the_targets(name: str) -> None:
-    """The tiny target writes bytes at random: halves of characters, and whole words."""
+def test_greedy_output_equals_transformers(name: str) -> None:
+    """The tiny target generates random bytes: incomplete characters and whole words."""
     target = shared_target()
     own = tokenizer(name)
     ids, mask = padded(text_rows(target), side="left")
@@ -114,7 +114,7 @@ def test_greedy_output_is_the_targets(name: str) -> None:
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 9, "top_p": 0.9}])
-def test_drafts_follow_the_law_over_what_both_vocabularies_have(sampling: dict[str, Any]) -> None:
+def test_sampled_drafts_follow_the_distribution_over_shared_tokens(sampling: dict[str, Any]) -> None:
     target = shared_target()
     ids, mask = padded(text_rows(target))
     watched = Compared(drafter_for(target, tokenizer("marked"), confidence=0.02))
@@ -123,7 +123,7 @@ def test_drafts_follow_the_law_over_what_both_vocabularies_have(sampling: dict[s
     assert watched.num_drafted > 20
 
 
-def test_a_copy_of_the_target_is_always_accepted() -> None:
+def test_copy_of_the_target_is_always_accepted() -> None:
     target = tiny_target("llama")
     counterparts = tuple(range(target.vocab_size))
     config = Config(model=target.model.config.to_dict(), counterparts=counterparts, num_draft=4, confidence=0.0)
@@ -138,7 +138,7 @@ def test_a_copy_of_the_target_is_always_accepted() -> None:
     assert min(out.stats.accepted_per_depth) > 0.9
 
 
-def test_a_text_longer_than_the_draft_models_context_is_left_to_the_target() -> None:
+def test_text_longer_than_the_draft_models_context_is_not_drafted() -> None:
     target = shared_target()
     own = tokenizer("bytes-259")
     config = config_for(own)
@@ -154,7 +154,7 @@ def test_a_text_longer_than_the_draft_models_context_is_left_to_the_target() -> 
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
-def test_it_drafts_for_encoder_decoders(architecture: str) -> None:
+def test_encoder_decoder_decodes_greedily_as_the_target(architecture: str) -> None:
     target = tiny_target(architecture)
     drafter = Drafter(without_text(target), target)
     scramble(drafter, seed=1)
@@ -165,7 +165,7 @@ def test_it_drafts_for_encoder_decoders(architecture: str) -> None:
     assert watched.num_drafted > 0
 
 
-# --- Laws ---------------------------------------------------------------------------------------------------------
+# --- Distributions ------------------------------------------------------------------------------------------------
 
 
 def letters(tokens: list[str], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
@@ -173,8 +173,8 @@ def letters(tokens: list[str], merges: list[tuple[str, str]]) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
-def law_pair(**changes: Any) -> tuple[Target, Drafter]:
-    """Returns the law's target with a tokenizer of eight tokens, and a drafter with one of six, of which five fit."""
+def tiny_pair(**changes: Any) -> tuple[Target, Drafter]:
+    """Returns a target with a tokenizer of eight tokens, and a drafter with one of six, five of which are shared."""
     theirs = letters(["a", "b", "c", "d", "ab", "cd", "ba", "e"], [("a", "b"), ("c", "d"), ("b", "a")])
     own = letters(["c", "ab", "b", "a", "d", "bc"], [("a", "b"), ("b", "c")])
     target = Target(distribution_target().model, theirs)
@@ -196,33 +196,33 @@ def law_pair(**changes: Any) -> tuple[Target, Drafter]:
         pytest.param({"top_p": 0.8}, marks=pytest.mark.slow),
     ],
 )
-def test_sampled_text_follows_the_targets_law(sampling: dict[str, Any]) -> None:
-    target, drafter = law_pair()
+def test_sampled_text_follows_the_target_distribution(sampling: dict[str, Any]) -> None:
+    target, drafter = tiny_pair()
     assert drafter.counterparts_U.tolist() == [2, 4, 1, 0, 3, -1]
     check_distribution(drafter, target, num_samples=4_000, **sampling)
 
 
-def string_law(drafter: Drafter, row: list[int], num_draft: int) -> Tensor:
-    """Returns the law [V + 1] of the first target token of what is drafted by text, the last entry for none.
+def string_probs(drafter: Drafter, row: list[int], num_draft: int) -> Tensor:
+    """Returns the distribution [V + 1] of the first target token of drafts translated by text, the last entry for none.
 
-    String-level rejection sampling's psi (2502.05202): the probabilities of all texts of `num_draft` tokens, added up
-    by the target's token that each begins with. U ** num_draft of them: for tiny vocabularies.
+    This is psi of string-level rejection sampling (2502.05202): the probabilities of all U ** num_draft drafts, summed
+    by the target token that each begins with; for tiny vocabularies only.
     """
     way, size = drafter.translation, len(drafter.counterparts_U)
-    own = way.begin(row)
+    own = way.to_draft_ids(row)
     psi_V = torch.zeros(drafter.target.vocab_size + 1, dtype=torch.float64)
     for drafted in itertools.product(range(size), repeat=num_draft):
         logits_TU = drafter.model(torch.tensor([own + list(drafted)])).logits[0, len(own) - 1 : -1].double()
-        chance = logits_TU.softmax(-1).gather(1, torch.tensor(drafted)[:, None]).prod()
-        ahead = way.ahead(row, own, list(drafted))
-        psi_V[ahead[0] if ahead else -1] += chance
+        probability = logits_TU.softmax(-1).gather(1, torch.tensor(drafted)[:, None]).prod()
+        new = way.new_target_ids(row, own, list(drafted))
+        psi_V[new[0] if new else -1] += probability
     return psi_V
 
 
 def string_level(target_probs_V: Tensor, psi_V: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the law of the token put out by string-level rejection sampling, and how likely the draft is accepted.
+    """Returns the output distribution of string-level rejection sampling, and the acceptance probability.
 
-    A drafted token t ~ psi is kept with min(1, target / psi); else, or if there is none, one of the residual comes.
+    A drafted token t ~ psi is accepted with min(1, target / psi); otherwise a token of the residual is drawn.
     """
     kept_V = torch.minimum(target_probs_V, psi_V[:-1])
     residual_V = target_probs_V - kept_V
@@ -231,14 +231,14 @@ def string_level(target_probs_V: Tensor, psi_V: Tensor) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def test_laws_of_strings_are_an_exact_reference() -> None:
-    """They keep the target's law, accept no less than guesses by text do, and are the drafter's own law where every
-    token of one vocabulary is one of the other."""
-    target, drafter = law_pair()
+def test_string_level_distributions_are_an_exact_reference() -> None:
+    """They preserve the target's distribution, accept no less than greedy matching by text, and equal the drafter's
+    distribution if each of its tokens is one of the target's."""
+    target, drafter = tiny_pair()
     row = PROMPT[:5]
     target_V = target.model(torch.tensor([row])).logits[0, -1].double().softmax(-1)
     for num_draft in (1, 2, 3):
-        psi_V = string_law(drafter, row, num_draft)
+        psi_V = string_probs(drafter, row, num_draft)
         assert psi_V.sum() == pytest.approx(1, abs=1e-6)
         out_V, accepted = string_level(target_V, psi_V)
         assert torch.allclose(out_V, target_V, atol=1e-12)
@@ -249,17 +249,17 @@ def test_laws_of_strings_are_an_exact_reference() -> None:
     other = Drafter(Config(model=model, tokenizer_hash=tokenizer_hash(same), num_draft=1, confidence=0.0), pair, same)
     scramble(other, seed=2)
     watched, row = Watched(other), [0, 3, 1, 4]
-    laws: list[Tensor] = []
+    sampled_from: list[Tensor] = []
     propose = other.propose
-    other.propose = lambda budget: laws.append((draft := propose(budget)).draft_probs_BNV) or draft  # type: ignore
+    other.propose = lambda budget: sampled_from.append((draft := propose(budget)).draft_probs_BNV) or draft  # type: ignore
     draftsmith.generate(pair, torch.tensor([row]), watched, max_new_tokens=2, temperature=1.0, seed=0)
-    assert torch.allclose(laws[0][0, 0].double(), string_law(other, row, 1)[:-1], atol=1e-6)
+    assert torch.allclose(sampled_from[0][0, 0].double(), string_probs(other, row, 1)[:-1], atol=1e-6)
 
 
 # --- Artifacts ----------------------------------------------------------------------------------------------------
 
 
-def test_the_artifact_holds_the_tokenizer_the_map_and_both_hashes(tmp_path: Path) -> None:
+def test_artifact_holds_the_tokenizer_the_counterparts_and_both_hashes(tmp_path: Path) -> None:
     target, folder = shared_target(), tmp_path / "artifact"
     drafter = drafter_for(target, tokenizer("marked"))
     draftsmith.save(drafter, folder, target=target)
@@ -269,51 +269,53 @@ def test_the_artifact_holds_the_tokenizer_the_map_and_both_hashes(tmp_path: Path
     loaded = draftsmith.load(folder, target)
     assert json.dumps(vars(loaded.config)) == json.dumps(vars(drafter.config)) and not loaded.training
     assert torch.equal(loaded.counterparts_U, drafter.counterparts_U)
-    assert loaded.translation.own.keys == drafter.translation.own.keys
+    assert loaded.translation.draft.keys == drafter.translation.draft.keys
     ids, mask = padded(text_rows(target))
     drafts = []
     for one in (drafter, loaded):
         for temperature in (0.0, 1.0):
             watched = Watched(one)
-            law = {"temperature": temperature, "seed": 1}
-            draftsmith.generate(target, ids, watched, attention_mask=mask, max_new_tokens=NUM_NEW, **law)
+            settings = {"temperature": temperature, "seed": 1}
+            draftsmith.generate(target, ids, watched, attention_mask=mask, max_new_tokens=NUM_NEW, **settings)
             drafts.append(watched.drafts)
     assert drafts[:2] == drafts[2:]
 
 
-def test_another_tokenizer_on_either_side_is_refused(tmp_path: Path) -> None:
+def test_load_rejects_another_tokenizer_on_either_side(tmp_path: Path) -> None:
     target, folder = shared_target(), tmp_path / "artifact"
     draftsmith.save(drafter_for(target, tokenizer("bytes-300")), folder, target=target)
     whole = (folder / "tokenizer.json").read_bytes()
     tokenizer("bytes-259").backend_tokenizer.save(str(folder / "tokenizer.json"))
-    refused(folder, target, "tokenizer.json is not the tokenizer that the draft model was made with")
+    check_rejected(folder, target, "tokenizer.json is not the tokenizer that the draft model was made with")
     for text in (whole[:-9], b"", b"{}"):
         (folder / "tokenizer.json").write_bytes(text)
-        refused(folder, target, "tokenizer.json is missing or no tokenizer")
+        check_rejected(folder, target, "tokenizer.json is missing or not a tokenizer")
     (folder / "tokenizer.json").unlink()
-    refused(folder, target, "tokenizer.json is missing or no tokenizer")
+    check_rejected(folder, target, "tokenizer.json is missing or not a tokenizer")
     (folder / "tokenizer.json").write_bytes(whole)
     draftsmith.load(folder, target)
-    refused(folder, Target(target.model, tokenizer("bytes-300")), "was made with another tokenizer than that of target")
-    refused(folder, Target(target.model), "has no tokenizer, which its vocabulary is compared by")
+    check_rejected(
+        folder, Target(target.model, tokenizer("bytes-300")), "was made with another tokenizer than that of target"
+    )
+    check_rejected(folder, Target(target.model), "has no tokenizer, which is needed to compare")
     (folder / "model.safetensors").unlink()
-    refused(folder, target, "model.safetensors is missing")
+    check_rejected(folder, target, "model.safetensors is missing")
 
 
-def refused(folder: Path, target: Target, message: str) -> None:
+def check_rejected(folder: Path, target: Target, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         draftsmith.load(folder, target)
     assert "\n" not in str(error.value)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_config_and_drafter_reject_invalid_settings() -> None:
     model = {"model_type": "llama", "vocab_size": 3}
     for given_settings, message in (
-        ({"model": {"vocab_size": 3}}, "names no model_type"),
+        ({"model": {"vocab_size": 3}}, "must have model_type and vocab_size"),
         ({"num_draft": 0}, "num_draft 0 and lookback 10 must be at least 1"),
         ({"confidence": 1.0}, "confidence is 1.0"),
-        ({"tokenizer_hash": "x"}, "one of tokenizer_hash and counterparts"),
-        ({"counterparts": (1, 1, 2)}, "none of them twice"),
+        ({"tokenizer_hash": "x"}, "give either tokenizer_hash or counterparts"),
+        ({"counterparts": (1, 1, 2)}, "each at most once"),
         ({"counterparts": (1, -2, 2)}, "must be -1 or ids"),
         ({"counterparts": (1, 2)}, "there are 2 counterparts and 3 tokens"),
     ):

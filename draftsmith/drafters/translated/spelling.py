@@ -1,7 +1,4 @@
-"""One text in two vocabularies: what each token spells, which tokens both have, and one's ids for the other's.
-
-`own` is the draft model's vocabulary and `theirs` the target's.
-"""
+"""Translates token ids between the draft model's vocabulary and the target's, by the text that tokens stand for."""
 
 import json
 import re
@@ -13,37 +10,37 @@ from typing import Any
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 BOS, EOS = "begin of text", "end of text"
-"""What special tokens of these parts are called, whatever a tokenizer calls them."""
+"""Names of these special tokens, whatever a tokenizer calls them."""
 FIRST_CHARACTER = 0x10000
 ANCHOR = "\ue000"
-"""A character that no vocabulary joins to others, put before what does not begin a text."""
+"""A character that no vocabulary merges with others, put before text that does not begin a document."""
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class Vocabulary:
-    """What each token of a vocabulary spells, and the way from text to its ids."""
+    """The bytes of each token of a vocabulary, and its encoder."""
 
     def __init__(self, keys: Sequence[bytes | str | None], encode: Callable[[str, bool], list[int]]) -> None:
         self.keys = keys
-        """Of each token the bytes that it spells, a special one's name, or None if it stands for nothing."""
-        # Of tokens that spell the same the last counts: those of single bytes come first where there are both.
+        """Each token's bytes, the name of a special token, or None for a token that stands for no text."""
+        # Of tokens with the same bytes the last is used: tokens of single bytes come first in vocabularies with both.
         self.id_of = {key: token for token, key in enumerate(keys) if key is not None}
         self._encode = encode
         self._adds_space = self.text(encode("x", True)).startswith(b" ")
 
     @staticmethod
     def of(tokenizer: Any, size: int, special: Mapping[int, str]) -> "Vocabulary":
-        """Reads a fast tokenizer, for a model of `size` tokens; `special` names some of its special ids.
+        """Returns the vocabulary of a fast tokenizer, for a model of `size` tokens; `special` names its special ids.
 
-        It may be of bytes, as GPT-2's, mark spaces, as SentencePiece's do, with tokens for bytes or without, or spell
-        its tokens plainly. The tokenizer stays as it is. Raises ValueError for one that is not fast.
+        Supported are byte-level tokenizers (GPT-2), those that mark spaces, with byte fallback or without
+        (SentencePiece), and plain ones. The tokenizer is not changed. Raises ValueError for one that is not fast.
         """
         if not hasattr(tokenizer, "backend_tokenizer"):
-            raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer; save one with a tokenizer.json")
+            raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; use one saved with a tokenizer.json")
         backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
         backend.no_padding()
         backend.no_truncation()
-        backend.encode_special_tokens = True  # what looks like a special token in a text is text
+        backend.encode_special_tokens = True  # special tokens spelled out in a text are text
         keys: list[bytes | str | None] = [None] * size
         parts = json.loads(backend.to_str())
         spell, unknown = _speller(parts), _unknown(parts["model"])
@@ -61,7 +58,7 @@ class Vocabulary:
         def encode(text: str, begins: bool) -> list[int]:
             if begins:
                 return backend.encode(text, add_special_tokens=False).ids
-            # Some put a space before every text.
+            # Some tokenizers put a space before every text.
             found = backend.encode(ANCHOR + text, add_special_tokens=False)
             return [token for token, (_, end) in zip(found.ids, found.offsets, strict=True) if end > len(ANCHOR)]
 
@@ -69,28 +66,29 @@ class Vocabulary:
 
     @staticmethod
     def of_ids(numbers: Iterable[int]) -> "Vocabulary":
-        """Returns a vocabulary that has no text: token i is spelled as a character of its own, number `numbers[i]`.
+        """Returns a vocabulary without text: token i stands for a character of its own, number `numbers[i]`.
 
-        A number of -1 stands for nothing.
+        A token with number -1 stands for no text.
         """
         keys = [chr(FIRST_CHARACTER + number).encode() if number >= 0 else None for number in numbers]
         id_of = {key: token for token, key in enumerate(keys)}
         return Vocabulary(keys, lambda text, begins: [id_of[key] for one in text if (key := one.encode()) in id_of])
 
     def is_special(self, token: int) -> bool:
+        """Returns whether the token is a named special token."""
         return isinstance(self.keys[token], str)
 
     def text(self, ids: Iterable[int]) -> bytes:
-        """Returns what the ids spell, special ones nothing."""
+        """Returns the bytes of the tokens; special ones have none."""
         return b"".join(key for token in ids if isinstance(key := self.keys[token], bytes))
 
     def ids(self, text: bytes, *, begins: bool = False) -> list[int]:
-        """Returns in this vocabulary what stands somewhere in a text, or, if it `begins` one, at its beginning.
+        """Returns the ids of a piece of text, which `begins` a document or not.
 
-        Bytes that are part of no whole character become tokens of single bytes, where there are such.
+        Bytes of incomplete characters become tokens of single bytes, if the vocabulary has them.
         """
         found: list[int] = []
-        # Stray bytes are decoded as lone surrogates, from U+DC80 on.
+        # Bytes of incomplete characters are decoded as lone surrogates, from U+DC80 on.
         for part in re.split("([\udc80-\udcff]+)", text.decode("utf-8", errors="surrogateescape")):
             if part and "\udc80" <= part[0] <= "\udcff":
                 stray = part.encode("utf-8", errors="surrogateescape")
@@ -100,11 +98,11 @@ class Vocabulary:
         return found
 
     def opening(self, text: bytes) -> bytes:
-        """Returns what a text that begins so reads without the space that this vocabulary puts before every text."""
+        """Returns the beginning of a document without the space that this vocabulary's tokenizer puts before it."""
         return text.removeprefix(b" ") if self._adds_space else text
 
     def tail(self, ids: Sequence[int], num_bytes: int) -> list[int]:
-        """Returns the shortest end of `ids` that spells so many bytes."""
+        """Returns the shortest suffix of `ids` with at least `num_bytes` bytes."""
         begin = len(ids)
         while begin > 0 and num_bytes > 0:
             begin -= 1
@@ -113,71 +111,71 @@ class Vocabulary:
 
 
 class Translation:
-    """From one vocabulary to the other by way of the text, of which only the end is looked at again (2502.05202).
+    """Translates between the draft model's and the target's ids, re-encoding only the end of the text (2502.05202).
 
-    A window of the last ids, whose text is encoded anew, agrees with what stands there but for its ends: the longest
-    run that both have tells where the new ids belong.
+    The text of the last `lookback` ids is encoded again with the new text. The result agrees with the known ids except
+    near its ends: the longest common run shows where the new ids belong.
     """
 
-    def __init__(self, own: Vocabulary, theirs: Vocabulary, lookback: int) -> None:
-        self.own, self.theirs, self._lookback = own, theirs, lookback
+    def __init__(self, draft: Vocabulary, target: Vocabulary, lookback: int) -> None:
+        self.draft, self.target, self._lookback = draft, target, lookback
 
     def counterparts(self) -> list[int]:
-        """Returns the target's id of each token of the draft model that both vocabularies have, -1 for the others."""
-        own, theirs = self.own, self.theirs
+        """Returns the target's id of each token of the draft model, -1 for tokens that the target does not have."""
+        draft, target = self.draft, self.target
         return [
-            theirs.id_of.get(key, -1) if key is not None and own.id_of[key] == token else -1
-            for token, key in enumerate(own.keys)
+            target.id_of.get(key, -1) if key is not None and draft.id_of[key] == token else -1
+            for token, key in enumerate(draft.keys)
         ]
 
-    def begin(self, row: Sequence[int]) -> list[int]:
-        """Returns the draft model's ids for a text, which begin as its texts do; at least one."""
-        ids, bos = _carried_over(row, self.theirs, self.own, begins=True), self.own.id_of.get(BOS)
+    def to_draft_ids(self, row: Sequence[int]) -> list[int]:
+        """Returns the draft model's ids of a text, with its begin-of-text token; at least one."""
+        ids, bos = _convert(row, self.target, self.draft, begins=True), self.draft.id_of.get(BOS)
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
         return ids or [0]
 
-    def follow(self, ids: Sequence[int], row: Sequence[int], num_known: int) -> list[int]:
-        """Returns the draft model's ids for `row`, given those for its first `num_known`."""
-        since, own = num_known - self._lookback, self.own
+    def extend_draft_ids(self, ids: Sequence[int], row: Sequence[int], num_known: int) -> list[int]:
+        """Returns the draft model's ids of `row`, given those of its first `num_known` tokens."""
+        since, draft = num_known - self._lookback, self.draft
         if since <= 0:
-            return self.begin(row)
-        window = own.text(_carried_over(row[since:num_known], self.theirs, own))
-        old, new = own.tail(ids, len(window)), _carried_over(row[since:], self.theirs, own)
+            return self.to_draft_ids(row)
+        window = draft.text(_convert(row[since:num_known], self.target, draft))
+        old, new = draft.tail(ids, len(window)), _convert(row[since:], self.target, draft)
         at_old, at_new, size = longest_run(old, new)
         joined = [*old[: at_old + size], *new[at_new + size :]]
-        # Text that repeats itself, or that this vocabulary cannot spell, may have been joined in the wrong place.
-        before = own.text(old)
+        # Repetitive text, or text outside the vocabulary, may have been joined at the wrong position.
+        before = draft.text(old)
         before = before[: len(before) - len(window)]
-        if size and own.text(joined) == before + own.text(new):
+        if size and draft.text(joined) == before + draft.text(new):
             return [*ids[: len(ids) - len(old)], *joined]
-        return self.begin(row)
+        return self.to_draft_ids(row)
 
-    def ahead(self, row: Sequence[int], ids: Sequence[int], drafted: Sequence[int]) -> list[int]:
-        """Returns the target's ids for what `drafted` adds to the text, which is `row` and, for the draft model, `ids`.
+    def new_target_ids(self, row: Sequence[int], ids: Sequence[int], drafted: Sequence[int]) -> list[int]:
+        """Returns the target's ids of the text that `drafted` adds, given the text so far in both vocabularies.
 
-        None if the text goes on otherwise, as it may where a character or a token is still incomplete.
+        The list is empty if the texts differ, which can happen at an incomplete character or token.
         """
         known = ids[-self._lookback :]
-        new = _carried_over([*known, *drafted], self.own, self.theirs, begins=len(known) == len(ids))
-        # What the draft model cannot spell, as half a character, is in the row alone.
-        old = self.theirs.tail(row, max(len(self.own.text(known)), 1))
+        new = _convert([*known, *drafted], self.draft, self.target, begins=len(known) == len(ids))
+        # Text outside the draft model's vocabulary, such as half a character, is in the row only.
+        old = self.target.tail(row, max(len(self.draft.text(known)), 1))
         at_old, at_new, size = longest_run(old, new)
-        left, added = self.theirs.text(old[at_old + size :]), new[at_new + size :]
+        left, added = self.target.text(old[at_old + size :]), new[at_new + size :]
         if not left:
             return added
-        text = self.theirs.text(added)
-        return self.theirs.ids(text[len(left) :]) if text.startswith(left) else []
+        text = self.target.text(added)
+        return self.target.ids(text[len(left) :]) if text.startswith(left) else []
 
 
 def longest_run(old: Sequence[int], new: Sequence[int]) -> tuple[int, int, int]:
-    """Returns where the longest run that both have begins in each, and its length; of several the first in `old`."""
+    """Returns the start of the longest common run in each list, and its length; of several the first in `old`."""
     match = SequenceMatcher(None, old, new, autojunk=False).find_longest_match()
     return match.a, match.b, match.size
 
 
-def _carried_over(ids: Sequence[int], source: Vocabulary, goal: Vocabulary, *, begins: bool = False) -> list[int]:
-    """Returns what stands for `ids`: special tokens for special ones of the same name, or nothing."""
+def _convert(ids: Sequence[int], source: Vocabulary, goal: Vocabulary, *, begins: bool = False) -> list[int]:
+    """Returns the ids in another vocabulary; special tokens become those of the same name, or are dropped."""
     found: list[int] = []
     for is_special, part in groupby(ids, source.is_special):
         if is_special:
@@ -190,10 +188,10 @@ def _carried_over(ids: Sequence[int], source: Vocabulary, goal: Vocabulary, *, b
 
 
 def _speller(parts: dict[str, Any]) -> Callable[[str], bytes]:
-    """Returns what spells the tokens of a tokenizer.json."""
+    """Returns the function from a token to its bytes, for a tokenizer.json."""
     steps = json.dumps([parts[name] for name in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
     if '"ByteLevel"' in steps:
-        # Some vocabularies hold words beside, which are not spelled in that alphabet.
+        # Some vocabularies also have words that are not written in the byte alphabet.
         return lambda token: bytes(map(BYTE_OF.__getitem__, token)) if BYTE_OF.keys() >= set(token) else token.encode()
     marks_spaces, has_bytes = "▁" in steps, '"ByteFallback"' in steps
 
@@ -206,5 +204,5 @@ def _speller(parts: dict[str, Any]) -> Callable[[str], bytes]:
 
 
 def _unknown(model: dict[str, Any]) -> str | None:
-    """Returns the token of what a tokenizer.json's vocabulary does not hold."""
+    """Returns the unknown token of a tokenizer.json, None if it has none."""
     return model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
