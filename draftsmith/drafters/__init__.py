@@ -1,1 +1,1 @@
-"""One family of drafters a module or folder; `draftsmith.artifacts.families.find(name)` is the only way in."""
+"""Families of drafters, one per module or package; import them by `draftsmith.artifacts.families.find(name)` only."""

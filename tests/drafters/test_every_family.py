@@ -1,6 +1,6 @@
-"""Every family with every architecture: greedy output is transformers' own, and sampled text follows the target's law.
+"""Tests of every family with every architecture: decoding is lossless, greedy and sampled.
 
-A family's own test names a configuration to try, `EXAMPLE`, or a function of the target that returns one.
+A family's own test defines `EXAMPLE`, a configuration, or a function of the target that returns one or the drafter.
 """
 
 import importlib
@@ -44,7 +44,7 @@ def check(family: str, architecture: str, dtype: torch.dtype, *batches: tuple[in
 
 @pytest.mark.parametrize("architecture", CAUSAL)
 @pytest.mark.parametrize("family", names())
-def test_greedy_output_is_transformers_own(family: str, architecture: str) -> None:
+def test_greedy_output_equals_transformers(family: str, architecture: str) -> None:
     check(family, architecture, torch.float32, (1, "right"), (5, "left"))
 
 
@@ -52,21 +52,21 @@ def test_greedy_output_is_transformers_own(family: str, architecture: str) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("architecture", CAUSAL)
 @pytest.mark.parametrize("family", names())
-def test_and_so_it_is_in_either_precision_and_padding(family: str, architecture: str, dtype: torch.dtype) -> None:
+def test_greedy_output_equals_transformers_in_both_precisions_and_paddings(family: str, architecture: str, dtype: torch.dtype) -> None:
     check(family, architecture, dtype, (1, "right"), (5, "left"), (5, "right"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 5}], ids=str)
 @pytest.mark.parametrize("family", names())
-def test_sampled_text_follows_the_law(family: str, settings: dict[str, float]) -> None:
+def test_sampled_text_follows_the_target_distribution(family: str, settings: dict[str, float]) -> None:
     drafter = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, distribution_target())
     check_distribution(drafter, drafter.target, num_samples=NUM_SAMPLES, seed=2, **settings)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", names())
-def test_and_so_it_is_on_a_gpu(family: str) -> None:
+def test_greedy_output_equals_transformers_on_a_gpu(family: str) -> None:
     target = Target(tiny_model("llama").to("cuda"))
     drafter = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, target)
     for num_rows in (1, 5):
