@@ -13,7 +13,7 @@ Style = Literal["markdown", "terminal"]
 WIDTH, MAX_NAME, MIN_NAME, MAX_DEPTHS = 120, 26, 12, 5
 COLUMNS = (
     "drafter",
-    "mean accepted\nlength (tau)",
+    "mean\naccepted\nlength (tau)",
     "tok/s",
     "speed-up",
     "quartiles",
@@ -92,8 +92,8 @@ def _title(text: str, style: Style) -> list[str]:
 
 
 def _measurements(rows: Sequence[Row], style: Style) -> list[str]:
-    """Returns the table of one temperature and batch size; on a terminal fewer depths are shown if it is too wide."""
-    for max_depths in range(MAX_DEPTHS, 0, -1):
+    """Returns the table of one temperature and batch size; on a terminal, depths are left out until it fits."""
+    for max_depths in range(MAX_DEPTHS, -1, -1):
         lines = grid(_without_empty([COLUMNS, *(_cells(row, max_depths) for row in rows)]), style)
         if style == "markdown" or max(map(len, lines)) <= WIDTH:
             return lines

@@ -116,21 +116,21 @@ def test_compare_fine_tuned_target_is_its_own_baseline(tmp_path: Path) -> None:
     """Its rows are marked, follow plain decoding of the fine-tuned target, and have the same output."""
     target, family = tiny_target("llama"), find("medusa2")
     drafter = built(family, family.Config(rank=4, alpha=1.0), target)
-    draftsmith.save(drafter, tmp_path / "tuner", target=target)
+    draftsmith.save(drafter, tmp_path / "fine_tuned", target=target)
     settings = BakeoffSettings(
         rounds=1, max_new_tokens=12, batch_sizes=(2,), verifiers=("typical",), gates=(0.5,), forecast_sizes=()
     )
-    rows = compare(target, some_prompts(), [tmp_path / "tuner"], tmp_path / "out", settings)
+    rows = compare(target, some_prompts(), [tmp_path / "fine_tuned"], tmp_path / "out", settings)
     greedy = [(row["drafter"], row["tuned"], row["identical"]) for row in rows if row["temperature"] == 0]
     assert greedy == [
         ("plain", False, True),
         ("transformers", False, True),
-        ("tuner (plain)", True, False),
-        ("tuner", True, True),
-        ("tuner (gate 0.5)", True, True),
+        ("fine_tuned (plain)", True, False),
+        ("fine_tuned", True, True),
+        ("fine_tuned (gate 0.5)", True, True),
     ]
     text = (tmp_path / "out" / "bakeoff.md").read_text()
-    shown = [line.split("|") for line in text.splitlines() if line.startswith("| tuner")]
+    shown = [line.split("|") for line in text.splitlines() if line.startswith("| fine_tuned")]
     outputs = [cells[6].strip() for cells in shown if len(cells) > 7]
     assert outputs[:3] == ["fine-tuned*", "identical*", "identical*"]
     assert outputs[3:7] == ["fine-tuned*", "lossless*", "lossy", "lossless*"]
@@ -160,6 +160,16 @@ def test_table_markdown_and_terminal_width(compared: tuple[list[dict[str, Any]],
     assert {cells[6] for cells in measured} == {"identical", "lossless", "lossy"}
     lines = [*header(rows, "terminal").splitlines(), *table(rows, "terminal")]
     assert max(map(len, lines)) <= 120
+
+
+def test_table_with_all_columns_and_long_names_fits_the_terminal(compared: tuple[list[dict[str, Any]], Path]) -> None:
+    changes = {"tokens_per_s": 12345.0, "accepted_per_depth": [1.0] * 6, "predicted_speedup": 12.5, "speedup": 0.5}
+    changes |= {"first_accepted": 0.5, "first_optimum": 0.75, "draft_ms": 123.45, "verify_ms": 1234.5}
+    rows = [row | changes | {"drafter": f"a-rather-long-name-of-{row['drafter']}"} for row in compared[0]]
+    lines = table(rows, "terminal")
+    assert max(map(len, lines)) <= 120
+    medusa = next(line for line in lines if "of-medusa" in line or "medusa " in line)
+    assert medusa.startswith("...") and "0.50x slower" in medusa and medusa.endswith("0.50, 0.75")
 
 
 def test_compare_adds_predictions(compared: tuple[list[dict[str, Any]], Path]) -> None:
@@ -193,8 +203,8 @@ def test_compare_by_category(tmp_path: Path) -> None:
     assert {name: len(group) for name, group in by_category(some_prompts(2), 1).items()} == {"": 2}
     settings = BakeoffSettings(rounds=2, max_new_tokens=6, batch_sizes=(1, 4), temperatures=(0.0,), forecast_sizes=())
     rows = compare(target, named, make_artifacts(target, tmp_path)[1:], tmp_path / "out", settings)
-    (row, whole) = (row for row in rows if row["drafter"] == "lookup")
-    assert set(row["speedup_by_category"]) == {"maths", "code", "rare", "others"} and not whole["speedup_by_category"]
+    (row, without) = (row for row in rows if row["drafter"] == "lookup")
+    assert set(row["speedup_by_category"]) == {"maths", "code", "rare", "others"} and not without["speedup_by_category"]
     assert row["prompts_by_category"] == {"maths": 3, "code": 2, "rare": 1, "others": 1}
     assert row["tokens_per_s"] > 0 and row["identical"]
     text = (tmp_path / "out" / "bakeoff.md").read_text()

@@ -82,7 +82,7 @@ def greedy_tests(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [test for test in result["tests"] if test["kind"] == "greedy identity"]
 
 
-# --- Sound systems ---------------------------------------------------------------------------------------------------
+# --- Lossless systems ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,13 @@ def test_certify_passes_lossless_families(artifacts: dict[str, Path], name: str,
 def test_certify_compares_with_the_fine_tuned_target(tmp_path: Path) -> None:
     """The fine-tuned target's greedy text and distributions differ from the original's, in float64 too."""
     target, config = distribution_target(), medusa2.Config(num_heads=2, tree=((0,), (1,), (0, 0)), rank=2, alpha=1.0)
-    draftsmith.save(built(medusa2, config, target), tmp_path / "tuner", target=target)
-    result = certificate_of(tmp_path / "tuner", replace(SAMPLED, laws=("temperature=1",)))
+    draftsmith.save(built(medusa2, config, target), tmp_path / "fine_tuned", target=target)
+    result = certificate_of(tmp_path / "fine_tuned", replace(SAMPLED, laws=("temperature=1",)))
     assert result["verdict"] == LOSSLESS
     assert all(test["tuned"] for test in sampled_tests(result))
     plain = [(test["drafter"], test["tuned"]) for test in greedy_tests(result) if test["dtype"] == "float64"]
-    name = str(tmp_path / "tuner")
-    own = [("plain decoding", False), ("plain decoding, fine-tuned by tuner", True), (name, True), (name, True)]
+    name = str(tmp_path / "fine_tuned")
+    own = [("plain decoding", False), ("plain decoding, fine-tuned by fine_tuned", True), (name, True), (name, True)]
     assert plain == [own[at] for at in (0, 0, 1, 2, 3, 1, 2, 3)]
     assert any(
         "it fine-tunes its target and is tested with the fine-tuned one" in line for line in lines(result, "markdown")
@@ -155,10 +155,10 @@ def test_certify_divides_the_false_alarm_among_drafters(artifacts: dict[str, Pat
 
 def no_residual_after_a_rejection(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
     """WRONG: accepts by the token rule, but then samples from the target's distribution instead of the residual."""
-    sound = token.verify(target_probs_BNV, draft, uniforms_BU)
+    correct = token.verify(target_probs_BNV, draft, uniforms_BU)
     after_BN = draw(target_probs_BNV, uniforms_BU[:, -1:].expand_as(draft.tokens_BN))
-    end_B1 = sound.path_BP.gather(1, sound.num_accepted_B[:, None])
-    return replace(sound, next_token_B=after_BN.gather(1, end_B1)[:, 0])
+    end_B1 = correct.path_BP.gather(1, correct.num_accepted_B[:, None])
+    return replace(correct, next_token_B=after_BN.gather(1, end_B1)[:, 0])
 
 
 def same_uniforms_in_all_rows(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:

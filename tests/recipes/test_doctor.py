@@ -154,8 +154,8 @@ def test_doctor_passes_sound_drafters(made: Path, name: str, capsys: pytest.Capt
     if name == "distill":
         assert shares[doctor.ALL_POSITIONS] == shares[doctor.DECODING] == [1.0] * 3
     if name == "medusa":  # its first draft after a prompt, which is not of the cycle, is wrong
-        whole = 6 * NEW_TOKENS
-        assert shares[doctor.ALL_POSITIONS] == pytest.approx([1 - 6 / whole, 1 - 6 / (whole - 6)])
+        num_positions = 6 * NEW_TOKENS
+        assert shares[doctor.ALL_POSITIONS] == pytest.approx([1 - 6 / num_positions, 1 - 6 / (num_positions - 6)])
     if name == "eagle3":
         assert report["evaluated"]["head0_accuracy"] == pytest.approx(shares[doctor.ALL_POSITIONS][0])
         assert 0.5 < shares[doctor.ALL_POSITIONS][0] < 1

@@ -40,14 +40,14 @@ class StatefulDecoder:
     """Returns the prompts that it has decoded since `forget` was called."""
 
     def __init__(self) -> None:
-        self.known: list[int] = []
+        self.seen: list[int] = []
 
     def forget(self) -> None:
-        self.known = []
+        self.seen = []
 
     def decode(self, request: DecodingRequest) -> DecodingResult:
-        known, self.known = list(self.known), [*self.known, *request.prompts[0]]
-        return DecodingResult(rows=[known])
+        seen, self.seen = list(self.seen), [*self.seen, *request.prompts[0]]
+        return DecodingResult(rows=[seen])
 
 
 def test_measure_resets_state_between_rounds_and_methods() -> None:

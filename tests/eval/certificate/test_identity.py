@@ -20,29 +20,29 @@ from tests.eval.test_lossless import greedy_tests, loader, replace_verifier, som
 from tests.support.models import tiny_model, tiny_target
 
 
-def twin_model(difference: float) -> tuple[Any, int, int]:
+def model_with_rival(difference: float) -> tuple[Any, int, int]:
     """Returns a model, a token of its greedy text, and one whose logits are smaller by a factor 1 - `difference`."""
     model = tiny_model("llama")
     text = model.generate(torch.tensor([some_prompts(1, vocab_size=64)[0].ids]), max_new_tokens=12)[0]
-    often, twin = int(text[9:].mode().values), max(set(range(64)) - set(text.tolist()))
+    frequent, rival = int(text[9:].mode().values), max(set(range(64)) - set(text.tolist()))
     with torch.no_grad():
-        model.lm_head.weight[twin] = model.lm_head.weight[often] * (1 - difference)
-    return model, often, twin
+        model.lm_head.weight[rival] = model.lm_head.weight[frequent] * (1 - difference)
+    return model, frequent, rival
 
 
 @pytest.mark.parametrize(("difference", "is_tie"), [(0.0, True), (2e-7, True), (1e-5, False), (1e-2, False)])
 def test_certify_separates_numeric_ties_from_errors(
     difference: float, is_tie: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, often, twin = twin_model(difference)
+    model, frequent, rival = model_with_rival(difference)
     target = Target(model)
     draftsmith.save(lookup.Drafter(lookup.Config(), target), tmp_path / "lookup", target=target)
 
-    def prefer_the_twin(scores_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
+    def prefer_the_rival(scores_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -> Verdict:
         choice_BN = scores_BNV.argmax(-1)
-        return walk(torch.where(choice_BN == often, twin, choice_BN), draft)
+        return walk(torch.where(choice_BN == frequent, rival, choice_BN), draft)
 
-    replace_verifier(monkeypatch, prefer_the_twin, for_greedy=True)
+    replace_verifier(monkeypatch, prefer_the_rival, for_greedy=True)
     settings = GreedySettings(dtypes=("float32",), batch_sizes=(3,), max_new_tokens=12)
     sampled = SampledTestSettings(laws=("temperature=1",), num_rows=1200, num_tokens=3, law_prompts=1, rows_at_once=400)
     certificate = certify(loader(model), [tmp_path / "lookup"], some_prompts(vocab_size=64), sampled, settings)
@@ -53,7 +53,7 @@ def test_certify_separates_numeric_ties_from_errors(
         assert found and not none
         assert test["verdict"] == ("passed" if is_tie else "failed")
         for one in found:
-            assert one["tokens"] == [twin, often]
+            assert one["tokens"] == [rival, frequent]
             assert (one["gap_float64"] <= one["tolerance"]) == is_tie
             assert one["num_not_compared"] == 12 - one["position"]
         assert test["num_samples"] == 3 * 12 - sum(one["num_not_compared"] for one in found)
@@ -62,19 +62,19 @@ def test_certify_separates_numeric_ties_from_errors(
         line for line in lines(certificate, "markdown") if line.startswith("- numeric tie" if is_tie else "- ERROR")
     ]
     assert len(shown) == len(ours["ties"] + ours["errors"]) * 2
-    assert f"{twin} and {often}, gap" in shown[0]
+    assert f"{rival} and {frequent}, gap" in shown[0]
 
 
 def test_explain_equal_logits_of_unlikely_tokens_are_an_error() -> None:
     """Two tokens with equal logits may both be far below the largest logit."""
-    model, often, twin = twin_model(0.0)
+    model, frequent, rival = model_with_rival(0.0)
     target, prompt = Target(model), some_prompts(1, vocab_size=64)[0].ids
-    logits_V = next(reference_logits(target, prompt, [[often, often]]))[-1]
-    assert int(logits_V.argmax()) not in (often, twin)
-    exact, texts = loader(model), ([often, often, twin, 5], [often, often, often, 5])
+    logits_V = next(reference_logits(target, prompt, [[frequent, frequent]]))[-1]
+    assert int(logits_V.argmax()) not in (frequent, rival)
+    exact, texts = loader(model), ([frequent, frequent, rival, 5], [frequent, frequent, frequent, 5])
     difference = explain(target, prompt, *texts, exact=lambda: exact("float64"), tie_tolerance=8)
     assert not difference["is_tie"]
-    assert difference["gap"] == pytest.approx(float(logits_V.max() - logits_V[twin]))
+    assert difference["gap"] == pytest.approx(float(logits_V.max() - logits_V[rival]))
 
 
 def test_explain_texts_of_different_length_are_an_error() -> None:
@@ -87,11 +87,13 @@ def test_explain_texts_of_different_length_are_an_error() -> None:
 
 def test_explain_tie_must_hold_in_both_dtypes() -> None:
     """A tie in the run's dtype is an error if the logits differ in float64."""
-    near, far = Target(twin_model(0.0)[0]), Target(twin_model(1e-2)[0])
-    _, often, twin = twin_model(0.0)
+    near, far = Target(model_with_rival(0.0)[0]), Target(model_with_rival(1e-2)[0])
+    _, frequent, rival = model_with_rival(0.0)
     prompt = some_prompts(1, vocab_size=64)[0].ids
     text = near.model.generate(torch.tensor([prompt]), max_new_tokens=12)[0, len(prompt) :].tolist()
-    before = text[: text.index(often)]
+    before = text[: text.index(frequent)]
     for own, exact, is_tie in ((near, near, True), (near, far, False), (far, near, False)):
-        difference = explain(own, prompt, [*before, twin], [*before, often], exact=lambda e=exact: e, tie_tolerance=8)
+        difference = explain(
+            own, prompt, [*before, rival], [*before, frequent], exact=lambda e=exact: e, tie_tolerance=8
+        )
         assert difference["is_tie"] == is_tie
