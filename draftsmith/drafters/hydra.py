@@ -159,7 +159,7 @@ class Drafter(nn.Module, drafter.Drafter):
         if config.width:
             return autoregressive.draft(self.logits, self._session, config, budget)
         siblings = config.siblings
-        return autoregressive.draft_static_tree(self.logits, self._session, config.tree, siblings, budget)  # type: ignore[arg-type]
+        return autoregressive.draft_static_tree(self.logits, self._session, config.tree, siblings, budget)
 
     def observe(self, step: Step) -> None:
         counts = [len(path) for path in step.paths]

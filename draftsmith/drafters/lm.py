@@ -133,7 +133,7 @@ class Drafter(nn.Module, drafter.Drafter):
                 self._logits,
                 session,
                 config.tree,
-                config.siblings,  # type: ignore[arg-type]
+                config.siblings,
                 depth,
             )
         else:
