@@ -74,7 +74,7 @@ def started(drafter: Drafter, rows: list[list[int]], sources: list[list[int]] | 
         source = SimpleNamespace(tokens_BT=torch.tensor(sources), mask_BT=torch.ones(len(sources), len(sources[0])))
     given = {
         "sampling": Sampling(),
-        "should_continue": lambda row, chance: True,
+        "should_continue": lambda row, probability: True,
         "generator": torch.Generator().manual_seed(0),
     }
     session: Any = SimpleNamespace(**{"rows": rows, "source": source, "target": drafter.target, **given, **changes})
@@ -143,20 +143,20 @@ def test_draft_probs_are_the_sampled_distributions(tmp_path: Path, sampling: Sam
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_stop_where_the_policy_says(tmp_path: Path, temperature: float) -> None:
     """The first row always continues, the second never; the policy gets the token's probability."""
-    model, asked = build_model([[0, 1, 2, 3] * 8], 3, VOCAB_SIZE, tmp_path), []
+    model, seen = build_model([[0, 1, 2, 3] * 8], 3, VOCAB_SIZE, tmp_path), []
 
-    def should_continue(row: int, chance: float) -> bool:
-        asked.append((row, chance))
+    def should_continue(row: int, probability: float) -> bool:
+        seen.append((row, probability))
         return row == 0
 
     drafter = Drafter(Config(order=3, num_draft=4), tokens_only(VOCAB_SIZE), model)
     started(drafter, [[0, 1], [2]], should_continue=should_continue, sampling=Sampling(temperature=temperature))
     draft = drafter.propose(3)
     assert draft.num_nodes == [4, 2] and draft.tree.is_chain and draft.tree.depth == 3
-    assert sorted(row for row, _ in asked) == [0, 0, 0, 1]
+    assert sorted(row for row, _ in seen) == [0, 0, 0, 1]
     if temperature == 0:
         assert draft.tokens_BN[0].tolist() == [1, 2, 3, 0] and draft.tokens_BN[1, :2].tolist() == [2, 3]
-        assert asked[0][1] == pytest.approx(slow_probs(model, drafter.config, [0, 1], [0, 1])[2], rel=1e-3)
+        assert seen[0][1] == pytest.approx(slow_probs(model, drafter.config, [0, 1], [0, 1])[2], rel=1e-3)
 
 
 @pytest.mark.parametrize("sampled", [True, False])
