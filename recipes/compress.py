@@ -67,7 +67,7 @@ def make_artifact(folder: Path, settings: CompressSettings, output: Path | None 
 
 def held_out_batches(settings: CompressSettings, target: Target) -> list[Batch]:
     """Returns batches of rows that compression did not use, with the target's last hidden states."""
-    options: dict[str, Any] = {**settings.reading(), "is_held_out": True}
+    options: dict[str, Any] = {**settings.batch_options(), "is_held_out": True}
     batches = calibration.batches(open_examples(settings.data, target), HELD_OUT_BATCHES, **options)
     return [complete(batch, target, (target.num_layers,)) for batch in batches]
 

@@ -1,6 +1,6 @@
 """Compresses a target: fewer layers, heads or neurons, weights set to zero, or weights in fewer bits.
 
-What comes of it is an ordinary transformers folder; `compression.json` in it says what is left of the source.
+The result is an ordinary transformers folder; `compression.json` in it records what was kept of the source.
 """
 
 import copy
@@ -37,38 +37,39 @@ TWO_OF_FOUR = "2:4"
 
 @dataclass(frozen=True, kw_only=True)
 class CompressSettings:
-    """What is compressed, how, and the text that tells what would be missed least."""
+    """The model, the compression method, and the calibration text."""
 
     target: str = str(POCKET)
     """Transformers folder or hub name of the model to draft for; the pocket target by default."""
     model: str = ""
-    """Model of the target's vocabulary that is compressed, the target itself if empty: one that was compressed and
-    healed before, perhaps."""
+    """Model with the target's vocabulary that is compressed, such as one compressed and retrained before; empty for the
+    target itself."""
     data: str = DEFAULT_DATA
-    """Text to judge by: a folder of pseudo-data, a teacher store, or any source of text; written first if default."""
+    """Calibration text: a folder of pseudo-data, a teacher store, or any source of text; the default is generated if
+    missing."""
     output: str = "runs/compress"
-    """Folder for the smaller model."""
+    """Folder for the compressed model."""
     method: str = field(default="influence", metadata={"choices": [*LAYERS, *WIDTHS, *ZEROS, *quantised.SCHEMES]})
-    """Leave out layers: of least influence, the neighbours over which states turn least (angular), evenly spaced ones,
-    or those that `mask` skips. Narrow: query heads and neurons (width), either alone, or key-value heads with their
-    queries. Set weights to zero. Or keep them in fewer bits."""
+    """Remove layers: the least influential, the neighbours over which hidden states rotate least (angular), all but
+    evenly spaced ones, or those that --mask skips. Remove query heads and neurons (width), either alone, or key-value
+    heads with their query heads. Set weights to zero, or quantise them."""
     keep: float = 0.5
-    """Share that stays of layers, of heads in each group and of neurons, or of weights that may be zero; `mask` and
-    fewer bits pay no heed to it."""
+    """Fraction kept of layers, of heads in each group and of neurons, or of nonzero weights; not used by mask and
+    quantisation."""
     mask: str = ""
-    """Artifact that drafts without some sublayers, whose choice `mask` makes permanent where it is of whole layers."""
+    """Artifact that skips some sublayers; method mask removes the layers that it skips as a whole."""
     pattern: str = field(default="any", metadata={"choices": ["any", TWO_OF_FOUR]})
-    """Where zeros lie: anywhere, or two in each four neighbours, for which GPUs have kernels."""
+    """Positions of zeros: any, or two in every four neighbours, for which GPUs have kernels."""
     max_steps: int = 64
-    """Batches of text read at most."""
+    """Largest number of calibration batches."""
     batch_size: int = 8
-    """Rows in one."""
+    """Rows per batch."""
     max_length: int = 512
-    """Longer rows are cut to so many tokens."""
+    """Largest number of tokens per row; longer rows are truncated."""
     seed: int = 0
-    """Of the choice of rows."""
+    """Seed of the choice of rows."""
     bf16: bool = False
-    """Read the text in bfloat16; weights are written in the dtype they had in any case."""
+    """Read the text in bfloat16; weights are saved in their original dtype in any case."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_steps", 1), ("batch_size", 1), ("max_length", 2)):
@@ -77,25 +78,25 @@ class CompressSettings:
         if not 0 < self.keep < 1:
             raise ValueError(f"keep is {self.keep}; it must lie between 0 and 1, both excluded")
         if bool(self.mask) != (self.method == "mask"):
-            raise ValueError("method mask and --mask ARTIFACT, whose layers it leaves out, go together")
+            raise ValueError("method mask and --mask ARTIFACT, whose skipped layers it removes, must be given together")
         if self.pattern == TWO_OF_FOUR and (self.method not in ZEROS or self.keep != 0.5):
             raise ValueError(f"pattern {TWO_OF_FOUR} keeps 0.5 of the weights, by magnitude or wanda")
         if self.method in quantised.SCHEMES:
             quantised.check(self.method)
 
-    def reading(self) -> dict[str, Any]:
-        """Returns how text is read."""
+    def batch_options(self) -> dict[str, Any]:
+        """Returns the options of the calibration batches."""
         return {name: getattr(self, name) for name in ("batch_size", "max_length", "seed")}
 
     @property
     def source(self) -> str:
-        """What is compressed."""
+        """The model that is compressed."""
         return self.model or self.target
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compressed:
-    """A smaller model, and what it kept of the larger one; None means all."""
+    """A compressed model, and the indices kept of the original; None means all."""
 
     model: Any
     kept_layers: list[int] | None = None
@@ -104,14 +105,14 @@ class Compressed:
     kept_kv_heads: list[list[int]] | None = None
     kept_neurons: list[list[int]] | None = None
     scores: dict[str, list[float]] = field(default_factory=dict)
-    """What the choice of layers was made by."""
+    """Scores that the choice of layers is based on."""
 
 
 def compress(settings: CompressSettings) -> Path:
-    """Returns the folder of the smaller model; says so and does nothing if it is there, made with the same settings.
+    """Returns the folder of the compressed model, which is kept if it was made with the same settings.
 
-    Raises ValueError, before weights load wherever they are not needed to tell, for a method that does not fit the
-    architecture, for a share that leaves nothing or all, and for a folder that contains other files.
+    Raises ValueError, before weights load where possible, for a method that does not fit the architecture, for a
+    fraction that keeps nothing or all, and for a folder that contains other files.
     """
     output = Path(settings.output).resolve()
     facts = _check_source(settings)
@@ -120,13 +121,13 @@ def compress(settings: CompressSettings) -> Path:
     kept = {key: value for key, value in asdict(settings).items() if key != "output"}
     identity = json.loads(json.dumps(kept | {"data_fingerprint": examples.fingerprint}))
     if _is_there(output, identity):
-        print(f"{output} holds what these very settings make: nothing is left to do")
+        print(f"{output} was already made with these settings")
         return output
     dtype = "bfloat16" if settings.bf16 else "float32"
     source = Target.from_pretrained(settings.source, dtype=dtype)
     if not settings.model:
         check_target(examples, settings.data, source)
-    batches = calibration.batches(examples, settings.max_steps, **settings.reading())
+    batches = calibration.batches(examples, settings.max_steps, **settings.batch_options())
     made = _compressed(settings, source, batches)
     manifest = _manifest(settings, source, made, identity, batches)
     stored = AutoConfig.from_pretrained(settings.source).dtype or torch.float32
@@ -142,14 +143,14 @@ def compress(settings: CompressSettings) -> Path:
 
 
 def summary(manifest: dict[str, Any]) -> str:
-    """Returns what is left, in a line."""
+    """Returns a one-line summary of the compressed model."""
     parts = [f"{manifest['num_parameters'] / 1e6:.2f} M of {manifest['source']['num_parameters'] / 1e6:.2f} M weights"]
     if manifest["kept_layers"] is not None:
         parts.append(f"layers {', '.join(map(str, manifest['kept_layers']))}")
     if manifest["num_zeros"]:
         parts.append(f"{manifest['num_zeros'] / 1e6:.2f} M of them zero, which saves no time on dense kernels")
     if manifest["method"] == "int4":
-        parts.append("four bits take a byte each, for torchao packs them for CUDA and XPU alone")
+        parts.append("each 4-bit weight takes a byte, as torchao packs them on CUDA and XPU only")
     return f"{'; '.join(parts)}; {manifest['bytes'] / 1e6:.1f} MB"
 
 
@@ -159,7 +160,7 @@ def _compressed(settings: CompressSettings, source: Target, batches: list[Batch]
     if settings.method in WIDTHS:
         return _narrower(settings, source, batches)
     if settings.method in ZEROS:
-        # The one that was loaded is still to be named by its fingerprint.
+        # A copy, because the source's fingerprint is still needed.
         own = Target(copy.deepcopy(source.model), source.tokenizer)
         is_two_of_four = settings.pattern == TWO_OF_FOUR
         if settings.method == "wanda":
@@ -203,7 +204,7 @@ def _narrower(settings: CompressSettings, source: Target, batches: list[Batch]) 
         number = pruning.num_kept(settings.keep, num_kv_heads, "key-value heads", is_exact=True)
         groups_LK = heads_LH.unflatten(-1, (num_kv_heads, group)).norm(dim=-1)
         kept["kv_heads"] = [pruning.top_indices_in_groups(one_K, number, 1) for one_K in groups_LK]
-        kept["heads"] = [[kv * group + place for kv in one for place in range(group)] for one in kept["kv_heads"]]
+        kept["heads"] = [[kv * group + offset for kv in one for offset in range(group)] for one in kept["kv_heads"]]
     if settings.method in ("width", "neurons"):
         number = pruning.num_kept(settings.keep, neurons_LF.shape[1], "neurons")
         kept["neurons"] = [pruning.top_indices_in_groups(one_F, number, 1) for one_F in neurons_LF]
@@ -216,17 +217,17 @@ def _narrower(settings: CompressSettings, source: Target, batches: list[Batch]) 
 
 
 def _unmasked(mask: str, num_layers: int) -> list[int]:
-    """Returns the layers that an artifact's choice of sublayers does not skip whole."""
+    """Returns the layers of which an artifact does not skip both sublayers."""
     config = read_manifest(mask)["config"]
     attention, mlp = (set(config.get(name) or ()) for name in ("attention", "mlp"))
     whole, halves = attention & mlp, attention ^ mlp
     if not whole:
-        raise ValueError(f"{mask} skips no layer whole, and a configuration has no layers without attention or MLP")
+        raise ValueError(f"{mask} skips no layer as a whole; layers without attention or MLP cannot be saved")
     if halves:
-        print(f"{mask} skips half of layers {', '.join(map(str, sorted(halves)))}, which stay whole")
+        print(f"{mask} skips half of layers {', '.join(map(str, sorted(halves)))}, which are kept as a whole")
     kept = [layer for layer in range(num_layers) if layer not in whole]
     if not kept:
-        raise ValueError(f"{mask} skips every layer: nothing would be left")
+        raise ValueError(f"{mask} skips every layer; no layer would be left")
     return kept
 
 
@@ -246,7 +247,7 @@ def _check_source(settings: CompressSettings) -> TargetInfo:
 
 
 def _is_there(output: Path, identity: dict[str, Any]) -> bool:
-    """Returns whether a folder holds what these settings make; raises ValueError if it contains other files."""
+    """Returns True if the folder was made with these settings; raises ValueError if it contains other files."""
     check_replaceable(output, marker=MARKER)
     if not (output / MARKER).is_file():
         return False
@@ -283,5 +284,5 @@ def _manifest(
 
 
 def num_weights(model: Any) -> int:
-    """Returns how many weights a model has, each shared one counted once."""
+    """Returns the number of weights of a model, shared ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,7 +1,7 @@
-"""Learning while serving: a draft model learns where the target has just rejected it (2310.07177).
+"""Online training of a draft model at the positions where the target rejected its tokens (2310.07177).
 
-The target's logits there are at hand from verification, so that it is not run again. Weights change between calls of
-`generate` only: the law a token was drawn from is the one that the verifier is told.
+Verification has computed the target's logits there, so that the target is not run again. Weights change between calls
+of `generate` only, so that the verifier gets the distribution that tokens were sampled from.
 
 Shape suffixes: B rows, T positions, R rejections, K likeliest tokens kept, V vocabulary.
 """
@@ -33,25 +33,25 @@ from trainers.parts.losses import DIVERGENCES
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineSettings:
-    """How often it learns, and from what."""
+    """Frequency of gradient steps, their data and their loss."""
 
     every: int = 8
-    """Requests (rows) between one gradient step and the next."""
+    """Number of requests (rows) between gradient steps."""
     learning_rate: float = 1e-3
-    """Of AdamW, the same throughout."""
+    """Constant learning rate of AdamW."""
     kept: int = 64
-    """Requests that are kept to learn from at most; older ones are forgotten."""
+    """Largest number of requests kept for training; the oldest are dropped."""
     top_k: int = 64
-    """Of the target's logits where it rejected, so many are kept, and the rest as one; 0 keeps all."""
+    """Number of the target's largest logits kept at each rejection, all other tokens being one outcome; 0 keeps all."""
     loss: str = field(default="forward_kl", metadata={"choices": list(DIVERGENCES)})
-    """Divergence from the target's law there."""
+    """Divergence from the target's distribution at rejections."""
     clip: float = 1.0
     """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "every", "kept")
         if self.every > self.kept:
-            raise ValueError(f"every is {self.every}, and only {self.kept} requests are kept; keep as many at least")
+            raise ValueError(f"every is {self.every} and kept is {self.kept}; kept must be at least as large")
         check_at_least(self, 0, "learning_rate", "top_k")
         if not self.clip > 0:
             raise ValueError(f"clip is {self.clip}; it must be positive")
@@ -59,19 +59,19 @@ class OnlineSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Rejections:
-    """Where the target has rejected drafts of one request, and its law there; places are of the tokens before."""
+    """Positions before the tokens that the target rejected in one request, and its logits there."""
 
-    places: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
     top_logits: list[Tensor] = field(default_factory=list)
     top_ids: list[Tensor] = field(default_factory=list)
     normalisers: list[Tensor] = field(default_factory=list)
 
 
 class Online(Drafter):
-    """A drafter for `generate` around one with weights, which learns between calls; saved as the one within."""
+    """A drafter that wraps a trainable one and trains it between calls of `generate`."""
 
     def __init__(self, drafter: Any, settings: OnlineSettings | None = None) -> None:
-        """Raises ValueError for a drafter that has no trainer that distils it."""
+        """Raises ValueError for a drafter that no trainer distils."""
         self.settings = settings or OnlineSettings()
         self.drafter, self.config, self.target = drafter, drafter.config, drafter.target
         self.hidden_layers: tuple[int, ...] = drafter.hidden_layers
@@ -79,16 +79,16 @@ class Online(Drafter):
         self._trainer = trainer_of(drafter)
         self._num_kept = min(self.settings.top_k or self.target.vocab_size, self.target.vocab_size)
         self._loss = self._trainer.Settings(loss=self.settings.loss, teacher_top_k=self._num_kept)
-        self._first = {name: weight.clone() for name, weight in drafter.state_dict().items()}
+        self._initial = {name: weight.clone() for name, weight in drafter.state_dict().items()}
         drafter.requires_grad_()
         self._session: Session | None = None
         self._draft: Draft | None = None
-        self._begin()
+        self._reset()
 
-    # What the loop asks
+    # Drafting
 
     def start(self, session: Session) -> None:
-        self._take_in()
+        self._collect_requests()
         if self._num_new >= self.settings.every:
             self.learn()
         self._session = session
@@ -103,20 +103,20 @@ class Online(Drafter):
 
     def observe(self, step: Step) -> None:
         if step.is_for(self._draft):
-            self._note(step)
+            self._record_rejections(step)
         self.drafter.observe(step)
 
-    # Learning
+    # Training
 
     @torch.inference_mode(False)
     @torch.enable_grad()
     def learn(self) -> float | None:
-        """Takes one gradient step where the requests since the last one were rejected; returns the mean loss there.
+        """Takes one gradient step at the rejections since the last step and returns the mean loss.
 
-        Between calls of `generate` only; those that come often enough are also learnt from at the start of the next.
-        Returns None where nothing was rejected, and does nothing then.
+        Must be called between calls of `generate`, which itself takes a step after `every` requests. Returns None and
+        does nothing if nothing was rejected.
         """
-        self._take_in()
+        self._collect_requests()
         requests, self._num_new = list(self._requests), 0
         self._requests.clear()
         if not requests:
@@ -136,16 +136,16 @@ class Online(Drafter):
 
     @torch.inference_mode(False)
     def forget(self) -> None:
-        """Takes it back to what it was made of."""
-        self.drafter.load_state_dict(self._first)
-        self._begin()
+        """Restores the initial weights and drops requests and optimiser state."""
+        self.drafter.load_state_dict(self._initial)
+        self._reset()
 
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
-        """Writes the drafter within as an artifact, `record` added to its manifest."""
+        """Saves the wrapped drafter as an artifact, with `record` added to its manifest."""
         draftsmith.save(self.drafter, folder, target=self.target, record=record)
 
     def save_optimizer(self, path: Path) -> None:
-        """Writes what, beside the weights, it needs to learn on once all requests are learnt from."""
+        """Writes the optimiser's state, which continues training once all requests have been used."""
         state = {
             f"{name}.{part}": value
             for name, weight in self.drafter.named_parameters()
@@ -154,50 +154,50 @@ class Online(Drafter):
         write_whole(path, lambda temporary: save_file(state, temporary))
 
     def load_optimizer(self, path: Path) -> None:
-        """Takes what `save_optimizer` wrote, the drafter being as it was then."""
+        """Reads the state written by `save_optimizer` for the same weights."""
         for name, value in load_file(path).items():
             weight, _, part = name.rpartition(".")
             self._optimiser.state[self.drafter.get_parameter(weight)][part] = value
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._optimiser = torch.optim.AdamW(self.drafter.parameters(), lr=self.settings.learning_rate, weight_decay=0)
         self._requests: deque[Example] = deque(maxlen=self.settings.kept)
         self._session = self._draft = None
         self._num_new = self.num_steps = 0
 
-    def _note(self, step: Step) -> None:
-        """Keeps the target's law where a row's path ended before its draft did."""
-        ended = [row for row, path in enumerate(step.paths) if path and _goes_on(step.draft, row, path[-1])]
-        if not ended:
+    def _record_rejections(self, step: Step) -> None:
+        """Keeps the target's logits at the last accepted node of rows with a rejected child."""
+        rejected = [row for row, path in enumerate(step.paths) if path and _has_children(step.draft, row, path[-1])]
+        if not rejected:
             return
-        logits_RV = step.logits_BNV[ended, [step.paths[row][-1] for row in ended]].float()
+        logits_RV = step.logits_BNV[rejected, [step.paths[row][-1] for row in rejected]].float()
         top, normaliser_R = logits_RV.topk(self._num_kept, dim=-1), logits_RV.logsumexp(-1)
-        # Tensors made in inference mode could not be learnt from.
+        # Tensors made in inference mode cannot be used in training.
         with torch.inference_mode(False):
             values_RK, ids_RK, normaliser_R = top.values.clone(), top.indices.clone(), normaliser_R.clone()
-        for at, row in enumerate(ended):
-            found = self._rejections[row]
-            found.places.append(self._lengths[row] + len(step.paths[row]) - 2)
-            found.top_logits.append(values_RK[at])
-            found.top_ids.append(ids_RK[at])
-            found.normalisers.append(normaliser_R[at])
+        for at, row in enumerate(rejected):
+            rejections = self._rejections[row]
+            rejections.positions.append(self._lengths[row] + len(step.paths[row]) - 2)
+            rejections.top_logits.append(values_RK[at])
+            rejections.top_ids.append(ids_RK[at])
+            rejections.normalisers.append(normaliser_R[at])
 
-    def _take_in(self) -> None:
-        """Makes requests of the last call's rows, which are as long now as they will be."""
+    def _collect_requests(self) -> None:
+        """Turns the rows of the last call, which is finished, into training rows."""
         session, self._session = self._session, None
         if session is None:
             return
         self._num_new += len(session.rows)
-        for row, (ids, found) in enumerate(zip(session.rows, self._rejections, strict=True)):
-            # A row that ended within its path holds less than was accepted.
-            inside = [at for at, place in enumerate(found.places) if place + 1 < len(ids)]
+        for row, (ids, rejections) in enumerate(zip(session.rows, self._rejections, strict=True)):
+            # A row that ended within its path is shorter than what was accepted.
+            inside = [at for at, position in enumerate(rejections.positions) if position + 1 < len(ids)]
             if inside:
                 with torch.inference_mode(False):
-                    self._requests.append(_example(ids, found, inside, _source(session, row)))
+                    self._requests.append(_example(ids, rejections, inside, _source(session, row)))
 
 
 def trainer_of(drafter: Any) -> ModuleType:
-    """Returns the trainer that distils drafters of this kind; raises ValueError if there is none."""
+    """Returns the trainer that distils drafters of this family; raises ValueError if there is none."""
     for info in pkgutil.iter_modules(trainers.__path__):
         if info.ispkg:
             continue
@@ -205,27 +205,27 @@ def trainer_of(drafter: Any) -> ModuleType:
         is_distilled = issubclass(getattr(module, "Settings", object), distillation.LossSettings)
         if is_distilled and getattr(module, "Drafter", None) is type(drafter):
             return module
-    raise ValueError(f"a drafter of the family {name_of(drafter)} cannot learn while it serves: nothing distils it")
+    raise ValueError(f"a drafter of the family {name_of(drafter)} cannot be trained online: no trainer distils it")
 
 
-def _goes_on(draft: Draft, row: int, node: int) -> bool:
-    """Returns whether a node of the row has children, which were rejected if it is the last one accepted."""
+def _has_children(draft: Draft, row: int, node: int) -> bool:
+    """Returns True if a node of the row has children, which were rejected if the node is the last one accepted."""
     used = draft.tree.num_nodes if draft.num_nodes is None else draft.num_nodes[row]
     parents_RN = draft.tree.parents_RN
     return bool((parents_RN[row % len(parents_RN), :used] == node).any())
 
 
-def _example(ids: list[int], found: _Rejections, inside: list[int], source_S: Tensor | None) -> Example:
-    """Returns the request as a text of which the tokens after rejections are to be learnt."""
-    places = [found.places[at] for at in inside]
+def _example(ids: list[int], rejections: _Rejections, inside: list[int], source_S: Tensor | None) -> Example:
+    """Returns the request as a row in which the tokens after rejections are supervised."""
+    positions = [rejections.positions[at] for at in inside]
     tokens_T = torch.tensor(ids)
     mask_T = torch.zeros(len(ids), dtype=torch.bool)
-    mask_T[[place + 1 for place in places]] = True
+    mask_T[[position + 1 for position in positions]] = True
 
     def spread(values: list[Tensor]) -> Tensor:
         values_R = torch.stack([values[at] for at in inside]).cpu()
         out_T = values_R.new_zeros(len(ids), *values_R.shape[1:])
-        out_T[places] = values_R
+        out_T[positions] = values_R
         return out_T
 
     return Example(
@@ -233,9 +233,9 @@ def _example(ids: list[int], found: _Rejections, inside: list[int], source_S: Te
         loss_mask_T=mask_T,
         key="served",
         source_S=source_S,
-        top_logits_TK=spread(found.top_logits),
-        top_ids_TK=spread(found.top_ids),
-        log_normaliser_T=spread(found.normalisers),
+        top_logits_TK=spread(rejections.top_logits),
+        top_ids_TK=spread(rejections.top_ids),
+        log_normaliser_T=spread(rejections.normalisers),
     )
 
 

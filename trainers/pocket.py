@@ -1,4 +1,4 @@
-"""Trains the two pocket targets, the embedded defaults: a small Llama on Python source and a T5 on docstrings.
+"""Trains the two pocket targets, the default targets: a small Llama on Python source and a T5 on docstrings.
 
 Shape suffixes: N blocks, T positions.
 """
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,41 +33,49 @@ from draftsmith.artifacts.files import atomic_folder
 VOCAB_SIZE = 4096
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 SOURCE_TOKENS, LABEL_TOKENS = 384, 64
-"""Most tokens that the encoder-decoder reads and learns to write."""
+"""Largest numbers of source and label tokens of the encoder-decoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PocketSettings:
-    """What `recipes/pocket.py` can be told."""
+    """Settings of `recipes/pocket.py`."""
 
     output: str = "data/pocket"
-    """Folder for the finished causal target; the seq2seq one goes beside it with `-seq2seq` appended."""
+    """Folder for the causal target; the seq2seq one is saved beside it with `-seq2seq` appended."""
     work: str = "runs/pocket"
-    """Folder for the tokens and checkpoints of the unfinished run."""
+    """Folder for the tokenizer and checkpoints of the unfinished run."""
     kind: str = field(default="both", metadata={"choices": ["causal", "seq2seq", "both"]})
     """Which target to train."""
     max_steps: int = 2400
-    """Optimiser steps of the causal target; may be changed on resuming until the learning rate decays."""
+    """Optimiser steps of the causal target; can be changed when resuming, until the learning rate decays."""
     seq2seq_steps: int = 1500
     """Optimiser steps of the seq2seq target."""
     batch_size: int = 4
-    """Blocks a step."""
+    """Blocks per step."""
     block_length: int = 1024
-    """Tokens a block, and the target's context length."""
+    """Tokens per block, and the target's context length."""
     learning_rate: float = 3e-3
     """Peak rate of Muon (matrices, scaled to AdamW's update size) and of AdamW (the rest)."""
     save_steps: int = 50
     """Steps between checkpoints."""
     held_out_share: float = 0.02
-    """Share of files held out, chosen by a hash of their names and the seed."""
+    """Fraction of files held out, chosen by a hash of their names and the seed."""
     max_files: int = 0
-    """Stop after this many files, 0 for all: for a quick trial."""
+    """Number of files used, 0 for all: for a quick trial."""
     seed: int = 0
-    """Of the split, the weights and the order."""
+    """Seed of the split, the initial weights and the order of files."""
+
+
+class Corpus(NamedTuple):
+    """Source files and their tokenizer."""
+
+    tokenizer: PreTrainedTokenizerFast
+    train_files: list[SourceFile]
+    held_out_files: list[SourceFile]
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the matrices inside the blocks and AdamW for the rest, as one optimiser with one learning rate.
+    """Muon for the matrices of the blocks and AdamW for the rest, as one optimiser with one learning rate.
 
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; step size matched to AdamW's as in
     Liu et al. 2025 (2502.16982).
@@ -101,7 +109,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def train_pocket(settings: PocketSettings) -> None:
-    """Trains the targets asked for, continuing an unfinished run in `settings.work`, and writes their folders."""
+    """Trains the selected targets, continuing an unfinished run in `settings.work`, and writes their folders."""
     files = source_files()
     if settings.max_files:
         files = files[:: max(1, len(files) // settings.max_files)]
@@ -109,18 +117,14 @@ def train_pocket(settings: PocketSettings) -> None:
     work = Path(settings.work)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(train_files, work / "tokenizer.json", settings.block_length)
+    corpus = Corpus(tokenizer, train_files, held_out_files)
     if settings.kind != "seq2seq":
-        _train_causal(settings, tokenizer, train_files, held_out_files)
+        _train_causal(settings, corpus)
     if settings.kind != "causal":
-        _train_seq2seq(settings, tokenizer, train_files, held_out_files)
+        _train_seq2seq(settings, corpus)
 
 
-def _train_causal(
-    settings: PocketSettings,
-    tokenizer: PreTrainedTokenizerFast,
-    train_files: list[SourceFile],
-    held_out_files: list[SourceFile],
-) -> None:
+def _train_causal(settings: PocketSettings, corpus: Corpus) -> None:
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -137,12 +141,12 @@ def _train_causal(
             eos_token_id=2,
         )
     )
-    blocks_NT = _blocks(tokenizer, train_files, settings)
-    held_out_NT = _blocks(tokenizer, held_out_files, settings)
+    blocks_NT = _blocks(corpus.tokenizer, corpus.train_files, settings)
+    held_out_NT = _blocks(corpus.tokenizer, corpus.held_out_files, settings)
     dataset = [{"input_ids": block, "labels": block} for block in blocks_NT]
     _fit(model, dataset, settings, max_steps=settings.max_steps, work=Path(settings.work) / "causal")
     loss = _mean_loss(model, ({"input_ids": block[None], "labels": block[None]} for block in held_out_NT))
-    bytes_per_token = _bytes_per_token(tokenizer, held_out_files)
+    bytes_per_token = _bytes_per_token(corpus.tokenizer, corpus.held_out_files)
     facts = {
         "held_out_nats_per_token": round(loss, 4),
         "held_out_nats_per_byte": round(loss / bytes_per_token, 4),
@@ -150,17 +154,13 @@ def _train_causal(
         "train_tokens_available": blocks_NT.numel(),
         "train_tokens_seen": settings.max_steps * settings.batch_size * settings.block_length,
     }
-    _save(model, tokenizer, Path(settings.output), settings, facts, train_files, held_out_files)
+    _save(model, corpus, Path(settings.output), settings, facts)
 
 
-def _train_seq2seq(
-    settings: PocketSettings,
-    tokenizer: PreTrainedTokenizerFast,
-    train_files: list[SourceFile],
-    held_out_files: list[SourceFile],
-) -> None:
+def _train_seq2seq(settings: PocketSettings, corpus: Corpus) -> None:
     torch.manual_seed(settings.seed)
-    tokenizer.model_max_length = SOURCE_TOKENS  # what its users then cut sources to
+    tokenizer = corpus.tokenizer
+    tokenizer.model_max_length = SOURCE_TOKENS  # the length to which its users then truncate sources
     model = T5ForConditionalGeneration(
         T5Config(
             vocab_size=VOCAB_SIZE,
@@ -179,9 +179,9 @@ def _train_seq2seq(
             eos_token_id=2,
         )
     )
-    _take_embedding(model, Path(settings.output))
+    _init_embedding(model, Path(settings.output))
     datasets = []
-    for files in (train_files, held_out_files):
+    for files in (corpus.train_files, corpus.held_out_files):
         pairs = docstring_pairs([file for file in files if file.name.startswith("stdlib/")])
         sources = tokenizer([source for source, _ in pairs], truncation=True, max_length=SOURCE_TOKENS)["input_ids"]
         labels = [summary + EOS for _, summary in pairs]
@@ -198,15 +198,15 @@ def _train_seq2seq(
         "train_pairs_seen": settings.seq2seq_steps * 16,
     }
     output = Path(settings.output)
-    _save(model, tokenizer, output.with_name(output.name + "-seq2seq"), settings, facts, train_files, held_out_files)
+    _save(model, corpus, output.with_name(output.name + "-seq2seq"), settings, facts)
 
 
-def _take_embedding(model: T5ForConditionalGeneration, causal: Path) -> None:
-    """Starts from the causal target's embedding if it is there: five thousand pairs are too few to learn one from."""
+def _init_embedding(model: T5ForConditionalGeneration, causal: Path) -> None:
+    """Initialises the embedding from the causal target if it exists: five thousand pairs are too few to train one."""
     if not (causal / "model.safetensors").exists():
         return
     theirs = LlamaForCausalLM.from_pretrained(causal, dtype=torch.float32).get_input_embeddings().weight.detach()
-    # T5 divides its logits by the root of the width, and so wants entries about as large as 1.
+    # T5 divides its logits by the root of the width, and therefore needs entries of size 1.
     model.shared.weight.data.copy_(theirs / theirs.std())
 
 
@@ -248,7 +248,7 @@ def _fit(
 
 
 def _tokenizer(files: list[SourceFile], path: Path, context_length: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE of `VOCAB_SIZE` on the training files, or takes the one this run made before."""
+    """Trains a byte-level BPE of `VOCAB_SIZE` on the training files, or loads the one of an earlier session."""
     if not path.exists():
         byte_pairs((file.text for file in files), VOCAB_SIZE).save(str(path.with_suffix(".part")))
         path.with_suffix(".part").rename(path)
@@ -276,7 +276,7 @@ def byte_pairs(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _blocks(tokenizer: PreTrainedTokenizerFast, files: list[SourceFile], settings: PocketSettings) -> torch.Tensor:
-    """Packs `<bos> file <eos>` after one another, files in an order fixed by the seed, into blocks [N, T]."""
+    """Packs `<bos> file <eos>`, files in an order that depends on the seed, into blocks [N, T]."""
     order = np.random.default_rng(settings.seed).permutation(len(files))
     encoded = tokenizer([BOS + files[index].text + EOS for index in order])["input_ids"]
     ids = torch.tensor([token for file in encoded for token in file])
@@ -300,22 +300,17 @@ def _bytes_per_token(tokenizer: PreTrainedTokenizerFast, files: list[SourceFile]
 
 
 def _save(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    output: Path,
-    settings: PocketSettings,
-    facts: dict[str, Any],
-    train_files: list[SourceFile],
-    held_out_files: list[SourceFile],
+    model: PreTrainedModel, corpus: Corpus, output: Path, settings: PocketSettings, facts: dict[str, Any]
 ) -> None:
-    """Writes bf16 weights, tokenizer, generation_config and the card, all or nothing."""
+    """Writes bf16 weights, tokenizer, generation_config and the card atomically."""
     assert math.isfinite(facts["held_out_nats_per_token"])
-    facts |= {"train_files": len(train_files), "held_out_files": len(held_out_files)}
-    facts["train_data_sha256"] = hashlib.sha256("".join(file.text for file in train_files).encode()).hexdigest()
+    facts |= {"train_files": len(corpus.train_files), "held_out_files": len(corpus.held_out_files)}
+    facts["train_data_sha256"] = hashlib.sha256("".join(file.text for file in corpus.train_files).encode()).hexdigest()
+    held_out = [file.name for file in corpus.held_out_files]
     with atomic_folder(output, marker="pocket.json") as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        record = {"settings": settings.__dict__, "facts": facts, "held_out": [file.name for file in held_out_files]}
+        corpus.tokenizer.save_pretrained(folder)
+        record = {"settings": settings.__dict__, "facts": facts, "held_out": held_out}
         (folder / "pocket.json").write_text(json.dumps(record, indent=1) + "\n")
         (folder / "README.md").write_text(_card(model, settings, facts))
 
@@ -330,7 +325,7 @@ def _card(model: PreTrainedModel, settings: PocketSettings, facts: dict[str, Any
             f"# Pocket target ({kind})",
             "",
             f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.config.model_type}; {task}.",
-            "It exists to be drafted for, on any machine and without a download; it is no good for writing code.",
+            "It is a target for tests and examples, on any machine and without a download; its code is not useful.",
             "",
             f"Made by `python recipes/pocket.py --kind {kind} {flags}`.",
             "",
@@ -339,8 +334,8 @@ def _card(model: PreTrainedModel, settings: PocketSettings, facts: dict[str, Any
             *lines,
             "",
             "Data: Python files of the standard library (PSF licence) and, for the causal target, of the packages",
-            "named in `data/sources/python_source.py` (Apache-2.0, BSD-3-Clause, MIT), tests left out. Whole files are held",
-            "out by a hash of their names (listed in `pocket.json`); near repetitions of them are left out too.",
+            "named in `data/sources/python_source.py` (Apache-2.0, BSD-3-Clause, MIT), without tests. Whole files are",
+            "held out by a hash of their names (listed in `pocket.json`); near duplicates of them are removed too.",
             "",
         ]
     )

@@ -114,7 +114,7 @@ def test_the_artifact_drafts_and_the_same_command_changes_nothing(
     times = [file.stat().st_mtime_ns for file in sorted(folder.rglob("*"))]
     capsys.readouterr()
     make_artifact(compress(wanted), wanted)
-    assert "nothing is left to do" in capsys.readouterr().out
+    assert "was already made with these settings" in capsys.readouterr().out
     assert times == [file.stat().st_mtime_ns for file in sorted(folder.rglob("*"))]
     with pytest.raises(ValueError, match=r"was made with other settings \(keep was 0.6, is 0.34\); name another"):
         compress(dataclasses.replace(wanted, keep=0.34))
@@ -142,8 +142,8 @@ def test_method_mask_removes_the_layers_of_a_searched_mask(
         draftsmith.save(drafter, tmp_path / name, target)
     wanted = settings(source, tmp_path, method="mask", mask=str(tmp_path / "whole"))
     assert json.loads((compress(wanted) / MARKER).read_text())["kept_layers"] == [0, 2]
-    assert "skips half of layers 0, which stay whole" in capsys.readouterr().out
-    for name, sentence in (("halves", "skips no layer whole"), ("all", "skips every layer")):
+    assert "skips half of layers 0, which are kept as a whole" in capsys.readouterr().out
+    for name, sentence in (("halves", "skips no layer as a whole"), ("all", "skips every layer")):
         with pytest.raises(ValueError, match=sentence):
             compress(dataclasses.replace(wanted, mask=str(tmp_path / name)))
 

@@ -157,7 +157,7 @@ def test_acceptance_rises_with_repeated_prompts() -> None:
 def test_no_more_than_kept_requests_are_stored() -> None:
     online = Online(drafters(tiny_target("llama"))[0], OnlineSettings(every=3, kept=3))
     call(online)
-    online._take_in()
+    online._collect_requests()
     assert len(online._requests) == 3
     assert all(len(one.tokens_T) <= CONTEXT and one.top_ids_TK.shape[-1] == 64 for one in online._requests)
 
@@ -216,7 +216,7 @@ def test_invalid_drafters_and_settings_raise() -> None:
         Online(lookup.Drafter(lookup.Config(), target))
     for message, changes in (
         ("every is 0", {"every": 0}),
-        ("keep as many", {"every": 9, "kept": 8}),
+        ("kept must be at least as large", {"every": 9, "kept": 8}),
         ("top_k", {"top_k": -1}),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,1 +1,1 @@
-"""Smaller copies of a target: pruned layers and widths, zeroed weights, and what they are chosen by."""
+"""Compression of a target: pruned layers and widths, zeroed weights, and the importance that they are chosen by."""

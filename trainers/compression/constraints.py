@@ -1,4 +1,4 @@
-"""Training that heals a compressed model and leaves alone what is to stay as it was."""
+"""Constraints on the weights of a compressed model in training: zeros that stay zero, and frozen embeddings."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,34 +8,34 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class WeightConstraints:
-    """What training does not change."""
+    """Weights that training does not change."""
 
     keep_zeros: bool = False
-    """Whether what is zero in the matrices of `init` stays so, as after pruning of single weights."""
+    """Keep the zeros in the matrices of --init, as after pruning of single weights."""
     freeze_ends: bool = False
-    """Whether embedding and head stay as they are at first."""
+    """Freeze the embedding and the LM head."""
 
 
-def constrain_weights(model: Any, restraint: WeightConstraints) -> None:
-    """Has a model's weights change no further than `restraint` allows; raises ValueError if they are sharded (ZeRO-3).
+def constrain_weights(model: Any, constraints: WeightConstraints) -> None:
+    """Applies the constraints to a model; raises ValueError if zeros are to be kept and ZeRO-3 shards the weights.
 
-    A gradient of zero at a weight of zero leaves AdamW nothing to move it by: no moments, nothing to decay.
+    With a gradient of zero, AdamW does not move a weight of zero: its moments and its decay are zero.
     """
-    if restraint.freeze_ends:
-        for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-            end.requires_grad_(False)
-    for weight in model.parameters() if restraint.keep_zeros else ():
+    if constraints.freeze_ends:
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.requires_grad_(False)
+    for weight in model.parameters() if constraints.keep_zeros else ():
         if weight.numel() == 0:
-            raise ValueError("keep_zeros cannot find the zeros of weights that ZeRO-3 shards; take ZeRO-2")
+            raise ValueError("keep_zeros needs unsharded weights, and ZeRO-3 shards them; use ZeRO-2")
         if weight.ndim == 2 and weight.requires_grad and bool((weight == 0).any()):
-            weight.register_hook(_Masked(weight != 0))
+            weight.register_hook(_MaskGradient(weight != 0))
 
 
-class _Masked:
-    """Sets the gradient of weights that stay zero to zero."""
+class _MaskGradient:
+    """Gradient hook that zeroes the gradient of weights that stay zero."""
 
-    def __init__(self, is_free: Tensor) -> None:
-        self._is_free = is_free
+    def __init__(self, is_trained: Tensor) -> None:
+        self._is_trained = is_trained
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        return gradient * self._is_free.to(gradient.device)
+        return gradient * self._is_trained.to(gradient.device)

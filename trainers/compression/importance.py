@@ -1,4 +1,4 @@
-"""What a target's layers, heads and neurons do on text: which of them would be missed least.
+"""Importance of a target's layers, heads and neurons on calibration text.
 
 Shape suffixes: B rows, T positions, N positions of real tokens, D hidden width, L layers, H query heads, W head width,
 F neurons of a feed-forward layer.
@@ -26,7 +26,7 @@ def progress_bar(batches: Iterable[Batch], what: str) -> Iterable[Batch]:
 
 
 def token_mask(batch: Batch) -> Tensor:
-    """Returns where a batch holds text and no padding [B, T]."""
+    """Returns True at tokens and False at padding [B, T]."""
     return torch.arange(batch.tokens_BT.shape[1]) < batch.lengths_B[:, None]
 
 
@@ -36,36 +36,36 @@ def block_influence(target: Target, batches: Iterable[Batch]) -> list[float]:
     totals_L, count = torch.zeros(target.num_layers, dtype=torch.float64), 0
     for batch in progress_bar(batches, "block influence"):
         hidden = _hidden(target, batch)
-        alike = [torch.cosine_similarity(hidden[layer], hidden[layer + 1], dim=-1) for layer in range(len(totals_L))]
-        totals_L += torch.stack([(1 - one_N.double()).sum().cpu() for one_N in alike])
+        cosines = [torch.cosine_similarity(hidden[layer], hidden[layer + 1], dim=-1) for layer in range(len(totals_L))]
+        totals_L += torch.stack([(1 - cosine_N.double()).sum().cpu() for cosine_N in cosines])
         count += int(batch.lengths_B.sum())
     return (totals_L / count).tolist()
 
 
 @torch.inference_mode()
 def angular_distance(target: Target, batches: Iterable[Batch], num_layers: int) -> list[float]:
-    """Returns, by the first of `num_layers` neighbours, the mean of arccos(cos(input, output)) / pi over them.
+    """Returns for every span of `num_layers` layers, by its first, the mean of arccos(cos(input, output)) / pi.
 
-    (2403.17887, equation 6, here of all tokens.)
+    Source: 2403.17887, equation 6, here over all tokens.
     """
     num_starts = target.num_layers - num_layers + 1
     totals, count = torch.zeros(num_starts, dtype=torch.float64), 0
     for batch in progress_bar(batches, "angular distance"):
         hidden = _hidden(target, batch)
         for start in range(num_starts):
-            alike_N = torch.cosine_similarity(hidden[start], hidden[start + num_layers], dim=-1)
-            totals[start] += (alike_N.double().clamp(-1, 1).arccos() / math.pi).sum().cpu()
+            cosine_N = torch.cosine_similarity(hidden[start], hidden[start + num_layers], dim=-1)
+            totals[start] += (cosine_N.double().clamp(-1, 1).arccos() / math.pi).sum().cpu()
         count += int(batch.lengths_B.sum())
     return (totals / count).tolist()
 
 
 @torch.inference_mode()
 def activations(target: Target, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Returns the importance of query heads [L, H] and of neurons [L, F] by what they hand on (Minitron, 2407.14679).
+    """Returns the importance of query heads [L, H] and neurons [L, F] by their activations (Minitron, 2407.14679).
 
-    The square root of sum over rows of (mean over tokens of |a|)^2, where a is a neuron's value at the input of the
-    down projection, or the norm over W of a head's values at that of the output projection. Raises ValueError for
-    architectures whose projections are not found.
+    It is the square root of the sum over rows of (mean over tokens of |a|)^2, where a is a neuron's value at the input
+    of the down projection, or the norm over W of a head's values at the input of the output projection. Raises
+    ValueError for architectures whose projections are not found.
     """
     check_projections(target.model)
     num_heads, _, width = head_counts(target.model)
@@ -97,9 +97,9 @@ def activations(target: Target, batches: Iterable[Batch]) -> tuple[Tensor, Tenso
 
 @contextmanager
 def capture_inputs(watchers: dict[nn.Module, Any]) -> Iterator[None]:
-    """Tells each watcher its module's first input whenever that runs, while the block lasts."""
+    """Calls each watcher with its module's first input whenever the module runs, within the context."""
     handles = [
-        module.register_forward_pre_hook(lambda _, given, watcher=watcher: watcher(given[0]))
+        module.register_forward_pre_hook(lambda _, inputs, watcher=watcher: watcher(inputs[0]))
         for module, watcher in watchers.items()
     ]
     try:
@@ -112,6 +112,6 @@ def capture_inputs(watchers: dict[nn.Module, Any]) -> Iterator[None]:
 def _hidden(target: Target, batch: Batch) -> list[Tensor]:
     """Returns the hidden layers 0 to L at the real tokens [N, D] in float32."""
     layers = tuple(range(target.num_layers + 1))
-    found = target.read(batch.tokens_BT.to(target.device), layers)
+    hidden = target.read(batch.tokens_BT.to(target.device), layers)
     mask_BT = token_mask(batch).to(target.device)
-    return [found[layer][mask_BT].float() for layer in layers]
+    return [hidden[layer][mask_BT].float() for layer in layers]

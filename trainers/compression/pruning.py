@@ -1,6 +1,6 @@
-"""Smaller models cut out of larger ones: fewer layers, fewer attention heads, narrower feed-forward layers.
+"""Structured pruning: fewer layers, fewer attention heads, narrower feed-forward layers.
 
-Both sorts give an ordinary model of its own architecture with a true smaller configuration.
+The result is an ordinary model of the same architecture with a smaller configuration.
 """
 
 import copy
@@ -15,26 +15,24 @@ from transformers import AutoModelForCausalLM
 from draftsmith.core.views import ATTENTIONS, MLPS, blocks_of, find_child
 
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
-"""Lists of a configuration that have an entry for each layer."""
+"""Configuration lists with an entry for each layer."""
 INTO_ATTENTION, OUT_OF_ATTENTION = ("q_proj", "k_proj", "v_proj"), "o_proj"
 INTO_MLP, OUT_OF_MLP = ("gate_proj", "up_proj"), "down_proj"
 
 
 def num_kept(keep: float, total: int, what: str, *, is_exact: bool = False) -> int:
-    """Returns how many of `total` a share keeps, rounded unless `is_exact`; raises ValueError for none and for all."""
-    share = Fraction(keep).limit_denominator(10_000) * total
-    number = round(share)
-    if is_exact and share.denominator != 1:
-        raise ValueError(
-            f"keep {keep:g} leaves {float(share):.2f} of the {total} {what}; it must be a whole number of them"
-        )
+    """Returns the number kept of `total`, rounded unless `is_exact`; raises ValueError if it is none or all."""
+    exact = Fraction(keep).limit_denominator(10_000) * total
+    number = round(exact)
+    if is_exact and exact.denominator != 1:
+        raise ValueError(f"keep {keep:g} leaves {float(exact):.2f} of the {total} {what}; it must be a whole number")
     if not 0 < number < total:
-        raise ValueError(f"keep {keep:g} leaves {number} of the {total} {what}: nothing is left, or nothing left out")
+        raise ValueError(f"keep {keep:g} leaves {number} of the {total} {what}; it must keep some and remove some")
     return number
 
 
 def drop_least_influential(influences: Sequence[float], number: int) -> list[int]:
-    """Returns the layers kept, in order, when those of least influence go; the first and last stay if two can."""
+    """Returns the layers kept, in order, without the least influential; the first and last are kept if two are."""
     last = len(influences) - 1
     ends = [0, last] if number > 1 else [0]
     others = sorted((layer for layer in range(last + 1) if layer not in ends), key=lambda layer: -influences[layer])
@@ -42,10 +40,10 @@ def drop_least_influential(influences: Sequence[float], number: int) -> list[int
 
 
 def drop_span(distances: Sequence[float], number: int, num_layers: int) -> list[int]:
-    """Returns the layers kept when the neighbours go over which the hidden states turn least.
+    """Returns the layers kept without the span over which the hidden states rotate least.
 
-    `distances[start]` is that from the input of layer `start` to the output of the last one that would go
-    (2403.17887, section 3.2); the first and last layer stay if two can.
+    `distances[start]` is the distance from the input of layer `start` to the output of the span's last layer
+    (2403.17887, section 3.2); the first and last layer are kept if two are.
     """
     size = num_layers - number
     starts = range(1, num_layers - size) if number > 1 else range(1, num_layers - size + 1)
@@ -54,15 +52,15 @@ def drop_span(distances: Sequence[float], number: int, num_layers: int) -> list[
 
 
 def evenly_spaced(number: int, num_layers: int) -> list[int]:
-    """Returns the layers kept, the first always and the last if two can."""
+    """Returns `number` evenly spaced layers, the first always and the last if there are two."""
     return [round(layer) for layer in torch.linspace(0, num_layers - 1, number).tolist()] if number > 1 else [0]
 
 
 def top_indices_in_groups(scores: Tensor, number: int, num_groups: int) -> list[int]:
-    """Returns the places of the `number` largest scores within each of `num_groups` equal groups, in order."""
+    """Returns the indices of the `number` largest scores within each of `num_groups` equal groups, ascending."""
     grouped = scores.view(num_groups, -1)
-    places = grouped.topk(number, dim=1).indices.sort(dim=1).values
-    return (places + torch.arange(num_groups, device=scores.device)[:, None] * grouped.shape[1]).flatten().tolist()
+    indices = grouped.topk(number, dim=1).indices.sort(dim=1).values
+    return (indices + torch.arange(num_groups, device=scores.device)[:, None] * grouped.shape[1]).flatten().tolist()
 
 
 def head_counts(model: Any) -> tuple[int, int, int]:
@@ -74,7 +72,7 @@ def head_counts(model: Any) -> tuple[int, int, int]:
 
 
 def keep_layers(model: Any, kept: Sequence[int]) -> Any:
-    """Returns a model of the layers `kept` alone, and of all that is no layer; the one given is left as it is."""
+    """Returns a model with the layers `kept` and all other modules; the given model is not changed."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
     num_layers, text.num_hidden_layers = text.num_hidden_layers, len(kept)
@@ -82,16 +80,16 @@ def keep_layers(model: Any, kept: Sequence[int]) -> Any:
         values = getattr(text, name, None)
         if isinstance(values, list | tuple) and len(values) == num_layers:
             setattr(text, name, [values[layer] for layer in kept])
-    prefix, places = _prefix(model), {str(layer): str(place) for place, layer in enumerate(kept)}
+    prefix, new_index = _prefix(model), {str(layer): str(index) for index, layer in enumerate(kept)}
     weights = {}
     for name, weight in model.state_dict().items():
         if not name.startswith(prefix):
             weights[name] = weight
             continue
         layer, _, rest = name.removeprefix(prefix).partition(".")
-        if layer in places:
-            weights[f"{prefix}{places[layer]}.{rest}"] = weight
-    return _made(model, config, weights)
+        if layer in new_index:
+            weights[f"{prefix}{new_index[layer]}.{rest}"] = weight
+    return _build_model(model, config, weights)
 
 
 def narrow(
@@ -101,9 +99,9 @@ def narrow(
     kv_heads: Sequence[Sequence[int]] | None = None,
     neurons: Sequence[Sequence[int]] | None = None,
 ) -> Any:
-    """Returns a model of these query heads, key-value heads and neurons of each layer, None for all.
+    """Returns a model with these query heads, key-value heads and neurons of each layer, None for all.
 
-    Of every layer as many are kept, and as many query heads of each key-value head. Raises ValueError naming the
+    Every layer must keep equally many, and every key-value head equally many query heads. Raises ValueError naming the
     architecture if its projections are not found.
     """
     check_projections(model)
@@ -119,21 +117,21 @@ def narrow(
         attention = f"{prefix}{layer}.{find_child(block, ATTENTIONS, 'attention')}"
         mlp = f"{prefix}{layer}.{find_child(block, MLPS, 'MLP')}"
         if heads is not None:
-            rows = _spread(heads[layer], width)
+            rows = _head_rows(heads[layer], width)
             _select(weights, f"{attention}.q_proj", rows, 0)
             _select(weights, f"{attention}.{OUT_OF_ATTENTION}", rows, 1)
         if kv_heads is not None:
             for name in INTO_ATTENTION[1:]:
-                _select(weights, f"{attention}.{name}", _spread(kv_heads[layer], width), 0)
+                _select(weights, f"{attention}.{name}", _head_rows(kv_heads[layer], width), 0)
         if neurons is not None:
             for name in INTO_MLP:
                 _select(weights, f"{mlp}.{name}", list(neurons[layer]), 0)
             _select(weights, f"{mlp}.{OUT_OF_MLP}", list(neurons[layer]), 1)
-    return _made(model, config, weights)
+    return _build_model(model, config, weights)
 
 
 def check_projections(model: Any) -> None:
-    """Raises ValueError naming the architecture unless all blocks have the projections of Llama's, as linear layers."""
+    """Raises ValueError naming the architecture unless all blocks have Llama's projections as linear layers."""
     for block in blocks_of(model):
         parts = (
             (getattr(block, find_child(block, ATTENTIONS, "attention")), (*INTO_ATTENTION, OUT_OF_ATTENTION)),
@@ -143,35 +141,35 @@ def check_projections(model: Any) -> None:
             missing = [name for name in names if not isinstance(getattr(part, name, None), nn.Linear)]
             if missing:
                 raise ValueError(
-                    f"{type(model).__name__} cannot be narrowed: its {type(part).__name__} has no {missing[0]}; leave"
-                    " out whole layers instead"
+                    f"{type(model).__name__} cannot be narrowed: its {type(part).__name__} has no {missing[0]}; remove"
+                    " whole layers instead"
                 )
 
 
 def _prefix(model: Any) -> str:
-    """Returns what the names of all weights in blocks begin with."""
+    """Returns the prefix of the names of all weights in blocks."""
     blocks = blocks_of(model)
     return next(name for name, module in model.named_modules() if module is blocks) + "."
 
 
-def _spread(heads: Sequence[int], width: int) -> list[int]:
-    return [head * width + place for head in heads for place in range(width)]
+def _head_rows(heads: Sequence[int], width: int) -> list[int]:
+    return [head * width + offset for head in heads for offset in range(width)]
 
 
-def _select(weights: dict[str, Tensor], name: str, places: list[int], dim: int) -> None:
-    index = torch.tensor(places, device=weights[f"{name}.weight"].device)
+def _select(weights: dict[str, Tensor], name: str, indices: list[int], dim: int) -> None:
+    index = torch.tensor(indices, device=weights[f"{name}.weight"].device)
     weights[f"{name}.weight"] = weights[f"{name}.weight"].index_select(dim, index)
     if dim == 0 and f"{name}.bias" in weights:
         weights[f"{name}.bias"] = weights[f"{name}.bias"].index_select(0, index)
 
 
-def _made(model: Any, config: Any, weights: dict[str, Tensor]) -> Any:
-    """Returns a model of this configuration and these weights, to be evaluated, on the device of the one given."""
-    made = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device).eval()
+def _build_model(model: Any, config: Any, weights: dict[str, Tensor]) -> Any:
+    """Returns a model in evaluation mode with this configuration and these weights, on the device of `model`."""
+    pruned = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device).eval()
     try:
-        made.load_state_dict(weights)
+        pruned.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split()[:40])
-        raise ValueError(f"{type(model).__name__} cannot be cut so: {reason}") from None
-    made.generation_config = copy.deepcopy(model.generation_config)
-    return made
+        raise ValueError(f"{type(model).__name__} cannot be pruned in this way: {reason}") from None
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    return pruned

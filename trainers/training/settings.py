@@ -125,12 +125,6 @@ def from_flat(cls: type[T], values: Mapping[str, Any]) -> T:
     return cls(**arguments)
 
 
-def part_of(cls: type[T], instance: Any, **others: Any) -> T:
-    """Returns an instance of the dataclass `cls` from the fields of `instance` with the same names, and `others`."""
-    names = {field.name for field in dataclasses.fields(cls)} & {field.name for field in dataclasses.fields(instance)}  # type: ignore[arg-type]
-    return cls(**{name: getattr(instance, name) for name in names} | others)
-
-
 def _settings_by_name(classes: tuple[type, ...]) -> dict[str, _Setting]:
     settings: dict[str, _Setting] = {}
     for cls in classes:

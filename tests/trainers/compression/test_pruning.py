@@ -104,5 +104,5 @@ def test_num_kept_raises_for_none_and_all() -> None:
         pruning.num_kept(0.01, 8, "layers")
     with pytest.raises(ValueError, match=r"keep 0.99 leaves 8 of the 8 layers"):
         pruning.num_kept(0.99, 8, "layers")
-    with pytest.raises(ValueError, match=r"keep 0.3 leaves 0.60 of the 2 heads; it must be a whole number of them"):
+    with pytest.raises(ValueError, match=r"keep 0.3 leaves 0.60 of the 2 heads; it must be a whole number"):
         pruning.num_kept(0.3, 2, "heads", is_exact=True)
