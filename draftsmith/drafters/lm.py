@@ -129,13 +129,7 @@ class Drafter(nn.Module, drafter.Drafter):
         budget = min(budget, self.draft_model.context_length - max(map(len, session.rows)))
         if config.tree and budget > 0:
             depth = min(budget, config.num_draft)
-            draft = autoregressive.draft_static_tree(
-                self._logits,
-                session,
-                config.tree,
-                config.siblings,
-                depth,
-            )
+            draft = autoregressive.draft_static_tree(self._logits, session, config.tree, config.siblings, depth)
         else:
             draft = autoregressive.draft(self._logits, session, config, budget)
         self._progress.drafted(draft, self._progress.num_processed, is_reordered=bool(config.width))
