@@ -1,16 +1,21 @@
 """Parameters of a sweep in wandb's form: reading their distributions and choosing the values of the next trial.
 
 The choice depends on the seed and the trials so far alone, so an interrupted sweep continues with the same next trial.
+`at` maps a share, uniform in [0, 1), to a value of the parameter. Method random draws shares in the order of the names,
+constants included, so that its values are those of wandb's sampler. For method bayes, `encode` and `decode` map values
+to coordinates within `bounds`, all of the same scale.
 """
 
+import bisect
 import difflib
 import itertools
 import json
 import math
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,6 +31,8 @@ KEYS: dict[str, tuple[set[str], set[str]]] = {
     "q_log_uniform_values": ({"min", "max"}, {"q"}),
 }
 """Required and optional keys of each supported distribution, beside `distribution` itself."""
+EXPLORATION = 1.0
+"""Weight of the deviation in method bayes; less than the library's 2.576, since a sweep has few trials."""
 MAX_REDRAWS = 100
 """Random draws at most in place of a suggestion that has been tried already."""
 
@@ -48,8 +55,11 @@ class Categorical:
     def bounds(self) -> tuple[Any, ...]:
         return tuple(map(str, range(len(self.values))))
 
-    def sample(self, rng: np.random.Generator) -> Any:
-        return self.values[int(rng.choice(len(self.values), p=self.probabilities))]
+    def at(self, share: float) -> Any:
+        if self.probabilities is None:
+            return self.values[_index(share, len(self.values))]
+        cumulative = list(itertools.accumulate(self.probabilities))
+        return self.values[min(bisect.bisect_right(cumulative, share), len(self.values) - 1)]
 
     def encode(self, value: Any) -> Any:
         return str(self.values.index(value))
@@ -64,23 +74,20 @@ class Integer:
 
     low: int
     high: int
+    bounds: ClassVar = (0.0, 1.0)
 
     @property
     def listed(self) -> Sequence[Any]:
         return range(self.low, self.high + 1)
 
-    @property
-    def bounds(self) -> tuple[Any, ...]:
-        return (self.low, self.high, int)
-
-    def sample(self, rng: np.random.Generator) -> Any:
-        return int(rng.integers(self.low, self.high + 1))
+    def at(self, share: float) -> Any:
+        return self.low + _index(share, len(self.listed))
 
     def encode(self, value: Any) -> Any:
-        return value
+        return (value - self.low + 0.5) / len(self.listed)
 
     def decode(self, coordinate: Any) -> Any:
-        return int(coordinate)
+        return self.at(float(coordinate))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,35 +99,35 @@ class Continuous:
     is_log: bool
     step: float | None
     """None, or values are multiples of it."""
+    bounds: ClassVar = (0.0, 1.0)
+    listed: ClassVar = None
 
-    listed: None = None
-
-    @property
-    def bounds(self) -> tuple[Any, ...]:
-        return (0.0, 1.0)
-
-    def sample(self, rng: np.random.Generator) -> Any:
-        return self.decode(rng.random())
-
-    def encode(self, value: Any) -> Any:
-        """Returns the share of the scale below `value`."""
+    def at(self, share: float) -> Any:
         low, high = self._scaled(self.low), self._scaled(self.high)
-        return min(max((self._scaled(value) - low) / (high - low), 0.0), 1.0)
-
-    def decode(self, coordinate: Any) -> Any:
-        low, high = self._scaled(self.low), self._scaled(self.high)
-        scaled = low + float(coordinate) * (high - low)
-        value = min(max(math.exp(scaled) if self.is_log else scaled, self.low), self.high)
+        scaled = low + share * (high - low)
+        value = min(max(float(np.exp(scaled)) if self.is_log else scaled, self.low), self.high)
         if self.step is None:
             return value
         steps = min(max(round(value / self.step), math.ceil(self.low / self.step)), math.floor(self.high / self.step))
         return steps * self.step
 
+    def encode(self, value: Any) -> Any:
+        low, high = self._scaled(self.low), self._scaled(self.high)
+        return min(max((self._scaled(value) - low) / (high - low), 0.0), 1.0)
+
+    def decode(self, coordinate: Any) -> Any:
+        return self.at(float(coordinate))
+
     def _scaled(self, value: float) -> float:
-        return math.log(value) if self.is_log else value
+        return float(np.log(value)) if self.is_log else value
 
 
 Parameter = Categorical | Integer | Continuous
+
+
+def _index(share: float, size: int) -> int:
+    """Returns the index of `size` equal parts of [0, 1] that `share` lies in, the lower one on a border."""
+    return max(math.ceil(share * size) - 1, 0)
 
 
 def read_parameter(options: Any) -> Parameter:
@@ -214,14 +221,14 @@ def draw(
         assert None not in lists
         combinations = (dict(zip(space, values, strict=True)) for values in itertools.product(*lists))  # type: ignore[arg-type]
         return next((values for values in combinations if _key(values) not in tried), None)
-    rng = np.random.default_rng([seed, len(trials)])
+    rng = random.Random(f"{seed} {len(trials)}")
     if method == "random" or all(one["value"] is None for one in trials):
-        return {name: one.sample(rng) for name, one in space.items()}
-    values = _suggest(space, trials, maximize=maximize, seed=int(rng.integers(2**31)))
+        return {name: one.at(rng.random()) for name, one in space.items()}
+    values = _suggest(space, trials, maximize=maximize, seed=rng.randrange(2**31))
     for _ in range(MAX_REDRAWS):
         if _key(values) not in tried:
             break
-        values = {name: one.sample(rng) for name, one in space.items()}
+        values = {name: one.at(rng.random()) for name, one in space.items()}
     return values
 
 
@@ -230,7 +237,7 @@ def _suggest(space: dict[str, Parameter], trials: list[dict[str, Any]], *, maxim
 
     Failed trials count as the worst of the others.
     """
-    from bayes_opt import BayesianOptimization
+    from bayes_opt import BayesianOptimization, acquisition
 
     values = {name: one.listed[0] for name, one in space.items() if one.listed is not None and len(one.listed) == 1}
     varied = {name: one for name, one in space.items() if name not in values}
@@ -243,6 +250,7 @@ def _suggest(space: dict[str, Parameter], trials: list[dict[str, Any]], *, maxim
         optimizer = BayesianOptimization(
             f=None,
             pbounds={name: one.bounds for name, one in varied.items()},
+            acquisition_function=acquisition.UpperConfidenceBound(kappa=EXPLORATION),
             random_state=seed,
             verbose=0,
             allow_duplicate_points=True,

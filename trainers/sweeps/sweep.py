@@ -125,7 +125,11 @@ def run_sweep(sweep: Sweep, output: Path, *, num_trials: int, seed: int) -> list
     Each is a dictionary of `trial`, `parameters`, `value` of the metric (None if it failed) and `seconds`. Raises
     ValueError if three in succession fail, or if a trial of this sweep is running elsewhere.
     """
-    open_folder(output, MARKER, {"sweep": sweep.config, "seed": seed}, notes={"command": sys.argv})
+    identity = {"sweep": sweep.config, "seed": seed}
+    if sweep.config["method"] == "bayes":
+        # Folders without this key hold trials of wandb's sampler, whose choices cannot be continued.
+        identity["sampler"] = "bayesian-optimization"
+    open_folder(output, MARKER, identity, notes={"command": sys.argv})
     trials, num_failures = jsonl.read(output / TRIALS), 0
     with (
         _locked(output) as lock,

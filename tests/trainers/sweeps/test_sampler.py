@@ -1,6 +1,7 @@
 """Sampler of sweeps: distributions, faults in parameters, and the choice of the next trial by each method."""
 
 import math
+import random
 import re
 from typing import Any
 
@@ -36,9 +37,9 @@ def space(**parameters: Any) -> dict[str, Parameter]:
     return {name: read_parameter(options) for name, options in parameters.items()}
 
 
-def sample(options: dict[str, Any], num: int = 2000) -> list[Any]:
-    parameter, rng = read_parameter(options), np.random.default_rng(0)
-    return [parameter.sample(rng) for _ in range(num)]
+def quantiles(options: dict[str, Any], num: int = 2000) -> list[Any]:
+    parameter = read_parameter(options)
+    return [parameter.at((index + 0.5) / num) for index in range(num)]
 
 
 @pytest.mark.parametrize(("options", "message"), FAULTS)
@@ -47,38 +48,59 @@ def test_read_parameter_rejects_faults(options: Any, message: str) -> None:
         read_parameter(options)
 
 
-def test_sample_of_listed_values_follows_their_probabilities() -> None:
-    assert sample({"value": "x"}, 3) == ["x"] * 3
-    equal = sample({"values": ["a", [1, 2]]})
-    assert equal.count("a") == pytest.approx(1000, abs=100) and [1, 2] in equal
-    skewed = sample({"values": [1, 2, 3], "probabilities": [0.2, 0.8, 0]})
-    assert skewed.count(1) == pytest.approx(400, abs=80) and 3 not in skewed
+def test_listed_values_follow_their_probabilities() -> None:
+    assert quantiles({"value": "x"}, 3) == ["x"] * 3
+    equal = quantiles({"values": ["a", [1, 2]]})
+    assert equal.count("a") == 1000 and [1, 2] in equal
+    skewed = quantiles({"values": [1, 2, 3], "probabilities": [0.2, 0.8, 0]})
+    assert skewed.count(1) == 400 and 3 not in skewed
 
 
-def test_sample_of_ranges_stays_in_bounds_and_follows_the_scale() -> None:
-    assert set(sample({"min": 1, "max": 3})) == {1, 2, 3}
-    assert np.mean(sample({"min": 2, "max": 4.0})) == pytest.approx(3, abs=0.05)
-    logs = [math.log10(one) for one in sample({"distribution": "log_uniform_values", "min": 1.0e-4, "max": 1.0e-2})]
-    assert min(logs) >= -4 and max(logs) <= -2 and np.mean(logs) == pytest.approx(-3, abs=0.05)
+def test_ranges_are_uniform_on_their_scale() -> None:
+    assert set(quantiles({"min": 1, "max": 3})) == {1, 2, 3}
+    assert np.mean(quantiles({"min": 2, "max": 4.0})) == pytest.approx(3)
+    logs = [math.log10(one) for one in quantiles({"distribution": "log_uniform_values", "min": 1.0e-4, "max": 1.0e-2})]
+    assert min(logs) >= -4 and max(logs) <= -2 and np.mean(logs) == pytest.approx(-3)
 
 
-def test_sample_of_quantized_ranges_is_a_multiple_of_q_in_bounds() -> None:
-    whole = sample({"distribution": "q_uniform", "min": 3, "max": 17, "q": 5})
+def test_quantised_ranges_are_multiples_of_q_within_bounds() -> None:
+    whole = quantiles({"distribution": "q_uniform", "min": 3, "max": 17, "q": 5})
     assert set(whole) == {5, 10, 15} and all(type(one) is int for one in whole)
-    assert set(sample({"distribution": "q_uniform", "min": 0.0, "max": 1.0, "q": 0.5})) == {0.0, 0.5, 1.0}
-    assert set(sample({"distribution": "q_log_uniform_values", "min": 1, "max": 4})) == {1, 2, 3, 4}
+    assert set(quantiles({"distribution": "q_uniform", "min": 0.0, "max": 1.0, "q": 0.5})) == {0.0, 0.5, 1.0}
+    assert set(quantiles({"distribution": "q_log_uniform_values", "min": 1, "max": 4})) == {1, 2, 3, 4}
+
+
+def test_random_equals_the_sampler_of_wandb() -> None:
+    """Values drawn by `sweeps` 0.3.0, the sampler in use before: its sweeps continue."""
+    parameters = space(
+        rate={"distribution": "log_uniform_values", "min": 0.0005, "max": 0.02},
+        blocks={"values": [1, 2]},
+        steps={"value": 6},
+        depth={"min": 1, "max": 9},
+        kind={"values": ["a", "b", "c"], "probabilities": [0.2, 0.5, 0.3]},
+        size={"distribution": "q_uniform", "min": 10, "max": 90, "q": 5},
+    )
+    trials = [{"parameters": {}, "value": 0.5}] * 2
+    assert draw("random", parameters, trials, maximize=True, seed=5) == {
+        "blocks": 1,
+        "depth": 2,
+        "kind": "c",
+        "rate": 0.005048634467412073,
+        "size": 35,
+        "steps": 6,
+    }
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "log_uniform_values"])
-def test_encode_inverts_decode(distribution: str) -> None:
+def test_encode_inverts_at(distribution: str) -> None:
     parameter = read_parameter({"distribution": distribution, "min": 0.01, "max": 3.0})
     assert isinstance(parameter, Continuous)
-    assert [parameter.encode(parameter.decode(share)) for share in (0.0, 0.3, 1.0)] == pytest.approx([0.0, 0.3, 1.0])
+    assert [parameter.encode(parameter.at(share)) for share in (0.0, 0.3, 1.0)] == pytest.approx([0.0, 0.3, 1.0])
 
 
 def test_grid_lists_all_combinations_once_whatever_was_tried_first() -> None:
     grid = space(y={"values": ["a", "b"]}, x={"min": 1, "max": 2}, z={"value": 0})
-    trials = [{"parameters": {"x": 2, "y": "a", "z": 0}, "value": 1.0}]
+    trials: list[dict[str, Any]] = [{"parameters": {"x": 2, "y": "a", "z": 0}, "value": 1.0}]
     while (values := draw("grid", grid, trials, maximize=True, seed=0)) is not None:
         trials.append({"parameters": values, "value": None})
     assert sorted((one["parameters"]["x"], one["parameters"]["y"]) for one in trials) == [
@@ -135,6 +157,6 @@ def test_draw_depends_on_the_seed_and_the_trials_alone(method: str) -> None:
     trials = [{"parameters": {"x": 0.1, "y": 2}, "value": 1.0}, {"parameters": {"x": 0.9, "y": 1}, "value": 0.5}]
     reordered = dict(reversed(parameters.items()))
     first = draw(method, parameters, trials, maximize=True, seed=3)
-    np.random.seed(7)
+    random.seed(7)
     assert draw(method, reordered, trials, maximize=True, seed=3) == first
     assert draw(method, parameters, trials, maximize=True, seed=4) != first
