@@ -39,10 +39,14 @@ MAX_TRAINING_THREADS = 4  # more threads slow small models down
 NEXT = """
 The report is {output}/bakeoff.html, the plot bakeoff.png, and the table bakeoff.md, .csv and .json. Next steps:
 
-  draftsmith generate --draft {drafter} --show-drafts 'def main('      shows which drafted tokens are accepted
-  draftsmith inspect {drafter}                                 shows the drafter's manifest
-  ./launch.sh quickstart --target MODEL --data PROMPTS.jsonl --output runs/mine     does all this for your model
-  ./launch.sh --help                                                   lists all recipes; each has its own --help
+  # generate text and mark the drafted tokens that are accepted
+  draftsmith generate --draft {drafter} --show-drafts 'def main('
+  # show the drafter's manifest
+  draftsmith inspect {drafter}
+  # do all this for your own model and prompts
+  ./launch.sh quickstart --target MODEL --data PROMPTS.jsonl --output runs/mine
+  # list all recipes; each has its own --help
+  ./launch.sh --help
 """
 
 
