@@ -69,7 +69,7 @@ def loss(drafters: Sequence[Drafter], batch: Batch, settings: Settings, target: 
 
 
 def evaluate(drafter: Sequence[Drafter] | Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and how often both laws' likeliest agree.
+    """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and the rate of agreement of both argmaxes.
 
     Of several exit layers the mean, and the acceptance of each.
     """

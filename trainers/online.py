@@ -3,7 +3,7 @@
 Verification has computed the target's logits there, so that the target is not run again. Weights change between calls
 of `generate` only, so that the verifier gets the distribution that tokens were sampled from.
 
-Shape suffixes: B rows, T positions, R rejections, K likeliest tokens kept, V vocabulary.
+Shape suffixes: B rows, T positions, R rejections, K most likely tokens kept, V vocabulary.
 """
 
 import importlib

@@ -1,6 +1,7 @@
 """Tests of n-gram drafts: the mixture of model and text against its formula, the drafts, and the trainer."""
 
 from collections import Counter
+from functools import partial
 from math import log
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.ngram import Config, Drafter
 from draftsmith.drafters.ngram.kneser_ney import KneserNey
+from tests.support import runs
 from tests.support.distributions import PROMPT
 from tests.support.family import Watched, check_family, check_greedy, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_target
@@ -30,7 +32,6 @@ from trainers import ngram
 from trainers.corpora.kneser_ney import build, count_ngrams
 from trainers.ngram import evaluate
 from trainers.training.loop import train
-from trainers.training.run_settings import RunSettings
 
 EXAMPLE = Config(num_draft=4, length="fixed")
 VOCAB_SIZE = 5
@@ -198,9 +199,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
-    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
-    return RunSettings(**{**paths, "batch_size": 4, **changes})
+run_settings = partial(runs.run_settings, batch_size=4)
 
 
 def test_resumed_build_gives_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

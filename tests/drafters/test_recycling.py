@@ -1,5 +1,6 @@
 """Tests of Token Recycling: the matrix against a dictionary, trees with unknown tokens, and the trained start."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import recycling
 from draftsmith.drafters.recycling import TREE, Config, Drafter, static_tree
+from tests.support import runs
 from tests.support.family import Alternating, Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
 from tests.support.runs import make_data, make_target, trainer_settings
 from trainers import recycling as trainer
 from trainers.corpora import corpus
 from trainers.training.loop import train
-from trainers.training.run_settings import RunSettings
 
 SMALL = Config(num_successors=4, tree=static_tree((4, 5, 3), 4))
 EXAMPLE = SMALL
@@ -325,9 +326,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_settings(folder: Path, name: str) -> RunSettings:
-    target, data, output = (str(folder / one) for one in ("target", "data", name))
-    return RunSettings(target=target, data=data, output=output, max_steps=8, batch_size=4)
+run_settings = partial(runs.run_settings, max_steps=8, batch_size=4)
 
 
 def test_resumed_run_gives_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.drafters import rest
 from draftsmith.drafters.rest import UNSEEN, Config, Drafter
 from draftsmith.parts.trie import TokenTree
+from tests.support import runs
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
 from tests.support.retrieval import DOCUMENTS, TOKENS, paths_of, shards_for, slow_match
@@ -36,7 +38,6 @@ from trainers import rest as trainer
 from trainers.corpora import corpus, suffix_arrays
 from trainers.corpora.suffix_arrays import build, group_texts
 from trainers.training.loop import train
-from trainers.training.run_settings import RunSettings
 
 
 def stored(target: Target) -> Drafter:
@@ -195,9 +196,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
-    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
-    return RunSettings(**{**paths, "batch_size": 4, **changes})
+run_settings = partial(runs.run_settings, batch_size=4)
 
 
 def shards_of(output: Path) -> list[bytes]:

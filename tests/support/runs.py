@@ -16,6 +16,7 @@ from data.prompts import Prompt
 from data.pseudo_data import PseudoDataSettings, write_pseudo_data
 from draftsmith import Target
 from tests.support.models import CONTEXT, VOCAB_SIZE, tiny_model, tiny_tokenizer
+from trainers.training.run_settings import RunSettings
 from trainers.training.settings import flat, from_flat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +56,12 @@ def trainer_settings(trainer: ModuleType, **values: Any) -> Any:
     """Returns a trainer's settings from values under the names of the command line."""
     assert values.keys() <= flat(trainer.Settings()).keys(), values
     return from_flat(trainer.Settings, values)
+
+
+def run_settings(folder: Path, name: str, **settings: Any) -> RunSettings:
+    """Returns settings of a run on the target and data in `folder`, with its output in the subfolder `name`."""
+    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
+    return RunSettings(**{**paths, **settings})
 
 
 def command(recipe: str, *launcher: str, **settings: Any) -> list[str]:

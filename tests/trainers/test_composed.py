@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,13 +14,13 @@ import draftsmith
 from draftsmith import Target
 from draftsmith.core.model_info import read_target_info
 from draftsmith.drafters import lm, lookup, medusa
+from tests.support import runs
 from tests.support.family import Watched, built, texts
 from tests.support.models import VOCAB_SIZE, tiny_config
 from tests.support.runs import command, make_data, make_target, run, trainer_settings
 from trainers import cascade, merge, staged
 from trainers.training import checkpoints
 from trainers.training.loop import train
-from trainers.training.run_settings import RunSettings
 
 SMALL = tiny_config("llama", vocab_size=VOCAB_SIZE, num_hidden_layers=1).to_dict()
 PARTS = {cascade: ("looks", "heads"), merge: ("looks", "heads"), staged: ("model", "looks")}
@@ -44,9 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
-    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
-    return RunSettings(**{**paths, "batch_size": 2, "max_held_out": 2, **changes})
+run_settings = partial(runs.run_settings, batch_size=2, max_held_out=2)
 
 
 def paths_of(folder: Path, trainer: ModuleType) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,10 +19,10 @@ import draftsmith
 import trainers
 from data.pseudo_data import read_pseudo_data
 from data.store import TeacherStoreSettings, write_teacher_store
+from tests.support import runs
 from tests.support.runs import SMALL, command, logged, make_data, make_target, run, weights
 from trainers.training import checkpoints
 from trainers.training.loop import train
-from trainers.training.run_settings import RunSettings
 from trainers.training.settings import flat
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -53,9 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
-    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
-    return RunSettings(**{**paths, **SMALL, **changes})
+run_settings = partial(runs.run_settings, **SMALL)
 
 
 def losses(output: Path) -> list[float]:

@@ -5,6 +5,7 @@ Shape suffixes: B rows, T positions, K heads, V vocabulary.
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.parts.self_drafting.fine_tuned import linear_layers
+from tests.support import runs
 from tests.support.models import VOCAB_SIZE, tiny_model
 from tests.support.runs import SMALL, command, logged, make_data, make_target, run, trainer_settings, weights
 from trainers import medusa2
 from trainers.training import checkpoints, gradient
 from trainers.training.loop import train
-from trainers.training.run_settings import RunSettings
 
 TARGET = Target(tiny_model("llama"))
 FACTORS = {"num_heads": 2, "rank": 3, "alpha": 2.0, "dropout": 0.0}
@@ -242,9 +243,7 @@ def unbroken(folder: Path) -> Path:
     return train(medusa2, settings_of(dropout=0.1, tree_nodes=4), run_settings(folder, "unbroken"))
 
 
-def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
-    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
-    return RunSettings(**{**paths, **SMALL, "learning_rate": 0.01, **changes})
+run_settings = partial(runs.run_settings, **SMALL | {"learning_rate": 0.01})
 
 
 def test_a_run_keeps_the_target_and_saves_a_fine_tuned_one(folder: Path, unbroken: Path) -> None:

@@ -1,6 +1,7 @@
 """Draft models with another vocabulary: a given model, and a trained one."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import draftsmith
 from draftsmith import Target
 from draftsmith.core.model_info import read_target_info
 from tests.drafters.test_translated import NUM_NEW, drafter_for, text_rows
+from tests.support import runs
 from tests.support.family import texts
 from tests.support.runs import SMALL, command, make_data, run, trainer_settings
 from tests.support.vocabularies import shared_target, tokenizer
 from trainers import translated as trainer
 from trainers.training.loop import train
-from trainers.training.run_settings import RunSettings
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
-    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
-    return RunSettings(**{**paths, **SMALL, "max_length": 64, "held_out_share": 0.1, "max_held_out": 4, **changes})
+run_settings = partial(runs.run_settings, **SMALL | {"max_length": 64, "held_out_share": 0.1, "max_held_out": 4})
 
 
 def test_a_given_model_is_used_unchanged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

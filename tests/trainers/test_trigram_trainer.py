@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import draftsmith
 from data.pseudo_data import read_pseudo_data
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.drafters.trigram.compiled import Table
+from tests.support import runs
 from tests.support.models import VOCAB_SIZE
 from tests.support.runs import make_data, make_target, trainer_settings
 from trainers import trigram
 from trainers.corpora.corpus import documents
 from trainers.training.loop import train
-from trainers.training.run_settings import RunSettings
 from trainers.trigram import build, count
 
 CORPUS = some.lists(some.lists(some.integers(0, 3), max_size=9), max_size=8)
@@ -134,7 +135,7 @@ def test_a_budget_prints_what_it_drops(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny target in `target` and its text in `data`."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("runs")
@@ -142,18 +143,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_settings(folder: Path, name: str) -> RunSettings:
-    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
-    return RunSettings(**paths, batch_size=4, max_held_out=2)
+run_settings = partial(runs.run_settings, batch_size=4, max_held_out=2)
 
 
-def test_a_run_counts_the_targets_text(runs: Path) -> None:
+def test_a_run_counts_the_targets_text(run_folder: Path) -> None:
     """Prompts are context only: the first supervised token is preceded by two prompt tokens."""
-    output = train(trigram, trainer_settings(trigram, num_sequences=5, bump=0.0), run_settings(runs, "run"))
-    target = draftsmith.Target.from_pretrained(str(runs / "target"), dtype="float32")
+    output = train(trigram, trainer_settings(trigram, num_sequences=5, bump=0.0), run_settings(run_folder, "run"))
+    target = draftsmith.Target.from_pretrained(str(run_folder / "target"), dtype="float32")
     drafter = draftsmith.load(output, target)
     assert drafter.config.num_sequences == 5 and drafter.config.bump == 0
-    rows = list(map(read_pseudo_data(runs / "data").__getitem__, range(20)))
+    rows = list(map(read_pseudo_data(run_folder / "data").__getitem__, range(20)))
     texts = [text.tolist() for text in documents(rows, context=2)]
     assert all(len(text) <= 18 for text in texts)
     found, every = read(drafter.table, VOCAB_SIZE), expected(texts, 12)
@@ -162,9 +161,9 @@ def test_a_run_counts_the_targets_text(runs: Path) -> None:
     assert 0 <= acceptance <= 5
 
 
-def test_an_interrupted_build_ends_with_the_same_bytes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_ends_with_the_same_bytes(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = trainer_settings(trigram, part_documents=6)
-    whole = train(trigram, chosen, run_settings(runs, "whole"))
+    whole = train(trigram, chosen, run_settings(run_folder, "whole"))
     calls = []
 
     def stopped(texts: Any, vocab_size: int) -> dict[str, np.ndarray]:
@@ -175,19 +174,19 @@ def test_an_interrupted_build_ends_with_the_same_bytes(runs: Path, monkeypatch: 
 
     monkeypatch.setattr(trigram, "count", stopped)
     with pytest.raises(KeyboardInterrupt):
-        train(trigram, chosen, run_settings(runs, "killed"))
-    assert len(list((runs / "killed" / "parts").glob("*.safetensors"))) == 2
-    killed = train(trigram, chosen, run_settings(runs, "killed"))
+        train(trigram, chosen, run_settings(run_folder, "killed"))
+    assert len(list((run_folder / "killed" / "parts").glob("*.safetensors"))) == 2
+    killed = train(trigram, chosen, run_settings(run_folder, "killed"))
     assert calls[:3] == [6, 6, 6] and sum(calls[2:]) == sum(calls) - 12, "parts that are there are not made again"
     names = sorted(file.name for file in whole.glob("*.npy"))
     assert len(names) == 4
     assert [(killed / name).read_bytes() for name in names] == [(whole / name).read_bytes() for name in names]
 
 
-def test_a_vocabulary_too_large_to_count_raises(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vocabulary_too_large_to_count_raises(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trigram, "LARGEST_VOCABULARY", VOCAB_SIZE - 1)
     with pytest.raises(ValueError, match=f"the target has {VOCAB_SIZE} tokens; at most"):
-        train(trigram, trigram.Settings(), run_settings(runs, "large"))
+        train(trigram, trigram.Settings(), run_settings(run_folder, "large"))
 
 
 @pytest.mark.parametrize(

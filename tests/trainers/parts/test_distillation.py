@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import draftsmith
 from data.batches import Batch
 from data.teacher import complete
 from draftsmith.artifacts.artifact import read_manifest
+from tests.support import runs
 from tests.support.masked_batch import masked_batch
 from tests.support.models import tiny_target
 from tests.support.runs import SMALL, logged, make_data, make_target, trainer_settings, weights
@@ -21,7 +23,6 @@ from trainers.parts.distillation import BEST_METRIC, run_acceptance, summarise
 from trainers.training import checkpoints, evaluation
 from trainers.training.evaluation import ON_DRAFT_TEXT
 from trainers.training.loop import train
-from trainers.training.run_settings import RunSettings
 
 TARGET = tiny_target("llama")
 SETTINGS = trainer_settings(lstm, hidden_size=24, rank=16, num_draft=3, loss="forward_kl", on_policy=0.5)
@@ -36,9 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
-    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
-    return RunSettings(**{**paths, **SMALL, **changes})
+run_settings = partial(runs.run_settings, **SMALL)
 
 
 def batch() -> Batch:

@@ -1,6 +1,7 @@
 """Logs: metric names in log.jsonl and wandb for every family, and the last line after an interruption."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import wandb
 from transformers.integrations.integration_utils import rewrite_logs
 
+from tests.support import runs
 from tests.support.runs import SMALL, make_data, make_target, trainer_settings
 from tests.support.wandb_files import read_wandb
 from trainers import layerskip, lookup, medusa
@@ -33,9 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_settings(folder: Path, name: str, **changes: Any) -> RunSettings:
-    paths = {"target": str(folder / "target"), "data": str(folder / "data"), "output": str(folder / name)}
-    return RunSettings(**{**paths, **SMALL, "max_steps": 2, **changes})
+run_settings = partial(runs.run_settings, **SMALL | {"max_steps": 2})
 
 
 def lines(output: Path) -> list[dict[str, float]]:
