@@ -31,7 +31,7 @@ class TargetInfo:
 
     @property
     def tokenizer_hash(self) -> str | None:
-        """As `Target.tokenizer_hash`."""
+        """A hash of the tokenizer's vocabulary, None without a tokenizer."""
         return tokenizer_hash(self.tokenizer)
 
 

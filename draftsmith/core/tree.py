@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 SamplingScheme = Literal["deterministic", "independent", "without_replacement", "top_and_drawn"]
-"""How siblings were chosen, in node order: not sampled; each from the draft distribution after their parent; each from
-that distribution without the siblings before it; its most likely tokens, then a last one sampled from the rest."""
+"""The siblings of a tree are, in node order: not sampled; each sampled from the draft distribution after their parent;
+each from that distribution without the siblings before it; its most likely tokens, then one sampled from the rest."""
 
 INVALID_PARENTS = "parents are {}; the first must be -1, each other an earlier node, and all rows equally long"
 
@@ -96,7 +96,7 @@ class Draft:
     """Row i is the distribution of the children of node i; None if the draft is deterministic."""
     sampling_scheme: SamplingScheme = "deterministic"
     resume_point: ResumePoint | None = None
-    """Where verification resumes, if the drafter ran the target's first blocks over these very nodes."""
+    """The partial forward to resume from, if the drafter ran the target's first blocks over these nodes."""
 
     def valid_BN(self) -> Tensor | None:
         """Returns the mask [B, N] of the nodes used, or None if all are."""
@@ -117,7 +117,7 @@ class Verdict:
     next_token_B: Tensor
     """The token after the path: correction or bonus."""
     next_probs_BV: Tensor | None = None
-    """What it was sampled from, not normalised; None for verifiers that sample a token at each node."""
+    """Its probabilities, not normalised; None for verifiers that sample a token at each node."""
 
     def to_host(self) -> tuple[list[list[int]], list[int]]:
         """Returns each row's accepted nodes and next token, in a single transfer."""

@@ -232,7 +232,7 @@ class ExpectedGain:
         self._plan()
 
     def _plan(self) -> None:
-        """Chooses the next round: a trial's length, or the best length and the least acceptance rate worth a token."""
+        """Chooses the next round: a trial's length, or the best length and the least acceptance rate that pays."""
         costs = self._costs()
         self.best, rate = best_length([self._by_index.of(index) for index in range(self._num_draft)], costs)
         self._least_rate = rate * (costs[-1] - costs[1]) / max(self._num_draft - 1, 1)

@@ -50,7 +50,7 @@ class Verifier:
     name: str
     is_lossless: bool
     sampling: Sampling
-    """How the target probabilities that it reads are computed from logits."""
+    """Sampling settings of the target probabilities that it reads."""
     verify: Callable[[Tensor, Draft, Tensor], Verdict]
 
 

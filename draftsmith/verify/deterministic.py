@@ -1,8 +1,8 @@
 """Verification of deterministic drafts: samples a token from the target at each node and accepts the equal child.
 
-The output is what was sampled, so it has the target's distribution whatever the children are; no rule accepts a
-deterministic child more often than its target probability. Sampling anew for each branch would favour nodes that
-several branches share.
+The output is the sampled tokens, so it has the target's distribution for any children; no rule accepts a deterministic
+child more often than its target probability. Sampling separately for each branch would favour nodes that several
+branches share.
 
 Shape suffixes: B rows, N nodes, V vocabulary.
 """

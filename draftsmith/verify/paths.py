@@ -1,4 +1,4 @@
-"""What verifiers share: following accepted paths in a tree, sets of siblings, sampling the next token.
+"""Parts of verifiers: following accepted paths in a tree, sets of siblings, sampling the next token.
 
 Shape suffixes: B rows, N nodes, V vocabulary, P length of the longest accepted path, X a subset of the rows.
 """
@@ -13,7 +13,7 @@ from draftsmith.core.tree import Draft, Verdict
 def walk(choice_BN: Tensor, draft: Draft) -> Verdict:
     """Follows, from node 0, the child that equals the token chosen at each node; the choice at the last one is next.
 
-    Each node's choice is made once, whatever its children are, so that the output has the distribution of the choices.
+    Each node's choice is made once and does not depend on its children, so the output has the choices' distribution.
     """
     tree, tokens_BN = draft.tree, draft.tokens_BN
     parents_BN = tree.parents_RN.clamp(min=0).expand_as(tokens_BN)
