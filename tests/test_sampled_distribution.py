@@ -11,7 +11,6 @@ import torch
 
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Verdict
-from tests.support.biased_verifiers import accept_by_target_probability, reuse_one_uniform, sample_for_each_child
 from tests.support.distributions import (
     FALSE_ALARM,
     check_distribution,
@@ -21,6 +20,7 @@ from tests.support.distributions import (
     p_value,
 )
 from tests.support.drafters import sampled_drafter
+from tests.support.verify.biased_verifiers import accept_by_target_probability, reuse_one_uniform, sample_for_each_child
 
 NUM_SAMPLES = 20_000
 

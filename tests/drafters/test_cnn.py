@@ -1,4 +1,4 @@
-"""Tests of the convolutional drafter and its trainer; see also tests/support/recurrent_checks.py."""
+"""Tests of the convolutional drafter and its trainer; see also tests/support/families/recurrent_checks.py."""
 
 import dataclasses
 from pathlib import Path
@@ -11,15 +11,15 @@ from torch.nn import functional
 import draftsmith
 from draftsmith.drafters import cnn
 from draftsmith.drafters.cnn import Config, Drafter
-from tests.support.family import built, check_family
-from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
-from tests.support.recurrent_checks import (
+from tests.support.families.recurrent_checks import (
     check_on_policy,
     check_recurrent,
     check_run_on_pairs,
     check_shortlist,
     source_of,
 )
+from tests.support.family import built, check_family
+from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
 from tests.support.runs import trainer_settings
 from trainers import cnn as trainer
 

@@ -19,7 +19,7 @@ from draftsmith.core.tree import Draft, Tree
 from draftsmith.drafters import eagle3
 from draftsmith.drafters.eagle3 import Config, Drafter
 from draftsmith.length.target_confidence import TargetConfidenceThreshold
-from tests.parts.test_layers import naive_attention
+from tests.parts.neural.test_layers import naive_attention
 from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, built, check_family
 from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_target

@@ -17,7 +17,7 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import early_exit
 from draftsmith.drafters.early_exit import Config, Drafter
-from tests.parts.test_layers import naive_attention
+from tests.parts.neural.test_layers import naive_attention
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import NUM_LAYERS, WIDTH, greedy_by_transformers, padded, prompts, tiny_model, tiny_target
 from tests.support.runs import trainer_settings

@@ -4,6 +4,7 @@ A family's own test defines `EXAMPLE`, a configuration, or a function of the tar
 """
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,13 @@ NUM_NEW = 20
 NUM_SAMPLES = 20_000
 
 
+def example_of(family: str) -> Any:
+    return importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE
+
+
 def check(family: str, architecture: str, dtype: torch.dtype, *batches: tuple[int, str]) -> None:
     target = tiny_target(architecture, dtype=dtype)
-    drafter = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, target)
+    drafter = built(find(family), example_of(family), target)
     for num_rows, side in batches:
         ids, mask = padded(prompts(num_rows), side=side)
         watched = Watched(drafter)
@@ -52,7 +57,9 @@ def test_greedy_output_equals_transformers(family: str, architecture: str) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("architecture", CAUSAL)
 @pytest.mark.parametrize("family", names())
-def test_greedy_output_equals_transformers_in_both_precisions_and_paddings(family: str, architecture: str, dtype: torch.dtype) -> None:
+def test_greedy_output_equals_transformers_in_every_precision(
+    family: str, architecture: str, dtype: torch.dtype
+) -> None:
     check(family, architecture, dtype, (1, "right"), (5, "left"), (5, "right"))
 
 
@@ -60,7 +67,7 @@ def test_greedy_output_equals_transformers_in_both_precisions_and_paddings(famil
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 5}], ids=str)
 @pytest.mark.parametrize("family", names())
 def test_sampled_text_follows_the_target_distribution(family: str, settings: dict[str, float]) -> None:
-    drafter = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, distribution_target())
+    drafter = built(find(family), example_of(family), distribution_target())
     check_distribution(drafter, drafter.target, num_samples=NUM_SAMPLES, seed=2, **settings)
 
 
@@ -68,7 +75,7 @@ def test_sampled_text_follows_the_target_distribution(family: str, settings: dic
 @pytest.mark.parametrize("family", names())
 def test_greedy_output_equals_transformers_on_a_gpu(family: str) -> None:
     target = Target(tiny_model("llama").to("cuda"))
-    drafter = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, target)
+    drafter = built(find(family), example_of(family), target)
     for num_rows in (1, 5):
         ids, mask = (tensor.cuda() for tensor in padded(prompts(num_rows), side="left"))
         given = {"attention_mask": mask, "max_new_tokens": NUM_NEW}

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
 from draftsmith.drafters.suffix.growing_text import GrowingText
-from tests.support.retrieval import DOCUMENTS, TOKENS, VOCAB_SIZE, slow_match
+from tests.support.families.retrieval import DOCUMENTS, TOKENS, VOCAB_SIZE, slow_match
 
 FEW = settings(max_examples=50, deadline=None)
 DEPTH = 6

@@ -18,7 +18,7 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.drafters import hydra
 from draftsmith.drafters.hydra import Config, Drafter
-from tests.parts.test_layers import naive_attention
+from tests.parts.neural.test_layers import naive_attention
 from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import VOCAB_SIZE, WIDTH, greedy_by_transformers, padded, prompts, tiny_target

@@ -1,4 +1,4 @@
-"""Tests of the LSTM drafter and its trainer; see also tests/support/recurrent_checks.py."""
+"""Tests of the LSTM drafter and its trainer; see also tests/support/families/recurrent_checks.py."""
 
 import dataclasses
 from pathlib import Path
@@ -13,9 +13,7 @@ import draftsmith
 from draftsmith.drafters import lstm
 from draftsmith.drafters.lstm import Config, Drafter, dropped
 from draftsmith.parts.neural import tied_heads
-from tests.support.family import built, check_family
-from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
-from tests.support.recurrent_checks import (
+from tests.support.families.recurrent_checks import (
     check_on_policy,
     check_recurrent,
     check_run_on_pairs,
@@ -23,6 +21,8 @@ from tests.support.recurrent_checks import (
     check_steps,
     source_of,
 )
+from tests.support.family import built, check_family
+from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
 from tests.support.runs import trainer_settings
 from trainers import lstm as trainer
 

@@ -29,10 +29,10 @@ from draftsmith.drafters import rest
 from draftsmith.drafters.rest import UNSEEN, Config, Drafter
 from draftsmith.parts.trie import TokenTree
 from tests.support import runs
+from tests.support.families.retrieval import DOCUMENTS, TOKENS, paths_of, shards_for, slow_match
+from tests.support.families.retrieval import VOCAB_SIZE as FEW_TOKENS
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
-from tests.support.retrieval import DOCUMENTS, TOKENS, paths_of, shards_for, slow_match
-from tests.support.retrieval import VOCAB_SIZE as FEW_TOKENS
 from tests.support.runs import command, environment, make_data, make_target, trainer_settings
 from trainers import rest as trainer
 from trainers.corpora import corpus, suffix_arrays

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from draftsmith.drafters.translated.spelling import BOS, EOS, Vocabulary, longest_run
+from tests.support.families.vocabularies import EXACT, LETTERS, TOKENIZERS, between, tokenizer, vocabulary
 from tests.support.text import trained_tokenizer
-from tests.support.vocabularies import EXACT, LETTERS, TOKENIZERS, between, tokenizer, vocabulary
 
 PIECES = [*LETTERS, "def ", "    ", "<eos>", "naïve", "日本語", "👩‍💻", "\x00", "�"]
 

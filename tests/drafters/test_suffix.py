@@ -20,10 +20,10 @@ from draftsmith.drafters import suffix
 from draftsmith.drafters.suffix import Config, Drafter
 from draftsmith.drafters.suffix.growing_text import GrowingText
 from draftsmith.parts.trie import TokenTree
+from tests.support.families.retrieval import DOCUMENTS, TOKENS, paths_of, shards_for
+from tests.support.families.retrieval import VOCAB_SIZE as FEW_TOKENS
 from tests.support.family import Alternating, Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_target
-from tests.support.retrieval import DOCUMENTS, TOKENS, paths_of, shards_for
-from tests.support.retrieval import VOCAB_SIZE as FEW_TOKENS
 from tests.support.runs import make_data, make_target, trainer_settings
 from trainers import suffix as trainer
 from trainers.corpora import suffix_arrays

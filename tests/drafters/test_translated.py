@@ -19,9 +19,9 @@ from draftsmith.core.tree import Draft
 from draftsmith.drafters import translated
 from draftsmith.drafters.translated import Config, Drafter
 from tests.support.distributions import PROMPT, check_distribution, distribution_target
+from tests.support.families.vocabularies import EXACT, TOKENIZERS, shared_target, tokenizer
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, scramble, tiny_config, tiny_target
-from tests.support.vocabularies import EXACT, TOKENIZERS, shared_target, tokenizer
 
 NUM_NEW = 20
 

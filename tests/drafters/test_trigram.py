@@ -15,9 +15,9 @@ from draftsmith.core.tree import Draft
 from draftsmith.drafters import trigram
 from draftsmith.drafters.trigram import Config, Drafter
 from tests.support.distributions import check_distribution, distribution_target
+from tests.support.families.trigram_reference import Weights, add_trigrams, extend_paths, search, table_of
 from tests.support.family import Watched, check_family, texts
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, greedy_by_transformers, padded, prompts, tiny_target
-from tests.support.trigram_reference import Weights, add_trigrams, extend_paths, search, table_of
 
 EXAMPLE = Config(num_iterations=20, num_sequences=6, num_nodes=7)
 

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from draftsmith.drafters.trigram import Config, compiled
-from tests.support.models import VOCAB_SIZE
-from tests.support.trigram_reference import (
+from tests.support.families.trigram_reference import (
     FEW,
     KNOWN,
     RECENT,
@@ -22,6 +21,7 @@ from tests.support.trigram_reference import (
     search,
     successors_of,
 )
+from tests.support.models import VOCAB_SIZE
 
 
 @FEW

@@ -31,11 +31,11 @@ from eval.certificate.identity import GreedySettings
 from eval.certificate.sampled import GROUPINGS, SampledTestSettings, parse_sampling
 from eval.lossless import INCONCLUSIVE, LOSSLESS, LOSSY, NOT_LOSSLESS, certify, lines
 from recipes.lossless import RunSettings, main
-from tests.support.biased_verifiers import accept_by_target_probability, reuse_one_uniform, sample_for_each_child
 from tests.support.distributions import distribution_target
 from tests.support.family import built
 from tests.support.models import prompts, tiny_config, tiny_target
 from tests.support.runs import make_target, run
+from tests.support.verify.biased_verifiers import accept_by_target_probability, reuse_one_uniform, sample_for_each_child
 
 FAMILIES: dict[str, Any] = {
     "medusa": medusa.Config(num_heads=3, tree=((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))),

@@ -10,7 +10,7 @@ from hypothesis import strategies as some
 from safetensors.numpy import load_file, save_file
 
 from draftsmith.parts.suffix_array import SuffixArray, token_type
-from tests.support.retrieval import DOCUMENTS, TOKENS, VOCAB_SIZE, slow_match
+from tests.support.families.retrieval import DOCUMENTS, TOKENS, VOCAB_SIZE, slow_match
 from trainers.corpora.suffix_arrays import build
 
 FEW = settings(max_examples=60, deadline=None)

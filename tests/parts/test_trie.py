@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from draftsmith.parts.trie import TokenTree, build_trie, heaviest_nodes, heaviest_path, to_draft
-from tests.support.retrieval import paths_of
+from tests.support.families.retrieval import paths_of
 
 CONTINUATIONS = some.lists(some.tuples(some.lists(some.integers(0, 3), max_size=5), some.integers(1, 4)), max_size=8)
 

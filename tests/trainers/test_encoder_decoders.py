@@ -17,7 +17,7 @@ from draftsmith.drafters import lookup
 from eval.certificate.identity import GreedySettings
 from eval.certificate.sampled import SampledTestSettings
 from recipes import bakeoff, lossless
-from tests.support.family import FirstTokenRecorder, texts
+from tests.support.family import Watched, texts
 from tests.support.models import padded
 from tests.support.runs import make_data, make_target
 from trainers.training.loop import train
@@ -69,7 +69,7 @@ def test_trainers_without_gradient_draft_or_raise(folder: Path, name: str) -> No
         assert "encoder-decoder" in message and ". " not in message
         return
     target = Target.from_pretrained(run.target, dtype="float32")
-    drafter = FirstTokenRecorder(draftsmith.load(output, target))
+    drafter = Watched(draftsmith.load(output, target))
     data = read_pseudo_data(folder / "data", target)
     ids, mask = padded([data[at].source_S.tolist() for at in range(0, 20, 4)])
     plain = draftsmith.generate(target, ids, attention_mask=mask, max_new_tokens=12)

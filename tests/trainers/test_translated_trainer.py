@@ -13,9 +13,9 @@ from draftsmith import Target
 from draftsmith.core.model_info import read_target_info
 from tests.drafters.test_translated import NUM_NEW, drafter_for, text_rows
 from tests.support import runs
+from tests.support.families.vocabularies import shared_target, tokenizer
 from tests.support.family import texts
 from tests.support.runs import SMALL, command, make_data, run, trainer_settings
-from tests.support.vocabularies import shared_target, tokenizer
 from trainers import translated as trainer
 from trainers.training.loop import train
 

@@ -13,7 +13,7 @@ from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.verify import VERIFIERS, choose, find, greedy
 from draftsmith.verify.lossy import bild, typical
 from draftsmith.verify.research import token
-from tests.support.enumeration import VOCAB_SIZE, texts_of
+from tests.support.verify.enumeration import VOCAB_SIZE, texts_of
 
 
 def test_greedy_accepts_the_path_of_argmaxes() -> None:

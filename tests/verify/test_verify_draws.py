@@ -17,7 +17,7 @@ from torch import Tensor
 
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.verify import deterministic, greedy_drafting
-from tests.support.enumeration import (
+from tests.support.verify.enumeration import (
     EXACT,
     TOKENS,
     Distributions,

@@ -12,8 +12,8 @@ from draftsmith.verify import block, traversal
 from draftsmith.verify.lossy import lenience
 from draftsmith.verify.research import kseq, multipath, recursive, token
 from eval.bakeoff.optimal_transport import optimal_acceptance
-from tests.support import enumeration
-from tests.support.enumeration import (
+from tests.support.verify import enumeration
+from tests.support.verify.enumeration import (
     EXACT,
     VOCAB_SIZE,
     Distributions,

@@ -12,9 +12,9 @@ from data.teacher import complete
 from draftsmith import Target
 from draftsmith.drafters import cnn, lm, lstm
 from tests.support.distributions import NUM_TOKENS, PROMPT, cells, distribution_target, p_value
+from tests.support.families.recurrent_checks import fresh_logits
 from tests.support.family import built
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, prompts, tiny_config, tiny_target
-from tests.support.recurrent_checks import fresh_logits
 from trainers.parts import on_policy
 from trainers.parts.on_policy import generate_alone, rewrite_rows
 
