@@ -94,21 +94,21 @@ def certify(
     Raises ValueError for an artifact of another target, a verifier that does not fit its drafts, or too few prompts.
     """
     greedy.check_prompts(len(prompts))
-    samplings = [parse_sampling(text) for text in settings.laws]
+    samplings = [parse_sampling(text) for text in settings.samplings]
     level = settings.false_alarm / (len(GROUPINGS) * len(artifacts) * len(samplings))
     exact = cache(lambda: load("float64"))
     exact_for = cache(lambda path: draftsmith.load(path, exact()).target)
     verifier = settings.verifier if settings.is_lossy else "auto"
     test_sampled = partial(
-        sample_and_test, prompts=prompts[: settings.law_prompts], level=level, tie_tolerance=greedy.tie_tolerance
+        sample_and_test, prompts=prompts[: settings.sampled_prompts], level=level, tie_tolerance=greedy.tie_tolerance
     )
     conditions: dict[str, Any] = {}
     greedy_tests, sampled_tests = [], []
     with num_threads(settings.threads), _progress(artifacts, len(prompts), settings, greedy) as bar:
-        for dtype in dict.fromkeys([settings.law_dtype, *greedy.dtypes]):
+        for dtype in dict.fromkeys([settings.sampled_dtype, *greedy.dtypes]):
             target = exact() if dtype == "float64" else load(dtype)
             drafters = {str(path): draftsmith.load(path, target) for path in artifacts}
-            if dtype == settings.law_dtype:
+            if dtype == settings.sampled_dtype:
                 conditions = describe_conditions(target, artifacts, prompts) | {
                     "settings": asdict(settings) | asdict(greedy)
                 }
@@ -128,7 +128,7 @@ def certify(
                         greedy_tests += compare_greedy(
                             drafter.target, alone, prompts, greedy, exact=exact_of, tuned_by=tuned_by, **options
                         )
-            if dtype == settings.law_dtype:
+            if dtype == settings.sampled_dtype:
                 for (name, drafter), sampling in itertools.product(drafters.items(), samplings):
                     sampled_tests += [
                         {"drafter": name, "tuned": drafter.target is not target} | test
@@ -146,7 +146,7 @@ def _progress(
     num_tuned = sum(read_manifest(path).get("tunes_target", False) for path in artifacts)
     num_decoders = len(artifacts) + 2 * (1 + num_tuned)
     num_greedy = len(greedy.dtypes) * len(greedy.batch_sizes) * num_decoders * num_prompts
-    num_sampled = len(artifacts) * len(settings.laws) * settings.num_rows
+    num_sampled = len(artifacts) * len(settings.samplings) * settings.num_rows
     total = num_greedy * greedy.max_new_tokens + num_sampled * (settings.num_tokens + EXTRA_TOKENS)
     # Without a terminal each update of the progress bar is a new line.
     interval = 0.5 if sys.stderr.isatty() else 20

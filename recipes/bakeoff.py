@@ -5,7 +5,7 @@
     ./launch.sh bakeoff --drafts runs/medusa runs/distill           # existing artifacts only, into runs/bakeoff
     ./launch.sh bakeoff --target T --data prompts.jsonl --drafts runs/mine --num-prompts 64 --max-new-tokens 256
     ./launch.sh bakeoff --drafts runs/medusa --temperatures 0,0.7 --batch-sizes 1,4,16 --verifiers typical
-    ./launch.sh bakeoff --drafts runs/distill --lengths fixed=4,heuristic,expected_gain --gates 0.5
+    ./launch.sh bakeoff --drafts runs/distill --lengths fixed=4,heuristic,expected_gain --confidence-thresholds 0.5
 
 In every round, plain decoding, transformers and all drafters decode the same prompts in turn; speed-ups are medians
 over rounds. The same command continues an interrupted run. Pocket target, two drafters, one CPU core: about 5 minutes.
@@ -85,7 +85,7 @@ class RunSettings:
     """Draft-length policies (draftsmith/length/policies.py), separated by commas, each in an extra row, as fixed=4."""
     forecast_sizes: str = "1,2,4,8,16"
     """Batch sizes, separated by commas, for which speed-ups are predicted beside the measured ones; may be empty."""
-    gates: str = ""
+    confidence_thresholds: str = ""
     """Target-confidence thresholds, separated by commas, each in an extra row; drafting is skipped below them."""
     seed: int = 0
     """Random seed of the choice of prompts and of sampling."""
@@ -108,7 +108,9 @@ class RunSettings:
             verifiers=tuple(filter(None, self.verifiers.split(","))),
             lengths=tuple(filter(None, self.lengths.split(","))),
             forecast_sizes=tuple(_numbers("forecast_sizes", self.forecast_sizes, int)) if self.forecast_sizes else (),
-            gates=tuple(_numbers("gates", self.gates, float)) if self.gates else (),
+            confidence_thresholds=tuple(_numbers("confidence_thresholds", self.confidence_thresholds, float))
+            if self.confidence_thresholds
+            else (),
             rounds=self.rounds,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,

@@ -71,7 +71,7 @@ class RunSettings:
     """Number of held-out prompts to continue."""
     max_new_tokens: int = 48
     """New tokens per prompt."""
-    num_places: int = 1024
+    num_positions: int = 1024
     """Largest number of positions at which teacher-forced drafts begin."""
     depth: int = 8
     """Largest number of drafted tokens."""
@@ -85,7 +85,7 @@ class RunSettings:
     """Interpreter with vLLM, as .venv-serving/bin/python (made by ./launch.sh serving-test), to examine vLLM too."""
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "max_new_tokens", "num_places", "depth"):
+        for name in ("num_prompts", "max_new_tokens", "num_positions", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
@@ -134,7 +134,7 @@ def examine(
     columns: dict[str, DraftCounts] = {}
     evaluated: dict[str, float] = {}
     if findings[-1].verdict != "fault":  # drafting with an invalid map could fail
-        positions = draft_positions(texts, run.num_places)
+        positions = draft_positions(texts, run.num_positions)
         with tqdm(total=len(positions), desc="teacher-forced drafts", unit="draft", leave=False, delay=2) as bar:
             teacher_forced = draft_from_positions(target, drafter, texts, positions, run.depth, on_progress=bar.update)
         carried, decoding_positions = _decode(drafter, texts, run)

@@ -112,9 +112,11 @@ def _ablations(
         )
     for policy in settings.lengths:
         yield Contender(method=changed(policy, policy=policy), length=policy, **columns)
-    for gate in settings.gates:
+    for threshold in settings.confidence_thresholds:
         yield Contender(
-            method=changed(f"gate {gate:g}", drafter=TargetConfidenceThreshold(drafter, gate)), gate=gate, **columns
+            method=changed(f"confidence {threshold:g}", drafter=TargetConfidenceThreshold(drafter, threshold)),
+            gate=threshold,
+            **columns,
         )
 
 

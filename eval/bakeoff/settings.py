@@ -22,7 +22,7 @@ class BakeoffSettings:
     """Verifiers to compare in extra rows of each drafter, in place of the default lossless one."""
     lengths: tuple[str, ...] = ()
     """Draft-length policies (draftsmith/length/policies.py) to compare in extra rows of each drafter."""
-    gates: tuple[float, ...] = ()
+    confidence_thresholds: tuple[float, ...] = ()
     """Confidence thresholds on the target to compare in extra rows of each drafter; drafting is skipped below them."""
     forecast_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Batch sizes for which speed-ups are predicted, beside the measured ones; empty for no predictions."""
@@ -47,9 +47,11 @@ class BakeoffSettings:
             verify.find(name)
         for name in self.lengths:
             policies.make(name)
-        for threshold in self.gates:
+        for threshold in self.confidence_thresholds:
             if not 0 < threshold < 1:
-                raise ValueError(f"gates are {list(self.gates)}; each must lie between 0 and 1")
+                raise ValueError(
+                    f"confidence_thresholds are {list(self.confidence_thresholds)}; each must lie between 0 and 1"
+                )
 
     def check_prompts(self, num_prompts: int) -> None:
         """Raises ValueError if there are too few prompts to fill the largest batch."""

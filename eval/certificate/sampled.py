@@ -43,17 +43,17 @@ class SampledTestSettings:
 
     verifier: str = "auto"
     """Verifier to sample with; a lossy one is tested too, but gets no certificate."""
-    laws: tuple[str, ...] = ("temperature=1", "temperature=1,top_p=0.9", "temperature=1,top_k=5")
+    samplings: tuple[str, ...] = ("temperature=1", "temperature=1,top_p=0.9", "temperature=1,top_k=5")
     """Sampling settings to test."""
     num_rows: int = 1500
     """Continuations sampled for each drafter and sampling setting."""
     num_tokens: int = 6
     """Tested tokens of each continuation."""
-    law_prompts: int = 4
+    sampled_prompts: int = 4
     """Number of prompts to continue when sampling."""
     rows_at_once: int = 64
     """Continuations sampled in one batch."""
-    law_dtype: Literal["float32", "float64"] = "float32"
+    sampled_dtype: Literal["float32", "float64"] = "float32"
     """Dtype of the target when sampling; in lower precision its distribution depends on the batch's shape."""
     false_alarm: float = 1e-4
     """Probability that a lossless system fails any test of its distribution."""
@@ -63,19 +63,19 @@ class SampledTestSettings:
     """CPU threads; 0 uses torch's default. A small target is fastest on one."""
 
     def __post_init__(self) -> None:
-        for name in ("num_rows", "num_tokens", "law_prompts", "rows_at_once"):
+        for name in ("num_rows", "num_tokens", "sampled_prompts", "rows_at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.verifier == "greedy":
             raise ValueError("verifier 'greedy' is for temperature 0, which is always tested; use 'auto'")
         if self.verifier != "auto":
             verify.find(self.verifier)
-        if not self.laws:
-            raise ValueError("laws is empty; name at least one sampling setting")
-        for text in self.laws:
+        if not self.samplings:
+            raise ValueError("samplings is empty; name at least one sampling setting")
+        for text in self.samplings:
             parse_sampling(text)
-        if self.law_dtype not in ("float32", "float64"):
-            raise ValueError(f"law_dtype is {self.law_dtype!r}; it must be float32 or float64")
+        if self.sampled_dtype not in ("float32", "float64"):
+            raise ValueError(f"sampled_dtype is {self.sampled_dtype!r}; it must be float32 or float64")
         if not 0 < self.false_alarm < 1:
             raise ValueError(f"false_alarm is {self.false_alarm}; it must lie between 0 and 1")
         if self.threads < 0:
@@ -97,11 +97,11 @@ def parse_sampling(text: str) -> Sampling:
             values[key] = kinds[key](value)
         except (KeyError, ValueError):
             raise ValueError(
-                f"laws: {text!r} is not valid; expected settings such as temperature=1,top_p=0.9,top_k=5"
+                f"samplings: {text!r} is not valid; expected settings such as temperature=1,top_p=0.9,top_k=5"
             ) from None
     sampling = Sampling(**values)
     if sampling.is_greedy:
-        raise ValueError(f"laws: {text!r} is greedy, which is always tested; name a temperature above 0")
+        raise ValueError(f"samplings: {text!r} is greedy, which is always tested; name a temperature above 0")
     return sampling
 
 

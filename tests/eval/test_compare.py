@@ -118,7 +118,12 @@ def test_compare_fine_tuned_target_is_its_own_baseline(tmp_path: Path) -> None:
     drafter = built(family, family.Config(rank=4, alpha=1.0), target)
     draftsmith.save(drafter, tmp_path / "fine_tuned", target=target)
     settings = BakeoffSettings(
-        rounds=1, max_new_tokens=12, batch_sizes=(2,), verifiers=("typical",), gates=(0.5,), forecast_sizes=()
+        rounds=1,
+        max_new_tokens=12,
+        batch_sizes=(2,),
+        verifiers=("typical",),
+        confidence_thresholds=(0.5,),
+        forecast_sizes=(),
     )
     rows = compare(target, some_prompts(), [tmp_path / "fine_tuned"], tmp_path / "out", settings)
     greedy = [(row["drafter"], row["tuned"], row["identical"]) for row in rows if row["temperature"] == 0]
@@ -127,7 +132,7 @@ def test_compare_fine_tuned_target_is_its_own_baseline(tmp_path: Path) -> None:
         ("transformers", False, True),
         ("fine_tuned (plain)", True, False),
         ("fine_tuned", True, True),
-        ("fine_tuned (gate 0.5)", True, True),
+        ("fine_tuned (confidence 0.5)", True, True),
     ]
     text = (tmp_path / "out" / "bakeoff.md").read_text()
     shown = [line.split("|") for line in text.splitlines() if line.startswith("| fine_tuned")]
@@ -233,12 +238,12 @@ def test_compare_ablation_rows_of_lengths_and_gates(tmp_path: Path, capsys: pyte
         rounds=2,
         max_new_tokens=8,
         lengths="fixed=1,refit,expected_gain",
-        gates="0.3,0.5",
+        confidence_thresholds="0.3,0.5",
         forecast_sizes="",
     )
     target = tiny_target("llama")
     rows = compare(target, some_prompts(), make_artifacts(target, tmp_path), tmp_path / "out", run.comparison())
-    kinds = ("", " (fixed=1)", " (expected_gain)", " (gate 0.3)", " (gate 0.5)")
+    kinds = ("", " (fixed=1)", " (expected_gain)", " (confidence 0.3)", " (confidence 0.5)")
     expected = ["plain", "transformers", *(f"{name}{kind}" for name in ("medusa", "lookup") for kind in kinds)]
     assert [row["drafter"] for row in rows] == expected * 2
     output = capsys.readouterr().out
@@ -256,7 +261,7 @@ def test_compare_ablation_rows_of_lengths_and_gates(tmp_path: Path, capsys: pyte
         }.get(row["drafter"].partition(" (")[2].rstrip(")"), ("auto", None))
     drafter = draftsmith.load(tmp_path / "medusa", target)
     own = DecodingMethod(name="mine", decode=draftsmith_method(target, drafter))
-    (gated,) = contenders._ablations(own, drafter, {}, BakeoffSettings(gates=(0.999,)))
+    (gated,) = contenders._ablations(own, drafter, {}, BakeoffSettings(confidence_thresholds=(0.999,)))
     request = DecodingRequest(prompts=prompts(2), temperature=0.0, max_new_tokens=12, seed=0)
     drafted = [decode(request).stats.drafted[0] for decode in (gated.method.decode, draftsmith_method(target, drafter))]
     assert drafted[0] < drafted[1], "the threshold skips most drafts"
@@ -325,7 +330,7 @@ def test_row_speedup_is_the_median_ratio_within_rounds() -> None:
         ({"batch_sizes": ()}, "batch sizes are"),
         ({"verifiers": ("best",)}, "unknown verifier 'best'"),
         ({"lengths": ("long",)}, "unknown length policy 'long'"),
-        ({"gates": (0.5, 1.5)}, "gates are"),
+        ({"confidence_thresholds": (0.5, 1.5)}, "confidence_thresholds are"),
     ],
 )
 def test_settings_invalid_values_raise(changes: dict[str, Any], message: str) -> None:

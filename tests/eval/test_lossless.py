@@ -42,9 +42,11 @@ FAMILIES: dict[str, Any] = {
     "lm": lm.Config(model=tiny_config("llama", vocab_size=8, num_hidden_layers=1).to_dict(), num_draft=3),
     "lookup": lookup.Config(),
 }
-SAMPLED = SampledTestSettings(num_rows=500, num_tokens=4, law_prompts=2, rows_at_once=125)
+SAMPLED = SampledTestSettings(num_rows=500, num_tokens=4, sampled_prompts=2, rows_at_once=125)
 GREEDY = GreedySettings(batch_sizes=(1, 3), max_new_tokens=12)
-STRICT = SampledTestSettings(num_rows=2000, num_tokens=4, law_prompts=1, rows_at_once=250, laws=("temperature=1",))
+STRICT = SampledTestSettings(
+    num_rows=2000, num_tokens=4, sampled_prompts=1, rows_at_once=250, samplings=("temperature=1",)
+)
 BRIEF = GreedySettings(dtypes=("float32",), batch_sizes=(1,), max_new_tokens=2)
 
 
@@ -114,7 +116,7 @@ def test_certify_compares_with_the_fine_tuned_target(tmp_path: Path) -> None:
     """The fine-tuned target's greedy text and distributions differ from the original's, in float64 too."""
     target, config = distribution_target(), medusa2.Config(num_heads=2, tree=((0,), (1,), (0, 0)), rank=2, alpha=1.0)
     draftsmith.save(built(medusa2, config, target), tmp_path / "fine_tuned", target=target)
-    result = certificate_of(tmp_path / "fine_tuned", replace(SAMPLED, laws=("temperature=1",)))
+    result = certificate_of(tmp_path / "fine_tuned", replace(SAMPLED, samplings=("temperature=1",)))
     assert result["verdict"] == LOSSLESS
     assert all(test["tuned"] for test in sampled_tests(result))
     plain = [(test["drafter"], test["tuned"]) for test in greedy_tests(result) if test["dtype"] == "float64"]
@@ -129,7 +131,7 @@ def test_certify_compares_with_the_fine_tuned_target(tmp_path: Path) -> None:
 def test_certify_encoder_decoder(tmp_path: Path) -> None:
     target = tiny_target("t5")
     draftsmith.save(lookup.Drafter(lookup.Config(), target), tmp_path / "lookup", target=target)
-    sampled = replace(SAMPLED, laws=("temperature=0.7,top_k=4",), num_rows=1500)
+    sampled = replace(SAMPLED, samplings=("temperature=0.7,top_k=4",), num_rows=1500)
     result = certify(loader(target.model), [tmp_path / "lookup"], some_prompts(vocab_size=64), sampled, BRIEF)
     assert result["verdict"] == LOSSLESS
     assert sampled_tests(result)[1]["num_samples"] > 1_000
@@ -142,7 +144,7 @@ def test_certify_too_few_samples_is_inconclusive(artifacts: dict[str, Path]) -> 
 
 
 def test_certify_divides_the_false_alarm_among_drafters(artifacts: dict[str, Path]) -> None:
-    sampled = replace(SAMPLED, laws=("temperature=1",), num_rows=64)
+    sampled = replace(SAMPLED, samplings=("temperature=1",), num_rows=64)
     paths = [artifacts["medusa"], artifacts["lookup"]]
     result = certify(loader(distribution_target().model), paths, some_prompts(), sampled, BRIEF)
     assert [test["drafter"] for test in sampled_tests(result)] == [str(path) for path in paths for _ in GROUPINGS]
@@ -220,7 +222,9 @@ def test_certify_fails_on_a_token_of_zero_probability(
     artifacts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_verifier(monkeypatch, no_truncation)
-    result = certificate_of(artifacts["lm"], replace(SAMPLED, laws=("temperature=1,top_k=5",), num_rows=400), BRIEF)
+    result = certificate_of(
+        artifacts["lm"], replace(SAMPLED, samplings=("temperature=1,top_k=5",), num_rows=400), BRIEF
+    )
     assert result["verdict"] == NOT_LOSSLESS
     for test in sampled_tests(result)[:2]:
         assert 0 < test["num_excluded"] < 40
@@ -365,12 +369,12 @@ def test_recipe_invalid_input_raises_before_loading_weights(workplace: Path, mon
         (SampledTestSettings, {"num_rows": 0}, "num_rows is 0"),
         (SampledTestSettings, {"verifier": "best"}, "unknown verifier 'best'"),
         (SampledTestSettings, {"verifier": "greedy"}, "'greedy' is for temperature 0"),
-        (SampledTestSettings, {"laws": ()}, "laws is empty"),
-        (SampledTestSettings, {"laws": ("temperature=0",)}, "'temperature=0' is greedy, which is always tested"),
-        (SampledTestSettings, {"laws": ("heat=1",)}, "'heat=1' is not valid; expected settings such as"),
-        (SampledTestSettings, {"laws": ("top_k=some",)}, "'top_k=some' is not valid; expected"),
-        (SampledTestSettings, {"laws": ("top_p=2",)}, "top_p is 2.0"),
-        (SampledTestSettings, {"law_dtype": "bfloat16"}, "law_dtype is 'bfloat16'"),
+        (SampledTestSettings, {"samplings": ()}, "samplings is empty"),
+        (SampledTestSettings, {"samplings": ("temperature=0",)}, "'temperature=0' is greedy, which is always tested"),
+        (SampledTestSettings, {"samplings": ("heat=1",)}, "'heat=1' is not valid; expected settings such as"),
+        (SampledTestSettings, {"samplings": ("top_k=some",)}, "'top_k=some' is not valid; expected"),
+        (SampledTestSettings, {"samplings": ("top_p=2",)}, "top_p is 2.0"),
+        (SampledTestSettings, {"sampled_dtype": "bfloat16"}, "sampled_dtype is 'bfloat16'"),
         (SampledTestSettings, {"false_alarm": 0.0}, "false_alarm is 0.0"),
         (SampledTestSettings, {"threads": -1}, "threads is -1"),
         (GreedySettings, {"dtypes": ("float31",)}, "dtypes are"),

@@ -96,7 +96,7 @@ def test_drafters_are_compared_and_certified_on_sources(tmp_path: Path) -> None:
     assert all(row["identical"] for row in greedy)
     assert all(row["tau"] > 1 for row in greedy if row["drafter"] == "artifact")
     wanted = [*given, "--draft", tmp_path / "artifact", "--output", tmp_path / "lossless", "--max-new-tokens", "8"]
-    wanted += ["--laws", "temperature=1", "--num-tokens", "2", "--num-rows", "120", "--dtypes", "float32"]
+    wanted += ["--samplings", "temperature=1", "--num-tokens", "2", "--num-rows", "120", "--dtypes", "float32"]
     kinds = (lossless.RunSettings, SampledTestSettings, GreedySettings)
     lossless.main(*parse_settings(*kinds, description="", argv=[*map(str, wanted)]))
     tests = json.loads((tmp_path / "lossless" / "lossless.json").read_text())["tests"]

@@ -44,7 +44,9 @@ def test_certify_separates_numeric_ties_from_errors(
 
     replace_verifier(monkeypatch, prefer_the_rival, for_greedy=True)
     settings = GreedySettings(dtypes=("float32",), batch_sizes=(3,), max_new_tokens=12)
-    sampled = SampledTestSettings(laws=("temperature=1",), num_rows=1200, num_tokens=3, law_prompts=1, rows_at_once=400)
+    sampled = SampledTestSettings(
+        samplings=("temperature=1",), num_rows=1200, num_tokens=3, sampled_prompts=1, rows_at_once=400
+    )
     certificate = certify(loader(model), [tmp_path / "lookup"], some_prompts(vocab_size=64), sampled, settings)
     plain, ours, transformers = greedy_tests(certificate)
     assert (plain["ties"], plain["errors"], plain["verdict"]) == ([], [], "passed")
