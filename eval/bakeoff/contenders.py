@@ -114,7 +114,7 @@ def _ablations(
         yield Contender(method=changed(policy, policy=policy), length=policy, **columns)
     for threshold in settings.confidence_thresholds:
         yield Contender(
-            method=changed(f"confidence {threshold:g}", drafter=TargetConfidenceThreshold(drafter, threshold)),
+            method=changed(f"threshold {threshold:g}", drafter=TargetConfidenceThreshold(drafter, threshold)),
             gate=threshold,
             **columns,
         )

@@ -132,7 +132,7 @@ def test_compare_fine_tuned_target_is_its_own_baseline(tmp_path: Path) -> None:
         ("transformers", False, True),
         ("fine_tuned (plain)", True, False),
         ("fine_tuned", True, True),
-        ("fine_tuned (confidence 0.5)", True, True),
+        ("fine_tuned (threshold 0.5)", True, True),
     ]
     text = (tmp_path / "out" / "bakeoff.md").read_text()
     shown = [line.split("|") for line in text.splitlines() if line.startswith("| fine_tuned")]
@@ -243,7 +243,7 @@ def test_compare_ablation_rows_of_lengths_and_gates(tmp_path: Path, capsys: pyte
     )
     target = tiny_target("llama")
     rows = compare(target, some_prompts(), make_artifacts(target, tmp_path), tmp_path / "out", run.comparison())
-    kinds = ("", " (fixed=1)", " (expected_gain)", " (confidence 0.3)", " (confidence 0.5)")
+    kinds = ("", " (fixed=1)", " (expected_gain)", " (threshold 0.3)", " (threshold 0.5)")
     expected = ["plain", "transformers", *(f"{name}{kind}" for name in ("medusa", "lookup") for kind in kinds)]
     assert [row["drafter"] for row in rows] == expected * 2
     output = capsys.readouterr().out
