@@ -7,38 +7,72 @@ missing shards, and a command with other settings is rejected.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from draftsmith import Target
-from draftsmith.artifacts.files import check_replaceable
+from draftsmith.artifacts.files import LOCK, check_replaceable, inside
 from draftsmith.core.model_info import TargetInfo
 
 
-def open_folder(folder: Path, marker: str, manifest: dict[str, Any], *, notes: dict[str, Any]) -> None:
+def open_folder(
+    folder: Path,
+    marker: str,
+    manifest: dict[str, Any],
+    *,
+    notes: dict[str, Any],
+    disposable: Collection[str] = (),
+) -> None:
     """Creates `folder` with `manifest` in its file `marker`, or checks that an existing one has the same manifest.
 
-    `notes` are written in addition to the manifest's keys and not compared. Raises ValueError if the manifests differ,
-    naming the keys, or if the folder contains other files.
+    `notes` are written in addition to the manifest's keys and not compared. The caller holds the folder's lock
+    (`data.folder_lock.locked`). Raises ValueError as `check_folder` does; a folder of another manifest that it accepts
+    starts over, without the files named in `disposable`.
     """
-    _clear_leftovers(folder, marker)
-    check_replaceable(folder, marker=marker)
-    manifest = json.loads(json.dumps(manifest))
+    check_folder(folder, marker, manifest, notes=notes, disposable=disposable)
+    _clear_leftovers(folder, "*")
     if (folder / marker).exists():
-        made = read_manifest(folder, marker)
-        faults = [
-            f"{key} was {_short(made.get(key))}, is {_short(manifest.get(key))}"
-            for key in sorted({*made, *manifest} - set(notes))
-            if made.get(key) != manifest.get(key)
-        ]
-        if faults:
-            raise ValueError(f"{folder} was made with other settings ({'; '.join(faults)}); name another folder")
-        _clear_leftovers(folder, "*")
-        return
+        if not _differences(folder, marker, manifest, notes):
+            return
+        print(f"{folder}: an earlier run with other settings has left nothing to keep; starting over")
+        for path in (folder / name for name in disposable):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(notes | manifest, indent=1) + "\n"
     write_whole(folder / marker, lambda path: path.write_text(text))
+
+
+def check_folder(
+    folder: Path,
+    marker: str,
+    manifest: dict[str, Any],
+    *,
+    notes: Collection[str],
+    disposable: Collection[str] = (),
+) -> None:
+    """Raises ValueError if `folder` contains other files, or results of a run whose manifest differs, naming the keys.
+
+    Keys in `notes` may differ. Files named in `disposable`, such as logs, do not count as results.
+    """
+    check_replaceable(folder, marker=marker)
+    if not (folder / marker).exists():
+        return
+    faults = _differences(folder, marker, manifest, notes)
+    ignored = {marker, LOCK, *disposable}
+    if faults and any(path.name not in ignored and ".part-" not in path.name for path in folder.iterdir()):
+        raise ValueError(f"{folder} was made with other settings ({'; '.join(faults)}); name another folder")
+
+
+def _differences(folder: Path, marker: str, manifest: dict[str, Any], notes: Collection[str]) -> list[str]:
+    """Returns the keys that differ from the folder's manifest, with both values."""
+    made, manifest = read_manifest(folder, marker), json.loads(json.dumps(manifest))
+    return [
+        f"{key} was {_short(made.get(key))}, is {_short(manifest.get(key))}"
+        for key in sorted({*made, *manifest} - set(notes))
+        if made.get(key) != manifest.get(key)
+    ]
 
 
 def read_manifest(folder: Path, marker: str) -> dict[str, Any]:
@@ -59,16 +93,24 @@ def read_manifest(folder: Path, marker: str) -> dict[str, Any]:
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls `write` with a temporary path and renames that file to `path` once it is on disk."""
     staging = path.with_name(f".{path.name}.part-{os.getpid()}")
-    write(staging)
-    staging.chmod(0o644)  # safetensors writes files that only their owner can read
-    with staging.open("rb") as handle:
-        os.fsync(handle.fileno())
-    staging.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        write(staging)
+        staging.chmod(0o644)  # safetensors writes files that only their owner can read
+        sync(staging)
+        staging.rename(path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's contents, or the names of a folder's files, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def missing_shards(folder: Path, names: list[str]) -> list[int]:
@@ -78,7 +120,7 @@ def missing_shards(folder: Path, names: list[str]) -> list[int]:
 
 def check_whole(folder: Path, names: list[str], marker: str) -> None:
     """Raises ValueError if shards are missing."""
-    num_missing = sum(not (folder / name).exists() for name in names)
+    num_missing = sum(not inside(folder, name).exists() for name in names)
     if num_missing:
         raise ValueError(
             f"{folder} is unfinished: {num_missing} of {len(names)} shards are missing; "

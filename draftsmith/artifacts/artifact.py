@@ -5,7 +5,6 @@ An artifact belongs to one target, tokenizer and vocabulary. It contains no pick
 
 import dataclasses
 import difflib
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,14 +13,15 @@ import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from draftsmith.artifacts import hub
+from draftsmith.artifacts import hub, json_text
 from draftsmith.artifacts.families import find, name_of, names, package_of
-from draftsmith.artifacts.files import atomic_folder
+from draftsmith.artifacts.files import atomic_folder, inside
 from draftsmith.artifacts.model_card import CARD, WEIGHTS, card, is_hub_name, keep_edited, warn_of_kept
 from draftsmith.artifacts.provenance import run_provenance, target_provenance
 from draftsmith.core.drafter import Drafter
 from draftsmith.core.model_info import TargetInfo
 from draftsmith.core.target import Target
+from draftsmith.inputs.arguments import check_target
 
 FORMAT_VERSION = 1
 MANIFEST = "draft_config.json"
@@ -32,9 +32,17 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
     """Writes `drafter` to the folder `path`, replacing an artifact there, and adds `record` to its manifest.
 
     The artifact of a drafter that has fine-tuned its target belongs to the original target. A README.md that was edited
-    by hand is kept beside the new one. Raises ValueError if `path` contains other files but no artifact.
+    by hand is kept beside the new one. Raises ValueError if `path` contains other files but no artifact, or if the
+    drafter was made for another target.
     """
-    target = target.base if drafter.fine_tunes_target and target is drafter.target else target
+    check_target(target)
+    own = drafter.target.base if drafter.fine_tunes_target else drafter.target
+    target = own if target is drafter.target else target
+    if target is not own and (target.fingerprint, target.tokenizer_hash) != (own.fingerprint, own.tokenizer_hash):
+        raise ValueError(
+            f"the drafter was made for target {own.name} with weights {own.fingerprint[:8]}, and {target.name} has other"
+            f" weights, {target.fingerprint[:8]}, or another tokenizer; save it with the target it was made for"
+        )
     family = name_of(drafter)
     package = package_of(family)
     manifest = (
@@ -54,13 +62,14 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
         | run_provenance()
         | (record or {})
     )
+    json_text.text_of(manifest)  # nothing is written if it contains a number that is not finite
     with atomic_folder(Path(path), marker=MANIFEST) as folder:
         if isinstance(drafter, nn.Module):
             save_file({name: tensor.contiguous() for name, tensor in own_tensors(drafter).items()}, folder / WEIGHTS)
         drafter.save_state(folder)
         written = (file for file in folder.rglob("*") if file.is_file() and file.name != CARD)
         files = sorted(str(file.relative_to(folder)) for file in written)
-        (folder / MANIFEST).write_text(json.dumps(manifest | {"files": files}, indent=1) + "\n")
+        (folder / MANIFEST).write_text(json_text.text_of(manifest | {"files": files}, indent=1) + "\n")
         kept = keep_edited(Path(path), folder)
         (folder / CARD).write_text(card(manifest, folder / WEIGHTS))
     warn_of_kept(Path(path), kept)
@@ -71,16 +80,18 @@ def load(path: str | Path, target: Target, *, made_for: Target | None = None) ->
 
     `path` is a folder or a repository of the hub (owner/name). `made_for` is the target that the artifact was made for,
     if `target` is another one with the same vocabulary. Raises ValueError if the artifact was made for another target
-    or tokenizer, or if one of its files is missing, truncated or invalid.
+    or tokenizer, or if one of its files is missing, truncated, invalid or a link out of the folder.
     """
+    check_target(target)
     folder = local_folder(path)
     manifest = read_manifest(folder)
+    own_files(folder)
     check_fits(folder, manifest, made_for or target)
     module = family_of(manifest, path)
     config = make_config(module.Config, manifest["config"], folder / MANIFEST)
     drafter: Drafter = module.Drafter.load_state(folder, config, target)
     if isinstance(drafter, nn.Module):
-        _load_weights(drafter, folder / WEIGHTS)
+        _load_weights(drafter, inside(folder, WEIGHTS))
         drafter.eval().requires_grad_(False)
         drafter.on_weights_loaded()
     return drafter
@@ -100,9 +111,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{path} is not a draftsmith artifact: it has no {MANIFEST}")
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json_text.read(inside(folder, MANIFEST))
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); the artifact must be made again") from error
+        raise ValueError(f"{error}; the artifact must be made again") from error
     if not isinstance(manifest, dict):
         raise ValueError(f"{file} is not a JSON object; the artifact must be made again")
     missing = {"format_version", "family", "config", "target", "vocab_size"} - set(manifest)
@@ -126,12 +137,24 @@ def family_of(manifest: dict[str, Any], path: str | Path) -> ModuleType:
 
 
 def own_files(folder: Path) -> list[Path]:
-    """Returns the paths of an artifact's manifest, weights and saved state, without its card or unrelated files."""
+    """Returns the paths of an artifact's manifest, weights and saved state, without its card or unrelated files.
+
+    Raises ValueError if one is missing or lies outside the folder, be it through a link.
+    """
     names = read_manifest(folder).get("files")
     if names is None:
         # Early manifests have no list of files.
-        return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CARD)
-    return [folder / name for name in sorted([*names, MANIFEST])]
+        found = (file for file in folder.rglob("*") if file.is_file() and file.name != CARD)
+        names = [str(file.relative_to(folder)) for file in found if file.name != MANIFEST or file.parent != folder]
+    if not isinstance(names, list):
+        raise ValueError(
+            f"{folder / MANIFEST}: files is {names!r}; it must list names; the artifact must be made again"
+        )
+    files = [inside(folder, name) for name in [*names, MANIFEST]]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; the artifact must be made again")
+    return sorted(files)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

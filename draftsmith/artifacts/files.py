@@ -1,10 +1,40 @@
-"""Writes folders atomically: `atomic_folder`."""
+"""Files of artifacts and exports: `inside` checks names read from other files, `atomic_folder` writes whole folders."""
 
+import ctypes
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+LOCK = ".lock"
+"""Name of the lock file in a folder that a run is writing to."""
+EXCHANGE, AT_WORKING_DIRECTORY = 2, -100
+"""Linux's RENAME_EXCHANGE and AT_FDCWD."""
+
+
+def plain_name(name: Any, source: str | Path) -> str:
+    """Returns `name`, which was read from `source`; raises ValueError unless it is a relative path without `..`."""
+    is_plain = isinstance(name, str) and re.match(r"[\\/]|[A-Za-z]:", name) is None and "\0" not in name
+    if not is_plain or {"", ".", ".."} & {*re.split(r"[\\/]", name)}:
+        raise ValueError(f"{source} names the file {name!r}; it must be a relative path without '..'")
+    return name
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """Returns the path of `name` in `folder`; raises ValueError if it is not a plain name or a link leads out of there.
+
+    In the hub's cache every file of a snapshot is a link into the folder `blobs` of its repository.
+    """
+    path = folder / plain_name(name, folder)
+    root, found = folder.resolve(), path.resolve()
+    snapshots = [parent for parent in (root, *root.parents) if parent.name == "snapshots"]
+    if not any(found.is_relative_to(one) for one in (root, *(parent.parent / "blobs" for parent in snapshots))):
+        raise ValueError(f"{path} is a link that leads out of {folder}; replace it with a copy of what it leads to")
+    return path
 
 
 @contextmanager
@@ -12,8 +42,12 @@ def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
     """Yields an empty folder beside `path` that replaces `path` when the block ends without an error.
 
     A folder at `path` is replaced only if it is empty or contains the file `marker`. Raises ValueError otherwise;
-    nothing is written then.
+    nothing is written then. What killed processes have left beside `path` is removed, or moved back to `path` if there
+    is nothing.
     """
+    if path.is_symlink():
+        path = path.resolve()
+    _recover(path)
     check_replaceable(path, marker=marker)
     staging = path.with_name(f".{path.name}.staging-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -27,7 +61,9 @@ def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
                 file.chmod(mode)
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        if path.exists():
+        if not path.exists():
+            staging.rename(path)
+        elif not _exchange(staging, path):
             retired = path.with_name(f".{path.name}.retired-{os.getpid()}")
             path.rename(retired)
             try:
@@ -36,15 +72,50 @@ def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
                 retired.rename(path)
                 raise
             shutil.rmtree(retired)
-        else:
-            staging.rename(path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_replaceable(path: Path, *, marker: str) -> None:
-    """Raises ValueError if `path` is a file, or a folder that is not empty and does not contain `marker`."""
+    """Raises ValueError if `path` is a file, or a folder that is not empty and does not contain `marker`.
+
+    An incomplete `marker` or a lock that a killed process has left is not counted.
+    """
     if path.is_file():
         raise ValueError(f"{path} is a file; name a folder to write to")
-    if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
+    if not path.is_dir() or (path / marker).exists():
+        return
+    if any(file.name != LOCK and not file.name.startswith(f".{marker}.part-") for file in path.iterdir()):
         raise ValueError(f"{path} contains other files (no {marker} among them); name a new or empty folder")
+
+
+def _recover(path: Path) -> None:
+    """Removes the staging folders of dead processes, or moves back the folder that one of them was replacing."""
+    for folder in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
+        kind, _, process = folder.name.removeprefix(f".{path.name}.").partition("-")
+        is_leftover = kind in ("retired", "staging") and folder.name == f".{path.name}.{kind}-{process}"
+        if not is_leftover or not process.isdecimal() or _is_another_process(int(process)):
+            continue
+        if kind == "retired" and not path.exists():
+            folder.rename(path)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_another_process(number: int) -> bool:
+    """Returns whether a process of this number lives besides this one."""
+    with suppress(ProcessLookupError, OverflowError):
+        with suppress(PermissionError):
+            os.kill(number, 0)
+        return number != os.getpid()
+    return False
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two folders in one operation; returns False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    with suppress(AttributeError, OSError):
+        rename = ctypes.CDLL(None).renameat2
+        return rename(AT_WORKING_DIRECTORY, os.fsencode(one), AT_WORKING_DIRECTORY, os.fsencode(other), EXCHANGE) == 0
+    return False

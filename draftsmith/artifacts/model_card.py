@@ -18,6 +18,7 @@ from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from draftsmith.artifacts.families import find
+from draftsmith.artifacts.files import inside
 
 CARD, KEPT = "README.md", "README.edited"
 WEIGHTS = "model.safetensors"
@@ -74,8 +75,8 @@ def body(text: str) -> str | None:
 def keep_edited(old: Path, new: Path) -> str | None:
     """Copies hand-edited READMEs from the folder `old` to `new`; returns the name of the latest copy, None if none."""
     for file in sorted(old.glob(f"{KEPT}*.md")) if old != new else ():
-        shutil.copy(file, new)
-    edited = old / CARD
+        shutil.copy(inside(old, file.name), new)
+    edited = inside(old, CARD)
     if not edited.is_file() or body(edited.read_text(errors="replace")) is not None:
         return None
     names = (f"{KEPT}{number if number > 1 else ''}.md" for number in count(1))
@@ -101,7 +102,7 @@ def rewrite(folder: Path, manifest: dict[str, Any], measured: str = "") -> str |
 
 def for_hub(folder: Path, manifest: dict[str, Any], name: str) -> str:
     """Returns the card in an artifact's folder, loading it from the repository `name` unless it was edited by hand."""
-    file = folder / CARD
+    file = inside(folder, CARD)
     text = file.read_text() if file.is_file() else card(manifest, folder / WEIGHTS)
     unsigned = body(text)
     return text if unsigned is None else sign(unsigned.replace(PLACEHOLDER, name))

@@ -93,6 +93,7 @@ def open_source(path: Path, manifest: dict[str, Any], output: Path, target: str 
             raise
         raise ValueError(f"{error}; name the artifact's target with --target") from None
     artifact.check_fits(path, manifest, target_info)
+    artifact.own_files(path)
     config = artifact.make_config(
         artifact.family_of(manifest, path).Config, manifest["config"], path / artifact.MANIFEST
     )

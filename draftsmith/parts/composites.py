@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from draftsmith.artifacts import artifact
 from draftsmith.artifacts.families import find, name_of
+from draftsmith.artifacts.files import inside
 from draftsmith.core.drafter import Drafter, Session, Step, always_continue
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
@@ -102,7 +103,7 @@ def save_parts(parts: Iterable[Part], folder: Path) -> None:
 
 def load_part(folder: Path, configs: PartConfigs, index: int, target: Target) -> Part:
     """Returns a part that `save_parts` wrote; raises ValueError if it differs from its entry in `configs`."""
-    path = folder / PARTS_FOLDER / str(index)
+    path = inside(folder, f"{PARTS_FOLDER}/{index}")
     manifest = artifact.read_manifest(path)
     if {key: manifest[key] for key in ("family", "config")} != configs[index]:
         raise ValueError(

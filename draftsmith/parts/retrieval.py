@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from draftsmith.artifacts.files import inside
 from draftsmith.core.drafter import Session
 
 
@@ -18,6 +19,8 @@ def source_tokens(session: Session) -> list[list[int]]:
 def load_array(file: Path, *, mmap: bool = False) -> np.ndarray:
     """Returns the array of an .npy file, memory-mapped if asked for; raises ValueError if it cannot be read."""
     try:
-        return np.load(file, mmap_mode="r" if mmap else None, allow_pickle=False)
+        return np.load(inside(file.parent, file.name), mmap_mode="r" if mmap else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{file} is missing or truncated ({error}); the artifact must be made again") from error
+        raise ValueError(
+            f"{file} is missing, truncated or not an array ({error}); the artifact must be made again"
+        ) from error

@@ -15,6 +15,8 @@ import safetensors
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from draftsmith.artifacts.files import inside
+
 
 class SuffixArray:
     """Documents sorted for finding the last tokens of a text in them.
@@ -68,7 +70,7 @@ class SuffixArray:
     def read(path: Path, vocab_size: int) -> "SuffixArray":
         """Returns a file's suffix array, memory-mapped; raises ValueError if it is missing, truncated or invalid."""
         try:
-            with safe_open(path, framework="pt") as file:  # with "np" it would be read whole
+            with safe_open(inside(path.parent, path.name), framework="pt") as file:  # with "np" it would be read whole
                 arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} is missing or truncated ({error}); the artifact must be made again") from None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
+from draftsmith.artifacts.files import inside, plain_name
 from draftsmith.core.model_info import read_target_info
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -78,7 +79,7 @@ def _read_tensor(path: str, name: str, shape: tuple[int, ...]) -> Tensor:
     if weights is None:
         index = _find_file(path, INDEX)
         shards: dict[str, Any] = json.loads(index.read_text())["weight_map"] if index else {}
-        weights = _find_file(path, shards[name]) if name in shards else None
+        weights = _find_file(path, plain_name(shards[name], f"target {path}: {INDEX}")) if name in shards else None
     try:
         if weights is None:
             raise ValueError("no safetensors file contains it")
@@ -97,4 +98,5 @@ def _find_file(path: str, name: str) -> Path | None:
         found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
         raise ValueError(f"target {path}: {name} cannot be read: {' '.join(str(error).split())}") from None
-    return None if found is None else Path(found)
+    # A hub repository's files are checked by huggingface_hub.
+    return None if found is None else inside(Path(path), name) if Path(path).is_dir() else Path(found)

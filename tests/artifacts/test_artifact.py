@@ -1,7 +1,10 @@
 """Artifacts: save and load round trips, checks against the target, errors for broken files, atomic writes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.artifacts.artifact import read_manifest
+from draftsmith.artifacts import files
+from draftsmith.artifacts.artifact import own_files, read_manifest
 from draftsmith.drafters import lm, lookup, medusa
 from tests.support.family import built
 from tests.support.models import VOCAB_SIZE, tiny_config, tiny_model, tiny_target, tiny_tokenizer
@@ -165,6 +169,77 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+OUTSIDE = (
+    "../secret.txt",
+    "/etc/hostname",
+    "a/../../secret.txt",
+    "..",
+    "",
+    ".",
+    "a//b",
+    "C:\\x",
+    "..\\x",
+    "a\0b",
+    7,
+    None,
+)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_listed_files_must_lie_in_the_artifact(folder: Path, name: Any) -> None:
+    (folder.parent / "secret.txt").write_text("secret")
+    edit(folder, files=["model.safetensors", name])
+    check_error(folder, "it must be a relative path without '..'")
+    with pytest.raises(ValueError, match="names the file"):
+        own_files(folder)
+
+
+@pytest.mark.parametrize("link", ["model.safetensors", "draft_config.json", "notes/deep.txt"])
+def test_links_out_of_the_artifact_are_rejected(folder: Path, link: str) -> None:
+    outside, file = folder.parent / "outside", folder / link
+    file.parent.mkdir(exist_ok=True)
+    shutil.move(file, outside) if file.exists() else outside.write_text("secret")
+    file.symlink_to(outside)
+    if link.startswith("notes"):
+        edit(folder, files=["model.safetensors", link])
+    check_error(folder, "is a link that leads out of")
+    file.unlink()
+    shutil.copy(outside, file)
+    draftsmith.load(folder, tiny_target("llama"))
+    (folder / "copy").symlink_to(link)  # a link within the folder
+    edit(folder, files=["model.safetensors", "copy"])
+    draftsmith.load(folder, tiny_target("llama"))
+
+
+def test_links_into_the_blobs_of_a_hub_cache_are_accepted(folder: Path) -> None:
+    repository = folder.parent / "models--someone--heads"
+    snapshot = repository / "snapshots" / "c0"
+    snapshot.parent.mkdir(parents=True)
+    shutil.move(folder, snapshot)
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        shutil.move(file, repository / "blobs" / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    draftsmith.load(snapshot, tiny_target("llama"))
+
+
+def test_load_names_a_missing_file(folder: Path) -> None:
+    edit(folder, files=["model.safetensors", "gone.npy"])
+    check_error(folder, "gone.npy is missing; the artifact must be made again")
+    edit(folder, files={"model.safetensors": 1})
+    check_error(folder, "it must list names")
+
+
+def test_save_does_not_follow_the_link_of_a_readme(folder: Path) -> None:
+    (folder.parent / "secret.txt").write_text("secret")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(folder.parent / "secret.txt")
+    target = tiny_target("llama")
+    with pytest.raises(ValueError, match=r"README.md is a link that leads out of"):
+        draftsmith.save(built(medusa, HEADS, target), folder, target=target)
+    assert "secret" not in str(read_files(folder).keys())
+
+
 def test_save_keeps_a_folder_of_other_files(tmp_path: Path) -> None:
     target = tiny_target("llama")
     drafter = built(medusa, HEADS, target)
@@ -218,7 +293,72 @@ def test_failed_save_keeps_the_previous_artifact(
             return rename(self, to)
 
         monkeypatch.setattr(Path, "rename", fail_final_rename)
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     with pytest.raises((OSError, TypeError)):
         draftsmith.save(built(medusa, HEADS, target), folder, target=target, record=record)
     assert read_files(folder.parent) == before
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name] * exists
+
+
+def test_save_replaces_an_artifact_in_one_operation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process killed at any moment leaves a whole artifact at its place."""
+    target = tiny_target("llama")
+    monkeypatch.setattr(Path, "rename", lambda self, to: pytest.fail("the artifact was moved away"))
+    draftsmith.save(built(medusa, HEADS, target), folder, target=target)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    draftsmith.load(folder, target)
+
+
+def dead_process() -> int:
+    """Returns the number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_save_removes_staging_folders_of_dead_processes_only(folder: Path) -> None:
+    parent, target = folder.parent, tiny_target("llama")
+    dead, alive = dead_process(), os.getppid()
+    kept = [f".heads.staging-{alive}", f".heads2.staging-{dead}", ".heads.staging-x", f".heads.other-{dead}"]
+    for name in (*kept, f".heads.staging-{dead}", f".heads.retired-{dead}", f".heads.retired-{os.getpid()}"):
+        (parent / name).mkdir()
+        (parent / name / "big.bin").write_text("x")
+    draftsmith.save(built(medusa, HEADS, target), folder, target=target)
+    assert sorted(path.name for path in parent.iterdir()) == sorted([*kept, folder.name])
+
+
+def test_save_brings_back_an_artifact_that_a_killed_process_had_moved_away(folder: Path) -> None:
+    before = read_files(folder)
+    folder.rename(folder.with_name(f".heads.retired-{dead_process()}"))
+    drafter = lookup.Drafter(lookup.Config(), tiny_target("llama"))
+    with pytest.raises(TypeError):
+        draftsmith.save(drafter, folder, target=tiny_target("llama"), record={"seed": object()})
+    with pytest.raises(RuntimeError), files.atomic_folder(folder, marker="draft_config.json"):
+        raise RuntimeError("interrupted")
+    assert read_files(folder) == before
+
+
+def test_save_through_a_link_replaces_what_it_leads_to(folder: Path) -> None:
+    link, target = folder.parent / "latest", tiny_target("llama")
+    link.symlink_to(folder)
+    draftsmith.save(lookup.Drafter(lookup.Config(), target), link, target=target)
+    assert link.is_symlink() and read_manifest(folder)["family"] == "lookup"
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["heads", "latest"]
+
+
+def test_drafters_are_saved_and_loaded_for_their_own_target_only(tmp_path: Path) -> None:
+    target = tiny_target("llama")
+    drafter = lookup.Drafter(lookup.Config(), target)
+    other = Target(tiny_model("llama", vocab_size=80))
+    with pytest.raises(ValueError, match="the drafter was made for target LlamaForCausalLM with weights") as error:
+        draftsmith.save(drafter, tmp_path / "artifact", other)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="or another tokenizer"):
+        draftsmith.save(drafter, tmp_path / "artifact", Target(target.model, tiny_tokenizer()))
+    for wrong in ("a/name", target.model):
+        with pytest.raises(ValueError, match="target is .*; pass draftsmith.Target"):
+            draftsmith.save(drafter, tmp_path / "artifact", wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="target is .*; pass draftsmith.Target"):
+            draftsmith.load(tmp_path / "artifact", wrong)  # type: ignore[arg-type]
+    assert not any(tmp_path.iterdir()), "nothing was written"
+    draftsmith.save(drafter, tmp_path / "artifact", Target(target.model))

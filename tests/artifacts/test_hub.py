@@ -219,6 +219,28 @@ def test_load_names_an_artifact_found_neither_locally_nor_on_the_hub(hub: Hub, m
         draftsmith.load("someone/else", target)
 
 
+def test_push_does_not_follow_links_out_of_the_artifact(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    (folder.parent / "secret.txt").write_text("secret")
+    for name in ("README.md", "model.safetensors"):
+        (folder / name).rename(folder / "aside")
+        (folder / name).symlink_to(folder.parent / "secret.txt")
+        assert "is a link that leads out of" in error_of(capsys, "push", folder, "someone/heads")
+        (folder / name).unlink()
+        (folder / "aside").rename(folder / name)
+    assert hub.repos == {}
+
+
+def test_load_writes_no_file_outside_the_cache_that_a_repository_lists(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    content = {file.name: file.read_bytes() for file in folder.iterdir()}
+    hub.repos["someone/heads"] = content | {"../../../../../escaped.txt": b"bad"}
+    with pytest.raises(ValueError, match="the download from the hub failed"):
+        draftsmith.load("someone/heads", tiny_target("llama"))
+    assert not list(tmp_path.rglob("escaped.txt"))
+
+
 def test_load_prefers_a_local_folder_to_a_repository(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     target = tiny_target("llama")

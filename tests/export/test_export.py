@@ -369,6 +369,24 @@ def test_export_rejects_an_artifact_of_another_target(root: Path, tmp_path: Path
     assert f"vllm serve {root / 'gone'} " in read_launch(out)["command"]
 
 
+@pytest.mark.parametrize("how", ["name", "link", "folder"])
+def test_export_copies_nothing_from_outside_the_artifact(root: Path, tmp_path: Path, how: str) -> None:
+    artifact = artifact_of(lookup.Drafter(lookup.Config(), target_of(root)), tmp_path / "artifact")
+    manifest = json.loads((artifact / "draft_config.json").read_text())
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.txt").write_text("secret")
+    if how == "link":
+        (artifact / "secret.txt").symlink_to(outside / "secret.txt")
+    if how == "folder":
+        (artifact / "notes").symlink_to(outside)
+    name = {"name": "../outside/secret.txt", "link": "secret.txt", "folder": "notes/secret.txt"}[how]
+    (artifact / "draft_config.json").write_text(json.dumps(manifest | {"files": [name]}))
+    with pytest.raises(ValueError, match="names the file|is a link that leads out of"):
+        export(artifact, "vllm", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
 def test_failed_export_keeps_the_previous_one(root: Path, tmp_path: Path) -> None:
     target = target_of(root)
     out = export(artifact_of(copy_of(target), tmp_path / "artifact"), "vllm", tmp_path / "out")

@@ -19,6 +19,7 @@ import yaml
 
 import trainers
 from draftsmith.artifacts.artifact import MANIFEST, read_manifest
+from draftsmith.artifacts.files import plain_name
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
@@ -67,6 +68,7 @@ def read(path: Path) -> list[DrafterSpec]:
 
 
 def _check(spec: DrafterSpec, given: Mapping[str, Any], before: list[str], path: Path) -> None:
+    plain_name(spec.name, path)  # it is the folder of the drafter's run
     names = [info.name for info in pkgutil.iter_modules(trainers.__path__) if not info.ispkg]
     if spec.trainer not in names or not hasattr(_module(spec), "needs"):
         near = difflib.get_close_matches(spec.trainer, names, n=1)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data import POCKET
+from draftsmith.artifacts.files import plain_name
 
 DEFAULT_DATA = "runs/pseudo-data"
 REPORTS_ONLY = ("output", "log_steps", "report_to", "wandb_project")
@@ -87,6 +88,7 @@ class RunSettings:
         sweep, trial = (os.environ.get(f"WANDB_{name}_ID") for name in ("SWEEP", "RUN"))
         if not sweep or not trial:
             return Path(self.output or f"runs/{recipe}")
+        sweep, trial = (plain_name(name, "the environment") for name in (sweep, trial))
         return Path(self.output or f"runs/sweeps/{sweep}") / trial
 
     def identity(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from draftsmith.artifacts.files import inside
 from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.model_info import TargetInfo, tokenizer_hash
@@ -122,7 +123,7 @@ class Drafter(nn.Module, drafter.Drafter):
     def load_state(cls, folder: Path, config: Config, target: Target) -> Self:
         if config.counterparts:
             return cls(config, target)
-        file = folder / TOKENIZER
+        file = inside(folder, TOKENIZER)
         try:
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
         except Exception as error:  # the library raises bare exceptions
