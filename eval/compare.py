@@ -19,7 +19,7 @@ from eval.bakeoff import forecast, machine
 from eval.bakeoff.contenders import Contender, contenders, fingerprint
 from eval.bakeoff.measure import DecodingRequest, Tally, measure, warm_up
 from eval.bakeoff.optimal_transport import first_token_acceptance
-from eval.bakeoff.results import Cell, Results, claim, publish
+from eval.bakeoff.results import Cell, Results, claimed, publish
 from eval.bakeoff.rows import row_of, sum_categories
 from eval.bakeoff.settings import BakeoffSettings
 from eval.plots.bakeoff import draw
@@ -36,7 +36,7 @@ def compare(
     """Returns one row per contender, temperature and batch size, and writes them as `bakeoff.*` into `output`.
 
     An interrupted comparison continues from its measured parts. Raises ValueError for an artifact that does not fit the
-    target, too few prompts for a batch, or a folder that contains other files.
+    target, too few prompts for a batch, or a folder that contains other files or that another run uses.
     """
     settings.check_prompts(len(prompts))
     with num_threads(settings.threads):
@@ -44,17 +44,19 @@ def compare(
         conditions = _conditions(target, prompts, settings)
         identity = conditions | asdict(settings) | {"artifacts": [fingerprint(path) for path in artifacts]}
         identity |= {"prompts": [prompt.key for prompt in prompts], "fingerprint": target.fingerprint}
-        claim(output)
-        results = Results(output, identity)
-        _measure(target, prompts, competing, results, settings)
-        rows = [row | conditions for row in _rows(prompts, competing, results, settings)]
-        _add_first_token_acceptance(rows, prompts, competing, settings)
-        _add_forecasts(rows, prompts, competing, results, settings)
-        drafters = {one.method.name: one.drafter for one in competing if one.family and not one.is_ablation}
-        texts = record_texts(target, prompts, drafters, settings.max_new_tokens)
-    markdown = "\n".join([header(rows, "markdown"), *table(rows, "markdown"), "", "![speed-up](bakeoff.png)", ""])
-    publish(output, rows, texts=texts, markdown=markdown, csv=to_csv(rows), plot=lambda path: draw(rows, path))
-    write_report(output)
+        with claimed(output):
+            results = Results(output, identity)
+            _measure(target, prompts, competing, results, settings)
+            rows = [row | conditions for row in _rows(prompts, competing, results, settings)]
+            _add_first_token_acceptance(rows, prompts, competing, settings)
+            _add_forecasts(rows, prompts, competing, results, settings)
+            drafters = {one.method.name: one.drafter for one in competing if one.family and not one.is_ablation}
+            texts = record_texts(target, prompts, drafters, settings.max_new_tokens)
+            markdown = "\n".join(
+                [header(rows, "markdown"), *table(rows, "markdown"), "", "![speed-up](bakeoff.png)", ""]
+            )
+            publish(output, rows, texts=texts, markdown=markdown, csv=to_csv(rows), plot=lambda path: draw(rows, path))
+            write_report(output)
     return rows
 
 
@@ -201,7 +203,7 @@ def _add_first_token_acceptance(
         )
         for one in competing
         for temperature in sampled
-        if one.drafter is not None and one.is_lossless and one.length == "auto" and one.gate is None
+        if one.drafter is not None and one.is_lossless and one.length == "auto" and one.confidence_threshold is None
     }
     for row in rows:
         rate, bound = rates.get((row["drafter"], row["temperature"])) or (None, None)

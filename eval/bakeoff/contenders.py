@@ -29,7 +29,7 @@ class Contender:
     drafter: Any = None
     verifier: str = "auto"
     length: str = "auto"
-    gate: float | None = None
+    confidence_threshold: float | None = None
     """Threshold on the target's confidence below which drafting is skipped; None without one."""
     is_tuned: bool = False
     """True if it decodes with a target that its drafter fine-tuned."""
@@ -51,7 +51,7 @@ class Contender:
     @property
     def is_ablation(self) -> bool:
         """Returns True if it decodes with another verifier, draft length or threshold than the drafter's own."""
-        return (self.verifier, self.length, self.gate) != ("auto", "auto", None)
+        return (self.verifier, self.length, self.confidence_threshold) != ("auto", "auto", None)
 
 
 def contenders(
@@ -115,7 +115,7 @@ def _ablations(
     for threshold in settings.confidence_thresholds:
         yield Contender(
             method=changed(f"threshold {threshold:g}", drafter=TargetConfidenceThreshold(drafter, threshold)),
-            gate=threshold,
+            confidence_threshold=threshold,
             **columns,
         )
 

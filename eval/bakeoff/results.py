@@ -2,12 +2,15 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data.folder_lock import locked
 from data.shards import write_whole
+from draftsmith.artifacts.files import LOCK
 from eval.bakeoff.measure import Tally
 
 NAME = "bakeoff"
@@ -21,15 +24,25 @@ def check_output(folder: Path) -> None:
     """Raises ValueError if `folder` is a file, or contains files but no comparison."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder to write to")
-    if folder.is_dir() and any(folder.iterdir()) and not any(folder.glob(f"{NAME}.*")):
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK} and not any(folder.glob(f"{NAME}.*")):
         raise ValueError(f"{folder} contains other files (no {NAME}.json in it); name a new or empty folder")
 
 
-def claim(folder: Path) -> None:
-    """Creates `folder` and marks it as a comparison's output; raises ValueError as `check_output` does."""
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Locks `folder` as a comparison's output while the block runs, and creates and marks it.
+
+    Raises ValueError as `check_output` does, and if another run uses the folder.
+    """
     check_output(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PARTIAL).touch()
+    with locked(folder):
+        mark = folder / PARTIAL
+        mark.touch()
+        try:
+            yield
+        finally:
+            if {path.name for path in folder.iterdir()} == {LOCK, PARTIAL} and not mark.stat().st_size:
+                mark.unlink()
 
 
 class Results:

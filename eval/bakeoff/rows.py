@@ -67,6 +67,6 @@ def row_of(
         "family": contender.family,
         "verifier": contender.verifier,
         "length": contender.length,
-        "gate": contender.gate,
+        "confidence_threshold": contender.confidence_threshold,
         "is_ablation": contender.is_ablation,
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from draftsmith import Target
-from draftsmith.core.batching import start_rows
+from draftsmith.inputs.batching import start_rows
 from draftsmith.core.sampling import Sampling
 
 FORWARD_ROWS = 16

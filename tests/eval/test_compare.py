@@ -232,7 +232,9 @@ def test_plot_is_not_blank(compared: tuple[list[dict[str, Any]], Path]) -> None:
     assert 0.02 < 1 - counts.max() / counts.sum() < 0.6  # neither blank nor filled
 
 
-def test_compare_ablation_rows_of_lengths_and_gates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_ablation_rows_of_lengths_and_confidence_thresholds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = RunSettings(
         batch_sizes="2",
         rounds=2,
@@ -253,17 +255,19 @@ def test_compare_ablation_rows_of_lengths_and_gates(tmp_path: Path, capsys: pyte
         assert row["lossless"] and row["identical"] is (True if row["temperature"] == 0 else None)
         assert row["is_ablation"] is ("(" in row["drafter"])
         assert "fixed" not in row["drafter"] or len(row["accepted_per_depth"]) == 1
-        assert (row["length"], row["gate"]) == {
+        assert (row["length"], row["confidence_threshold"]) == {
             "fixed=1": ("fixed=1", None),
             "expected_gain": ("expected_gain", None),
-            "gate 0.3": ("auto", 0.3),
-            "gate 0.5": ("auto", 0.5),
+            "threshold 0.3": ("auto", 0.3),
+            "threshold 0.5": ("auto", 0.5),
         }.get(row["drafter"].partition(" (")[2].rstrip(")"), ("auto", None))
     drafter = draftsmith.load(tmp_path / "medusa", target)
     own = DecodingMethod(name="mine", decode=draftsmith_method(target, drafter))
-    (gated,) = contenders._ablations(own, drafter, {}, BakeoffSettings(confidence_thresholds=(0.999,)))
+    (limited,) = contenders._ablations(own, drafter, {}, BakeoffSettings(confidence_thresholds=(0.999,)))
     request = DecodingRequest(prompts=prompts(2), temperature=0.0, max_new_tokens=12, seed=0)
-    drafted = [decode(request).stats.drafted[0] for decode in (gated.method.decode, draftsmith_method(target, drafter))]
+    drafted = [
+        decode(request).stats.drafted[0] for decode in (limited.method.decode, draftsmith_method(target, drafter))
+    ]
     assert drafted[0] < drafted[1], "the threshold skips most drafts"
     lines = table(rows, "terminal")
     sizes = lines[next(at for at, line in enumerate(lines) if "parameters" in line) + 1 :]

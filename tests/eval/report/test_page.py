@@ -181,7 +181,13 @@ def some_rows() -> list[dict[str, Any]]:
                 "family": "kind" if is_drafter else None,
                 "verifier": "auto",
             }
-            row |= {"length": "auto", "gate": None, "is_ablation": False, "target": "tiny", "dtype": "float32"}
+            row |= {
+                "length": "auto",
+                "confidence_threshold": None,
+                "is_ablation": False,
+                "target": "tiny",
+                "dtype": "float32",
+            }
             row |= {"hardware": "CPU", "threads": 1, "commit": None, "torch": "2", "transformers_version": "5"}
             rows.append(row | {"num_prompts": 4, "max_new_tokens": 8, "rounds": 3})
     return rows
