@@ -109,10 +109,10 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from draftsmith import Target, load, verify
     from draftsmith.artifacts.artifact import check_fits, read_manifest
-    from draftsmith.core.batching import check_lengths
     from draftsmith.core.model_info import read_target_info
     from draftsmith.core.sampling import Sampling
     from draftsmith.decoding import generate
+    from draftsmith.inputs.batching import check_lengths
     from draftsmith.length import policies
 
     disable_progress_bar()

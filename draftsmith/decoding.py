@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftsmith.core.batching import check_lengths, eos_ids, pack, start_rows, until_end
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import GenerationStats
-from draftsmith.core.target import Target
+from draftsmith.core.target import Source, Target
+from draftsmith.inputs.arguments import check_objects, real_number, torch_seed, whole_number
+from draftsmith.inputs.batching import check_lengths, eos_ids, pack, start_rows, until_end
+from draftsmith.inputs.exclusive import exclusive, with_parts
 from draftsmith.length.controller import with_length_control
 from draftsmith.length.costs import Stopwatch
 from draftsmith.length.policies import Policy
@@ -35,10 +37,10 @@ class Generation:
 @torch.inference_mode()
 def generate(
     target: Target,
-    input_ids: Tensor,
+    input_ids: Any,
     drafter: Drafter | None = None,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -51,31 +53,54 @@ def generate(
 ) -> Generation:
     """Continues `input_ids` [B, T] with tokens of the target's distribution, faster with a drafter than without.
 
-    Prompts may differ in length and be padded left or right, as in `attention_mask` [B, T]. For an encoder-decoder
-    `input_ids` are the sources. `eos_token_id` defaults to the model's own; an empty sequence turns it off. The same
-    `seed` gives the same tokens, unless draft lengths depend on measured times or earlier calls; without one it is
-    drawn from torch's global generator. `length` is a draft-length policy (draftsmith/length/policies.py) or its name,
-    "auto" for the drafter's own. A `streamer` receives the prompt, then each step's tokens. Raises ValueError for
-    invalid settings or prompts.
+    `input_ids` is a tensor, an array, a list of prompts or the output of a tokenizer; prompts may differ in length and
+    be padded left or right, as in `attention_mask` [B, T]. For an encoder-decoder they are the sources. `eos_token_id`
+    defaults to the model's own; an empty sequence turns it off. The same `seed` gives the same tokens, unless draft
+    lengths depend on measured times or earlier calls; without one it is drawn from torch's global generator. `length`
+    is a draft-length policy (draftsmith/length/policies.py) or its name, "auto" for the drafter's own. A `streamer`
+    receives the prompt, then each step's tokens. Threads may share a target; calls with the same drafter or policy wait
+    for each other. Raises ValueError for invalid settings or prompts.
     """
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+    check_objects(target, drafter, verifier=verifier, length=length, streamer=streamer)
+    sampling = Sampling(
+        temperature=real_number("temperature", temperature),
+        top_p=real_number("top_p", top_p),
+        top_k=whole_number("top_k", top_k),
+    )
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
     rows, source = start_rows(target, input_ids, attention_mask)
     check_lengths(target, rows, max_new_tokens)
-    if drafter is not None and drafter.target is not target:
-        raise ValueError(
-            "the drafter drafts for another Target object; load it with this one, or pass drafter.target if the"
-            " drafter fine-tunes its target"
-        )
-    drafter = with_length_control(drafter, length) if drafter is not None else None
     if streamer is not None and len(rows) > 1:
         raise ValueError(f"a streamer prints one row, but there are {len(rows)}; stream with batch size 1")
     limits = [len(row) + max_new_tokens for row in rows]
     eos = eos_ids(target, eos_token_id)
-    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else torch_seed(seed))
+    length_control = () if isinstance(length, str) else (length,)
+    with exclusive(*(with_parts(drafter) if drafter is not None else ()), *length_control):
+        controlled = with_length_control(drafter, length) if drafter is not None else None
+        stats = _decode(target, rows, source, limits, eos, controlled, sampling, verifier, generator, streamer)
+    # Tensors made in inference mode cannot be used in training.
+    with torch.inference_mode(False):
+        sequences, lengths = pack(target, rows)
+    return Generation(sequences=sequences, lengths=lengths, stats=stats)
+
+
+def _decode(
+    target: Target,
+    rows: list[list[int]],
+    source: Source | None,
+    limits: list[int],
+    eos: frozenset[int],
+    drafter: Drafter | None,
+    sampling: Sampling,
+    verifier: str,
+    generator: torch.Generator,
+    streamer: Any,
+) -> GenerationStats:
+    """Appends new tokens to `rows` until each has reached its limit or an end-of-sequence; returns the statistics."""
     stats, watch = GenerationStats(num_rows=len(rows)), Stopwatch(target.device)
     if streamer is not None:
         streamer.put(torch.tensor(rows[0]))
-
     cache = target.new_cache(len(rows), source=source)
     wanted = drafter.hidden_layers if drafter is not None else ()
     hidden = target.prefill([row[:-1] for row in rows], cache, layers=wanted) if max(map(len, rows)) > 1 else {}
@@ -125,7 +150,4 @@ def generate(
         stats.commit_ms += watch.lap_ms()
     if streamer is not None:
         streamer.end()
-    # Tensors made in inference mode cannot be used in training.
-    with torch.inference_mode(False):
-        sequences, lengths = pack(target, rows)
-    return Generation(sequences=sequences, lengths=lengths, stats=stats)
+    return stats

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import TextStreamer
+from transformers import BatchEncoding, TextStreamer
 
 import draftsmith
 from draftsmith import Target
@@ -256,7 +257,7 @@ def test_invalid_arguments_are_rejected() -> None:
     check_error(target, ids, "prompt 1 is empty", attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
     check_error(target, torch.zeros(1, 0, dtype=torch.long), "prompt 0 is empty")
     check_error(target, torch.zeros(0, 3, dtype=torch.long), r"input_ids has shape \(0, 3\)")
-    check_error(target, [4, 5, 6], r"input_ids has shape \(3,\); it must be \[batch, length\]")
+    check_error(target, [[[4, 5, 6]]], r"input_ids has shape \(1, 1, 3\); it must be \[batch, length\]")
     check_error(target, ids, "attention_mask has holes", attention_mask=torch.tensor([[1, 1, 1], [1, 0, 1]]))
     check_error(target, ids, "attention_mask has holes", attention_mask=torch.tensor([[0, 1, 0], [1, 1, 1]]))
     check_error(
@@ -274,6 +275,75 @@ def test_invalid_arguments_are_rejected() -> None:
     check_error(target, ids, "temperature is -1; it must be 0", temperature=-1)
     check_error(target, ids, "unknown verifier 'nosuch'; choose one of auto, bild", verifier="nosuch")
     check_error(target, ids, "a streamer prints one row, but there are 2", streamer=Pieces())
+
+
+def test_prompts_and_numbers_of_every_kind_are_accepted() -> None:
+    target, rows = tiny_target("llama"), prompts(3)
+    (ids, mask), whole = padded(rows, side="left"), greedy_by_transformers("llama", 5, NUM_NEW)
+    expected = [row[: len(row) - NUM_NEW + 5] for row in whole[:3]]
+    for given, settings in (
+        (rows, {}),
+        (tuple(map(tuple, rows)), {}),
+        ([torch.tensor(row) for row in rows], {}),
+        ([np.array(row) for row in rows], {"max_new_tokens": np.int64(5), "temperature": np.float32(0)}),
+        (ids.numpy(), {"attention_mask": mask.numpy()}),
+        (ids.tolist(), {"attention_mask": mask.bool().tolist()}),
+        (ids.int(), {"attention_mask": mask.float(), "max_new_tokens": 5.0, "top_k": torch.tensor(0)}),
+        (BatchEncoding({"input_ids": ids, "attention_mask": mask}), {}),
+        (BatchEncoding({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}), {"seed": np.int32(3)}),
+        ({"input_ids": ids}, {"attention_mask": mask, "eos_token_id": np.array([], dtype=np.int64)}),
+    ):
+        out = draftsmith.generate(target, given, tiny_drafter("copy", "llama"), **{"max_new_tokens": 5} | settings)
+        assert texts(out) == expected, type(given)
+    for single in (rows[0], torch.tensor(rows[0]), np.array(rows[0]), {"input_ids": rows[0]}):
+        assert texts(draftsmith.generate(target, single, max_new_tokens=5)) == expected[:1], "a single prompt"
+    end = expected[0][len(rows[0])]
+    for eos in (end, [end], (end,), {end}, np.int64(end), torch.tensor(end), torch.tensor([end])):
+        out = draftsmith.generate(target, rows[:1], max_new_tokens=5, eos_token_id=eos)
+        assert texts(out) == [expected[0][: len(rows[0]) + 1]], eos
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"input_ids": "a text"}, r"input_ids is 'a text'; pass what tokenizer\(text\) returns"),
+        ({"input_ids": None}, "input_ids is None"),
+        ({"input_ids": ["a text"]}, "input_ids holds 'a text'; it must hold token ids"),
+        ({"input_ids": torch.ones(1, 3)}, "input_ids holds 1.0; it must hold token ids"),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.bool)}, "input_ids holds True"),
+        ({"input_ids": [[4, 5], 6]}, r"input_ids is \[\[4, 5\], 6\]; it must be \[batch, length\]"),
+        ({"input_ids": []}, r"input_ids is \[\]; it must be \[batch, length\]"),
+        ({"input_ids": [[10**30]]}, "prompt 0 holds token 10+; the target's vocabulary has 64"),
+        ({"input_ids": {"ids": [[4]]}}, "input_ids is a mapping of ids; it must hold 'input_ids'"),
+        ({"attention_mask": "1 1"}, "attention_mask is '1 1'"),
+        ({"attention_mask": [[1, 2]]}, "attention_mask holds 2; it must hold 1 for each token"),
+        ({"attention_mask": [[0.0, -torch.inf]]}, "attention_mask holds -inf; it must hold 1 for each token"),
+        ({"max_new_tokens": None}, "max_new_tokens is None; it must be a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens is True; it must be a whole number"),
+        ({"temperature": "1"}, "temperature is '1'; it must be a finite number"),
+        ({"temperature": float("nan")}, "temperature is nan; it must be a finite number"),
+        ({"top_p": None}, "top_p is None; it must be a finite number"),
+        ({"top_k": 1.5}, "top_k is 1.5; it must be a whole number"),
+        ({"seed": "one"}, "seed is 'one'; it must be a whole number"),
+        ({"seed": 2**64}, f"seed is {2**64}; it must be a whole number of at most 64 bits"),
+        ({"eos_token_id": "2"}, "eos_token_id is '2'; it must be a token id or a list of token ids"),
+        ({"eos_token_id": [2, None]}, r"eos_token_id is \[2, None\]; it must be a token id"),
+        ({"eos_token_id": torch.tensor([2.0])}, "eos_token_id is .*; it must be a token id"),
+        ({"eos_token_id": -1}, r"eos_token_id holds -1; the target's vocabulary has 64, and \(\) turns it off"),
+        ({"verifier": None}, "verifier is None; it must be the name of one, or 'auto'"),
+        ({"length": 4}, "length is 4; it must be a length policy or its name, such as 'fixed=4'"),
+        ({"streamer": print}, r"streamer is <.*>; it must have the methods put\(tokens\) and end\(\)"),
+        ({"drafter": "runs/medusa"}, "drafter is 'runs/medusa'; pass the drafter that draftsmith.load"),
+        ({"target": "a/name"}, "target is 'a/name'; pass draftsmith.Target.from_pretrained"),
+        ({"target": tiny_target("llama").model}, "target is a LlamaForCausalLM; pass draftsmith.Target"),
+    ],
+)
+def test_arguments_of_another_kind_are_rejected(settings: dict[str, Any], message: str) -> None:
+    given = {"target": tiny_target("llama"), "input_ids": [[4, 5]], "max_new_tokens": 4} | settings
+    with pytest.raises(ValueError, match=message) as error:
+        draftsmith.generate(**given)
+    assert "\n" not in str(error.value)
 
 
 def test_padding_may_hold_any_id() -> None:

@@ -40,8 +40,8 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
     target = own if target is drafter.target else target
     if target is not own and (target.fingerprint, target.tokenizer_hash) != (own.fingerprint, own.tokenizer_hash):
         raise ValueError(
-            f"the drafter was made for target {own.name} with weights {own.fingerprint[:8]}, and {target.name} has other"
-            f" weights, {target.fingerprint[:8]}, or another tokenizer; save it with the target it was made for"
+            f"the drafter was made for target {own.name} with weights {own.fingerprint[:8]}, and {target.name} has"
+            f" other weights, {target.fingerprint[:8]}, or another tokenizer; save it with the target it was made for"
         )
     family = name_of(drafter)
     package = package_of(family)

@@ -5,7 +5,7 @@ that drafts.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -94,6 +94,8 @@ class Drafter(ABC):
     """Engines other than transformers that `draftsmith export` supports for the family."""
     draft_model: Target | None = None
     """The draft model, with a cache of its own, of a drafter that has one."""
+    parts: Sequence[Any] = ()
+    """The drafters that it combines, each the `drafter` of an entry."""
     policy: Any = None
     """A draft-length policy (draftsmith/length/policies.py) kept between calls; None if each call has its own."""
     keeps_state_between_calls: bool = False

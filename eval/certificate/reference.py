@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from draftsmith import Target
-from draftsmith.inputs.batching import start_rows
 from draftsmith.core.sampling import Sampling
+from draftsmith.inputs.batching import start_rows
 
 FORWARD_ROWS = 16
 """Texts per forward; the logits of all their positions are in memory."""

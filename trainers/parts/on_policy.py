@@ -19,11 +19,11 @@ from torch.nn.utils.rnn import pad_sequence
 from data.batches import Batch
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.core.batching import until_end
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.target import Source
 from draftsmith.core.tree import Draft, Verdict
+from draftsmith.inputs.batching import until_end
 from draftsmith.length.costs import CONTEXT, quickest_ms, verify_ms
 
 

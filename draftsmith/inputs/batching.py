@@ -3,30 +3,19 @@
 Shape suffixes: B rows, T positions.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from draftsmith.core.model_info import TargetInfo
 from draftsmith.core.target import Source, Target
+from draftsmith.inputs.arguments import prompt_rows, token_ids
 
 
-def start_rows(
-    target: Target, input_ids: Tensor, attention_mask: Tensor | None
-) -> tuple[list[list[int]], Source | None]:
+def start_rows(target: Target, input_ids: Any, attention_mask: Any) -> tuple[list[list[int]], Source | None]:
     """Returns each row's ids without padding; for an encoder-decoder its decoder start ids and the encoded source."""
-    if input_ids.ndim != 2 or input_ids.shape[0] == 0:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, length] with a row or more")
-    mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
-    if mask_BT.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask_BT.shape)}; it must be that of input_ids, {tuple(input_ids.shape)}"
-        )
-    mask_BT = mask_BT.bool()
-    if ((mask_BT[:, 1:] != mask_BT[:, :-1]).sum(1) > 1).any():
-        raise ValueError("attention_mask has holes; each row must be padded at its left or its right end only")
-    prompts = [ids[kept].tolist() for ids, kept in zip(input_ids, mask_BT, strict=True)]
+    prompts = prompt_rows(input_ids, attention_mask)
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} is empty; give every row at least one token")
@@ -57,11 +46,17 @@ def check_lengths(target: Target | TargetInfo, rows: list[list[int]], max_new_to
             )
 
 
-def eos_ids(target: Target, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+def eos_ids(target: Target, eos_token_id: Any) -> frozenset[int]:
     """Returns the end-of-sequence ids: those given, or for None the model's own."""
     if eos_token_id is None:
         return frozenset(target.eos_token_ids)
-    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+    ids = token_ids("eos_token_id", eos_token_id)
+    wrong = [token for token in ids if not 0 <= token < target.vocab_size]
+    if wrong:
+        raise ValueError(
+            f"eos_token_id holds {wrong[0]}; the target's vocabulary has {target.vocab_size}, and () turns it off"
+        )
+    return frozenset(ids)
 
 
 def until_end(new: list[int], max_tokens: int, eos: frozenset[int]) -> list[int]:

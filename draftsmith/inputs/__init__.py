@@ -1,0 +1,1 @@
+"""Converts and checks the arguments of the Python API before anything runs."""
