@@ -27,6 +27,7 @@ from draftsmith.artifacts.families import name_of
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.neural.former_names import current_name
 from trainers.parts import distillation
 from trainers.parts.losses import DIVERGENCES
 
@@ -157,7 +158,8 @@ class Online(Drafter):
         """Reads the state written by `save_optimizer` for the same weights."""
         for name, value in load_file(path).items():
             weight, _, part = name.rpartition(".")
-            self._optimiser.state[self.drafter.get_parameter(weight)][part] = value
+            parameter = self.drafter.get_parameter(current_name(self.drafter, weight))
+            self._optimiser.state[parameter][part] = value
 
     def _reset(self) -> None:
         self._optimiser = torch.optim.AdamW(self.drafter.parameters(), lr=self.settings.learning_rate, weight_decay=0)
