@@ -157,6 +157,7 @@ def test_evaluate_equals_metrics_by_hand() -> None:
 
 
 def test_new_adapters_are_zero_and_apply_to_the_named_modules() -> None:
+    torch.manual_seed(0)
     settings = trainer_settings(layer_dropout, exit_layer=1, rank=2, modules=("q_proj", "down_proj"))
     drafter, ids = layer_dropout.build(settings, TARGET).eval(), torch.tensor(prompts(1))
     assert len(drafter.adapters) == len(linear_layers(TARGET, settings.config.modules)) == 2 * NUM_LAYERS

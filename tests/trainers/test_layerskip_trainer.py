@@ -216,7 +216,7 @@ def test_a_killed_search_continues_to_the_same_log(folder: Path) -> None:
     log = Path(run.output) / "evaluations.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
         time.sleep(0.002)
-    time.sleep(int.from_bytes(os.urandom(2), "big") / 2**16 / 5)
+    time.sleep(int.from_bytes(os.urandom(2), "big") / 2**16 / 20)
     os.killpg(process.pid, signal.SIGKILL)
     _, error = process.communicate()
     assert process.returncode == -signal.SIGKILL, error
