@@ -26,6 +26,8 @@ class TargetInfo:
     decoder_start_token_id: int | None
     """First token of an encoder-decoder's output; None for a causal model, or if no config names one."""
     is_quantised: bool
+    eos_token_ids: tuple[int, ...] = ()
+    """The end-of-sequence ids of the generation config; empty if it has none."""
     fingerprint: None = None
     """Unknown without the weights."""
 
@@ -52,7 +54,7 @@ def read_target_info(path: str) -> TargetInfo:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError):
         tokenizer = None
-    config = whole.get_text_config(decoder=True)
+    config, generation_config = whole.get_text_config(decoder=True), _generation_config(path)
     return TargetInfo(
         name=path,
         tokenizer=tokenizer,
@@ -62,7 +64,9 @@ def read_target_info(path: str) -> TargetInfo:
         context_length=context_length(config),
         is_encoder_decoder=bool(whole.is_encoder_decoder),
         is_quantised=getattr(whole, "quantization_config", None) is not None,
-        decoder_start_token_id=decoder_start(whole, _generation_config(path)) if whole.is_encoder_decoder else None,
+        decoder_start_token_id=decoder_start(whole, generation_config) if whole.is_encoder_decoder else None,
+        # A model without a generation config makes one of its configuration.
+        eos_token_ids=end_tokens(config if generation_config is None else generation_config),
     )
 
 
@@ -70,6 +74,12 @@ def decoder_start(config: Any, generation_config: Any) -> int | None:
     """Returns the first token of a decoder's output, None if neither config names one."""
     ids = (getattr(one, "decoder_start_token_id", None) for one in (generation_config, config))
     return next((int(token) for token in ids if token is not None), None)
+
+
+def end_tokens(config: Any) -> tuple[int, ...]:
+    """Returns the end-of-sequence ids of a generation config, empty if it has none."""
+    ids = getattr(config, "eos_token_id", None)
+    return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (int(ids),)
 
 
 def _generation_config(path: str) -> Any:

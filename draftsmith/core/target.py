@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from draftsmith.core.cache import KVCache, visible
-from draftsmith.core.model_info import context_length, decoder_start, read_target_info, tokenizer_hash
+from draftsmith.core.model_info import context_length, decoder_start, end_tokens, read_target_info, tokenizer_hash
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.core.views import LAYER_LISTS, ForwardContext, final_norm, find_child, head_view, relative_bias, view
 
@@ -127,8 +127,7 @@ class Target:
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The end-of-sequence ids of the model's generation config; empty if it has none."""
-        ids = self.model.generation_config.eos_token_id
-        return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (int(ids),)
+        return end_tokens(self.model.generation_config)
 
     @cached_property
     def decoder_start_token_id(self) -> int | None:
@@ -303,15 +302,14 @@ class Target:
 
     def _view(self, start: int, stop: int, skipped: frozenset[tuple[str, int]]) -> Any:
         key = (start, stop, skipped)
-        if key not in self._views:
-            # A layer search tries thousands of sets of skipped sublayers.
-            while len(self._views) >= MAX_VIEWS:
-                del self._views[next(iter(self._views))]
+        if (run := self._views.get(key)) is None:
             if self.is_encoder_decoder and key != (0, self.num_layers, frozenset()):
                 raise ValueError(f"{self._architecture} is an encoder-decoder: spans of layers are not supported")
             base = relative_bias(self._stack, self._context) if hasattr(self._stack, "block") else self._stack
-            self._views[key] = view(base, self._context, start, stop, skipped, width=self.hidden_size)
-        return self._views[key]
+            run = view(base, self._context, start, stop, skipped, width=self.hidden_size)
+            # A layer search tries thousands of sets of skipped sublayers. Replacing the dictionary is safe in threads.
+            self._views = dict(list(self._views.items())[-MAX_VIEWS + 1 :]) | {key: run}
+        return run
 
     def _masks(self, tree: Tree, cache: KVCache, positions_BN: Tensor, first: int) -> Any:
         """Returns the mask [R, 1, N, S], or a mask for each kind of layer if the model has two."""

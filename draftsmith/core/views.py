@@ -4,6 +4,7 @@ A view is a shallow copy: it shares every parameter with the model, which stays 
 """
 
 import copy
+import threading
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ ATTENTIONS = ("self_attn", "attn", "attention")
 MLPS = ("mlp", "fc2")
 
 
-class ForwardContext:
-    """Inputs and outputs of one forward through a view besides the stack's own arguments."""
+class ForwardContext(threading.local):
+    """Inputs and outputs of one forward through a view besides the stack's own arguments; each thread has its own."""
 
     def __init__(self) -> None:
         self.begin(positions_BN=None)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return ForwardContext, ()  # a copy begins empty, so that targets can be copied
 
     def begin(self, *, positions_BN: Tensor | None, wanted: tuple[int, ...] = (), resume: Tensor | None = None) -> None:
         """Sets the positions, the hidden layers to record and the hidden states to resume from."""
