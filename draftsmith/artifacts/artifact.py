@@ -139,7 +139,7 @@ def family_of(manifest: dict[str, Any], path: str | Path) -> ModuleType:
 def own_files(folder: Path) -> list[Path]:
     """Returns the paths of an artifact's manifest, weights and saved state, without its card or unrelated files.
 
-    Raises ValueError if one is missing or lies outside the folder, be it through a link.
+    Raises ValueError if one is missing, or lies outside the folder, also by way of a link.
     """
     names = read_manifest(folder).get("files")
     if names is None:

@@ -33,7 +33,7 @@ def inside(folder: Path, name: Any) -> Path:
     root, found = folder.resolve(), path.resolve()
     snapshots = [parent for parent in (root, *root.parents) if parent.name == "snapshots"]
     if not any(found.is_relative_to(one) for one in (root, *(parent.parent / "blobs" for parent in snapshots))):
-        raise ValueError(f"{path} is a link that leads out of {folder}; replace it with a copy of what it leads to")
+        raise ValueError(f"{path} is a link that leads out of {folder}; replace it with a copy of its target")
     return path
 
 
@@ -42,8 +42,8 @@ def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
     """Yields an empty folder beside `path` that replaces `path` when the block ends without an error.
 
     A folder at `path` is replaced only if it is empty or contains the file `marker`. Raises ValueError otherwise;
-    nothing is written then. What killed processes have left beside `path` is removed, or moved back to `path` if there
-    is nothing.
+    nothing is written then. Leftovers of killed processes beside `path` are removed, or moved back to `path` if it is
+    missing.
     """
     if path.is_symlink():
         path = path.resolve()
@@ -103,7 +103,7 @@ def _recover(path: Path) -> None:
 
 
 def _is_another_process(number: int) -> bool:
-    """Returns whether a process of this number lives besides this one."""
+    """Returns whether `number` is the id of another running process."""
     with suppress(ProcessLookupError, OverflowError):
         with suppress(PermissionError):
             os.kill(number, 0)

@@ -123,14 +123,14 @@ class Drafter(ABC):
         """
 
     def rewind(self, lengths: list[int]) -> bool:
-        """Drops the state of each row past its first `lengths` tokens, which were taken back; all rows are running.
+        """Drops the state of each row past its first `lengths` tokens, after the others were removed; all rows are running.
 
         Returns False, the default, if it cannot: the caller must `start` it again.
         """
         return False
 
     def forget(self) -> None:  # noqa: B027 (a default, not abstract)
-        """Drops what earlier calls have taught it, so that it drafts as it did when it was made or loaded."""
+        """Drops the state that earlier calls have left, so that it drafts as when it was made or loaded."""
 
     def on_weights_loaded(self) -> None:  # noqa: B027
         """Finishes a drafter whose weights are in place: it may check or quantise them, or fine-tune the target.
@@ -144,11 +144,11 @@ class Drafter(ABC):
         return iter(())
 
     def save_state(self, folder: Path) -> None:  # noqa: B027
-        """Writes what an artifact must hold beside the configuration and the weights."""
+        """Writes the state that an artifact must hold beside the configuration and the weights."""
 
     @classmethod
     def load_state(cls, folder: Path, config: Any, target: Target) -> Self:
-        """Returns the drafter with what `save_state` wrote, its weights not yet loaded.
+        """Returns the drafter with the state that `save_state` wrote, its weights not yet loaded.
 
         Raises ValueError if a file is missing, truncated or does not fit.
         """

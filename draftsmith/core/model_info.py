@@ -1,4 +1,4 @@
-"""Reads what a target is from its folder, without its weights, so that bad input is rejected before they load."""
+"""Reads a target's shape and tokenizer from its folder, so that bad input is rejected before its weights load."""
 
 import hashlib
 import os

@@ -37,8 +37,8 @@ class Config:
     parts: PartConfigs
     """Each part's family and configuration."""
     adaptive: bool = True
-    """Whether the fastest part by measured tokens per millisecond is tried first, and none that is slower than plain
-    steps, which depends on the clock and on earlier calls; otherwise parts are tried in the given order."""
+    """Try the fastest part by measured tokens per millisecond first, and none that is slower than plain steps, which
+    depends on the clock and on earlier calls; otherwise try the parts in the given order."""
     min_tokens: int = 1
     """Minimum depth, in at least one row, of a part's draft; the next part is tried otherwise. A sampled draft needs
     only one token: rejecting it for what was sampled would change the output distribution."""

@@ -36,7 +36,7 @@ class Config:
     num_guesses: int = 5
     """Number of n-grams kept per first token, which is also the number drafted at a time (G)."""
     pool_from_prompt: bool = True
-    """Whether the pool starts with the prompt's n-grams."""
+    """Start the pool with the prompt's n-grams."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "window", "num_guesses")

@@ -79,7 +79,7 @@ class LengthControlled(Drafter):
         self._drafter.observe(step)
 
     def reactivate(self) -> None:
-        """Marks all rows as running, for drafts of text that was taken back."""
+        """Marks all rows as running again, after tokens were removed from them."""
         self._is_running = [True] * len(self._is_running)
 
     def _limit(self, row: int, most: int) -> int:
@@ -99,7 +99,7 @@ class LengthControlled(Drafter):
 
 
 def cut(draft: Draft, depths: list[int]) -> Draft:
-    """Returns the draft with each row's nodes cut before the first one that is deeper than the row's entry of `depths`.
+    """Returns the draft with each row's nodes cut before the first one deeper than the row's entry of `depths`.
 
     Depths must not depend on the tokens drafted: withholding a token for what it is would bias the output. A tree's
     nodes must be in level order, so that siblings, which are verified by how all of them were sampled, stay together.

@@ -226,7 +226,7 @@ class ExpectedGain:
                 if outcome.confidences:
                     self._by_confidence.add(int(self.NUM_BINS * outcome.confidences[index]), accepted)
         self._recent_ms[depth].append(cost_ms)
-        # It was no trial if the drafter found nothing to draft.
+        # A round is no trial if the drafter found nothing to draft.
         is_tried = self._trial is not None and min(self._trial, 1) <= depth
         self._num_trials, self._num_since = self._num_trials + is_tried, 0 if is_tried else self._num_since + 1
         self._plan()
@@ -236,7 +236,7 @@ class ExpectedGain:
         costs = self._costs()
         self.best, rate = best_length([self._by_index.of(index) for index in range(self._num_draft)], costs)
         self._least_rate = rate * (costs[-1] - costs[1]) / max(self._num_draft - 1, 1)
-        # While drafting does not pay, only trials can show that it has come to pay.
+        # While drafting does not pay, only trials can show that it has begun to.
         is_due = self._num_since >= (self.TRIAL_EVERY if self.best else self.TRIAL_EVERY // 2)
         is_trial = is_due or self._num_trials < self._num_first
         self._trial = self.TRIALS[self._num_trials % len(self.TRIALS)] if is_trial else None

@@ -17,7 +17,7 @@ def source_tokens(session: Session) -> list[list[int]]:
 
 
 def load_array(file: Path, *, mmap: bool = False) -> np.ndarray:
-    """Returns the array of an .npy file, memory-mapped if asked for; raises ValueError if it cannot be read."""
+    """Returns the array of an .npy file, memory-mapped with `mmap`; raises ValueError if it cannot be read."""
     try:
         return np.load(inside(file.parent, file.name), mmap_mode="r" if mmap else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

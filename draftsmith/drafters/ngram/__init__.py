@@ -33,7 +33,7 @@ class Config:
     length: str = "confidence=0.3"
     """Draft-length policy (draftsmith/length/policies.py)."""
     sampled: bool = True
-    """Whether drafts are sampled if the temperature is not 0; otherwise they are always the likeliest tokens."""
+    """Sample drafts if the temperature is not 0; otherwise draft the likeliest tokens at any temperature."""
     cache: float = 0.3
     """Weight of the tokens that followed the same context earlier in the row or in the source; 0 for none."""
 

@@ -39,7 +39,7 @@ class Config:
     num_draft: int = 16
     """Maximum number of tokens drafted."""
     branches: bool = True
-    """Whether to draft a tree of the likeliest nodes; otherwise the likeliest path."""
+    """Draft a tree of the likeliest nodes; otherwise the likeliest path."""
     min_chance: float = 0.1
     """Minimum probability of a drafted token's path: the share of the matches that it followed."""
     max_matches: int = 64

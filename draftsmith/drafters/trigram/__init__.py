@@ -33,7 +33,7 @@ class Config:
     """Settings of the search and of the rows' own tri-grams; the defaults are the paper's constants."""
 
     maker: str = field(default="mcts", metadata={"choices": MAKERS})
-    """How paths are found: mcts (the paper's search), full (the likeliest of all paths) or greedy (a single path)."""
+    """Search for paths: mcts (the paper's), full (the likeliest of all paths) or greedy (a single path)."""
     num_iterations: int = 150
     """Number of paths that mcts tries."""
     depth: int = 4

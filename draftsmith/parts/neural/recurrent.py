@@ -1,4 +1,4 @@
-"""Drafting by a network that reads text token by token and keeps a state: its draft state and how it is rewound.
+"""Drafting by a network that reads text token by token and keeps a state: its draft state, with rewinding.
 
 A state is a tuple of tensors [B, ...] that are never written to, so that rewinding means returning to an earlier state.
 

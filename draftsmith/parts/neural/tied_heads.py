@@ -49,8 +49,8 @@ class TiedHead(nn.Module):
     def init_principal_directions(self) -> None:
         """Initialises P for training with the orthonormal directions of most variance among the target's output rows.
 
-        Where these rows are long, as of encoder-decoders that scale them down, A is scaled down: features of size 1
-        shall give logits of size 1 at most.
+        Where these rows are long, as in encoder-decoders that scale them down, A is scaled down, so that features of
+        size 1 give logits of size 1 at most.
         """
         if self.widen is not None:
             _, directions_DD = torch.linalg.eigh(self._lm_head().float().T.cov())

@@ -1,4 +1,4 @@
-"""Self-drafting with sublayers of the target skipped: which ones, and a whole text re-read as drafting would read it.
+"""Self-drafting with sublayers of the target skipped: their notation, and a whole text read as drafting would read it.
 
 Shape suffixes: B rows, T tokens, D hidden width.
 """
