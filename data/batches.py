@@ -32,6 +32,8 @@ class Example:
     wrote."""
     key: str
     """Identifier of the prompt that it continues; determines whether it is held out."""
+    where: str = ""
+    """Origin of the text, as `file:line`; empty if it is not known."""
     source_S: Tensor | None = None
     """Token ids (int64) of the encoder's input; None for causal text."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -55,7 +57,9 @@ class Batch:
     lengths_B: Tensor
     """Number of tokens of each row without padding."""
     keys: tuple[str, ...] = ()
-    """Each row's key, used in error messages."""
+    """Each row's key."""
+    names: tuple[str, ...] = ()
+    """Each row's origin, or its key if that is not known, for error messages."""
     source_BS: Tensor | None = None
     """Token ids of the encoder's inputs; 0 in the padding."""
     source_lengths_B: Tensor | None = None
@@ -86,14 +90,19 @@ class Batch:
 
 
 def example(
-    ids: Sequence[int], loss_mask: Sequence[bool] | None, key: str, source: Sequence[int] | None = None
+    ids: Sequence[int],
+    loss_mask: Sequence[bool] | None,
+    key: str,
+    source: Sequence[int] | None = None,
+    *,
+    where: str = "",
 ) -> Example:
     """Returns an example without the target's outputs; a mask of None means that every token is supervised."""
     tokens_T = torch.tensor(ids, dtype=torch.long)
     mask_T = torch.ones(len(ids), dtype=torch.bool) if loss_mask is None else torch.tensor(loss_mask, dtype=torch.bool)
     assert len(mask_T) == len(tokens_T)
     source_S = None if source is None else torch.tensor(source, dtype=torch.long)
-    return Example(tokens_T=tokens_T, loss_mask_T=mask_T, key=key, source_S=source_S)
+    return Example(tokens_T=tokens_T, loss_mask_T=mask_T, key=key, where=where, source_S=source_S)
 
 
 def truncate(row: Example, length: int) -> Example:
@@ -111,7 +120,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     for one in examples:
         # The first token has no context to be predicted from.
         if not one.loss_mask_T[1:].any():
-            raise ValueError(f"the loss mask of row {one.key} is all zero: it has no supervised token")
+            raise ValueError(f"the loss mask of row {one.where or one.key} is all zero: it has no supervised token")
     first = examples[0]
     layers = [layer for layer in first.hidden if all(layer in one.hidden for one in examples)]
     with_top = all(one.top_ids_TK is not None for one in examples)
@@ -122,6 +131,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         loss_mask_BT=_padded([one.loss_mask_T for one in examples]),
         lengths_B=torch.tensor([len(one.tokens_T) for one in examples]),
         keys=tuple(one.key for one in examples),
+        names=tuple(one.where or one.key for one in examples),
         source_BS=_padded(sources) if sources else None,
         source_lengths_B=torch.tensor([len(source_S) for source_S in sources]) if sources else None,
         hidden={layer: _padded([one.hidden[layer] for one in examples]) for layer in layers},
@@ -134,10 +144,10 @@ def collate(examples: Sequence[Example]) -> Batch:
 def check_batch(batch: Batch, target: Target | TargetInfo, *, layers: tuple[int, ...] = (), top_k: int = 0) -> None:
     """Raises ValueError unless the batch fits the target and has the hidden `layers` and `top_k` logits."""
     if not batch.loss_mask_BT[:, 1:].any():
-        raise ValueError(f"the loss mask is all zero in the batch of rows {', '.join(batch.keys)}")
+        raise ValueError(f"the loss mask is all zero in the batch of rows {', '.join(batch.names)}")
     if target.is_encoder_decoder != (batch.source_BS is not None):
         kind, has = ("an encoder-decoder", "no") if target.is_encoder_decoder else ("a causal model", "a")
-        raise ValueError(f"target {target.name} is {kind}, and row {batch.keys[0]} has {has} source for an encoder")
+        raise ValueError(f"target {target.name} is {kind}, and row {batch.names[0]} has {has} source for an encoder")
     for tokens, lengths_B in ((batch.tokens_BT, batch.lengths_B), (batch.source_BS, batch.source_lengths_B)):
         if tokens is None or lengths_B is None:
             continue
@@ -147,7 +157,7 @@ def check_batch(batch: Batch, target: Target | TargetInfo, *, layers: tuple[int,
         if longest > (limit := target.context_length):
             raise ValueError(f"a row of {longest} tokens is longer than the target's context of {limit}")
         if int(lengths_B.min()) < 1:
-            raise ValueError(f"one of the rows {', '.join(batch.keys)} has no token")
+            raise ValueError(f"one of the rows {', '.join(batch.names)} has no token")
     check_layers(layers, target)
     missing = [layer for layer in layers if layer not in batch.hidden]
     if missing:

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from data import pseudo_data, store
 from data.batches import Example, example
-from data.prompts import Prompt, load_prompts, print_coverage, prompt_room
+from data.prompts import Prompt, TextSettings, load_prompts, print_coverage, prompt_room
 from data.shards import check_origin
-from data.sources import looks_local
+from data.sources import LeftOut, looks_local
 from data.sources.pairs import split_columns
 from draftsmith import Target
 from draftsmith.core.model_info import NO_LIMIT, TargetInfo
@@ -28,6 +28,13 @@ class Examples(Protocol):
     def fingerprint(self) -> str:
         """The hash that identifies the data in an artifact's manifest."""
 
+    @property
+    def first_supervised(self) -> Sequence[int | None]:
+        """The position of each row's first supervised token after its first token; None if it has none."""
+
+    def where(self, index: int) -> str:
+        """Returns the origin of a row, as `file:line` where it is known."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
@@ -44,6 +51,19 @@ class TextExamples(Sequence[Example]):
         self.fingerprint = hashlib.sha256(("".join(self.keys) + repr(labels) * bool(labels)).encode()).hexdigest()[:32]
         self._prompts, self._start = prompts, start
 
+    @property
+    def first_supervised(self) -> Sequence[int | None]:
+        return [self._first_supervised(prompt) for prompt in self._prompts]
+
+    def _first_supervised(self, prompt: Prompt) -> int | None:
+        if prompt.label is not None:
+            return 1 if prompt.label else None
+        mask = prompt.loss_mask or [True] * len(prompt.ids)
+        return next((position for position in range(1, len(mask)) if mask[position]), None)
+
+    def where(self, index: int) -> str:
+        return self._prompts[index].source
+
     def __len__(self) -> int:
         return len(self._prompts)
 
@@ -52,8 +72,8 @@ class TextExamples(Sequence[Example]):
         if prompt.label is not None:
             assert self._start is not None
             mask = [False] + [True] * len(prompt.label)
-            return example([self._start, *prompt.label], mask, prompt.key, source=prompt.ids)
-        return example(prompt.ids, prompt.loss_mask, prompt.key)
+            return example([self._start, *prompt.label], mask, prompt.key, source=prompt.ids, where=prompt.source)
+        return example(prompt.ids, prompt.loss_mask, prompt.key, where=prompt.source)
 
 
 def check_target(examples: Examples, source: str, target: Target) -> None:
@@ -62,7 +82,26 @@ def check_target(examples: Examples, source: str, target: Target) -> None:
         check_origin(Path(source), examples.manifest, target)
 
 
-def open_examples(source: str, target: Target | TargetInfo, *, seed: int = 0) -> Examples:
+def usable_rows(examples: Examples, source: str, *, max_length: int, max_left_out: float = 0.5) -> list[int]:
+    """Returns the indices of the rows that have a supervised token among their first `max_length` tokens.
+
+    The first token of a row is not learnt, as nothing precedes it. Prints how many rows are left out, with the origins
+    of the first; raises ValueError if they are more than `max_left_out` of the rows, or all.
+    """
+    left_out, kept = LeftOut(), []
+    for index, position in enumerate(examples.first_supervised):
+        if position is not None and position < max_length:
+            kept.append(index)
+            continue
+        reason = "it has nothing to learn" if position is None else f"its answer lies beyond {max_length:,} tokens"
+        left_out.add(f"{examples.where(index)}: {reason}")
+    left_out.report(source, len(examples), max_left_out)
+    return kept
+
+
+def open_examples(
+    source: str, target: Target | TargetInfo, *, settings: TextSettings | None = None, seed: int = 0
+) -> Examples:
     """Returns the rows of a teacher store, of pseudo-data, or of any source that `load_prompts` reads, with answers.
 
     Prints the share of supervised tokens. Raises ValueError for data that cannot be read, is unfinished or belongs to
@@ -87,6 +126,8 @@ def open_examples(source: str, target: Target | TargetInfo, *, seed: int = 0) ->
         long_prompts="cut",
         keep_answers=True,
         is_encoder_decoder=target.is_encoder_decoder,
+        end_ids=target.eos_token_ids,
+        settings=settings,
         seed=seed,
     )
     if target.is_encoder_decoder and target.decoder_start_token_id is None:

@@ -1,31 +1,43 @@
 """Loads prompts from any source as token ids: `load_prompts`.
 
-Supported rows: {"prompt" or "text": ...} as plain text; {"question", "instruction" or "turns": [...]} as a user's turn,
-through the chat template if the tokenizer has one; {"messages" or "conversations": [...]} always through the template.
-For an encoder-decoder also pairs of source and label, {"article": ..., "highlights": ...} and the others of
-data/sources/pairs.py; columns with other names are given as `data.jsonl@body,title`.
+Rows are plain text, requests or conversations (data/sources/forms.py); the latter two go through the tokenizer's chat
+template, requests only if it has one. For an encoder-decoder also pairs of source and label, {"article": ...,
+"highlights": ...} and the others of data/sources/pairs.py; columns with other names are given as
+`data.jsonl@body,title`.
 """
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data.sources import Document, Row, chat, pairs, read_source
+from data.sources import Document, LeftOut, Row, RowError, forms, pairs, read_source
+from data.sources.chat import REASONING_KEYS, ChatFormat
 from draftsmith import Target
 from draftsmith.core.model_info import NO_LIMIT, TargetInfo
 
-PLAIN_KEYS = ("prompt", "text")
-USER_KEYS = ("question", "instruction", "turns")
-CHAT_KEYS = ("messages", "conversations", "conversation")
-TEXT_KEYS = (*CHAT_KEYS, *PLAIN_KEYS, *USER_KEYS)
 LongPrompts = Literal["auto", "refuse", "drop", "cut"]
 CHARACTERS_PER_TOKEN = 32  # more than any tokenizer's average; texts are truncated by it before encoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """How rows of text are read."""
+
+    max_left_out: float = 0.5
+    """Largest share of the rows that may be left out because they cannot be read or have nothing to learn."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the target's chat template, as in {enable_thinking: false}."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_left_out <= 1:
+            raise ValueError(f"max_left_out is {self.max_left_out}; it must be 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +70,8 @@ def load_prompts(
     long_prompts: LongPrompts = "auto",
     keep_answers: bool = False,
     is_encoder_decoder: bool = False,
+    end_ids: Sequence[int] = (),
+    settings: TextSettings | None = None,
     seed: int = 0,
 ) -> list[Prompt]:
     """Returns at most `max_prompts` distinct prompts (0: all) of `source` (see data/sources), sampled with `seed`.
@@ -66,9 +80,12 @@ def load_prompts(
     `long_prompts` says whether a row of more than `max_prompt_tokens` (0: no limit) is refused with an error, dropped,
     or cut to its first tokens; "auto" cuts an encoder's input and refuses others. `keep_answers` returns training texts
     instead of prompts: whole conversations with a loss mask, and documents in pieces of at most `max_prompt_tokens`.
-    For an encoder-decoder the prompts are sources, with their labels if `keep_answers`. Raises ValueError, naming file
-    and line, for data that cannot be read.
+    An answer is supervised up to the first of `end_ids`, the generation config's end tokens (empty: the tokenizer's).
+    For an encoder-decoder the prompts are sources, with their labels if `keep_answers`. Rows that cannot be used are
+    left out and reported with file and line, as is text in fields that are not used. Raises ValueError for data that
+    cannot be read, or if more rows than `settings` allow are left out.
     """
+    settings = settings or TextSettings()
     if tokenizer is None:
         raise ValueError(f"{source}: prompts need a tokenizer, and the target has none")
     name, columns = pairs.split_columns(source)
@@ -82,8 +99,9 @@ def load_prompts(
         [one for one in found if isinstance(one, Document)],
         [one for one in found if isinstance(one, Row)],
     )
-    if is_encoder_decoder and rows:
-        columns = columns or pairs.infer_columns(rows[0], TEXT_KEYS)
+    readable = next((row for row in rows if not row.fault), None)
+    if is_encoder_decoder and readable:
+        columns = columns or pairs.infer_columns(readable, forms.KNOWN_KEYS)
     if is_encoder_decoder and keep_answers and not columns:
         raise ValueError(
             f"{source} has no labels: give pairs ({pairs.known_columns()}, or other columns as in"
@@ -91,20 +109,24 @@ def load_prompts(
         )
     if documents and columns:
         raise ValueError(f"{source} names columns, and {name} contains texts, which have none")
-    candidates: Iterable[Prompt]
+    options = settings.chat_template_kwargs
+    chat = ChatFormat(tokenizer=tokenizer, end_ids=frozenset(end_ids), options=options)
+    reader = _RowReader(tokenizer, chat, columns, keep_answers=keep_answers)
+    candidates: Iterable[list[Prompt]]
     if documents and keep_answers:
         texts = ((one.name, _with_bos(_encode(tokenizer, one.text), tokenizer), one.text) for one in documents)
-        candidates = (_prompt(ids, text, name) for name, ids, text in texts if ids)
+        candidates = ([_prompt(ids, text, name)] for name, ids, text in texts if ids)
     elif documents:
-        candidates = _document_prompts(documents, tokenizer, prompt_tokens, rng)
+        candidates = ([one] for one in _document_prompts(documents, tokenizer, prompt_tokens, rng))
     else:
-        rows = pairs.nonempty_rows(rows, columns, with_labels=keep_answers) if columns else _check_rows(rows, source)
         if max_prompts:
             rng.shuffle(rows)
-        candidates = (_from_row(row, tokenizer, columns, keep_answers=keep_answers) for row in rows)
+        candidates = reader.read(rows)
     prompts: dict[str, Prompt] = {}
     num_repeated = num_dropped = num_cut = 0
-    for prompt in tqdm(candidates, desc="prompts", total=max_prompts or None, leave=False, delay=2):
+    for prompt in tqdm(
+        (one for found in candidates for one in found), desc="prompts", total=max_prompts or None, leave=False, delay=2
+    ):
         pieces = [prompt]
         if max_prompt_tokens and len(prompt.ids) > max_prompt_tokens:
             if keep_answers and prompt.loss_mask is None and prompt.label is None:
@@ -116,8 +138,11 @@ def load_prompts(
                 )
             else:
                 pieces = [_truncate(prompt, max_prompt_tokens, tokenizer.eos_token_id if is_encoder_decoder else None)]
-                if long_prompts == "drop" or (prompt.loss_mask is not None and not any(pieces[0].loss_mask or ())):
+                if long_prompts == "drop":
                     num_dropped += 1
+                    continue
+                if prompt.loss_mask is not None and not any(pieces[0].loss_mask or ()):
+                    reader.left_out.add(f"{prompt.source}: its answer lies beyond {max_prompt_tokens:,} tokens")
                     continue
                 num_cut += prompt.key not in prompts
         num_repeated += prompt.key in prompts
@@ -125,6 +150,7 @@ def load_prompts(
             prompts.setdefault(piece.key, piece)
         if max_prompts and len(prompts) >= max_prompts:
             break
+    reader.report(source, settings.max_left_out)
     if num_repeated or num_dropped:
         print(f"{source}: {num_repeated} repeated and {num_dropped} too long prompts were dropped")
     if is_encoder_decoder and num_cut:
@@ -156,57 +182,88 @@ def print_coverage(source: str, num_supervised: int, num_tokens: int) -> None:
     print(f"{source}: the loss mask covers {num_supervised:,} of {num_tokens:,} tokens ({share:.1%})")
 
 
-def _text_field(row: Row) -> tuple[str, Any]:
-    """Returns (key, value) of the row's text; raises ValueError if no key is supported or the value is not text."""
-    key = next((key for key in TEXT_KEYS if row.fields.get(key) is not None), None)
-    if key is None:
-        raise ValueError(f"{row.where}: found the keys {', '.join(row.fields)}; expected one of {', '.join(TEXT_KEYS)}")
-    value = row.fields[key]
-    if key == "turns":
-        if not isinstance(value, list) or not value or not isinstance(value[0], str):
-            raise ValueError(f"{row.where}: `turns` should be a list of texts, found {value!r:.40}")
-        value = value[0]
-    if key == "prompt" and isinstance(value, list):
-        key = "messages"
-    if key not in CHAT_KEYS:
-        if not isinstance(value, str):
-            raise ValueError(f"{row.where}: `{key}` should be text, found {value!r:.40}")
-        if not value.strip():
-            raise ValueError(f"{row.where}: `{key}` is empty")
-    return key, value
+class _RowReader:
+    """Reads rows as prompts, or as training texts if `keep_answers`, and counts what is not used of them."""
 
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat: ChatFormat,
+        columns: pairs.Columns | None,
+        *,
+        keep_answers: bool,
+    ) -> None:
+        self.left_out = LeftOut()
+        self._tokenizer, self._chat, self._columns, self._keep_answers = tokenizer, chat, columns, keep_answers
+        self._num_rows = self._num_several = 0
+        self._unused: Counter[str] = Counter()
 
-def _check_rows(rows: list[Row], source: str) -> list[Row]:
-    """Returns the rows, checks that all can be read, and prints how many have turns that are not used."""
-    for row in rows:
-        _text_field(row)
-    num_multi_turn = sum(len(row.fields.get("turns") or ()) > 1 for row in rows)
-    if num_multi_turn:
-        print(f"{source}: {num_multi_turn} of {len(rows)} rows have several turns; only the first of each is used")
-    return rows
+    def read(self, rows: Iterable[Row]) -> Iterator[list[Prompt]]:
+        """Yields the prompts of each row that can be used."""
+        for row in rows:
+            self._num_rows += 1
+            try:
+                yield self._prompts(row)
+            except RowError as error:
+                self.left_out.add(error)
 
+    def report(self, source: str, max_left_out: float) -> None:
+        """Prints what was not used; raises ValueError if more than `max_left_out` of the rows were left out."""
+        if self._num_several:
+            print(
+                f"{source}: {self._num_several} of {self._num_rows} rows have several turns; only the first of each is"
+                " used"
+            )
+        if self._unused:
+            fields = ", ".join(f"{name} ({count:,} rows)" for name, count in self._unused.most_common())
+            print(f"{source}: these fields contain text that is not used: {fields}")
+        self.left_out.report(source, self._num_rows, max_left_out)
 
-def _from_row(
-    row: Row, tokenizer: PreTrainedTokenizerBase, columns: pairs.Columns | None, *, keep_answers: bool
-) -> Prompt:
-    category = row.fields.get("category")
-    category = None if category is None else str(category)
-    if columns:
-        text = columns.prefix + row.fields[columns.source]
-        label = pairs.label_ids(tokenizer, row.fields[columns.label]) if keep_answers else None
-        return replace(_prompt(_encode(tokenizer, text), text, row.where, category=category), label=label)
-    key, value = _text_field(row)
-    mask = None
-    if key in CHAT_KEYS or (key in USER_KEYS and tokenizer.chat_template):
-        messages = chat.normalise(value, row.where) if key in CHAT_KEYS else [{"role": "user", "content": value}]
-        if keep_answers:
-            ids, mask = chat.answer_ids(tokenizer, messages, row.where)
-            text = tokenizer.decode(ids)
+    def _prompts(self, row: Row) -> list[Prompt]:
+        category = row.fields.get("category")
+        category = None if category is None else str(category)
+        if self._columns:
+            text, label = pairs.read_pair(row, self._columns, with_label=self._keep_answers)
+            ids = pairs.label_ids(self._tokenizer, label) if self._keep_answers else None
+            return [replace(_prompt(_encode(self._tokenizer, text), text, row.where, category=category), label=ids)]
+        found = forms.read_text(row, as_chat=bool(self._tokenizer.chat_template))
+        if found.messages is None:
+            prompts, unused = [self._plain(found, row.where, category)], set(found.unused)
         else:
-            ids, text = chat.prompt_ids(tokenizer, messages, row.where)
-    else:
-        ids, text = _encode(tokenizer, value), value
-    return _prompt(ids, text, row.where, mask=mask, category=category)
+            prompts = self._conversation(found.messages, found.tools, row.where, category)
+            unused = {*found.unused, *self._not_rendered(found, prompts)}
+        self._unused.update(unused)
+        self._num_several += found.num_turns > 1
+        return prompts
+
+    def _plain(self, found: forms.RowText, where: str, category: str | None) -> Prompt:
+        ids, text, mask = _encode(self._tokenizer, found.text), found.text, None
+        if self._keep_answers and found.answer:
+            eos = self._tokenizer.eos_token_id
+            answer = self._tokenizer(found.answer, add_special_tokens=False, verbose=False)["input_ids"]
+            answer = answer if eos is None else [*answer, eos]
+            mask = [False] * len(ids) + [True] * len(answer)
+            ids, text = ids + answer, text + found.answer
+        return _prompt(ids, text, where, mask=mask, category=category)
+
+    def _conversation(self, messages: list[Any], tools: Any, where: str, category: str | None) -> list[Prompt]:
+        if not self._keep_answers:
+            ids, text = self._chat.prompt(messages, tools, where)
+            return [_prompt(ids, text, where, category=category)]
+        found = [
+            _prompt(ids, self._tokenizer.decode(ids), where, mask=mask, category=category)
+            for ids, mask in self._chat.answers(messages, tools, where)
+        ]
+        return [replace(one, key=f"{found[0].key}.{at}") if at else one for at, one in enumerate(found)]
+
+    def _not_rendered(self, found: forms.RowText, prompts: list[Prompt]) -> Iterator[str]:
+        """Yields the keys of what the chat template leaves out of a conversation."""
+        if found.tools and not self._chat.renders_tools:
+            yield "tools"
+        for key in REASONING_KEYS if self._keep_answers else ():
+            written = [message[key].strip() for message in found.messages or () if message.get(key)]
+            if any(not any(text in prompt.text for prompt in prompts) for text in written):
+                yield key
 
 
 def _document_prompts(
@@ -243,13 +300,16 @@ def _document_prompts(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, verbose=False)["input_ids"]
+    """Returns the ids of a text with the tokenizer's special tokens, which a text may also begin with itself."""
+    ids, bos = tokenizer(text, verbose=False)["input_ids"], tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def _split(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Prompt]:
     """Returns a text in pieces of `length` tokens, whose keys show that they belong together."""
     pieces = []
-    for number, begin in enumerate(range(0, len(prompt.ids), length)):
+    # The first token of a piece is not learnt, so that a last piece of one token has nothing to learn.
+    for number, begin in enumerate(range(0, max(len(prompt.ids) - 1, 1), length)):
         ids = prompt.ids[begin : begin + length]
         text = tokenizer.decode(ids, skip_special_tokens=True)
         key = f"{prompt.key}.{number}" if number else prompt.key
@@ -276,6 +336,6 @@ def _prompt(
     ids: list[int], text: str, source: str, *, mask: list[bool] | None = None, category: str | None = None
 ) -> Prompt:
     if not ids:
-        raise ValueError(f"{source}: the prompt is empty once tokenized")
+        raise RowError(f"{source}: the prompt is empty once tokenized")
     key = hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:16]
     return Prompt(ids=list(ids), loss_mask=mask, text=text, category=category, key=key, source=source)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from data.sources import Row
+from data.sources.records import Row, RowError
 
 KNOWN = (("article", "highlights"), ("document", "summary"), ("source", "target"), ("text", "summary"))
 """Pairs of columns recognised by their names, as in CNN/DailyMail, XSum and most other data sets."""
@@ -51,24 +51,20 @@ def infer_columns(row: Row, other_keys: Collection[str]) -> Columns | None:
     return None
 
 
-def nonempty_rows(rows: list[Row], columns: Columns, *, with_labels: bool) -> list[Row]:
-    """Returns the rows whose source, and label if needed, is not empty, and prints how many are dropped.
-
-    Raises ValueError if a column is missing or is not text.
-    """
-    needed = [columns.source, columns.label] if with_labels else [columns.source]
-    kept = []
-    for row in rows:
-        for column in needed:
-            if column not in row.fields:
-                raise ValueError(f"{row.where}: there is no column {column!r}; it has {', '.join(row.fields)}")
-            if not isinstance(value := row.fields[column], str | None):
-                raise ValueError(f"{row.where}: `{column}` should be text, found {value!r:.40}")
-        if all((row.fields[column] or "").strip() for column in needed):
-            kept.append(row)
-    if len(kept) < len(rows):
-        print(f"{len(rows) - len(kept)} of {len(rows)} rows have an empty `{'` or `'.join(needed)}` and are dropped")
-    return kept
+def read_pair(row: Row, columns: Columns, *, with_label: bool) -> tuple[str, str]:
+    """Returns (source, label) of a row, the label empty unless `with_label`; raises RowError if a text is missing."""
+    if row.fault:
+        raise RowError(row.fault)
+    found = []
+    for column in [columns.source, columns.label] if with_label else [columns.source]:
+        if column not in row.fields:
+            raise RowError(f"{row.where}: there is no column {column!r}; it has {', '.join(row.fields)}")
+        if not isinstance(value := row.fields[column], str | None):
+            raise RowError(f"{row.where}: `{column}` should be text, found {value!r:.40}")
+        if not (value or "").strip():
+            raise RowError(f"{row.where}: `{column}` is empty")
+        found.append(value)
+    return columns.prefix + found[0], found[1] if with_label else ""
 
 
 def label_ids(tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from data.sources.chat import ChatFormat
 from data.writers import Completion, GenerationBatch, Origin, PseudoDataSettings, derive_seed
 from draftsmith.core.model_info import tokenizer_hash
 
@@ -25,7 +26,9 @@ class ServerWriter:
 
     Prompts are sent as token ids, or as text if `as_text`. Completions come back as token ids if the server supports
     `return_token_ids` (vLLM, SGLang); otherwise their text is tokenized again, which may give other tokens than those
-    sampled. The API key is $DRAFTSMITH_SERVER_KEY. Raises ValueError if no server answers at `url`.
+    sampled. An end token that they lack is added: the one that the server names (`stop_reason` of vLLM, `matched_stop`
+    of SGLang), or that of `end_ids`, the generation config's, with which the chat template ends an answer. The API key
+    is $DRAFTSMITH_SERVER_KEY. Raises ValueError if no server answers at `url`.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class ServerWriter:
         model: str = "",
         num_in_flight: int = 16,
         as_text: bool = False,
+        end_ids: Sequence[int] = (),
         attempts: int = 7,
     ) -> None:
         if not url.startswith(("http://", "https://")):
@@ -45,6 +49,7 @@ class ServerWriter:
         self.num_in_flight = num_in_flight
         self.as_text = as_text
         self.attempts = attempts
+        self._chat = ChatFormat(tokenizer=tokenizer, end_ids=frozenset(end_ids))
         self.model = model or self._only_model()
         self.origin = Origin(
             target=self.model,
@@ -83,19 +88,29 @@ class ServerWriter:
         answer = self._request("/v1/completions", request)
         try:
             choice = answer["choices"][0]
-            ended = choice["finish_reason"] == "stop"
+            end = self._end_token(choice) if choice["finish_reason"] == "stop" else None
             ids = choice.get("token_ids")
             is_retokenized = ids is None
             if ids is None:
                 ids = self.tokenizer(choice["text"], add_special_tokens=False, verbose=False)["input_ids"]
-            eos = self.tokenizer.eos_token_id
-            if ended and eos is not None and (is_retokenized or not ids):
-                ids = [*ids, eos]
+            if end is not None and ids[-1:] != [end]:
+                ids = [*ids, end]
         except (KeyError, IndexError, TypeError):
             raise ValueError(f"the answer of {self.url} is not a completion: {json.dumps(answer):.200}") from None
         if not ids:
             raise ValueError(f"{self.url} returned an empty completion for the prompt {prompt.source}")
-        return Completion(ids=list(ids), ended=ended, is_retokenized=is_retokenized)
+        return Completion(ids=list(ids), ended=end is not None, is_retokenized=is_retokenized)
+
+    def _end_token(self, choice: dict[str, Any]) -> int | None:
+        """Returns the token at which the target ended, None for a stop string."""
+        reason = choice.get("stop_reason", choice.get("matched_stop"))
+        if isinstance(reason, int):
+            return reason
+        if isinstance(reason, str):
+            found = self.tokenizer.convert_tokens_to_ids(reason)
+            return found if found in self._chat.ends else None
+        # vLLM gives None for the tokenizer's own end token, and the id of any other.
+        return self.tokenizer.eos_token_id if "stop_reason" in choice else self._chat.turn_end
 
     def _as_text(self, ids: list[int]) -> str:
         """Returns the prompt's text without the special tokens that the server's tokenizer adds itself."""

@@ -181,7 +181,7 @@ def test_load_prompts_rejects_unsuitable_chat_templates(tmp_path):
     with pytest.raises(ValueError, match=r"chat.jsonl:1: a conversation, but the tokenizer has no chat template; use"):
         load_prompts(source, TOKENIZER)
     unstable = "{{ messages | length }}" + CHAT_TEMPLATE
-    with pytest.raises(ValueError, match=r"renders turn 2 differently if later turns follow.*generation"):
+    with pytest.raises(ValueError, match=r"renders turn 2 differently from its generation prompt"):
         load_prompts(source, trained_tokenizer(unstable), keep_answers=True)
     refusing = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match=r"rejects this conversation: roles must alternate"):
@@ -200,7 +200,7 @@ def test_load_prompts_rejects_data_without_supervised_tokens(tmp_path):
         load_prompts(source, trained_tokenizer(empty), keep_answers=True)
     source = jsonl(tmp_path / "long.jsonl", {"messages": [{"role": "user", "content": TEXT[:800]}, CHAT[1]]})
     cut = {"max_prompt_tokens": 20, "long_prompts": "cut"}
-    with pytest.raises(ValueError, match=r"no prompts; all 1 were too long"):
+    with pytest.raises(ValueError, match=r"long.jsonl:1: its answer lies beyond 20 tokens\); none is left"):
         load_prompts(source, trained_tokenizer(CHAT_TEMPLATE), keep_answers=True, **cut)
 
 
@@ -210,8 +210,8 @@ def test_load_prompts_rejects_data_without_supervised_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a"', r"bad.jsonl, line 2: not valid JSON"),
-        ("[1, 2]", r"bad.jsonl, line 2: expected an object"),
+        ('{"prompt": "a"', r"bad.jsonl:2: not valid JSON"),
+        ("[1, 2]", r"bad.jsonl:2: expected an object"),
         ('{"prompt": "  "}', r"bad.jsonl:2: `prompt` is empty"),
         ('{"prompt": 3}', r"bad.jsonl:2: `prompt` should be text"),
         ('{"promt": "a", "id": 1}', r"bad.jsonl:2: found the keys promt, id; expected one of messages.*prompt"),
@@ -222,7 +222,8 @@ def test_load_prompts_rejects_data_without_supervised_tokens(tmp_path):
     ],
 )
 def test_load_prompts_names_an_invalid_row(tmp_path, line, message):
-    source = jsonl(tmp_path / "bad.jsonl", {"prompt": "fine"}, line)
+    """More than half of the rows cannot be used."""
+    source = jsonl(tmp_path / "bad.jsonl", {"prompt": "fine"}, line, line)
     with pytest.raises(ValueError, match=message):
         load_prompts(source, trained_tokenizer(CHAT_TEMPLATE))
 

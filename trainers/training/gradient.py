@@ -134,7 +134,7 @@ class DraftTrainer(Trainer):
         if not torch.isfinite(total):
             raise ValueError(
                 f"the loss is {total.item()} at step {self.state.global_step + 1}, in the batch of rows "
-                f"{', '.join(batch.keys)}; the last checkpoint is unchanged: check these rows or lower --learning-rate"
+                f"{', '.join(batch.names)}; the last checkpoint is unchanged: check these rows or lower --learning-rate"
             )
         self._sums.add({"loss": (total, _num_supervised(batch)), **metrics})
         self._num_tokens += int(batch.lengths_B.sum())

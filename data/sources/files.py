@@ -1,0 +1,146 @@
+"""Reads data files: JSON, JSON lines, CSV, TSV and Parquet as rows, others as text; compressed ones too."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from data.sources.records import Document, Row
+
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+"""Delimiters of tables by file suffix."""
+ROW_SUFFIXES = (*LINE_SUFFIXES, ".json", ".parquet", *TABLE_SUFFIXES)
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2")
+
+
+def data_suffix(path: Path) -> str:
+    """Returns the suffix that says what a file contains, without that of its compression."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
+
+
+def read_folder(folder: Path) -> list[Row] | list[Document]:
+    """Returns the rows of all files with rows in a folder, or its documents if there are none."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path.relative_to(folder))]
+    rows = [row for path in files if data_suffix(path) in ROW_SUFFIXES for row in _read_rows(path)]
+    if rows:
+        return rows
+    documents = [_read_document(path) for path in files if data_suffix(path) in TEXT_SUFFIXES]
+    if not documents:
+        known = " ".join((*ROW_SUFFIXES, *TEXT_SUFFIXES))
+        raise ValueError(f"{folder} contains no data: expected a saved `datasets` folder or files ending in {known}")
+    return documents
+
+
+def read_file(path: Path) -> list[Row] | list[Document]:
+    """Returns the rows of a file, or the document that it is."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    return _read_rows(path) if data_suffix(path) in ROW_SUFFIXES else [_read_document(path)]
+
+
+def numbered_rows(origin: Path | str, values: Iterable[Any]) -> list[Row]:
+    """Returns records as rows, numbered from 1."""
+    return [_row(f"{origin}:{number}", fields) for number, fields in enumerate(values, start=1)]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path.suffix not in COMPRESSED_SUFFIXES:
+        return path.read_bytes()
+    try:
+        with pyarrow.input_stream(str(path)) as stream:
+            return stream.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a complete {path.suffix} file: {reason}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
+def _read_document(path: Path) -> Document:
+    return Document(name=str(path), text=io.StringIO(_read_text(path), newline=None).read())
+
+
+def _read_rows(path: Path) -> list[Row]:
+    suffix = data_suffix(path)
+    if suffix == ".parquet":
+        try:
+            is_packed = path.suffix in COMPRESSED_SUFFIXES
+            table = pyarrow.parquet.read_table(pyarrow.BufferReader(_read_bytes(path)) if is_packed else path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is not a complete Parquet file: {str(error).splitlines()[0]}") from None
+        return numbered_rows(path, table.to_pylist())
+    if suffix in TABLE_SUFFIXES:
+        return _read_table(path, TABLE_SUFFIXES[suffix])
+    return _read_json(path) if suffix == ".json" else _read_lines(path, _read_bytes(path))
+
+
+def _read_json(path: Path) -> list[Row]:
+    content = _read_bytes(path)
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        rows = _read_lines(path, content)
+        if any(not row.fault for row in rows):
+            return rows
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if isinstance(values, dict) and content.strip().count(b"\n") == 0:
+        values = [values]
+    if not isinstance(values, list):
+        raise ValueError(f"{path} is not a list of objects; use .jsonl for one object per line")
+    return numbered_rows(path, values)
+
+
+def _read_lines(path: Path, content: bytes) -> list[Row]:
+    rows = []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            rows.append(Row(where=f"{path}:{number}", fields={}, fault=f"{path}:{number}: not valid JSON: {error}"))
+        else:
+            rows.append(_row(f"{path}:{number}", fields))
+    return rows
+
+
+def _read_table(path: Path, delimiter: str) -> list[Row]:
+    """Returns the rows of a table, whose first line names the columns; an empty cell counts as missing."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter)
+    header, rows = next(reader, []), []
+    begin = reader.line_num + 1
+    for cells in reader:
+        where = f"{path}:{begin}"
+        begin = reader.line_num + 1
+        if not cells:
+            continue
+        fault = f"{where}: found {len(cells)} cells, expected {len(header)}" if len(cells) != len(header) else ""
+        fields = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
+        rows.append(Row(where=where, fields=fields, fault=fault))
+    return rows
+
+
+def _row(where: str, fields: Any) -> Row:
+    if isinstance(fields, dict):
+        return Row(where=where, fields=fields)
+    return Row(
+        where=where, fields={}, fault=f'{where}: expected an object like {{"prompt": ...}}, found {fields!r:.40}'
+    )
