@@ -28,7 +28,7 @@ CHARACTERS_PER_TOKEN = 32  # more than any tokenizer's average; texts are trunca
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
-    """How rows of text are read."""
+    """Settings for reading rows of text."""
 
     max_left_out: float = 0.5
     """Largest share of the rows that may be left out because they cannot be read or have nothing to learn."""
@@ -77,8 +77,8 @@ def load_prompts(
     """Returns at most `max_prompts` distinct prompts (0: all) of `source` (see data/sources), sampled with `seed`.
 
     Documents give prompts of `prompt_tokens` tokens that start at the beginning of the file, a function or a paragraph.
-    `long_prompts` says whether a row of more than `max_prompt_tokens` (0: no limit) is refused with an error, dropped,
-    or cut to its first tokens; "auto" cuts an encoder's input and refuses others. `keep_answers` returns training texts
+    `long_prompts` says whether a row of more than `max_prompt_tokens` (0: no limit) raises an error, is dropped, or is
+    cut to its first tokens; "auto" cuts an encoder's input and raises for others. `keep_answers` returns training texts
     instead of prompts: whole conversations with a loss mask, and documents in pieces of at most `max_prompt_tokens`.
     An answer is supervised up to the first of `end_ids`, the generation config's end tokens (empty: the tokenizer's).
     For an encoder-decoder the prompts are sources, with their labels if `keep_answers`. Rows that cannot be used are
@@ -257,7 +257,7 @@ class _RowReader:
         return [replace(one, key=f"{found[0].key}.{at}") if at else one for at, one in enumerate(found)]
 
     def _not_rendered(self, found: forms.RowText, prompts: list[Prompt]) -> Iterator[str]:
-        """Yields the keys of what the chat template leaves out of a conversation."""
+        """Yields the keys of fields that the chat template leaves out of a conversation."""
         if found.tools and not self._chat.renders_tools:
             yield "tools"
         for key in REASONING_KEYS if self._keep_answers else ():

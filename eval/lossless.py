@@ -14,12 +14,12 @@ their distribution is as expected. By draft: tokens likely to be drafted, which 
 as often as expected. The tests share the false-alarm probability by Bonferroni's rule, which holds if the settings,
 including the seed, are chosen before the outcome is known.
 
-Detected are biases of the tested tokens, from about the size in the column "detectable bias": probability mass that,
-shifted to the likeliest token at every position (by draft: to drafted tokens), fails the test with probability 0.9.
-Not detected are smaller biases, those further on in a text, after other prompts or among tokens too rare for a cell of
-their own, and dependence between rows that are each unbiased. Positions where rounding could change what top-k or top-p
-keep are not tested. A drafter whose drafted tokens are never probable gets no certificate for lack of evidence; more
-rows may help.
+The tests detect biases of the tested tokens, from about the size in the column "detectable bias": probability mass
+that, shifted to the likeliest token at every position (by draft: to drafted tokens), fails the test with probability
+0.9. They do not detect smaller biases, biases further on in a text, after other prompts or among tokens too rare for a
+cell of their own, or dependence between rows that are each unbiased. Positions where rounding could change which tokens
+top-k or top-p keep are not tested. A drafter whose drafted tokens are never probable gets no certificate for lack of
+evidence; more rows may help.
 """
 
 import itertools

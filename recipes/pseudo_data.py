@@ -44,7 +44,7 @@ class RunSettings:
     prompt_tokens: int = 64
     """Length of prompts cut from source code or plain text."""
     long_prompts: LongPrompts = "auto"
-    """Treatment of prompts too long for the target; auto cuts an encoder's input and refuses others."""
+    """Treatment of prompts too long for the target; auto truncates an encoder's input, and raises for others."""
     draft: str = ""
     """Artifact of a drafter that speeds up generation."""
     server: str = ""

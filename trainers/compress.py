@@ -232,7 +232,7 @@ def _unmasked(mask: str, num_layers: int) -> list[int]:
 
 
 def _check_source(settings: CompressSettings) -> TargetInfo:
-    """Returns the target's facts; raises ValueError for what cannot be compressed for it."""
+    """Returns the information on the model; raises ValueError if it cannot be compressed for the target."""
     target = read_target_info(settings.target)
     source = read_target_info(settings.source) if settings.model else target
     if source.is_encoder_decoder:

@@ -71,7 +71,7 @@ def loss(drafters: Sequence[Drafter], batch: Batch, settings: Settings, target: 
 def evaluate(drafter: Sequence[Drafter] | Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns acceptance, the mean of sum_x min(p, q) at temperature 1, and the rate of agreement of both argmaxes.
 
-    Of several exit layers the mean, and the acceptance of each.
+    With several exit layers, these are means over layers, and the acceptance of each is returned as well.
     """
     drafters = [drafter] if isinstance(drafter, Drafter) else drafter
     theirs_ND, *outputs = _supervised(drafters, batch)

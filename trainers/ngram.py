@@ -1,4 +1,4 @@
-"""Counts n-grams of the target's text and builds the store of their Kneser-Ney distribution."""
+"""Counts n-grams of the target's text and builds the Kneser-Ney model of their distribution."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,11 +20,11 @@ ROWS_PER_CHUNK = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The n-grams, the size of their store, and how drafts are made."""
+    """The n-grams, the size of their model, and how drafts are made."""
 
     config: Config = field(default_factory=Config)
     budget_mb: float = 0.0
-    """Largest size of the store in megabytes, 0 for no limit; the longest n-grams that change the distribution least
+    """Largest size of the model in megabytes, 0 for no limit; the longest n-grams that change the distribution least
     are dropped first."""
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    """Returns the accepted tokens per round in greedy decoding, and the store's cross-entropy on these rows in nats."""
+    """Returns the accepted tokens per round in greedy decoding, and the model's cross-entropy on these rows in nats."""
     nats, num_tokens, model = 0.0, 0, drafter.model
     for ids, mask in zip(batch.tokens_BT.tolist(), batch.loss_mask_BT.tolist(), strict=True):
         for position in range(1, len(ids)):

@@ -45,7 +45,7 @@ class PocketSettings:
     work: str = "runs/pocket"
     """Folder for the tokenizer and checkpoints of the unfinished run."""
     kind: str = field(default="both", metadata={"choices": ["causal", "seq2seq", "both"]})
-    """Which target to train."""
+    """Target to train."""
     max_steps: int = 2400
     """Optimiser steps of the causal target; can be changed when resuming, until the learning rate decays."""
     seq2seq_steps: int = 1500

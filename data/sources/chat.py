@@ -145,7 +145,7 @@ class ChatFormat:
     def _whole(
         self, messages: list[Message], indices: list[int], tools: Any, where: str
     ) -> tuple[list[int], list[bool]] | None:
-        """Returns (ids, mask) of the whole conversation, None if its answers are not what their prompts led to."""
+        """Returns (ids, mask) of the whole conversation, None if its answers do not follow their generation prompts."""
         ids, marked = self._marked(messages, tools, where)
         mask = [False] * len(ids)
         for index in indices:
@@ -184,7 +184,7 @@ class ChatFormat:
         return list(out["input_ids"]), [bool(flag) for flag in out["assistant_masks"]]
 
     def _trimmed(self, ids: list[int], mask: list[bool]) -> list[bool]:
-        """Returns the mask without what follows an end token in each answer."""
+        """Returns the mask without the tokens after an end token in each answer."""
         kept, has_ended = [], False
         for token, flag in zip(ids, mask, strict=True):
             has_ended = has_ended and flag

@@ -123,7 +123,7 @@ class Drafter(ABC):
         """
 
     def rewind(self, lengths: list[int]) -> bool:
-        """Drops the state of each row past its first `lengths` tokens, after the others were removed; all rows are running.
+        """Drops each row's state past its first `lengths` tokens, after the others were removed; all rows are running.
 
         Returns False, the default, if it cannot: the caller must `start` it again.
         """

@@ -69,7 +69,7 @@ class Tally:
     steps: int = 0
     """Verification steps, summed over rows."""
     verified: list[list[int]] = field(default_factory=list)
-    """Entries (start layer, draft nodes, number of target forwards): how many forwards verified drafts of each size."""
+    """Entries (start layer, draft nodes, number of target forwards that verified such drafts)."""
     prefill_ms: float = 0.0
     draft_ms: float = 0.0
     verify_ms: float = 0.0

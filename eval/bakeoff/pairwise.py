@@ -13,7 +13,7 @@ from eval.bakeoff.measure import DecodingMethod, DecodingRequest, measure, warm_
 
 @dataclass(frozen=True, kw_only=True)
 class PairSettings:
-    """How both methods decode."""
+    """Decoding settings of both methods."""
 
     max_new_tokens: int = 128
     """New tokens per prompt."""

@@ -8,7 +8,7 @@ from draftsmith.length import policies
 
 @dataclass(frozen=True, kw_only=True)
 class BakeoffSettings:
-    """What a bake-off decodes, and how."""
+    """Decoding settings of a bake-off, and its additional rows."""
 
     temperatures: tuple[float, ...] = (0.0, 1.0)
     """Sampling temperatures; 0 is greedy decoding."""

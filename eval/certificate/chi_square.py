@@ -17,7 +17,7 @@ from torch import Tensor
 MIN_EXPECTED = 5.0
 """Minimum expected count of every cell of a group."""
 MANY = 50.0
-"""Minimum expected count of a cell of ranks, whose statistic is chi-square only in the limit; for drafts alike."""
+"""Minimum expected count of a cell of ranks, whose statistic is chi-square only in the limit; also used for drafts."""
 RANK_ENDS = (1, 2, 4, 8)
 """Ends of the cells of ranks: 0, 1, 2 to 3, 4 to 7, and 8 or more."""
 POWER = 0.9

@@ -21,7 +21,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class GreedySettings:
-    """What is decoded at temperature 0, and what counts as a numeric tie."""
+    """The greedy decoding to compare, and the tolerance of numeric ties."""
 
     dtypes: tuple[str, ...] = ("float32", "float64")
     """Dtypes of the target in which greedy decoding is compared."""

@@ -39,7 +39,7 @@ NUM_TOP_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class SampledTestSettings:
-    """What is sampled, and how strictly it is tested."""
+    """The texts to sample, and the strictness of their tests."""
 
     verifier: str = "auto"
     """Verifier to sample with; a lossy one is tested too, but gets no certificate."""

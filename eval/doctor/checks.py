@@ -38,7 +38,7 @@ REMEDIES = {
     "carried state": "compare what the drafter keeps in `observe` with what it reads in training",
     "export": "compare the exported files with docs/serving.md and the server's version",
 }
-"""What to do about a fault, by the name of its check."""
+"""Remedy of a fault, by the name of its check."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ class DraftCounts:
     accepted: list[int] = field(default_factory=list)
     """Entry d counts the drafts accepted up to depth d + 1."""
     first_correct: dict[int, int] = field(default_factory=lambda: dict.fromkeys(OFFSETS, 0))
-    """How often the likeliest first token equals the text's token at an offset from its own position."""
+    """Number of drafts whose likeliest first token equals the text's token, by offset from its own position."""
     num_drafts: int = 0
 
     def add(self, num_drafted: int, num_accepted: int) -> None:

@@ -23,7 +23,7 @@ class Point:
     """One draft model at one temperature."""
 
     line: str
-    """How it was made; models made in the same way are joined by a line in the plot."""
+    """Method that it was made by; the models of one method are joined by a line in the plot."""
     name: str
     temperature: float
     num_weights: int

@@ -173,7 +173,7 @@ def _pieces(target: Target, before: list[int], ids: list[int]) -> list[str]:
 
 
 def _tree_statistics(steps: Sequence[DecodingStep]) -> dict[str, Any]:
-    """Returns how often each tree node was drafted and accepted, for the most drafted nodes."""
+    """Returns the number of times each tree node was drafted and accepted, for the most drafted nodes."""
     drafted: Counter[Path] = Counter(path for step in steps for path in step.drafted)
     accepted: Counter[Path] = Counter(step.path[: depth + 1] for step in steps for depth in range(len(step.path)))
     # A node is drafted at most as often as its parent; among equal counts the shorter path, the parent, comes first.

@@ -32,7 +32,10 @@ def num_kept(keep: float, total: int, what: str, *, is_exact: bool = False) -> i
 
 
 def drop_least_influential(influences: Sequence[float], number: int) -> list[int]:
-    """Returns the layers kept, in order, without the least influential; the first and last are kept if two are."""
+    """Returns the layers kept, in order, without the least influential.
+
+    The first layer is always kept, and the last one too if `number` is at least two.
+    """
     last = len(influences) - 1
     ends = [0, last] if number > 1 else [0]
     others = sorted((layer for layer in range(last + 1) if layer not in ends), key=lambda layer: -influences[layer])
@@ -43,7 +46,8 @@ def drop_span(distances: Sequence[float], number: int, num_layers: int) -> list[
     """Returns the layers kept without the span over which the hidden states rotate least.
 
     `distances[start]` is the distance from the input of layer `start` to the output of the span's last layer
-    (2403.17887, section 3.2); the first and last layer are kept if two are.
+    (2403.17887, section 3.2); the first layer is always kept, and the last one too
+    if `number` is at least two.
     """
     size = num_layers - number
     starts = range(1, num_layers - size) if number > 1 else range(1, num_layers - size + 1)
@@ -52,7 +56,7 @@ def drop_span(distances: Sequence[float], number: int, num_layers: int) -> list[
 
 
 def evenly_spaced(number: int, num_layers: int) -> list[int]:
-    """Returns `number` evenly spaced layers, the first always and the last if there are two."""
+    """Returns `number` evenly spaced layers, always with the first, and with the last if `number` is at least two."""
     return [round(layer) for layer in torch.linspace(0, num_layers - 1, number).tolist()] if number > 1 else [0]
 
 

@@ -50,7 +50,7 @@ def select_documents(rows: Sequence[Example], budget_tokens: int, context: int =
     Greedily selects the document with the largest t h / l, ties going to the larger t: it occurred t times and is l
     tokens long; h sums over its n-grams (n = 4) the number of other reference documents (a tenth of all) that contain
     the n-gram, divided by (k + 1)^2 if k selected documents contain it already. Each document counts one token more,
-    for the separator in a store. Raises ValueError if no document fits.
+    for the separator in a datastore. Raises ValueError if no document fits.
     """
     times: Counter[bytes] = Counter()
     texts: dict[bytes, np.ndarray] = {}

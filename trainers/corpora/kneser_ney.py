@@ -1,4 +1,4 @@
-"""Builds a Kneser-Ney store: n-grams are counted in chunks, then converted to distributions by ranges of h_1.
+"""Builds a Kneser-Ney model: n-grams are counted in chunks, then converted to distributions by ranges of h_1.
 
 An n-gram is a row of a matrix, its context in reverse and then its token: (h_1, h_2, ..., w), h_1 being the token just
 before w. In sorted order all n-grams with the same h_1 are adjacent and have contexts of their own, so that only the
@@ -82,7 +82,7 @@ def build(
     budget_mb: float = 0,
     max_ngrams: int = MAX_NGRAMS,
 ) -> KneserNey:
-    """Returns the store of all n-grams in the files `chunks`, whose arrays are memory-mapped files in `folder`.
+    """Returns the model of all n-grams in the files `chunks`, whose arrays are memory-mapped files in `folder`.
 
     If it would be larger than `budget_mb`, the longest n-grams with the smallest log-likelihood loss are dropped:
     c(hw) log(P(w | h) / P'(w | h)), P' without the n-gram (weighted differences, Seymore & Rosenfeld 1996). Their mass
@@ -129,7 +129,7 @@ def _write(
     pairs_O: np.ndarray,
     dtypes: dict[str, np.dtype],
 ) -> None:
-    """Writes the store's arrays, level by level within each range, to their final offsets."""
+    """Writes the model's arrays, level by level within each range, to their final offsets."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     sizes = {"C": contexts_O.sum(), "E": pairs_O.sum(), "X": contexts_O.sum() + 1}
@@ -167,7 +167,7 @@ def _write(
 
 
 def _dtypes(vocab_size: int, most: int, num_pairs: int) -> dict[str, np.dtype]:
-    """Returns the smallest dtypes for the store's arrays; `most` is the largest count or total."""
+    """Returns the smallest dtypes for the model's arrays; `most` is the largest count or total."""
     token, count = np.min_scalar_type(vocab_size - 1), np.min_scalar_type(most)
     return {
         "keys_C": np.dtype(np.int64),
@@ -252,7 +252,7 @@ def _levels(ngrams_EO: np.ndarray, counts_E: np.ndarray, vocab_size: int) -> Ran
 
 
 def _root(single_V: np.ndarray, discounts_OX: np.ndarray) -> KneserNey:
-    """Returns a store with the empty context only."""
+    """Returns a model with the empty context only."""
     tokens_E = np.flatnonzero(single_V)
     counts_E, total = single_V[tokens_E], single_V.sum()
     masses_E = discounted(counts_E, discounts_OX[0])

@@ -38,7 +38,7 @@ class ExitSettings(Protocol):
 
 
 def candidate_layers(num_layers: int) -> tuple[int, ...]:
-    """Returns the exit layers worth trying in a target of `num_layers` blocks."""
+    """Returns the exit layers to be tried in a target of `num_layers` blocks."""
     return tuple(layer for layer in CANDIDATE_LAYERS if layer <= max(num_layers // 2, 1))
 
 

@@ -182,7 +182,7 @@ def sum_in_chunks(
 def map_in_chunks(
     compare: Callable[..., Tensor], *inputs: Tensor, vocab_size: int, max_logits: int = MAX_LOGITS
 ) -> Tensor:
-    """Returns `compare(*inputs)` [N, ...] without gradient, computed as `chunked` does."""
+    """Returns `compare(*inputs)` [N, ...] without gradient, computed in chunks as `sum_in_chunks` does."""
     size = max(1, max_logits // vocab_size)
     return torch.cat([compare(*chunk) for chunk in zip(*(one.split(size) for one in inputs), strict=True)])
 

@@ -1,7 +1,7 @@
 """Sweeps without a server: runs the YAML file of `wandb sweep` locally, one trial after another.
 
-An interrupted sweep continues as if it had not been: the next trial's parameters depend on the seed and the trials so
-far alone, and the run of an interrupted trial continues from its checkpoint.
+An interrupted sweep gives the same trials as an uninterrupted one: the next trial's parameters depend on the seed and
+the trials so far alone, and the run of an interrupted trial continues from its checkpoint.
 """
 
 import difflib

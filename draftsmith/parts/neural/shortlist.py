@@ -111,7 +111,7 @@ def weights_version(module: nn.Module) -> list[Any]:
 
 
 class WeightCache(Generic[T]):
-    """Caches the result of `compute`, a function of a module's weights, until one of them changes (`weights_version`)."""
+    """Caches what `compute` returns from a module's weights until one of them changes (`weights_version`)."""
 
     def __init__(self, module: nn.Module, compute: Callable[[], T]) -> None:
         self._module, self._compute = module, compute
