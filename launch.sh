@@ -29,7 +29,7 @@ PYTHON=/path/to/python names the Python of a new environment, 3.11 or newer.
 EOF
 }
 
-refuse() {
+fail() {
     echo "launch.sh: $*" >&2
     exit 2
 }
@@ -42,7 +42,7 @@ unknown_command() {
     local nearest=""
     nearest=$(python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1))' \
         "$1" setup test serving-test docs $(recipes) 2>/dev/null) || true
-    refuse "unknown command or recipe '$1'; ${nearest:+did you mean '$nearest'? }./launch.sh --help lists them"
+    fail "unknown command or recipe '$1'; ${nearest:+did you mean '$nearest'? }./launch.sh --help lists them"
 }
 
 # --- The environment ---------------------------------------------------------------------------------------------
@@ -58,11 +58,11 @@ find_python() {
             return
         fi
     done
-    refuse "needs Python 3.11 or newer, found $("${PYTHON:-python3}" --version 2>/dev/null || echo none);" \
+    fail "needs Python 3.11 or newer, found $("${PYTHON:-python3}" --version 2>/dev/null || echo none);" \
         "install one, or name it: PYTHON=/path/to/python3.11 ./launch.sh setup"
 }
 
-# What an environment was made from: when any of this changes, it is brought up to date.
+# The inputs of an environment: when any of them changes, it is brought up to date.
 wanted() { (cd "$root" && pwd -P && cksum "$pins" && sed '/^\[tool\.ruff/,$d' pyproject.toml | cksum); }
 
 is_ready() { [[ -x $python && ! -e $venv.unfinished && $(cat "$venv/installed" 2>/dev/null) == "$(wanted)" ]]; }
@@ -80,11 +80,11 @@ ensure_environment() {
 
 make_environment() {
     local new_python
-    # An interrupted setup leaves its mark behind: what it made is thrown away, never taken for a whole environment.
+    # An interrupted setup leaves its mark behind, so that its environment is removed and never used.
     trap 'exit 130' INT TERM
     if [[ -e $venv.unfinished || ! -x $python ]]; then rm -rf "$venv"; fi
     if [[ -d $venv ]]; then
-        new_enough "$python" || refuse "$venv holds $("$python" --version), too old: remove that folder"
+        new_enough "$python" || fail "$venv holds $("$python" --version), too old: remove that folder"
         touch "$venv.unfinished"
     else
         new_python=$(find_python)
@@ -99,7 +99,7 @@ make_environment() {
         rm "$venv.unfinished"
     else
         rm "$venv.unfinished"
-        refuse "the environment could not be made; see above"
+        fail "the environment could not be made; see above"
     fi
 }
 
@@ -112,7 +112,7 @@ install_with_uv() {
 uv_install() {
     "$python" -m pip install -qq --disable-pip-version-check --constraint constraints.txt uv || return
     local uv=("$python" -m uv pip install --python "$python")
-    # uv does not read pip's settings: it is told where this machine keeps its wheels, and its index.
+    # uv does not read pip's settings: this machine's folders of wheels and its index are passed on.
     local value
     for value in ${PIP_FIND_LINKS:-$(pip_setting find-links)}; do uv+=(--find-links "$value"); done
     for value in ${PIP_INDEX_URL:-$(pip_setting index-url)}; do uv+=(--default-index "$value"); done
@@ -125,7 +125,7 @@ install_with_pip() {
         "$python" -m pip install --constraint constraints.txt --editable . --group train --group dev
 }
 
-# vLLM and speculators ask for an older transformers than draftsmith does, which works with it all the same.
+# vLLM and speculators require an older transformers than draftsmith declares; draftsmith works with that one too.
 install_serving() {
     local index=https://download.pytorch.org/whl/cpu
     uv_install --requirements "$pins" ||
@@ -137,7 +137,7 @@ install_serving() {
 
 install_docs() { uv_install --constraints constraints.txt --group docs; }
 
-# Where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would else compile torch anew.
+# Where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would otherwise compile torch again.
 write_bytecode() {
     local packages='datasets, deepspeed, matplotlib.pyplot, peft, transformers.trainer, wandb'
     PYTHONDONTWRITEBYTECODE="" "$python" -c "import $packages" &>/dev/null || true
@@ -157,7 +157,7 @@ run_recipe() {
     while (($#)); do
         case $1 in
             --nproc | --launcher)
-                (($# > 1)) || refuse "$1 needs a value"
+                (($# > 1)) || fail "$1 needs a value"
                 printf -v "${1#--}" %s "$2"
                 shift
                 ;;
@@ -167,18 +167,18 @@ run_recipe() {
         esac
         shift
     done
-    [[ $nproc =~ ^[1-9][0-9]*$ ]] || refuse "--nproc takes a whole number of processes, not '$nproc'"
+    [[ $nproc =~ ^[1-9][0-9]*$ ]] || fail "--nproc takes a whole number of processes, not '$nproc'"
     if [[ -z $launcher ]]; then
         if ((nproc > 1)); then launcher=torchrun; else launcher=python; fi
     fi
     case $launcher in
         python)
-            ((nproc == 1)) || refuse "--launcher python runs one process; for $nproc take torchrun or deepspeed"
+            ((nproc == 1)) || fail "--launcher python runs one process; for $nproc take torchrun or deepspeed"
             runner=()
             ;;
         torchrun) runner=(-m torch.distributed.run --standalone --nproc-per-node "$nproc") ;;
         deepspeed) runner=(-m deepspeed.launcher.runner --num_gpus "$nproc" --master_port) ;;
-        *) refuse "--launcher is python, torchrun or deepspeed, not '$launcher'" ;;
+        *) fail "--launcher is python, torchrun or deepspeed, not '$launcher'" ;;
     esac
     ensure_environment
     if [[ $launcher == deepspeed ]]; then runner+=("$(free_port)"); fi
@@ -203,7 +203,7 @@ case ${1:-} in
         ;;
     -h | --help | help) usage ;;
     setup)
-        (($# == 1)) || refuse "setup takes no further arguments"
+        (($# == 1)) || fail "setup takes no further arguments"
         ensure_environment
         echo "Ready: $("$python" --version) in $venv"
         ;;
