@@ -1,4 +1,4 @@
-"""The suite runs offline, on CPU and on one thread a process, unless GPU tests are asked for with `-m gpu`."""
+"""The suite runs offline, on CPU and on one thread a process, unless GPU tests are selected with `-m gpu`."""
 
 import os
 

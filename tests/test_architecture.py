@@ -136,7 +136,7 @@ def test_packages_hold_few_modules_flat() -> None:
 
 
 def test_verification_core_is_short() -> None:
-    """What decides that output is lossless, without families, growth of trees and length policies, is read in a day."""
+    """The verification core, without families, drafting of trees and length policies, can be read in a day."""
     paths = [path.relative_to(ROOT).as_posix() for path in python_files("draftsmith")]
     core = [path for path in paths if path.startswith(CORE) and not path.startswith(RESEARCH)]
     assert sum(len((ROOT / path).read_text().splitlines()) for path in core) <= MAX_CORE_LINES
@@ -183,7 +183,7 @@ def unsafe(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
             if flags.get("allow_pickle") == "True":
                 yield node, "allow_pickle=True"
             if flags.get("trust_remote_code") == "True":
-                yield node, "trust_remote_code=True without the user's word"
+                yield node, "trust_remote_code=True without the user's permission"
 
 
 def test_no_code_is_run_from_loaded_files() -> None:
@@ -202,7 +202,7 @@ def test_links_and_paths_of_the_documentation_exist() -> None:
         links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)[^)]*\)", text)
         missing += [f"{page.relative_to(ROOT)}: {link}" for link in links if not (page.parent / link).exists()]
         if page.name in ("LOG.md", "CHANGELOG.md"):
-            continue  # they tell of files as they were called at the time
+            continue  # these name files as they were called at the time
         folders = "|".join((*OWN_FOLDERS, "docs", "findings"))
         paths = re.findall(rf"`((?:{folders})/[\w./*-]+)`", text)
         paths = [path for path in paths if "NAME" not in path]  # a name that the reader chooses

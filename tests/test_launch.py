@@ -163,7 +163,7 @@ def test_test_command_passes_all_arguments_to_pytest(checkout: Checkout) -> None
 
 
 def test_serving_test_makes_an_environment_of_its_own(checkout: Checkout) -> None:
-    """Without what is built for CUDA, and without what draftsmith asks for: the servers ask for other versions."""
+    """Packages built for CUDA and draftsmith's own requirements are left out: the servers require other versions."""
     assert checkout("serving-test", "-x").returncode == 0
     assert (checkout.root / ".venv-serving" / "made").exists() and not (checkout.root / ".venv").exists()
     added, removed, own = checkout.called("-m uv")
@@ -247,11 +247,11 @@ def test_old_pythons_are_rejected_in_one_sentence(checkout: Checkout) -> None:
     assert "found none;" in checkout("setup", PYTHON="/nowhere/python").stderr
 
 
-# --- For real ----------------------------------------------------------------------------------------------------
+# --- The real environment ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="these tests run in an environment of another making")
-def test_a_real_recipe_from_another_folder_is_told_its_arguments(tmp_path: Path) -> None:
+def test_recipe_from_another_folder_gets_its_arguments(tmp_path: Path) -> None:
     command = [str(ROOT / "launch.sh"), "pocket", "--max-stpes", "3", "--kind", "casual"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2

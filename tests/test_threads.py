@@ -97,7 +97,7 @@ def test_one_length_policy_for_all_threads() -> None:
 
     def run(call: int) -> list[list[int]]:
         drafter = lookup.Drafter(lookup.Config(), target)
-        given = rows[: call % NUM_ROWS + 1]  # a policy is made anew for each number of rows
+        given = rows[: call % NUM_ROWS + 1]  # each number of rows gets a policy of its own
         return texts(draftsmith.generate(target, given, drafter, max_new_tokens=NUM_NEW, length=policy))
 
     for call, found in enumerate(in_threads(run, 4 * NUM_THREADS)):

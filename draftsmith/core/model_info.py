@@ -92,7 +92,7 @@ def _generation_config(path: str) -> Any:
 def context_length(config: Any) -> int:
     """Returns the longest sequence that a model's positions allow.
 
-    Long-RoPE models rotate all keys anew once a text outgrows the original length, which no cache can follow: that
+    Long-RoPE models rotate all keys again once a text outgrows the original length, which no cache can follow: that
     length is their limit.
     """
     limit = int(getattr(config, "max_position_embeddings", None) or NO_LIMIT)

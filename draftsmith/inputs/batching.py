@@ -42,7 +42,7 @@ def check_lengths(target: Target | TargetInfo, rows: list[list[int]], max_new_to
         if len(ids) + max_new_tokens > target.context_length:
             raise ValueError(
                 f"prompt {row} has {len(ids)} tokens, and with max_new_tokens={max_new_tokens} it does not fit the"
-                f" target's context of {target.context_length}; shorten the prompt or ask for fewer tokens"
+                f" target's context of {target.context_length}; shorten the prompt or generate fewer tokens"
             )
 
 

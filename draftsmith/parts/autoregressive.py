@@ -193,7 +193,7 @@ def draft_dynamic_tree(model: Model, session: Session, *, width: int, num_nodes:
 
     Each level expands its `width` best nodes by their `width` best children, scored by the product of probabilities
     along the path; the best of all children are kept. No token is sampled, so the draft is deterministic. Its nodes,
-    save node 0, are in another order than the model processed them in.
+    except node 0, are in another order than the model processed them in.
     """
     num_rows, device = len(session.rows), session.target.device
     tokens, parents = [[row[-1]] for row in session.rows], [[-1] for _ in session.rows]

@@ -90,7 +90,7 @@ def make_part(part: dict[str, Any], target: Target) -> Part:
 def load_artifact(path: str | Path, target: Target, *, made_for: Target | None = None) -> Part:
     """Returns the drafter of an artifact as a part; the arguments and errors are those of `artifact.load`."""
     manifest = artifact.read_manifest(path)
-    # Configuration and target are written anew when the part is saved; its provenance is kept.
+    # Configuration and target are written again when the part is saved; its provenance is kept.
     record = {key: manifest[key] for key in manifest.keys() - {"target", "tokenizer_hash", "config"}}
     return _checked(Part(artifact.load(path, target, made_for=made_for), record), target)
 

@@ -28,8 +28,8 @@ MARGIN, ERRORS = 0.05, 3
 MIN_GREEDY_AGREEMENT = 0.9
 Verdict = Literal["ok", "fault", "unknown"]
 REMEDIES = {
-    "template": "restore that chat template, or make the data anew and retrain",
-    "mask": "make the data anew with ./launch.sh pseudo_data and retrain",
+    "template": "restore that chat template, or make the data again and retrain",
+    "mask": "make the data again with ./launch.sh pseudo_data and retrain",
     "layers": "correct the layers in the artifact's draft_config.json",
     "rotary": "load the target that was trained on, or correct the rotary base in the artifact's draft_config.json",
     "vocabulary": "write d2t and t2d from one sorted list of target ids",

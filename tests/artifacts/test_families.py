@@ -150,7 +150,7 @@ def test_find_rejects_a_family_defined_twice(tmp_path: Path, monkeypatch: pytest
         ("class Drafter: ...", "ImportError: acme_broken does not define Config"),
     ],
 )
-def test_broken_package_fails_only_when_its_family_is_asked_for(
+def test_broken_package_fails_only_when_its_family_is_requested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
 ) -> None:
     install(tmp_path, "acme-broken", {"acme": "acme_broken"}, {"acme_broken.py": text})

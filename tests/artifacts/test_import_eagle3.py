@@ -41,7 +41,7 @@ def head(**changes: Any) -> Drafter:
     return drafter.eval()
 
 
-def published(drafter: Drafter, layer: str) -> dict[str, Tensor]:
+def published_tensors(drafter: Drafter, layer: str) -> dict[str, Tensor]:
     """Returns the head's tensors by their published names, with `layer` as the layer's prefix."""
     attention, feed_forward = drafter.attention, drafter.feed_forward
     weights = {
@@ -117,7 +117,7 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], *, p
     return Settings(head=str(folder))
 
 
-def imported(settings: Settings) -> Drafter:
+def import_head(settings: Settings) -> Drafter:
     return fit(settings, TARGET, [], RunSettings(), Path())
 
 
@@ -146,7 +146,7 @@ def check_equal(one: Drafter, other: Drafter) -> None:
 def test_fit_reads_the_same_head_from_every_layout(tmp_path: Path) -> None:
     source = head()
     embedding = {"embed_tokens.weight": TARGET.model.get_input_embeddings().weight.detach().clone()}
-    flat, nested = published(source, "midlayer"), published(source, "layers.0")
+    flat, nested = published_tensors(source, "midlayer"), published_tensors(source, "layers.0")
     ids = "eagle_aux_hidden_state_layer_ids"
     layouts = {
         "original": write(tmp_path / "original", flat_config(), flat, pickled=True),
@@ -158,7 +158,7 @@ def test_fit_reads_the_same_head_from_every_layout(tmp_path: Path) -> None:
     for settings in layouts.values():
         import_eagle3.check(settings, TARGET)  # type: ignore[arg-type]
         assert import_eagle3.needs(settings, TARGET).layers == (2, 4, 5)
-        check_equal(imported(settings), source)
+        check_equal(import_head(settings), source)
 
 
 @pytest.mark.parametrize("layers", [(2, 4, 5), (1, 8)])
@@ -166,20 +166,20 @@ def test_fit_reads_options_of_published_heads(tmp_path: Path, layers: tuple[int,
     """EAGLE-3.1, other norms, a trained embedding, Llama 3's positions, the whole vocabulary, other layers."""
     embedding = torch.randn(VOCAB_SIZE, WIDTH, generator=torch.Generator().manual_seed(0))
     new = head(layers=layers, fusion_norm="each", norm_output=True, stretch=(8.0, 1.0, 4.0, 16.0))
-    tensors = published(new, "layers.0")
+    tensors = published_tensors(new, "layers.0")
     tensors |= {f"fc_norm.{at}.weight": norm.weight.detach() for at, norm in enumerate(new.fusion_norms)}
     config = nested_config(fc_norm=True, norm_output=True, eagle_aux_hidden_state_layer_ids=list(layers))
     config["transformer_layer_config"]["rope_parameters"] = ROPE | {"rope_theta": 5000.0}
-    check_equal(imported(write(tmp_path / "new", config, tensors)), new)
+    check_equal(import_head(write(tmp_path / "new", config, tensors)), new)
 
     other_options = head(layers=layers, fusion_norm="whole", norm_residual=True, own_embedding=True, draft_vocab=0)
     other_options.embedding.weight.data.copy_(embedding)
-    tensors = published(other_options, "midlayer")
+    tensors = published_tensors(other_options, "midlayer")
     tensors |= {"input_norm.weight": other_options.fusion_norms[0].weight.detach(), "embed_tokens.weight": embedding}
     del tensors["d2t"], tensors["t2d"]
     ids = {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in layers]}
     config = flat_config(norm_before_fc=True, norm_before_residual=True, draft_vocab_size=None, eagle_config=ids)
-    check_equal(imported(write(tmp_path / "other", config, tensors)), other_options)
+    check_equal(import_head(write(tmp_path / "other", config, tensors)), other_options)
 
 
 @pytest.mark.parametrize(
@@ -207,9 +207,9 @@ def test_fit_reads_options_of_published_heads(tmp_path: Path, layers: tuple[int,
     ],
 )
 def test_fit_rejects_unsupported_configurations(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    settings = write(tmp_path / "head", flat_config(**changes), published(head(), "midlayer"))
+    settings = write(tmp_path / "head", flat_config(**changes), published_tensors(head(), "midlayer"))
     with pytest.raises(ValueError, match=message):
-        imported(settings)
+        import_head(settings)
 
 
 @pytest.mark.parametrize(
@@ -226,24 +226,24 @@ def test_fit_rejects_unsupported_configurations(tmp_path: Path, changes: dict[st
     ],
 )
 def test_fit_rejects_unexpected_tensors(tmp_path: Path, changes: dict[str, Tensor | None], message: str) -> None:
-    tensors = published(head(), "midlayer") | changes  # type: ignore[operator]
+    tensors = published_tensors(head(), "midlayer") | changes  # type: ignore[operator]
     settings = write(tmp_path / "head", flat_config(), {name: t for name, t in tensors.items() if t is not None})
     with pytest.raises(ValueError, match=message):
-        imported(settings)
+        import_head(settings)
 
 
 def test_fit_rejects_folders_without_a_head(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no config.json"):
-        imported(Settings(head=str(tmp_path)))
+        import_head(Settings(head=str(tmp_path)))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
-        imported(Settings(head=str(tmp_path)))
+        import_head(Settings(head=str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps(flat_config()))
     with pytest.raises(ValueError, match="neither a safetensors file nor"):
-        imported(Settings(head=str(tmp_path)))
+        import_head(Settings(head=str(tmp_path)))
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="cannot be read"):
-        imported(Settings(head=str(tmp_path)))
+        import_head(Settings(head=str(tmp_path)))
     with pytest.raises(ValueError, match="num_draft is 0"):
         Settings(head="", num_draft=0)
     with pytest.raises(ValueError, match="width is -1"):
@@ -254,7 +254,7 @@ def test_train_writes_an_artifact_with_measured_acceptance(tmp_path: Path) -> No
     target = make_target(tmp_path / "target")
     make_data(target, tmp_path / "data")
     ids = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
-    settings = write(tmp_path / "head", flat_config(**ids), published(head(), "midlayer"))
+    settings = write(tmp_path / "head", flat_config(**ids), published_tensors(head(), "midlayer"))
     paths = {"target": str(tmp_path / "target"), "data": str(tmp_path / "data"), "output": str(tmp_path / "out")}
     output = train(import_eagle3, settings, RunSettings(**paths | SMALL))
     manifest = read_manifest(output)

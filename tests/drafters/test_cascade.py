@@ -30,7 +30,7 @@ EXAMPLE = Config(parts=(part_config("lookup", lookup.Config(min_ngram=2)), part_
 FIXED = dataclasses.replace(EXAMPLE, adaptive=False)
 
 
-def composed(drafters: list[Any], **settings: Any) -> Drafter:
+def cascade_of(drafters: list[Any], **settings: Any) -> Drafter:
     """Returns a cascade of drafters, each wrapped in `Watched`."""
     target = drafters[0].target
     parts = [Part(Watched(one)) for one in drafters]  # type: ignore[arg-type]
@@ -44,7 +44,7 @@ def test_family(tmp_path: Path) -> None:
 def test_adaptive_cascade_decodes_greedily_as_the_target() -> None:
     """The order depends on the clock; both random heads and look-ups get used."""
     target = tiny_target("llama")
-    drafter = composed([lookup.Drafter(lookup.Config(), target), built(medusa, HEADS, target)])
+    drafter = cascade_of([lookup.Drafter(lookup.Config(), target), built(medusa, HEADS, target)])
     ids, mask = padded(prompts(5), side="left")
     for _ in range(3):
         out = draftsmith.generate(target, ids, Watched(drafter), attention_mask=mask, max_new_tokens=NUM_NEW)
@@ -72,7 +72,7 @@ class Scripted(drafter.Drafter):
         self.steps.append(step)
 
 
-def started(drafters: list[Any], **settings: Any) -> Drafter:
+def start_cascade(drafters: list[Any], **settings: Any) -> Drafter:
     drafter = Drafter(Config(parts=EXAMPLE.parts, **settings), None, [Part(one) for one in drafters])  # type: ignore
     start(drafter)
     return drafter
@@ -91,7 +91,7 @@ def verified(draft: Draft, num_tokens: int, cost_ms: float) -> Step:
 
 def test_fixed_order_uses_the_first_draft_that_is_deep_enough() -> None:
     first, second = Scripted(3, 2, 0, 4), Scripted(1, 0)
-    drafter = started([first, second], adaptive=False, min_tokens=3)
+    drafter = start_cascade([first, second], adaptive=False, min_tokens=3)
     depths = []
     for _ in range(4):
         draft = drafter.propose(9)
@@ -102,7 +102,7 @@ def test_fixed_order_uses_the_first_draft_that_is_deep_enough() -> None:
 
 
 def test_adaptive_order_prefers_the_fastest_choice_and_retries_the_others() -> None:
-    drafter = started([Scripted(*[2] * 99), Scripted(*[5] * 99)])
+    drafter = start_cascade([Scripted(*[2] * 99), Scripted(*[5] * 99)])
     turns = []
     for _ in range(3 * Drafter.TRIAL_EVERY):
         draft = drafter.propose(9)
@@ -124,7 +124,7 @@ def test_adaptive_order_prefers_the_fastest_choice_and_retries_the_others() -> N
 
 def test_empty_draft_passes_to_the_next_part_without_changing_estimates() -> None:
     first, second = Scripted(0, 3, 0), Scripted(2, 2)
-    drafter = started([first, second])
+    drafter = start_cascade([first, second])
     for tokens, ms, depth in ((2, 1.0, 2), (4, 1.0, 3), (1, 1.0, 0), (2, 1.0, 2)):
         draft = drafter.propose(9)
         assert draft.tree.depth == depth
@@ -134,7 +134,7 @@ def test_empty_draft_passes_to_the_next_part_without_changing_estimates() -> Non
 
 
 def test_adaptive_order_prefers_plain_steps_where_they_are_faster() -> None:
-    drafter = started([Scripted(*[2] * 99), Scripted(*[5] * 99)])
+    drafter = start_cascade([Scripted(*[2] * 99), Scripted(*[5] * 99)])
     turns = []
     for _ in range(Drafter.TRIAL_EVERY):
         draft = drafter.propose(9)
@@ -159,7 +159,7 @@ def test_sampled_drafts_are_used_whatever_their_depth() -> None:
     target = distribution_target()
     model = tiny_config("llama", vocab_size=8, num_hidden_layers=1).to_dict()
     chains = built(lm, lm.Config(model=model, num_draft=3, length="confidence=0.2"), target)
-    drafter = composed([chains, built(medusa, HEADS, target)], adaptive=False, min_tokens=3)
+    drafter = cascade_of([chains, built(medusa, HEADS, target)], adaptive=False, min_tokens=3)
     first, second = (part.drafter for part in drafter.parts)
     given: Any = {"max_new_tokens": 20, "eos_token_id": ()}
     draftsmith.generate(target, torch.tensor([PROMPT]), drafter, temperature=1.0, seed=0, **given)
@@ -176,7 +176,7 @@ def test_early_exit_drafter_may_be_a_part() -> None:
     looks = lookup.Drafter(lookup.Config(min_ngram=2), target)
     ids, mask = padded(prompts(5))
     for drafters in ([looks, exits], [exits, looks]):
-        drafter = composed(drafters, adaptive=False, min_tokens=4)
+        drafter = cascade_of(drafters, adaptive=False, min_tokens=4)
         out = draftsmith.generate(target, ids, Watched(drafter), attention_mask=mask, max_new_tokens=NUM_NEW)
         assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
         assert all(part.drafter.num_drafted > 0 for part in drafter.parts)  # type: ignore[attr-defined]
@@ -192,7 +192,7 @@ def test_every_family_may_be_a_part(family: str) -> None:
     looks = lookup.Drafter(lookup.Config(min_ngram=2), target)
     ids, mask = padded(prompts(5))
     for drafters in ([looks, part], [part, looks]):
-        drafter = composed(drafters, adaptive=False, min_tokens=3)
+        drafter = cascade_of(drafters, adaptive=False, min_tokens=3)
         given = {"attention_mask": mask, "max_new_tokens": NUM_NEW}
         out = draftsmith.generate(target, ids, Watched(drafter), **given)
         assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
@@ -204,7 +204,7 @@ def test_encoder_decoder_decodes_greedily_as_the_target(architecture: str) -> No
     target = tiny_target(architecture)
     model = tiny_config("llama", num_hidden_layers=1).to_dict()
     chains = built(lm, lm.Config(model=model, num_draft=3, length="fixed"), target)
-    drafter = composed([lookup.Drafter(lookup.Config(min_ngram=2), target), chains], adaptive=False)
+    drafter = cascade_of([lookup.Drafter(lookup.Config(min_ngram=2), target), chains], adaptive=False)
     ids, mask = padded(prompts(5))
     out = draftsmith.generate(target, ids, Watched(drafter), attention_mask=mask, max_new_tokens=NUM_NEW)
     assert texts(out) == greedy_by_transformers(architecture, 5, NUM_NEW)

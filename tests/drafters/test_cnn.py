@@ -140,8 +140,8 @@ def test_invalid_settings_are_rejected() -> None:
     for message, changes in cases:
         with pytest.raises(ValueError, match=message):
             trainer_settings(trainer, **changes)
-    for refuse in (trainer.check, trainer.build):
+    for rejects in (trainer.check, trainer.build):
         with pytest.raises(ValueError, match="it has no source to copy from"):
-            refuse(with_config(copy=True), tiny_target("llama"))
+            rejects(with_config(copy=True), tiny_target("llama"))
     with pytest.raises(ValueError, match="width is 2, for trees, and .* is an encoder-decoder: it verifies chains"):
         trainer.check(with_config(width=2), tiny_target("t5"))

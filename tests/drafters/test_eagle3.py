@@ -55,7 +55,7 @@ def chains(target: Target, **changes: Any) -> Config:
 EXAMPLE = small
 
 
-def made(config: Config, target: Target) -> Drafter:
+def random_drafter(config: Config, target: Target) -> Drafter:
     """Returns a drafter with random weights, whose draft vocabulary, if it is a part, has gaps."""
     drafter = built(eagle3, config, target)
     num_tokens = len(drafter.d2t)
@@ -72,7 +72,7 @@ def test_family(tmp_path: Path) -> None:
 
 def test_chains_from_draft_vocabulary_keep_the_distribution() -> None:
     target = distribution_target()
-    check_distribution(made(chains(target, draft_vocab=5), target), target, top_k=6, num_samples=4_000)
+    check_distribution(random_drafter(chains(target, draft_vocab=5), target), target, top_k=6, num_samples=4_000)
 
 
 # --- The network --------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def naive_path(drafter: Drafter, text: tuple[int, ...], drafted: tuple[int, ...]
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_network_matches_naive_loop(variant: str) -> None:
     target, text = tiny_target("llama"), prompts(1)[0]
-    drafter = made(small(target, **VARIANTS[variant]), target)
+    drafter = random_drafter(small(target, **VARIANTS[variant]), target)
     features_BTD = drafter.fuse(drafter.join(target.read(torch.tensor([text]), drafter.hidden_layers)))[:, :-1]
     assert torch.allclose(features_BTD[0], naive_fusion(drafter, text)[:-1], atol=1e-5)
     order = torch.arange(len(text) - 1)[None]
@@ -198,17 +198,17 @@ class CheckedDrafts(Watched):
 def test_drafts_and_cache_match_naive_network(variant: str, shape: Any, threshold: float) -> None:
     """Ragged rows, rejected drafts, early ends, a row of one token; with a target threshold, plain steps too."""
     target, sampling = tiny_target("llama"), Sampling(temperature=0.7, top_k=9)
-    compared = CheckedDrafts(made(shape(target, **VARIANTS[variant]), target), sampling)
+    compared = CheckedDrafts(random_drafter(shape(target, **VARIANTS[variant]), target), sampling)
     ids, mask = padded(prompts(3))
     settings = vars(sampling) | {"max_new_tokens": 8, "eos_token_id": (10, 11, 12), "seed": 1}
-    gated: Any = TargetConfidenceThreshold(compared, threshold) if threshold else compared
-    draftsmith.generate(target, ids, gated, attention_mask=mask, **settings)
+    drafter: Any = TargetConfidenceThreshold(compared, threshold) if threshold else compared
+    draftsmith.generate(target, ids, drafter, attention_mask=mask, **settings)
     assert compared.num_compared > 20 and compared.num_checked > 4
 
 
 def test_prompt_in_chunks_gives_same_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     target = tiny_target("llama")
-    drafter = made(chains(target), target)
+    drafter = random_drafter(chains(target), target)
     ids, mask = padded(prompts(5))
     runs = []
     for size in (512, 4):
@@ -221,7 +221,7 @@ def test_prompt_in_chunks_gives_same_drafts(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_rows_of_one_token_get_empty_draft_first() -> None:
     target = tiny_target("llama")
-    watched = Watched(made(chains(target), target))
+    watched = Watched(random_drafter(chains(target), target))
     draftsmith.generate(target, torch.tensor([[4], [9]]), watched, max_new_tokens=5)
     assert [len(tokens[0]) for tokens in watched.drafts][:2] == [1, 4]
 

@@ -214,7 +214,7 @@ def test_adapter_reads_plain_steps(config: Config) -> None:
     assert compared.num_compared > 0
 
 
-def started(drafter: Drafter) -> Session:
+def start_session(drafter: Drafter) -> Session:
     """Returns a session of one row after the prefill, started with the drafter."""
     target, rows = drafter.target, prompts(1)
     cache = target.new_cache(1)
@@ -238,7 +238,7 @@ def test_verification_runs_only_blocks_after_the_exit(config: Config) -> None:
     ]
     try:
         drafter = Drafter(config, target)
-        session = started(drafter)
+        session = start_session(drafter)
         fed.clear()
         with torch.inference_mode():
             draft = drafter.propose(10)

@@ -161,7 +161,7 @@ def test_adaptive_threshold_follows_the_paper_and_is_kept_between_calls() -> Non
 
 
 def test_online_search_finds_better_sublayers() -> None:
-    """A choice that skips the first block is replaced by a better one, by the share of correct predictions."""
+    """Replaces a choice that skips the first block by one with a larger share of correct predictions."""
     target = tiny_target("llama", None)
     config = Config(mlp=(0,), num_draft=3, length="fixed", online=True, window=6, guided_every=2, good_enough=1.0)
     drafter = Drafter(config, target)

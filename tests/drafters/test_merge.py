@@ -31,7 +31,7 @@ NUM_NEW = 20
 EXAMPLE = Config(parts=(part_config("lookup", lookup.Config()), part_config("medusa", HEADS)), num_nodes=9)
 
 
-def composed(drafters: list[Any], **settings: Any) -> Drafter:
+def merge_of(drafters: list[Any], **settings: Any) -> Drafter:
     """Returns the drafters, each wrapped in `Watched`, with their trees merged."""
     parts = [Part(Watched(one)) for one in drafters]  # type: ignore[arg-type]
     return Drafter(Config(parts=EXAMPLE.parts, **settings), drafters[0].target, parts)
@@ -41,7 +41,9 @@ def test_family(tmp_path: Path) -> None:
     check_family(merge, EXAMPLE, tmp_path)
 
 
-def merged(*trees: list[tuple[int, int]], accuracies: list[float], **settings: Any) -> dict[tuple[int, ...], float]:
+def merged_paths(
+    *trees: list[tuple[int, int]], accuracies: list[float], **settings: Any
+) -> dict[tuple[int, ...], float]:
     """Returns the kept paths and their probabilities; a tree is (token, parent) of each node, with one accuracy."""
     drafter = Drafter(Config(parts=EXAMPLE.parts, **settings), TARGET)
     tables = [[[accuracy] * Drafter.NUM_RANKS] * Drafter.NUM_DEPTHS for accuracy in accuracies]
@@ -56,12 +58,12 @@ def merged(*trees: list[tuple[int, int]], accuracies: list[float], **settings: A
 def test_merge_by_hand() -> None:
     """Merges a chain of accuracy 0.8 and a tree of accuracy 0.5: agreement counts as 1 - 0.2 * 0.5."""
     chain, tree = [(7, 0), (8, 1), (9, 2)], [(7, 0), (5, 0), (6, 1), (4, 2)]
-    found = merged(chain, tree, accuracies=[0.8, 0.5])
+    found = merged_paths(chain, tree, accuracies=[0.8, 0.5])
     expected = {(7,): 0.9, (7, 8): 0.64, (7, 8, 9): 0.512, (5,): 0.5, (7, 6): 0.25, (5, 4): 0.25}
     assert found == pytest.approx(expected)
-    assert list(merged(chain, tree, accuracies=[0.8, 0.5], num_nodes=3)) == [(7,), (7, 8), (7, 8, 9)]
-    assert set(merged(chain, tree, accuracies=[0.8, 0.5], least_chance=0.5)) == {(7,), (7, 8), (7, 8, 9), (5,)}
-    assert list(merged(chain, tree, accuracies=[0.1, 0.9], num_nodes=3)) == [(7,), (5,), (7, 6)]
+    assert list(merged_paths(chain, tree, accuracies=[0.8, 0.5], num_nodes=3)) == [(7,), (7, 8), (7, 8, 9)]
+    assert set(merged_paths(chain, tree, accuracies=[0.8, 0.5], least_chance=0.5)) == {(7,), (7, 8), (7, 8, 9), (5,)}
+    assert list(merged_paths(chain, tree, accuracies=[0.1, 0.9], num_nodes=3)) == [(7,), (5,), (7, 6)]
 
 
 def test_merge_keeps_the_likeliest_nodes_of_random_trees() -> None:
@@ -81,7 +83,7 @@ def test_merge_keeps_the_likeliest_nodes_of_random_trees() -> None:
             paths.append({path: accuracy ** len(path) for path in of_nodes[1:]})
         both = {path: 1 - (1 - paths[0].get(path, 0)) * (1 - paths[1].get(path, 0)) for path in paths[0] | paths[1]}
         num_nodes = int(rng.integers(1, 7))
-        found = merged(*trees, accuracies=accuracies, num_nodes=num_nodes)
+        found = merged_paths(*trees, accuracies=accuracies, num_nodes=num_nodes)
         best = sorted(both.values(), reverse=True)[:num_nodes]
         assert sorted(found.values(), reverse=True) == pytest.approx(best)
         assert all(found[path] == pytest.approx(both[path]) for path in found)
@@ -106,7 +108,7 @@ def test_estimated_accuracies_start_at_the_prior_and_follow_the_counts() -> None
 def test_call_starts_from_the_counts_that_were_kept() -> None:
     """The part that knows the text gets a high accuracy, and the part that is always wrong a low one."""
     expected = greedy_by_transformers("llama", 5, NUM_NEW)
-    drafter = composed(
+    drafter = merge_of(
         [Scripted(TARGET, expected, trees=False), Scripted(TARGET, expected, trees=False, wrong_every=1)]
     )
     ids, mask = padded(prompts(5))
@@ -150,7 +152,7 @@ def test_counts_are_saved_and_invalid_ones_rejected(tmp_path: Path) -> None:
 def test_parts_whose_drafts_cannot_be_merged_are_rejected() -> None:
     heads, ids = built(medusa, HEADS, TARGET), torch.tensor(prompts(1))
     chains = built(lm, lm.Config(model=SMALL, num_draft=3, length="fixed"), TARGET)
-    out = draftsmith.generate(TARGET, ids, composed([chains, heads]), max_new_tokens=NUM_NEW)
+    out = draftsmith.generate(TARGET, ids, merge_of([chains, heads]), max_new_tokens=NUM_NEW)
     assert texts(out) == greedy_by_transformers("llama", 1, NUM_NEW), "greedy chains may be merged"
     settings: dict[str, Any] = {"max_new_tokens": NUM_NEW, "temperature": 1.0, "seed": 0}
     with pytest.raises(
@@ -159,7 +161,7 @@ def test_parts_whose_drafts_cannot_be_merged_are_rejected() -> None:
         draftsmith.generate(TARGET, ids, Drafter(EXAMPLE, TARGET, [Part(chains), Part(heads)]), **settings)
     static = built(lm, lm.Config(model=SMALL, tree=((0,), (1,)), siblings="deterministic"), TARGET)
     dynamic = built(hydra, hydra.Config(tree=(), width=2, num_nodes=5), TARGET)
-    draftsmith.generate(TARGET, ids, composed([static, dynamic, heads]), **settings)
+    draftsmith.generate(TARGET, ids, merge_of([static, dynamic, heads]), **settings)
     exits = built(kangaroo, kangaroo.Config(exit_layer=2, num_draft=3), TARGET)
     with pytest.raises(ValueError, match="runs the target's first blocks over its own draft, which cannot be merged"):
         draftsmith.generate(TARGET, ids, Drafter(EXAMPLE, TARGET, [Part(exits), Part(heads)]), max_new_tokens=4)
@@ -171,7 +173,7 @@ def test_every_deterministic_family_may_be_a_part(family: str) -> None:
     part = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, TARGET)
     if part.target is not TARGET or family in ("kangaroo", "early_exit"):
         pytest.skip("it fine-tunes its target, or resumes it after its first blocks")
-    drafter = composed([part, built(medusa, HEADS, TARGET)])
+    drafter = merge_of([part, built(medusa, HEADS, TARGET)])
     ids, mask = padded(prompts(5))
     out = draftsmith.generate(TARGET, ids, Watched(drafter), attention_mask=mask, max_new_tokens=NUM_NEW)
     assert texts(out) == greedy_by_transformers("llama", 5, NUM_NEW)
@@ -182,7 +184,7 @@ def test_encoder_decoder_gets_the_likeliest_path_only(architecture: str) -> None
     target = tiny_target(architecture)
     expected = greedy_by_transformers(architecture, 5, NUM_NEW)
     right = Scripted(target, expected, trees=False, wrong_every=6)
-    drafter = composed([lookup.Drafter(lookup.Config(), target), right], num_nodes=30)
+    drafter = merge_of([lookup.Drafter(lookup.Config(), target), right], num_nodes=30)
     ids, mask = padded(prompts(5))
     out = draftsmith.generate(target, ids, Watched(drafter), attention_mask=mask, max_new_tokens=NUM_NEW)
     assert texts(out) == expected and out.stats.tau > 1.5

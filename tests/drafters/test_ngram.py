@@ -68,7 +68,9 @@ def tokens_only(vocab_size: int) -> Any:
     return SimpleNamespace(vocab_size=vocab_size, device=torch.device("cpu"))
 
 
-def started(drafter: Drafter, rows: list[list[int]], sources: list[list[int]] | None = None, **changes: Any) -> Drafter:
+def start_drafter(
+    drafter: Drafter, rows: list[list[int]], sources: list[list[int]] | None = None, **changes: Any
+) -> Drafter:
     """Returns the drafter in a session with these rows."""
     source = None
     if sources is not None:
@@ -109,7 +111,7 @@ def test_mixture_equals_its_formula(
 ) -> None:
     model = build_model([learnt], order, VOCAB_SIZE, tmp_path_factory.getbasetemp() / "store")
     config = Config(order=order, cache=cache, num_draft=3, length="fixed")
-    drafter = started(Drafter(config, tokens_only(VOCAB_SIZE), model), [row], [source])
+    drafter = start_drafter(Drafter(config, tokens_only(VOCAB_SIZE), model), [row], [source])
     chain = drafter.propose(3).tokens_BN[0].tolist()[1:]
     for position, token in enumerate(chain):
         recent = row[-order:] + chain[:position]
@@ -128,7 +130,7 @@ def test_draft_probs_are_the_sampled_distributions(tmp_path: Path, sampling: Sam
     rows = [[3, 1, 2, 3, 1], [0], [2, 2, 2, 4]]
     model = build_model([[0, 1, 2, 3, 1, 4, 2, 2, 0] * 3], 3, VOCAB_SIZE, tmp_path)
     config = Config(order=3, num_draft=4, length="fixed")
-    drafter = started(Drafter(config, tokens_only(VOCAB_SIZE), model), rows, sampling=sampling)
+    drafter = start_drafter(Drafter(config, tokens_only(VOCAB_SIZE), model), rows, sampling=sampling)
     drafts = [drafter.propose(4) for _ in range(20)]
     assert len({str(draft.tokens_BN.tolist()) for draft in drafts}) > 1
     for draft in drafts:
@@ -151,7 +153,7 @@ def test_rows_stop_where_the_policy_says(tmp_path: Path, temperature: float) -> 
         return row == 0
 
     drafter = Drafter(Config(order=3, num_draft=4), tokens_only(VOCAB_SIZE), model)
-    started(drafter, [[0, 1], [2]], should_continue=should_continue, sampling=Sampling(temperature=temperature))
+    start_drafter(drafter, [[0, 1], [2]], should_continue=should_continue, sampling=Sampling(temperature=temperature))
     draft = drafter.propose(3)
     assert draft.num_nodes == [4, 2] and draft.tree.is_chain and draft.tree.depth == 3
     assert sorted(row for row, _ in seen) == [0, 0, 0, 1]
@@ -167,7 +169,7 @@ def test_source_of_an_encoder_decoder_is_mixed_in(architecture: str, sampled: bo
     target = tiny_target(architecture)
     learnt = build_model(greedy_by_transformers(architecture, 5, 20), 4, target.vocab_size, tmp_path)
     check_greedy(Drafter(Config(order=4, num_draft=4), target, learnt), architecture)
-    drafter = started(Drafter(Config(order=3, num_draft=3), target), [[0, 7, 8]], [[6, 7, 8, 9, 10, 11]])
+    drafter = start_drafter(Drafter(Config(order=3, num_draft=3), target), [[0, 7, 8]], [[6, 7, 8, 9, 10, 11]])
     assert drafter.propose(3).tokens_BN[0].tolist() == [8, 9, 10, 11]
     ids, mask = padded(prompts(5), side="left")
     watched = Watched(Drafter(Config(num_draft=3, sampled=sampled), target, learnt))

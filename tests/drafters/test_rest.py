@@ -40,17 +40,17 @@ from trainers.corpora.suffix_arrays import build, group_texts
 from trainers.training.loop import train
 
 
-def stored(target: Target) -> Drafter:
+def drafter_with_datastore(target: Target) -> Drafter:
     """Returns a drafter with a datastore."""
     config = Config(min_match=1, max_match=6, max_matches=8, num_draft=5, num_nodes=8)
     return Drafter(config, target, shards_for(target))
 
 
-EXAMPLE = stored
+EXAMPLE = drafter_with_datastore
 
 
 def test_family(tmp_path: Path) -> None:
-    check_family(rest, stored, tmp_path)
+    check_family(rest, drafter_with_datastore, tmp_path)
 
 
 def slow_tree(config: Config, documents: list[list[int]], text: list[int], budget: int) -> dict[tuple, float]:
@@ -135,7 +135,7 @@ def test_stored_text_is_drafted_completely() -> None:
 
 def test_finished_rows_are_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     target = tiny_target("llama")
-    drafter, rows = Watched(stored(target)), prompts(2)
+    drafter, rows = Watched(drafter_with_datastore(target)), prompts(2)
     looked_up = []
     inner = drafter.inner.tree
     monkeypatch.setattr(drafter.inner, "tree", lambda text, budget: looked_up.append(text[0]) or inner(text, budget))
@@ -153,7 +153,7 @@ def test_encoder_decoder_gets_the_likeliest_path(architecture: str) -> None:
     target = tiny_target(architecture)
     for num_rows in (1, 5):
         ids, mask = padded(prompts(num_rows), side="left")
-        watched = Watched(stored(target))
+        watched = Watched(drafter_with_datastore(target))
         out = draftsmith.generate(target, ids, watched, attention_mask=mask, max_new_tokens=20)
         assert texts(out) == greedy_by_transformers(architecture, num_rows, 20)
         assert watched.num_drafted > 0
@@ -322,7 +322,7 @@ def test_trainer_rejects_invalid_settings() -> None:
 
 def test_load_rejects_an_incomplete_datastore(tmp_path: Path) -> None:
     target = tiny_target("llama")
-    draftsmith.save(stored(target), tmp_path / "artifact", target=target)
+    draftsmith.save(drafter_with_datastore(target), tmp_path / "artifact", target=target)
     first, second = sorted((tmp_path / "artifact").glob("shard-*"))
     assert [path.name for path in (first, second)] == [
         "shard-0000-of-0002.safetensors",

@@ -34,16 +34,16 @@ from trainers.training.run_settings import RunSettings
 LENIENT = Config(max_match=6, factor=2.0, offset=2.0, num_draft=6, max_matches=4, recent_tokens=400)
 
 
-def stored(target: Target, config: Config = LENIENT) -> Drafter:
+def drafter_with_datastore(target: Target, config: Config = LENIENT) -> Drafter:
     """Returns a drafter with a datastore."""
     return Drafter(config, target, shards_for(target))
 
 
-EXAMPLE = stored
+EXAMPLE = drafter_with_datastore
 
 
 def test_family(tmp_path: Path) -> None:
-    check_family(suffix, stored, tmp_path)
+    check_family(suffix, drafter_with_datastore, tmp_path)
 
 
 # --- Drafts --------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_drafts_equal_those_of_counted_trees(
         return
     paths = paths_of(drafted)
     fitting = [(likely, length) for _, length, likely in options if is_valid(config, paths, likely, length, budget)]
-    assert fitting, "the tree is of no text and length of match"
+    assert fitting, "the tree is that of no text and match length"
     if config.branches:
         best = max((score, length) for score, length, _ in options)
         own_scores = [(sum(likely[path] for path in paths), length) for likely, length in fitting]
@@ -156,7 +156,7 @@ def is_valid(config: Config, paths: list[tuple[int, ...]], likely: Probabilities
     raise AssertionError
 
 
-def drafted(
+def best_draft(
     config: Config, own: list[int], recent: Sequence[list[int]] = (), kept: Sequence[list[int]] = ()
 ) -> TokenTree:
     drafter = few_tokens(config, list(kept), list(recent))
@@ -167,24 +167,24 @@ def test_draft_by_hand() -> None:
     # (0, 1) was followed by 2 twice and by 0 once: two tokens of the likelier path, of probability 2/3 and 1/3.
     text = [0, 1, 2, 2, 0, 1, 0, 0, 1, 2, 0, 0, 1]
     plain = Config(max_match=2, branches=False)
-    assert drafted(plain, text).tokens == [2, 2]
-    assert [weight / 3 for weight in drafted(plain, text).weights] == pytest.approx([2 / 3, 1 / 3])
-    assert drafted(Config(max_match=2, branches=False, min_chance=0.5), text).tokens == [2]
+    assert best_draft(plain, text).tokens == [2, 2]
+    assert [weight / 3 for weight in best_draft(plain, text).weights] == pytest.approx([2 / 3, 1 / 3])
+    assert best_draft(Config(max_match=2, branches=False, min_chance=0.5), text).tokens == [2]
     # A tree of three tokens: the one that occurred twice, and two of those that occurred once.
-    tree = drafted(Config(max_match=2, offset=1.0), text)
+    tree = best_draft(Config(max_match=2, offset=1.0), text)
     assert tree.weights == [2, 1, 1] and {(2,)} < set(paths_of(tree))
-    assert drafted(plain, [0, 1, 2]).tokens == [], "no match"
-    assert drafted(Config(factor=0.0, offset=3.0, max_match=1), [0, 1, 2, 0]).tokens == [1, 2, 0]
-    assert drafted(Config(factor=0.5), [0, 1, 2, 0]).tokens == [], "a match of one token is too short for a draft"
+    assert best_draft(plain, [0, 1, 2]).tokens == [], "no match"
+    assert best_draft(Config(factor=0.0, offset=3.0, max_match=1), [0, 1, 2, 0]).tokens == [1, 2, 0]
+    assert best_draft(Config(factor=0.5), [0, 1, 2, 0]).tokens == [], "a match of one token is too short for a draft"
 
 
 def test_equal_scores_prefer_the_longer_match_then_the_rows_own_text() -> None:
     one = Config(num_draft=1)
-    assert drafted(one, [0, 1, 0], recent=[[0, 2]]).tokens == [1]
-    assert drafted(one, [0, 1, 0], kept=[[0, 2]]).tokens == [1]
-    assert drafted(one, [1, 0], recent=[[0, 1]], kept=[[0, 2]]).tokens == [1]
-    assert drafted(one, [0, 1, 1, 0], recent=[[1, 0, 2]]).tokens == [2], "a longer match in another text"
-    assert drafted(one, [0, 1, 0, 2, 0], kept=[[0, 2]]).tokens == [2], "a likelier continuation in another text"
+    assert best_draft(one, [0, 1, 0], recent=[[0, 2]]).tokens == [1]
+    assert best_draft(one, [0, 1, 0], kept=[[0, 2]]).tokens == [1]
+    assert best_draft(one, [1, 0], recent=[[0, 1]], kept=[[0, 2]]).tokens == [1]
+    assert best_draft(one, [0, 1, 1, 0], recent=[[1, 0, 2]]).tokens == [2], "a longer match in another text"
+    assert best_draft(one, [0, 1, 0, 2, 0], kept=[[0, 2]]).tokens == [2], "a likelier continuation in another text"
 
 
 def test_many_matches_are_read_evenly_spread() -> None:
@@ -285,7 +285,7 @@ def test_rewind_drops_text_that_was_taken_back() -> None:
 
 def test_load_rejects_missing_truncated_and_invalid_files(tmp_path: Path) -> None:
     target = tiny_target("llama")
-    drafter = stored(target)
+    drafter = drafter_with_datastore(target)
     steps(drafter)
     folder = tmp_path / "artifact"
     for name in ("recent.npy", "shard-0001-of-0002.safetensors"):

@@ -33,7 +33,7 @@ def own_text(target: Any) -> list[list[int]]:
     return greedy_by_transformers("llama", 5, 20) if target is tiny_target("llama") else []
 
 
-def filled(config: Config, target: Any) -> Drafter:
+def filled_drafter(config: Config, target: Any) -> Drafter:
     """Returns a drafter whose table has the target's greedy text and random text."""
     known: Weights = {}
     for text in [*own_text(target), *prompts(5, seed=4)]:
@@ -91,7 +91,7 @@ class Compared(Watched):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_add_their_committed_trigrams(temperature: float) -> None:
     target = tiny_target("llama")
-    drafter = Compared(filled(EXAMPLE, target))
+    drafter = Compared(filled_drafter(EXAMPLE, target))
     ids, mask = padded(prompts(5), side="left")
     # Some rows end earlier than others.
     eos = own_text(target)[1][-6]
@@ -109,7 +109,7 @@ def test_rows_add_their_committed_trigrams(temperature: float) -> None:
 def test_other_makers_are_lossless(maker: str) -> None:
     """Greedy output equals the target's, and sampled text follows its distribution."""
     target = tiny_target("llama")
-    drafter = filled(Config(maker=maker), target)
+    drafter = filled_drafter(Config(maker=maker), target)
     ids, mask = padded(prompts(5), side="left")
     out = draftsmith.generate(target, ids, Watched(drafter), attention_mask=mask, max_new_tokens=20)
     assert texts(out) == own_text(target) and out.stats.tau > 2
@@ -123,7 +123,7 @@ def test_num_nodes_limits_the_tree() -> None:
     target = tiny_target("llama")
     shapes = []
     for num_nodes in (1, 3, 64):
-        drafter = Watched(filled(Config(num_nodes=num_nodes), target))
+        drafter = Watched(filled_drafter(Config(num_nodes=num_nodes), target))
         draftsmith.generate(target, torch.tensor(prompts(1)), drafter, max_new_tokens=6)
         shapes.append(max(len(tokens) for draft in drafter.drafts for tokens in draft) - 1)
     assert shapes[:2] == [1, 3] and shapes[2] > 3
@@ -135,7 +135,7 @@ def test_same_text_gets_the_same_draft() -> None:
     firsts = []
     for rows, seed in (([[3, 4, 5, 3, 4]], 1), ([[6, 7], [3, 4, 5, 3, 4]], 2)):
         ids, mask = padded(rows)
-        drafter = Watched(filled(Config(), target))
+        drafter = Watched(filled_drafter(Config(), target))
         settings = {"temperature": 1.0, "seed": seed, "max_new_tokens": 6}
         draftsmith.generate(target, ids, drafter, attention_mask=mask, **settings)
         firsts.append(drafter.drafts[0][-1])
@@ -161,7 +161,7 @@ def test_encoder_decoder_gets_a_single_path(architecture: str) -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     target = tiny_target("llama")
-    draftsmith.save(filled(Config(), target), tmp_path / "artifact", target=target)
+    draftsmith.save(filled_drafter(Config(), target), tmp_path / "artifact", target=target)
     return tmp_path / "artifact"
 
 
@@ -171,7 +171,7 @@ def memory_of(array: Any) -> Any:
 
 def test_load_maps_the_files_into_memory(saved: Path) -> None:
     target = tiny_target("llama")
-    drafter, loaded = filled(Config(), target), draftsmith.load(saved, target)
+    drafter, loaded = filled_drafter(Config(), target), draftsmith.load(saved, target)
     for one, other in zip(drafter.table, loaded.table, strict=True):
         assert np.array_equal(one, other) and one.dtype == other.dtype and len(one) > 30
         assert type(other) is np.ndarray and isinstance(memory_of(other), mmap.mmap) and not other.flags.writeable

@@ -63,7 +63,7 @@ def some_prompts(number: int = 3, *, vocab_size: int = 8) -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Returns an artifact of each family for `law_target()`."""
+    """Returns an artifact of each family for `distribution_target()`."""
     folder, target = tmp_path_factory.mktemp("artifacts"), distribution_target()
     for name, config in FAMILIES.items():
         draftsmith.save(built(find(name), config, target), folder / name, target=target)

@@ -80,7 +80,7 @@ def copy_of(target: Target, **changes: Any) -> Any:
     return drafter.eval()
 
 
-def generated(model: Any, ids: Any, **settings: Any) -> tuple[list[list[int]], int]:
+def greedy_texts(model: Any, ids: Any, **settings: Any) -> tuple[list[list[int]], int]:
     """Returns (greedy texts, number of forward passes of the model)."""
     runs: list[int] = []
     hook = model.register_forward_hook(lambda *_: runs.append(1))
@@ -125,8 +125,8 @@ def test_custom_generate_runs_every_family(
     for num_rows, num_new in ((1, 2), (3, 8)):
         ids, mask = padded(prompts(num_rows), side="left")
         arguments = {"attention_mask": mask, "max_new_tokens": num_new}
-        text, _ = generated(model, ids, **arguments, **custom_arguments(out))
-        assert text == generated(drafter.target.model, ids, **arguments)[0]
+        text, _ = greedy_texts(model, ids, **arguments, **custom_arguments(out))
+        assert text == greedy_texts(drafter.target.model, ids, **arguments)[0]
     assert [find(family).Drafter] * 2 == [type(drafter) for drafter in drafters]
     assert drafters[0] is drafters[1], "the drafter stays loaded"
 
@@ -137,14 +137,14 @@ def test_custom_generate_passes_sampling_arguments_and_artifact(root: Path, tmp_
     )
     model = AutoModelForCausalLM.from_pretrained(root / "llama")
     arguments = custom_arguments(out) | {"do_sample": True}
-    texts = [generated(model, prompts(1), **arguments, seed=seed)[0] for seed in (1, 1, 2)]
+    texts = [greedy_texts(model, prompts(1), **arguments, seed=seed)[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     moved = (out / "artifact").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="is not a local folder with an artifact; pass artifact=PATH"):
-        generated(model, prompts(1), **arguments)
-    assert generated(model, prompts(1), **arguments, seed=1, artifact=str(moved))[0] == texts[0]
+        greedy_texts(model, prompts(1), **arguments)
+    assert greedy_texts(model, prompts(1), **arguments, seed=1, artifact=str(moved))[0] == texts[0]
     with pytest.raises(ValueError, match="was made for target"):
-        generated(tiny_model("llama", seed=3), prompts(1), **arguments, artifact=str(moved))
+        greedy_texts(tiny_model("llama", seed=3), prompts(1), **arguments, artifact=str(moved))
 
 
 def test_custom_generate_drafts_for_an_encoder_decoder(root: Path, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_custom_generate_drafts_for_an_encoder_decoder(root: Path, tmp_path: Pat
     artifact = artifact_of(drafter, tmp_path / "artifact")
     out = export(artifact, "transformers", tmp_path / "out")
     model = AutoModelForSeq2SeqLM.from_pretrained(root / "t5")
-    assert generated(model, prompts(1), **custom_arguments(out))[0] == generated(model, prompts(1))[0]
+    assert greedy_texts(model, prompts(1), **custom_arguments(out))[0] == greedy_texts(model, prompts(1))[0]
     with pytest.raises(ValueError, match="vLLM does not draft for encoder-decoders .* export it --to transformers"):
         export(artifact, "vllm", tmp_path / "other")
 
@@ -167,13 +167,13 @@ def test_draft_model_runs_as_an_assistant(root: Path, tmp_path: Path) -> None:
     assert assistant.generation_config.num_assistant_tokens == 4
     assert len(AutoTokenizer.from_pretrained(out)) == VOCAB_SIZE
     for row in prompts(5):
-        text, num_runs = generated(target.model, [row], assistant_model=assistant)
-        expected, num_plain = generated(target.model, [row])
+        text, num_runs = greedy_texts(target.model, [row], assistant_model=assistant)
+        expected, num_plain = greedy_texts(target.model, [row])
         assert text == expected
         assert num_plain == NUM_NEW and num_runs <= NUM_NEW // 3, "every drafted token is accepted"
     other = tiny_model("llama", seed=5)
-    text, num_runs = generated(other, prompts(1), assistant_model=assistant)
-    assert text == generated(other, prompts(1))[0] and num_runs > 3, "rejected tokens are replaced"
+    text, num_runs = greedy_texts(other, prompts(1), assistant_model=assistant)
+    assert text == greedy_texts(other, prompts(1))[0] and num_runs > 3, "rejected tokens are replaced"
 
 
 def test_assistant_has_the_confidence_threshold_of_the_policy(root: Path, tmp_path: Path) -> None:
@@ -199,7 +199,10 @@ def test_early_exit_with_its_own_norm_is_exported_as_a_model(
     drafted = assistant(ids_BT).logits
     hidden = target.model(ids_BT, output_hidden_states=True).hidden_states[2]
     assert (drafted - drafter.head(drafter.norm(hidden))).abs().max() < 1e-4
-    assert generated(target.model, prompts(1), assistant_model=assistant)[0] == generated(target.model, prompts(1))[0]
+    assert (
+        greedy_texts(target.model, prompts(1), assistant_model=assistant)[0]
+        == greedy_texts(target.model, prompts(1))[0]
+    )
 
 
 def test_early_exit_with_the_targets_norm_and_head_is_exported_as_a_setting(root: Path, tmp_path: Path) -> None:
@@ -210,8 +213,8 @@ def test_early_exit_with_the_targets_norm_and_head_is_exported_as_a_setting(root
     assert settings.assistant_early_exit == 2 and settings.num_assistant_tokens == 4
     assert not list(out.glob("*.safetensors"))
     for row in prompts(3):
-        text, _ = generated(target.model, [row], generation_config=settings)
-        assert text == generated(target.model, [row])[0]
+        text, _ = greedy_texts(target.model, [row], generation_config=settings)
+        assert text == greedy_texts(target.model, [row])[0]
 
 
 def test_export_contains_a_fine_tuned_target(root: Path, tmp_path: Path) -> None:
@@ -222,8 +225,8 @@ def test_export_contains_a_fine_tuned_target(root: Path, tmp_path: Path) -> None
     out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
     tuned = AutoModelForCausalLM.from_pretrained(out / "target")
     assert read_launch(out)["target"] == str(out / "target")
-    text, _ = generated(tuned, prompts(1), generation_config=GenerationConfig.from_pretrained(out))
-    assert text == generated(drafter.target.model, prompts(1))[0] != generated(target.model, prompts(1))[0]
+    text, _ = greedy_texts(tuned, prompts(1), generation_config=GenerationConfig.from_pretrained(out))
+    assert text == greedy_texts(drafter.target.model, prompts(1))[0] != greedy_texts(target.model, prompts(1))[0]
 
 
 def test_lookup_is_exported_as_a_setting(root: Path, tmp_path: Path) -> None:
@@ -233,8 +236,8 @@ def test_lookup_is_exported_as_a_setting(root: Path, tmp_path: Path) -> None:
     settings = GenerationConfig.from_pretrained(out)
     assert (settings.prompt_lookup_num_tokens, settings.max_matching_ngram_size) == (5, 2)
     for row in prompts(3):
-        text, _ = generated(target.model, [row], generation_config=settings)
-        assert text == generated(target.model, [row])[0]
+        text, _ = greedy_texts(target.model, [row], generation_config=settings)
+        assert text == greedy_texts(target.model, [row])[0]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -62,7 +62,7 @@ def head(target: Target, **changes: Any) -> eagle3.Drafter:
     return drafter.eval()
 
 
-def exported(drafter: Any, engine: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+def export_drafter(drafter: Any, engine: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     draftsmith.save(drafter, folder / "artifact", drafter.target.base)
     out = export(folder / "artifact", engine, folder / "out")
     return out, read_launch(out)
@@ -96,7 +96,7 @@ def test_eagle3_head_is_imported_from_its_export(
     drafter = head(target, **changes)
     if engine == "sglang" and changes is OWN:
         return
-    out, _ = exported(drafter, engine, tmp_path)
+    out, _ = export_drafter(drafter, engine, tmp_path)
     settings = import_eagle3.Settings(head=str(out))
     import_eagle3.check(settings, target)  # type: ignore[arg-type]
     imported = import_eagle3.fit(settings, target, [], RunSettings(), tmp_path)
@@ -106,8 +106,8 @@ def test_eagle3_head_is_imported_from_its_export(
 
 
 def test_vllm_and_sglang_exports_of_a_head_are_the_same_folder(target: Target, path: Path, tmp_path: Path) -> None:
-    out, launch = exported(head(target), "vllm", tmp_path)
-    other, sglang = exported(head(target), "sglang", tmp_path / "sglang")
+    out, launch = export_drafter(head(target), "vllm", tmp_path)
+    other, sglang = export_drafter(head(target), "sglang", tmp_path / "sglang")
     config = json.loads((out / "config.json").read_text())
     assert config == json.loads((other / "config.json").read_text())
     assert (out / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
@@ -145,7 +145,7 @@ def test_vllm_and_sglang_exports_of_a_head_are_the_same_folder(target: Target, p
 
 
 def test_head_of_the_whole_vocabulary_has_no_vocabulary_map(target: Target, tmp_path: Path) -> None:
-    out, _ = exported(head(target, draft_vocab=0, width=0), "sglang", tmp_path)
+    out, _ = export_drafter(head(target, draft_vocab=0, width=0), "sglang", tmp_path)
     assert not {"d2t", "t2d"} & load_file(out / "model.safetensors").keys()
     assert json.loads((out / "config.json").read_text())["draft_vocab_size"] == VOCAB_SIZE
     found = flags(read_launch(out))
@@ -167,7 +167,7 @@ def test_export_rejects_heads_that_sglang_would_misread(
     drafter = head(target, **changes)
     monkeypatch.setattr(Target, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match=message):
-        exported(drafter, "sglang", tmp_path)
+        export_drafter(drafter, "sglang", tmp_path)
     assert not (tmp_path / "out").exists()
 
 
@@ -209,7 +209,7 @@ def test_targets_with_sglangs_other_layer_numbering_have_no_layer_list(tmp_path:
     ids=["missing", "more", "prefix", "shape", "map", "type"],
 )
 def test_write_tensors_checks_every_tensor(target: Target, tmp_path: Path, change: Any, message: str) -> None:
-    out, _ = exported(head(target), "vllm", tmp_path)
+    out, _ = export_drafter(head(target), "vllm", tmp_path)
     config = json.loads((out / "config.json").read_text())
     expected = tensor_specs(config, "midlayer", torch.float32, has_embedding=False)
     check_file(out / "model.safetensors", expected)
@@ -261,7 +261,7 @@ class VLLMMedusa(nn.Module):
 def test_exported_medusa_heads_have_the_same_logits_in_vllm(target: Target, tmp_path: Path, own_head: bool) -> None:
     config = medusa.Config(num_heads=3, num_blocks=2, own_head=own_head, tree=((0,), (0, 0)))
     drafter = built(medusa, config, target)
-    out, launch = exported(drafter, "vllm", tmp_path)
+    out, launch = export_drafter(drafter, "vllm", tmp_path)
     written = json.loads((out / "config.json").read_text())
     assert written["medusa_fc_bias"] is True and written["original_lm_head"] is not own_head
     assert written["truncated_vocab_size"] == written["vocab_size"] == VOCAB_SIZE and "token_map" not in written
@@ -288,7 +288,7 @@ def test_exported_draft_models_load_in_transformers(target: Target, tmp_path: Pa
         "skip": lambda: layerskip.Drafter(layerskip.Config(attention=(5, 6), mlp=(5, 6), num_draft=3), target),
     }
     for name, make in makers.items():
-        out, launch = exported(make(), engine, tmp_path / name)
+        out, launch = export_drafter(make(), engine, tmp_path / name)
         model = AutoModelForCausalLM.from_pretrained(out)
         assert model.config.num_hidden_layers == {"lm": 1, "exit": 3, "skip": 6}[name]
         assert model.config.vocab_size == VOCAB_SIZE and (out / "tokenizer.json").is_file()
@@ -310,7 +310,7 @@ def test_draft_models_with_tied_heads_or_shortlist_are_not_exported_to_servers(
     target: Target, tmp_path: Path, heads: dict[str, int]
 ) -> None:
     drafter = built(lm, lm.Config(model=target.model.config.to_dict() | {"num_hidden_layers": 1}, **heads), target)
-    _, launch = exported(drafter, "transformers", tmp_path)
+    _, launch = export_drafter(drafter, "transformers", tmp_path)
     assert "custom_generate" in launch["settings"]
     for engine in ("vllm", "sglang"):
         with pytest.raises(
@@ -322,7 +322,7 @@ def test_draft_models_with_tied_heads_or_shortlist_are_not_exported_to_servers(
 def test_server_runs_the_fine_tuned_target(target: Target, tmp_path: Path) -> None:
     config = early_exit.Config(exit_layer=2, tunes=True, rank=2, alpha=1.0)
     drafter = built(early_exit, config, target)
-    out, launch = exported(drafter, "vllm", tmp_path)
+    out, launch = export_drafter(drafter, "vllm", tmp_path)
     assert shlex.split(launch["command"])[2] == str(out / "target")
     served = AutoModelForCausalLM.from_pretrained(out / "target").state_dict()
     expected = drafter.target.model.state_dict()
@@ -337,7 +337,7 @@ def test_server_runs_the_fine_tuned_target(target: Target, tmp_path: Path) -> No
 def test_vllm_runs_token_only_families_with_the_proposer(target: Target, tmp_path: Path, family: str) -> None:
     """The copy of the artifact in the export loads as the same drafter, and the command names it."""
     drafter = built(find(family), importlib.import_module(f"tests.drafters.test_{family}").EXAMPLE, target)
-    out, launch = exported(drafter, "vllm", tmp_path)
+    out, launch = export_drafter(drafter, "vllm", tmp_path)
     num_draft = TOKEN_FAMILIES[family] or getattr(drafter.config, "num_draft", 0) or max(map(len, drafter.config.tree))
     assert speculative_config(launch) == {
         "method": "custom_class",
@@ -361,7 +361,7 @@ def test_datastore_is_exported_as_a_corpus_for_sglang(target: Target, tmp_path: 
     texts = prompts(6, seed=3)
     halves = [[np.array(text) for text in half] for half in (texts[:4], texts[4:])]
     drafter = family.Drafter(family.Config(), target, tuple(build(half, VOCAB_SIZE) for half in halves))
-    out, launch = exported(drafter, "sglang", tmp_path)
+    out, launch = export_drafter(drafter, "sglang", tmp_path)
     lines = (out / "corpus.jsonl").read_text().splitlines()
     read = [target.tokenizer.encode(json.loads(line), add_special_tokens=False) for line in lines]
     assert read == texts
@@ -376,15 +376,15 @@ def test_datastore_is_exported_as_a_corpus_for_sglang(target: Target, tmp_path: 
 
 def test_export_rejects_an_empty_datastore(target: Target, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="contains no text"):
-        exported(suffix.Drafter(suffix.Config(), target), "sglang", tmp_path)
+        export_drafter(suffix.Drafter(suffix.Config(), target), "sglang", tmp_path)
     assert not (tmp_path / "out").exists()
 
 
 def test_lookup_is_exported_as_the_servers_own(target: Target, path: Path, tmp_path: Path) -> None:
     drafter = lookup.Drafter(lookup.Config(max_ngram=4, min_ngram=2, num_draft=3, num_continuations=2), target)
-    _, launch = exported(drafter, "vllm", tmp_path / "vllm")
+    _, launch = export_drafter(drafter, "vllm", tmp_path / "vllm")
     expected = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
     assert speculative_config(launch) == expected
-    out, launch = exported(drafter, "sglang", tmp_path / "sglang")
+    out, launch = export_drafter(drafter, "sglang", tmp_path / "sglang")
     assert flags(launch)["--speculative-algorithm"] == "NGRAM" and flags(launch)["--model-path"] == str(path)
     assert os.listdir(out) == ["launch.json"]

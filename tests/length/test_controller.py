@@ -47,7 +47,7 @@ class Chains(Drafter):
         self.step = step
 
 
-def started(drafter: Any, num_rows: int = 3) -> Any:
+def start_drafter(drafter: Any, num_rows: int = 3) -> Any:
     rows = [[3, 4]] * num_rows
     given = {"cache": None, "sampling": Sampling(), "generator": torch.Generator()}
     drafter.start(Session(target=tiny_target("llama"), rows=rows, **given))
@@ -60,7 +60,7 @@ def step_of(draft: Draft, paths: list[list[int]]) -> Step:
 
 def test_each_row_has_its_own_budget() -> None:
     inner = Chains(num_draft=4)
-    drafter = started(with_length_control(inner, "heuristic"))
+    drafter = start_drafter(with_length_control(inner, "heuristic"))
     draft = drafter.propose(100)
     assert inner.budgets == [4] and draft.num_nodes is None
     drafter.observe(step_of(draft, [[0, 1, 2, 3, 4], [0, 1], [0]]))
@@ -75,7 +75,7 @@ def test_each_row_has_its_own_budget() -> None:
 
 def test_early_stop_decides_after_each_token() -> None:
     inner = Chains(num_draft=5, length="confidence=0.5", supports_early_stop=True)
-    drafter = started(with_length_control(inner, "auto"), 2)
+    drafter = start_drafter(with_length_control(inner, "auto"), 2)
     draft = drafter.propose(100)
     should_continue = inner.session.should_continue
     assert [should_continue(0, 0.9), should_continue(1, 0.5), should_continue(0, 0.4), should_continue(1, 0.9)] == [
@@ -90,7 +90,7 @@ def test_early_stop_decides_after_each_token() -> None:
     learned: list[Any] = []
     policy = Confidence(0.5)
     policy.learn = lambda outcomes, depth, cost_ms: learned.extend([*outcomes, depth, cost_ms])  # type: ignore
-    drafter = started(with_length_control(inner, policy), 2)
+    drafter = start_drafter(with_length_control(inner, policy), 2)
     draft = drafter.propose(100)
     for row, confidence in ((0, 0.9), (1, 0.2), (0, 0.4)):
         inner.session.should_continue(row, confidence)

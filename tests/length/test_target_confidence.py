@@ -43,7 +43,7 @@ class FixedDraft(Drafter):
         self.num_observed += 1
 
 
-def started(draft: Draft, threshold: float = 0.5) -> tuple[Any, FixedDraft]:
+def start_drafter(draft: Draft, threshold: float = 0.5) -> tuple[Any, FixedDraft]:
     inner = FixedDraft(draft)
     drafter = TargetConfidenceThreshold(inner, threshold)  # type: ignore[arg-type]
     rows = [[5]] * len(draft.tokens_BN)
@@ -74,7 +74,7 @@ def step(drafter: Any, *rows: list[tuple[int, float]], is_finished: bool = False
 
 def test_skipping_hand_worked() -> None:
     """One row that drafts tokens 1 and 2, with the target's tokens and confidences."""
-    drafter, inner = started(Draft(tokens_BN=torch.tensor([[5, 1, 2]]), tree=chain(3)))
+    drafter, inner = start_drafter(Draft(tokens_BN=torch.tensor([[5, 1, 2]]), tree=chain(3)))
     assert step(drafter, [(1, 0.9), (2, 0.4), (7, 0.3)]) == [3]  # all accepted: the bonus token is no correction
     assert step(drafter, [(7, 0.6)]) == [3]  # a correction above the threshold
     assert step(drafter, [(1, 0.9), (7, 0.4)]) == [3]  # a correction below it
@@ -88,7 +88,7 @@ def test_skipping_hand_worked() -> None:
 
 
 def test_each_row_skips_by_itself() -> None:
-    drafter, inner = started(Draft(tokens_BN=torch.tensor([[5, 1], [5, 1]]), tree=chain(2), num_nodes=[2, 2]))
+    drafter, inner = start_drafter(Draft(tokens_BN=torch.tensor([[5, 1], [5, 1]]), tree=chain(2), num_nodes=[2, 2]))
     assert step(drafter, [(7, 0.3)], [(1, 0.3), (4, 0.3)]) == [2, 2]
     assert step(drafter, [(1, 0.3)], [(7, 0.3)]) == [1, 2]
     assert step(drafter, [(7, 0.9)], [(7, 0.1)]) == [1, 1]
@@ -100,7 +100,7 @@ def test_each_row_skips_by_itself() -> None:
 
 def test_a_row_without_drafted_tokens_has_no_correction() -> None:
     draft = {"tokens_BN": torch.tensor([[5, 1], [5, 1]]), "tree": chain(2)}
-    drafter, inner = started(Draft(**draft, num_nodes=[1, 2]))
+    drafter, inner = start_drafter(Draft(**draft, num_nodes=[1, 2]))
     assert step(drafter, [(7, 0.3)], [(7, 0.3)]) == [1, 2]
     inner.draft = Draft(**draft)
     assert step(drafter, [(1, 0.9)], [(7, 0.3)]) == [2, 1]
@@ -108,7 +108,7 @@ def test_a_row_without_drafted_tokens_has_no_correction() -> None:
 
 def test_the_token_after_an_accepted_leaf_is_no_correction() -> None:
     tree = Tree.from_parents([[-1, 0, 0, 1]])
-    drafter, _ = started(Draft(tokens_BN=torch.tensor([[5, 1, 2, 6]]), tree=tree))
+    drafter, _ = start_drafter(Draft(tokens_BN=torch.tensor([[5, 1, 2, 6]]), tree=tree))
     assert step(drafter, [(2, 0.9), (0, 0.9), (7, 0.1)]) == [4]  # node 2, a leaf above the deepest
     assert step(drafter, [(1, 0.9), (7, 0.1)]) == [4]  # node 1, whose child is rejected
     assert step(drafter, [(7, 0.1)]) == [1]

@@ -102,7 +102,7 @@ def drafters(target: Target) -> dict[str, tuple[Any, Any]]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with the target, its greedy text, and drafters as if trained on it; lookup really is."""
     folder = tmp_path_factory.mktemp("doctor")
     target = make_cyclic(folder / "target")
@@ -116,12 +116,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def planted(made: Path, tmp_path: Path) -> Path:
+def faulty_folder(sound_folder: Path, tmp_path: Path) -> Path:
     """Returns a copy of that folder to plant faults in; its manifests name the copy."""
-    shutil.copytree(made, tmp_path / "copy")
+    shutil.copytree(sound_folder, tmp_path / "copy")
     for name in NAMES:
         file = tmp_path / "copy" / name / "draft_config.json"
-        file.write_text(file.read_text().replace(str(made), str(tmp_path / "copy")))
+        file.write_text(file.read_text().replace(str(sound_folder), str(tmp_path / "copy")))
     return tmp_path / "copy"
 
 
@@ -143,8 +143,8 @@ def change(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_doctor_passes_sound_drafters(made: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, report = examine(made, name)
+def test_doctor_passes_sound_drafters(sound_folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = examine(sound_folder, name)
     assert status == 0 and not faults(report)
     found = {one["name"]: one["verdict"] for one in report["findings"]}
     assert len(found) == 8 and "unknown" not in found.values()
@@ -171,49 +171,49 @@ def test_doctor_passes_sound_drafters(made: Path, name: str, capsys: pytest.Capt
 # A planted fault is found; what else it does to acceptance may be reported too.
 
 
-def test_check_template_changed_in_the_tokenizer(planted: Path) -> None:
-    file = planted / "target" / "chat_template.jinja"
+def test_check_template_changed_in_the_tokenizer(faulty_folder: Path) -> None:
+    file = faulty_folder / "target" / "chat_template.jinja"
     assert file.is_file()
     file.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
-    status, report = examine(planted, "medusa")
+    status, report = examine(faulty_folder, "medusa")
     assert status == 1
     assert faults(report) == {
         "template": "the artifact and its data were made with a chat template other than the tokenizer's present one"
     }
 
 
-def test_check_template_of_the_data_differs(planted: Path) -> None:
-    change(planted / "data" / MARKER, lambda held: held.update(template_hash="0" * 32))
-    _, report = examine(planted, "medusa")
+def test_check_template_of_the_data_differs(faulty_folder: Path) -> None:
+    change(faulty_folder / "data" / MARKER, lambda held: held.update(template_hash="0" * 32))
+    _, report = examine(faulty_folder, "medusa")
     assert list(faults(report)) == ["template"] and faults(report)["template"].startswith("its data was made")
 
 
-def test_check_mask_covers_the_prompt(planted: Path) -> None:
-    for file in (planted / "data").glob("*.parquet"):
+def test_check_mask_covers_the_prompt(faulty_folder: Path) -> None:
+    for file in (faulty_folder / "data").glob("*.parquet"):
         table = pyarrow.parquet.read_table(file)
         column = table.schema.get_field_index("num_prompt_tokens")
         fewer = pyarrow.array([max(1, number.as_py() - 1) for number in table["num_prompt_tokens"]], pyarrow.int32())
         pyarrow.parquet.write_table(table.set_column(column, table.schema.field(column), fewer), file)
-    _, report = examine(planted, "medusa")
+    _, report = examine(faulty_folder, "medusa")
     assert list(faults(report)) == ["mask"]
     assert "the mask covers tokens that the target did not generate" in faults(report)["mask"]
 
 
-def test_check_layers_off_by_one(planted: Path) -> None:
-    change(planted / "eagle3" / "draft_config.json", lambda held: held["config"].update(layers=[2, 3]))
-    _, report = examine(planted, "eagle3")
+def test_check_layers_off_by_one(faulty_folder: Path) -> None:
+    change(faulty_folder / "eagle3" / "draft_config.json", lambda held: held["config"].update(layers=[2, 3]))
+    _, report = examine(faulty_folder, "eagle3")
     assert "with layers 2, 3" in faults(report)["layers"] and "layers one lower" in faults(report)["layers"]
 
 
-def test_check_layers_of_another_index(planted: Path) -> None:
-    change(planted / "eagle3" / "draft_config.json", lambda held: held.update(layer_index="blocks count from 0"))
-    _, report = examine(planted, "eagle3")
+def test_check_layers_of_another_index(faulty_folder: Path) -> None:
+    change(faulty_folder / "eagle3" / "draft_config.json", lambda held: held.update(layer_index="blocks count from 0"))
+    _, report = examine(faulty_folder, "eagle3")
     assert list(faults(report)) == ["layers"] and "blocks count from 0" in faults(report)["layers"]
 
 
-def test_check_rotary_of_the_target_changed(planted: Path) -> None:
-    change(planted / "target" / "config.json", lambda held: held["rope_parameters"].update(rope_theta=500_000.0))
-    _, report = examine(planted, "medusa")
+def test_check_rotary_of_the_target_changed(faulty_folder: Path) -> None:
+    change(faulty_folder / "target" / "config.json", lambda held: held["rope_parameters"].update(rope_theta=500_000.0))
+    _, report = examine(faulty_folder, "medusa")
     assert "10000" in faults(report)["rotary"] and "500000" in faults(report)["rotary"]
 
 
@@ -242,29 +242,31 @@ def test_check_rotary_base_of_the_drafter_changed(tmp_path: Path) -> None:
         (lambda d2t: d2t + 1, "d2t and t2d differ in 2 tokens"),
     ],
 )
-def test_check_vocabulary_of_an_inconsistent_map(planted: Path, edit: Callable[[Tensor], Tensor], message: str) -> None:
-    file = planted / "eagle3" / "model.safetensors"
+def test_check_vocabulary_of_an_inconsistent_map(
+    faulty_folder: Path, edit: Callable[[Tensor], Tensor], message: str
+) -> None:
+    file = faulty_folder / "eagle3" / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"d2t": edit(tensors["d2t"])}, file)
-    status, report = examine(planted, "eagle3")
+    status, report = examine(faulty_folder, "eagle3")
     assert status == 1 and list(faults(report)) == ["vocabulary"] and message in faults(report)["vocabulary"]
     assert report["accepted_per_depth"] == {}
 
 
-def test_check_dtype(planted: Path) -> None:
-    _, report = examine(planted, "medusa", dtype="bfloat16")
+def test_check_dtype(faulty_folder: Path) -> None:
+    _, report = examine(faulty_folder, "medusa", dtype="bfloat16")
     assert faults(report)["dtype"] == "the target was in float32 in training and is in bfloat16"
-    file = planted / "medusa" / "model.safetensors"
+    file = faulty_folder / "medusa" / "model.safetensors"
     tensors = load_file(file)
     save_file({name: tensor.half() for name, tensor in tensors.items()}, file)
-    assert "stored in float16" in faults(examine(planted, "medusa")[1])["dtype"]
+    assert "stored in float16" in faults(examine(faulty_folder, "medusa")[1])["dtype"]
     name = next(name for name in tensors if name.startswith("outputs.1"))
     save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, file)
-    assert f"{name} contain NaN" in faults(examine(planted, "medusa")[1])["dtype"]
+    assert f"{name} contain NaN" in faults(examine(faulty_folder, "medusa")[1])["dtype"]
 
 
-def test_check_position_shifted_by_one(planted: Path) -> None:
-    file = planted / "medusa" / "model.safetensors"
+def test_check_position_shifted_by_one(faulty_folder: Path) -> None:
+    file = faulty_folder / "medusa" / "model.safetensors"
     tensors = load_file(file)
     swapped = {
         name.replace(".0.", ".x.").replace(".1.", ".0.").replace(".x.", ".1.")
@@ -274,14 +276,14 @@ def test_check_position_shifted_by_one(planted: Path) -> None:
     }
     assert swapped.keys() == tensors.keys()
     save_file(swapped, file)
-    _, report = examine(planted, "medusa")
+    _, report = examine(faulty_folder, "medusa")
     assert "against tokens 1 later: drafts are shifted" in faults(report)["position"]
 
 
-def test_check_state_not_carried_over(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_state_not_carried_over(sound_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A drafter whose `observe` does nothing drafts from its first state."""
     monkeypatch.setattr(find("medusa").Drafter, "observe", lambda self, step: None)
-    _, report = examine(made, "medusa")
+    _, report = examine(sound_folder, "medusa")
     assert "the state carried from step to step is wrong" in faults(report)["carried state"]
 
 
@@ -344,8 +346,8 @@ def test_run_assisted_counts_equal_draftsmiths() -> None:
     assert (counts.num_drafts, counts.accepted) == (num_drafts, accepted)
 
 
-def test_doctor_invalid_input_raises(made: Path, tmp_path: Path) -> None:
-    target = Target.from_pretrained(str(made / "target"), dtype="float32")
+def test_doctor_invalid_input_raises(sound_folder: Path, tmp_path: Path) -> None:
+    target = Target.from_pretrained(str(sound_folder / "target"), dtype="float32")
     family = find("lookup")
     draftsmith.save(family.Drafter(family.Config(), target), tmp_path / "bare", target=target)
     with pytest.raises(ValueError, match="does not record its training data; name texts with --data"):
@@ -355,20 +357,20 @@ def test_doctor_invalid_input_raises(made: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_checks_of_missing_records_are_unknown(planted: Path) -> None:
-    file = planted / "medusa" / "draft_config.json"
+def test_checks_of_missing_records_are_unknown(faulty_folder: Path) -> None:
+    file = faulty_folder / "medusa" / "draft_config.json"
     change(file, lambda held: [held.pop(key) for key in ("made_with", "trainer")])
-    change(planted / "data" / MARKER, lambda held: held.pop("template_hash"))
-    status, report = examine(planted, "medusa")
+    change(faulty_folder / "data" / MARKER, lambda held: held.pop("template_hash"))
+    status, report = examine(faulty_folder, "medusa")
     unknown = {one["name"] for one in report["findings"] if one["verdict"] == "unknown"}
     assert status == 0 and {"template", "dtype", "rotary"} <= unknown
 
 
-def test_doctor_invalid_vllm_python_raises(made: Path) -> None:
+def test_doctor_invalid_vllm_python_raises(sound_folder: Path) -> None:
     with pytest.raises(ValueError, match="nowhere/python cannot be run as a Python interpreter"):
-        examine(made, "lookup", vllm_python="nowhere/python")
+        examine(sound_folder, "lookup", vllm_python="nowhere/python")
     with pytest.raises(ValueError, match="lacks vLLM or draftsmith; use .venv-serving/bin/python, made by"):
-        examine(made, "lookup", vllm_python=sys.executable)
+        examine(sound_folder, "lookup", vllm_python=sys.executable)
 
 
 def serving_counts(*accepted: int) -> ServingCounts:

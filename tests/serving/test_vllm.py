@@ -71,7 +71,7 @@ def texts(target: Target, rows: list[list[int]]) -> list[list[int]]:
 # --- Drafters, trained for seconds on the texts of the test --------------------------------------------------------
 
 
-def trained(drafter: Any, loss: Callable[[Tensor], Tensor], texts: list[list[int]], num_steps: int) -> Any:
+def train_drafter(drafter: Any, loss: Callable[[Tensor], Tensor], texts: list[list[int]], num_steps: int) -> Any:
     """Returns the drafter after a few training steps on the texts, so that it predicts a part of them."""
     drafter.train().requires_grad_(True)
     optimiser = torch.optim.Adam(drafter.parameters(), lr=2e-3)
@@ -107,7 +107,7 @@ def lstm_model(target: Target, texts: list[list[int]], folder: Path) -> Any:
     def loss(tokens_1T: Tensor) -> Tensor:
         return functional.cross_entropy(drafter.head()(drafter(tokens_1T[:, :-1]))[0], tokens_1T[0, 1:])
 
-    return trained(drafter, loss, texts, 60)
+    return train_drafter(drafter, loss, texts, 60)
 
 
 def medusa_heads(target: Target, texts: list[list[int]], folder: Path) -> Any:
@@ -124,7 +124,7 @@ def medusa_heads(target: Target, texts: list[list[int]], folder: Path) -> Any:
             losses.append(functional.cross_entropy(logits_TV, tokens_1T[0, number:]))
         return torch.stack(losses).sum()
 
-    return trained(drafter, loss, texts, 12)
+    return train_drafter(drafter, loss, texts, 12)
 
 
 def eagle3_head(target: Target, texts: list[list[int]], folder: Path) -> Any:
@@ -165,7 +165,7 @@ def eagle3_head(target: Target, texts: list[list[int]], folder: Path) -> Any:
             features_1TD = features_1TD[:, :-1]
         return torch.stack(losses).sum()
 
-    return trained(drafter, loss, texts, 24)
+    return train_drafter(drafter, loss, texts, 24)
 
 
 MAKERS = {

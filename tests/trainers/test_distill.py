@@ -76,7 +76,7 @@ def test_divergences_compare_both_models_after_the_same_tokens(name: str, top_k:
 LISTED = torch.arange(1, VOCAB_SIZE, 3)
 
 
-def listed(settings: distill.Settings) -> tuple[Drafter, Batch]:
+def drafter_with_shortlist(settings: distill.Settings) -> tuple[Drafter, Batch]:
     """Returns a drafter whose shortlist is LISTED, and a batch."""
     torch.manual_seed(0)
     drafter = distill.build(settings, TARGET)
@@ -87,7 +87,7 @@ def listed(settings: distill.Settings) -> tuple[Drafter, Batch]:
 @pytest.mark.parametrize("rank", [0, 8])
 def test_cross_entropy_skips_tokens_off_the_shortlist(rank: int) -> None:
     settings = trainer_settings(distill, **SMALL, rank=rank, shortlist=len(LISTED))
-    drafter, given = listed(settings)
+    drafter, given = drafter_with_shortlist(settings)
     found, metrics = distill.loss(drafter, given, settings, TARGET)
     logits_BTW = drafter.model(input_ids=given.tokens_BT).logits[..., LISTED]
     terms, num_outside = [], 0
@@ -103,7 +103,7 @@ def test_cross_entropy_skips_tokens_off_the_shortlist(rank: int) -> None:
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
 def test_divergences_condition_the_target_on_the_shortlist(name: str, top_k: int) -> None:
     settings = trainer_settings(distill, loss=name, teacher_top_k=top_k, beta=0.3, **SMALL, shortlist=len(LISTED))
-    drafter, given = listed(settings)
+    drafter, given = drafter_with_shortlist(settings)
     found, metrics = distill.loss(drafter, given, settings, TARGET)
     student, theirs = (m(input_ids=given.tokens_BT).logits[:, :-1, LISTED] for m in (drafter.model, TARGET.model))
     is_learnt = given.loss_mask_BT[:, 1:]
@@ -137,7 +137,7 @@ def test_restrict_to_shortlist_with_top_logits(name: str) -> None:
 
 def test_acceptance_counts_mass_off_the_shortlist_as_rejected() -> None:
     settings = trainer_settings(distill, **SMALL, shortlist=len(LISTED))
-    drafter, given = listed(settings)
+    drafter, given = drafter_with_shortlist(settings)
     with torch.no_grad():
         total, count = distill.evaluate(drafter, given, settings, TARGET)["acceptance"]
         student, theirs = (m(input_ids=given.tokens_BT).logits[:, :-1] for m in (drafter.model, TARGET.model))

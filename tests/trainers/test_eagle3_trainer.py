@@ -41,7 +41,7 @@ def batch(num_rows: int = 3) -> Batch:
     return complete(collate(rows), TARGET, eagle3.needs(SETTINGS, TARGET).layers)
 
 
-def shaken(settings: Settings = SETTINGS) -> Drafter:
+def perturbed_drafter(settings: Settings = SETTINGS) -> Drafter:
     """Returns a layer with random weights and a vocabulary with gaps."""
     drafter = eagle3.build(settings, TARGET)
     scramble(drafter, seed=1)
@@ -73,7 +73,7 @@ def test_loss_and_gradients_equal_drafts_run_one_by_one(changes: dict[str, Any])
         trainer_settings(eagle3, **{"num_kv_heads": 2, "num_steps": 3, "draft_vocab": 40} | changes),
         batch(),
     )
-    drafter = shaken(settings)
+    drafter = perturbed_drafter(settings)
     ids_W, slow, counts = drafter.vocabulary(), torch.zeros(()), [0, 0, 0]
     theirs_BTV = TARGET.logits(given.hidden[TARGET.num_layers]).detach()
     for row, length in enumerate(given.lengths_B.tolist()):
@@ -94,7 +94,7 @@ def test_loss_and_gradients_equal_drafts_run_one_by_one(changes: dict[str, Any])
 
 
 def test_chunks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    given, drafter = batch(), shaken()
+    given, drafter = batch(), perturbed_drafter()
     whole, _ = eagle3.loss(drafter, given, SETTINGS, TARGET)
     expected = torch.autograd.grad(whole, list(drafter.parameters()))
     sum_in_chunks = eagle3.sum_in_chunks
@@ -124,7 +124,7 @@ def test_four_steps_have_golden_losses() -> None:
 @torch.no_grad()
 def test_evaluate_equals_metrics_by_hand() -> None:
     """Acceptance counts correct steps before the first wrong one, at positions where all steps are supervised."""
-    drafter, given = shaken(), batch()
+    drafter, given = perturbed_drafter(), batch()
     hits: list[dict[tuple[int, int], bool]] = [{}, {}, {}]
     for row, length in enumerate(given.lengths_B.tolist()):
         # The text contains a draft from its middle, so that some steps are correct.

@@ -37,7 +37,7 @@ def batch(layers: tuple[int, ...] = (1, 2, 3)) -> Batch:
     return complete(masked_batch(), TARGET, layers)
 
 
-def shaken(settings: early_exit.Settings) -> torch.nn.ModuleList:
+def perturbed_drafters(settings: early_exit.Settings) -> torch.nn.ModuleList:
     drafters = early_exit.build(settings, TARGET)
     scramble(drafters, seed=2)
     return drafters
@@ -67,7 +67,7 @@ def test_loss_and_gradients_equal_a_slow_reference(kind: str, exit_layer: int, r
         early_exit, exit_layer=exit_layer, num_blocks=1, own_head=True, recycling=recycling, loss=kind
     )
     needs = early_exit.needs(settings, TARGET)
-    drafters, given = shaken(settings), batch(needs.layers)
+    drafters, given = perturbed_drafters(settings), batch(needs.layers)
     torch.manual_seed(3)
     recycled_BTD = early_exit.crop(given.hidden[NUM_LAYERS], settings.config.num_draft + 1) if recycling else None
     slow = torch.zeros(())
@@ -112,7 +112,7 @@ def test_crop_returns_the_state_before_a_random_round() -> None:
 def test_evaluate_equals_metrics_by_hand(sweep: None) -> None:
     settings = trainer_settings(early_exit, exit_layer=0, own_head=True)
     given = batch()
-    drafters = shaken(settings)
+    drafters = perturbed_drafters(settings)
     metrics = early_exit.evaluate(drafters, given, settings, TARGET)
     each = []
     for drafter in drafters:

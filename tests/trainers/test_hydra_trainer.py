@@ -29,7 +29,7 @@ def batch(num_rows: int = 3) -> Batch:
     return complete(masked_batch(num_rows), TARGET, (TARGET.num_layers,))
 
 
-def shaken(settings: hydra.Settings = PLAIN) -> hydra.Drafter:
+def perturbed_drafter(settings: hydra.Settings = PLAIN) -> hydra.Drafter:
     """Returns heads with perturbed weights."""
     drafter = hydra.build(settings, TARGET)
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +58,7 @@ def test_loss_and_gradients_equal_a_slow_reference(
 ) -> None:
     """The reference goes token by token; values agree to float32's rounding, also with chunks of four positions."""
     settings, given = trainer_settings(hydra, **settings, loss=name, beta=0.3), batch()
-    drafter, theirs_BTV = shaken(settings), TARGET.logits(given.hidden[TARGET.num_layers]).detach()
+    drafter, theirs_BTV = perturbed_drafter(settings), TARGET.logits(given.hidden[TARGET.num_layers]).detach()
     slow = torch.zeros(())
     for k in range(3):
         for b, t in supervised_positions(given, k):
@@ -109,14 +109,14 @@ def test_heads_read_the_tokens_before_their_labels(monkeypatch: pytest.MonkeyPat
 
 def test_dropout_applies_in_training_only() -> None:
     settings, given = dataclasses.replace(PLAIN, dropout=0.5), batch()
-    drafter = shaken(settings)
+    drafter = perturbed_drafter(settings)
     torch.manual_seed(0)
     values = [
         hydra.loss(drafter.train(is_training), given, settings, TARGET)[0].item()
         for is_training in (True, True, False, False)
     ]
     assert values[0] != values[1] and values[1] != values[2] and values[2] == values[3]
-    assert values[2] == hydra.loss(shaken().train(), given, PLAIN, TARGET)[0].item()
+    assert values[2] == hydra.loss(perturbed_drafter().train(), given, PLAIN, TARGET)[0].item()
 
 
 def test_four_steps_have_golden_losses() -> None:
@@ -135,7 +135,7 @@ def test_four_steps_have_golden_losses() -> None:
 
 def test_evaluate_equals_metrics_by_hand() -> None:
     """Acceptance counts correct heads before the first wrong one, at positions where all heads are supervised."""
-    drafter, given = shaken(), batch()
+    drafter, given = perturbed_drafter(), batch()
     # The heads' own tokens are written into the rows, so that some predictions are correct.
     for b, t in supervised_positions(given, 1):
         given.tokens_BT[b, t + 3] = slow_logits(drafter, given, 1, b, t).argmax()
@@ -156,7 +156,7 @@ def test_finish_keeps_the_heads_and_computes_a_tree() -> None:
     given = batch()
     for tree_nodes in (3, 0):
         settings = trainer_settings(hydra, **PLUS, tree_nodes=tree_nodes, siblings="independent")
-        drafter = shaken(settings)
+        drafter = perturbed_drafter(settings)
         # Half of the text is head 0's first or second token, so that second ranks are sometimes correct.
         for b, t in supervised_positions(given, 0)[::2]:
             given.tokens_BT[b, t + 2] = slow_logits(drafter, given, 0, b, t).topk(2).indices[t % 2]

@@ -30,7 +30,7 @@ def batch(settings: kangaroo.Settings = SETTINGS, target: kangaroo.Target = TARG
     return complete(masked_batch(), target, needs.layers, needs.top_k)
 
 
-def built(settings: kangaroo.Settings = SETTINGS, target: kangaroo.Target = TARGET) -> nn.ModuleList:
+def new_drafters(settings: kangaroo.Settings = SETTINGS, target: kangaroo.Target = TARGET) -> nn.ModuleList:
     torch.manual_seed(0)
     return kangaroo.build(settings, target)
 
@@ -60,7 +60,7 @@ def slow_loss(drafter: Drafter, given: Batch) -> Tensor:
 @pytest.mark.parametrize("settings", [SETTINGS, dataclasses.replace(SETTINGS, exit_layer=1, num_heads=2)])
 def test_loss_and_gradients_equal_a_slow_reference(settings: kangaroo.Settings) -> None:
     """Values agree to float32's rounding; the attention, which has its own tests, is the drafter's."""
-    drafters, given = built(settings), batch(settings)
+    drafters, given = new_drafters(settings), batch(settings)
     slow = slow_loss(drafters[0], given)
     fast, metrics = kangaroo.loss(drafters, given, settings, TARGET)
     torch.testing.assert_close(fast, slow)
@@ -72,7 +72,7 @@ def test_loss_and_gradients_equal_a_slow_reference(settings: kangaroo.Settings) 
 
 def test_four_steps_have_golden_losses() -> None:
     """Losses of four AdamW steps equal recorded values to 1e-4, for float32 on other machines."""
-    drafters, given = built(), batch()
+    drafters, given = new_drafters(), batch()
     optimizer = torch.optim.AdamW(drafters.parameters(), lr=3e-2)
     losses = []
     for _ in range(4):
@@ -87,7 +87,7 @@ def test_four_steps_have_golden_losses() -> None:
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
 def test_training_reduces_each_divergence(name: str) -> None:
     settings = dataclasses.replace(SETTINGS, loss=name)
-    drafters, given = built(settings), batch(settings)
+    drafters, given = new_drafters(settings), batch(settings)
     optimizer = torch.optim.AdamW(drafters.parameters(), lr=1e-2)
     losses = []
     for _ in range(5):
@@ -100,7 +100,7 @@ def test_training_reduces_each_divergence(name: str) -> None:
 
 
 def test_evaluate_equals_metrics_by_hand() -> None:
-    drafters, given = built(), batch()
+    drafters, given = new_drafters(), batch()
     acceptances, agreements = [], []
     with torch.no_grad():
         for tokens_T, mask_T, size in zip(given.tokens_BT, given.loss_mask_BT, given.lengths_B.tolist(), strict=True):
@@ -133,7 +133,7 @@ def test_candidate_layers_reach_half_of_the_target() -> None:
 
 
 def test_adapters_trained_together_have_the_gradients_of_adapters_trained_alone() -> None:
-    drafters, given = built(SWEEP, DEEP), batch(SWEEP, DEEP)
+    drafters, given = new_drafters(SWEEP, DEEP), batch(SWEEP, DEEP)
     assert [drafter.config.exit_layer for drafter in drafters] == [1, 2, 3]
     total, metrics = kangaroo.loss(drafters, given, SWEEP, DEEP)
     alone = [slow_loss(drafter, given) for drafter in drafters]
@@ -156,7 +156,7 @@ def test_finish_keeps_the_layer_with_most_predicted_tokens_per_second(
 ) -> None:
     """Costs decide between equally poor adapters; a perfect one may cost more."""
     settings = trainer_settings(kangaroo, exit_layer=0, num_draft=3, width=width)
-    drafters, given = built(settings, DEEP), batch(settings, DEEP)
+    drafters, given = new_drafters(settings, DEEP), batch(settings, DEEP)
     assert [len(exits.round_costs_ms(drafters[0], 2))] == [3]
     base = {1: 3.0, 2: 1.0, 3: 2.0}
 
@@ -179,7 +179,7 @@ def certain(is_right: bool) -> list[tuple[list[bool], list[float]]]:
 
 
 def test_row_outcomes_and_tokens_per_ms_by_hand() -> None:
-    drafters, given = built(), batch()
+    drafters, given = new_drafters(), batch()
     with torch.no_grad():
         outcomes = exits.row_outcomes(TARGET.head, [kangaroo._adapted(drafters[0], given)], [given], TARGET)
         for row, (right, confidences) in enumerate(outcomes):
@@ -193,22 +193,22 @@ def test_row_outcomes_and_tokens_per_ms_by_hand() -> None:
 
 def test_round_costs_are_non_decreasing() -> None:
     """They are measured with the drafter's own rounds."""
-    drafter = built(dataclasses.replace(SETTINGS, exit_layer=NUM_LAYERS))[0].eval()
+    drafter = new_drafters(dataclasses.replace(SETTINGS, exit_layer=NUM_LAYERS))[0].eval()
     costs_ms = exits.round_costs_ms(drafter, 4)
     assert len(costs_ms) == 5 and costs_ms == sorted(costs_ms) and costs_ms[0] > 0
 
 
 def test_finish_keeps_a_single_drafter() -> None:
-    drafters = built()
+    drafters = new_drafters()
     assert kangaroo.finish(drafters, SETTINGS, TARGET, [batch()]) is drafters[0]
     assert drafters[0].config.num_heads == 4
-    assert built(dataclasses.replace(SETTINGS, num_heads=2))[0].config.num_heads == 2
+    assert new_drafters(dataclasses.replace(SETTINGS, num_heads=2))[0].config.num_heads == 2
 
 
 def test_an_adapter_without_attention_equals_the_target_at_its_last_layer() -> None:
     """The norm is initialised from the target's, so that the loss is 0."""
     settings = dataclasses.replace(SETTINGS, exit_layer=NUM_LAYERS)
-    drafters, given = built(settings), batch(settings)
+    drafters, given = new_drafters(settings), batch(settings)
     nn.init.zeros_(drafters[0].attention.output.weight)
     with torch.no_grad():
         total, _ = kangaroo.loss(drafters, given, settings, TARGET)

@@ -33,7 +33,7 @@ COSTS = SublayerCosts(
 )
 
 
-def written(num_rows: int = 3, num_new: int = 20) -> list[Example]:
+def greedy_rows(num_rows: int = 3, num_new: int = 20) -> list[Example]:
     """Returns greedy continuations of prompts; the prompts are not supervised."""
     texts = greedy_by_transformers("llama", num_rows, num_new)
     given = [len(prompt) for prompt in prompts(num_rows)]
@@ -69,7 +69,7 @@ def test_costs_and_speed_up_by_hand() -> None:
 @pytest.mark.parametrize(("attention", "mlp"), [((1,), ()), ((), (1,)), ((0, 2), (1,)), ((), ())])
 def test_acceptance_equals_that_of_single_token_drafts(attention: tuple[int, ...], mlp: tuple[int, ...]) -> None:
     """Drafts of a single token read the whole model's cache, as in decoding, so that counts are equal."""
-    rows = written()
+    rows = greedy_rows()
     texts = CachedTexts(TARGET, collate(rows), 1)
     right_N, confidence_N = texts.agreement(sublayers(attention, mlp))
     drafter = Drafter(Config(attention=attention, mlp=mlp, num_draft=1, length="fixed"), TARGET)
@@ -89,19 +89,19 @@ def test_acceptance_equals_that_of_single_token_drafts(attention: tuple[int, ...
 
 def test_without_skipping_every_token_is_accepted() -> None:
     metrics = evaluate(
-        Drafter(Config(num_draft=4, length="fixed"), TARGET), collate(written()), layerskip.Settings(), TARGET
+        Drafter(Config(num_draft=4, length="fixed"), TARGET), collate(greedy_rows()), layerskip.Settings(), TARGET
     )
     rate, rounds = metrics["acceptance"], metrics["tau"]
     assert int(rate[0]) == rate[1] == 20 + 20 + 19, "all supervised tokens but the second of a row"
     assert float(rounds[0]) / rounds[1] > 4
-    worse = evaluate(Drafter(Config(mlp=(0, 1)), TARGET), collate(written()), layerskip.Settings(), TARGET)
+    worse = evaluate(Drafter(Config(mlp=(0, 1)), TARGET), collate(greedy_rows()), layerskip.Settings(), TARGET)
     assert worse["acceptance"][0] < rate[0]
 
 
 @torch.no_grad()
 def test_influence_equals_that_measured_with_hooks() -> None:
     """1 - cosine of a block's outputs with and without the sublayer, whose output a hook zeroes."""
-    rows = written(2)
+    rows = greedy_rows(2)
     expected = []
     for kind in ("self_attn", "mlp"):
         for layer in TARGET.model.model.layers:
@@ -173,7 +173,7 @@ def test_decoding_speed_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     perf_counter = time.perf_counter
     monkeypatch.setattr(draftsmith, "generate", recorded_generate)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    found = layerskip._decode(drafter, written(2), 5)
+    found = layerskip._decode(drafter, greedy_rows(2), 5)
     assert found == {"score": 5.0, "tau": 5.0}
     assert [out.stats.new_tokens for out in outs] == [5, 5]
 

@@ -55,7 +55,7 @@ def batch(target: Target = TARGET) -> Batch:
     return complete(collate(rows), target, (target.num_layers,))
 
 
-def shaken(settings: medusa2.Settings, target: Target = TARGET) -> medusa2.Drafter:
+def perturbed_drafter(settings: medusa2.Settings, target: Target = TARGET) -> medusa2.Drafter:
     """Returns a new drafter with nonzero weights."""
     torch.manual_seed(0)
     drafter, generator = medusa2.build(settings, target), torch.Generator().manual_seed(0)
@@ -99,7 +99,7 @@ def test_loss_and_gradients_equal_a_slow_reference(
     """The reference goes token by token; values agree to float32's rounding, whole or in chunks."""
     monkeypatch.setattr(medusa2.sum_in_chunks, "__kwdefaults__", {"max_logits": num_logits})
     settings, given = settings_of(method=method, head_steps=2), batch()
-    drafter = shaken(settings)
+    drafter = perturbed_drafter(settings)
     is_fine_tuned = step >= 2 or method == "self_distilled"
     own_BTV, heads_KBTV = slow_logits(drafter, given, is_fine_tuned=is_fine_tuned)
     heads_sum, own_sum = torch.zeros(()), torch.zeros(())
@@ -137,7 +137,7 @@ def test_heads_weight_follows_a_sine() -> None:
         ((7, 8), 3, 3),
     ):
         settings = settings_of(heads_weight=weight)
-        drafter = shaken(settings)
+        drafter = perturbed_drafter(settings)
         medusa2.begin_step(drafter, settings, *steps)
         total, metrics = medusa2.loss(drafter, given, settings, TARGET)
         heads = 0.8 * metrics["head0_loss"][0] + 0.64 * metrics["head1_loss"][0]
@@ -158,7 +158,7 @@ def test_new_adapters_leave_the_target_unchanged() -> None:
 def test_merged_weights_equal_those_of_peft(architecture: str) -> None:
     """Weights agree to 1e-6, and the target in training, with unmerged adapters, gives the same logits."""
     target = Target(tiny_model(architecture))
-    drafter = shaken(settings_of(), target)
+    drafter = perturbed_drafter(settings_of(), target)
     names = list(linear_layers(target))
     model = get_peft_model(
         tiny_model(architecture),
@@ -178,7 +178,7 @@ def test_merged_weights_equal_those_of_peft(architecture: str) -> None:
 
 
 def test_dropout_applies_in_training_only_and_not_at_the_head() -> None:
-    drafter, given = shaken(settings_of(dropout=0.5)), batch()
+    drafter, given = perturbed_drafter(settings_of(dropout=0.5)), batch()
 
     def read() -> Tensor:
         last = TARGET.num_layers
@@ -196,7 +196,7 @@ def test_dropout_applies_in_training_only_and_not_at_the_head() -> None:
 def test_evaluate_equals_metrics_by_hand() -> None:
     """Heads are compared with the fine-tuned target's greedy tokens, and those with the text."""
     settings, given = settings_of(), batch()
-    drafter = shaken(settings)
+    drafter = perturbed_drafter(settings)
     with torch.no_grad():
         own_BTV, heads_KBTV = slow_logits(drafter, given, is_fine_tuned=True)
         greedy_BT, predicted_KBT = own_BTV.argmax(-1), heads_KBTV.argmax(-1)

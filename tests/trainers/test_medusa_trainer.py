@@ -23,7 +23,7 @@ def batch(num_rows: int = 3) -> Batch:
     return complete(masked_batch(num_rows), TARGET, (TARGET.num_layers,))
 
 
-def shaken(settings: medusa.Settings = SETTINGS) -> medusa.Drafter:
+def perturbed_drafter(settings: medusa.Settings = SETTINGS) -> medusa.Drafter:
     """Returns heads with nonzero weights."""
     drafter = medusa.build(settings, TARGET)
     generator = torch.Generator().manual_seed(0)
@@ -48,7 +48,7 @@ def supervised_positions(given: Batch, k: int) -> list[tuple[int, int]]:
 def test_loss_and_gradients_equal_a_slow_reference(own_head: bool) -> None:
     """The reference goes token by token; values agree to float32's rounding."""
     settings, given = trainer_settings(medusa, num_heads=3, num_blocks=2, own_head=own_head), batch()
-    drafter = shaken(settings)
+    drafter = perturbed_drafter(settings)
     logits_KBTV = slow_logits(drafter, given)
     slow = torch.zeros(())
     for k in range(3):
@@ -88,7 +88,7 @@ def test_new_heads_equal_the_target_and_share_no_weights() -> None:
 
 def test_evaluate_equals_metrics_by_hand() -> None:
     """Acceptance counts correct heads before the first wrong one, at positions where all heads are supervised."""
-    drafter, given = shaken(), batch()
+    drafter, given = perturbed_drafter(), batch()
     predicted_KBT = slow_logits(drafter, given).argmax(-1)
     # The heads' own tokens are written into the rows, so that some are correct.
     for b, t in supervised_positions(given, 0):
@@ -110,7 +110,7 @@ def test_evaluate_equals_metrics_by_hand() -> None:
 
 
 def test_finish_keeps_the_heads_and_computes_a_tree() -> None:
-    drafter, given = shaken(), batch()
+    drafter, given = perturbed_drafter(), batch()
     for b, t in supervised_positions(given, 0):
         given.tokens_BT[b, t + 2] = slow_logits(drafter, given)[0, b, t].argmax()
     for tree_nodes in (3, 0):

@@ -107,7 +107,7 @@ class Rejections(Watched):
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_loss_is_the_divergence_at_rejections(architecture: str, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both distributions are computed anew; the target is not run again by the drafter."""
+    """Both distributions are computed again; the drafter does not run the target again."""
     target = tiny_target(architecture)
     for drafter in drafters(target):
         online = Online(drafter, OnlineSettings(every=100, kept=100, top_k=top_k))

@@ -39,7 +39,7 @@ def batch(target: Target) -> Batch:
     return complete(collate(rows), target, (target.num_layers,))
 
 
-def shaken(settings: prophet.Settings, target: Target) -> prophet.Drafter:
+def perturbed_drafter(settings: prophet.Settings, target: Target) -> prophet.Drafter:
     """Returns a prophet with perturbed maps and norms."""
     torch.manual_seed(0)
     drafter = prophet.build(settings, target)
@@ -68,7 +68,7 @@ def test_loss_and_gradients_equal_a_slow_reference(kind: str) -> None:
     """The reference goes prediction by prediction, in float64."""
     target = Target(tiny_model("llama").double())
     settings = trainer_settings(prophet, num_layers=1, num_draft=NUM_DRAFT, windows=99, num_states=3, loss=kind)
-    given, drafter = batch(target), shaken(settings, target).double()
+    given, drafter = batch(target), perturbed_drafter(settings, target).double()
     slow = torch.zeros((), dtype=torch.float64)
     for row, _, label, logits_V in predictions(drafter, given):
         ours_V = logits_V.log_softmax(-1)
@@ -118,7 +118,7 @@ def test_windows_are_evenly_spaced() -> None:
 def test_evaluate_equals_metrics_by_hand() -> None:
     """Acceptance counts correct tokens before the first wrong one, in fully supervised windows."""
     target = tiny_target("llama")
-    given, drafter = batch(target), shaken(SETTINGS, target)
+    given, drafter = batch(target), perturbed_drafter(SETTINGS, target)
     # The prophet's own tokens are written into the rows, so that some are correct.
     for row, _, label, logits_V in predictions(drafter, given):
         if label % 3:

@@ -30,7 +30,7 @@ FEW = settings(max_examples=80, deadline=None)
 Successors = dict[tuple[int, int], list[tuple[int, float]]]
 
 
-def written(texts: Sequence[Sequence[int]], folder: Path, size: int, vocab_size: int = 4) -> list[Path]:
+def count_chunks(texts: Sequence[Sequence[int]], folder: Path, size: int, vocab_size: int = 4) -> list[Path]:
     """Returns the chunk files of these texts."""
     arrays = [np.array(text, np.int64) for text in texts]
     files = []
@@ -40,7 +40,7 @@ def written(texts: Sequence[Sequence[int]], folder: Path, size: int, vocab_size:
     return files
 
 
-def counted(texts: Sequence[Sequence[int]]) -> dict[tuple[int, int], Counter[int]]:
+def count_successors(texts: Sequence[Sequence[int]]) -> dict[tuple[int, int], Counter[int]]:
     following: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
     for text in texts:
         for first, second, third in zip(text, text[1:], text[2:], strict=False):
@@ -55,7 +55,7 @@ def expected(texts: Sequence[Sequence[int]], most: int) -> Successors:
             (token, float(np.float32(times / after.total())))
             for token, times in sorted(after.items(), key=lambda one: (-one[1], one[0]))[:most]
         ]
-        for pair, after in sorted(counted(texts).items())
+        for pair, after in sorted(count_successors(texts).items())
     }
 
 
@@ -80,7 +80,7 @@ def test_the_table_equals_counters(folder: Path, texts: list[list[int]], size: i
     """For any chunk size and any number of tri-grams merged at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trigram, "MERGE_SIZE", at_a_time)
-        table = build(written(texts, folder, size), 4, most)
+        table = build(count_chunks(texts, folder, size), 4, most)
     assert list(read(table).items()) == list(expected(texts, most).items())
 
 
@@ -89,7 +89,7 @@ def test_the_table_equals_counters(folder: Path, texts: list[list[int]], size: i
 )
 def test_edge_case_corpora(tmp_path: Path, texts: list[list[int]]) -> None:
     """No text, too little, all tokens equal, and texts whose boundaries must not be crossed."""
-    table = build(written(texts, tmp_path, 1), 4, 12)
+    table = build(count_chunks(texts, tmp_path, 1), 4, 12)
     assert read(table) == expected(texts, 12)
 
 
@@ -97,7 +97,7 @@ def test_edge_case_corpora(tmp_path: Path, texts: list[list[int]]) -> None:
 @given(CORPUS, some.integers(1, 4), some.integers(1, 400))
 def test_a_budget_drops_the_rarest_pairs(folder: Path, texts: list[list[int]], size: int, budget: int) -> None:
     left, kept = budget, []
-    after = counted(texts)
+    after = count_successors(texts)
     for pair in sorted(after, key=lambda pair: (-after[pair].total(), pair)):
         left -= 16 + 8 * min(2, len(after[pair]))
         if left < 0:
@@ -105,24 +105,24 @@ def test_a_budget_drops_the_rarest_pairs(folder: Path, texts: list[list[int]], s
         kept.append(pair)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trigram, "MERGE_SIZE", 1)
-        table = build(written(texts, folder, size), 4, 2, budget)
+        table = build(count_chunks(texts, folder, size), 4, 2, budget)
     whole = expected(texts, 2)
     assert read(table) == {pair: whole[pair] for pair in sorted(kept)}
 
 
 def test_after_a_pair_that_does_not_fit_no_smaller_one_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the pairs that occur twice, in blocks of their own, the first takes 24 of 54 bytes, the others 32 and 24."""
+    """Three pairs occur twice, each in a block by itself: the first takes 24 of 54 bytes, the others 32 and 24."""
     twice = [[0, 0, 1], [1, 1, 2], [1, 1, 3], [2, 2, 3], [0, 0, 1], [2, 2, 3]]
     often = [*([0, 1, token] for token in range(4)), *([1, 2, token] for token in range(3))]
     monkeypatch.setattr(trigram, "MERGE_SIZE", 1)
-    files = written([*twice, *often], tmp_path, 99)
+    files = count_chunks([*twice, *often], tmp_path, 99)
     assert len(list(trigram.merge_counts(files, 4))) == 4
     table = build(files, 4, 12, 48 + 40 + 54)
     assert list(read(table)) == [(0, 0), (0, 1), (1, 2)]
 
 
 def test_a_budget_prints_what_it_drops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = written([[0, 1, 2, 0, 1, 2, 0, 1], [3, 3, 3]], tmp_path, 2)
+    files = count_chunks([[0, 1, 2, 0, 1, 2, 0, 1], [3, 3, 3]], tmp_path, 2)
     assert len(build(files, 4, 12, 4 * 24).keys_K) == 4
     assert capsys.readouterr().out == ""
     table = build(files, 4, 12, 2 * 24 + 23)

@@ -57,7 +57,7 @@ class LossSettings:
     teacher_top_k: int = 0
     """Number of the target's largest logits that a divergence uses, all other tokens being one outcome; 0 for all."""
     on_policy: float = 0.0
-    """Fraction of the rows, chosen anew at each step, whose text the draft model generates itself after the row's
+    """Fraction of the rows, chosen again at each step, whose text the draft model generates itself after the row's
     prompt; needs a divergence. The other rows keep the text of --data."""
     on_policy_temperature: float = 1.0
     """Sampling temperature of that text."""

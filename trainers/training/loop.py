@@ -156,7 +156,7 @@ def _train_by_gradient(
 
 
 def _check_start(run: RunSettings, family: ModuleType, target: TargetInfo) -> None:
-    """Raises ValueError if --start-from is unsuitable for this family, as far as its manifest tells."""
+    """Raises ValueError if --start-from is unsuitable for this family, as far as its manifest shows."""
     if not run.start_from:
         return
     manifest = read_manifest(run.start_from)

@@ -30,7 +30,7 @@ class KnownCosts(VerificationCosts):
         return 1 + batch_size * num_nodes / 4
 
 
-def plain(size: int, slower: float = 1.0) -> Tally:
+def plain_tally(size: int, slower: float = 1.0) -> Tally:
     """Returns the tally of plain decoding: two calls of 40 tokens per row."""
     return Tally(
         tokens=80 * size,
@@ -44,7 +44,7 @@ def plain(size: int, slower: float = 1.0) -> Tally:
     )
 
 
-def drafted(size: int, rounds: int = 32) -> Tally:
+def drafted_tally(size: int, rounds: int = 32) -> Tally:
     """Returns a tally of 2.5 tokens per step; half of the rounds verify 1 node, half 3 nodes from block 2 on."""
     return Tally(
         tokens=80 * size,
@@ -62,21 +62,23 @@ def drafted(size: int, rounds: int = 32) -> Tally:
 def test_predict_static_batching_by_hand() -> None:
     """Plain 20 + 40 + 320 = 380 ms; drafted 40 + 64 + 16 + 32 * 4 * (1.25 + 1.75) / 2 = 312 ms."""
     costs = KnownCosts()
-    assert predict_static_batching(plain(1), drafted(1), 1, costs) == pytest.approx(380 / 312)
+    assert predict_static_batching(plain_tally(1), drafted_tally(1), 1, costs) == pytest.approx(380 / 312)
     assert costs.layers == {0, 2}
-    assert predict_static_batching(plain(1, slower=2), drafted(1), 1, costs) == pytest.approx(700 / (120 + 2 * 192))
-    shorter = drafted(1)
+    assert predict_static_batching(plain_tally(1, slower=2), drafted_tally(1), 1, costs) == pytest.approx(
+        700 / (120 + 2 * 192)
+    )
+    shorter = drafted_tally(1)
     shorter.tokens = 60  # an earlier end of sequence
-    assert predict_static_batching(plain(1), shorter, 1, costs) == pytest.approx(0.75 * 380 / 312)
-    assert predict_static_batching(plain(4), drafted(4, rounds=48), 4, costs) < predict_static_batching(
-        plain(4), drafted(4), 4, costs
+    assert predict_static_batching(plain_tally(1), shorter, 1, costs) == pytest.approx(0.75 * 380 / 312)
+    assert predict_static_batching(plain_tally(4), drafted_tally(4, rounds=48), 4, costs) < predict_static_batching(
+        plain_tally(4), drafted_tally(4), 4, costs
     )
 
 
 def test_predict_continuous_batching_by_hand() -> None:
     """A call at size B: plain 10 B + 40 (0.5 + 3 + B); drafted 20 B + 16 (1 + B + 0.5 + (3 + B) (1 + B / 2))."""
     costs = KnownCosts()
-    several = {size: plain(size) for size in (1, 4)}, {1: drafted(1), 4: drafted(4, rounds=48)}
+    several = {size: plain_tally(size) for size in (1, 4)}, {1: drafted_tally(1), 4: drafted_tally(4, rounds=48)}
 
     def by_hand(size: int) -> float:
         own = 10 * size + 40 * (3.5 + size)
@@ -84,20 +86,22 @@ def test_predict_continuous_batching_by_hand() -> None:
 
     for size in (1, 2, 4, 8):  # rows that end early, as in the 48 rounds, cost nothing here
         assert predict_continuous_batching(*several, size, costs) == pytest.approx(by_hand(size))
-    assert predict_continuous_batching({1: plain(1)}, {1: drafted(1)}, 1, costs) == pytest.approx(by_hand(1))
-    assert predict_continuous_batching({1: plain(1)}, {1: drafted(1)}, 1, costs) == pytest.approx(
-        predict_static_batching(plain(1), drafted(1), 1, costs)
+    assert predict_continuous_batching({1: plain_tally(1)}, {1: drafted_tally(1)}, 1, costs) == pytest.approx(
+        by_hand(1)
+    )
+    assert predict_continuous_batching({1: plain_tally(1)}, {1: drafted_tally(1)}, 1, costs) == pytest.approx(
+        predict_static_batching(plain_tally(1), drafted_tally(1), 1, costs)
     )
     # With one measured size, times other than forwards grow as the step does: by 6 / 4 from one row to three.
     expected = 1.5 * (10 + 40 * 4.5) / (1.5 * (20 + 16 * 2.5) + 16 * 6 * (1 + 3 / 2))
-    assert predict_continuous_batching({1: plain(1)}, {1: drafted(1)}, 3, costs) == pytest.approx(expected)
+    assert predict_continuous_batching({1: plain_tally(1)}, {1: drafted_tally(1)}, 3, costs) == pytest.approx(expected)
 
 
 def test_predict_by_batch_size_medians_and_break_even() -> None:
-    rounds = {1: [plain(1, slower) for slower in (1, 2, 9)]}, {1: [drafted(1)] * 3}
+    rounds = {1: [plain_tally(1, slower) for slower in (1, 2, 9)]}, {1: [drafted_tally(1)] * 3}
     found = forecast.predict_by_batch_size(*rounds, {1, 16}, KnownCosts())
     assert list(found) == [1, 16]
-    assert found[1] == pytest.approx(predict_static_batching(plain(1, 2), drafted(1), 1, KnownCosts()))
+    assert found[1] == pytest.approx(predict_static_batching(plain_tally(1, 2), drafted_tally(1), 1, KnownCosts()))
     assert break_even({1: 1.2, 2: 1.1, 4: 0.9, 8: 0.8}) == 4
     assert break_even({1: 1.2, 2: 1.1}) is None
 

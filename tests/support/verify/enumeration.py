@@ -124,7 +124,7 @@ def fillings(shape: Shape, draft_probs: Distributions) -> Iterator[tuple[list[Te
     yield from grow([()], [True], 1.0)
 
 
-def filled(
+def draft_of_fillings(
     shape: Shape, rows: list[list[Text]], used: list[list[bool]], draft_probs: Distributions, target: Distributions
 ) -> tuple:
     """Returns the draft whose rows are the fillings, unused nodes last, and the target's probabilities at its nodes."""
@@ -151,7 +151,7 @@ def output_distribution(
     num_nodes = len(shape.parents)
     # Node 0 is never tested.
     ends = torch.tensor(list(itertools.product([0.0, FAILS], repeat=num_nodes - 1)), dtype=torch.float64)
-    draft, target_RNV = filled(shape, rows, used, draft_probs, target)
+    draft, target_RNV = draft_of_fillings(shape, rows, used, draft_probs, target)
     index_R = torch.arange(len(rows)).repeat_interleave(len(ends))
     uniforms_RU = torch.full((len(index_R), num_nodes + 1), 0.5, dtype=torch.float64)
     uniforms_RU[:, 1:num_nodes] = ends.repeat(len(rows), 1)

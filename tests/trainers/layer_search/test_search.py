@@ -8,12 +8,12 @@ import pytest
 from trainers.layer_search.search import METHODS, Bits, Space, propose, search
 
 SPACE = Space(num_bits=8)
-WORTH = (3.0, -1.0, 2.0, -2.0, 0.5, -0.5, 1.0, -3.0)
+VALUES = (3.0, -1.0, 2.0, -2.0, 0.5, -0.5, 1.0, -3.0)
 
 
 def value_of(bits: Bits) -> dict[str, float]:
     """Returns the sum of the values of the bits set, minus 1.5 if the first two are set together."""
-    return {"score": sum(w for bit, w in zip(bits, WORTH, strict=True) if bit) - 1.5 * bits[0] * bits[2]}
+    return {"score": sum(w for bit, w in zip(bits, VALUES, strict=True) if bit) - 1.5 * bits[0] * bits[2]}
 
 
 BEST = (1, 0, 1, 0, 1, 0, 1, 0)
