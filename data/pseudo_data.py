@@ -20,6 +20,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from data.batches import Example, example
+from data.folder_lock import locked
 from data.prompts import Prompt
 from data.shards import check_origin, check_whole, hash_files, missing_shards, open_folder, read_manifest, write_whole
 from data.writers import Completion, GenerationBatch, LocalWriter, PseudoDataSettings, Writer, derive_seed
@@ -61,7 +62,7 @@ def write_pseudo_data(
 ) -> None:
     """Writes a completion of every prompt to `folder`, generating only the shards that are missing.
 
-    Raises ValueError if the folder was made with other settings or contains other files.
+    Raises ValueError if the folder was made with other settings, contains other files, or another run is writing to it.
     """
     writer = LocalWriter(writer) if isinstance(writer, Target) else writer
     plan = plan_batches(prompts, settings)
@@ -73,22 +74,23 @@ def write_pseudo_data(
     notes["template_hash"] = template_hash(writer.tokenizer)
     manifest = {"format": FORMAT, "num_shards": len(shards), "num_prompts": len(prompts), "prompts": keys}
     manifest |= recorded | asdict(settings) | {"temperature": settings.temperatures}
-    open_folder(folder, MARKER, manifest, notes=notes)
-    missing = missing_shards(folder, names)
-    num_left = sum(len(batch.prompts) for index in missing for batch in shards[index])
-    if num_left < len(prompts):
-        print(f"{folder}: {len(prompts) - num_left} of {len(prompts)} rows exist already")
-    num_tokens, started = 0, time.perf_counter()
-    with tqdm(total=len(prompts), initial=len(prompts) - num_left, desc="pseudo-data", unit="row") as bar:
-        for index in missing:
-            rows: list[dict[str, Any]] = []
-            for batch, completions in zip(shards[index], writer.write(shards[index], settings), strict=True):
-                rows += _rows(batch, completions, writer, settings)
-                num_tokens += sum(len(completion.ids) for completion in completions)
-                bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started):,.0f} tokens/s")
-                bar.update(len(completions))
-            table = pyarrow.Table.from_pylist(rows, schema=_schema(manifest))
-            write_whole(folder / names[index], functools.partial(pyarrow.parquet.write_table, table))
+    with locked(folder, kept=lambda: f"{len(names) - len(missing_shards(folder, names))} of {len(names)} shards"):
+        open_folder(folder, MARKER, manifest, notes=notes)
+        missing = missing_shards(folder, names)
+        num_left = sum(len(batch.prompts) for index in missing for batch in shards[index])
+        if num_left < len(prompts):
+            print(f"{folder}: {len(prompts) - num_left} of {len(prompts)} rows exist already")
+        num_tokens, started = 0, time.perf_counter()
+        with tqdm(total=len(prompts), initial=len(prompts) - num_left, desc="pseudo-data", unit="row") as bar:
+            for index in missing:
+                rows: list[dict[str, Any]] = []
+                for batch, completions in zip(shards[index], writer.write(shards[index], settings), strict=True):
+                    rows += _rows(batch, completions, writer, settings)
+                    num_tokens += sum(len(completion.ids) for completion in completions)
+                    bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started):,.0f} tokens/s")
+                    bar.update(len(completions))
+                table = pyarrow.Table.from_pylist(rows, schema=_schema(manifest))
+                write_whole(folder / names[index], functools.partial(pyarrow.parquet.write_table, table))
 
 
 def plan_batches(prompts: Sequence[Prompt], settings: PseudoDataSettings) -> list[GenerationBatch]:

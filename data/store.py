@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import Example, check_batch, check_layers, collate
+from data.folder_lock import locked
 from data.shards import check_origin, check_whole, missing_shards, open_folder, read_manifest, write_whole
 from data.teacher import complete
 from draftsmith import Target
@@ -60,7 +61,8 @@ class TeacherStoreSettings:
 def write_teacher_store(target: Target, rows: Sequence[Example], folder: Path, settings: TeacherStoreSettings) -> None:
     """Runs the target over `rows` and writes the shards of the store that are missing.
 
-    Prints the size first. Raises ValueError as `plan_teacher_store` does, and if the folder is another store.
+    Prints the size first. Raises ValueError as `plan_teacher_store` does, and if the folder is another store or another
+    run is writing to it.
     """
     shards = plan_teacher_store(target, rows, folder, settings)
     names = _shard_names(len(shards))
@@ -89,17 +91,18 @@ def write_teacher_store(target: Target, rows: Sequence[Example], folder: Path, s
         "num_learnt": int(sum(row.loss_mask_T.sum() for row in rows)),
         "shards": [[shard.start, shard.stop] for shard in shards],
     }
-    open_folder(folder, MARKER, manifest, notes={"target": target.name, "command": shlex.join(sys.argv)})
-    missing = missing_shards(folder, names)
-    if len(missing) < len(shards):
-        print(f"{folder}: {len(shards) - len(missing)} of {len(shards)} shards exist already")
-    num_done = sum(lengths) - sum(lengths[row] for index in missing for row in shards[index])
-    with tqdm(total=sum(lengths), initial=num_done, desc="teacher store", unit="token", unit_scale=True) as bar:
-        for index in missing:
-            tensors, keys = _read_shard(target, [rows[row] for row in shards[index]], settings, bar)
-            write_whole(
-                folder / names[index], functools.partial(save_file, tensors, metadata={"keys": json.dumps(keys)})
-            )
+    with locked(folder, kept=lambda: f"{len(names) - len(missing_shards(folder, names))} of {len(names)} shards"):
+        open_folder(folder, MARKER, manifest, notes={"target": target.name, "command": shlex.join(sys.argv)})
+        missing = missing_shards(folder, names)
+        if len(missing) < len(shards):
+            print(f"{folder}: {len(shards) - len(missing)} of {len(shards)} shards exist already")
+        num_done = sum(lengths) - sum(lengths[row] for index in missing for row in shards[index])
+        with tqdm(total=sum(lengths), initial=num_done, desc="teacher store", unit="token", unit_scale=True) as bar:
+            for index in missing:
+                tensors, keys = _read_shard(target, [rows[row] for row in shards[index]], settings, bar)
+                write_whole(
+                    folder / names[index], functools.partial(save_file, tensors, metadata={"keys": json.dumps(keys)})
+                )
 
 
 def plan_teacher_store(

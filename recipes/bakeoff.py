@@ -12,14 +12,14 @@ over rounds. The same command continues an interrupted run. Pocket target, two d
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from data import POCKET, pseudo_data, store
-from data.prompts import LongPrompts, load_prompts, prompt_room
+from data.prompts import LongPrompts, TextSettings, load_prompts, prompt_room
 from data.pseudo_data import write_pseudo_data
 from data.sources import default_source
 from data.writers import LocalWriter, PseudoDataSettings
@@ -27,7 +27,7 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.core.model_info import TargetInfo, read_target_info
 from draftsmith.length.costs import num_threads
-from eval.bakeoff.results import check_output, claim
+from eval.bakeoff.results import check_output, claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.plots.track import to_wandb
@@ -61,6 +61,8 @@ class RunSettings:
     """Optimiser steps of each drafter; 0 uses the line-up's."""
     data: str = ""
     """Source of the prompts (data/sources); if empty, python-source, or python-docstrings for an encoder-decoder."""
+    text: TextSettings = field(default_factory=TextSettings)
+    """How rows of text are read."""
     output: str = "runs/bakeoff"
     """Folder for bakeoff.html, .json, .md, .csv and .png."""
     num_prompts: int = 8
@@ -138,13 +140,15 @@ def main(run: RunSettings) -> None:
         prompt_tokens=run.prompt_tokens,
         long_prompts=run.long_prompts,
         is_encoder_decoder=target_info.is_encoder_decoder,
+        settings=run.text,
         seed=run.seed,
     )
     settings.check_prompts(len(prompts))
     dtype = run.dtype or ("auto" if torch.cuda.is_available() and run.device != "cpu" else "float32")
     target = Target.from_pretrained(run.target, dtype=dtype, device=run.device)
-    artifacts = [Path(draft) for draft in run.drafts] or _train(line_up, target, target_info, run)
-    rows = compare(target, prompts, artifacts, output, settings)
+    with claimed(output):
+        artifacts = [Path(draft) for draft in run.drafts] or _train(line_up, target, target_info, run)
+        rows = compare(target, prompts, artifacts, output, settings)
     if run.report_to == "wandb":
         to_wandb(rows, output, run.wandb_project)
     print("\n".join([header(rows, "terminal"), *table(rows, "terminal")]))
@@ -159,7 +163,6 @@ def _train(line_up: list[lineup.DrafterSpec], target: Target, target_info: Targe
     options: dict[str, Any] = {"target": run.target, "seed": run.seed}
     if run.train_steps:
         options["max_steps"] = run.train_steps
-    claim(output)
     with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
         if not any((data / marker).exists() for marker in (pseudo_data.MARKER, store.MARKER)):
             training_prompts = load_prompts(
@@ -169,6 +172,7 @@ def _train(line_up: list[lineup.DrafterSpec], target: Target, target_info: Targe
                 max_prompt_tokens=prompt_room(target_info, run.text_tokens),
                 long_prompts="drop",
                 is_encoder_decoder=target_info.is_encoder_decoder,
+                settings=run.text,
                 seed=run.seed,
             )
             print(f"Generating training data with the target: {len(training_prompts)} texts")
@@ -193,7 +197,5 @@ def _numbers(name: str, text: str, kind: type) -> list:
 
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         main(*parse_settings(RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

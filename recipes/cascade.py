@@ -12,16 +12,12 @@ at 2.45; with Hydra 1.73 at 2.25, as a round of heads costs here what it gains. 
 plain decoding: the cascades reach 0.96 and 0.99 of its speed, heads alone 0.79 and 0.72.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import cascade
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(cascade, *parse_settings(cascade.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

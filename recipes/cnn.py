@@ -14,16 +14,12 @@ Pocket encoder-decoder, 8,158 of its own texts, `--max-steps 300 --batch-size 16
 forward_kl`: held-out acceptance 0.714.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import cnn
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(cnn, *parse_settings(cnn.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -17,7 +17,6 @@ at 0.59 of a step, held-out acceptance 0.66; healed by 300 steps (`distill --los
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from draftsmith.parts.neural.quantised import SCHEMES
 from trainers import distill
 from trainers.compress import MARKER, CompressSettings, compress
 from trainers.compression import calibration
+from trainers.training import launchers
 from trainers.training.evaluation import MetricSums
 from trainers.training.settings import parse_settings
 
@@ -83,8 +83,6 @@ def held_out_acceptance(drafter: Any, batches: list[Batch], target: Target) -> d
 
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         (settings,) = parse_settings(CompressSettings, description=__doc__)
         make_artifact(compress(settings), settings)
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

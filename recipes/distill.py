@@ -13,16 +13,12 @@ steps of 8 rows at 3e-3 on 1.27 M tokens, with cross-entropy: acceptance 0.24 wi
 0.36 at 128; a drafted token takes 0.29, 0.23 and 0.25 of a plain step.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import distill
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(distill, *parse_settings(distill.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -43,6 +43,7 @@ from eval.doctor.checks import CheckContext, Finding
 from eval.doctor.serving import check_python, drafts_trees, run_draftsmith, run_vllm
 from eval.doctor.teacher_forced import DraftCounts, GreedyText, draft_from_positions, draft_positions
 from eval.report.recorded_texts import greedy_steps
+from trainers.training import launchers
 from trainers.training.evaluation import MetricSums
 from trainers.training.settings import from_flat, parse_settings
 
@@ -266,7 +267,5 @@ def _evaluate(manifest: dict[str, Any], drafter: Any, texts: list[GreedyText], r
 
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         sys.exit(main(*parse_settings(RunSettings, description=__doc__)))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -12,16 +12,12 @@ accuracy by draft step 55, 52, 46 and 46 %, held-out acceptance 1.21 and still r
 round, chains of five 1.71 and 1.48, prompt lookup 2.52 and 1.09.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import eagle3
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(eagle3, *parse_settings(eagle3.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -12,16 +12,12 @@ tokens of `./launch.sh pseudo_data --max-prompts 10000`: 3 minutes, held-out acc
 steps at 5e-3: 0.19, 0.21, 0.24 and 0.49; layer 4 has the highest predicted speed, 0.9 of plain decoding.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import early_exit
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(early_exit, *parse_settings(early_exit.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -15,7 +15,6 @@ which was trained on the baseline's text, they are worse. LOG.md has the table a
 
 import json
 import random
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,11 +31,12 @@ from data.writers import LocalWriter, PseudoDataSettings
 from draftsmith import Target
 from draftsmith.core.model_info import TargetInfo, read_target_info
 from draftsmith.length.costs import num_threads
-from eval.bakeoff.results import claim
+from eval.bakeoff.results import claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.plots.pairs import draw_pairs, pair_table, pairs_of
 from trainers.sweeps import lineup
+from trainers.training import launchers
 from trainers.training.settings import parse_settings
 
 WAYS = ("baseline", "distilled")
@@ -121,38 +121,36 @@ def _compare(
         max_prompt_tokens=prompt_room(target_info, run.max_new_tokens),
         **common,
     )
-    claim(output)
-    labels, sources = _originals(target_info, output, run)
-    training_prompts = load_prompts(
-        str(sources), target_info.tokenizer, max_prompt_tokens=prompt_room(target_info, run.text_tokens), **common
-    )
-    target = Target.from_pretrained(name, dtype="float32")
-    options: dict[str, Any] = {"target": name, "seed": run.seed} | (
-        {"max_steps": run.train_steps} if run.train_steps else {}
-    )
-    print(
-        f"\n{Path(name).name}: generating {len(training_prompts)} texts; training logs are in {output}/*/logs",
-        flush=True,
-    )
-    with num_threads(min(4, torch.get_num_threads())):
-        # Greedy text alone would train drafters for greedy decoding only.
-        data_settings = PseudoDataSettings(
-            temperature="0,1", max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed
+    with claimed(output):
+        labels, sources = _originals(target_info, output, run)
+        training_prompts = load_prompts(
+            str(sources), target_info.tokenizer, max_prompt_tokens=prompt_room(target_info, run.text_tokens), **common
         )
-        write_pseudo_data(LocalWriter(target), training_prompts, output / "pseudo-data", data_settings)
-        artifacts = []
-        for way, data in zip(WAYS, (str(labels), str(output / "pseudo-data")), strict=True):
-            print(f"{way}: training on {data}", flush=True)
-            results = lineup.train_all(line_ups[way], output / way, is_quiet=True, data=data, **options)
-            artifacts += lineup.report(results, len(line_ups[way]))
-    settings = BakeoffSettings(
-        rounds=run.rounds, max_new_tokens=run.max_new_tokens, batch_sizes=(1,), seed=run.seed, forecast_sizes=()
-    )
-    return compare(target, held_out, artifacts, output, settings)
+        target = Target.from_pretrained(name, dtype="float32")
+        options: dict[str, Any] = {"target": name, "seed": run.seed} | (
+            {"max_steps": run.train_steps} if run.train_steps else {}
+        )
+        print(
+            f"\n{Path(name).name}: generating {len(training_prompts)} texts; training logs are in {output}/*/logs",
+            flush=True,
+        )
+        with num_threads(min(4, torch.get_num_threads())):
+            # Greedy text alone would train drafters for greedy decoding only.
+            data_settings = PseudoDataSettings(
+                temperature="0,1", max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed
+            )
+            write_pseudo_data(LocalWriter(target), training_prompts, output / "pseudo-data", data_settings)
+            artifacts = []
+            for way, data in zip(WAYS, (str(labels), str(output / "pseudo-data")), strict=True):
+                print(f"{way}: training on {data}", flush=True)
+                results = lineup.train_all(line_ups[way], output / way, is_quiet=True, data=data, **options)
+                artifacts += lineup.report(results, len(line_ups[way]))
+        settings = BakeoffSettings(
+            rounds=run.rounds, max_new_tokens=run.max_new_tokens, batch_sizes=(1,), seed=run.seed, forecast_sizes=()
+        )
+        return compare(target, held_out, artifacts, output, settings)
 
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         main(*parse_settings(ComparisonSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

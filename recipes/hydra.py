@@ -14,16 +14,12 @@ without replacement and 1.38 with deterministic ones.
 The paper's settings are `--own-head --learning-rate 5e-4 --weight-decay 0.1 --warmup-steps 100 --batch-size 32`.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import hydra
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(hydra, *parse_settings(hydra.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -8,16 +8,12 @@ downloaded with `hf download` for example. Nothing is trained: optimiser setting
 written once the held-out rows have been evaluated.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import import_eagle3
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(import_eagle3, *parse_settings(import_eagle3.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

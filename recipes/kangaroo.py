@@ -12,16 +12,12 @@ Shared CPU core, pocket target, `--exit-layer 0 --max-steps 400 --learning-rate 
 round greedily and 1.7 at temperature 1; with trees (`--width 4`) 4.5 and 1.9.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import kangaroo
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(kangaroo, *parse_settings(kangaroo.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

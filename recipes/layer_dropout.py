@@ -12,16 +12,12 @@ Shared CPU core, pocket target, `--max-steps 200 --learning-rate 3e-4` on the 1.
 2.10 tokens per greedy round on held-out prompts. The copy's most likely token is the target's at 97 % of positions.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import layer_dropout
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(layer_dropout, *parse_settings(layer_dropout.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -14,16 +14,12 @@ default is the best of 21 shapes on 24 prompts (2.06 tokens per round, 1.35 time
 15, N 5 and G 15 have 2.30 tokens per round, 58 nodes and 0.75 times plain decoding.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import lookahead
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(lookahead, *parse_settings(lookahead.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

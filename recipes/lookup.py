@@ -12,16 +12,12 @@ temperature 1; with three continuations 2.57 and 1.17, but 30 % more nodes, whic
 the default. A proposal takes 0.09 ms, 1.3 % of a plain step.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import lookup
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(lookup, *parse_settings(lookup.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -9,11 +9,11 @@ exit status is 1 unless all tests passed. Pocket target, one drafter, one CPU co
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data import POCKET
-from data.prompts import LongPrompts, load_prompts, prompt_room
+from data.prompts import LongPrompts, TextSettings, load_prompts, prompt_room
 from data.sources import default_source
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
@@ -21,6 +21,7 @@ from draftsmith.core.model_info import read_target_info
 from eval.certificate.identity import GreedySettings
 from eval.certificate.sampled import EXTRA_TOKENS, SampledTestSettings
 from eval.lossless import LOSSLESS, certify, check_output, lines, save
+from trainers.training import launchers
 from trainers.training.settings import parse_settings
 
 
@@ -34,6 +35,8 @@ class RunSettings:
     """Folders of the artifacts to certify."""
     data: str = ""
     """Source of the prompts (data/sources); if empty, python-source, or python-docstrings for an encoder-decoder."""
+    text: TextSettings = field(default_factory=TextSettings)
+    """How rows of text are read."""
     output: str = "runs/lossless"
     """Folder for lossless.json and lossless.md."""
     num_prompts: int = 8
@@ -73,6 +76,7 @@ def main(run: RunSettings, settings: SampledTestSettings, greedy: GreedySettings
         prompt_tokens=run.prompt_tokens,
         long_prompts=run.long_prompts,
         is_encoder_decoder=target_info.is_encoder_decoder,
+        settings=run.text,
         seed=settings.seed,
     )
     greedy.check_prompts(len(prompts))
@@ -90,7 +94,5 @@ def main(run: RunSettings, settings: SampledTestSettings, greedy: GreedySettings
 
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         sys.exit(main(*parse_settings(RunSettings, SampledTestSettings, GreedySettings, description=__doc__)))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

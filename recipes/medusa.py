@@ -10,16 +10,12 @@ One CPU core, pocket target, `--num-blocks 3 --learning-rate 5e-3 --max-steps 30
 1.25. The preset, on two cores and 94 k tokens: a minute and a half; 38, 31, 20 and 20 %; acceptance 0.78.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import medusa
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(medusa, *parse_settings(medusa.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -13,16 +13,12 @@ texts equal the target's for 64 tokens. In two stages (`--method two_stage --hea
 1.34 tokens with a tree of 16, but only 90 % of positions and 0.17 nats.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import medusa2
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(medusa2, *parse_settings(medusa2.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

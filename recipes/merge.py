@@ -13,16 +13,12 @@ Shared CPU core, pocket target, tokens per round on 8 greedy texts (at temperatu
 Medusa, lookup and tri-grams: 3.77 (1.32) with 16.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import merge
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(merge, *parse_settings(merge.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

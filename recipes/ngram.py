@@ -17,16 +17,12 @@ Pocket encoder-decoder, 8,158 functions, 64 of them held out: from its greedy te
 per round at temperature 0 and 1.40 at 1; from the functions' docstrings (130,000 tokens, 6 MB) 1.82 and 1.49.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import ngram
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(ngram, *parse_settings(ngram.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -8,8 +8,7 @@ one trained online (2310.07177), and plots both in `curves.png`. The output fold
 artifact. The same command continues an interrupted run.
 """
 
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,7 +16,8 @@ from tqdm import tqdm
 
 import draftsmith
 from data import POCKET
-from data.prompts import load_prompts, prompt_room
+from data.folder_lock import locked
+from data.prompts import TextSettings, load_prompts, prompt_room
 from data.shards import open_folder
 from draftsmith import Target
 from draftsmith.artifacts.artifact import MANIFEST, check_fits, read_manifest
@@ -25,6 +25,7 @@ from draftsmith.core.model_info import read_target_info
 from draftsmith.core.stats import GenerationStats
 from eval.plots.curves import Panel, publish_curves
 from trainers.online import Online, OnlineSettings
+from trainers.training import launchers
 from trainers.training.settings import parse_settings
 
 FIRST, TAU = "First drafted token accepted", "Tokens a target forward"
@@ -42,6 +43,8 @@ class ServingSettings:
     """Its target: a transformers folder or hub name."""
     data: str = "python-source"
     """Source of the prompts of the requests."""
+    text: TextSettings = field(default_factory=TextSettings)
+    """How rows of text are read."""
     output: str = "runs/online"
     """Folder for the artifact and the curves."""
     max_prompts: int = 400
@@ -72,46 +75,49 @@ def main(serving: ServingSettings, settings: OnlineSettings) -> None:
         max_prompts=serving.max_prompts,
         max_prompt_tokens=room,
         is_encoder_decoder=target_info.is_encoder_decoder,
+        settings=serving.text,
         seed=serving.seed,
     )
     identity = {**asdict(serving), **asdict(settings), "output": None, "max_steps": None}
-    open_folder(output, "online.json", identity, notes={})
+    identity["text"] = serving.text.chat_template_kwargs or None
     target = Target.from_pretrained(serving.target, dtype="float32")
-    saved = output / "artifact" if (output / "artifact" / MANIFEST).is_file() else None
-    served = read_manifest(saved)["served"] if saved else []
-    frozen = draftsmith.load(serving.draft, target)
-    online = Online(draftsmith.load(saved or serving.draft, target), settings)
-    if served:
-        online.load_optimizer(_state(output, len(served)))
-        online.num_steps = served[-1]["steps"]
-    begins = range(0, len(prompts), serving.block)[: serving.max_steps or None]
-    for begin in tqdm(begins[len(served) :], desc="serving", unit="block", initial=len(served), total=len(begins)):
-        found: dict[str, list[GenerationStats]] = {"frozen": [], "online": []}
-        for at, prompt in enumerate(prompts[begin : begin + serving.block], begin):
-            ids = torch.tensor([prompt.ids], device=target.device)
-            for name, drafter in (("frozen", frozen), ("online", online)):
-                out = draftsmith.generate(
-                    target,
-                    ids,
-                    drafter,
-                    max_new_tokens=serving.max_new_tokens,
-                    temperature=serving.temperature,
-                    seed=at,
-                    length="fixed",
-                )
-                found[name].append(out.stats)
-        online.learn()
-        served.append({"steps": online.num_steps, **{name: _metrics(stats) for name, stats in found.items()}})
-        online.save_optimizer(_state(output, len(served)))
-        online.save(output / "artifact", record={"served": served, "settings": identity})
-        _state(output, len(served) - 1).unlink(missing_ok=True)
-        tqdm.write("; ".join(f"{name} {one}" for name, one in served[-1].items()))
-    panels = []
-    for metric, title in TITLES.items():
-        lines = {name: [(block["steps"], block[name][metric]) for block in served] for name in ("frozen", "online")}
-        panels.append(Panel(title=title, lines=lines))
-    publish_curves(panels, output)
-    print(f"The trained drafter is {output}/artifact; {output}/curves.png shows its metrics over the requests")
+    with locked(output):
+        open_folder(output, "online.json", identity, notes={})
+        saved = output / "artifact" if (output / "artifact" / MANIFEST).is_file() else None
+        served = read_manifest(saved)["served"] if saved else []
+        frozen = draftsmith.load(serving.draft, target)
+        online = Online(draftsmith.load(saved or serving.draft, target), settings)
+        if served:
+            online.load_optimizer(_state(output, len(served)))
+            online.num_steps = served[-1]["steps"]
+        begins = range(0, len(prompts), serving.block)[: serving.max_steps or None]
+        for begin in tqdm(begins[len(served) :], desc="serving", unit="block", initial=len(served), total=len(begins)):
+            found: dict[str, list[GenerationStats]] = {"frozen": [], "online": []}
+            for at, prompt in enumerate(prompts[begin : begin + serving.block], begin):
+                ids = torch.tensor([prompt.ids], device=target.device)
+                for name, drafter in (("frozen", frozen), ("online", online)):
+                    out = draftsmith.generate(
+                        target,
+                        ids,
+                        drafter,
+                        max_new_tokens=serving.max_new_tokens,
+                        temperature=serving.temperature,
+                        seed=at,
+                        length="fixed",
+                    )
+                    found[name].append(out.stats)
+            online.learn()
+            served.append({"steps": online.num_steps, **{name: _metrics(stats) for name, stats in found.items()}})
+            online.save_optimizer(_state(output, len(served)))
+            online.save(output / "artifact", record={"served": served, "settings": identity})
+            _state(output, len(served) - 1).unlink(missing_ok=True)
+            tqdm.write("; ".join(f"{name} {one}" for name, one in served[-1].items()))
+        panels = []
+        for metric, title in TITLES.items():
+            lines = {name: [(block["steps"], block[name][metric]) for block in served] for name in ("frozen", "online")}
+            panels.append(Panel(title=title, lines=lines))
+        publish_curves(panels, output)
+        print(f"The trained drafter is {output}/artifact; {output}/curves.png shows its metrics over the requests")
 
 
 def _state(output: Path, number: int) -> Path:
@@ -125,7 +131,5 @@ def _metrics(stats: list[GenerationStats]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         main(*parse_settings(ServingSettings, OnlineSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -7,8 +7,10 @@ Hardware and results: see the model cards, `data/pocket/README.md` and `data/poc
 """
 
 from trainers.pocket import PocketSettings, train_pocket
+from trainers.training import launchers
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    (settings,) = parse_settings(PocketSettings, description=__doc__)
-    train_pocket(settings)
+    with launchers.user_errors():
+        (settings,) = parse_settings(PocketSettings, description=__doc__)
+        train_pocket(settings)

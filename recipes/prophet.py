@@ -14,16 +14,12 @@ temperature 1, 1.5 and 1.4. It is no faster on the pocket target, whose forward 
 an LM head for every drafted token.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import prophet
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(prophet, *parse_settings(prophet.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

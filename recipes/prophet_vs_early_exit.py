@@ -17,7 +17,6 @@ This is a new prophet on a trained target, one seed; targets trained from scratc
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +24,7 @@ from typing import Any
 
 from data.prompts import load_prompts
 from draftsmith import Target
-from eval.bakeoff.results import claim
+from eval.bakeoff.results import claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.plots.curves import Panel, publish_curves, read_curve
@@ -80,34 +79,34 @@ def main(comparison: ComparisonSettings, run: RunSettings) -> None:
         forecast_sizes=(),
         seed=run.seed,
     )
-    claim(output)
-    panels = [Panel(title="First-token acceptance, held out (sum of min(target, draft))")]
-    for name, (family, its_settings, metric) in DRAFTERS.items():
-        folder = _train(family, its_settings, dataclasses.replace(run, output=str(output / name)))
-        panels[0].lines[name] = read_curve(folder, metric)
-    if comparison.text:
-        panels.append(Panel(title="The target's own loss, held out (nats per token)"))
-        changes: dict[str, Any] = {
-            "data": comparison.text,
-            "max_steps": comparison.text_steps,
-            "learning_rate": comparison.text_rate,
-        }
-        for name, its_settings in TARGETS.items():
-            target_folder = str(output / f"target-{name.replace(' ', '-')}")
-            folder = _train(prophet, its_settings, dataclasses.replace(run, output=target_folder, **changes))
-            panels[1].lines[name] = read_curve(folder, "eval_main_loss")
-    publish_curves(panels, output)
+    with claimed(output):
+        panels = [Panel(title="First-token acceptance, held out (sum of min(target, draft))")]
+        for name, (family, its_settings, metric) in DRAFTERS.items():
+            folder = _train(family, its_settings, dataclasses.replace(run, output=str(output / name)))
+            panels[0].lines[name] = read_curve(folder, metric)
+        if comparison.text:
+            panels.append(Panel(title="The target's own loss, held out (nats per token)"))
+            changes: dict[str, Any] = {
+                "data": comparison.text,
+                "max_steps": comparison.text_steps,
+                "learning_rate": comparison.text_rate,
+            }
+            for name, its_settings in TARGETS.items():
+                target_folder = str(output / f"target-{name.replace(' ', '-')}")
+                folder = _train(prophet, its_settings, dataclasses.replace(run, output=target_folder, **changes))
+                panels[1].lines[name] = read_curve(folder, "eval_main_loss")
+        publish_curves(panels, output)
 
-    target = Target.from_pretrained(run.target, dtype="float32")
-    prompts = load_prompts(comparison.held_out, target.tokenizer, max_prompts=comparison.num_prompts, seed=run.seed)
-    rows = compare(target, prompts, [output / name for name in DRAFTERS], output, settings)
-    if run.report_to == "wandb":
-        to_wandb(rows, output, run.wandb_project)
-    print("\n".join(["", header(rows, "terminal"), *table(rows, "terminal")]))
-    for panel in panels:
-        last_values = (f"{name} {points[-1][1]:.4f}" for name, points in panel.lines.items())
-        print(f"{panel.title}: at the end {', '.join(last_values)}")
-    print(f"Plots: {output}/curves.png and {output}/bakeoff.png")
+        target = Target.from_pretrained(run.target, dtype="float32")
+        prompts = load_prompts(comparison.held_out, target.tokenizer, max_prompts=comparison.num_prompts, seed=run.seed)
+        rows = compare(target, prompts, [output / name for name in DRAFTERS], output, settings)
+        if run.report_to == "wandb":
+            to_wandb(rows, output, run.wandb_project)
+        print("\n".join(["", header(rows, "terminal"), *table(rows, "terminal")]))
+        for panel in panels:
+            last_values = (f"{name} {points[-1][1]:.4f}" for name, points in panel.lines.items())
+            print(f"{panel.title}: at the end {', '.join(last_values)}")
+        print(f"Plots: {output}/curves.png and {output}/bakeoff.png")
 
 
 def _train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
@@ -120,7 +119,5 @@ def _train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
 
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         main(*parse_settings(ComparisonSettings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -10,7 +10,6 @@ killed is continued by the same command. Pocket target in float32: 1,400 tokens/
 1,800 with 120, and 2,100 on two cores.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from data.writers.server import ServerWriter
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.files import check_replaceable
 from draftsmith.core.model_info import read_target_info
+from trainers.training import launchers
 from trainers.training.settings import parse_settings
 
 
@@ -96,7 +96,5 @@ def main(run: RunSettings, settings: PseudoDataSettings) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         main(*parse_settings(RunSettings, PseudoDataSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -8,7 +8,6 @@ and nothing is trained twice.
 """
 
 import importlib
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from data.writers import LocalWriter, PseudoDataSettings
 from draftsmith import Target
 from draftsmith.core.model_info import read_target_info
 from draftsmith.length.costs import num_threads
-from eval.bakeoff.results import claim
+from eval.bakeoff.results import claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.report.table import header, table
@@ -84,30 +83,30 @@ def main(run: QuickstartSettings) -> None:
     start, output = time.perf_counter(), Path(run.output)
     settings = BakeoffSettings(rounds=run.rounds, max_new_tokens=run.max_new_tokens, forecast_sizes=(), seed=run.seed)
     transformers.utils.logging.disable_progress_bar()
-    claim(output)
-    training, held_out = _prompts(run)
-    settings.check_prompts(len(held_out))
-    target = Target.from_pretrained(run.target, dtype="float32")
+    with claimed(output):
+        training, held_out = _prompts(run)
+        settings.check_prompts(len(held_out))
+        target = Target.from_pretrained(run.target, dtype="float32")
 
-    _say(f"Prompt for {Path(run.target).name}:\n{held_out[0].text}")
-    _say("Its greedy continuation:")
-    with num_threads(settings.threads):
-        streamer = transformers.TextStreamer(target.tokenizer, skip_prompt=True)
-        ids = torch.tensor([held_out[0].ids], device=target.device)
-        draftsmith.generate(target, ids, max_new_tokens=run.max_new_tokens, streamer=streamer)
-    with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
-        _say(f"Generating training data: continuations of {len(training)} prompts")
-        data_settings = PseudoDataSettings(
-            max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed
-        )
-        write_pseudo_data(LocalWriter(target), training, output / "pseudo-data", data_settings)
-        artifacts = [_train(preset, run) for preset in sorted(PRESETS.glob("quickstart-*.yaml"))]
-    _say(f"Comparing all drafters with plain decoding on {len(held_out)} held-out prompts")
-    rows = compare(target, held_out, artifacts, output, settings)
-    print("\n".join(["", header(rows, "terminal"), *table(rows, "terminal")]))
-    best = max((row for row in rows if row["family"] is not None), key=lambda row: row["speedup"])
-    print(NEXT.format(output=output, drafter=output / best["drafter"]))
-    print(f"Done in {time.perf_counter() - start:.0f} s.")
+        _say(f"Prompt for {Path(run.target).name}:\n{held_out[0].text}")
+        _say("Its greedy continuation:")
+        with num_threads(settings.threads):
+            streamer = transformers.TextStreamer(target.tokenizer, skip_prompt=True)
+            ids = torch.tensor([held_out[0].ids], device=target.device)
+            draftsmith.generate(target, ids, max_new_tokens=run.max_new_tokens, streamer=streamer)
+        with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
+            _say(f"Generating training data: continuations of {len(training)} prompts")
+            data_settings = PseudoDataSettings(
+                max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed
+            )
+            write_pseudo_data(LocalWriter(target), training, output / "pseudo-data", data_settings)
+            artifacts = [_train(preset, run) for preset in sorted(PRESETS.glob("quickstart-*.yaml"))]
+        _say(f"Comparing all drafters with plain decoding on {len(held_out)} held-out prompts")
+        rows = compare(target, held_out, artifacts, output, settings)
+        print("\n".join(["", header(rows, "terminal"), *table(rows, "terminal")]))
+        best = max((row for row in rows if row["family"] is not None), key=lambda row: row["speedup"])
+        print(NEXT.format(output=output, drafter=output / best["drafter"]))
+        print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 
 def _prompts(run: QuickstartSettings) -> tuple[list[Prompt], list[Prompt]]:
@@ -143,7 +142,5 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         main(*parse_settings(QuickstartSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -13,16 +13,12 @@ and 8. A proposal takes 0.15 ms and learning 0.3 ms, together 7 % of a plain ste
 logits at 9 nodes, the rest some thirty small operations.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import recycling
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(recycling, *parse_settings(recycling.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

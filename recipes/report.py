@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 from eval.report.page import write_report
+from trainers.training import launchers
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(__doc__)
         sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
-    try:
+    with launchers.user_errors():
         print(f"Written: {write_report(Path(sys.argv[1]))}")
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -12,16 +12,12 @@ prompts 2.10 tokens per round at temperature 0, 1.35 at temperature 1. With `--b
 sample of the same size has 1.60 and 1.22.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import rest
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(rest, *parse_settings(rest.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

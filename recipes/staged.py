@@ -11,16 +11,12 @@ Pocket target: 1.65 tokens per round, as with the draft model alone; a drafted t
 instead of 3.3 ms.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import staged
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(staged, *parse_settings(staged.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -13,16 +13,12 @@ milliseconds; held-out acceptance 5.65 tokens per round. On 8 prompts of `python
 and 1.25 at temperature 1 (2.2 and 1.1 without stored text); a proposal takes 0.25 ms, 4 % of a plain step.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import suffix
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(suffix, *parse_settings(suffix.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.sweeps.sweep import describe, read_sweep, run_sweep, table, trial_folder
+from trainers.training import launchers
 from trainers.training.settings import parse_settings
 
 
@@ -56,7 +57,5 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     if words and not words[0].startswith("-"):
         words = ["--file", *words]
-    try:
+    with launchers.user_errors():
         main(*parse_settings(SweepSettings, description=__doc__, argv=words))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -7,7 +7,6 @@ The size is printed before anything is written. A run that was killed is continu
 command above: 57,500 tokens, 65 MB, about 6,700 tokens/s on one CPU core.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from data import POCKET
 from data.examples import check_target, open_examples
 from data.store import TeacherStoreSettings, plan_teacher_store, write_teacher_store
 from draftsmith.core.model_info import read_target_info
+from trainers.training import launchers
 from trainers.training.settings import parse_settings
 
 
@@ -49,7 +49,5 @@ def main(run: RunSettings, settings: TeacherStoreSettings) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         main(*parse_settings(RunSettings, TeacherStoreSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -16,7 +16,6 @@ bound.
 
 import dataclasses
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +29,14 @@ from data.prompts import load_prompts
 from draftsmith import Target
 from draftsmith.length.costs import num_threads, verify_ms
 from draftsmith.parts.neural.quantised import SCHEMES
-from eval.bakeoff.results import claim
+from eval.bakeoff.results import claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.plots.tradeoff import Point, publish_tradeoff
 from recipes.compress import held_out_acceptance, held_out_batches, make_artifact
 from trainers import distill
 from trainers.compress import ZEROS, CompressSettings, compress
+from trainers.training import launchers
 from trainers.training.checkpoints import WEIGHTS
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
@@ -70,29 +70,31 @@ class SweepSettings:
 
 def main(sweep: SweepSettings, loss: distill.Settings, run: RunSettings) -> None:
     output = Path(run.output or "runs/tradeoff").resolve()
-    claim(output)
-    artifacts: list[Path] = []
-    for settings in _compressions(sweep, run, output):
-        name = Path(settings.output).name
-        try:
-            folder = compress(settings)
-        except ValueError as error:
-            print(f"{name} is left out: {error}")
-            continue
-        artifacts.append(make_artifact(folder, settings, output / CUT / name))
-        if sweep.heal and settings.method not in SCHEMES:
-            how = dataclasses.replace(loss, init=str(folder), keep_zeros=settings.method in ZEROS)
-            healed = dataclasses.replace(run, output=str(output / HEALED / name))
-            artifacts.append(train(distill, how, healed))
-    target = Target.from_pretrained(run.target, dtype="float32")
-    prompts = load_prompts(sweep.held_out, target.tokenizer, max_prompts=sweep.num_prompts, seed=run.seed)
-    bakeoff_settings = BakeoffSettings(
-        rounds=sweep.rounds, max_new_tokens=sweep.max_new_tokens, batch_sizes=(1,), forecast_sizes=(), seed=run.seed
-    )
-    batches = held_out_batches(next(_compressions(sweep, run, output)), target)
-    rows = compare(target, prompts, artifacts, output, bakeoff_settings)
-    points = [point for index, path in enumerate(artifacts) for point in _points(target, path, index, rows, batches)]
-    print(publish_tradeoff(points, output))
+    with claimed(output):
+        artifacts: list[Path] = []
+        for settings in _compressions(sweep, run, output):
+            name = Path(settings.output).name
+            try:
+                folder = compress(settings)
+            except ValueError as error:
+                print(f"{name} is left out: {error}")
+                continue
+            artifacts.append(make_artifact(folder, settings, output / CUT / name))
+            if sweep.heal and settings.method not in SCHEMES:
+                how = dataclasses.replace(loss, init=str(folder), keep_zeros=settings.method in ZEROS)
+                healed = dataclasses.replace(run, output=str(output / HEALED / name))
+                artifacts.append(train(distill, how, healed))
+        target = Target.from_pretrained(run.target, dtype="float32")
+        prompts = load_prompts(sweep.held_out, target.tokenizer, max_prompts=sweep.num_prompts, seed=run.seed)
+        bakeoff_settings = BakeoffSettings(
+            rounds=sweep.rounds, max_new_tokens=sweep.max_new_tokens, batch_sizes=(1,), forecast_sizes=(), seed=run.seed
+        )
+        batches = held_out_batches(next(_compressions(sweep, run, output)), target)
+        rows = compare(target, prompts, artifacts, output, bakeoff_settings)
+        points = [
+            point for index, path in enumerate(artifacts) for point in _points(target, path, index, rows, batches)
+        ]
+        print(publish_tradeoff(points, output))
 
 
 def _compressions(sweep: SweepSettings, run: RunSettings, output: Path) -> Iterator[CompressSettings]:
@@ -133,7 +135,5 @@ def _points(
 
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         main(*parse_settings(SweepSettings, distill.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -12,16 +12,12 @@ parameters and 2,048 tokens, 1,851 of them also the target's. On 8 held-out prom
 (identical output) and 1.34 at temperature 1, where the two distributions overlap by 0.32; a draft takes 0.4 of a step.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import translated
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(translated, *parse_settings(translated.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

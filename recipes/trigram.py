@@ -14,16 +14,12 @@ evaluation; 43,000 pairs of tokens and 88,000 successors, 1.4 MB; held-out accep
 8` 2.52 and 1.24. A proposal takes 0.16 ms, or 0.4 ms during decoding on shared cores, 3 % of a plain step.
 """
 
-import sys
-from pathlib import Path
-
 from trainers import trigram
+from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         train(trigram, *parse_settings(trigram.Settings, RunSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from data.folder_lock import locked
 from data.sources.python_source import SourceFile, docstring_pairs, source_files, split_files
 from draftsmith.artifacts.files import atomic_folder
 
@@ -115,13 +116,13 @@ def train_pocket(settings: PocketSettings) -> None:
         files = files[:: max(1, len(files) // settings.max_files)]
     train_files, held_out_files = split_files(files, held_out_share=settings.held_out_share, seed=settings.seed)
     work = Path(settings.work)
-    work.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(train_files, work / "tokenizer.json", settings.block_length)
-    corpus = Corpus(tokenizer, train_files, held_out_files)
-    if settings.kind != "seq2seq":
-        _train_causal(settings, corpus)
-    if settings.kind != "causal":
-        _train_seq2seq(settings, corpus)
+    with locked(work):
+        tokenizer = _tokenizer(train_files, work / "tokenizer.json", settings.block_length)
+        corpus = Corpus(tokenizer, train_files, held_out_files)
+        if settings.kind != "seq2seq":
+            _train_causal(settings, corpus)
+        if settings.kind != "causal":
+            _train_seq2seq(settings, corpus)
 
 
 def _train_causal(settings: PocketSettings, corpus: Corpus) -> None:

@@ -21,6 +21,7 @@ from data.writers.server import ServerWriter
 from draftsmith import Target
 from draftsmith.core.model_info import read_target_info
 from tests.support.models import SEQ2SEQ
+from tests.support.runs import locked_by_another_run
 from tests.support.text import (
     CONTEXT,
     EOS_ID,
@@ -230,6 +231,24 @@ def test_write_rejects_a_folder_of_another_run_or_other_files(target, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("text")
     with pytest.raises(ValueError, match=r"mine contains other files"):
         write_pseudo_data(target, prompts, tmp_path / "mine", SMALL)
+
+
+def test_write_rejects_a_folder_that_another_run_uses(target, tmp_path):
+    with locked_by_another_run(tmp_path / "out"), pytest.raises(ValueError, match="out is in use by another run"):
+        write_pseudo_data(target, some_prompts(tmp_path, 5), tmp_path / "out", SMALL)
+    write_pseudo_data(target, some_prompts(tmp_path, 5), tmp_path / "out", SMALL)
+
+
+def test_recipe_continues_after_kill_before_the_manifest(tmp_path):
+    """A run killed between the folder's creation and its manifest does not block the folder."""
+    path, source = save_target(tmp_path / "target"), str(write_prompts(tmp_path / "prompts.jsonl", 4))
+    (tmp_path / "out").mkdir()
+    for name in (".lock", "._pseudo_data.json.part-1"):
+        (tmp_path / "out" / name).touch()
+    flags = ["--target", path, "--data", source, "--max-new-tokens", "2", "--output", str(tmp_path / "out")]
+    recipe.main(*parse_settings(*SETTINGS, description="", argv=flags))
+    names = [path.name for path in sorted((tmp_path / "out").iterdir())]
+    assert names == ["_pseudo_data.json", "part-00000.parquet"]
 
 
 def test_read_rejects_damaged_data_and_other_targets(target, tmp_path):

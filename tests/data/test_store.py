@@ -14,6 +14,7 @@ from data.store import TeacherStoreSettings, open_teacher_store, write_teacher_s
 from data.teacher import complete
 from data.writers import PseudoDataSettings
 from draftsmith import Target
+from tests.support.runs import locked_by_another_run
 from tests.support.text import (
     CONTEXT,
     VOCAB_SIZE,
@@ -211,6 +212,11 @@ def test_run_continued_after_sigkill_equals_an_uninterrupted_one(tmp_path, capsy
 
 
 # --- Errors ------------------------------------------------------------------------------------------------------
+
+
+def test_write_rejects_a_folder_that_another_run_uses(target, rows, tmp_path):
+    with locked_by_another_run(tmp_path / "store"), pytest.raises(ValueError, match="store is in use by another run"):
+        write(target, rows, tmp_path / "store")
 
 
 def test_store_of_another_target_or_settings_is_rejected(target, rows, tmp_path):

@@ -5,7 +5,6 @@ the trials so far alone, and the run of an interrupted trial continues from its 
 """
 
 import difflib
-import fcntl
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,13 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from data.folder_lock import locked
 from data.shards import open_folder, write_whole
 from trainers.sweeps import sampler
 from trainers.training import jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
-MARKER, TRIALS, TABLE, LOCK = "sweep.json", "trials.jsonl", "sweep.md", ".lock"
+MARKER, TRIALS, TABLE = "sweep.json", "trials.jsonl", "sweep.md"
 USED = ("program", "command", "method", "metric", "parameters")
 DESCRIPTIVE = ("apiVersion", "kind", "controller", "name", "description", "entity", "project")
 SERVER_ONLY = ("early_terminate", "run_cap", "scheduler", "job", "image_uri")
@@ -123,18 +122,20 @@ def run_sweep(sweep: Sweep, output: Path, *, num_trials: int, seed: int) -> list
     """Runs trials until `output` holds `num_trials` of them; returns all and writes them as a table.
 
     Each is a dictionary of `trial`, `parameters`, `value` of the metric (None if it failed) and `seconds`. Raises
-    ValueError if three in succession fail, or if a trial of this sweep is running elsewhere.
+    ValueError if three in succession fail, or if this sweep or a trial of it is running elsewhere.
     """
     identity = {"sweep": sweep.config, "seed": seed}
     if sweep.config["method"] == "bayes":
         # Folders without this key hold trials of wandb's sampler, whose choices cannot be continued.
         identity["sampler"] = "bayesian-optimization"
-    open_folder(output, MARKER, identity, notes={"command": sys.argv})
+    with locked(output, kept=lambda: f"{len(jsonl.read(output / TRIALS))} trials") as lock:
+        open_folder(output, MARKER, identity, notes={"command": sys.argv}, disposable=_disposable(output))
+        return _run_trials(sweep, output, lock, num_trials=num_trials, seed=seed)
+
+
+def _run_trials(sweep: Sweep, output: Path, lock: int, *, num_trials: int, seed: int) -> list[dict[str, Any]]:
     trials, num_failures = jsonl.read(output / TRIALS), 0
-    with (
-        _locked(output) as lock,
-        tqdm(total=num_trials, initial=min(len(trials), num_trials), desc="sweep", unit="trial") as bar,
-    ):
+    with tqdm(total=num_trials, initial=min(len(trials), num_trials), desc="sweep", unit="trial") as bar:
         while len(trials) < num_trials and (parameters := sweep.draw(trials, seed=seed)) is not None:
             trial = _run(sweep, parameters, output, len(trials) + 1, lock)
             jsonl.append(output / TRIALS, trial)
@@ -206,26 +207,18 @@ def _run(sweep: Sweep, parameters: sampler.Values, output: Path, number: int, lo
     return {"trial": number, "parameters": parameters, "value": value, "seconds": round(seconds, 1)}
 
 
+def _disposable(output: Path) -> list[str]:
+    """Returns the names in the sweep's folder that are of no use to continue it: all records, if every trial failed."""
+    if any(trial["value"] is not None for trial in jsonl.read(output / TRIALS)):
+        return []
+    return [TRIALS, TABLE, *(path.name for path in output.glob("trial-*.log"))]
+
+
 def _last_value(log: Path, name: str) -> float | None:
     """Returns the last value logged under wandb's name of a metric; None without one, or if it is not finite."""
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     values = [value for line in lines for key, value in line.items() if jsonl.wandb_name(key) == name]
     return float(values[-1]) if values and isinstance(values[-1], int | float) and math.isfinite(values[-1]) else None
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[int]:
-    """Yields a descriptor that locks the folder as long as any process has it open."""
-    lock = os.open(output / LOCK, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise ValueError(f"a trial of {output} is still running; wait until it ends, or stop it") from None
-    try:
-        yield lock
-    finally:
-        os.close(lock)
 
 
 def _program(config: dict[str, Any]) -> Path:

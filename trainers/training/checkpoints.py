@@ -1,16 +1,18 @@
 """A run's folder: its settings (`run.json`), its checkpoints and which of them are complete.
 
-A checkpoint is complete once its `whole.json` lists every file with its size; those interrupted by `kill -9` or
-truncated later are skipped.
+A checkpoint is complete once its `whole.json` lists every file with its hash, which is written after the files are on
+disk; those interrupted by `kill -9` are skipped, and those damaged later are set aside.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from data.shards import write_whole
+from data.shards import sync, write_whole
 from draftsmith.artifacts.model_card import keep_edited, warn_of_kept
+from trainers.training.jsonl import LOG
 
 MARKER = "run.json"
 ARTIFACT = "draft_config.json"
@@ -29,37 +31,96 @@ def folder(output: Path, step: int) -> Path:
 
 def mark_complete(checkpoint: Path, facts: dict[str, Any]) -> None:
     """Marks a checkpoint as complete and records `facts`, which must be the same when a run resumes from it."""
-    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
-    text = json.dumps({"files": sizes, **facts}, indent=1)
+    files = _files(checkpoint)
+    for path in {*files, *(path.parent for path in files), checkpoint.parent, checkpoint.parent.parent}:
+        sync(path)
+    hashes = {str(path.relative_to(checkpoint)): _hash(path) for path in files}
+    text = json.dumps({"hashes": hashes, **facts}, indent=1)
     write_whole(checkpoint / WHOLE, lambda path: path.write_text(text))
 
 
 def keep_only(output: Path, steps: set[int]) -> None:
     """Removes the checkpoints of all other steps."""
-    kept = {folder(output, step) for step in steps}
     for checkpoint in (output / "checkpoints").glob("checkpoint-*"):
-        if checkpoint not in kept:
+        if checkpoint not in {folder(output, step) for step in steps}:
             shutil.rmtree(checkpoint)
 
 
 def newest_complete(output: Path) -> tuple[int, dict[str, Any]] | None:
-    """Returns (step, facts) of the newest complete checkpoint, None without one."""
-    steps = (int(path.name.rpartition("-")[2]) for path in (output / "checkpoints").glob("checkpoint-*"))
-    for step in sorted(steps, reverse=True):
-        facts = _facts(folder(output, step))
-        if facts is not None:
-            return step, facts
+    """Returns (step, facts) of the newest complete and undamaged checkpoint, None without one."""
+    for checkpoint in _marked(output):
+        facts, fault = _read(checkpoint)
+        if not fault:
+            return _step(checkpoint), facts
     return None
 
 
-def _facts(checkpoint: Path) -> dict[str, Any] | None:
-    """Returns the facts recorded in a checkpoint, None if it is not complete."""
-    if not (checkpoint / WHOLE).is_file():
-        return None
-    facts = json.loads((checkpoint / WHOLE).read_text())
-    sizes = facts.pop("files")
-    found = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
-    return facts if sizes.items() <= found.items() else None
+def best_undamaged(output: Path, step: int) -> Path:
+    """Returns the checkpoint of `step`, the best one, or the newest complete one, with a message, if it is damaged."""
+    checkpoint, newest = folder(output, step), newest_complete(output)
+    _, fault = _read(checkpoint)
+    if not fault or newest is None:
+        return checkpoint
+    print(f"{checkpoint}, the best one, is damaged ({fault}); the newest one is used")
+    return folder(output, newest[0])
+
+
+def set_damaged_aside(output: Path) -> None:
+    """Renames damaged checkpoints that are marked as complete to `damaged-checkpoint-*`, and names them.
+
+    The caller holds the folder's lock.
+    """
+    for checkpoint in _marked(output):
+        _, fault = _read(checkpoint)
+        if fault:
+            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+            print(f"{checkpoint} is damaged ({fault}); it is now {aside.name}, and the one before it is used")
+
+
+def kept(output: Path) -> str:
+    """Returns what an unfinished run's folder holds for it to continue from, for messages."""
+    marked = _marked(output)
+    return f"the checkpoint of step {_step(marked[0])}" if marked else "what is complete, and no checkpoint yet"
+
+
+def disposable(output: Path) -> list[str]:
+    """Returns the names in the folder of a run that are of no use to continue it: logs, and incomplete checkpoints."""
+    return [LOG, "wandb", *([] if _marked(output) else ["checkpoints"])]
+
+
+def _marked(output: Path) -> list[Path]:
+    """Returns the checkpoints that are marked as complete, the newest first."""
+    found = [path for path in (output / "checkpoints").glob("checkpoint-*") if (path / WHOLE).is_file()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Any], str]:
+    """Returns the facts recorded in a checkpoint, and what is wrong with it, "" if nothing is."""
+    try:
+        facts = json.loads((checkpoint / WHOLE).read_text())
+        # Earlier versions recorded the files' sizes alone.
+        recorded, measure = (facts.pop("hashes"), _hash) if "hashes" in facts else (facts.pop("files"), _size)
+        for name, value in recorded.items():
+            if measure(checkpoint / name) != value:
+                return {}, f"{name} has changed"
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return {}, " ".join(str(error).split())
+    return facts, ""
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _files(checkpoint: Path) -> list[Path]:
@@ -79,6 +140,6 @@ def publish(staging: Path, output: Path) -> None:
 
 
 def clear(output: Path) -> None:
-    """Removes a finished run's checkpoints and the parts of its datastore."""
-    for name in ("checkpoints", "parts"):
+    """Removes a finished run's checkpoints, the parts of its datastore and what a killed run has left of publishing."""
+    for name in ("checkpoints", "parts", "artifact"):
         shutil.rmtree(output / name, ignore_errors=True)

@@ -7,11 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import transformers
+from tqdm import tqdm
 
+from data.folder_lock import storage_fault
 from data.pseudo_data import read_pseudo_data
 from trainers.training.run_settings import DEFAULT_DATA, RunSettings
 
@@ -62,6 +67,30 @@ def begin(run: RunSettings) -> str | None:
         raise ValueError(f"--deepspeed {run.deepspeed}: no such file; give a path or one of {known}")
     _prepare_deepspeed()
     return str(path)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends a recipe with one sentence on standard error for an error of its user (status 1) and for Ctrl-C (130)."""
+    name = Path(sys.argv[0]).name
+    try:
+        yield
+    except ValueError as error:
+        _exit(f"{name}: {error}", 1)
+    except KeyboardInterrupt as error:
+        # The last note is that of the outermost folder.
+        _exit("; ".join([f"{name}: interrupted", *getattr(error, "__notes__", [])[-1:]]), 130)
+    except Exception as error:
+        if fault := storage_fault(error):
+            _exit(f"{name}: {fault}", 1)
+        raise
+
+
+def _exit(sentence: str, status: int) -> NoReturn:
+    for bar in list(tqdm._instances):  # else they would write another line when they are deleted
+        bar.close()
+    print(sentence, file=sys.stderr)
+    sys.exit(status)
 
 
 def require(is_used: bool, package: str, flag: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from data.shards import write_whole
 from trainers.training import launchers
 from trainers.training.jsonl import HELD_OUT, LOG, wandb_name
 from trainers.training.run_settings import RunSettings
@@ -73,11 +74,17 @@ class JsonlCallback(TrainerCallback):
 
 
 def begin(run: RunSettings, config: dict[str, Any], output: Path) -> None:
-    """Starts the wandb run on rank 0, if enabled, with all settings in its config."""
+    """Starts the wandb run on rank 0, if enabled, with all settings in its config; a continued run keeps its id.
+
+    The id is kept in the file `wandb/run-id` of the folder, so offline sessions belong to one run when they are synced.
+    """
     if run.report_to == "wandb" and launchers.rank() == 0:
         import wandb
 
-        wandb.init(project=os.environ["WANDB_PROJECT"], name=output.name, dir=output, config=config)
+        file, project = output / "wandb" / "run-id", os.environ["WANDB_PROJECT"]
+        name = file.read_text() if file.exists() else None
+        tracked = wandb.init(project=project, name=output.name, dir=output, config=config, id=name, resume="allow")
+        write_whole(file, lambda path: path.write_text(tracked.id))
 
 
 def make_logger(run: RunSettings, output: Path) -> Callable[[dict[str, Any]], None]:

@@ -4,6 +4,8 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,8 @@ from torch.utils.data import Subset
 import draftsmith
 from data.batches import Batch, Example, collate, split, truncate
 from data.examples import Examples, check_target, open_examples
-from data.shards import open_folder
+from data.folder_lock import locked
+from data.shards import check_folder, open_folder
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
@@ -46,54 +49,76 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
         family.check(settings, target_facts)
     _check_start(run, family, target_facts)
     examples = open_examples(run.data, target_facts)
-    if launchers.rank() == 0:
-        identity = {"family": name, **flat(settings), **run.identity()}
-        if hasattr(family, "fit"):
-            identity["data_fingerprint"] = examples.fingerprint
-        open_folder(output, checkpoints.MARKER, identity, notes={"command": command})
-    if checkpoints.is_finished(output):
-        print(f"{output}: this run is finished; nothing to do")
-        return output
-    logs.begin(run, flat(settings) | flat(run), output)
-
-    target = Target.from_pretrained(run.target, dtype="bfloat16" if run.bf16 else "float32", device=launchers.device())
-    target.model.requires_grad_(False)
-    check_target(examples, run.data, target)
-    train_rows, held_out = _split(examples, run, min(run.max_length, target.context_length))
-    earlier_s, costs = 0.0, dict[str, float]()
+    identity = {"family": name, **flat(settings), **run.identity()}
     if hasattr(family, "fit"):
-        drafter = family.fit(settings, target, train_rows, run, output) if launchers.rank() == 0 else None
-        earlier_s = family.prior_train_s(settings) if hasattr(family, "prior_train_s") else 0.0
-    else:
-        facts = {"data_fingerprint": examples.fingerprint, "target_fingerprint": target.fingerprint}
-        drafter, earlier_s, costs = _train_by_gradient(
-            family, settings, run, target, train_rows, list(held_out), output, deepspeed, facts
-        )
-    if launchers.rank() == 0:
-        needs = family.needs(settings, target)
-        layers = needs.layers + needs.held_out_layers
-        evaluation_batches = [complete(batch, target, layers, needs.top_k) for batch in held_out]
-        if hasattr(family, "finish"):
-            # It measures costs, and training may run on more threads than decoding.
-            with num_threads(run.decode_threads):
-                drafter = family.finish(drafter, settings, target, evaluation_batches)
-        with torch.no_grad():
-            acceptance = evaluation.evaluate_all(drafter, evaluation_batches, family, settings, target, needs, costs)
-        record: dict[str, Any] = {
-            "command": command,
-            "trainer": name,
-            "seed": run.seed,
-            "settings": flat(settings) | flat(run),
-            "data_fingerprint": examples.fingerprint,
-            "measured_acceptance": acceptance,
-            "train_s": round(earlier_s + time.perf_counter() - started, 1),
-        }
-        logs.log_artifact(run, acceptance, record["train_s"], output)
-        draftsmith.save(drafter, output / "artifact", target=target, record=record)
-        checkpoints.publish(output / "artifact", output)
-        print(f"{output}: trained in {record['train_s']:.0f} s; held-out {ACCEPTANCE} {acceptance[ACCEPTANCE]:.3f}")
+        identity["data_fingerprint"] = examples.fingerprint
+    is_first = launchers.rank() == 0
+    with locked(output, kept=partial(checkpoints.kept, output)) if is_first else nullcontext():
+        options: dict[str, Any] = {"notes": {"command": command}}
+        if is_first:
+            checkpoints.set_damaged_aside(output)
+            options["disposable"] = checkpoints.disposable(output)
+            check_folder(output, checkpoints.MARKER, identity, **options)
+        if checkpoints.is_finished(output):
+            checkpoints.clear(output)
+            print(f"{output}: this run is finished; nothing to do")
+            return output
+        dtype = "bfloat16" if run.bf16 else "float32"
+        target = Target.from_pretrained(run.target, dtype=dtype, device=launchers.device())
+        target.model.requires_grad_(False)
+        check_target(examples, run.data, target)
+        train_rows, held_out = _split(examples, run, min(run.max_length, target.context_length))
+        if is_first:
+            open_folder(output, checkpoints.MARKER, identity, **options)
+        logs.begin(run, flat(settings) | flat(run), output)
+        earlier_s, costs = 0.0, dict[str, float]()
+        if hasattr(family, "fit"):
+            drafter = family.fit(settings, target, train_rows, run, output) if is_first else None
+            earlier_s = family.prior_train_s(settings) if hasattr(family, "prior_train_s") else 0.0
+        else:
+            facts = {"data_fingerprint": examples.fingerprint, "target_fingerprint": target.fingerprint}
+            drafter, earlier_s, costs = _train_by_gradient(
+                family, settings, run, target, train_rows, list(held_out), output, deepspeed, facts
+            )
+        if is_first:
+            drafter, acceptance = _finish_and_evaluate(drafter, family, settings, run, target, held_out, costs)
+            train_s = round(earlier_s + time.perf_counter() - started, 1)
+            record: dict[str, Any] = {
+                "command": command,
+                "trainer": name,
+                "seed": run.seed,
+                "settings": flat(settings) | flat(run),
+                "data_fingerprint": examples.fingerprint,
+                "measured_acceptance": acceptance,
+                "train_s": train_s,
+            }
+            logs.log_artifact(run, acceptance, train_s, output)
+            draftsmith.save(drafter, output / "artifact", target=target, record=record)
+            checkpoints.publish(output / "artifact", output)
+            print(f"{output}: trained in {train_s:.0f} s; held-out {ACCEPTANCE} {acceptance[ACCEPTANCE]:.3f}")
     launchers.end()
     return output
+
+
+def _finish_and_evaluate(
+    drafter: Any,
+    family: ModuleType,
+    settings: Any,
+    run: RunSettings,
+    target: Target,
+    held_out: list[Batch],
+    costs: dict[str, float],
+) -> tuple[Any, dict[str, float]]:
+    """Returns the drafter after the family's final step, and its metrics on the held-out batches."""
+    needs = family.needs(settings, target)
+    layers = needs.layers + needs.held_out_layers
+    batches = [complete(batch, target, layers, needs.top_k) for batch in held_out]
+    if hasattr(family, "finish"):
+        # It measures costs, and training may run on more threads than decoding.
+        with num_threads(run.decode_threads):
+            drafter = family.finish(drafter, settings, target, batches)
+    with torch.no_grad():
+        return drafter, evaluation.evaluate_all(drafter, batches, family, settings, target, needs, costs)
 
 
 def _train_by_gradient(
@@ -150,7 +175,7 @@ def _train_by_gradient(
     # Under ZeRO-3 only the checkpoint has complete weights, so the drafter is built again and loaded from it.
     torch.manual_seed(run.seed)
     drafter = family.build(settings, target).to(target.dtype).eval()
-    weights = load_file(checkpoints.folder(output, saved["best_step"]) / checkpoints.WEIGHTS)
+    weights = load_file(checkpoints.best_undamaged(output, saved["best_step"]) / checkpoints.WEIGHTS)
     drafter.load_state_dict({name.removeprefix("drafter."): weight for name, weight in weights.items()})
     return drafter, saved["spent_s"], saved["costs"]
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,7 +205,7 @@ def test_killed_sweep_continues_after_its_running_trial_ends(tmp_path: Path) -> 
     with (tmp_path / "out" / "trials.jsonl").open("a") as file:
         file.write('{"trial": 2, "para')
     sweep = read_sweep(path, {"gate": str(gate)})
-    with pytest.raises(ValueError, match="a trial of .*out is still running; wait until it ends, or stop it"):
+    with pytest.raises(ValueError, match="out is in use by another run .*; wait until it ends, stop it"):
         run_sweep(sweep, tmp_path / "out", num_trials=3, seed=5)
     gate.touch()
     wait_until((tmp_path / "out" / "trial-002" / "log.jsonl").exists)
@@ -245,6 +246,17 @@ def test_trial_without_the_metric_has_failed(tmp_path: Path, capsys: pytest.Capt
     sweep, trials = run_parabola(tmp_path, "out", 1, metric={"name": "eval/scroe", "goal": "maximize"})
     assert trials[0]["value"] is None and sweep.best(trials) is None
     assert "no eval/scroe in " in capsys.readouterr().err
+
+
+def test_mended_sweep_starts_over_if_every_trial_failed(tmp_path: Path) -> None:
+    """Trials of recipes that are rejected leave no folders, unlike those of this program."""
+    given = {"x": {"values": [1, 2]}, "fails_above": {"value": 0}, "gate": {"value": str(tmp_path)}}
+    run_parabola(tmp_path, "out", 2, method="grid", parameters=given)
+    for number in (1, 2):
+        shutil.rmtree(tmp_path / "out" / f"trial-{number:03d}")
+    _, trials = run_parabola(tmp_path, "out", 2, method="grid", parameters=given | {"fails_above": {"value": 5}})
+    assert [one["value"] for one in trials] == [-4.0, -1.0]
+    assert len((tmp_path / "out" / "trials.jsonl").read_text().splitlines()) == 2
 
 
 def test_changed_sweep_does_not_continue_an_existing_one(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.support import runs
 from tests.support.runs import SMALL, make_data, make_target, trainer_settings
 from tests.support.wandb_files import read_wandb
 from trainers import layerskip, lookup, medusa
-from trainers.training import logs
+from trainers.training import checkpoints, logs
 from trainers.training.jsonl import wandb_name
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
@@ -69,6 +69,30 @@ def test_wandb_offline_gets_the_same_metrics_and_all_settings(folder: Path, monk
         for line in lines(output):
             expected = {wandb_name(name): value for name, value in line.items() if name != "step"}
             assert any(expected.items() <= one.items() for one in logged), line
+
+
+def test_continued_run_keeps_its_wandb_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sessions of an interrupted run are offline folders of one wandb run; another run has an id of its own."""
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    run = run_settings(folder, "continued", report_to="wandb")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "publish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(*FAMILIES[0], run)
+    wandb.finish()
+    monkeypatch.undo()
+    sessions = {path.name for path in (folder / "continued").glob("wandb/offline-run-*")}
+    train(*FAMILIES[0], run)
+    wandb.finish()
+    sessions |= {path.name for path in (folder / "continued").glob("wandb/offline-run-*")}
+    ids = {name.rpartition("-")[2] for name in sessions}
+    assert ids == {(folder / "continued" / "wandb" / "run-id").read_text()}
+    train(*FAMILIES[0], run_settings(folder, "separate", report_to="wandb"))
+    wandb.finish()
+    assert (folder / "separate" / "wandb" / "run-id").read_text() not in ids
 
 
 def test_wandb_names_equal_those_of_transformers() -> None:

@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,18 @@ from data.pseudo_data import read_pseudo_data
 from data.store import TeacherStoreSettings, write_teacher_store
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.drafters import lookup
-from tests.support.runs import SMALL, command, environment, logged, make_data, make_target, trainer_settings, weights
-from trainers import Needs, distill, medusa
+from tests.support.runs import (
+    SMALL,
+    command,
+    environment,
+    locked_by_another_run,
+    logged,
+    make_data,
+    make_target,
+    trainer_settings,
+    weights,
+)
+from trainers import Needs, distill, layerskip, medusa
 from trainers.training import checkpoints
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
@@ -115,6 +126,70 @@ def test_run_killed_while_writing_a_checkpoint_continues_from_the_previous_one(
     check_same_as_uninterrupted(output, uninterrupted)
 
 
+def test_damaged_checkpoint_is_set_aside_and_the_one_before_used(
+    folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A power loss leaves zeros of the right size in the newest checkpoint."""
+    run, keep_only = settings(folder, "zeros"), checkpoints.keep_only
+
+    def stop_at_step_8(output: Path, steps: set[int]) -> None:
+        if 8 in steps:
+            raise KeyboardInterrupt
+        keep_only(output, steps)
+
+    monkeypatch.setattr(checkpoints, "keep_only", stop_at_step_8)
+    with pytest.raises(KeyboardInterrupt):
+        train(medusa, HEADS, run)
+    monkeypatch.undo()
+    damaged = checkpoints.folder(folder / "zeros", 8) / "optimizer.pt"
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    capsys.readouterr()
+    train(medusa, HEADS, run)
+    printed = capsys.readouterr().out
+    assert "checkpoint-8 is damaged (optimizer.pt has changed); it is now damaged-checkpoint-8" in printed
+    assert "continuing at step 4 of 8" in printed
+    check_same_as_uninterrupted(folder / "zeros", uninterrupted)
+
+
+def test_damaged_best_checkpoint_is_replaced_by_the_newest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (4, 8):
+        checkpoints.folder(tmp_path, step).mkdir(parents=True)
+        (checkpoints.folder(tmp_path, step) / "model.safetensors").write_text("weights")
+        checkpoints.mark_complete(checkpoints.folder(tmp_path, step), {})
+    assert checkpoints.best_undamaged(tmp_path, 4).name == "checkpoint-4"
+    (checkpoints.folder(tmp_path, 4) / "model.safetensors").write_text("zeroes!")
+    assert checkpoints.best_undamaged(tmp_path, 4).name == "checkpoint-8"
+    assert "checkpoint-4, the best one, is damaged" in capsys.readouterr().out
+
+
+def test_checkpoint_is_marked_complete_after_its_files_are_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, synced = checkpoints.folder(tmp_path, 4), set()
+    (checkpoint / "global_step4").mkdir(parents=True)
+    for name in ("model.safetensors", "global_step4/optimizer.pt"):
+        (checkpoint / name).write_text(name)
+    files = {path for path in tmp_path.rglob("*") if path.name != "whole.json"}
+
+    def sync(path: Path) -> None:
+        assert not (checkpoint / "whole.json").exists()
+        synced.add(path)
+
+    monkeypatch.setattr(checkpoints, "sync", sync)
+    checkpoints.mark_complete(checkpoint, {})
+    assert synced == files | {tmp_path} and (checkpoint / "whole.json").exists()
+
+
+def test_checkpoints_of_earlier_versions_with_sizes_alone_are_read(tmp_path: Path) -> None:
+    checkpoint = checkpoints.folder(tmp_path, 4)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_text("weights")
+    (checkpoint / "whole.json").write_text('{"files": {"model.safetensors": 7}, "best_step": 4}')
+    assert checkpoints.newest_complete(tmp_path) == (4, {"best_step": 4})
+    (checkpoint / "model.safetensors").write_text("weight")
+    assert checkpoints.newest_complete(tmp_path) is None
+
+
 def check_same_as_uninterrupted(output: Path, uninterrupted: Path) -> None:
     assert logged(output, *LOSSES) == logged(uninterrupted, *LOSSES)
     for name, weight in weights(uninterrupted).items():
@@ -138,6 +213,43 @@ def test_run_killed_after_its_last_step_only_publishes_the_artifact(
     assert not checkpoints.is_finished(folder / "unpublished")
     train(medusa, HEADS, settings(folder, "unpublished"))
     check_same_as_uninterrupted(folder / "unpublished", uninterrupted)
+
+
+def test_finished_run_is_cleared_of_what_a_killed_one_left(folder: Path, uninterrupted: Path) -> None:
+    for name in ("checkpoints/checkpoint-8", "artifact"):
+        (uninterrupted / name).mkdir(parents=True)
+    train(medusa, HEADS, settings(folder, "uninterrupted"))
+    assert not any((uninterrupted / name).exists() for name in ("checkpoints", "artifact"))
+
+
+@pytest.mark.parametrize(
+    ("family", "its_settings"),
+    [(medusa, HEADS), (layerskip, trainer_settings(layerskip, objective="acceptance", skip_ratio=0.5, num_texts=2))],
+)
+def test_train_rejects_a_folder_that_another_run_uses(folder: Path, family: ModuleType, its_settings: Any) -> None:
+    run = settings(folder, f"{family.__name__}-busy", max_steps=1)
+    with (
+        locked_by_another_run(Path(run.output)),
+        pytest.raises(ValueError, match="busy is in use by another run .*; wait until it ends, stop it, or name"),
+    ):
+        train(family, its_settings, run)
+    assert checkpoints.is_finished(train(family, its_settings, run))
+
+
+def test_interrupted_run_prints_one_sentence_and_exits_with_130(folder: Path, uninterrupted: Path) -> None:
+    run = settings(folder, "interrupted")
+    flags = {"num_heads": 2, "tree_nodes": 4, **SMALL, "max_steps": 100_000}
+    words = command("medusa", target=run.target, data=run.data, output=run.output, **flags)
+    process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
+    while checkpoints.newest_complete(Path(run.output)) is None and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    sentence = rf"medusa.py: interrupted; {run.output} keeps the checkpoint of step \d+; the same command continues"
+    assert re.match(sentence, error.splitlines()[-1])
+    assert not (Path(run.output) / ".lock").exists()
 
 
 def test_killed_run_continues_bit_identically(folder: Path) -> None:
@@ -195,7 +307,27 @@ def test_train_rejects_invalid_input_before_the_target_loads(
     for message, changes in {"max_steps is 0": {"max_steps": 0}, "held_out_share": {"held_out_share": 1.0}}.items():
         with pytest.raises(ValueError, match=message):
             RunSettings(**changes)
-    assert not (folder / "rejected" / "checkpoints").exists()
+    assert not (folder / "rejected").exists()
+
+
+def test_first_try_with_wrong_settings_does_not_block_its_folder(
+    folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rejected settings leave nothing; a run that fails before its first checkpoint is replaced by the mended one."""
+    with pytest.raises(ValueError, match="fewer than the 64 of one batch"):
+        train(medusa, HEADS, settings(folder, "mended", batch_size=64))
+    assert not (folder / "mended").exists()
+
+    def nan_loss(drafter: Any, *_: Any) -> Any:
+        return sum(weight.sum() for weight in drafter.parameters()) * float("nan"), {}
+
+    monkeypatch.setattr(medusa, "loss", nan_loss)
+    with pytest.raises(ValueError, match="loss is nan at step 1"):
+        train(medusa, HEADS, settings(folder, "mended", learning_rate=9.0, seed=1))
+    monkeypatch.undo()
+    (folder / "mended" / "log.jsonl").write_text('{"step": 1, "loss": 99.0}\n')
+    train(medusa, HEADS, settings(folder, "mended"))
+    check_same_as_uninterrupted(folder / "mended", uninterrupted)
 
 
 def test_train_rejects_data_of_another_target_and_too_few_rows(folder: Path, tmp_path: Path) -> None:
@@ -204,6 +336,7 @@ def test_train_rejects_data_of_another_target_and_too_few_rows(folder: Path, tmp
         train(medusa, HEADS, settings(folder, "mismatch", target=str(tmp_path / "other")))
     with pytest.raises(ValueError, match="fewer than the 64 of one batch"):
         train(medusa, HEADS, settings(folder, "too-few", batch_size=64))
+    assert not (folder / "mismatch").exists() and not (folder / "too-few").exists()
 
 
 def test_nan_loss_stops_the_run_and_names_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
