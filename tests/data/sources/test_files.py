@@ -1,0 +1,95 @@
+"""Data files: compressed ones, tables, JSON lines under other names, and rows that cannot be read."""
+
+import bz2
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+
+from data.prompts import TextSettings, load_prompts
+from data.sources import Document, read_source
+from tests.support.text import trained_tokenizer
+
+ROWS = [{"instruction": "Translate to French.", "input": f"sea {number}", "output": "mer"} for number in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+TABLE = 'instruction,input,output\nTranslate to French.,sea 0,mer\n"Translate to\nFrench, please.",sea 1,\n'
+
+
+def zstd(content: bytes) -> bytes:
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl.gz", gzip.compress(LINES)),
+        ("rows.jsonl.zst", zstd(LINES)),
+        ("rows.ndjson.bz2", bz2.compress(LINES)),
+        ("rows.ndjson", LINES),
+        ("rows.json", LINES),
+        ("rows.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("rows.jsonl", b"\xef\xbb\xbf" + LINES),
+        (
+            "rows.csv",
+            b"instruction,input,output\n" + b"".join(b"Translate to French.,sea %d,mer\n" % n for n in range(3)),
+        ),
+    ],
+)
+def test_read_source_reads_compressed_files_and_tables_as_rows(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    for source in (tmp_path / name, tmp_path):
+        assert [row.fields for row in read_source(str(source))] == ROWS
+
+
+def test_read_source_decompresses_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"some text"))
+    assert read_source(str(tmp_path)) == [Document(name=str(tmp_path / "a.txt.gz"), text="some text")]
+
+
+@pytest.mark.parametrize(("name", "table"), [("rows.csv", TABLE), ("rows.tsv", TABLE.replace(",", "\t"))])
+def test_table_rows_have_the_line_where_they_begin(tmp_path: Path, name: str, table: str) -> None:
+    (tmp_path / name).write_text(table + "one cell\nlast,,x\n".replace(",", "," if name.endswith("csv") else "\t"))
+    rows = read_source(str(tmp_path / name))
+    assert [row.where.rpartition(":")[2] for row in rows] == ["2", "3", "5", "6"]
+    assert rows[1].fields["instruction"].startswith("Translate to\nFrench") and "output" not in rows[1].fields
+    assert rows[2].fault.endswith(f"{name}:5: found 1 cells, expected 3")
+    assert rows[3].fields == {"instruction": "last", "output": "x"}
+
+
+def test_load_prompts_leaves_out_a_few_rows_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bad = ['{"prompt": "cut o', '{"prompt": ""}', "[]", '{"messages": []}', '{"prompt": "\xff"}']
+    lines = [json.dumps({"prompt": f"good {number}"}) for number in range(6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes("\n".join([lines[0], *bad, *lines[1:]]).encode("latin-1"))
+    prompts = load_prompts(str(path), trained_tokenizer())
+    assert [prompt.text for prompt in prompts] == [f"good {number}" for number in range(6)]
+    printed = capsys.readouterr().out
+    assert "5 of 11 rows cannot be used" in printed
+    for reason in (
+        "rows.jsonl:2: not valid JSON",
+        "rows.jsonl:3: `prompt` is empty",
+        "rows.jsonl:4: expected an object",
+    ):
+        assert reason in printed
+    assert "rows.jsonl:5" not in printed and "and 2 more" in printed
+    with pytest.raises(ValueError, match=r"5 of 11 rows cannot be used .*at most a share of 0.2 may.*--max-left-out"):
+        load_prompts(str(path), trained_tokenizer(), settings=TextSettings(max_left_out=0.2))
+    path.write_bytes("\n".join([lines[0], *bad]).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"5 of 6 rows cannot be used"):
+        load_prompts(str(path), trained_tokenizer())
+    assert len(load_prompts(str(path), trained_tokenizer(), settings=TextSettings(max_left_out=1.0))) == 1
+    path.write_bytes("\n".join(bad).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"5 of 5 rows cannot be used .*none is left"):
+        load_prompts(str(path), trained_tokenizer(), settings=TextSettings(max_left_out=1.0))
+
+
+def test_read_source_names_a_truncated_archive(tmp_path: Path) -> None:
+    for name, content in (("rows.jsonl.gz", gzip.compress(LINES)), ("rows.jsonl.zst", zstd(LINES))):
+        (tmp_path / name).write_bytes(content[:-9])
+        with pytest.raises(ValueError, match=rf"{name} is not a complete \.\w+ file"):
+            read_source(str(tmp_path / name))
+    (tmp_path / "latin.csv").write_bytes(b"prompt\nna\xefve\n")
+    with pytest.raises(ValueError, match=r"latin.csv is not UTF-8 text \(byte 9\)"):
+        read_source(str(tmp_path / "latin.csv"))
