@@ -41,7 +41,7 @@ MAX_TRAINING_THREADS = 4  # more threads slow small models down
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class BakeoffRunSettings:
     """The drafters, the prompts, and how they are decoded."""
 
     target: str = str(POCKET)
@@ -120,7 +120,7 @@ class RunSettings:
         )
 
 
-def main(run: RunSettings) -> None:
+def main(run: BakeoffRunSettings) -> None:
     settings, output = run.comparison(), Path(run.output)
     check_output(output)
     launchers.require(run.report_to == "wandb", "wandb", "--report-to wandb")
@@ -157,7 +157,9 @@ def main(run: RunSettings) -> None:
     )
 
 
-def _train(line_up: list[lineup.DrafterSpec], target: Target, target_info: TargetInfo, run: RunSettings) -> list[Path]:
+def _train(
+    line_up: list[lineup.DrafterSpec], target: Target, target_info: TargetInfo, run: BakeoffRunSettings
+) -> list[Path]:
     """Generates the training data if needed, trains the drafters of the line-up, and returns their artifacts."""
     output, data = Path(run.output), Path(run.learn_from)
     options: dict[str, Any] = {"target": run.target, "seed": run.seed}
@@ -198,4 +200,4 @@ def _numbers(name: str, text: str, kind: type) -> list:
 
 if __name__ == "__main__":
     with launchers.user_errors():
-        main(*parse_settings(RunSettings, description=__doc__))
+        main(*parse_settings(BakeoffRunSettings, description=__doc__))

@@ -57,7 +57,7 @@ DECODING = "decoding"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class DoctorSettings:
     """The drafter to examine, the texts, and the effort."""
 
     draft: str
@@ -91,7 +91,7 @@ class RunSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-def main(run: RunSettings) -> int:
+def main(run: DoctorSettings) -> int:
     """Returns the exit status."""
     if run.vllm_python:
         check_python(run.vllm_python)
@@ -121,7 +121,7 @@ def main(run: RunSettings) -> int:
 
 
 def examine(
-    run: RunSettings, manifest: dict[str, Any], drafter: Any, rows: list[Example], data: dict[str, Any] | None
+    run: DoctorSettings, manifest: dict[str, Any], drafter: Any, rows: list[Example], data: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Returns acceptance by depth and the findings of all checks, as JSON data."""
     target = drafter.target
@@ -196,7 +196,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     return found
 
 
-def _texts(target: Target, rows: list[Example], run: RunSettings) -> list[GreedyText]:
+def _texts(target: Target, rows: list[Example], run: DoctorSettings) -> list[GreedyText]:
     """Returns prompts with the target's greedy continuations; rows without a prompt are cut in half."""
     prompts = []
     for row in rows:
@@ -212,7 +212,7 @@ def _texts(target: Target, rows: list[Example], run: RunSettings) -> list[Greedy
     ]
 
 
-def _decode(drafter: Any, texts: list[GreedyText], run: RunSettings) -> tuple[DraftCounts, list[tuple[int, int]]]:
+def _decode(drafter: Any, texts: list[GreedyText], run: DoctorSettings) -> tuple[DraftCounts, list[tuple[int, int]]]:
     """Returns acceptance in real decoding, and the positions (text, position) of its drafts."""
     counts, positions = DraftCounts(), []
     for number, text in enumerate(tqdm(texts, desc="decoding", unit="text", leave=False, delay=2)):
@@ -226,7 +226,7 @@ def _decode(drafter: Any, texts: list[GreedyText], run: RunSettings) -> tuple[Dr
 
 
 def _compare_with_vllm(
-    drafter: Any, texts: list[GreedyText], run: RunSettings
+    drafter: Any, texts: list[GreedyText], run: DoctorSettings
 ) -> tuple[Finding, dict[str, DraftCounts]]:
     """Compares acceptance of the artifact's export in vLLM with draftsmith's loop at the same draft length."""
     prompts = [text.ids[: text.num_prompt] for text in texts]
@@ -248,7 +248,7 @@ def _compare_with_vllm(
     return checks.check_export(found, own, is_tree=is_tree), counts
 
 
-def _evaluate(manifest: dict[str, Any], drafter: Any, texts: list[GreedyText], run: RunSettings) -> dict[str, float]:
+def _evaluate(manifest: dict[str, Any], drafter: Any, texts: list[GreedyText], run: DoctorSettings) -> dict[str, float]:
     """Returns the trainer's evaluation of the texts, empty if the artifact does not record how it was trained."""
     recorded, name = manifest.get("settings"), f"trainers.{manifest.get('trainer', manifest['family'])}"
     if not recorded or importlib.util.find_spec(name) is None:
@@ -268,4 +268,4 @@ def _evaluate(manifest: dict[str, Any], drafter: Any, texts: list[GreedyText], r
 
 if __name__ == "__main__":
     with launchers.user_errors():
-        sys.exit(main(*parse_settings(RunSettings, description=__doc__)))
+        sys.exit(main(*parse_settings(DoctorSettings, description=__doc__)))

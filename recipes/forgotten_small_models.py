@@ -46,7 +46,7 @@ PROMPT_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonSettings:
+class SmallModelsSettings:
     """The targets, and the amount of training and measurement."""
 
     targets: tuple[str, ...] = (str(POCKET), str(POCKET_SEQ2SEQ))
@@ -69,7 +69,7 @@ class ComparisonSettings:
     """Random seed."""
 
 
-def main(run: ComparisonSettings) -> None:
+def main(run: SmallModelsSettings) -> None:
     output, line_ups = Path(run.output), {way: lineup.read(path) for way, path in LINE_UPS.items()}
     rows = [row for target in run.targets for row in _compare(target, output / Path(target).name, line_ups, run)]
     pairs = pairs_of(rows, WAYS)
@@ -83,7 +83,7 @@ def main(run: ComparisonSettings) -> None:
     print(f"Written to {output}: {NAME}.md, .json and the plot {output / NAME}.png")
 
 
-def _originals(target_info: TargetInfo, output: Path, run: ComparisonSettings) -> tuple[Path, Path]:
+def _originals(target_info: TargetInfo, output: Path, run: SmallModelsSettings) -> tuple[Path, Path]:
     """Writes the human-written texts, and the prompts or sources for the target; returns both files."""
     source = default_source("train", is_encoder_decoder=target_info.is_encoder_decoder)
     labels, sources = output / "labels.jsonl", output / "sources.jsonl"
@@ -108,7 +108,7 @@ def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _compare(
-    name: str, output: Path, line_ups: dict[str, list[lineup.DrafterSpec]], run: ComparisonSettings
+    name: str, output: Path, line_ups: dict[str, list[lineup.DrafterSpec]], run: SmallModelsSettings
 ) -> list[dict[str, Any]]:
     """Trains every drafter for one target in both ways; returns the rows of its bake-off."""
     target_info = read_target_info(name)
@@ -153,4 +153,4 @@ def _compare(
 
 if __name__ == "__main__":
     with launchers.user_errors():
-        main(*parse_settings(ComparisonSettings, description=__doc__))
+        main(*parse_settings(SmallModelsSettings, description=__doc__))

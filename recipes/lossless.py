@@ -26,7 +26,7 @@ from trainers.training.settings import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class LosslessSettings:
     """The artifacts to certify, and the prompts."""
 
     target: str = str(POCKET)
@@ -57,7 +57,7 @@ class RunSettings:
             raise ValueError(f"drafts are {list(self.draft)}; name each artifact once")
 
 
-def main(run: RunSettings, settings: SampledTestSettings, greedy: GreedySettings) -> int:
+def main(run: LosslessSettings, settings: SampledTestSettings, greedy: GreedySettings) -> int:
     """Returns the exit status."""
     output = Path(run.output)
     check_output(output)
@@ -95,4 +95,4 @@ def main(run: RunSettings, settings: SampledTestSettings, greedy: GreedySettings
 
 if __name__ == "__main__":
     with launchers.user_errors():
-        sys.exit(main(*parse_settings(RunSettings, SampledTestSettings, GreedySettings, description=__doc__)))
+        sys.exit(main(*parse_settings(LosslessSettings, SampledTestSettings, GreedySettings, description=__doc__)))

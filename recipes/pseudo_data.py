@@ -28,7 +28,7 @@ from trainers.training.settings import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class PseudoDataRunSettings:
     """Input and output of the run; the generation settings are PseudoDataSettings."""
 
     target: str = str(POCKET)
@@ -57,7 +57,7 @@ class RunSettings:
     """Dtype of the target's weights."""
 
 
-def main(run: RunSettings, settings: PseudoDataSettings) -> None:
+def main(run: PseudoDataRunSettings, settings: PseudoDataSettings) -> None:
     if run.server and run.draft:
         raise ValueError("--draft has no effect with --server; give one of them")
     check_replaceable(Path(run.output), marker=MARKER)
@@ -97,4 +97,4 @@ def main(run: RunSettings, settings: PseudoDataSettings) -> None:
 
 if __name__ == "__main__":
     with launchers.user_errors():
-        main(*parse_settings(RunSettings, PseudoDataSettings, description=__doc__))
+        main(*parse_settings(PseudoDataRunSettings, PseudoDataSettings, description=__doc__))

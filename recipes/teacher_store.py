@@ -20,7 +20,7 @@ from trainers.training.settings import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class TeacherStoreRunSettings:
     """Input and output of the run; the contents of the store are TeacherStoreSettings."""
 
     target: str = str(POCKET)
@@ -37,7 +37,7 @@ class RunSettings:
     """Dtype of the target's weights."""
 
 
-def main(run: RunSettings, settings: TeacherStoreSettings) -> None:
+def main(run: TeacherStoreRunSettings, settings: TeacherStoreSettings) -> None:
     target_info = read_target_info(run.target)
     examples = open_examples(run.data, target_info)
     num_rows = len(examples) if not run.max_steps else min(len(examples), run.max_steps * settings.batch_size)
@@ -50,4 +50,4 @@ def main(run: RunSettings, settings: TeacherStoreSettings) -> None:
 
 if __name__ == "__main__":
     with launchers.user_errors():
-        main(*parse_settings(RunSettings, TeacherStoreSettings, description=__doc__))
+        main(*parse_settings(TeacherStoreRunSettings, TeacherStoreSettings, description=__doc__))

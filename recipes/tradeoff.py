@@ -47,7 +47,7 @@ COST_ROUNDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepSettings:
+class TradeoffSettings:
     """The compression methods and sizes, and the measurement."""
 
     methods: tuple[str, ...] = ("influence", "width", "neurons", "wanda", "int8")
@@ -68,11 +68,11 @@ class SweepSettings:
     """Number of times that these are decoded."""
 
 
-def main(sweep: SweepSettings, loss: distill.Settings, run: RunSettings) -> None:
+def main(tradeoff: TradeoffSettings, loss: distill.Settings, run: RunSettings) -> None:
     output = Path(run.output or "runs/tradeoff").resolve()
     with claimed(output):
         artifacts: list[Path] = []
-        for settings in _compressions(sweep, run, output):
+        for settings in _compressions(tradeoff, run, output):
             name = Path(settings.output).name
             try:
                 folder = compress(settings)
@@ -80,16 +80,20 @@ def main(sweep: SweepSettings, loss: distill.Settings, run: RunSettings) -> None
                 print(f"{name} is left out: {error}")
                 continue
             artifacts.append(make_artifact(folder, settings, output / CUT / name))
-            if sweep.heal and settings.method not in SCHEMES:
+            if tradeoff.heal and settings.method not in SCHEMES:
                 how = dataclasses.replace(loss, init=str(folder), keep_zeros=settings.method in ZEROS)
                 healed = dataclasses.replace(run, output=str(output / HEALED / name))
                 artifacts.append(train(distill, how, healed))
         target = Target.from_pretrained(run.target, dtype="float32")
-        prompts = load_prompts(sweep.held_out, target.tokenizer, max_prompts=sweep.num_prompts, seed=run.seed)
+        prompts = load_prompts(tradeoff.held_out, target.tokenizer, max_prompts=tradeoff.num_prompts, seed=run.seed)
         bakeoff_settings = BakeoffSettings(
-            rounds=sweep.rounds, max_new_tokens=sweep.max_new_tokens, batch_sizes=(1,), forecast_sizes=(), seed=run.seed
+            rounds=tradeoff.rounds,
+            max_new_tokens=tradeoff.max_new_tokens,
+            batch_sizes=(1,),
+            forecast_sizes=(),
+            seed=run.seed,
         )
-        batches = held_out_batches(next(_compressions(sweep, run, output)), target)
+        batches = held_out_batches(next(_compressions(tradeoff, run, output)), target)
         rows = compare(target, prompts, artifacts, output, bakeoff_settings)
         points = [
             point for index, path in enumerate(artifacts) for point in _points(target, path, index, rows, batches)
@@ -97,15 +101,15 @@ def main(sweep: SweepSettings, loss: distill.Settings, run: RunSettings) -> None
         print(publish_tradeoff(points, output))
 
 
-def _compressions(sweep: SweepSettings, run: RunSettings, output: Path) -> Iterator[CompressSettings]:
+def _compressions(tradeoff: TradeoffSettings, run: RunSettings, output: Path) -> Iterator[CompressSettings]:
     """Yields the settings of each compression; quantisation has no sizes."""
     shared: dict[str, Any] = {name: getattr(run, name) for name in ("target", "data", "seed", "batch_size", "bf16")}
-    shared["max_steps"] = sweep.calibration_batches
-    for method in sweep.methods:
+    shared["max_steps"] = tradeoff.calibration_batches
+    for method in tradeoff.methods:
         if method in SCHEMES:
             yield CompressSettings(method=method, output=str(output / "models" / method), **shared)
             continue
-        for keep in sweep.sizes:
+        for keep in tradeoff.sizes:
             folder = str(output / "models" / f"{method}-{keep:g}")
             yield CompressSettings(method=method, keep=keep, output=folder, **shared)
 
@@ -136,4 +140,4 @@ def _points(
 
 if __name__ == "__main__":
     with launchers.user_errors():
-        main(*parse_settings(SweepSettings, distill.Settings, RunSettings, description=__doc__))
+        main(*parse_settings(TradeoffSettings, distill.Settings, RunSettings, description=__doc__))

@@ -4,7 +4,7 @@ A family's trainer is a module with the names below; the loop finds them by name
 
     Settings                     frozen, keyword-only dataclass of the command-line settings; a field `config` of the
                                  drafter's own Config makes its fields settings as well
-    check(settings, facts)       optional; raises ValueError for settings that do not fit the target, before its weights
+    check(settings, target)      optional; raises ValueError for settings that do not fit the target, before its weights
                                  load
     needs(settings, target) -> Needs
                                  target outputs that batches must contain

@@ -115,9 +115,9 @@ def compress(settings: CompressSettings) -> Path:
     fraction that keeps nothing or all, and for a folder that contains other files.
     """
     output = Path(settings.output).resolve()
-    facts = _check_source(settings)
+    model_info = _check_source(settings)
     launchers.write_default_data(RunSettings(target=settings.target, data=settings.data))
-    examples = open_examples(settings.data, facts)
+    examples = open_examples(settings.data, model_info)
     kept = {key: value for key, value in asdict(settings).items() if key != "output"}
     identity = json.loads(json.dumps(kept | {"data_fingerprint": examples.fingerprint}))
     if _is_there(output, identity):

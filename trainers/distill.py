@@ -87,17 +87,17 @@ def check(settings: Settings, target: TargetInfo) -> None:
         raise ValueError(f"encoder_layers is {settings.encoder_layers}, and {target.name} is not an encoder-decoder")
     if not settings.init:
         return
-    facts = read_target_info(settings.init)
-    if facts.is_quantised:
+    init_info = read_target_info(settings.init)
+    if init_info.is_quantised:
         raise ValueError(f"--init {settings.init} is quantised and cannot be trained; train it before quantising it")
-    if facts.is_encoder_decoder and not target.is_encoder_decoder:
+    if init_info.is_encoder_decoder and not target.is_encoder_decoder:
         raise ValueError(f"--init {settings.init} is an encoder-decoder and target {target.name} is not")
-    if facts.vocab_size != target.vocab_size:
+    if init_info.vocab_size != target.vocab_size:
         raise ValueError(
-            f"--init {settings.init} has a vocabulary of {facts.vocab_size} tokens and the target one of"
+            f"--init {settings.init} has a vocabulary of {init_info.vocab_size} tokens and the target one of"
             f" {target.vocab_size}; they must be the same"
         )
-    if facts.tokenizer_hash and target.tokenizer_hash and facts.tokenizer_hash != target.tokenizer_hash:
+    if init_info.tokenizer_hash and target.tokenizer_hash and init_info.tokenizer_hash != target.tokenizer_hash:
         raise ValueError(f"--init {settings.init} has another tokenizer than target {target.name}")
 
 

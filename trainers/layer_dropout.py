@@ -66,7 +66,7 @@ class Settings:
             raise ValueError(f"exit_scale {self.exit_scale} must be positive and rotation {self.rotation} at least 1")
 
 
-def check(settings: Settings, facts: TargetInfo) -> None:
+def check(settings: Settings, target: TargetInfo) -> None:
     """Raises ValueError if adapters are to be trained and peft is not installed."""
     if settings.config.rank and importlib.util.find_spec("peft") is None:
         raise ValueError("a rank other than 0 needs peft, which is not installed: pip install peft")

@@ -66,10 +66,10 @@ class Settings:
             raise ValueError("acceptance alone is best without skipping: give a skip_ratio, such as 0.45")
 
 
-def check(settings: Settings, facts: TargetInfo) -> None:
+def check(settings: Settings, target: TargetInfo) -> None:
     """Raises ValueError for an encoder-decoder, before its weights load."""
-    if facts.is_encoder_decoder:
-        raise ValueError(f"{facts.name} is an encoder-decoder; only sublayers of causal targets can be skipped")
+    if target.is_encoder_decoder:
+        raise ValueError(f"{target.name} is an encoder-decoder; only sublayers of causal targets can be skipped")
 
 
 needs = decoding.needs

@@ -58,7 +58,7 @@ class Settings:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and less than 1")
 
 
-def check(settings: Settings, facts: TargetInfo) -> None:
+def check(settings: Settings, target: TargetInfo) -> None:
     """Raises ValueError if peft is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise ValueError("training adapters of the target needs peft, which is not installed: pip install peft")

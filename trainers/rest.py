@@ -8,12 +8,12 @@ from data.batches import Example
 from draftsmith import Target
 from draftsmith.drafters.rest import Config, Drafter
 from trainers.corpora import decoding
-from trainers.corpora.suffix_arrays import StoreSettings, build_shards
+from trainers.corpora.suffix_arrays import DatastoreSettings, build_shards
 from trainers.training.run_settings import RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(StoreSettings):
+class Settings(DatastoreSettings):
     """The datastore, and how drafts are made from it."""
 
     config: Config = field(default_factory=Config)

@@ -30,11 +30,11 @@ prior_train_s = composites.prior_train_s
 needs, evaluate = decoding.needs, decoding.evaluate
 
 
-def check(settings: Settings, facts: TargetInfo) -> None:
+def check(settings: Settings, target: TargetInfo) -> None:
     """Raises ValueError unless two artifacts are named and the first was made for this target."""
     if len(settings.parts) != 2:
         raise ValueError(f"--parts names {len(settings.parts)} artifact(s); name two, the draft model's first")
-    check_fits(settings.parts[0], read_manifest(settings.parts[0]), facts)
+    check_fits(settings.parts[0], read_manifest(settings.parts[0]), target)
     read_manifest(settings.parts[1])
 
 

@@ -9,12 +9,12 @@ from draftsmith import Target
 from draftsmith.drafters.suffix import Config, Drafter
 from trainers import Metrics
 from trainers.corpora import decoding
-from trainers.corpora.suffix_arrays import StoreSettings, build_shards
+from trainers.corpora.suffix_arrays import DatastoreSettings, build_shards
 from trainers.training.run_settings import RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(StoreSettings):
+class Settings(DatastoreSettings):
     """The datastore, and how drafts are made from it."""
 
     config: Config = field(default_factory=Config)

@@ -75,12 +75,12 @@ def check(settings: Settings, target: TargetInfo) -> None:
     if target.tokenizer is None:
         raise ValueError(f"target {target.name} has no tokenizer; one is needed to compare the vocabularies")
     if settings.draft_model:
-        facts = read_target_info(settings.draft_model)
-        if facts.tokenizer is None or facts.is_encoder_decoder:
+        draft = read_target_info(settings.draft_model)
+        if draft.tokenizer is None or draft.is_encoder_decoder:
             raise ValueError(f"--draft-model {settings.draft_model} is not a causal LM with a tokenizer")
-        config = {"model_type": "", "vocab_size": facts.vocab_size} | _special(facts.tokenizer)
-        hashed = Config(model=config, tokenizer_hash=str(facts.tokenizer_hash))
-        _check_shared(settings, translation(hashed, facts.tokenizer, target).counterparts(), target.name)
+        config = {"model_type": "", "vocab_size": draft.vocab_size} | _special(draft.tokenizer)
+        hashed = Config(model=config, tokenizer_hash=str(draft.tokenizer_hash))
+        _check_shared(settings, translation(hashed, draft.tokenizer, target).counterparts(), target.name)
     elif launchers.num_ranks() > 1:
         raise ValueError("a draft model is trained in a single process; run without torchrun and deepspeed")
 
@@ -93,15 +93,15 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     folder = Path(settings.draft_model or output / "draft-model")
     if not settings.draft_model and not (folder / "config.json").exists():
         _train(settings, target, rows, run, output, folder)
-    facts = read_target_info(str(folder) if folder.is_dir() else settings.draft_model)
-    given = AutoModelForCausalLM.from_pretrained(facts.name, dtype=torch.float32)
-    drafter = _drafter(settings, given, facts.tokenizer, target)
+    draft = read_target_info(str(folder) if folder.is_dir() else settings.draft_model)
+    given = AutoModelForCausalLM.from_pretrained(draft.name, dtype=torch.float32)
+    drafter = _drafter(settings, given, draft.tokenizer, target)
     drafter.model.load_state_dict(given.state_dict())
     counterparts = drafter.counterparts_U.tolist()
     _check_shared(settings, counterparts, target.name)
     num_shared = sum(token >= 0 for token in counterparts)
     print(
-        f"{facts.name} has {num_shared:,} of its {len(counterparts):,} tokens in common with the {target.vocab_size:,}"
+        f"{draft.name} has {num_shared:,} of its {len(counterparts):,} tokens in common with the {target.vocab_size:,}"
         f" of {target.name}"
     )
     return drafter

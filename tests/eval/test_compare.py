@@ -23,7 +23,7 @@ from eval.bakeoff.rows import row_of
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import by_category, compare
 from eval.report.table import header, table
-from recipes.bakeoff import RunSettings
+from recipes.bakeoff import BakeoffRunSettings
 from tests.support.family import built
 from tests.support.models import prompts, tiny_target
 
@@ -235,7 +235,7 @@ def test_plot_is_not_blank(compared: tuple[list[dict[str, Any]], Path]) -> None:
 def test_compare_ablation_rows_of_lengths_and_confidence_thresholds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = RunSettings(
+    run = BakeoffRunSettings(
         batch_sizes="2",
         rounds=2,
         max_new_tokens=8,

@@ -30,7 +30,7 @@ from eval.certificate.chi_square import p_value
 from eval.certificate.identity import GreedySettings
 from eval.certificate.sampled import GROUPINGS, SampledTestSettings, parse_sampling
 from eval.lossless import INCONCLUSIVE, LOSSLESS, LOSSY, NOT_LOSSLESS, certify, lines
-from recipes.lossless import RunSettings, main
+from recipes.lossless import LosslessSettings, main
 from tests.support.distributions import distribution_target
 from tests.support.family import built
 from tests.support.models import prompts, tiny_config, tiny_target
@@ -317,7 +317,9 @@ def test_recipe_exit_status(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workplace)
-    run_settings = RunSettings(target="target", data="prompts.jsonl", draft=("heads",), output="lossy", num_prompts=3)
+    run_settings = LosslessSettings(
+        target="target", data="prompts.jsonl", draft=("heads",), output="lossy", num_prompts=3
+    )
     sampled = SampledTestSettings(verifier="typical", num_rows=200, num_tokens=3)
     assert main(replace(run_settings, max_steps=1), sampled, replace(BRIEF, batch_sizes=(2,))) == 1
     assert "Losslessness: lossy by construction" in capsys.readouterr().out
@@ -336,7 +338,7 @@ def test_recipe_invalid_input_raises_before_loading_weights(workplace: Path, mon
         (workplace / name).mkdir()
         (workplace / name / "draft_config.json").write_text(json.dumps(manifest | changes))
     (workplace / "empty.jsonl").touch()
-    good = RunSettings(target="target", data="prompts.jsonl", draft=("heads",), output="new", num_prompts=3)
+    good = LosslessSettings(target="target", data="prompts.jsonl", draft=("heads",), output="new", num_prompts=3)
     faults = {
         "no such folder": {"draft": ("nowhere",)},
         "is not a draftsmith artifact": {"draft": (".",)},
@@ -364,8 +366,8 @@ def test_recipe_invalid_input_raises_before_loading_weights(workplace: Path, mon
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (RunSettings, {}, "name at least one to certify"),
-        (RunSettings, {"draft": ("a", "a")}, "name each artifact once"),
+        (LosslessSettings, {}, "name at least one to certify"),
+        (LosslessSettings, {"draft": ("a", "a")}, "name each artifact once"),
         (SampledTestSettings, {"num_rows": 0}, "num_rows is 0"),
         (SampledTestSettings, {"verifier": "best"}, "unknown verifier 'best'"),
         (SampledTestSettings, {"verifier": "greedy"}, "'greedy' is for temperature 0"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith import Target
-from recipes.bakeoff import RunSettings, main
+from recipes.bakeoff import BakeoffRunSettings, main
 from tests.eval.test_compare import make_artifacts
 from tests.support.models import prompts
 from tests.support.runs import command, make_target, run
@@ -18,7 +18,7 @@ def test_recipe_invalid_input_raises_before_loading_weights(tmp_path: Path, monk
     artifact = make_artifacts(target, tmp_path)[1]
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "w3 w4 w5"}\n{"prompt": "w6 w7"}\n')
     (tmp_path / "empty.jsonl").touch()
-    good = RunSettings(
+    good = BakeoffRunSettings(
         target=str(tmp_path / "target"),
         data=str(tmp_path / "prompts.jsonl"),
         drafts=(str(artifact),),

@@ -25,7 +25,7 @@ from eval.doctor.checks import CheckContext, check_export, check_position
 from eval.doctor.serving import ServingCounts
 from eval.doctor.teacher_forced import GreedyText, draft_from_positions, draft_positions
 from recipes import doctor
-from recipes.doctor import RunSettings
+from recipes.doctor import DoctorSettings
 from tests.support.models import (
     VOCAB_SIZE,
     greedy_by_transformers,
@@ -38,7 +38,7 @@ from tests.support.models import (
 from tests.support.runs import make_data, trainer_settings
 from trainers import distill, eagle3, lookup, medusa
 from trainers.training.loop import train
-from trainers.training.run_settings import RunSettings as Training
+from trainers.training.run_settings import RunSettings
 from trainers.training.settings import flat
 
 FIRST, STRIDE = 3, 7
@@ -111,7 +111,7 @@ def sound_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (drafter, settings) in drafters(target).items():
         record = {"trainer": name, "settings": flat(settings) | given | {"seed": 0}}
         draftsmith.save(drafter, folder / name, target=target, record=record)
-    train(lookup, lookup.Settings(), Training(output=str(folder / "lookup"), batch_size=4, **given))  # type: ignore
+    train(lookup, lookup.Settings(), RunSettings(output=str(folder / "lookup"), batch_size=4, **given))  # type: ignore
     return folder
 
 
@@ -128,7 +128,7 @@ def faulty_folder(sound_folder: Path, tmp_path: Path) -> Path:
 def examine(folder: Path, name: str, **given: Any) -> tuple[int, dict[str, Any]]:
     """Returns the doctor's exit status and report."""
     settings = {"draft": str(folder / name), "output": str(folder / "report"), "max_new_tokens": NEW_TOKENS, "depth": 3}
-    status = doctor.main(RunSettings(**settings | {"num_prompts": 6} | given))  # type: ignore[arg-type]
+    status = doctor.main(DoctorSettings(**settings | {"num_prompts": 6} | given))  # type: ignore[arg-type]
     return status, json.loads((folder / "report" / "doctor.json").read_text())
 
 
@@ -351,9 +351,9 @@ def test_doctor_invalid_input_raises(sound_folder: Path, tmp_path: Path) -> None
     family = find("lookup")
     draftsmith.save(family.Drafter(family.Config(), target), tmp_path / "bare", target=target)
     with pytest.raises(ValueError, match="does not record its training data; name texts with --data"):
-        doctor.main(RunSettings(draft=str(tmp_path / "bare"), output=str(tmp_path / "out")))
+        doctor.main(DoctorSettings(draft=str(tmp_path / "bare"), output=str(tmp_path / "out")))
     with pytest.raises(ValueError, match="depth is 0"):
-        RunSettings(draft="x", depth=0)
+        DoctorSettings(draft="x", depth=0)
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from eval.plots.pairs import pair_table, pairs_of
 from recipes import forgotten_small_models
-from recipes.forgotten_small_models import ComparisonSettings, main
+from recipes.forgotten_small_models import SmallModelsSettings, main
 from tests.support.text import save_target
 
 TABLE = """
@@ -28,7 +28,7 @@ def test_recipe_trains_and_compares_both_ways(
         tables[way] = tmp_path / f"{way}.yaml"
         tables[way].write_text(TABLE.replace("LOSS", loss))
     monkeypatch.setattr(forgotten_small_models, "LINE_UPS", tables)
-    run = ComparisonSettings(
+    run = SmallModelsSettings(
         targets=(save_target(tmp_path / "target", architecture=architecture),),
         output=str(tmp_path / "out"),
         num_texts=16,

@@ -7,7 +7,7 @@ import pytest
 
 from draftsmith.length import predicted_speedup
 from eval.plots.tradeoff import Point, publish_tradeoff
-from recipes.tradeoff import SweepSettings, main
+from recipes.tradeoff import TradeoffSettings, main
 from tests.support.runs import SMALL, trainer_settings
 from tests.support.text import save_target, write_prompts
 from trainers import distill
@@ -16,7 +16,7 @@ from trainers.training.run_settings import RunSettings
 
 def test_recipe_cuts_heals_and_compares_each_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = str(write_prompts(tmp_path / "prompts.jsonl", 40))
-    sweep = SweepSettings(
+    sweep = TradeoffSettings(
         methods=("even", "width", "wanda"),
         sizes=(0.34,),
         calibration_batches=1,

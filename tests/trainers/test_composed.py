@@ -97,18 +97,18 @@ def test_composing_is_reproducible_also_after_a_kill(folder: Path, monkeypatch: 
 
 
 def test_parts_that_do_not_fit_raise_before_the_target_loads(folder: Path, tmp_path: Path) -> None:
-    facts = read_target_info(str(folder / "target"))
+    target_info = read_target_info(str(folder / "target"))
     paths = paths_of(folder, merge)
     for trainer in (cascade, merge):
         with pytest.raises(ValueError, match="--parts names 1 artifact"):
-            trainer.check(trainer_settings(trainer, parts=paths[:1]), facts)
+            trainer.check(trainer_settings(trainer, parts=paths[:1]), target_info)
     with pytest.raises(ValueError, match=r"--parts names 3 artifact\(s\); name two, the draft model's first"):
-        staged.check(trainer_settings(staged, parts=(*paths, paths[0])), facts)
+        staged.check(trainer_settings(staged, parts=(*paths, paths[0])), target_info)
     shutil.copytree(folder / "heads", tmp_path / "heads")
     manifest = json.loads((folder / "heads" / "draft_config.json").read_text())
     (tmp_path / "heads" / "draft_config.json").write_text(json.dumps(manifest | {"vocab_size": 5}))
     with pytest.raises(ValueError, match="heads was made for a vocabulary of 5"):
-        cascade.check(trainer_settings(cascade, parts=(paths[0], str(tmp_path / "heads"))), facts)
+        cascade.check(trainer_settings(cascade, parts=(paths[0], str(tmp_path / "heads"))), target_info)
     for settings in ({"num_nodes": 0}, {"num_texts": -1}, {"least_chance": 1.0}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
             trainer_settings(merge, parts=paths, **settings)

@@ -310,15 +310,15 @@ def test_init_from_a_checkpoint(tmp_path: Path) -> None:
 
     TARGET.model.save_pretrained(tmp_path / "target")
     tiny_tokenizer().save_pretrained(tmp_path / "target")
-    facts = read_target_info(str(tmp_path / "target"))
+    target_info = read_target_info(str(tmp_path / "target"))
     tiny_tokenizer().save_pretrained(tmp_path / "same")
-    distill.check(trainer_settings(distill, init=str(tmp_path / "same")), facts)
+    distill.check(trainer_settings(distill, init=str(tmp_path / "same")), target_info)
     tiny_tokenizer(prefix="x").save_pretrained(tmp_path / "same")
     with pytest.raises(ValueError, match="another tokenizer"):
-        distill.check(trainer_settings(distill, init=str(tmp_path / "same")), facts)
+        distill.check(trainer_settings(distill, init=str(tmp_path / "same")), target_info)
     tiny_model("gpt2", vocab_size=80).save_pretrained(tmp_path / "large")
     with pytest.raises(ValueError, match="vocabulary of 80"):
-        distill.check(trainer_settings(distill, init=str(tmp_path / "large")), facts)
+        distill.check(trainer_settings(distill, init=str(tmp_path / "large")), target_info)
 
 
 def test_invalid_settings_raise(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ LARGEST_SHARD = 2**29 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreSettings:
+class DatastoreSettings:
     """Contents of a datastore; `--max-steps` and the optimiser's settings have no effect."""
 
     budget_mb: float = 0.0
@@ -39,7 +39,7 @@ class StoreSettings:
 
 
 def build_shards(
-    settings: StoreSettings, rows: Sequence[Example], vocab_size: int, run: RunSettings, output: Path
+    settings: DatastoreSettings, rows: Sequence[Example], vocab_size: int, run: RunSettings, output: Path
 ) -> tuple[SuffixArray, ...]:
     """Returns the shards of a datastore of the rows' text, which are kept in `output` until the run is finished."""
     bytes_per_token = token_type(vocab_size).itemsize + np.dtype(np.int32).itemsize

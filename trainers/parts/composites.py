@@ -21,14 +21,14 @@ class Settings(Protocol):
         """Folders of the parts' artifacts."""
 
 
-def check(settings: Settings, facts: TargetInfo) -> None:
+def check(settings: Settings, target: TargetInfo) -> None:
     """Raises ValueError unless at least two artifacts are named and each was made for this target."""
     if len(settings.parts) < 2:
         raise ValueError(
             f"--parts names {len(settings.parts)} artifact(s); name at least two, as in --parts runs/a runs/b"
         )
     for path in settings.parts:
-        check_fits(path, read_manifest(path), facts)
+        check_fits(path, read_manifest(path), target)
 
 
 def load_parts(paths: Sequence[str], target: Target) -> list[Part]:

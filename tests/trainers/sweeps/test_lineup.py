@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.artifact import read_manifest
-from recipes.bakeoff import LINE_UP, RunSettings, main
+from recipes.bakeoff import LINE_UP, BakeoffRunSettings, main
 from tests.support.text import save_target, write_prompts
 from trainers.sweeps import lineup
 
@@ -21,9 +21,9 @@ drafters:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> RunSettings:
+def tiny(tmp_path: Path) -> BakeoffRunSettings:
     (tmp_path / "table.yaml").write_text(TABLE)
-    return RunSettings(
+    return BakeoffRunSettings(
         target=save_target(tmp_path / "target"),
         data=str(write_prompts(tmp_path / "prompts.jsonl", 40)),
         learn_from=str(tmp_path / "prompts.jsonl"),
@@ -41,7 +41,7 @@ def tiny(tmp_path: Path) -> RunSettings:
 
 
 def test_bakeoff_trains_all_drafters_once_and_compares_them(
-    tiny: RunSettings, capsys: pytest.CaptureFixture[str]
+    tiny: BakeoffRunSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(tiny)
     output, names = Path(tiny.output), ["lookup", "heads", "both"]
@@ -63,7 +63,7 @@ def test_bakeoff_trains_all_drafters_once_and_compares_them(
 
 
 def test_bakeoff_skips_untrainable_drafters_and_those_composed_of_them(
-    tiny: RunSettings, capsys: pytest.CaptureFixture[str]
+    tiny: BakeoffRunSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = TABLE.replace("num_heads: 2}", "num_heads: 2, held_out_share: 0.999999}")
     Path(tiny.line_up).write_text(table)
@@ -95,14 +95,16 @@ def test_settings_of_the_default_line_up_are_valid(tmp_path: Path) -> None:
         ("num_draft: 5}", "num_draft: 5", "is not valid YAML"),
     ],
 )
-def test_read_rejects_an_invalid_line_up(tiny: RunSettings, old: str, new: str, message: str) -> None:
+def test_read_rejects_an_invalid_line_up(tiny: BakeoffRunSettings, old: str, new: str, message: str) -> None:
     Path(tiny.line_up).write_text(TABLE.replace(old, new))
     with pytest.raises(ValueError, match=message):
         main(tiny)
     assert not Path(tiny.output).exists()
 
 
-def test_invalid_setting_stops_before_any_training(tiny: RunSettings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_setting_stops_before_any_training(
+    tiny: BakeoffRunSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ValueError, match="no such file"):
         lineup.read(Path(tiny.line_up).with_name("nowhere.yaml"))
     Path(tiny.line_up).write_text(TABLE.replace("num_heads: 2", "num_head: 2"))
