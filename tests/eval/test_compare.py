@@ -18,7 +18,7 @@ from draftsmith.artifacts.families import find
 from eval import compare as bakeoff
 from eval.bakeoff import contenders
 from eval.bakeoff.measure import DecodingMethod, DecodingRequest, Tally, draftsmith_method, measure
-from eval.bakeoff.results import PARTIAL, check_output
+from eval.bakeoff.results import PARTIAL, check_output, claimed
 from eval.bakeoff.rows import row_of
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import by_category, compare
@@ -26,6 +26,7 @@ from eval.report.table import header, table
 from recipes.bakeoff import BakeoffRunSettings
 from tests.support.family import built
 from tests.support.models import prompts, tiny_target
+from tests.support.runs import locked_by_another_run
 
 KEYS = {
     *("drafter", "temperature", "batch_size", "tau", "tokens_per_s", "speedup", "identical", "lossless", "draft_ms"),
@@ -340,6 +341,18 @@ def test_row_speedup_is_the_median_ratio_within_rounds() -> None:
 def test_settings_invalid_values_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BakeoffSettings(**changes)
+
+
+def test_compare_in_a_folder_that_another_run_uses_raises(tmp_path: Path) -> None:
+    target, settings = tiny_target("llama"), replace(SMALL, rounds=1, batch_sizes=(1,), verifiers=(), forecast_sizes=())
+    with locked_by_another_run(tmp_path / "out"), pytest.raises(ValueError, match="out is in use by another run"):
+        compare(target, some_prompts(1), [], tmp_path / "out", settings)
+
+
+def test_claimed_leaves_nothing_if_nothing_was_measured(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="wrong"), claimed(tmp_path / "out"):
+        raise ValueError("wrong")
+    assert not (tmp_path / "out").exists()
 
 
 def test_check_output_other_files_raise(tmp_path: Path) -> None:
