@@ -22,7 +22,15 @@ from tqdm import tqdm
 from data.batches import Example, example
 from data.folder_lock import locked
 from data.prompts import Prompt
-from data.shards import check_origin, check_whole, hash_files, missing_shards, open_folder, read_manifest, write_whole
+from data.shards import (
+    check_complete,
+    check_origin,
+    hash_files,
+    missing_shards,
+    open_folder,
+    read_manifest,
+    write_atomically,
+)
 from data.writers import Completion, GenerationBatch, LocalWriter, PseudoDataSettings, Writer, derive_seed
 from draftsmith import Target
 from draftsmith.artifacts.provenance import template_hash
@@ -90,7 +98,7 @@ def write_pseudo_data(
                     bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started):,.0f} tokens/s")
                     bar.update(len(completions))
                 table = pyarrow.Table.from_pylist(rows, schema=_schema(manifest))
-                write_whole(folder / names[index], functools.partial(pyarrow.parquet.write_table, table))
+                write_atomically(folder / names[index], functools.partial(pyarrow.parquet.write_table, table))
 
 
 def plan_batches(prompts: Sequence[Prompt], settings: PseudoDataSettings) -> list[GenerationBatch]:
@@ -150,7 +158,7 @@ def read_pseudo_data(folder: Path | str, target: Target | TargetInfo | None = No
     folder = Path(folder)
     manifest = read_manifest(folder, MARKER)
     names = _shard_names(manifest["num_shards"])
-    check_whole(folder, names, MARKER)
+    check_complete(folder, names, MARKER)
     if target is not None:
         check_origin(folder, manifest, target)
         if _has_sources(manifest) != target.is_encoder_decoder:

@@ -41,7 +41,7 @@ def open_folder(
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(notes | manifest, indent=1) + "\n"
-    write_whole(folder / marker, lambda path: path.write_text(text))
+    write_atomically(folder / marker, lambda path: path.write_text(text))
 
 
 def check_folder(
@@ -90,7 +90,7 @@ def read_manifest(folder: Path, marker: str) -> dict[str, Any]:
     return manifest
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls `write` with a temporary path and renames that file to `path` once it is on disk."""
     staging = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
@@ -118,7 +118,7 @@ def missing_shards(folder: Path, names: list[str]) -> list[int]:
     return [index for index, name in enumerate(names) if not (folder / name).exists()]
 
 
-def check_whole(folder: Path, names: list[str], marker: str) -> None:
+def check_complete(folder: Path, names: list[str], marker: str) -> None:
     """Raises ValueError if shards are missing."""
     num_missing = sum(not inside(folder, name).exists() for name in names)
     if num_missing:

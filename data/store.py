@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data.batches import Example, check_batch, check_layers, collate
 from data.folder_lock import locked
-from data.shards import check_origin, check_whole, missing_shards, open_folder, read_manifest, write_whole
+from data.shards import check_complete, check_origin, missing_shards, open_folder, read_manifest, write_atomically
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.files import check_replaceable
@@ -100,7 +100,7 @@ def write_teacher_store(target: Target, rows: Sequence[Example], folder: Path, s
         with tqdm(total=sum(lengths), initial=num_done, desc="teacher store", unit="token", unit_scale=True) as bar:
             for index in missing:
                 tensors, keys = _read_shard(target, [rows[row] for row in shards[index]], settings, bar)
-                write_whole(
+                write_atomically(
                     folder / names[index], functools.partial(save_file, tensors, metadata={"keys": json.dumps(keys)})
                 )
 
@@ -191,7 +191,7 @@ def open_teacher_store(folder: Path | str, target: Target | TargetInfo) -> Teach
     """Returns the rows of a finished store; raises ValueError if it is unfinished, damaged, or of another target."""
     folder = Path(folder)
     manifest = read_manifest(folder, MARKER)
-    check_whole(folder, _shard_names(len(manifest["shards"])), MARKER)
+    check_complete(folder, _shard_names(len(manifest["shards"])), MARKER)
     check_origin(folder, manifest, target)
     return TeacherStore(folder, manifest)
 

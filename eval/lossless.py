@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import draftsmith
 from data.prompts import Prompt
-from data.shards import hash_files, write_whole
+from data.shards import hash_files, write_atomically
 from draftsmith import Target
 from draftsmith.artifacts.artifact import own_files, read_manifest
 from draftsmith.artifacts.files import check_replaceable
@@ -123,10 +123,16 @@ def certify(
                 for name, drafter in drafters.items():
                     if drafter.target is not target:
                         # A drafter that fine-tunes its target is compared with plain decoding of the fine-tuned one.
-                        alone, tuned_by = {name: drafter}, f", fine-tuned by {Path(name).name}"
+                        alone, fine_tuned_by = {name: drafter}, f", fine-tuned by {Path(name).name}"
                         exact_of = partial(exact_for, name)
                         greedy_tests += compare_greedy(
-                            drafter.target, alone, prompts, greedy, exact=exact_of, tuned_by=tuned_by, **options
+                            drafter.target,
+                            alone,
+                            prompts,
+                            greedy,
+                            exact=exact_of,
+                            fine_tuned_by=fine_tuned_by,
+                            **options,
                         )
             if dtype == settings.sampled_dtype:
                 for (name, drafter), sampling in itertools.product(drafters.items(), samplings):
@@ -143,8 +149,8 @@ def certify(
 def _progress(
     artifacts: Sequence[Path], num_prompts: int, settings: SampledTestSettings, greedy: GreedySettings
 ) -> tqdm:
-    num_tuned = sum(read_manifest(path).get("tunes_target", False) for path in artifacts)
-    num_decoders = len(artifacts) + 2 * (1 + num_tuned)
+    num_fine_tuned = sum(read_manifest(path).get("tunes_target", False) for path in artifacts)
+    num_decoders = len(artifacts) + 2 * (1 + num_fine_tuned)
     num_greedy = len(greedy.dtypes) * len(greedy.batch_sizes) * num_decoders * num_prompts
     num_sampled = len(artifacts) * len(settings.samplings) * settings.num_rows
     total = num_greedy * greedy.max_new_tokens + num_sampled * (settings.num_tokens + EXTRA_TOKENS)
@@ -189,7 +195,7 @@ def lines(certificate: dict[str, Any], style: Style) -> list[str]:
         f"on {certificate['hardware']}, {certificate['threads']} thread(s); commit {commit},"
         f" torch {versions['torch']}, transformers {versions['transformers']}",
         *(
-            f"artifact {artifact['path']}, hash {artifact['hash']}{_tuned(artifact)}"
+            f"artifact {artifact['path']}, hash {artifact['hash']}{_fine_tuning_note(artifact)}"
             for artifact in certificate["artifacts"]
         ),
         f"command {certificate['command']}",
@@ -210,7 +216,7 @@ def lines(certificate: dict[str, Any], style: Style) -> list[str]:
     ]
 
 
-def _tuned(artifact: dict[str, Any]) -> str:
+def _fine_tuning_note(artifact: dict[str, Any]) -> str:
     is_tuned = artifact["manifest"].get("tunes_target", False)
     return "; it fine-tunes its target and is tested with the fine-tuned one" if is_tuned else ""
 
@@ -225,8 +231,10 @@ def save(certificate: dict[str, Any], folder: Path) -> None:
     check_output(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(certificate, indent=1, allow_nan=False) + "\n"
-    write_whole(folder / MARKER, lambda path: path.write_text(text))
-    write_whole(folder / f"{NAME}.md", lambda path: path.write_text("\n".join([*lines(certificate, "markdown"), ""])))
+    write_atomically(folder / MARKER, lambda path: path.write_text(text))
+    write_atomically(
+        folder / f"{NAME}.md", lambda path: path.write_text("\n".join([*lines(certificate, "markdown"), ""]))
+    )
 
 
 def _greedy_cells(test: dict[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import draftsmith
 from data.batches import Example, collate, example, split
 from data.examples import check_target, open_examples
-from data.shards import write_whole
+from data.shards import write_atomically
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.artifact import as_tuples, check_fits, read_manifest
@@ -115,7 +115,9 @@ def main(run: DoctorSettings) -> int:
     with num_threads(run.threads):
         report = examine(run, manifest, drafter, rows, examples.manifest)
     Path(run.output).mkdir(parents=True, exist_ok=True)
-    write_whole(Path(run.output) / "doctor.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+    write_atomically(
+        Path(run.output) / "doctor.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n")
+    )
     print("\n".join(lines(report)))
     return int(any(finding["verdict"] == "fault" for finding in report["findings"]))
 

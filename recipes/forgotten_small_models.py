@@ -25,7 +25,7 @@ import torch
 from data import POCKET, POCKET_SEQ2SEQ
 from data.prompts import load_prompts, prompt_room
 from data.pseudo_data import write_pseudo_data
-from data.shards import write_whole
+from data.shards import write_atomically
 from data.sources import Row, default_source, read_source
 from data.writers import LocalWriter, PseudoDataSettings
 from draftsmith import Target
@@ -76,9 +76,9 @@ def main(run: SmallModelsSettings) -> None:
     if not pairs:
         raise ValueError("no drafter could be trained in both ways; see the messages above")
     text = "\n".join([*pair_table(pairs, WAYS), "", f"![{' against '.join(WAYS)}]({NAME}.png)", ""])
-    write_whole(output / f"{NAME}.json", lambda path: path.write_text(json.dumps(pairs, indent=1) + "\n"))
-    write_whole(output / f"{NAME}.md", lambda path: path.write_text(text))
-    write_whole(output / f"{NAME}.png", lambda path: draw_pairs(pairs, WAYS, path))
+    write_atomically(output / f"{NAME}.json", lambda path: path.write_text(json.dumps(pairs, indent=1) + "\n"))
+    write_atomically(output / f"{NAME}.md", lambda path: path.write_text(text))
+    write_atomically(output / f"{NAME}.png", lambda path: draw_pairs(pairs, WAYS, path))
     print(text)
     print(f"Written to {output}: {NAME}.md, .json and the plot {output / NAME}.png")
 
@@ -99,7 +99,7 @@ def _originals(target_info: TargetInfo, output: Path, run: SmallModelsSettings) 
         ids = [text.ids[:PROMPT_TOKENS] for text in texts]
         prompt_rows = [{"text": tokenizer.decode(one, skip_special_tokens=True)} for one in ids]
     for path, rows in ((labels, originals), (sources, prompt_rows)):
-        write_whole(path, partial(_write_rows, rows))
+        write_atomically(path, partial(_write_rows, rows))
     return labels, sources
 
 

@@ -37,10 +37,10 @@ from trainers.training.run_settings import RunSettings
 from trainers.training.settings import from_flat, parse_settings
 
 LOSS = "forward_kl"
-SHALLOW = {"exit_layer": 2, "num_blocks": 2, "loss": LOSS}
+EARLY_EXIT = {"exit_layer": 2, "num_blocks": 2, "loss": LOSS}
 DRAFTERS: dict[str, tuple[ModuleType, Any, str]] = {
     "prophet": (prophet, from_flat(prophet.Settings, {"num_layers": 2, "loss": LOSS}), "eval_first_acceptance"),
-    "early_exit": (early_exit, from_flat(early_exit.Settings, SHALLOW), "eval_acceptance"),
+    "early_exit": (early_exit, from_flat(early_exit.Settings, EARLY_EXIT), "eval_acceptance"),
 }
 JOINT = from_flat(prophet.Settings, {"num_layers": 2, "joint": True, "own_head": True})
 TARGETS = {"text and prophet": JOINT, "text alone": dataclasses.replace(JOINT, detach=True)}

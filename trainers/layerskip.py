@@ -14,7 +14,7 @@ import torch
 
 import draftsmith
 from data.batches import Batch, Example, collate, example, order
-from data.shards import write_whole
+from data.shards import write_atomically
 from draftsmith import Target
 from draftsmith.core.model_info import TargetInfo
 from draftsmith.drafters.layerskip import Config, Drafter
@@ -186,7 +186,7 @@ def _load_or_measure_costs(target: Target, num_draft: int, path: Path) -> Sublay
     """Returns the costs in the file `path`, which are measured and written first if it does not exist."""
     if not path.exists():
         costs = measure_costs(target, num_draft)
-        write_whole(path, lambda staging: staging.write_text(json.dumps(dataclasses.asdict(costs), indent=1)))
+        write_atomically(path, lambda staging: staging.write_text(json.dumps(dataclasses.asdict(costs), indent=1)))
     return SublayerCosts(**json.loads(path.read_text()))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import draftsmith
 import trainers
 from data.batches import Example, collate
-from data.shards import write_whole
+from data.shards import write_atomically
 from data.teacher import complete
 from draftsmith.artifacts.families import name_of
 from draftsmith.core.drafter import Drafter, Session, Step
@@ -152,7 +152,7 @@ class Online(Drafter):
             for name, weight in self.drafter.named_parameters()
             for part, value in self._optimiser.state[weight].items()
         }
-        write_whole(path, lambda temporary: save_file(state, temporary))
+        write_atomically(path, lambda temporary: save_file(state, temporary))
 
     def load_optimizer(self, path: Path) -> None:
         """Reads the state written by `save_optimizer` for the same weights."""

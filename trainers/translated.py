@@ -168,7 +168,7 @@ def _train(
         args=arguments,
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks_NT],
         optimizers=(MuonAndAdamW(model.to(arguments.device), learning_rate=run.learning_rate), None),
-        callbacks=[JsonlCallback(output / "log.jsonl"), _MarkWhole(output)],
+        callbacks=[JsonlCallback(output / "log.jsonl"), _MarkComplete(output)],
     )
     resumed = checkpoints.newest_complete(output)
     trainer.train(resume_from_checkpoint=str(checkpoints.folder(output, resumed[0])) if resumed else None)
@@ -178,7 +178,7 @@ def _train(
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
 
-class _MarkWhole(TrainerCallback):
+class _MarkComplete(TrainerCallback):
     """Marks each complete checkpoint, so that a run killed while writing one continues from the one before."""
 
     def __init__(self, output: Path) -> None:

@@ -16,11 +16,11 @@ def write(source: ExportSource, folder: Path) -> Launch:
     (code / "generate.py").write_text(inspect.getsource(remote))
     (code / "requirements.txt").write_text("draftsmith\n")
     call = f"custom_generate={str(source.output)!r}, trust_remote_code=True"
-    tunes = ("The output is that of the target as fine-tuned by the drafter.",)
+    fine_tuned = ("The output is that of the target as fine-tuned by the drafter.",)
     return python_launch(
         source,
         f"model.generate(**inputs, {call}, max_new_tokens=64, do_sample=False)",
         target=source.target_name,
-        notes=tunes if source.manifest.get("tunes_target") else (),
+        notes=fine_tuned if source.manifest.get("tunes_target") else (),
         custom_generate=str(source.output),
     )

@@ -31,7 +31,7 @@ class Contender:
     length: str = "auto"
     confidence_threshold: float | None = None
     """Threshold on the target's confidence below which drafting is skipped; None without one."""
-    is_tuned: bool = False
+    is_fine_tuned: bool = False
     """True if it decodes with a target that its drafter fine-tuned."""
     is_lossless: bool = True
     num_parameters: int = 0
@@ -72,17 +72,17 @@ def contenders(
         columns: dict[str, Any] = {
             "family": manifest["family"],
             "drafter": drafter,
-            "is_tuned": drafter.target is not target,
+            "is_fine_tuned": drafter.target is not target,
             "num_parameters": sum(parameter.numel() for parameter in parameters),
             "artifact_mb": sum(file.stat().st_size for file in own_files(path)) / 1e6,
             "train_s": manifest.get("train_s"),
         }
         reference = None
-        if columns["is_tuned"]:
+        if columns["is_fine_tuned"]:
             # The fine-tuned target writes other text than the original one, so it needs its own baseline.
             reference = f"{name} ({PLAIN})"
             decode = draftsmith_method(drafter.target)
-            found.append(Contender(method=DecodingMethod(name=reference, decode=decode), is_tuned=True))
+            found.append(Contender(method=DecodingMethod(name=reference, decode=decode), is_fine_tuned=True))
         method = DecodingMethod(
             name=name, decode=draftsmith_method(drafter.target, drafter), reference=reference, drafter=drafter
         )

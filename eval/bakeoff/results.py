@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.folder_lock import locked
-from data.shards import write_whole
+from data.shards import write_atomically
 from draftsmith.artifacts.files import LOCK
 from eval.bakeoff.measure import Tally
 
@@ -62,7 +62,7 @@ class Results:
             for line in filter(None, lines):
                 tallies = {name: Tally(**counts) for name, counts in line["tallies"].items()}
                 self.cells[tuple(line["cell"])] = tallies
-        write_whole(self.path, self._rewrite)
+        write_atomically(self.path, self._rewrite)
 
     def add(self, cell: Cell, tallies: dict[str, Tally]) -> None:
         """Stores a cell's tallies; they are on disk when this returns."""
@@ -96,11 +96,11 @@ def publish(
     plot: Callable[[Path], None],
 ) -> None:
     """Writes the result files, each atomically, and removes the file of partial measurements."""
-    write_whole(folder / TEXTS, lambda path: path.write_text(json.dumps(texts) + "\n"))
-    write_whole(folder / f"{NAME}.png", plot)
-    write_whole(folder / f"{NAME}.csv", lambda path: path.write_text(csv, newline=""))
-    write_whole(folder / f"{NAME}.md", lambda path: path.write_text(markdown))
-    write_whole(folder / f"{NAME}.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+    write_atomically(folder / TEXTS, lambda path: path.write_text(json.dumps(texts) + "\n"))
+    write_atomically(folder / f"{NAME}.png", plot)
+    write_atomically(folder / f"{NAME}.csv", lambda path: path.write_text(csv, newline=""))
+    write_atomically(folder / f"{NAME}.md", lambda path: path.write_text(markdown))
+    write_atomically(folder / f"{NAME}.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
     (folder / PARTIAL).unlink()
 
 

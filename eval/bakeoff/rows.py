@@ -56,7 +56,7 @@ def row_of(
         "speedup_high": high,
         "identical": all(tally.is_identical for tally in tallies) if temperature == 0 else None,
         "lossless": contender.is_lossless,
-        "tuned": contender.is_tuned,
+        "tuned": contender.is_fine_tuned,
         "draft_ms": per_step("draft_ms"),
         "verify_ms": per_step("verify_ms"),
         "commit_ms": per_step("commit_ms"),

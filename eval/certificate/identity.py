@@ -57,19 +57,19 @@ def compare_greedy(
     verifier: str,
     exact: Callable[[], Target],
     on_progress: Callable[[int], Any],
-    tuned_by: str = "",
+    fine_tuned_by: str = "",
 ) -> list[dict[str, Any]]:
     """Returns a test for each batch size, drafter and reference: draftsmith's plain decoding, and transformers.
 
     Plain decoding itself is compared with transformers. `exact()` returns the target in float64 and is called where
-    texts differ; `on_progress` is called with the number of tokens after each batch; `tuned_by` is appended to the
+    texts differ; `on_progress` is called with the number of tokens after each batch; `fine_tuned_by` is appended to the
     references' names.
     """
     rows = [prompt.ids for prompt in prompts]
     if len(set(map(len, rows))) == 1:
         # Prompts cut from documents have equal lengths; unequal ones test padding too.
         rows = [row[: max(1, len(row) - 3 * number)] for number, row in enumerate(rows)]
-    plain, transformers = PLAIN + tuned_by, TRANSFORMERS + tuned_by
+    plain, transformers = PLAIN + fine_tuned_by, TRANSFORMERS + fine_tuned_by
     decoders = {plain: draftsmith_method(target), transformers: transformers_method(target)}
     decoders |= {name: draftsmith_method(target, drafter, verifier=verifier) for name, drafter in drafters.items()}
     tests = []
@@ -95,7 +95,7 @@ def compare_greedy(
                 {
                     "kind": KIND,
                     "drafter": name,
-                    "tuned": bool(tuned_by),
+                    "tuned": bool(fine_tuned_by),
                     "verifier": "greedy" if verifier == "auto" else verifier,
                     "reference": reference,
                     "dtype": str(target.dtype).removeprefix("torch."),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.shards import write_whole
+from data.shards import write_atomically
 from eval.plots.bakeoff import COLOURS, DASHES, MARKERS
 
 Points = list[tuple[int, float]]
@@ -43,8 +43,8 @@ def publish_curves(panels: Sequence[Panel], folder: Path) -> None:
         for run, points in panel.lines.items()
         for step, value in points
     )
-    write_whole(folder / "curves.jsonl", lambda path: path.write_text(text))
-    write_whole(folder / "curves.png", functools.partial(_draw, panels))
+    write_atomically(folder / "curves.jsonl", lambda path: path.write_text(text))
+    write_atomically(folder / "curves.png", functools.partial(_draw, panels))
 
 
 def _draw(panels: Sequence[Panel], path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.shards import write_whole
+from data.shards import write_atomically
 from draftsmith.length import predicted_speedup
 from eval.plots.bakeoff import COLOURS, DASHES, MARKERS
 
@@ -49,9 +49,9 @@ def publish_tradeoff(points: Sequence[Point], folder: Path) -> str:
     """Writes `tradeoff.json`, `.md` and `.png`, each atomically, and returns the table."""
     text = json.dumps([point.as_row() for point in points], indent=1) + "\n"
     lines = "\n".join([HEADER, *map(_line, points)])
-    write_whole(folder / "tradeoff.json", lambda path: path.write_text(text))
-    write_whole(folder / "tradeoff.md", lambda path: path.write_text(f"{lines}\n\n![trade-off](tradeoff.png)\n"))
-    write_whole(folder / "tradeoff.png", functools.partial(_draw, points))
+    write_atomically(folder / "tradeoff.json", lambda path: path.write_text(text))
+    write_atomically(folder / "tradeoff.md", lambda path: path.write_text(f"{lines}\n\n![trade-off](tradeoff.png)\n"))
+    write_atomically(folder / "tradeoff.png", functools.partial(_draw, points))
     return lines
 
 

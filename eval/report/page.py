@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup, escape
 
-from data.shards import write_whole
+from data.shards import write_atomically
 from eval.bakeoff.results import NAME, TEXTS
 from eval.report import charts
 from eval.report.table import definitions, header, is_slower, output_of
@@ -71,7 +71,7 @@ def write_report(folder: Path) -> Path:
         raise ValueError(f"{folder / NAME}.json contains no comparison, or one too old; run recipes/bakeoff.py again")
     recorded = _read(folder / TEXTS) if (folder / TEXTS).is_file() else {"texts": [], "trees": {}}
     text = page(rows, recorded)
-    write_whole(folder / PAGE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / PAGE, lambda path: path.write_text(text, encoding="utf-8"))
     return folder / PAGE
 
 

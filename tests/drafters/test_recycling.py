@@ -16,7 +16,7 @@ from torch import Tensor
 import draftsmith
 from data.batches import collate, example, order, split
 from data.pseudo_data import read_pseudo_data
-from data.shards import write_whole
+from data.shards import write_atomically
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.core.drafter import Session, Step
@@ -340,12 +340,12 @@ def test_resumed_run_gives_the_same_bytes(folder: Path, monkeypatch: pytest.Monk
         if path.name == "0002.safetensors":
             raise KeyboardInterrupt
         made.append(path.name)
-        write_whole(path, *given)
+        write_atomically(path, *given)
 
-    monkeypatch.setattr(corpus, "write_whole", interrupted_write)
+    monkeypatch.setattr(corpus, "write_atomically", interrupted_write)
     with pytest.raises(KeyboardInterrupt):
         train(trainer, chosen, run_settings(folder, "broken"))
-    monkeypatch.setattr(corpus, "write_whole", write_whole)
+    monkeypatch.setattr(corpus, "write_atomically", write_atomically)
     broken = train(trainer, chosen, run_settings(folder, "broken"))
     assert made == ["0000.safetensors", "0001.safetensors"]
     assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()

@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from data.batches import Example
-from data.shards import missing_shards, open_folder, write_whole
+from data.shards import missing_shards, open_folder, write_atomically
 from draftsmith.parts.neural.shortlist import Shortlist
 
 MARKER = "parts.json"
@@ -114,7 +114,7 @@ def build_chunks(
         for number in missing:
             arrays = make(Subset(rows, spans[number]))  # type: ignore[arg-type]
             tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            write_whole(folder / names[number], lambda path, tensors=tensors: save_file(tensors, path))  # type: ignore[misc]
+            write_atomically(folder / names[number], lambda path, tensors=tensors: save_file(tensors, path))  # type: ignore[misc]
             bar.update(len(spans[number]))
     return [folder / name for name in names]
 

@@ -20,7 +20,7 @@ import yaml
 from tqdm import tqdm
 
 from data.folder_lock import locked
-from data.shards import open_folder, write_whole
+from data.shards import open_folder, write_atomically
 from trainers.sweeps import sampler
 from trainers.training import jsonl
 
@@ -140,7 +140,7 @@ def _run_trials(sweep: Sweep, output: Path, lock: int, *, num_trials: int, seed:
             trial = _run(sweep, parameters, output, len(trials) + 1, lock)
             jsonl.append(output / TRIALS, trial)
             trials.append(trial)
-            write_whole(output / TABLE, lambda path: path.write_text("\n".join(table(sweep, trials)) + "\n"))
+            write_atomically(output / TABLE, lambda path: path.write_text("\n".join(table(sweep, trials)) + "\n"))
             value = "failed" if trial["value"] is None else f"{sweep.metric} {trial['value']:.4g}"
             bar.write(f"trial {trial['trial']}: {describe(sweep, trial)}: {value}", file=sys.stderr)
             bar.update()

@@ -10,13 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data.shards import sync, write_whole
+from data.shards import sync, write_atomically
 from draftsmith.artifacts.model_card import keep_edited, warn_of_kept
 from trainers.training.jsonl import LOG
 
 MARKER = "run.json"
 ARTIFACT = "draft_config.json"
-WHOLE = "whole.json"
+COMPLETE = "whole.json"
 WEIGHTS = "model.safetensors"
 
 
@@ -36,7 +36,7 @@ def mark_complete(checkpoint: Path, facts: dict[str, Any]) -> None:
         sync(path)
     hashes = {str(path.relative_to(checkpoint)): _hash(path) for path in files}
     text = json.dumps({"hashes": hashes, **facts}, indent=1)
-    write_whole(checkpoint / WHOLE, lambda path: path.write_text(text))
+    write_atomically(checkpoint / COMPLETE, lambda path: path.write_text(text))
 
 
 def keep_only(output: Path, steps: set[int]) -> None:
@@ -92,7 +92,7 @@ def disposable(output: Path) -> list[str]:
 
 def _marked(output: Path) -> list[Path]:
     """Returns the checkpoints that are marked as complete, the newest first."""
-    found = [path for path in (output / "checkpoints").glob("checkpoint-*") if (path / WHOLE).is_file()]
+    found = [path for path in (output / "checkpoints").glob("checkpoint-*") if (path / COMPLETE).is_file()]
     return sorted(found, key=_step, reverse=True)
 
 
@@ -103,7 +103,7 @@ def _step(checkpoint: Path) -> int:
 def _read(checkpoint: Path) -> tuple[dict[str, Any], str]:
     """Returns the facts recorded in a checkpoint, and what is wrong with it, "" if nothing is."""
     try:
-        facts = json.loads((checkpoint / WHOLE).read_text())
+        facts = json.loads((checkpoint / COMPLETE).read_text())
         # Earlier versions recorded the files' sizes alone.
         recorded, measure = (facts.pop("hashes"), _hash) if "hashes" in facts else (facts.pop("files"), _size)
         for name, value in recorded.items():
@@ -124,7 +124,7 @@ def _size(path: Path) -> int:
 
 
 def _files(checkpoint: Path) -> list[Path]:
-    return [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != WHOLE]
+    return [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != COMPLETE]
 
 
 def publish(staging: Path, output: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from data.shards import write_whole
+from data.shards import write_atomically
 from trainers.training import launchers
 from trainers.training.jsonl import HELD_OUT, LOG, wandb_name
 from trainers.training.run_settings import RunSettings
@@ -84,7 +84,7 @@ def begin(run: RunSettings, config: dict[str, Any], output: Path) -> None:
         file, project = output / "wandb" / "run-id", os.environ["WANDB_PROJECT"]
         name = file.read_text() if file.exists() else None
         tracked = wandb.init(project=project, name=output.name, dir=output, config=config, id=name, resume="allow")
-        write_whole(file, lambda path: path.write_text(tracked.id))
+        write_atomically(file, lambda path: path.write_text(tracked.id))
 
 
 def make_logger(run: RunSettings, output: Path) -> Callable[[dict[str, Any]], None]:

@@ -282,7 +282,7 @@ def test_train_rejects_continuing_with_other_settings_or_ranks(folder: Path, mon
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"num_heads was 2, is 3"):
         train(medusa, trainer_settings(medusa, num_heads=3, tree_nodes=4), run)
-    marker = checkpoints.folder(folder / "half", 4) / checkpoints.WHOLE
+    marker = checkpoints.folder(folder / "half", 4) / checkpoints.COMPLETE
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"num_ranks": 2}))
     with pytest.raises(ValueError, match="num_ranks was 2, is 1"):
         train(medusa, HEADS, run)
