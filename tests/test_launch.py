@@ -204,7 +204,7 @@ def test_uv_gets_the_index_and_links_of_pip(checkout: Checkout) -> None:
     assert "--find-links /wheels --find-links /more --default-index https://index.example/simple" in install
 
 
-def test_setup_that_was_killed_is_made_anew(checkout: Checkout) -> None:
+def test_killed_setup_is_made_again(checkout: Checkout) -> None:
     assert checkout("some_recipe", KILLED="1").returncode != 0
     assert not checkout.called(str(checkout.root / "recipes"))
     (checkout.root / ".venv" / "half-made").touch()
@@ -220,7 +220,7 @@ def test_setup_falls_back_to_pip_if_uv_fails(checkout: Checkout) -> None:
     assert checkout.called("-m pip install --constraint constraints.txt --editable . --group train --group dev")
 
 
-def test_setup_that_failed_prints_one_sentence_and_is_tried_again_in_place(checkout: Checkout) -> None:
+def test_failed_setup_prints_one_sentence_and_continues_in_place(checkout: Checkout) -> None:
     done = checkout("some_recipe", UV_FAILS="1", PIP_FAILS="1")
     assert (done.returncode, done.stderr) == (2, "launch.sh: the environment could not be made; see above\n")
     assert checkout("some_recipe").returncode == 0

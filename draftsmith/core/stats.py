@@ -35,7 +35,7 @@ class GenerationStats:
 
     @property
     def accepted_per_depth(self) -> list[float]:
-        """Acceptance rate at each depth (from 1): the share of drafts that deep whose accepted path is that deep."""
+        """Acceptance rate at each depth (from 1): the share of drafts at least that deep that are accepted to it."""
         return [accepted / drafted for accepted, drafted in zip(self.accepted, self.drafted, strict=True) if drafted]
 
     def count_round(self, draft: Draft) -> None:

@@ -2,8 +2,8 @@
 
 A matrix holds the likeliest successors of every token, from the last forward in which the target processed the token,
 at any node of any draft. It fills a static tree: node (0, 2) is the third successor of the first successor of the
-pending token. Each row of a batch has its own matrix, because texts differ; the next call starts with what all rows
-have learnt.
+pending token. Each row of a batch has its own matrix, because texts differ; the next call starts with
+the successors learnt in all rows.
 
 Shape suffixes: B rows, T tokens of a prompt, N nodes, M nodes of one level, X nodes or tokens of any rows, K successors
 of a token, D hidden width, V vocabulary.

@@ -1,6 +1,6 @@
 """The target and draft distributions along a tree that remain after each rejected child; rows advance independently.
 
-However often max(target - draft, 0) is taken, and rescaled in between, the remaining target distribution stays
+After any number of steps max(target - draft, 0), with rescaling in between, the remaining target distribution is
 proportional to max(target - c draft, 0): rejections are stored as one number c per text, and whole distributions are
 only needed for their sums. The choice of nodes is made on the host, where a step costs less than on tiny tensors.
 

@@ -111,7 +111,7 @@ class StepSizes:
 def run_draftsmith(drafter: Any, prompts: Sequence[list[int]], num_new: int, num_draft: int) -> ServingCounts:
     """Decodes the prompts with draftsmith's loop and drafts of `num_draft` tokens, counting as vLLM does.
 
-    vLLM starts drafting after the first new token, counts the whole of the draft that reaches the maximum length, and
+    vLLM starts drafting after the first new token, counts all tokens of the draft that reaches the maximum length, and
     ignores end-of-sequence tokens here.
     """
     new, sizes = [], []

@@ -327,7 +327,7 @@ def test_save_removes_staging_folders_of_dead_processes_only(folder: Path) -> No
     assert sorted(path.name for path in parent.iterdir()) == sorted([*kept, folder.name])
 
 
-def test_save_brings_back_an_artifact_that_a_killed_process_had_moved_away(folder: Path) -> None:
+def test_save_restores_an_artifact_that_a_killed_process_had_moved(folder: Path) -> None:
     before = read_files(folder)
     folder.rename(folder.with_name(f".heads.retired-{dead_process()}"))
     drafter = lookup.Drafter(lookup.Config(), tiny_target("llama"))
@@ -338,7 +338,7 @@ def test_save_brings_back_an_artifact_that_a_killed_process_had_moved_away(folde
     assert read_files(folder) == before
 
 
-def test_save_through_a_link_replaces_what_it_leads_to(folder: Path) -> None:
+def test_save_through_a_link_replaces_its_target(folder: Path) -> None:
     link, target = folder.parent / "latest", tiny_target("llama")
     link.symlink_to(folder)
     draftsmith.save(lookup.Drafter(lookup.Config(), target), link, target=target)

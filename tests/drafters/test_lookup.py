@@ -67,9 +67,7 @@ def slow_continuations(config: Config, text: list[int], num_tokens: int) -> list
     some.lists(some.lists(some.integers(0, 2), max_size=5), min_size=1, max_size=6),
     some.integers(1, 7),
 )
-def test_index_finds_what_a_search_finds(
-    config: Config, source: list[int], steps: list[list[int]], num_tokens: int
-) -> None:
+def test_index_equals_a_search(config: Config, source: list[int], steps: list[list[int]], num_tokens: int) -> None:
     """With any source and any tokens per step, including no token and equal tokens."""
     index, row = _Index(config, source), [1]
     for new in steps:

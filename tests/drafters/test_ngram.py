@@ -144,7 +144,7 @@ def test_draft_probs_are_the_sampled_distributions(tmp_path: Path, sampling: Sam
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_stop_where_the_policy_says(tmp_path: Path, temperature: float) -> None:
+def test_rows_stop_when_the_policy_returns_false(tmp_path: Path, temperature: float) -> None:
     """The first row always continues, the second never; the policy gets the token's probability."""
     model, seen = build_model([[0, 1, 2, 3] * 8], 3, VOCAB_SIZE, tmp_path), []
 

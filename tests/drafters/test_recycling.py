@@ -207,7 +207,7 @@ def test_encoder_decoder_gets_the_chain_of_first_successors(architecture: str) -
     assert len(out.stats.drafted) == 3, "the depth of the tree"
 
 
-def test_later_calls_use_what_earlier_ones_learnt(tmp_path: Path) -> None:
+def test_later_calls_use_the_successors_learnt_in_earlier_ones(tmp_path: Path) -> None:
     target = tiny_target("llama")
     ids, mask = padded(prompts(5))
     drafter = Drafter(SMALL, target)

@@ -87,7 +87,7 @@ def test_skipping_hand_worked() -> None:
     assert (inner.num_proposed, inner.num_observed) == (5, 9), "skipped rounds are observed but not proposed"
 
 
-def test_each_row_skips_by_itself() -> None:
+def test_rows_skip_independently() -> None:
     drafter, inner = start_drafter(Draft(tokens_BN=torch.tensor([[5, 1], [5, 1]]), tree=chain(2), num_nodes=[2, 2]))
     assert step(drafter, [(7, 0.3)], [(1, 0.3), (4, 0.3)]) == [2, 2]
     assert step(drafter, [(1, 0.3)], [(7, 0.3)]) == [1, 2]

@@ -168,7 +168,7 @@ def test_doctor_passes_sound_drafters(sound_folder: Path, name: str, capsys: pyt
     assert "% of drafts accepted to depth" in output and "ok       template" in output and "fault" not in output
 
 
-# A planted fault is found; what else it does to acceptance may be reported too.
+# A planted fault is found; its further effects on acceptance may be reported too.
 
 
 def test_check_template_changed_in_the_tokenizer(faulty_folder: Path) -> None:

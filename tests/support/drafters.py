@@ -103,7 +103,7 @@ def tiny_drafter(name: str, architecture: str) -> Any:
 
 
 def generate_rows(target: Target, num_rows: int, drafter: Any = None, *, side: str = "right", **settings: Any) -> Any:
-    """Returns what `generate` makes of `num_rows` prompts of different lengths, padded at `side`."""
+    """Returns the output of `generate` for `num_rows` prompts of different lengths, padded at `side`."""
     ids, mask = padded(prompts(num_rows), side=side)
     settings = {"max_new_tokens": NUM_NEW} | settings
     return draftsmith.generate(target, ids, drafter, attention_mask=mask, **settings)

@@ -173,7 +173,7 @@ def texts(out: Any) -> list[list[int]]:
 
 
 class Watched(Drafter):
-    """A drafter whose every call is checked for what the loop and the verifiers rely on."""
+    """Wraps a drafter and checks in every call the properties that the loop and the verifiers rely on."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner

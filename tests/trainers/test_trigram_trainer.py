@@ -110,7 +110,9 @@ def test_a_budget_drops_the_rarest_pairs(folder: Path, texts: list[list[int]], s
     assert read(table) == {pair: whole[pair] for pair in sorted(kept)}
 
 
-def test_after_a_pair_that_does_not_fit_no_smaller_one_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budget_keeps_no_smaller_pair_after_one_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three pairs occur twice, each in a block by itself: the first takes 24 of 54 bytes, the others 32 and 24."""
     twice = [[0, 0, 1], [1, 1, 2], [1, 1, 3], [2, 2, 3], [0, 0, 1], [2, 2, 3]]
     often = [*([0, 1, token] for token in range(4)), *([1, 2, token] for token in range(3))]

@@ -1,6 +1,6 @@
 """Drafts trees of likely successors of the last two tokens, found by Monte Carlo tree search (ADED, 2407.12021).
 
-A table holds how often tokens followed pairs of tokens in target-generated text; each row adds its own tri-grams in an
+A table holds the frequencies of tokens after pairs of tokens in target-generated text; each row adds tri-grams in an
 overlay. No gradient training and no probabilities of the target are needed.
 
 Shape suffixes: K pairs of tokens, S successors of all of them, T last tokens of a text.

@@ -83,7 +83,7 @@ class ShortlistHead(nn.Module):
 
 
 class TrainingSwitches(nn.Module):
-    """Counts how often the module that it is a child of entered or left training mode.
+    """Counts the number of times that its parent module entered or left training mode.
 
     Fused optimisers do not count their writes to a tensor, so only this shows that the weights changed.
     """

@@ -248,7 +248,7 @@ def test_trial_without_the_metric_has_failed(tmp_path: Path, capsys: pytest.Capt
     assert "no eval/scroe in " in capsys.readouterr().err
 
 
-def test_mended_sweep_starts_over_if_every_trial_failed(tmp_path: Path) -> None:
+def test_corrected_sweep_starts_over_if_every_trial_failed(tmp_path: Path) -> None:
     """Trials of recipes that are rejected leave no folders, unlike those of this program."""
     given = {"x": {"values": [1, 2]}, "fails_above": {"value": 0}, "gate": {"value": str(tmp_path)}}
     run_parabola(tmp_path, "out", 2, method="grid", parameters=given)

@@ -215,7 +215,7 @@ def test_run_killed_after_its_last_step_only_publishes_the_artifact(
     check_same_as_uninterrupted(folder / "unpublished", uninterrupted)
 
 
-def test_finished_run_is_cleared_of_what_a_killed_one_left(folder: Path, uninterrupted: Path) -> None:
+def test_finished_run_removes_leftovers_of_a_killed_one(folder: Path, uninterrupted: Path) -> None:
     for name in ("checkpoints/checkpoint-8", "artifact"):
         (uninterrupted / name).mkdir(parents=True)
     train(medusa, HEADS, settings(folder, "uninterrupted"))
