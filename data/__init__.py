@@ -6,6 +6,9 @@
 - data.teacher      complete: the same, computed by the live target
 - data.batches      Example, Batch, collate, split, batches: the inputs of trainers
 - data.examples     open_examples: examples for training from any of these folders, or from a source of text
+- data.sources      readers of files, data sets, conversations and Python source
+- data.writers      writers of completions: the target in this process, or a server
+- data.shards       folders of shards that an interrupted run continues; data.folder_lock keeps other runs out
 """
 
 from pathlib import Path
