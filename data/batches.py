@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from draftsmith import Target
-from draftsmith.core.model_info import TargetInfo
 from draftsmith.core.target import Source
+from draftsmith.loading.model_info import TargetInfo
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

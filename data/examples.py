@@ -12,7 +12,7 @@ from data.shards import check_origin
 from data.sources import LeftOut, looks_local
 from data.sources.pairs import split_columns
 from draftsmith import Target
-from draftsmith.core.model_info import NO_LIMIT, TargetInfo
+from draftsmith.loading.model_info import NO_LIMIT, TargetInfo
 
 
 class Examples(Protocol):

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from data.sources import Document, LeftOut, Row, RowError, forms, pairs, read_source
 from data.sources.chat import REASONING_KEYS, ChatFormat
 from draftsmith import Target
-from draftsmith.core.model_info import NO_LIMIT, TargetInfo
+from draftsmith.loading.model_info import NO_LIMIT, TargetInfo
 
 LongPrompts = Literal["auto", "refuse", "drop", "cut"]
 CHARACTERS_PER_TOKEN = 32  # more than any tokenizer's average; texts are truncated by it before encoding

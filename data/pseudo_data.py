@@ -34,7 +34,7 @@ from data.shards import (
 from data.writers import Completion, GenerationBatch, LocalWriter, PseudoDataSettings, Writer, derive_seed
 from draftsmith import Target
 from draftsmith.artifacts.provenance import template_hash
-from draftsmith.core.model_info import TargetInfo
+from draftsmith.loading.model_info import TargetInfo
 
 __all__ = ["LocalWriter", "PseudoDataSettings", "read_pseudo_data", "write_pseudo_data"]
 

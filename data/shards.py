@@ -14,7 +14,7 @@ from typing import Any
 
 from draftsmith import Target
 from draftsmith.artifacts.files import LOCK, check_replaceable, inside
-from draftsmith.core.model_info import TargetInfo
+from draftsmith.loading.model_info import TargetInfo
 
 
 def open_folder(

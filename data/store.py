@@ -34,7 +34,7 @@ from data.shards import check_complete, check_origin, missing_shards, open_folde
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.files import check_replaceable
-from draftsmith.core.model_info import TargetInfo
+from draftsmith.loading.model_info import TargetInfo
 
 MARKER = "teacher_store.json"
 FORMAT = 1

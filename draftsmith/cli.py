@@ -10,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from draftsmith.loading import remote_code
+
 CHECKOUT_TARGET = Path(__file__).parent.parent / "data" / "pocket"
+TRUST_HELP = "let the target run the Python code in its folder (default: no such code is run)"
 GREEN_UNDERLINED, PLAIN = "\033[4;32m", "\033[0m"
 
 
@@ -33,6 +36,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; a user error prints one sentence on stderr and exits with status 2."""
     arguments = _parser().parse_args(argv)
+    if getattr(arguments, "trust_remote_code", False):
+        remote_code.allow()
     try:
         arguments.run(arguments)
     except ValueError as error:
@@ -81,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
     generate.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if available)")
+    generate.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     generate.set_defaults(run=_generate)
     inspect = commands.add_parser("inspect", help="show an artifact's manifest and sizes", allow_abbrev=False)
     inspect.add_argument("artifact", help="a drafter's folder, or owner/name on the hub")
@@ -90,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, metavar="ENGINE", help="transformers, vllm, sglang or speculators")
     export.add_argument("--target", help="a transformers folder or hub name (default: the artifact's target)")
     export.add_argument("output", metavar="OUT", help="the folder to write")
+    export.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     export.set_defaults(run=_export)
     card = commands.add_parser("card", help="rewrite an artifact's model card, README.md", allow_abbrev=False)
     card.add_argument("artifact", help="a drafter's folder")
@@ -109,11 +116,11 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from draftsmith import Target, load, verify
     from draftsmith.artifacts.artifact import check_fits, read_manifest
-    from draftsmith.core.model_info import read_target_info
     from draftsmith.core.sampling import Sampling
     from draftsmith.decoding import generate
     from draftsmith.inputs.batching import check_lengths
     from draftsmith.length import policies
+    from draftsmith.loading.model_info import read_target_info
 
     disable_progress_bar()
     Sampling(temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k)
@@ -200,7 +207,7 @@ class _Printer:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from draftsmith.artifacts.artifact import family_of, local_folder, read_manifest
+    from draftsmith.artifacts.artifact import family_of, faults_of, local_folder, read_manifest
     from draftsmith.artifacts.model_card import num_parameters
 
     folder = local_folder(arguments.artifact)
@@ -217,6 +224,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
         family_of(manifest, folder)
     except ValueError as error:
         print(f"draftsmith: {error}", file=sys.stderr)
+        return
+    faults = list(faults_of(folder))
+    for fault in faults:
+        print(f"draftsmith: fault: {fault}", file=sys.stderr)
+    if faults:
+        sys.exit(1)
 
 
 def _card(arguments: argparse.Namespace) -> None:

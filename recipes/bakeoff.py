@@ -25,8 +25,8 @@ from data.sources import default_source
 from data.writers import LocalWriter, PseudoDataSettings
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
-from draftsmith.core.model_info import TargetInfo, read_target_info
 from draftsmith.length.costs import num_threads
+from draftsmith.loading.model_info import TargetInfo, read_target_info
 from eval.bakeoff.results import check_output, claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare

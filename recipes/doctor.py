@@ -32,10 +32,10 @@ from data.shards import write_atomically
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.artifact import as_tuples, check_fits, read_manifest
-from draftsmith.core.model_info import read_target_info
 from draftsmith.export import export
 from draftsmith.export.launch import read_launch
 from draftsmith.length.costs import num_threads
+from draftsmith.loading.model_info import read_target_info
 from eval.bakeoff.measure import DecodingRequest, draftsmith_method
 from eval.doctor import checks
 from eval.doctor.assisted import assistant_of, run_assisted

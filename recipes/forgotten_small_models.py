@@ -29,8 +29,8 @@ from data.shards import write_atomically
 from data.sources import Row, default_source, read_source
 from data.writers import LocalWriter, PseudoDataSettings
 from draftsmith import Target
-from draftsmith.core.model_info import TargetInfo, read_target_info
 from draftsmith.length.costs import num_threads
+from draftsmith.loading.model_info import TargetInfo, read_target_info
 from eval.bakeoff.results import claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare

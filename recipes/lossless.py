@@ -17,7 +17,7 @@ from data.prompts import LongPrompts, TextSettings, load_prompts, prompt_room
 from data.sources import default_source
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
-from draftsmith.core.model_info import read_target_info
+from draftsmith.loading.model_info import read_target_info
 from eval.certificate.identity import GreedySettings
 from eval.certificate.sampled import EXTRA_TOKENS, SampledTestSettings
 from eval.lossless import LOSSLESS, certify, check_output, lines, save

@@ -21,8 +21,8 @@ from data.prompts import TextSettings, load_prompts, prompt_room
 from data.shards import open_folder
 from draftsmith import Target
 from draftsmith.artifacts.artifact import MANIFEST, check_fits, read_manifest
-from draftsmith.core.model_info import read_target_info
 from draftsmith.core.stats import GenerationStats
+from draftsmith.loading.model_info import read_target_info
 from eval.plots.curves import Panel, publish_curves
 from trainers.online import Online, OnlineSettings
 from trainers.training import launchers

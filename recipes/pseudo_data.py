@@ -22,7 +22,7 @@ from data.writers import LocalWriter, PseudoDataSettings, Writer
 from data.writers.server import ServerWriter
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.files import check_replaceable
-from draftsmith.core.model_info import read_target_info
+from draftsmith.loading.model_info import read_target_info
 from trainers.training import launchers
 from trainers.training.settings import parse_settings
 

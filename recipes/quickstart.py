@@ -21,8 +21,8 @@ from data.prompts import Prompt, load_prompts
 from data.pseudo_data import write_pseudo_data
 from data.writers import LocalWriter, PseudoDataSettings
 from draftsmith import Target
-from draftsmith.core.model_info import read_target_info
 from draftsmith.length.costs import num_threads
+from draftsmith.loading.model_info import read_target_info
 from eval.bakeoff.results import claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare

@@ -14,7 +14,7 @@ import draftsmith
 from data import POCKET
 from data.examples import check_target, open_examples
 from data.store import TeacherStoreSettings, plan_teacher_store, write_teacher_store
-from draftsmith.core.model_info import read_target_info
+from draftsmith.loading.model_info import read_target_info
 from trainers.training import launchers
 from trainers.training.settings import parse_settings
 

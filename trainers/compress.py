@@ -21,7 +21,9 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.files import atomic_folder, check_replaceable
 from draftsmith.artifacts.provenance import run_provenance
-from draftsmith.core.model_info import TargetInfo, read_target_info
+from draftsmith.loading import remote_code
+from draftsmith.loading.model_info import TargetInfo, read_target_info
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural import quantised
 from trainers.compression import calibration, importance, pruning, sparsity
 from trainers.training import launchers
@@ -72,9 +74,8 @@ class CompressSettings:
     """Read the text in bfloat16; weights are saved in their original dtype in any case."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_steps", 1), ("batch_size", 1), ("max_length", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        check_at_least(self, 1, "max_steps", "batch_size")
+        check_at_least(self, 2, "max_length")
         if not 0 < self.keep < 1:
             raise ValueError(f"keep is {self.keep}; it must lie between 0 and 1, both excluded")
         if bool(self.mask) != (self.method == "mask"):
@@ -130,7 +131,8 @@ def compress(settings: CompressSettings) -> Path:
     batches = calibration.batches(examples, settings.max_steps, **settings.batch_options())
     made = _compressed(settings, source, batches)
     manifest = _manifest(settings, source, made, identity, batches)
-    stored = AutoConfig.from_pretrained(settings.source).dtype or torch.float32
+    trusted = remote_code.is_allowed()
+    stored = AutoConfig.from_pretrained(settings.source, trust_remote_code=trusted).dtype or torch.float32
     with atomic_folder(output, marker=MARKER) as folder:
         model = made.model if settings.method in quantised.SCHEMES else made.model.to(stored)
         model.save_pretrained(folder)
@@ -169,7 +171,9 @@ def _compressed(settings: CompressSettings, source: Target, batches: list[Batch]
             sparsity.prune_by_magnitude(own.model, settings.keep, is_two_of_four=is_two_of_four)
         return Compressed(model=own.model)
     scheme = TorchAoConfig(quantised.config_of(source.model, settings.method))
-    model = AutoModelForCausalLM.from_pretrained(settings.source, dtype="auto", quantization_config=scheme)
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.source, dtype="auto", quantization_config=scheme, trust_remote_code=remote_code.is_allowed()
+    )
     return Compressed(model=model.eval())
 
 

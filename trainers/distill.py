@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from data.batches import Batch, Example
 from draftsmith import Target
-from draftsmith.core.model_info import TargetInfo, read_target_info
 from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.lm import Config, Drafter
-from draftsmith.parts.checks import check_at_least
+from draftsmith.loading import remote_code
+from draftsmith.loading.model_info import TargetInfo, read_target_info
+from draftsmith.loading.weights import load_model
+from draftsmith.parts.checks import MAX_DEPTH, MAX_NODES, MAX_WIDTH, check_at_least
 from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics
 from trainers.compression import constraints
@@ -65,8 +67,11 @@ class Settings(distillation.LossSettings, constraints.WeightConstraints):
     """Number of nodes expanded per level of a dynamic tree, and of children of each."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_layers", "num_heads", "width")
-        check_at_least(self, 0, "hidden_size", "ffn_size", "encoder_layers")
+        check_at_least(self, 1, "num_layers", "num_heads", most=MAX_DEPTH)
+        check_at_least(self, 1, "width", most=MAX_NODES)
+        check_at_least(self, 0, "encoder_layers", most=MAX_DEPTH)
+        check_at_least(self, 0, "hidden_size", "ffn_size", most=MAX_WIDTH)
+        check_at_least(self, 0, "tree_temperature", most=100)
         is_copied = self.init or self.start == "layers"
         if self.config.rank and is_copied:
             given = "init" if self.init else "start layers"
@@ -92,20 +97,25 @@ def check(settings: Settings, target: TargetInfo) -> None:
         raise ValueError(f"--init {settings.init} is quantised and cannot be trained; train it before quantising it")
     if init_info.is_encoder_decoder and not target.is_encoder_decoder:
         raise ValueError(f"--init {settings.init} is an encoder-decoder and target {target.name} is not")
-    if init_info.vocab_size != target.vocab_size:
+    hashes = [one.tokenizer_hash for one in (init_info, target) if one.tokenizer_hash]
+    if len(set(hashes)) == 2:
+        raise ValueError(f"--init {settings.init} has another tokenizer than target {target.name}")
+    # Models of one tokenizer may differ in the padding of their embedding, which `build` removes or adds.
+    if init_info.vocab_size != target.vocab_size and len(hashes) < 2:
         raise ValueError(
             f"--init {settings.init} has a vocabulary of {init_info.vocab_size} tokens and the target one of"
-            f" {target.vocab_size}; they must be the same"
+            f" {target.vocab_size}; they must be the same, or both folders have the same tokenizer"
         )
-    if init_info.tokenizer_hash and target.tokenizer_hash and init_info.tokenizer_hash != target.tokenizer_hash:
-        raise ValueError(f"--init {settings.init} has another tokenizer than target {target.name}")
 
 
 def build(settings: Settings, target: Target) -> Drafter:
     """Returns a draft model in float32; raises ValueError for an invalid shape."""
     if settings.init:
         auto = AutoModelForSeq2SeqLM if read_target_info(settings.init).is_encoder_decoder else AutoModelForCausalLM
-        given = auto.from_pretrained(settings.init, dtype=torch.float32)
+        options = {"dtype": torch.float32, "trust_remote_code": remote_code.is_allowed()}
+        given = load_model(auto, settings.init, **options)
+        if given.get_input_embeddings().num_embeddings != target.vocab_size:
+            given.resize_token_embeddings(target.vocab_size)
         return _with_weights(_drafter(settings, given.config, target), given)
     if settings.start == "layers":
         return _first_layers(settings, target)

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from data.batches import Batch, Example
 from draftsmith import Target
-from draftsmith.core.model_info import TargetInfo
 from draftsmith.drafters.eagle3 import Config, Drafter
+from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural.layers import Attention, ffn_width
 from trainers import Metrics, Needs

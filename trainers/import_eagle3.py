@@ -11,9 +11,9 @@ from torch import Tensor
 from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.artifacts.published_eagle3 import add_vocabulary, read_shape, read_weights
-from draftsmith.core.model_info import TargetInfo
 from draftsmith.drafters.eagle3 import Config, Drafter
 from draftsmith.length import policies
+from draftsmith.loading.model_info import TargetInfo
 from trainers import Metrics, Needs, eagle3
 from trainers.training.run_settings import RunSettings
 

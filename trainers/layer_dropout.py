@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from data.batches import Batch
 from draftsmith import Target
-from draftsmith.core.model_info import TargetInfo
 from draftsmith.core.views import blocks_of
 from draftsmith.drafters.early_exit import Config, Drafter
 from draftsmith.length import policies
+from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.checks import check_at_least
 from trainers import Metrics, Needs
 from trainers.parts import adapters, exits

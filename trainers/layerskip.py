@@ -16,9 +16,9 @@ import draftsmith
 from data.batches import Batch, Example, collate, example, order
 from data.shards import write_atomically
 from draftsmith import Target
-from draftsmith.core.model_info import TargetInfo
 from draftsmith.drafters.layerskip import Config, Drafter
 from draftsmith.length import policies
+from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.self_drafting.sublayers import sublayers
 from trainers import Metrics
 from trainers.corpora import decoding

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from data.batches import Batch
 from draftsmith import Target
-from draftsmith.core.model_info import TargetInfo
 from draftsmith.drafters.medusa2 import Config, Drafter
+from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.self_drafting.fine_tuned import has_tied_head
 from trainers import Metrics, Needs

@@ -8,8 +8,8 @@ from pathlib import Path
 from data.batches import Example
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
-from draftsmith.core.model_info import TargetInfo
 from draftsmith.drafters.staged import Config, Drafter, draft_model_of
+from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.composites import load_artifact, part_config
 from trainers.corpora import decoding
 from trainers.parts import composites

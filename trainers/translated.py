@@ -27,9 +27,11 @@ from transformers.trainer_utils import IntervalStrategy
 from data.batches import Example, order
 from draftsmith import Target
 from draftsmith.artifacts.files import atomic_folder
-from draftsmith.core.model_info import TargetInfo, read_target_info, tokenizer_hash
 from draftsmith.drafters.translated import Config, Drafter, translation
-from draftsmith.parts.checks import check_at_least
+from draftsmith.loading import remote_code
+from draftsmith.loading.model_info import TargetInfo, read_target_info, tokenizer_hash
+from draftsmith.loading.weights import load_model
+from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least
 from trainers.corpora import decoding
 from trainers.parts import small_models
 from trainers.pocket import BOS, EOS, PAD, MuonAndAdamW, byte_pairs
@@ -63,7 +65,9 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_layers", "num_heads", "least_shared")
+        check_at_least(self, 1, "num_layers", "num_heads", most=MAX_DEPTH)
+        check_at_least(self, 1, "least_shared", "train_vocab")
+        check_at_least(self, 1, "hidden_size", most=MAX_WIDTH)
         if self.train_vocab <= NUM_SPECIAL_AND_BYTES:
             raise ValueError(f"train_vocab is {self.train_vocab}; a byte-level BPE needs {NUM_SPECIAL_AND_BYTES + 1}")
         if self.hidden_size < 1 or self.hidden_size % (2 * self.num_heads):
@@ -94,7 +98,8 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     if not settings.draft_model and not (folder / "config.json").exists():
         _train(settings, target, rows, run, output, folder)
     draft = read_target_info(str(folder) if folder.is_dir() else settings.draft_model)
-    given = AutoModelForCausalLM.from_pretrained(draft.name, dtype=torch.float32)
+    options = {"dtype": torch.float32, "trust_remote_code": remote_code.is_allowed()}
+    given = load_model(AutoModelForCausalLM, draft.name, **options)
     drafter = _drafter(settings, given, draft.tokenizer, target)
     drafter.model.load_state_dict(given.state_dict())
     counterparts = drafter.counterparts_U.tolist()

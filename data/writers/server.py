@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.sources.chat import ChatFormat
 from data.writers import Completion, GenerationBatch, Origin, PseudoDataSettings, derive_seed
-from draftsmith.core.model_info import tokenizer_hash
+from draftsmith.loading.model_info import tokenizer_hash
 
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 TIMEOUT_S = 600.0

@@ -19,9 +19,9 @@ from draftsmith.artifacts.files import atomic_folder, inside
 from draftsmith.artifacts.model_card import CARD, WEIGHTS, card, is_hub_name, keep_edited, warn_of_kept
 from draftsmith.artifacts.provenance import run_provenance, target_provenance
 from draftsmith.core.drafter import Drafter
-from draftsmith.core.model_info import TargetInfo
 from draftsmith.core.target import Target
 from draftsmith.inputs.arguments import check_target
+from draftsmith.loading.model_info import TargetInfo
 
 FORMAT_VERSION = 1
 MANIFEST = "draft_config.json"

@@ -13,6 +13,8 @@ import safetensors
 import torch
 import transformers
 
+from draftsmith.loading import remote_code
+
 
 def run_provenance() -> dict[str, Any]:
     """Returns the command, the commit and the library versions of this process."""
@@ -30,11 +32,15 @@ def run_provenance() -> dict[str, Any]:
 
 
 def target_provenance(target: Any) -> dict[str, Any]:
-    """Returns what can change about a target while its fingerprint stays: chat template, dtype, rotary settings."""
+    """Returns what can change about a target while its fingerprint stays: chat template, dtype, rotary settings.
+
+    `trust_remote_code` is whether it could run code of its own.
+    """
     return {
         "template_hash": template_hash(target.tokenizer),
         "dtype": str(target.dtype).removeprefix("torch."),
         "rotary": rotary(target.model.config),
+        "trust_remote_code": remote_code.is_allowed(),
     }
 
 

@@ -10,6 +10,7 @@ import copy
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,20 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from draftsmith.core.cache import KVCache, visible
-from draftsmith.core.model_info import context_length, decoder_start, end_tokens, read_target_info, tokenizer_hash
 from draftsmith.core.tree import Draft, Tree, chain
-from draftsmith.core.views import LAYER_LISTS, ForwardContext, final_norm, find_child, head_view, relative_bias, view
+from draftsmith.core.views import (
+    LAYER_LISTS,
+    ForwardContext,
+    final_norm,
+    find_child,
+    head_view,
+    relative_bias,
+    unwrapped,
+    view,
+)
+from draftsmith.loading import remote_code
+from draftsmith.loading.model_info import context_length, decoder_start, end_tokens, read_target_info, tokenizer_hash
+from draftsmith.loading.weights import load_model
 
 LAYER_KINDS = {"full_attention", "sliding_attention"}
 ATTENTION_KINDS = {"sdpa", "eager"}
@@ -59,6 +71,7 @@ class Target:
     """
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        model = unwrapped(model)
         if model.training:
             raise ValueError(f"{type(model).__name__} is in training mode; call its eval() first")
         self.model = model
@@ -70,7 +83,8 @@ class Target:
         self._config = model.config.get_text_config(decoder=True)
         self.vocab_size, self.hidden_size = int(self._config.vocab_size), int(self._config.hidden_size)
         self.context_length = context_length(self._config)  # NO_LIMIT for models with relative positions only
-        self._parameter = next(model.parameters())  # transformers' own `device` searches all modules at each call
+        # transformers' own `device` searches all modules at each call. Quantised weights may be integers.
+        self._parameter = max(model.parameters(), key=Tensor.is_floating_point)
         self._context = ForwardContext()
         self._views: dict[Any, Any] = {}
         self._stack = self._find_stack()
@@ -82,15 +96,20 @@ class Target:
         self._check_against_model()
 
     @staticmethod
-    def from_pretrained(path: str, *, dtype: str = "auto", device: str = "auto") -> "Target":
-        """Loads a transformers folder or hub name with its tokenizer; `$DRAFTSMITH_OFFLINE=1` forbids the hub."""
-        info = read_target_info(path)
+    def from_pretrained(path: str | Path, *, dtype: str = "auto", device: str = "auto") -> "Target":
+        """Loads a transformers folder or hub name with its tokenizer; `$DRAFTSMITH_OFFLINE=1` forbids the hub.
+
+        Raises ValueError for weights that are missing, unexpected, of another shape or not finite. Code in the folder
+        is not run, unless `draftsmith.loading.remote_code.allow()` was called.
+        """
+        info = read_target_info(path := str(path))
         auto = AutoModelForSeq2SeqLM if info.is_encoder_decoder else AutoModelForCausalLM
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        trusted = remote_code.is_allowed()
         try:
-            model = auto.from_pretrained(path, dtype=dtype).to(device)
+            model = load_model(auto, path, dtype=dtype, trust_remote_code=trusted).to(device)
         except Exception as error:
-            raise ValueError(f"target {path} cannot be loaded: {' '.join(str(error).split())}") from error
+            raise ValueError(f"target {path} cannot be loaded: {remote_code.reason(error)}") from error
         return Target(model, info.tokenizer)
 
     @property
@@ -291,14 +310,20 @@ class Target:
             found, linear = logits[0, path], self._linear_head
             self._head_is_linear = linear is not None and torch.equal(linear(normed), logits)
         except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{self._architecture} cannot be run over a draft tree: {error}") from error
+            kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in self.model.parameters()})
+            cause = f"; its weights are of {' and '.join(kinds)}, so cast them to one" if len(kinds) > 1 else ""
+            raise ValueError(f"{self._architecture} cannot be run over a draft tree: {error}{cause}") from error
         tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
         gap = (found - expected[4:]).abs().max().item() / max(1.0, expected.abs().max().item())
         if not gap < tolerance:
             raise ValueError(
                 f"{self._architecture} returns other logits for a draft tree than in its own forward (off by"
-                f" {gap:.2g}), so draftsmith cannot verify drafts for it"
+                f" {gap:.2g}), so draftsmith cannot verify drafts for it{self._quantised_activations()}"
             )
+
+    def _quantised_activations(self) -> str:
+        kinds = {type(part).__name__ for part in self.model.modules() if "quantized.dynamic" in type(part).__module__}
+        return f": its {', '.join(kinds)} layers round activations by what else is in a forward" if kinds else ""
 
     def _view(self, start: int, stop: int, skipped: frozenset[tuple[str, int]]) -> Any:
         key = (start, stop, skipped)

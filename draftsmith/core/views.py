@@ -108,10 +108,30 @@ class _IdentityModel(nn.Module):
         return self
 
 
+def unwrapped(model: Any) -> Any:
+    """Returns the transformers model inside torch.compile, data parallelism or PEFT, whose adapters stay in its layers.
+
+    Raises ValueError for anything but a model, and for PEFT methods that change a model's input.
+    """
+    if hasattr(model, "_orig_mod"):
+        return unwrapped(model._orig_mod)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    if hasattr(model, "get_base_model"):
+        if model.active_peft_config.is_prompt_learning:
+            kind = type(model.active_peft_config).__name__
+            raise ValueError(f"{type(model).__name__} adds trained tokens to its input ({kind}), which is unsupported")
+        return unwrapped(model.get_base_model())
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__} is not a transformers model; load one by Target.from_pretrained")
+    return model
+
+
 def shallow_copy(module: nn.Module) -> Any:
     """Returns a copy that shares parameters, buffers and children, and whose children can be replaced."""
     copied = copy.copy(module)
     copied.__dict__["_modules"] = dict(module._modules)
+    copied.__dict__.pop("_compiled_call_impl", None)  # compiled in place, it would run the original's children
     return copied
 
 

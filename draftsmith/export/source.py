@@ -9,8 +9,9 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig
 
 from draftsmith.artifacts import artifact
-from draftsmith.core.model_info import TargetInfo, read_target_info
 from draftsmith.core.target import Target
+from draftsmith.loading import remote_code
+from draftsmith.loading.model_info import TargetInfo, read_target_info
 
 TARGET = "target"
 """Subfolder of an export with the target that the drafter has fine-tuned."""
@@ -49,7 +50,10 @@ class ExportSource:
     @cached_property
     def target_config(self) -> Any:
         """The transformers configuration of the target's text model."""
-        return AutoConfig.from_pretrained(self.target_info.name).get_text_config(decoder=True)
+        name = self.target_info.name
+        return AutoConfig.from_pretrained(name, trust_remote_code=remote_code.is_allowed()).get_text_config(
+            decoder=True
+        )
 
     @cached_property
     def generation_config(self) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftsmith.core.model_info import TargetInfo
 from draftsmith.core.target import Source, Target
 from draftsmith.inputs.arguments import prompt_rows, token_ids
+from draftsmith.loading.model_info import TargetInfo
 
 
 def start_rows(target: Target, input_ids: Any, attention_mask: Any) -> tuple[list[list[int]], Source | None]:

@@ -3,7 +3,6 @@
 Shape suffixes: V vocabulary, D hidden width.
 """
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
+from draftsmith.artifacts import json_text
 from draftsmith.artifacts.files import inside, plain_name
-from draftsmith.core.model_info import read_target_info
+from draftsmith.loading import remote_code
+from draftsmith.loading.model_info import read_target_info
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -51,8 +52,10 @@ class EmbeddingAndHead:
     """The embedding and the LM head [V, D] of a model; raises ValueError if its safetensors files lack them."""
 
     def __init__(self, path: str, dtype: torch.dtype, device: torch.device) -> None:
+        trusted = remote_code.is_allowed()
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
         model.tie_weights()
         self._layers: list[nn.Module] = []
         tensors: dict[str, Tensor] = {}
@@ -78,7 +81,7 @@ def _read_tensor(path: str, name: str, shape: tuple[int, ...]) -> Tensor:
     weights = _find_file(path, WEIGHTS)
     if weights is None:
         index = _find_file(path, INDEX)
-        shards: dict[str, Any] = json.loads(index.read_text())["weight_map"] if index else {}
+        shards: dict[str, Any] = json_text.read(index)["weight_map"] if index else {}
         weights = _find_file(path, plain_name(shards[name], f"target {path}: {INDEX}")) if name in shards else None
     try:
         if weights is None:

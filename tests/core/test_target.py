@@ -3,15 +3,19 @@
 import contextlib
 import copy
 import random
+from functools import partial
 from typing import Any
 
+import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
+import draftsmith
 from draftsmith import Target
 from draftsmith.core.tree import Tree, chain
+from draftsmith.loading.model_info import read_target_info
 from tests.support.models import (
     CAUSAL,
     CONTEXT,
@@ -25,6 +29,7 @@ from tests.support.models import (
     tiny_config,
     tiny_model,
     tiny_target,
+    tiny_tokenizer,
 )
 
 # Positions, masks and kernels differ between a tree and a plain forward; logits are between 2 and 10.
@@ -414,3 +419,90 @@ def test_folders_without_a_model_are_rejected(tmp_path: Any, monkeypatch: pytest
     (tmp_path / "model.safetensors").write_bytes(b"truncated")
     with pytest.raises(ValueError, match="cannot be loaded"):
         Target.from_pretrained(str(tmp_path))
+
+
+def test_damaged_tokenizers_and_adapters_without_a_model_are_named(tmp_path: Any) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has adapters of PEFT without their model; save it with them merged"):
+        Target.from_pretrained(tmp_path / "adapter")
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    assert Target.from_pretrained(tmp_path / "model").tokenizer is None
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for damage in ("{", '{"model": {"type": "Nosuch"}}', ""):
+        (tmp_path / "model" / "tokenizer.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"the tokenizer of target .* cannot be read \(tokenizer.json, ") as error:
+            read_target_info(str(tmp_path / "model"))
+        assert "\n" not in str(error.value)
+
+
+def wrapped(kind: str, model: Any) -> Any:
+    """Returns the model as training or serving code may hand it over."""
+    if kind == "lora":
+        config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        return peft.get_peft_model(model, config).eval()
+    if kind == "compiled in place":
+        model.compile(backend="eager")
+        return model
+    if kind == "compiled decoder":
+        model.model = torch.compile(model.model, backend="eager")
+        return model
+    return {"compiled": partial(torch.compile, backend="eager"), "parallel": nn.DataParallel}[kind](model)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["lora", "compiled", "compiled in place", "compiled decoder", "parallel"])
+def test_wrapped_models_are_unwrapped(kind: str, architecture: str) -> None:
+    torch.manual_seed(0)
+    model = wrapped(kind, tiny_model(architecture))
+    target = Target(model)
+    inner = model.module if kind == "parallel" else model
+    expected = inner.generate(torch.tensor(prompts(1)), do_sample=False, max_new_tokens=12)
+    assert draftsmith.generate(target, prompts(1), max_new_tokens=12).sequences.tolist() == expected.tolist()
+    if kind == "lora":
+        plain = draftsmith.generate(tiny_target(architecture), prompts(1), max_new_tokens=12)
+        assert expected.tolist() != plain.sequences.tolist(), "the adapters are active"
+
+
+def test_prompt_tuning_and_other_objects_are_rejected() -> None:
+    tuning = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match=r"PeftModelForCausalLM adds trained tokens to its input \(PromptTuningConfig"):
+        Target(peft.get_peft_model(tiny_model("llama"), tuning).eval())
+    for other in ("a/name", None, nn.Linear(2, 2), tiny_config("llama")):
+        with pytest.raises(ValueError, match=f"{type(other).__name__} is not a transformers model"):
+            Target(other)
+
+
+def test_models_of_several_dtypes_name_them() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.lm_head.float()
+    with pytest.raises(ValueError, match="its weights are of bfloat16 and float32, so cast them to one"):
+        Target(model)
+
+
+class Int8Embedding(nn.Module):
+    """An embedding of 8-bit integers beside a model's float32 weights."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = float(weight.abs().max()) / 127
+        self.weight = nn.Parameter((weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(tokens, self.weight.float() * self.scale)
+
+
+def test_integer_weights_beside_floats_are_supported() -> None:
+    model = tiny_model("gemma2", attn_implementation="eager")
+    model.model.embed_tokens = Int8Embedding(model.model.embed_tokens.weight.detach())
+    target = Target(model)
+    assert target.dtype == torch.float32
+    expected = model.generate(torch.tensor(prompts(1)), do_sample=False, max_new_tokens=8)
+    assert draftsmith.generate(target, prompts(1), max_new_tokens=8).sequences.tolist() == expected.tolist()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_activations_quantised_dynamically_are_named() -> None:
+    model = torch.ao.quantization.quantize_dynamic(tiny_model("llama"), {nn.Linear}, torch.qint8)
+    with pytest.raises(ValueError, match="Linear layers round activations by what else is in a forward"):
+        Target(model)

@@ -16,7 +16,7 @@ from data.examples import open_examples
 from data.prompts import Prompt, load_prompts
 from data.sources.pairs import Columns, split_columns
 from data.sources.python_source import SourceFile, docstring_pairs, split_files
-from draftsmith.core.model_info import NO_LIMIT, TargetInfo, read_target_info
+from draftsmith.loading.model_info import NO_LIMIT, TargetInfo, read_target_info
 from tests.support.models import tiny_config
 from tests.support.text import EOS_ID, VOCAB_SIZE, trained_tokenizer
 

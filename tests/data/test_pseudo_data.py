@@ -19,7 +19,7 @@ from data.pseudo_data import plan_batches, read_pseudo_data, write_pseudo_data
 from data.writers import LocalWriter, PseudoDataSettings
 from data.writers.server import ServerWriter
 from draftsmith import Target
-from draftsmith.core.model_info import read_target_info
+from draftsmith.loading.model_info import read_target_info
 from tests.support.models import SEQ2SEQ
 from tests.support.runs import locked_by_another_run
 from tests.support.text import (

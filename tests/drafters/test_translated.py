@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.model_info import tokenizer_hash
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import translated
 from draftsmith.drafters.translated import Config, Drafter
+from draftsmith.loading.model_info import tokenizer_hash
 from tests.support.distributions import PROMPT, check_distribution, distribution_target
 from tests.support.families.vocabularies import EXACT, TOKENIZERS, shared_target, tokenizer
 from tests.support.family import Watched, check_family, texts

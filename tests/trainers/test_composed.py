@@ -12,8 +12,8 @@ import torch
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.model_info import read_target_info
 from draftsmith.drafters import lm, lookup, medusa
+from draftsmith.loading.model_info import read_target_info
 from tests.support import runs
 from tests.support.family import Watched, built, texts
 from tests.support.models import VOCAB_SIZE, tiny_config

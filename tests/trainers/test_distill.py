@@ -13,8 +13,8 @@ import draftsmith
 from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith import Target
-from draftsmith.core.model_info import read_target_info
 from draftsmith.drafters.lm import Drafter
+from draftsmith.loading.model_info import read_target_info
 from draftsmith.parts.neural.shortlist import Shortlist
 from tests.support import runs
 from tests.support.family import check_greedy
@@ -319,6 +319,22 @@ def test_init_from_a_checkpoint(tmp_path: Path) -> None:
     tiny_model("gpt2", vocab_size=80).save_pretrained(tmp_path / "large")
     with pytest.raises(ValueError, match="vocabulary of 80"):
         distill.check(trainer_settings(distill, init=str(tmp_path / "large")), target_info)
+
+
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE + 16, VOCAB_SIZE - 8])
+def test_init_from_a_model_whose_embedding_is_padded_otherwise(vocab_size: int, tmp_path: Path) -> None:
+    for name, model in (("target", TARGET.model), ("draft", tiny_model("gpt2", vocab_size=vocab_size, seed=3))):
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer(VOCAB_SIZE - 8).save_pretrained(tmp_path / name)
+    settings = trainer_settings(distill, init=str(tmp_path / "draft"))
+    distill.check(settings, read_target_info(str(tmp_path / "target")))
+    drafter = distill.build(settings, TARGET)
+    assert drafter.config.model["vocab_size"] == VOCAB_SIZE
+    own, both = drafter.model.get_input_embeddings().weight, min(vocab_size, VOCAB_SIZE)
+    assert len(own) == VOCAB_SIZE and torch.equal(own[:both], model.get_input_embeddings().weight[:both])
+    out = draftsmith.generate(TARGET, [[4, 5, 6]], drafter.eval(), max_new_tokens=8)
+    plain = draftsmith.generate(TARGET, [[4, 5, 6]], max_new_tokens=8)
+    assert out.sequences.tolist() == plain.sequences.tolist()
 
 
 def test_invalid_settings_raise(tmp_path: Path) -> None:

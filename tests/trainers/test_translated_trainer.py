@@ -10,7 +10,7 @@ import torch
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.model_info import read_target_info
+from draftsmith.loading.model_info import read_target_info
 from tests.drafters.test_translated import NUM_NEW, drafter_for, text_rows
 from tests.support import runs
 from tests.support.families.vocabularies import shared_target, tokenizer

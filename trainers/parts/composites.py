@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
-from draftsmith.core.model_info import TargetInfo
+from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.composites import Part, load_artifact
 
 PLACEHOLDERS: tuple[dict[str, Any], ...] = ({"family": "", "config": {}},) * 2

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from data.batches import Batch, Example
 from draftsmith import Target
-from draftsmith.core.model_info import TargetInfo
 from draftsmith.length import predicted_speedup
+from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural import cross_attention
 from draftsmith.parts.neural.shortlist import Shortlist, check_size

@@ -24,8 +24,8 @@ from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.families import find
-from draftsmith.core.model_info import TargetInfo, read_target_info
 from draftsmith.length.costs import num_threads
+from draftsmith.loading.model_info import TargetInfo, read_target_info
 from trainers.training import checkpoints, evaluation, launchers, logs
 from trainers.training.evaluation import ACCEPTANCE
 from trainers.training.gradient import DraftTrainer, LossModule, training_arguments

@@ -21,10 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from draftsmith.artifacts.files import inside
 from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
-from draftsmith.core.model_info import TargetInfo, tokenizer_hash
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters.translated.spelling import BOS, EOS, Translation, Vocabulary
+from draftsmith.loading.model_info import TargetInfo, tokenizer_hash
 from draftsmith.parts import autoregressive, trie
 from draftsmith.parts.suffix_array import num_common
 from draftsmith.verify.paths import values_at

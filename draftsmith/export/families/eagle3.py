@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from draftsmith.artifacts.published_eagle3 import LAYER_IDS, NAMES, OUTER
-from draftsmith.core.model_info import NO_LIMIT
 from draftsmith.export.launch import Launch, sglang_launch, vllm_launch
 from draftsmith.export.source import ExportSource
 from draftsmith.export.tensors import Specs, write_tensors
+from draftsmith.loading.model_info import NO_LIMIT
 
 OTHER_NUMBERING = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gpt_oss")
 """Types of target models for which SGLang numbers the layers differently."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from draftsmith.core.model_info import TargetInfo
 from draftsmith.core.target import Source, Target
+from draftsmith.loading.model_info import TargetInfo
 
 MIN_PROB = 1e-30
 """Added to every probability of a mixed distribution, so that its logarithms are finite."""

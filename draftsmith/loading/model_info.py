@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from draftsmith.loading import remote_code
+
 NO_LIMIT = 2**30
 """Context length of a model whose positions are unlimited."""
 
@@ -40,20 +42,23 @@ class TargetInfo:
 def read_target_info(path: str) -> TargetInfo:
     """Reads config and tokenizer of a transformers folder or hub name; `$DRAFTSMITH_OFFLINE=1` forbids the hub.
 
-    Raises ValueError if there is no model.
+    Raises ValueError if there is no model, if its tokenizer is damaged, or if it needs code of its own that the user
+    has not allowed.
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        if (Path(path) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"target folder {path} has adapters of PEFT without their model; save it with them merged"
+                " (merge_and_unload), or pass the PeftModel to draftsmith.Target"
+            )
         raise ValueError(f"target folder {path} has no config.json; name a transformers model folder")
     if not Path(path).is_dir() and os.environ.get("DRAFTSMITH_OFFLINE") == "1":
         raise ValueError(f"target {path!r} is not a local folder, and DRAFTSMITH_OFFLINE=1 disables access to the hub")
     try:
-        whole = AutoConfig.from_pretrained(path)
+        whole = AutoConfig.from_pretrained(path, trust_remote_code=remote_code.is_allowed())
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"target {path!r} cannot be read: {str(error).splitlines()[0]}") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
-        tokenizer = None
+        raise ValueError(f"target {path!r} cannot be read: {remote_code.reason(error)}") from None
+    tokenizer = _tokenizer(path)
     config, generation_config = whole.get_text_config(decoder=True), _generation_config(path)
     return TargetInfo(
         name=path,
@@ -68,6 +73,21 @@ def read_target_info(path: str) -> TargetInfo:
         # A model without a generation config makes one of its configuration.
         eos_token_ids=end_tokens(config if generation_config is None else generation_config),
     )
+
+
+def _tokenizer(path: str) -> Any:
+    """Returns the tokenizer, None if there is none; raises ValueError if its files cannot be read."""
+    names = [file.name for file in sorted(Path(path).glob("*"))]
+    found = [name for name in names if name.startswith(("tokenizer", "vocab")) or name.endswith(".model")]
+    if names and not found:
+        return None  # for some models transformers would make an empty tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=remote_code.is_allowed())
+    except Exception as error:  # the tokenizers library raises Exception itself
+        if not found and isinstance(error, OSError | ValueError | KeyError):
+            return None
+        files, reason = ", ".join(found), remote_code.reason(error)
+        raise ValueError(f"the tokenizer of target {path!r} cannot be read ({files}): {reason}") from None
 
 
 def decoder_start(config: Any, generation_config: Any) -> int | None:
