@@ -62,7 +62,7 @@ class BakeoffRunSettings:
     data: str = ""
     """Source of the prompts (data/sources); if empty, python-source, or python-docstrings for an encoder-decoder."""
     text: TextSettings = field(default_factory=TextSettings)
-    """How rows of text are read."""
+    """Settings for reading rows of text."""
     output: str = "runs/bakeoff"
     """Folder for bakeoff.html, .json, .md, .csv and .png."""
     num_prompts: int = 8

@@ -36,7 +36,7 @@ class LosslessSettings:
     data: str = ""
     """Source of the prompts (data/sources); if empty, python-source, or python-docstrings for an encoder-decoder."""
     text: TextSettings = field(default_factory=TextSettings)
-    """How rows of text are read."""
+    """Settings for reading rows of text."""
     output: str = "runs/lossless"
     """Folder for lossless.json and lossless.md."""
     num_prompts: int = 8

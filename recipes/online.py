@@ -44,7 +44,7 @@ class ServingSettings:
     data: str = "python-source"
     """Source of the prompts of the requests."""
     text: TextSettings = field(default_factory=TextSettings)
-    """How rows of text are read."""
+    """Settings for reading rows of text."""
     output: str = "runs/online"
     """Folder for the artifact and the curves."""
     max_prompts: int = 400
