@@ -9,9 +9,6 @@
 - data.sources      readers of files, data sets, conversations and Python source
 - data.writers      writers of completions: the target in this process, or a server
 - data.shards       folders of shards that an interrupted run continues; data.folder_lock keeps other runs out
-- data.sources      readers of files, data sets, conversations and Python source
-- data.writers      writers of completions: the target in this process, or a server
-- data.shards       folders of shards that an interrupted run continues; data.folder_lock keeps other runs out
 """
 
 from pathlib import Path
