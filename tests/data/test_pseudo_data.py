@@ -1,17 +1,22 @@
 """Pseudo-data: the target's own text, unchanged by `kill -9`, the same from a server as from draftsmith's loop."""
 
+import importlib
 import json
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_type_hints
 
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 
+import data.shards
 import data.writers.server
 import draftsmith
 import recipes.pseudo_data as recipe
@@ -23,6 +28,7 @@ from draftsmith.loading.model_info import read_target_info
 from tests.support.models import SEQ2SEQ
 from tests.support.runs import locked_by_another_run
 from tests.support.text import (
+    CHAT_TEMPLATE,
     CONTEXT,
     EOS_ID,
     VOCAB_SIZE,
@@ -35,7 +41,7 @@ from tests.support.text import (
 )
 from trainers.training.settings import parse_settings
 
-SETTINGS = (recipe.RunSettings, PseudoDataSettings)
+SETTINGS = (recipe.PseudoDataRunSettings, PseudoDataSettings)
 SMALL = PseudoDataSettings(max_new_tokens=12, batch_size=3, shard_batches=2)
 
 
@@ -177,6 +183,21 @@ def test_recipe_uses_articles_as_sources_for_an_encoder_decoder(tmp_path, monkey
         recipe.main(*parse_settings(*SETTINGS, description="", argv=flags))
 
 
+def test_recipe_passes_template_arguments_and_records_them(tmp_path):
+    path = save_target(tmp_path / "target")
+    template = "{{ mood | default('calm') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    trained_tokenizer(template).save_pretrained(path)
+    (tmp_path / "rows.jsonl").write_text('{"question": "why?"}\n')
+    flags = ["--target", path, "--data", str(tmp_path / "rows.jsonl"), "--max-new-tokens", "4"]
+    for mood, kwargs in (("calm", []), ("glad", ["--chat-template-kwargs", '{"mood": "glad"}'])):
+        output = tmp_path / mood
+        recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, "--output", str(output), *kwargs]))
+        (row,) = rows_of(output)
+        assert trained_tokenizer().decode(row["ids"][: row["num_prompt_tokens"]]) == f"{mood}why?"
+        manifest = json.loads((output / "_pseudo_data.json").read_text())
+        assert manifest.get("chat_template_kwargs") == ({"mood": "glad"} if kwargs else None)
+
+
 # --- Continuation after an interruption ---------------------------------------------------------------------------
 
 
@@ -210,6 +231,36 @@ def test_run_continued_after_sigkill_equals_an_uninterrupted_one(tmp_path, capsy
     recipe.main(*parse_settings(*SETTINGS, description="", argv=[*flags, str(whole)]))
     assert rows_of(interrupted) == rows_of(whole)
     assert contents(interrupted) == contents(whole)
+
+
+@pytest.mark.parametrize("recipe_name", ["pseudo_data", "teacher_store"])
+def test_continued_run_renders_the_date_of_the_first(tmp_path, monkeypatch, recipe_name):
+    """The template writes the date; a run that is continued on the next day writes the same shards."""
+    path, out = save_target(tmp_path / "target"), tmp_path / "out"
+    dated_template = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
+    trained_tokenizer(dated_template).save_pretrained(path)
+    turns = [[{"role": "user", "content": f"n {row}"}, {"role": "assistant", "content": "yes"}] for row in range(4)]
+    source = tmp_path / "chats.jsonl"
+    source.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    flags = ["--target", path, "--data", str(source), "--batch-size", "1", "--output", str(out)]
+    if recipe_name == "pseudo_data":
+        flags += ["--max-new-tokens", "2", "--shard-batches", "1"]
+    module = importlib.import_module(f"recipes.{recipe_name}")
+    settings = [hint for name, hint in get_type_hints(module.main).items() if name != "return"]
+    for day in (1, 2):
+        today = SimpleNamespace(now=lambda day=day: datetime(2030, 1, day), fromisoformat=datetime.fromisoformat)
+        monkeypatch.setattr(data.shards, "datetime", today)
+        monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", today)
+        module.main(*parse_settings(*settings, description="", argv=flags))
+        shards = {file: file.read_bytes() for file in out.iterdir() if file.suffix in (".parquet", ".safetensors")}
+        if day == 1:
+            first = shards
+            next(iter(shards)).unlink()
+    assert shards == first
+    if recipe_name == "pseudo_data":
+        assert "template_time" in json.loads((out / "_pseudo_data.json").read_text())
+        texts = [trained_tokenizer().decode(row["ids"]) for row in rows_of(out)]
+        assert all(text.startswith("01 Jan 2030") for text in texts)
 
 
 # --- Errors ------------------------------------------------------------------------------------------------------
@@ -325,6 +376,7 @@ class OpenAIServer(ThreadingHTTPServer):
         self.num_active = self.max_active = self.num_failures = 0
         self.returns_ids, self.status, self.truncates = True, 503, False
         self.eos: tuple[int, ...] = ()
+        self.extra: dict[str, Any] = {}
 
     @property
     def url(self) -> str:
@@ -372,6 +424,7 @@ class Handler(BaseHTTPRequestHandler):
             "text": target.tokenizer.decode(new, skip_special_tokens=True),
             "finish_reason": "stop" if new[-1] in self.server.eos else "length",
         }
+        choice |= self.server.extra
         return choice | {"token_ids": new} if self.server.returns_ids and request.get("return_token_ids") else choice
 
     def answer(self, status: int, body: dict[str, Any]) -> None:
@@ -433,6 +486,30 @@ def test_served_text_is_marked_as_retokenized(target, server, tmp_path):
         written = row["ids"][row["num_prompt_tokens"] :]
         assert target.tokenizer.decode(written, skip_special_tokens=True) == row["text"].removesuffix("<eos>")
         assert row["ended"] == (written[-1] == EOS_ID)
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({}, "<turn>"),
+        ({"stop_reason": None}, "<eos>"),
+        ({"stop_reason": 384}, "<turn>"),
+        ({"matched_stop": 384}, "<turn>"),
+        ({"matched_stop": "<turn>"}, "<turn>"),
+        ({"stop_reason": "\n\n"}, None),
+    ],
+)
+def test_served_text_ends_with_the_token_that_ended_it(target, server, tmp_path, extra, expected):
+    """384 is the end of a turn, which the chat template writes, beside the tokenizer's own end token."""
+    tokenizer = trained_tokenizer("{% for m in messages %}{{ m.content }}<turn>\n{% endfor %}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    server.returns_ids, server.eos, server.extra = False, tuple(range(VOCAB_SIZE)), extra
+    writer = ServerWriter(server.url, tokenizer, end_ids=(EOS_ID, 384))
+    write_pseudo_data(writer, some_prompts(tmp_path, 1), tmp_path / "out", SMALL)
+    (row,) = rows_of(tmp_path / "out")
+    assert row["ended"] == (expected is not None)
+    assert row["text"].endswith(expected or "")
+    assert row["text"].count("<eos>") + row["text"].count("<turn>") == (expected is not None)
 
 
 def test_server_errors_are_reported(target, server, tmp_path):

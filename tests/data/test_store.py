@@ -1,14 +1,15 @@
 """The teacher store and the live teacher: equal batches, the format on disk, and continuation after `kill -9`."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import recipes.teacher_store as recipe
 from data.batches import Example, collate, example
-from data.examples import open_examples
+from data.examples import open_examples, usable_rows
 from data.pseudo_data import read_pseudo_data, write_pseudo_data
 from data.store import TeacherStoreSettings, open_teacher_store, write_teacher_store
 from data.teacher import complete
@@ -28,7 +29,7 @@ from trainers.training.settings import parse_settings
 
 LAYERS, TOP_K = (0, 2, 3), 5
 ALL = TeacherStoreSettings(layers=LAYERS, top_k=TOP_K, batch_size=4)
-SETTINGS = (recipe.RunSettings, TeacherStoreSettings)
+SETTINGS = (recipe.TeacherStoreRunSettings, TeacherStoreSettings)
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +212,15 @@ def test_run_continued_after_sigkill_equals_an_uninterrupted_one(tmp_path, capsy
     assert len(open_teacher_store(interrupted, target)) == len(read_pseudo_data(tmp_path / "data"))
 
 
+def test_shards_of_earlier_versions_without_origins_are_read(target, rows, tmp_path):
+    folder = write(target, rows, tmp_path / "store")
+    shard = folder / "shard-00000.safetensors"
+    save_file(load_file(shard), shard, metadata={"keys": json.dumps([row.key for row in rows])})
+    stored = open_teacher_store(folder, target)
+    assert stored.keys == [row.key for row in rows]
+    assert stored.where(0) == rows[0].key and stored[0].where == ""
+
+
 # --- Errors ------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +292,31 @@ def test_write_rejects_rows_that_do_not_fit_the_target(target, rows, tmp_path):
 
 
 # --- Examples for training ---------------------------------------------------------------------------------------
+
+
+def test_usable_rows_names_the_origin_of_rows_left_out(target, tmp_path, capsys):
+    """In texts, in the target's own text, and in a store of either."""
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "def f(", "completion": "x): pass"}\n{"text": "a"}\n{"text": "b c"}\n'
+    )
+    texts = open_examples(str(tmp_path / "rows.jsonl"), target)
+    first = texts.first_supervised[0]
+    assert usable_rows(texts, "texts", max_length=CONTEXT) == [0, 2]
+    assert "texts: 1 of 3 rows cannot be used" in capsys.readouterr().out
+    assert usable_rows(texts, "texts", max_length=first + 1) == [0, 2]
+    assert usable_rows(texts, "texts", max_length=first, max_left_out=1.0) == [2]
+    assert f"rows.jsonl:1: its answer lies beyond {first} tokens" in capsys.readouterr().out
+    write(target, [texts[0], texts[2]], tmp_path / "store")
+    stored = open_examples(str(tmp_path / "store"), target)
+    assert [stored.first_supervised[0], stored.where(1)] == [first, f"{tmp_path / 'rows.jsonl'}:3"]
+    prompts = some_prompts(tmp_path, 3)
+    write_pseudo_data(target, prompts, tmp_path / "data", PseudoDataSettings(max_new_tokens=4))
+    written = open_examples(str(tmp_path / "data"), target)
+    assert [written[at].where for at in range(3)] == [written.where(at) for at in range(3)]
+    longest = max(len(prompt.ids) for prompt in prompts)
+    assert len(usable_rows(written, "data", max_length=longest, max_left_out=1.0)) < 3
+    assert sorted(written.first_supervised) == sorted(len(prompt.ids) for prompt in prompts)
+    assert "prompts.jsonl:" in capsys.readouterr().out
 
 
 def test_open_examples_reads_stores_and_texts(target, rows, tmp_path, capsys):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import draftsmith
+from data.prompts import TextSettings
 from data.pseudo_data import read_pseudo_data
 from data.store import TeacherStoreSettings, write_teacher_store
 from draftsmith.artifacts.artifact import read_manifest
@@ -29,8 +30,9 @@ from tests.support.runs import (
     trainer_settings,
     weights,
 )
+from tests.support.text import save_target
 from trainers import Needs, distill, layerskip, medusa
-from trainers.training import checkpoints
+from trainers.training import checkpoints, gradient
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
@@ -293,12 +295,12 @@ def test_train_rejects_invalid_input_before_the_target_loads(
 ) -> None:
     monkeypatch.setattr(draftsmith.Target, "from_pretrained", None)
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "w1 w2"}\n{"prompt": \n')
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "w1 w2"}\n{"prompt": \n{"prompt": \n')
     cases = {
         "contains other files": {"output": str(tmp_path)},
         "nowhere": {"target": str(tmp_path / "nowhere")},
         "no such file or folder": {"data": str(tmp_path / "no-data")},
-        "broken.jsonl, line 2": {"data": str(tmp_path / "broken.jsonl")},
+        "broken.jsonl:2: not valid JSON": {"data": str(tmp_path / "broken.jsonl")},
         "give a path or one of zero0, zero1, zero2, zero3": {"deepspeed": "zero9"},
     }
     for message, changes in cases.items():
@@ -339,6 +341,28 @@ def test_train_rejects_data_of_another_target_and_too_few_rows(folder: Path, tmp
     assert not (folder / "mismatch").exists() and not (folder / "too-few").exists()
 
 
+def test_rows_with_nothing_to_learn_are_left_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A single token, and an answer beyond --max-length; both would stop the step that draws them."""
+    source = tmp_path / "rows.jsonl"
+    good = [{"prompt": f"number {number} is", "completion": f" not {number + 1}."} for number in range(12)]
+    bad = [{"text": "a"}, {"prompt": "x = 1\n" * 20, "completion": "an answer"}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*bad, *good]))
+    options = {"target": save_target(tmp_path / "target"), "data": str(source), "max_length": 64, "max_steps": 6}
+    train(medusa, HEADS, settings(folder, "left-out", **options))
+    printed = capsys.readouterr().out
+    assert "rows.jsonl: 2 of 14 rows cannot be used (" in printed
+    assert "rows.jsonl:1: it has nothing to learn" in printed
+    assert "rows.jsonl:2: its answer lies beyond 64 tokens" in printed
+    with pytest.raises(ValueError, match=r"2 of 14 rows cannot be used .*at most a share of 0.1 may be left out"):
+        train(medusa, HEADS, settings(folder, "few", **options, text=TextSettings(max_left_out=0.1)))
+    source.write_text("".join(json.dumps(row) + "\n" for row in bad))
+    with pytest.raises(ValueError, match=r"2 of 2 rows cannot be used .*none is left"):
+        train(medusa, HEADS, settings(folder, "none", **options, text=TextSettings(max_left_out=1.0)))
+    assert not (folder / "few").exists() and not (folder / "none").exists()
+
+
 def test_nan_loss_stops_the_run_and_names_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Step 6 fails; the checkpoint of step 4 is kept."""
     calls, loss = [], medusa.loss
@@ -349,7 +373,7 @@ def test_nan_loss_stops_the_run_and_names_the_rows(folder: Path, monkeypatch: py
         return total * (float("nan") if len(calls) == 6 else 1.0), metrics
 
     monkeypatch.setattr(medusa, "loss", nan_at_step_6)
-    with pytest.raises(ValueError, match=r"loss is nan at step 6, in the batch of rows row-\d+, row-\d+"):
+    with pytest.raises(ValueError, match=r"loss is nan at step 6, in the batch of rows rows.jsonl:\d+, rows.jsonl:\d+"):
         train(medusa, HEADS, settings(folder, "nan"))
     assert checkpoints.newest_complete(folder / "nan")[0] == 4  # type: ignore[index]
 
@@ -417,3 +441,41 @@ def test_wandb_offline_writes_into_the_output_folder(folder: Path) -> None:
     words = command("medusa", target=run.target, data=run.data, output=run.output, report_to="wandb", **SMALL)
     subprocess.run(words, env=environment() | {"WANDB_MODE": "offline"}, check=True, timeout=300)
     assert list(Path(run.output).glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_gradient_that_is_not_finite_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of step 6 is finite and its gradient is not; the checkpoint of step 4 is kept."""
+    calls, loss = [], medusa.loss
+
+    def nan_gradient_at_step_6(drafter: Any, *arguments: Any) -> Any:
+        calls.append(0)
+        total, metrics = loss(drafter, *arguments)
+        if len(calls) == 6:  # the square root of 0 has an infinite gradient
+            total = total + (0 * next(drafter.parameters())).abs().sum().sqrt()
+        return total, metrics
+
+    monkeypatch.setattr(medusa, "loss", nan_gradient_at_step_6)
+    with pytest.raises(ValueError, match="the gradient is not finite at step 6; the last checkpoint is unchanged"):
+        train(medusa, HEADS, settings(folder, "nan-gradient"))
+    monkeypatch.undo()
+    assert checkpoints.newest_complete(folder / "nan-gradient")[0] == 4  # type: ignore[index]
+    assert not (folder / "nan-gradient" / "draft_config.json").exists()
+
+
+@pytest.mark.parametrize("max_steps", [1, 5])
+def test_weights_that_are_not_finite_are_not_published(
+    folder: Path, max_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step breaks the weights, after all losses and gradients were finite."""
+
+    def break_at_last_step(self: Any, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        if state.global_step == max_steps:
+            next(model.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(gradient.GradientCheck, "on_step_end", break_at_last_step)
+    name = f"broken-{max_steps}"
+    with pytest.raises(ValueError, match="not finite"):
+        train(medusa, HEADS, settings(folder, name, max_steps=max_steps))
+    assert not (folder / name / "draft_config.json").exists()
+    newest = checkpoints.newest_complete(folder / name)
+    assert newest is None if max_steps == 1 else newest[0] == 4  # type: ignore[index]
