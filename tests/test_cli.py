@@ -1,13 +1,19 @@
 """The command line: its output and its errors."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import draftsmith
+from draftsmith.artifacts.families import find
 from draftsmith.cli import _Printer, main
-from draftsmith.drafters import lookup, medusa2
+from draftsmith.drafters import lookup, medusa, medusa2, trigram
+from draftsmith.parts import composites
 from tests.support.family import built
 from tests.support.text import CONTEXT, save_target, text_target
 
@@ -89,6 +95,53 @@ def test_incomplete_characters_are_held_back() -> None:
         printer.put(token[None])
         assert "\ufffd" not in "".join(printed)
     assert "".join(printed) == "a é b"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("path", "names the file '../secret'"),
+        ("link", "is a link that leads out of"),
+        ("number", "explore is -1.0; it must be at least 0"),
+        ("type", "explore is '1'; expected a value of type float"),
+        ("weights", "weights is not finite"),
+        ("truncated", "is missing or truncated"),
+        ("part", "tensor blocks.0.0.bias is not finite"),
+    ],
+)
+def test_inspect_names_faults(tmp_path: Path, fault: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    target, folder = text_target(), tmp_path / "draft"
+    heads = medusa.Drafter(medusa.Config(num_heads=1, tree=((0,),)), target)
+    drafter: Any = trigram.Drafter(trigram.Config(), target)
+    if fault == "part":
+        own, other = (composites.Part(one) for one in (heads, lookup.Drafter(lookup.Config(), target)))
+        parts = tuple(composites.part_config(part.drafter) for part in (own, other))
+        drafter = find("cascade").Drafter(find("cascade").Config(parts=parts), target, [own, other])
+    draftsmith.save(drafter, folder, target)
+    main(["inspect", str(folder)])
+    assert capsys.readouterr().err == ""
+
+    manifest = json.loads((folder / "draft_config.json").read_text())
+    if fault == "path":
+        manifest["files"].append("../secret")
+    elif fault == "link":
+        (folder / "keys.npy").rename(tmp_path / "keys.npy")
+        (folder / "keys.npy").symlink_to(tmp_path / "keys.npy")
+    elif fault in ("number", "type"):
+        manifest["config"]["explore"] = -1.0 if fault == "number" else "1"
+    elif fault == "weights":
+        np.save(folder / "weights.npy", np.array([0.5, np.nan], np.float32))
+    elif fault == "truncated":
+        (folder / "keys.npy").write_bytes((folder / "keys.npy").read_bytes()[:20])
+    else:
+        file = folder / "drafters" / "0" / "model.safetensors"
+        save_file(load_file(file) | {"blocks.0.0.bias": torch.full((target.hidden_size,), torch.nan)}, file)
+    (folder / "draft_config.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(folder)])
+    errors = capsys.readouterr().err
+    assert stop.value.code == 1 and errors.count("\n") == 1
+    assert errors.startswith("draftsmith: fault: ") and message in errors
 
 
 def test_inspect_prints_the_manifest(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:

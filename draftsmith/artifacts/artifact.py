@@ -5,15 +5,18 @@ An artifact belongs to one target, tokenizer and vocabulary. It contains no pick
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import safetensors
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from draftsmith.artifacts import hub, json_text
+from draftsmith.artifacts import config_values, hub, json_text
 from draftsmith.artifacts.families import find, name_of, names, package_of
 from draftsmith.artifacts.files import atomic_folder, inside
 from draftsmith.artifacts.model_card import CARD, WEIGHTS, card, is_hub_name, keep_edited, warn_of_kept
@@ -22,6 +25,7 @@ from draftsmith.core.drafter import Drafter
 from draftsmith.core.target import Target
 from draftsmith.inputs.arguments import check_target
 from draftsmith.loading.model_info import TargetInfo
+from draftsmith.loading.weights import NUM_NAMED, check_finite
 
 FORMAT_VERSION = 1
 MANIFEST = "draft_config.json"
@@ -63,6 +67,8 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
         | (record or {})
     )
     json_text.text_of(manifest)  # nothing is written if it contains a number that is not finite
+    if isinstance(drafter, nn.Module):
+        check_finite(f"the drafter to be saved in {path}", own_tensors(drafter).items())
     with atomic_folder(Path(path), marker=MANIFEST) as folder:
         if isinstance(drafter, nn.Module):
             save_file({name: tensor.contiguous() for name, tensor in own_tensors(drafter).items()}, folder / WEIGHTS)
@@ -89,7 +95,12 @@ def load(path: str | Path, target: Target, *, made_for: Target | None = None) ->
     check_fits(folder, manifest, made_for or target)
     module = family_of(manifest, path)
     config = make_config(module.Config, manifest["config"], folder / MANIFEST)
-    drafter: Drafter = module.Drafter.load_state(folder, config, target)
+    try:
+        drafter: Drafter = module.Drafter.load_state(folder, config, target)
+    except (RuntimeError, MemoryError, ArithmeticError, TypeError, LookupError, AttributeError) as error:
+        # torch and transformers raise these for shapes that do not fit each other or the memory.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{folder}: this configuration makes no drafter for {target.name} ({reason})") from error
     if isinstance(drafter, nn.Module):
         _load_weights(drafter, inside(folder, WEIGHTS))
         drafter.eval().requires_grad_(False)
@@ -119,6 +130,11 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     missing = {"format_version", "family", "config", "target", "vocab_size"} - set(manifest)
     if missing:
         raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; the artifact must be made again")
+    target = manifest["target"]
+    if not isinstance(target, dict) or not isinstance(target.get("name"), str) or "fingerprint" not in target:
+        raise ValueError(f"{file}: target is {target!r}; it must have name and fingerprint")
+    if not isinstance(manifest["family"], str):
+        raise ValueError(f"{file}: family is {manifest['family']!r}; it must be a name")
     if manifest["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{file} has format version {manifest['format_version']}; this version of draftsmith reads {FORMAT_VERSION}"
@@ -157,6 +173,40 @@ def own_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
+def faults_of(folder: Path) -> Iterator[str]:
+    """Yields a sentence for each fault of an artifact that can be found without its target, parts of it included."""
+    try:
+        files = own_files(folder)
+    except ValueError as error:
+        yield str(error)
+        files = [folder / MANIFEST]
+    for file in files:
+        try:
+            if file.name == MANIFEST:
+                manifest = read_manifest(file.parent)
+                make_config(family_of(manifest, file.parent).Config, manifest["config"], file)
+            check_finite(file, read_arrays(file))
+        except ValueError as error:
+            yield str(error)
+
+
+def read_arrays(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields the name and values of each array of a safetensors or .npy file, none of another file.
+
+    Raises ValueError if the file is truncated.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            with safetensors.safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    yield name, opened.get_tensor(name)
+        elif file.suffix == ".npy":
+            array = np.load(file, allow_pickle=False)
+            yield file.stem, torch.from_numpy(array) if array.dtype.kind == "f" else torch.zeros(0)
+    except (OSError, ValueError, EOFError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} is missing or truncated ({error}); the artifact must be made again") from error
+
+
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Returns the module's state dict with each shared tensor under its first name only."""
     seen: set[tuple[int, tuple[int, ...]]] = set()
@@ -178,6 +228,7 @@ def _load_weights(drafter: nn.Module, file: Path) -> None:
         raise ValueError(
             f"{file} is truncated or not a safetensors file ({error}); the artifact must be made again"
         ) from error
+    check_finite(file, tensors.items())
     expected = own_tensors(drafter)
     for name, tensor in tensors.items():
         if name in expected and tensor.shape != expected[name].shape:
@@ -186,8 +237,12 @@ def _load_weights(drafter: nn.Module, file: Path) -> None:
             )
     # A drafter may accept tensors under former names, so the names are compared by `load_state_dict`.
     missing, unexpected = drafter.load_state_dict(tensors, strict=False)
-    for name in sorted({*(expected.keys() & missing), *unexpected}):
-        raise ValueError(f"{file}: tensor {name!r} is {'missing' if name in expected else 'unknown to this drafter'}")
+    found = [f"tensor {name!r} is missing" for name in sorted(expected.keys() & missing)]
+    found += [f"tensor {name!r} is unknown to this drafter" for name in sorted(unexpected)]
+    if found:
+        more = f", and {len(found) - NUM_NAMED} more faults" if len(found) > NUM_NAMED else ""
+        raise ValueError(f"{file}: {', '.join(found[:NUM_NAMED])}{more}; the artifact must be made again")
+    check_finite(f"{file}, in {next(iter(expected.values())).dtype}", own_tensors(drafter).items())
 
 
 def check_fits(folder: str | Path, manifest: dict[str, Any], target: Target | TargetInfo) -> None:
@@ -208,15 +263,33 @@ def check_fits(folder: str | Path, manifest: dict[str, Any], target: Target | Ta
 
 
 def make_config(kind: Any, values: dict[str, Any], source: str | Path) -> Any:
-    """Returns a family's configuration from its JSON values; raises ValueError for an unknown setting."""
-    known = [field.name for field in dataclasses.fields(kind)]
+    """Returns a family's configuration from its JSON values.
+
+    Raises ValueError for an unknown setting, one that is missing, and a value of another type or out of range.
+    """
+    fields = dataclasses.fields(kind)
+    known = [field.name for field in fields]
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{source}: the configuration is {values!r}; it must be an object of settings and their values"
+        )
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{source}: unknown setting {key!r}{hint}")
-    # JSON turns tuples into lists.
-    return kind(**{key: as_tuples(value) for key, value in values.items()})
+    no_default = dataclasses.MISSING
+    for field in fields:
+        if field.name not in values and field.default is no_default and field.default_factory is no_default:
+            raise ValueError(f"{source}: the setting {field.name!r} is missing; the artifact must be made again")
+    config_values.check_types(kind, values, source)
+    try:
+        # JSON turns tuples into lists.
+        config = kind(**{key: as_tuples(value) for key, value in values.items()})
+        config_values.check_numbers(config)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return config
 
 
 def as_tuples(value: Any) -> Any:

@@ -33,6 +33,8 @@ VERIFIERS = {
     "typical": "lossy.typical",
 }
 """The module of each verifier that `generate(verifier=...)` takes besides "auto"."""
+TOLERANCE = 1e-3
+"""Largest deviation of a distribution's sum from 1."""
 ALIASES = {"once": "deterministic"}
 AUTO = {
     "deterministic": ("deterministic", "deterministic"),
@@ -106,9 +108,36 @@ def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
 def verify_draft(
     logits_BNV: Tensor, draft: Draft, sampling: Sampling, name: str, generator: torch.Generator
 ) -> Verdict:
-    """Returns the verdict of the verifier called `name` on a draft, with uniforms from `generator`."""
+    """Returns the verdict of the verifier called `name` on a draft, with uniforms from `generator`.
+
+    Raises ValueError if the target's logits, or the distributions that the draft was sampled from, hold NaN.
+    """
     verifier = choose(name, sampling, draft)
+    check_finite_logits(logits_BNV, draft)
+    if draft.draft_probs_BNV is not None:
+        check_draft_probs(draft)
     if verifier.name == "greedy":
         return verifier.verify(logits_BNV, draft, logits_BNV)
     uniforms_BU = torch.rand(len(logits_BNV), draft.tree.num_nodes + 1, generator=generator, dtype=torch.float64)
     return verifier.verify(verifier.sampling.probs(logits_BNV), draft, uniforms_BU.to(logits_BNV.device))
+
+
+def check_finite_logits(logits_BNV: Tensor, draft: Draft) -> None:
+    """Raises ValueError if the largest logit of a node is not finite; others may be -inf."""
+    is_finite_BN = logits_BNV.amax(-1).isfinite()
+    if not bool((is_finite_BN if (valid_BN := draft.valid_BN()) is None else is_finite_BN | ~valid_BN).all()):
+        raise ValueError("the target's logits are NaN or infinite; check its weights, or load it in float32")
+
+
+def check_draft_probs(draft: Draft) -> None:
+    """Raises ValueError if a token of the draft was not sampled from a distribution."""
+    assert draft.draft_probs_BNV is not None
+    sums_BN = draft.draft_probs_BNV.sum(-1)
+    is_distribution_BN = ((sums_BN - 1).abs() < TOLERANCE) & (draft.draft_probs_BNV.amin(-1) >= 0)
+    parents_BN = draft.tree.parents_RN[:, 1:].expand(len(sums_BN), -1)
+    is_right_BN, valid_BN = is_distribution_BN.gather(1, parents_BN), draft.valid_BN()
+    if not bool((is_right_BN if valid_BN is None else is_right_BN | ~valid_BN[:, 1:]).all()):
+        raise ValueError(
+            "the drafter's probabilities are no distribution (NaN, negative, or a sum other than 1); its weights may be"
+            " broken or too large for their dtype: train it again, or load the target in float32"
+        )

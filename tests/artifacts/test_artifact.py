@@ -362,3 +362,36 @@ def test_drafters_are_saved_and_loaded_for_their_own_target_only(tmp_path: Path)
             draftsmith.load(tmp_path / "artifact", wrong)  # type: ignore[arg-type]
     assert not any(tmp_path.iterdir()), "nothing was written"
     draftsmith.save(drafter, tmp_path / "artifact", Target(target.model))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_load_and_save_reject_weights_that_are_not_finite(folder: Path, value: float) -> None:
+    file, target = folder / "model.safetensors", tiny_target("llama")
+    before, drafter = read_files(folder), draftsmith.load(folder, target)
+    drafter.blocks[1][0].bias[3] = value
+    with pytest.raises(ValueError, match=r"tensor blocks.1.0.bias is not finite"):
+        draftsmith.save(drafter, folder, target)
+    assert read_files(folder) == before
+    tensors = load_file(file)
+    tensors["blocks.1.0.bias"][3] = value
+    save_file(tensors, file)
+    check_error(folder, "model.safetensors: tensor blocks.1.0.bias is not finite")
+
+
+def test_load_rejects_weights_that_overflow_in_the_dtype_of_the_target(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["blocks.0.0.weight"][0, 0] = 3.4e38
+    save_file(tensors, file)
+    draftsmith.load(folder, tiny_target("llama"))
+    half = Target(tiny_model("llama").to(torch.bfloat16))
+    with pytest.raises(ValueError, match=r"in torch.bfloat16: tensor blocks.0.0.weight is not finite"):
+        draftsmith.load(folder, half)
+
+
+def test_check_replaceable_ignores_what_a_killed_process_has_left_of_the_marker(tmp_path: Path) -> None:
+    (tmp_path / ".store.json.part-123").write_text("{")
+    files.check_replaceable(tmp_path, marker="store.json")
+    (tmp_path / "other.json.part-123").write_text("{")
+    with pytest.raises(ValueError, match="contains other files"):
+        files.check_replaceable(tmp_path, marker="store.json")

@@ -3,6 +3,7 @@
 Shape suffixes: B rows, N nodes, V vocabulary, U uniforms.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Tree, chain
-from draftsmith.verify import VERIFIERS, choose, find, greedy
+from draftsmith.verify import VERIFIERS, choose, find, greedy, verify_draft
 from draftsmith.verify.lossy import bild, typical
 from draftsmith.verify.research import token
 from tests.support.verify.enumeration import VOCAB_SIZE, texts_of
@@ -169,3 +170,46 @@ def test_choose_rejects_an_unknown_or_invalid_verifier(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         choose(name, Sampling(temperature=temperature), draft_of(sampling_scheme, is_chain=is_chain))
+
+
+NOT_FINITE = "the target's logits are NaN or infinite"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_verify_draft_rejects_logits_that_are_not_finite(temperature: float, value: float) -> None:
+    draft = Draft(tokens_BN=torch.tensor([[1, 2, 3]]), tree=chain(3))
+    sampling, generator = Sampling(temperature=temperature), torch.Generator().manual_seed(0)
+    logits_BNV = torch.randn(1, 3, VOCAB_SIZE, generator=generator)
+    logits_BNV[0, 0, 0] = -math.inf
+    verify_draft(logits_BNV, draft, sampling, "auto", generator)
+    logits_BNV[0, 2, 1] = value
+    with pytest.raises(ValueError, match=NOT_FINITE):
+        verify_draft(logits_BNV, draft, sampling, "auto", generator)
+    unused = dataclasses.replace(draft, num_nodes=[2])
+    verify_draft(logits_BNV, unused, sampling, "auto", generator)
+
+
+@pytest.mark.parametrize(
+    "name", ["auto", "token", "block", "traversal", "recursive", "lenience=0.5", "kseq", "multipath"]
+)
+@pytest.mark.parametrize("fault", ["nan", "negative", "zero", "sum"])
+def test_verify_draft_rejects_what_is_no_distribution(name: str, fault: str) -> None:
+    probs_BNV = torch.full((2, 3, VOCAB_SIZE), 1 / VOCAB_SIZE)
+    draft = Draft(
+        tokens_BN=torch.tensor([[0, 1, 2], [1, 2, 0]]),
+        tree=chain(3),
+        draft_probs_BNV=probs_BNV,
+        sampling_scheme="independent",
+    )
+    logits_BNV, sampling = torch.randn(2, 3, VOCAB_SIZE), Sampling(temperature=1.0)
+    generator = torch.Generator().manual_seed(0)
+    probs_BNV[:, 2] = math.nan  # no token was sampled from the distribution of the last node
+    verify_draft(logits_BNV, draft, sampling, name, generator)
+    probs_BNV[1, 1, :2] += {"nan": math.nan, "negative": 0, "zero": 0, "sum": 0.1}[fault]
+    if fault == "negative":
+        probs_BNV[1, 1, :2] += torch.tensor([-1.0, 1.0])
+    if fault == "zero":
+        probs_BNV[1, 1] = 0
+    with pytest.raises(ValueError, match="the drafter's probabilities are no distribution"):
+        verify_draft(logits_BNV, draft, sampling, name, generator)

@@ -80,7 +80,8 @@ def label_ranks(outputs: Iterable[HeadOutputs], head: Head, batch: Batch) -> Ten
         ranks = []
         for z_ND, labels_N in zip(output.z_ND.split(CHUNK_SIZE), output.labels_N.split(CHUNK_SIZE), strict=True):
             logits_NV = head(k, z_ND[None])[0]
-            ranks.append((logits_NV > logits_NV.gather(1, labels_N[:, None])).sum(1))
+            # Negated, so that a label whose logit is NaN has the last rank.
+            ranks.append((~(logits_NV <= logits_NV.gather(1, labels_N[:, None]))).sum(1))
         ranks_BT = torch.full_like(batch.tokens_BT, -1)
         ranks_BT[output.mask_BT] = torch.cat(ranks)
         head_ranks.append(ranks_BT)

@@ -150,7 +150,7 @@ def accepted_ranks(target_logits_NV: Tensor, draft_logits_NV: Tensor, sampling: 
     """
     if sampling.is_greedy:
         chosen_N1 = target_logits_NV.argmax(-1, keepdim=True)
-        ranks_N1 = (draft_logits_NV > draft_logits_NV.gather(1, chosen_N1)).sum(1, keepdim=True)
+        ranks_N1 = (~(draft_logits_NV <= draft_logits_NV.gather(1, chosen_N1))).sum(1, keepdim=True)  # NaN is last
         return (ranks_N1 == torch.arange(num_ranks, device=ranks_N1.device)).float()
     probs_N1V, generator = sampling.probs(draft_logits_NV)[:, None], torch.Generator().manual_seed(0)
     children_NR = draw_siblings(probs_N1V, num_ranks, "without_replacement", generator)[:, 0]

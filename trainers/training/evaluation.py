@@ -30,10 +30,19 @@ class MetricSums:
             self._counts[name] = self._counts.get(name, 0) + count
 
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda pairs: pairs) -> dict[str, float]:
-        """Returns sum / count of each metric, NaN where the count is 0; `reduce` sums a tensor over ranks."""
+        """Returns sum / count of each metric, NaN where the count is 0; `reduce` sums a tensor over ranks.
+
+        Raises ValueError if a sum is not finite, as that of a drafter with broken weights.
+        """
         names = list(self._sums)
         pairs = torch.stack([torch.stack([self._sums[name] for name in names]), self._count_tensor(names)])
         sums, counts = reduce(pairs).tolist()
+        for name, total, count in zip(names, sums, counts, strict=True):
+            if count and not math.isfinite(total):
+                raise ValueError(
+                    f"{name} is {total}: the drafter's weights or outputs are not finite; the last checkpoint is"
+                    " unchanged: lower --learning-rate"
+                )
         return {name: sums[i] / counts[i] if counts[i] else math.nan for i, name in enumerate(names)}
 
     def _count_tensor(self, names: list[str]) -> Tensor:

@@ -18,6 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from data.batches import Batch
 from data.teacher import complete
 from draftsmith import Target
+from draftsmith.loading.weights import check_finite
 from trainers import Needs
 from trainers.training import checkpoints, evaluation
 from trainers.training.evaluation import ACCEPTANCE, MetricSums
@@ -85,7 +86,7 @@ class DraftTrainer(Trainer):
         earlier_s: float,
         **options: Any,
     ) -> None:
-        callbacks = [ProgressCallback(), JsonlCallback(output / LOG), CheckpointSchedule()]
+        callbacks = [ProgressCallback(), JsonlCallback(output / LOG), CheckpointSchedule(), GradientCheck()]
         super().__init__(module, arguments, callbacks=callbacks, **options)
         self.remove_callback(PrinterCallback)
         self._module, self._target, self._needs, self._held_out = module, target, module.needs, held_out
@@ -194,6 +195,8 @@ class DraftTrainer(Trainer):
         return self.accelerator.reduce(tensor, "sum")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Saves and marks a checkpoint; raises ValueError, keeping the one before, if a weight is not finite."""
+        check_finite(f"the weights after step {self.state.global_step}", self.model.named_parameters())
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
@@ -211,6 +214,20 @@ class DraftTrainer(Trainer):
             # Tied weights are saved twice, as safetensors does not store aliases.
             copies = {name: weight.detach().cpu().contiguous().clone() for name, weight in weights.items()}
             save_file(copies, Path(output_dir) / checkpoints.WEIGHTS)
+
+
+class GradientCheck(TrainerCallback):
+    """Stops training before an optimiser step whose gradient is not finite."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: Any, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        if gradients and not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+            raise ValueError(
+                f"the gradient is not finite at step {state.global_step + 1}; the last checkpoint is unchanged: lower"
+                " --learning-rate"
+            )
 
 
 class CheckpointSchedule(TrainerCallback):
