@@ -9,10 +9,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from draftsmith import Target
+from draftsmith.artifacts import json_text
 from draftsmith.artifacts.files import LOCK, check_replaceable, inside
 from draftsmith.loading.model_info import TargetInfo
 
@@ -40,7 +42,7 @@ def open_folder(
         for path in (folder / name for name in disposable):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(notes | manifest, indent=1) + "\n"
+    text = json_text.text_of(notes | manifest, indent=1) + "\n"
     write_atomically(folder / marker, lambda path: path.write_text(text))
 
 
@@ -65,6 +67,15 @@ def check_folder(
         raise ValueError(f"{folder} was made with other settings ({'; '.join(faults)}); name another folder")
 
 
+def first_run_time(folder: Path, marker: str) -> datetime:
+    """Returns the time that the folder's manifest notes as `template_time`, the current time without one.
+
+    Chat templates may write the date: prompts stay the same in a continued run if they are rendered at this time.
+    """
+    noted = read_manifest(folder, marker).get("template_time") if (folder / marker).is_file() else None
+    return datetime.fromisoformat(noted) if noted else datetime.now().replace(microsecond=0)
+
+
 def _differences(folder: Path, marker: str, manifest: dict[str, Any], notes: Collection[str]) -> list[str]:
     """Returns the keys that differ from the folder's manifest, with both values."""
     made, manifest = read_manifest(folder, marker), json.loads(json.dumps(manifest))
@@ -82,7 +93,7 @@ def read_manifest(folder: Path, marker: str) -> dict[str, Any]:
         fault = f"has no {marker}" if folder.is_dir() else "is not a folder"
         raise ValueError(f"{folder} {fault}; make one with recipes/{path.stem.lstrip('_')}.py")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json_text.read(path)
     except ValueError:
         raise ValueError(f"{path} is damaged: not valid JSON") from None
     if not isinstance(manifest, dict):

@@ -18,6 +18,7 @@ from data import POCKET
 from data.batches import Batch
 from data.examples import check_target, open_examples
 from draftsmith import Target
+from draftsmith.artifacts import json_text
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.files import atomic_folder, check_replaceable
 from draftsmith.artifacts.provenance import run_provenance
@@ -139,7 +140,7 @@ def compress(settings: CompressSettings) -> Path:
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
         manifest["bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        (folder / MARKER).write_text(json.dumps(manifest, indent=1) + "\n")
+        (folder / MARKER).write_text(json_text.text_of(manifest, indent=1) + "\n")
     print(f"{output}: {summary(manifest)}")
     return output
 
@@ -255,7 +256,7 @@ def _is_there(output: Path, identity: dict[str, Any]) -> bool:
     check_replaceable(output, marker=MARKER)
     if not (output / MARKER).is_file():
         return False
-    made = json.loads((output / MARKER).read_text())["settings"]
+    made = json_text.read(output / MARKER)["settings"]
     faults = [f"{key} was {made.get(key)}, is {value}" for key, value in identity.items() if made.get(key) != value]
     if faults:
         raise ValueError(f"{output} was made with other settings ({'; '.join(faults)}); name another --output")
@@ -278,7 +279,7 @@ def _manifest(
             "name": source.name,
             "fingerprint": source.fingerprint,
             "num_parameters": num_weights(source.model),
-            "compression": json.loads(before.read_text()) if before.is_file() else None,
+            "compression": json_text.read(before) if before.is_file() else None,
         },
         "tokenizer_hash": source.tokenizer_hash,
         "calibration": {"data": settings.data, "num_rows": len(lengths), "num_tokens": sum(lengths)},

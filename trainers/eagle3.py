@@ -18,7 +18,7 @@ from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.eagle3 import Config, Drafter
 from draftsmith.loading.model_info import TargetInfo
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_each, check_positive
 from draftsmith.parts.neural.layers import Attention, ffn_width
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
@@ -56,10 +56,11 @@ class Settings:
     """The loss of step s is weighted by decay^s."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_heads", "num_steps")
-        check_at_least(self, 0, "num_kv_heads", "ffn_size")
-        if not self.decay > 0:
-            raise ValueError(f"decay is {self.decay}; it must be positive")
+        check_each(self, 0, "layers", most=MAX_DEPTH)
+        check_at_least(self, 1, "num_heads", "num_steps", most=MAX_DEPTH)
+        check_at_least(self, 0, "num_kv_heads", most=MAX_DEPTH)
+        check_at_least(self, 0, "ffn_size", most=MAX_WIDTH)
+        check_positive(self, "decay")
 
 
 def check(settings: Settings, target: TargetInfo) -> None:

@@ -14,7 +14,7 @@ from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.early_exit import Config, Drafter
 from draftsmith.length import policies
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, check_at_least
 from trainers import Metrics, Needs
 from trainers.parts import exits
 from trainers.parts.losses import DIVERGENCES, Teacher, cross_entropy, divergence, sum_in_chunks
@@ -36,7 +36,7 @@ class Settings:
     """Cross-entropy on the text (ce), or a divergence from the target's distribution at each of its tokens."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "exit_layer", "num_heads")
+        check_at_least(self, 0, "exit_layer", "num_heads", most=MAX_DEPTH)
 
 
 def build(settings: Settings, target: Target) -> nn.ModuleList:

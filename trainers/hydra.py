@@ -17,7 +17,7 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.hydra import Config, Drafter
 from draftsmith.length.costs import quickest_ms
 from draftsmith.parts import autoregressive
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, MAX_NODES, MAX_WIDTH, check_at_least
 from draftsmith.parts.neural.layers import ffn_width
 from trainers import Metrics, Needs
 from trainers.parts import heads, trees
@@ -49,8 +49,10 @@ class Settings:
     """If not 0, draft dynamic trees instead: number of nodes expanded per level, and of children of each."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "prefix_heads")
-        check_at_least(self, 0, "prefix_width", "tree_nodes", "width")
+        check_at_least(self, 1, "prefix_heads", most=MAX_DEPTH)
+        check_at_least(self, 0, "prefix_width", most=MAX_WIDTH)
+        check_at_least(self, 0, "tree_nodes", "width", most=MAX_NODES)
+        check_at_least(self, 0, "beta", most=1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and less than 1")
         if self.width and self.tree_nodes:

@@ -14,6 +14,7 @@ from draftsmith.artifacts.published_eagle3 import add_vocabulary, read_shape, re
 from draftsmith.drafters.eagle3 import Config, Drafter
 from draftsmith.length import policies
 from draftsmith.loading.model_info import TargetInfo
+from draftsmith.parts.checks import MAX_NODES, check_at_least
 from trainers import Metrics, Needs, eagle3
 from trainers.training.run_settings import RunSettings
 
@@ -34,11 +35,8 @@ class Settings:
     """Default length policy of chains: its name in draftsmith/length/policies.py, and its number."""
 
     def __post_init__(self) -> None:
-        for name in ("num_draft", "tree_nodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.width < 0:
-            raise ValueError(f"width is {self.width}; it must not be negative")
+        check_at_least(self, 1, "num_draft", "tree_nodes", most=MAX_NODES)
+        check_at_least(self, 0, "width", most=MAX_NODES)
         policies.make(self.length)
 
 

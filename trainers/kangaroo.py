@@ -15,7 +15,7 @@ from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.kangaroo import Config, Drafter
 from draftsmith.length import policies
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, check_at_least
 from trainers import Metrics, Needs
 from trainers.parts import exits
 from trainers.parts.losses import DIVERGENCES, Teacher, divergence, sum_in_chunks
@@ -35,7 +35,7 @@ class Settings:
     config: Config = field(default_factory=Config, metadata={"omit": ("exit_layer", "num_heads")})
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "exit_layer", "num_heads")
+        check_at_least(self, 0, "exit_layer", "num_heads", most=MAX_DEPTH)
         divergence(self.loss)
 
 

@@ -4,7 +4,6 @@ Shape suffixes: B rows, T positions, N supervised positions.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +15,11 @@ import draftsmith
 from data.batches import Batch, Example, collate, example, order
 from data.shards import write_atomically
 from draftsmith import Target
+from draftsmith.artifacts import json_text
 from draftsmith.drafters.layerskip import Config, Drafter
 from draftsmith.length import policies
 from draftsmith.loading.model_info import TargetInfo
+from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.self_drafting.sublayers import sublayers
 from trainers import Metrics
 from trainers.corpora import decoding
@@ -57,9 +58,8 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("num_texts", 1), ("text_tokens", 3), ("new_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        check_at_least(self, 1, "num_texts", "new_tokens")
+        check_at_least(self, 3, "text_tokens")
         if not 0 <= self.skip_ratio <= 1:
             raise ValueError(f"skip_ratio is {self.skip_ratio}; it must lie between 0 and 1")
         if self.objective == "acceptance" and not self.skip_ratio:
@@ -186,8 +186,10 @@ def _load_or_measure_costs(target: Target, num_draft: int, path: Path) -> Sublay
     """Returns the costs in the file `path`, which are measured and written first if it does not exist."""
     if not path.exists():
         costs = measure_costs(target, num_draft)
-        write_atomically(path, lambda staging: staging.write_text(json.dumps(dataclasses.asdict(costs), indent=1)))
-    return SublayerCosts(**json.loads(path.read_text()))
+        write_atomically(
+            path, lambda staging: staging.write_text(json_text.text_of(dataclasses.asdict(costs), indent=1))
+        )
+    return SublayerCosts(**json_text.read(path))
 
 
 def _config(settings: Settings, bits: Bits) -> Config:

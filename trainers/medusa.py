@@ -13,7 +13,7 @@ from torch import Tensor
 from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.medusa import Config, Drafter
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_NODES, check_at_least, check_positive
 from trainers import Metrics, Needs
 from trainers.parts import heads, trees
 
@@ -29,9 +29,8 @@ class Settings:
     """Number of nodes in the tree; 0 maximises tokens per second as measured on this machine."""
 
     def __post_init__(self) -> None:
-        if not self.decay > 0:
-            raise ValueError(f"decay is {self.decay}; it must be positive")
-        check_at_least(self, 0, "tree_nodes")
+        check_positive(self, "decay")
+        check_at_least(self, 0, "tree_nodes", most=MAX_NODES)
 
 
 def build(settings: Settings, target: Target) -> Drafter:

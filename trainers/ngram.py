@@ -10,6 +10,7 @@ import torch
 from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.ngram import Config, Drafter
+from draftsmith.parts.checks import check_at_least
 from trainers import Metrics
 from trainers.corpora import corpus, decoding
 from trainers.corpora.kneser_ney import build, count_ngrams
@@ -28,8 +29,7 @@ class Settings:
     are dropped first."""
 
     def __post_init__(self) -> None:
-        if self.budget_mb < 0:
-            raise ValueError(f"budget_mb is {self.budget_mb}; it must be 0 (none) or positive")
+        check_at_least(self, 0, "budget_mb")
 
 
 needs = decoding.needs

@@ -26,7 +26,7 @@ from data.teacher import complete
 from draftsmith.artifacts.families import name_of
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import check_at_least, check_positive
 from draftsmith.parts.neural.former_names import current_name
 from trainers.parts import distillation
 from trainers.parts.losses import DIVERGENCES
@@ -53,9 +53,9 @@ class OnlineSettings:
         check_at_least(self, 1, "every", "kept")
         if self.every > self.kept:
             raise ValueError(f"every is {self.every} and kept is {self.kept}; kept must be at least as large")
-        check_at_least(self, 0, "learning_rate", "top_k")
-        if not self.clip > 0:
-            raise ValueError(f"clip is {self.clip}; it must be positive")
+        check_at_least(self, 0, "top_k")
+        check_at_least(self, 0, "learning_rate", most=1e6)
+        check_positive(self, "clip")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

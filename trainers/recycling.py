@@ -23,7 +23,7 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.recycling import Config, Drafter
 from draftsmith.length.costs import quickest_ms
 from draftsmith.parts import autoregressive
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_NODES, check_at_least
 from trainers import Metrics, Needs
 from trainers.corpora import corpus, decoding
 from trainers.parts import heads, trees
@@ -46,7 +46,7 @@ class Settings:
     """Number of nodes in the tree; 0 maximises tokens per second as measured on this machine."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "tree_nodes")
+        check_at_least(self, 0, "tree_nodes", most=MAX_NODES)
 
 
 def needs(settings: Settings, target: Target) -> Needs:

@@ -17,6 +17,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 
+from draftsmith.artifacts import json_text
 from draftsmith.artifacts.families import find
 from draftsmith.artifacts.files import inside
 
@@ -120,7 +121,7 @@ def num_parameters(file: Path) -> int:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of a comparison's `bakeoff.json`; raises ValueError if the file is anything else."""
     try:
-        rows = json.loads(path.read_text())
+        rows = json_text.read(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); name the bakeoff.json of a comparison") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "drafter" in row for row in rows):

@@ -7,7 +7,6 @@ All name the same weights; speculators nests the layer's configuration and calls
 Shape suffixes: W draft vocabulary.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from draftsmith.artifacts import json_text
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 NAMES = {
@@ -117,9 +118,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json; name the folder of a published head")
     try:
-        config = json.loads(file.read_text())
+        config = json_text.read(file)
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error})") from None
+        raise ValueError(f"{error}; download the head again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not a JSON object; name the folder of a published head")
     kind = config.get("speculators_model_type", "eagle3")
     if kind != "eagle3":
         raise ValueError(f"{folder} is a speculator of type {kind!r}; expected 'eagle3'")

@@ -17,6 +17,7 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import drafted_depth
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
+from draftsmith.parts.checks import MAX_NODES, check_at_least
 from draftsmith.parts.composites import (
     Part,
     PartConfigs,
@@ -45,8 +46,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_parts(self.parts)
-        if self.min_tokens < 1:
-            raise ValueError(f"min_tokens is {self.min_tokens}; it must be at least 1")
+        check_at_least(self, 1, "min_tokens", most=MAX_NODES)
 
 
 class Drafter(drafter.Drafter):

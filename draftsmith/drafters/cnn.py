@@ -21,7 +21,7 @@ from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_each
 from draftsmith.parts.neural.cross_attention import CrossAttention, ProjectedSource
 from draftsmith.parts.neural.former_names import accept_former_names
 from draftsmith.parts.neural.recurrent import RecurrentDraftState, State
@@ -55,11 +55,13 @@ class Config:
     """Number of nodes kept in a dynamic tree."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_channels", "rank")
-        if self.kernel_size < 2:
-            raise ValueError(f"kernel_size is {self.kernel_size}; it must be at least 2, to include past inputs")
+        check_at_least(self, 1, "num_channels", "rank", most=MAX_WIDTH)
+        check_at_least(self, 0, "shortlist")
+        if not 2 <= self.kernel_size <= MAX_DEPTH:
+            raise ValueError(f"kernel_size is {self.kernel_size}; it must be 2, to include past inputs, to {MAX_DEPTH}")
         if not self.dilations or min(self.dilations) < 1:
             raise ValueError(f"dilations are {list(self.dilations)}; give one of at least 1 for each layer")
+        check_each(self, 1, "dilations", most=MAX_WIDTH)
         if self.copy and self.shortlist:
             raise ValueError("give either copy or a shortlist, not both: copied tokens need not be on the shortlist")
         autoregressive.check_shape(self)

@@ -22,7 +22,7 @@ from draftsmith.core.target import PREFILL_CHUNK, Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_each, check_positive
 from draftsmith.parts.draft_progress import DraftProgress
 from draftsmith.parts.neural.layers import Attention, FeedForward, gather_path, prepare_cache
 
@@ -74,6 +74,12 @@ class Config:
                 f"layers is {list(self.layers)}; list hidden layers from 0 up in ascending order, none twice"
             )
         check_at_least(self, 0, "draft_vocab")
+        check_at_least(self, 1, "num_heads", "num_kv_heads", most=MAX_DEPTH)
+        check_at_least(self, 1, "head_width", "inner_width", most=MAX_WIDTH)
+        check_at_least(self, 0, "eps", most=1)
+        check_positive(self, "theta", most=1e12)
+        check_each(self, 0, "layers", most=MAX_DEPTH)
+        check_each(self, 0, "stretch")
         if self.fusion_norm not in FUSION_NORMS:
             raise ValueError(f"fusion_norm is {self.fusion_norm!r}; it must be one of {', '.join(FUSION_NORMS)}")
         if len(self.stretch) not in (0, 4):

@@ -20,7 +20,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_positive
 from draftsmith.parts.neural.layers import Block, ffn_width, gather_path
 from draftsmith.parts.neural.token_heads import last_accepted_hidden, untied_lm_heads
 from draftsmith.parts.self_drafting.early_exit import DrafterCache, EarlyExitRunner, check_exit_layer
@@ -72,10 +72,10 @@ class Config:
     """Number of nodes kept in a dynamic tree."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "exit_layer", "num_heads")
-        check_at_least(self, 0, "num_blocks", "inner_width", "rank")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha is {self.alpha}; it must be positive")
+        check_at_least(self, 1, "exit_layer", "num_heads", most=MAX_DEPTH)
+        check_at_least(self, 0, "num_blocks", most=MAX_DEPTH)
+        check_at_least(self, 0, "inner_width", "rank", most=MAX_WIDTH)
+        check_positive(self, "alpha")
         if not self.tunes and (self.rank or self.modules):
             raise ValueError("rank and modules are settings of a fine-tuned target; set tunes as well, or neither")
         autoregressive.check_shape(self)

@@ -17,7 +17,7 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import PREFILL_CHUNK, Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.parts import autoregressive
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least
 from draftsmith.parts.neural.layers import Block, gather_path, prepare_cache
 from draftsmith.parts.neural.token_heads import ResidualHead, untied_lm_heads
 from draftsmith.verify.paths import values_at
@@ -48,7 +48,9 @@ class Config:
     """Number of nodes kept in a dynamic tree."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_heads", "num_blocks")
+        check_at_least(self, 1, "num_heads", "num_blocks", most=MAX_DEPTH)
+        check_at_least(self, 0, "prefix_heads", most=MAX_DEPTH)
+        check_at_least(self, 0, "prefix_width", most=MAX_WIDTH)
         if (self.prefix_heads > 0) != (self.prefix_width > 0) or min(self.prefix_heads, self.prefix_width) < 0:
             raise ValueError(
                 f"prefix_heads is {self.prefix_heads} and prefix_width {self.prefix_width}; give both as positive"

@@ -17,7 +17,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, check_at_least
 from draftsmith.parts.neural.layers import Attention, gather_path
 from draftsmith.parts.self_drafting.early_exit import DrafterCache, EarlyExitRunner, check_exit_layer
 
@@ -40,7 +40,7 @@ class Config:
     """Number of nodes kept in a dynamic tree."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "exit_layer", "num_heads")
+        check_at_least(self, 1, "exit_layer", "num_heads", most=MAX_DEPTH)
         autoregressive.check_shape(self)
         policies.make(self.length)
 

@@ -19,7 +19,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, check_at_least, check_each
 from draftsmith.parts.self_drafting.sublayers import Sublayers, draft_hidden, sublayers
 
 
@@ -60,6 +60,7 @@ class Config:
             if len(set(blocks)) < len(blocks) or min(blocks, default=0) < 0:
                 raise ValueError(f"{name} is {list(blocks)}; it must list blocks from 0 up, none twice")
         check_at_least(self, 1, "window", "guided_every", "patience", "max_trials")
+        check_each(self, 0, "attention", "mlp", most=MAX_DEPTH)
         if not 0 < self.good_enough <= 1:
             raise ValueError(f"good_enough is {self.good_enough}; it must be above 0 and at most 1")
 

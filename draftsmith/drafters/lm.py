@@ -21,6 +21,7 @@ from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
+from draftsmith.parts.checks import MAX_WIDTH, check_at_least, check_model
 from draftsmith.parts.draft_progress import DraftProgress
 from draftsmith.parts.neural import quantised
 from draftsmith.parts.neural.shortlist import OUTSIDE, Shortlist, ShortlistHead
@@ -61,8 +62,9 @@ class Config:
         autoregressive.check_paths(self.tree)
         autoregressive.check_siblings(self.siblings)
         autoregressive.check_shape(self)
-        if self.rank < 0:
-            raise ValueError(f"rank is {self.rank}; it must be at least 1, or 0 for an embedding and head of its own")
+        check_at_least(self, 0, "rank", most=MAX_WIDTH)
+        check_at_least(self, 0, "shortlist")
+        check_model(self.model)
         if self.width and self.tree:
             raise ValueError("give either a static tree or a width for dynamic trees, not both")
         policies.make(self.length)
@@ -180,7 +182,9 @@ def _model(config: Config, target: Target) -> Any:
     made = AutoConfig.for_model(config.model["model_type"], **settings)
     if made.is_encoder_decoder and not target.is_encoder_decoder:
         raise ValueError(f"the draft model is an encoder-decoder and target {target.name} is not")
-    model = (AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM).from_config(made)
+    model = (AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM).from_config(
+        made, trust_remote_code=False
+    )
     width = made.get_text_config(decoder=True).hidden_size
     if config.rank:
         head = TiedHead(target, width, config.rank, shortlist=config.shortlist)

@@ -20,7 +20,7 @@ from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, MAX_NODES, check_at_least
 from draftsmith.parts.trie import build_trie, to_draft
 from draftsmith.verify.paths import values_at
 
@@ -39,8 +39,8 @@ class Config:
     """Start the pool with the prompt's n-grams."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "window", "num_guesses")
-        check_at_least(self, 2, "level")
+        check_at_least(self, 1, "window", "num_guesses", most=MAX_NODES)
+        check_at_least(self, 2, "level", most=MAX_DEPTH)
 
 
 class Drafter(drafter.Drafter):

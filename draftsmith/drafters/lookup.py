@@ -6,7 +6,7 @@ from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_NODES, check_at_least
 from draftsmith.parts.retrieval import source_tokens
 from draftsmith.parts.trie import build_trie, to_draft
 
@@ -27,7 +27,7 @@ class Config:
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.max_ngram:
             raise ValueError(f"min_ngram {self.min_ngram} must be at least 1 and at most max_ngram {self.max_ngram}")
-        check_at_least(self, 1, "num_draft", "num_continuations")
+        check_at_least(self, 1, "num_draft", "num_continuations", "max_ngram", most=MAX_NODES)
 
 
 class Drafter(drafter.Drafter):

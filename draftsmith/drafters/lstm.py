@@ -20,7 +20,7 @@ from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least
 from draftsmith.parts.neural.cross_attention import CrossAttention, ProjectedSource
 from draftsmith.parts.neural.former_names import accept_former_names
 from draftsmith.parts.neural.recurrent import RecurrentDraftState, State
@@ -52,7 +52,9 @@ class Config:
     """Number of nodes kept in a dynamic tree."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "hidden_size", "num_layers", "rank")
+        check_at_least(self, 1, "hidden_size", "rank", most=MAX_WIDTH)
+        check_at_least(self, 1, "num_layers", most=MAX_DEPTH)
+        check_at_least(self, 0, "shortlist")
         if self.copy and self.shortlist:
             raise ValueError("give either copy or a shortlist, not both: copied tokens need not be on the shortlist")
         autoregressive.check_shape(self)

@@ -11,7 +11,7 @@ from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, check_at_least
 from draftsmith.parts.neural.token_heads import (
     ResidualHead,
     StaticTree,
@@ -35,7 +35,7 @@ class Config:
     """Each node as the ranks along its path: (0, 2) is head 1's third choice after head 0's first."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_heads", "num_blocks")
+        check_at_least(self, 1, "num_heads", "num_blocks", most=MAX_DEPTH)
         check_tree(self.tree, self.num_heads)
 
 

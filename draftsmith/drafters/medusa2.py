@@ -13,7 +13,7 @@ from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_positive
 from draftsmith.parts.neural.token_heads import (
     ResidualHead,
     StaticTree,
@@ -45,10 +45,10 @@ class Config:
     its LM head."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_heads", "num_blocks")
+        check_at_least(self, 1, "num_heads", "num_blocks", most=MAX_DEPTH)
         check_tree(self.tree, self.num_heads)
-        if self.rank < 1 or not self.alpha > 0:
-            raise ValueError(f"rank {self.rank} must be at least 1 and alpha {self.alpha} positive")
+        check_at_least(self, 1, "rank", most=MAX_WIDTH)
+        check_positive(self, "alpha")
 
 
 class Drafter(nn.Module, drafter.Drafter):

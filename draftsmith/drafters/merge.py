@@ -20,6 +20,7 @@ from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
+from draftsmith.parts.checks import MAX_NODES, check_at_least
 from draftsmith.parts.composites import (
     Part,
     PartConfigs,
@@ -52,8 +53,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_parts(self.parts)
-        if self.num_nodes < 1:
-            raise ValueError(f"num_nodes is {self.num_nodes}; it must be at least 1")
+        check_at_least(self, 1, "num_nodes", most=MAX_NODES)
         if not 0 <= self.least_chance < 1:
             raise ValueError(f"least_chance is {self.least_chance}; it must be at least 0 and below 1")
 
@@ -98,7 +98,11 @@ class Drafter(drafter.Drafter):
                 f"{folder / COUNTS} holds {counts_PDR2.dtype} {list(counts_PDR2.shape)}, expected"
                 f" {drafter.counts_PDR2.dtype} {list(drafter.counts_PDR2.shape)}; the artifact must be made again"
             )
-        if (counts_PDR2[..., 0] < 0).any() or (counts_PDR2[..., 0] > counts_PDR2[..., 1]).any():
+        if (
+            not np.isfinite(counts_PDR2).all()
+            or (counts_PDR2[..., 0] < 0).any()
+            or (counts_PDR2[..., 0] > counts_PDR2[..., 1]).any()
+        ):
             raise ValueError(
                 f"{folder / COUNTS} counts more correct nodes than evaluated ones; the artifact must be made again"
             )

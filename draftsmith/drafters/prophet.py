@@ -30,7 +30,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least
 from draftsmith.parts.neural.layers import Block, ffn_width, gather_path, prepare_cache
 from draftsmith.parts.neural.token_heads import untied_lm_heads
 from draftsmith.parts.self_drafting.fine_tuned import FineTunedTarget, copy_with_own_parameters
@@ -62,8 +62,8 @@ class Config:
     """Draft for a fine-tuned copy of the target, trained and saved with the drafter, instead of the user's."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_states", "num_layers", "num_heads")
-        check_at_least(self, 0, "hidden_size")
+        check_at_least(self, 1, "num_states", "num_layers", "num_heads", most=MAX_DEPTH)
+        check_at_least(self, 0, "hidden_size", most=MAX_WIDTH)
         autoregressive.check_shape(self)
         policies.make(self.length)
 

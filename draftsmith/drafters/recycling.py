@@ -20,6 +20,7 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.parts import autoregressive
+from draftsmith.parts.checks import MAX_NODES, check_at_least
 from draftsmith.parts.trie import TokenTree, to_draft
 
 
@@ -52,8 +53,7 @@ class Config:
     """Each node as the ranks along its path; the default has as many nodes per level as the paper's, 80 in total."""
 
     def __post_init__(self) -> None:
-        if self.num_successors < 1:
-            raise ValueError(f"num_successors is {self.num_successors}; it must be at least 1")
+        check_at_least(self, 1, "num_successors", most=MAX_NODES)
         autoregressive.check_paths(self.tree)
         if not self.tree:
             raise ValueError("the tree has no nodes; list at least one")

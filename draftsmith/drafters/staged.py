@@ -21,6 +21,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, chain
 from draftsmith.length import policies
 from draftsmith.length.costs import Stopwatch
+from draftsmith.parts.checks import MAX_NODES, check_at_least
 from draftsmith.parts.composites import (
     Part,
     PartConfigs,
@@ -51,8 +52,7 @@ class Config:
         check_parts(self.parts)
         if len(self.parts) != 2:
             raise ValueError(f"{len(self.parts)} parts given; there must be two, the draft model first")
-        if self.num_draft < 1:
-            raise ValueError(f"num_draft is {self.num_draft}; it must be at least 1")
+        check_at_least(self, 1, "num_draft", most=MAX_NODES)
         policies.make(self.length)
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from draftsmith.artifacts import json_text
 from draftsmith.export.source import ExportSource
 
 LAUNCH = "launch.json"
@@ -53,12 +54,12 @@ def write_launch(folder: Path, source: ExportSource, engine: str, launch: Launch
         "target": launch.target,
         "artifact": source.manifest,
     }
-    (folder / LAUNCH).write_text(json.dumps(record, indent=1) + "\n")
+    (folder / LAUNCH).write_text(json_text.text_of(record, indent=1) + "\n")
 
 
 def read_launch(folder: Path) -> dict[str, Any]:
     """Returns the contents of an export's launch.json."""
-    return json.loads((folder / LAUNCH).read_text())
+    return json_text.read(folder / LAUNCH)
 
 
 def python_launch(

@@ -16,6 +16,7 @@ from torch import Tensor
 from draftsmith.core.drafter import Session
 from draftsmith.core.sampling import draw
 from draftsmith.core.tree import Draft, SamplingScheme, Tree, chain
+from draftsmith.parts.checks import MAX_NODES, check_at_least
 
 Paths = tuple[tuple[int, ...], ...]
 """A tree's nodes, each as the ranks among siblings along its path; node 0 is left out."""
@@ -41,10 +42,8 @@ class Shape(Protocol):
 
 def check_shape(shape: Shape) -> None:
     """Raises ValueError if a setting is out of range."""
-    if shape.num_draft < 1:
-        raise ValueError(f"num_draft is {shape.num_draft}; it must be at least 1")
-    if shape.width < 0 or shape.num_nodes < 1:
-        raise ValueError(f"width {shape.width} must not be negative and num_nodes {shape.num_nodes} at least 1")
+    check_at_least(shape, 1, "num_draft", "num_nodes", most=MAX_NODES)
+    check_at_least(shape, 0, "width", most=MAX_NODES)
 
 
 def draft(model: Model, session: Session, shape: Shape, budget: int) -> Draft:

@@ -1,11 +1,47 @@
-"""Checks of configurations that several families share."""
+"""Checks of configurations that several families share: every number has a finite range."""
 
+import re
 from typing import Any
 
+MAX_DEPTH = 1024
+"""Largest number of layers, heads, or levels of a draft."""
+MAX_NODES = 4096
+"""Largest number of nodes of a draft, or of its levels' choices."""
+MAX_WIDTH = 2**17
+"""Largest width of a layer."""
+MAX_COUNT = 2**31 - 1
+"""Largest number of anything else that is counted, such as tokens of a vocabulary or of a text."""
 
-def check_at_least(config: Any, minimum: int, *names: str) -> None:
-    """Raises ValueError if one of these settings is less than `minimum`."""
+
+def check_at_least(config: Any, minimum: float, *names: str, most: float = MAX_COUNT) -> None:
+    """Raises ValueError if one of these settings is less than `minimum`, more than `most`, or not a number."""
     for name in names:
         value = getattr(config, name)
-        if value < minimum:
+        if value > most:
+            raise ValueError(f"{name} is {value}; it must be at most {most}")
+        if not value >= minimum:
             raise ValueError(f"{name} is {value}; it must be at least {minimum}")
+
+
+def check_positive(config: Any, *names: str, most: float = 1e6) -> None:
+    """Raises ValueError if one of these settings is not positive, or more than `most`."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value <= most:
+            raise ValueError(f"{name} is {value}; it must be positive and at most {most:g}")
+
+
+def check_model(model: dict[str, Any]) -> None:
+    """Raises ValueError if a transformers configuration has a count that no model has."""
+    for name, value in model.items():
+        most = MAX_DEPTH if re.search("layers|heads|n_layer|n_head", name) else MAX_COUNT
+        if isinstance(value, int) and abs(value) > most:
+            raise ValueError(f"the draft model's {name} is {value}; it must be at most {most}")
+
+
+def check_each(config: Any, minimum: float, *names: str, most: float = MAX_COUNT) -> None:
+    """Raises ValueError if one of these settings lists a number that is less than `minimum` or more than `most`."""
+    for name in names:
+        values = getattr(config, name)
+        if not all(minimum <= value <= most for value in values):
+            raise ValueError(f"{name} is {list(values)}; each must be at least {minimum} and at most {most}")

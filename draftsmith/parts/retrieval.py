@@ -21,6 +21,4 @@ def load_array(file: Path, *, mmap: bool = False) -> np.ndarray:
     try:
         return np.load(inside(file.parent, file.name), mmap_mode="r" if mmap else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(
-            f"{file} is missing, truncated or not an array ({error}); the artifact must be made again"
-        ) from error
+        raise ValueError(f"{file} is missing or truncated ({error}); the artifact must be made again") from error

@@ -111,7 +111,7 @@ def token_type(vocab_size: int) -> np.dtype:
 def _fit(arrays: dict[str, np.ndarray], vocab_size: int) -> bool:
     """Returns whether the arrays' sizes agree; the contents of the large ones are not read."""
     tokens_S, ends_P, firsts_V1 = arrays["tokens"], arrays["ends"], arrays["firsts"]
-    if len(firsts_V1) != vocab_size + 1 or (np.diff(firsts_V1) < 0).any():
+    if len(firsts_V1) != vocab_size + 1 or (firsts_V1[1:] < firsts_V1[:-1]).any():
         return False
     return bool(firsts_V1[0] == 0 and firsts_V1[-1] == len(ends_P) <= len(tokens_S))
 

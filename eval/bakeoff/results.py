@@ -5,16 +5,18 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from data.folder_lock import locked
 from data.shards import write_atomically
+from draftsmith.artifacts import json_text
 from draftsmith.artifacts.files import LOCK
 from eval.bakeoff.measure import Tally
 
 NAME = "bakeoff"
-PARTIAL, TEXTS = f"{NAME}.partial.jsonl", f"{NAME}.texts.json"
+PARTIAL, STARTED, TEXTS = f"{NAME}.partial.jsonl", f"{NAME}.started.txt", f"{NAME}.texts.json"
 
 Cell = tuple[int, float, int, str]
 """(round, temperature, batch size, prompt category); the category is "" for prompts without one."""
@@ -29,20 +31,25 @@ def check_output(folder: Path) -> None:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path) -> Iterator[datetime]:
     """Locks `folder` as a comparison's output while the block runs, and creates and marks it.
 
+    Yields the time of the comparison's first run, at which chat templates render the prompts of continued runs too.
     Raises ValueError as `check_output` does, and if another run uses the folder.
     """
     check_output(folder)
     with locked(folder):
-        mark = folder / PARTIAL
-        mark.touch()
+        partial, started = folder / PARTIAL, folder / STARTED
+        partial.touch()
+        if not started.exists():
+            now = datetime.now().isoformat(timespec="seconds")
+            write_atomically(started, lambda path: path.write_text(now))
         try:
-            yield
+            yield datetime.fromisoformat(started.read_text())
         finally:
-            if {path.name for path in folder.iterdir()} == {LOCK, PARTIAL} and not mark.stat().st_size:
-                mark.unlink()
+            if {path.name for path in folder.iterdir()} == {LOCK, PARTIAL, STARTED} and not partial.stat().st_size:
+                started.unlink()
+                partial.unlink()
 
 
 class Results:
@@ -96,11 +103,11 @@ def publish(
     plot: Callable[[Path], None],
 ) -> None:
     """Writes the result files, each atomically, and removes the file of partial measurements."""
-    write_atomically(folder / TEXTS, lambda path: path.write_text(json.dumps(texts) + "\n"))
+    write_atomically(folder / TEXTS, lambda path: path.write_text(json_text.text_of(texts) + "\n"))
     write_atomically(folder / f"{NAME}.png", plot)
     write_atomically(folder / f"{NAME}.csv", lambda path: path.write_text(csv, newline=""))
     write_atomically(folder / f"{NAME}.md", lambda path: path.write_text(markdown))
-    write_atomically(folder / f"{NAME}.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+    write_atomically(folder / f"{NAME}.json", lambda path: path.write_text(json_text.text_of(rows, indent=1) + "\n"))
     (folder / PARTIAL).unlink()
 
 

@@ -1,13 +1,13 @@
 """Trade-off of compressed draft models: number of weights against acceptance and against speed-up."""
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data.shards import write_atomically
+from draftsmith.artifacts import json_text
 from draftsmith.length import predicted_speedup
 from eval.plots.bakeoff import COLOURS, DASHES, MARKERS
 
@@ -47,7 +47,7 @@ class Point:
 
 def publish_tradeoff(points: Sequence[Point], folder: Path) -> str:
     """Writes `tradeoff.json`, `.md` and `.png`, each atomically, and returns the table."""
-    text = json.dumps([point.as_row() for point in points], indent=1) + "\n"
+    text = json_text.text_of([point.as_row() for point in points], indent=1) + "\n"
     lines = "\n".join([HEADER, *map(_line, points)])
     write_atomically(folder / "tradeoff.json", lambda path: path.write_text(text))
     write_atomically(folder / "tradeoff.md", lambda path: path.write_text(f"{lines}\n\n![trade-off](tradeoff.png)\n"))

@@ -4,7 +4,6 @@ The page has sortable tables, charts as inline SVG, draft trees, and texts token
 their data are missing: rows of older comparisons lack some columns, and their folders `bakeoff.texts.json`.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +13,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from data.shards import write_atomically
+from draftsmith.artifacts import json_text
 from eval.bakeoff.results import NAME, TEXTS
 from eval.report import charts
 from eval.report.table import definitions, header, is_slower, output_of
@@ -101,9 +101,9 @@ def _read(file: Path) -> Any:
     if not file.is_file():
         raise ValueError(f"{file.parent} has no {file.name}; make a comparison with recipes/bakeoff.py")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json_text.read(file)
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); make the comparison again") from None
+        raise ValueError(f"{error}; make the comparison again") from None
 
 
 def _conditions(row: Row) -> str:

@@ -284,13 +284,13 @@ def test_prompt_in_chunks_gives_same_drafts(monkeypatch: pytest.MonkeyPatch) -> 
         ({"num_heads": 0}, "num_heads is 0"),
         ({"num_blocks": 0}, "num_blocks is 0"),
         ({"prefix_heads": 4}, "prefix_heads is 4 and prefix_width 0; give both"),
-        ({"prefix_heads": -4, "prefix_width": -4}, "give both as positive"),
+        ({"prefix_heads": -4, "prefix_width": -4}, "prefix_heads is -4; it must be at least 0"),
         ({"siblings": "twins"}, "siblings is 'twins'"),
         ({"num_heads": 2}, "the tree is 4 deep, and there are 2 heads"),
         ({"tree": ((0,), (2,))}, r"tree node \[2\] needs node \[1\]"),
         ({"width": 4}, "give either a tree, or"),
         ({"tree": ()}, "give either a tree, or"),
-        ({"tree": (), "width": 4, "num_nodes": 0}, "num_nodes 0 at least 1"),
+        ({"tree": (), "width": 4, "num_nodes": 0}, "num_nodes is 0; it must be at least 1"),
     ],
 )
 def test_config_rejects_invalid_settings(changes: dict[str, Any], message: str) -> None:

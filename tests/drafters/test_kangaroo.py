@@ -273,7 +273,7 @@ def test_invalid_settings_are_rejected() -> None:
         ("exit_layer is 0", {"exit_layer": 0}),
         ("num_heads is 0", {"num_heads": 0}),
         ("num_draft is 0", {"num_draft": 0}),
-        ("width -1", {"width": -1}),
+        ("width is -1", {"width": -1}),
         ("unknown length policy 'long'", {"length": "long"}),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,5 +1,7 @@
 """Tests of the Kneser-Ney model against its formulas, computed with dictionaries, on random texts."""
 
+import errno
+import os
 from collections import Counter, defaultdict
 from itertools import product
 from pathlib import Path
@@ -179,3 +181,48 @@ def test_load_rejects_damaged_files(tmp_path: Path) -> None:
         damage(folder / f"{name}.npy")
         with pytest.raises(ValueError, match=rf"{name}.*made again"):
             KneserNey.load(folder, VOCAB_SIZE)
+
+
+TEXTS = [[1, 2, 3, 1, 2], [2, 1, 2, 3, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 2.0])
+@pytest.mark.parametrize("name", ["weights_C", "chances_C", "discounts_OX"])
+def test_load_rejects_probabilities_out_of_range(tmp_path: Path, name: str, value: float) -> None:
+    build_model(TEXTS, 3, tmp_path)
+    file = tmp_path / "store" / f"{name}.npy"
+    KneserNey.load(file.parent, VOCAB_SIZE)
+    array = np.load(file)
+    array.reshape(-1)[0] = value
+    np.save(file, array)
+    with pytest.raises(ValueError, match=f"{name}.npy holds values out of range; the artifact must be made again"):
+        KneserNey.load(file.parent, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("name", ["keys_C", "begins_X", "totals_C", "tokens_E", "counts_E", "best_C"])
+def test_load_rejects_counts_and_indices_out_of_range(tmp_path: Path, name: str) -> None:
+    build_model(TEXTS, 3, tmp_path)
+    file = tmp_path / "store" / f"{name}.npy"
+    array = np.load(file)
+    array[1] = 0 if name in ("totals_C", "counts_E") else np.iinfo(array.dtype).max
+    np.save(file, array)
+    with pytest.raises(ValueError, match="out of range|do not fit each other"):
+        KneserNey.load(file.parent, VOCAB_SIZE)
+
+
+def test_build_reserves_space_before_it_writes_to_a_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk would end the process with a bus error."""
+    reserved: list[int] = []
+
+    def reserve(descriptor: int, offset: int, size: int) -> None:
+        if len(reserved) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert not any(os.pread(descriptor, size, 128))  # nothing but the header is written
+        reserved.append(size)
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve)
+    with pytest.raises(OSError, match="No space left"):
+        build_model(TEXTS, 3, tmp_path)
+    assert len(reserved) == 3
+    monkeypatch.undo()
+    assert build_model(TEXTS, 3, tmp_path).num_bytes > 0

@@ -333,7 +333,7 @@ def test_load_rejects_an_incomplete_datastore(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shard-0001-of-0002.safetensors is missing or truncated"):
         draftsmith.load(tmp_path / "artifact", target)
     second.unlink()
-    with pytest.raises(ValueError, match="shard-0001-of-0002.safetensors is missing or truncated"):
+    with pytest.raises(ValueError, match="shard-0001-of-0002.safetensors is missing"):
         draftsmith.load(tmp_path / "artifact", target)
     first.unlink()
     with pytest.raises(ValueError, match="contains no shard of a datastore"):

@@ -154,7 +154,7 @@ def test_dynamic_tree_holds_the_likeliest_nodes() -> None:
         ({"tree": ((0,), (0,))}, "lists a node twice"),
         ({"tree": ((-1,),)}, "ranks from 0 up"),
         ({"siblings": "twins"}, "siblings is 'twins'; it must be one of without_replacement"),
-        ({"width": -1}, "must not be negative"),
+        ({"width": -1}, "width is -1; it must be at least 0"),
         ({"width": 2, "tree": ((0,),)}, "give either a static tree or a width"),
     ],
 )

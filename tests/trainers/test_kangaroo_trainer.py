@@ -224,7 +224,7 @@ def test_invalid_settings_raise() -> None:
         ("num_heads is -1", {"num_heads": -1}),
         ("num_draft is 0", {"num_draft": 0}),
         ("unknown length policy 'long'", {"length": "long"}),
-        ("width -1", {"width": -1}),
+        ("width is -1", {"width": -1}),
     ):
         with pytest.raises(ValueError, match=message):
             trainer_settings(kangaroo, **changes)

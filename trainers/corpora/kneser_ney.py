@@ -8,6 +8,7 @@ Shape suffixes: E n-grams, or pairs of a context and a token seen after it; C co
 """
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -133,10 +134,7 @@ def _write(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     sizes = {"C": contexts_O.sum(), "E": pairs_O.sum(), "X": contexts_O.sum() + 1}
-    store = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (int(sizes[name[-1]]),))
-        for name, dtype in dtypes.items()
-    }
+    store = {name: _new_map(folder / f"{name}.npy", dtype, int(sizes[name[-1]])) for name, dtype in dtypes.items()}
     for name, array in store.items():
         array[: len(getattr(root, name))] = getattr(root, name)
     context_at_O, pair_at_O = contexts_O.cumsum() - contexts_O, pairs_O.cumsum() - pairs_O
@@ -164,6 +162,18 @@ def _write(
     np.save(folder / "discounts_OX.npy", root.discounts_OX, allow_pickle=False)
     for array in store.values():
         array.flush()
+
+
+def _new_map(file: Path, dtype: np.dtype, length: int) -> np.memmap:
+    """Returns a new memory-mapped file of `length` numbers; raises OSError if there is no space left for it.
+
+    Without space reserved before, a process that writes to a map is killed by a bus error when the disk is full.
+    """
+    array = np.lib.format.open_memmap(file, "w+", dtype, (length,))
+    if hasattr(os, "posix_fallocate"):
+        with file.open("rb+") as handle:
+            os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
+    return array
 
 
 def _dtypes(vocab_size: int, most: int, num_pairs: int) -> dict[str, np.dtype]:

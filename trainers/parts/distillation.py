@@ -18,7 +18,7 @@ from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.length import predicted_speedup
 from draftsmith.loading.model_info import TargetInfo
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import check_at_least, check_positive
 from draftsmith.parts.neural import cross_attention
 from draftsmith.parts.neural.shortlist import Shortlist, check_size
 from trainers import Metrics, Needs
@@ -70,8 +70,9 @@ class LossSettings:
             raise ValueError(f"on_policy is {self.on_policy}; it is a fraction from 0 to 1")
         if self.on_policy and self.loss == "ce":
             raise ValueError("on_policy needs a divergence: cross-entropy would teach a draft model its own text")
-        if not 0 <= self.on_policy_temperature < math.inf:
-            raise ValueError(f"on_policy_temperature is {self.on_policy_temperature}; it must not be negative")
+        check_at_least(self, 0, "on_policy_temperature", most=1e6)
+        check_at_least(self, 0, "beta", most=1)
+        check_positive(self, "loss_temperature")
         if self.loss != "ce":
             divergence(self.loss, beta=self.beta, temperature=self.loss_temperature)
         if self.teacher_top_k and self.loss_temperature != 1:

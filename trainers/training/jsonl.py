@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from draftsmith.artifacts import json_text
+
 LOG = "log.jsonl"
 HELD_OUT = "eval_"
 """Prefix of metrics on held-out rows."""
@@ -18,7 +20,7 @@ def wandb_name(name: str) -> str:
 def append(path: Path, line: dict[str, Any]) -> None:
     """Appends a line and waits until it is on disk."""
     with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json_text.text_of(json_text.without_nan(line)) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from data.shards import write_atomically
+from draftsmith.artifacts import json_text
 from trainers.training import launchers
 from trainers.training.jsonl import HELD_OUT, LOG, wandb_name
 from trainers.training.run_settings import RunSettings
@@ -70,7 +71,7 @@ class JsonlCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             with self._path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json_text.text_of(json_text.without_nan({"step": state.global_step, **logs})) + "\n")
 
 
 def begin(run: RunSettings, config: dict[str, Any], output: Path) -> None:
@@ -92,7 +93,7 @@ def make_logger(run: RunSettings, output: Path) -> Callable[[dict[str, Any]], No
 
     def report(line: dict[str, Any]) -> None:
         with (output / LOG).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json_text.text_of(json_text.without_nan(line)) + "\n")
         if run.report_to == "wandb":
             import wandb
 

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from data import POCKET
+from data.prompts import TextSettings
+from draftsmith.artifacts.config_values import LARGEST
 from draftsmith.artifacts.files import plain_name
+from draftsmith.parts.checks import check_at_least
 
 DEFAULT_DATA = "runs/pseudo-data"
+MAX_THREADS = 4096
 REPORTS_ONLY = ("output", "log_steps", "report_to", "wandb_project")
 """Settings that do not affect the artifact, so an unfinished run may continue with other values."""
 
@@ -35,6 +39,8 @@ class RunSettings:
     """Rows per micro-batch on each rank."""
     gradient_accumulation: int = 1
     """Micro-batches per optimiser step; the loss is exactly that of the joined batch."""
+    text: TextSettings = field(default_factory=TextSettings)
+    """Settings for reading rows of text."""
     max_length: int = 1024
     """Number of tokens to which longer rows are cut."""
     learning_rate: float = 1e-3
@@ -69,19 +75,15 @@ class RunSettings:
     """DeepSpeed config: a path, or zero0, zero1, zero2 or zero3; plain data parallelism if empty."""
 
     def __post_init__(self) -> None:
-        at_least_one = ("max_steps", "batch_size", "gradient_accumulation", "max_held_out")
-        for name in (*at_least_one, "eval_steps", "save_steps", "log_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.decode_threads < 0:
-            raise ValueError(f"decode_threads is {self.decode_threads}; it must be 0 or more")
-        if self.max_length < 2:
-            raise ValueError(f"max_length is {self.max_length}; a row needs at least 2 tokens")
+        check_at_least(self, 1, "max_steps", "batch_size", "gradient_accumulation", "max_held_out")
+        check_at_least(self, 1, "eval_steps", "save_steps", "log_steps")
+        check_at_least(self, 0, "decode_threads", most=MAX_THREADS)
+        check_at_least(self, 2, "max_length")  # a row needs at least 2 tokens
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"held_out_share is {self.held_out_share}; it must be greater than 0 and less than 1")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        check_at_least(self, 0, "warmup_steps")
+        check_at_least(self, 0, "learning_rate", "weight_decay", "clip", most=1e6)
+        check_at_least(self, 0, "seed", most=LARGEST)
 
     def folder(self, recipe: str) -> Path:
         """Returns the output folder; for a trial of a wandb sweep, a subfolder named after the id of its run."""
@@ -93,7 +95,9 @@ class RunSettings:
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings that must be the same for a run to be continued, with local paths resolved."""
-        values = {key: value for key, value in asdict(self).items() if key not in REPORTS_ONLY}
+        values = {key: value for key, value in asdict(self).items() if key not in (*REPORTS_ONLY, "text")}
+        if self.text.chat_template_kwargs:
+            values["chat_template_kwargs"] = self.text.chat_template_kwargs
         for key in ("target", "data", "start_from", "deepspeed"):
             if values[key] and Path(values[key]).exists():
                 values[key] = str(Path(values[key]).resolve())

@@ -23,10 +23,14 @@ from typing import Any
 
 import yaml
 
+from draftsmith.artifacts.config_values import LARGEST, check_numbers
+from draftsmith.loading import remote_code
+
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 NO_DEFAULT = dataclasses.MISSING
-RESERVED = ("config", "local_rank")
-"""Flags that are not settings: the preset, and the rank that launchers add, which is ignored."""
+RESERVED = ("config", "local_rank", "trust_remote_code")
+"""Flags that are not settings: the preset, the rank that launchers add, which is ignored, and the permission for models
+to run code of their own."""
 T = typing.TypeVar("T")
 
 
@@ -122,7 +126,9 @@ def from_flat(cls: type[T], values: Mapping[str, Any]) -> T:
             )
         elif field.name in values:
             arguments[field.name] = values[field.name]
-    return cls(**arguments)
+    instance = cls(**arguments)
+    check_numbers(instance)
+    return instance
 
 
 def _settings_by_name(classes: tuple[type, ...]) -> dict[str, _Setting]:
@@ -209,7 +215,9 @@ def _read_flags(argv: list[str], settings: dict[str, _Setting], faults: list[str
         flag, has_value, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         positive = name.removeprefix("no_")
-        if not word.startswith("--"):
+        if word in ("--trust-remote-code", "--trust_remote_code"):
+            remote_code.allow()
+        elif not word.startswith("--"):
             faults.append(f"unexpected argument {word!r}; settings are written --key value")
         elif name in settings and settings[name].is_bool and not has_value:
             is_value = words and words[0].lower() in TRUE + FALSE
@@ -303,9 +311,13 @@ def _convert(value: Any, annotation: Any) -> Any:
         try:
             if isinstance(value, bool) or (annotation is int and isinstance(value, float)):
                 raise TypeError
-            return annotation(value)  # YAML reads 3e-4 as text
-        except (TypeError, ValueError):
-            raise ValueError(f"takes a {'whole ' * (annotation is int)}number, not {value!r}") from None
+            number = annotation(value)  # YAML reads 3e-4 as text
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"takes a {'whole ' * (annotation is int)}number, not {value!r:.40}") from None
+        if not abs(number) <= (LARGEST if annotation is int else sys.float_info.max):
+            kind = "whole number of at most 64 bits" if annotation is int else "finite number"
+            raise ValueError(f"takes a {kind}, not {value!r:.40}")
+        return number
     if annotation in (str, Path):
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             return annotation(str(value))
@@ -331,6 +343,7 @@ def _help(settings: dict[str, _Setting], description: str | None) -> str:
     lines = [f"usage: {Path(sys.argv[0]).name} [--config FILE.yaml] [--key value ...]", ""]
     lines += [description.strip(), ""] if description else []
     lines += ["settings:", *_entry("--config FILE.yaml", "Preset of these settings in YAML; flags override it.")]
+    lines += _entry("--trust-remote-code", "Let models run the Python code in their folders; without it none is run.")
     for name, setting in settings.items():
         usage = _flag(name) if setting.is_bool else f"{_flag(name)} {_placeholder(setting)}"
         default = "required" if setting.default is NO_DEFAULT else f"default {setting.default!r}"

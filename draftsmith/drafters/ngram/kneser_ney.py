@@ -24,6 +24,8 @@ from draftsmith.parts.retrieval import load_array
 
 FALLBACK = (0.5, 1.0, 1.5)
 """Discounts for counts from which they cannot be estimated, as in KenLM (Heafield et al. 2013)."""
+TOLERANCE = 1e-3
+"""Largest excess of a stored probability over 1 that is taken for rounding."""
 KINDS = {
     "keys_C": "i",
     "begins_X": "u",
@@ -176,6 +178,9 @@ class KneserNey:
                 )
         if num_contexts == 0 or arrays["begins_X"][-1] != num_pairs or arrays["discounts_OX"].shape[1:] != (4,):
             raise ValueError(f"{folder}: the arrays do not fit each other; the artifact must be made again")
+        for name, in_range in _ranges(arrays, vocab_size).items():
+            if not in_range.all():
+                raise ValueError(f"{folder / name}.npy holds values out of range; the artifact must be made again")
         return KneserNey(vocab_size=vocab_size, **arrays)
 
     def _weights(self, path: list[int]) -> list[float]:
@@ -191,3 +196,20 @@ class KneserNey:
     def _masses(self, counts_S: np.ndarray, node: int, depth: int) -> np.ndarray:
         """Returns (c(hw) - D(c(hw))) / c(h) after a context of `depth` tokens."""
         return discounted(counts_S, self.discounts_OX[depth]) / self.totals_C.item(node)
+
+
+def _ranges(arrays: dict[str, np.ndarray], vocab_size: int) -> dict[str, np.ndarray]:
+    """Returns, by name, whether each value of a model's arrays is in its range; NaN is in none."""
+    keys_C, begins_X, discounts_OX = arrays["keys_C"], arrays["begins_X"], arrays["discounts_OX"]
+    weights_C, chances_C = arrays["weights_C"], arrays["chances_C"]
+    return {
+        "keys_C": keys_C[1:] > keys_C[:-1],
+        "begins_X": begins_X[1:] >= begins_X[:-1],
+        "totals_C": arrays["totals_C"][1:] > 0,
+        "weights_C": (weights_C >= 0) & (weights_C <= 1 + TOLERANCE),
+        "best_C": arrays["best_C"] < vocab_size,
+        "chances_C": (chances_C >= 0) & (chances_C <= 1 + TOLERANCE),
+        "tokens_E": arrays["tokens_E"] < vocab_size,
+        "counts_E": arrays["counts_E"] > 0,
+        "discounts_OX": (discounts_OX >= 0) & (discounts_OX <= np.array([0.0, 1.0, 2.0, 3.0])),
+    }

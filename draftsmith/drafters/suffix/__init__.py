@@ -18,7 +18,7 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.drafters.suffix.growing_text import GrowingText
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_NODES, check_at_least
 from draftsmith.parts.retrieval import load_array, source_tokens
 from draftsmith.parts.suffix_array import SuffixArray, empty, read_shards, token_type, write_shards
 from draftsmith.parts.trie import TokenTree, build_trie, heaviest_nodes, heaviest_path, to_draft
@@ -49,8 +49,11 @@ class Config:
     prompts repeatedly needs."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "max_match", "num_draft", "max_matches")
-        check_at_least(self, 0, "factor", "recent_tokens")
+        check_at_least(self, 1, "max_match", "num_draft", most=MAX_NODES)
+        check_at_least(self, 1, "max_matches")
+        check_at_least(self, 0, "recent_tokens")
+        check_at_least(self, 0, "factor", most=MAX_NODES)
+        check_at_least(self, -MAX_NODES, "offset", most=MAX_NODES)
         if not 0 <= self.min_chance <= 1:
             raise ValueError(f"min_chance is {self.min_chance}; it must lie between 0 and 1")
         if self.draft_size(self.max_match) < 1:

@@ -26,6 +26,7 @@ from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters.translated.spelling import BOS, EOS, Translation, Vocabulary
 from draftsmith.loading.model_info import TargetInfo, tokenizer_hash
 from draftsmith.parts import autoregressive, trie
+from draftsmith.parts.checks import MAX_NODES, check_at_least, check_model
 from draftsmith.parts.suffix_array import num_common
 from draftsmith.verify.paths import values_at
 
@@ -52,8 +53,8 @@ class Config:
     def __post_init__(self) -> None:
         if "model_type" not in self.model or "vocab_size" not in self.model:
             raise ValueError("the draft model's configuration must have model_type and vocab_size")
-        if self.num_draft < 1 or self.lookback < 1:
-            raise ValueError(f"num_draft {self.num_draft} and lookback {self.lookback} must be at least 1")
+        check_at_least(self, 1, "num_draft", "lookback", most=MAX_NODES)
+        check_model(self.model)
         if not 0 <= self.confidence < 1:
             raise ValueError(f"confidence is {self.confidence}; it must be at least 0 and below 1")
         if bool(self.counterparts) == bool(self.tokenizer_hash):
@@ -108,7 +109,8 @@ class Drafter(nn.Module, drafter.Drafter):
         if not (self.counterparts_U >= 0).any():
             raise ValueError(f"the draft model's vocabulary and that of {target.name} have no token in common")
         settings = {key: value for key, value in config.model.items() if key != "model_type"}
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.model["model_type"], **settings))
+        made = AutoConfig.for_model(config.model["model_type"], **settings)
+        self.model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
         self.to(device=target.device, dtype=target.dtype).eval()
         object.__setattr__(self, "target", target)
         # Hidden from the module, which would register the weights twice.

@@ -17,7 +17,7 @@ from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.checks import MAX_NODES, check_at_least, check_positive
 from draftsmith.parts.retrieval import load_array
 from draftsmith.parts.trie import TokenTree, heaviest_nodes, to_draft
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from draftsmith.drafters.trigram.compiled import Nodes, Overlay
 
 MAKERS = ("mcts", "full", "greedy")
+MAX_ITERATIONS = 10_000
 DTYPES = {"keys": np.int64, "begins": np.int64, "tokens": np.int32, "weights": np.float32}
 
 
@@ -58,13 +59,12 @@ class Config:
     def __post_init__(self) -> None:
         if self.maker not in MAKERS:
             raise ValueError(f"maker is {self.maker!r}; it must be one of {', '.join(MAKERS)}")
-        check_at_least(self, 1, "num_iterations", "depth", "num_sequences", "num_nodes")
-        check_at_least(self, 0, "explore", "bump", "chance")
-        for name in ("explore_base", "largest"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        if self.window < 3:
-            raise ValueError(f"window is {self.window}; it must be at least 3, the length of a tri-gram")
+        check_at_least(self, 1, "num_iterations", most=MAX_ITERATIONS)
+        check_at_least(self, 1, "depth", "num_sequences", "num_nodes", most=MAX_NODES)
+        check_at_least(self, 0, "explore", "bump", most=1e6)
+        check_at_least(self, 0, "chance")
+        check_positive(self, "explore_base", "largest")
+        check_at_least(self, 3, "window")  # the length of a tri-gram
 
 
 class Drafter(drafter.Drafter):
@@ -182,9 +182,10 @@ def _find_invalid(
     keys_K: np.ndarray, begins_K: np.ndarray, tokens_S: np.ndarray, weights_S: np.ndarray, *, vocab_size: int
 ) -> str | None:
     """Returns the name of the first array that does not fit the others, None if all fit."""
-    if len(begins_K) != len(keys_K) + 1 or begins_K[0] != 0 or (np.diff(begins_K) < 1).any():
+    # Comparisons, because differences of 64-bit numbers can overflow.
+    if len(begins_K) != len(keys_K) + 1 or begins_K[0] != 0 or (begins_K[1:] <= begins_K[:-1]).any():
         return "begins"
-    if (np.diff(keys_K) < 1).any() or (keys_K[:1] < 0).any() or (keys_K[-1:] >= vocab_size**2).any():
+    if (keys_K[1:] <= keys_K[:-1]).any() or (keys_K[:1] < 0).any() or (keys_K[-1:] >= vocab_size**2).any():
         return "keys"
     if len(tokens_S) != begins_K[-1] or ((tokens_S < 0) | (tokens_S >= vocab_size)).any():
         return "tokens"

@@ -6,13 +6,13 @@ The fused hidden layers are listed twice: at the top level with draftsmith's num
 Shape suffixes: W draft vocabulary.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from draftsmith.artifacts import json_text
 from draftsmith.artifacts.published_eagle3 import LAYER_IDS, NAMES, OUTER
 from draftsmith.export.launch import Launch, sglang_launch, vllm_launch
 from draftsmith.export.source import ExportSource
@@ -172,7 +172,7 @@ def _write(
     write_tensors(
         folder, tensors, tensor_specs(config, layer, source.drafter.target.dtype, has_embedding=has_embedding)
     )
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "config.json").write_text(json_text.text_of(config, indent=1) + "\n")
 
 
 def _flags(source: ExportSource) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 Shape suffixes: V vocabulary, D hidden width.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from draftsmith.artifacts import json_text
 from draftsmith.export.launch import Launch, check_path, vllm_launch
 from draftsmith.export.source import ExportSource
 from draftsmith.export.tensors import Specs, write_tensors
@@ -39,7 +39,7 @@ def vllm(source: ExportSource, folder: Path) -> Launch:
         "dtype": str(drafter.target.dtype).removeprefix("torch."),
     }
     write_tensors(folder, tensors_of(source), tensor_specs(config_json, drafter.target.dtype))
-    (folder / "config.json").write_text(json.dumps(config_json, indent=1) + "\n")
+    (folder / "config.json").write_text(json_text.text_of(config_json, indent=1) + "\n")
     settings = {"method": "medusa", "model": str(source.output), "num_speculative_tokens": config.num_heads}
     return vllm_launch(
         source,

@@ -185,7 +185,7 @@ def test_invalid_settings_raise() -> None:
     cases = [
         ("on_policy needs a divergence", {"on_policy": 0.5}),
         ("it is a fraction", {"on_policy": 1.5, "loss": "tvd"}),
-        ("must not be negative", {"on_policy_temperature": -1.0}),
+        ("on_policy_temperature is -1.0; it must be at least 0", {"on_policy_temperature": -1.0}),
     ]
     for message, changes in cases:
         with pytest.raises(ValueError, match=message):
