@@ -163,7 +163,7 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     return finished.eval()
 
 
-def _tree(drafter: Drafter, settings: Settings, target: Target, held_out: list[Batch]) -> tuple[trees.Path, ...]:
+def _tree(drafter: Drafter, settings: Settings, target: Target, held_out: list[Batch]) -> tuple[trees.NodePath, ...]:
     sampling, counts_R, total = Sampling(temperature=settings.tree_temperature), torch.zeros(NUM_RANKS), 0
     head = _head(drafter)
 

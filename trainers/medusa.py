@@ -58,7 +58,7 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
 def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[Batch]) -> Drafter:
     """Returns the drafter with the tree computed from its ranks on held-out text and the target's measured cost."""
     hidden_11D = held_out[0].hidden[target.num_layers][:1, :1]
-    tree = heads.best_tree(
+    tree = heads.choose_tree(
         (_ranks(drafter, batch) for batch in held_out),
         lambda: heads.top_tokens(drafter.heads(drafter.target.norm(hidden_11D)), drafter.head),
         target,

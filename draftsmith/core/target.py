@@ -323,7 +323,11 @@ class Target:
 
     def _quantised_activations(self) -> str:
         kinds = {type(part).__name__ for part in self.model.modules() if "quantized.dynamic" in type(part).__module__}
-        return f": its {', '.join(kinds)} layers round activations by what else is in a forward" if kinds else ""
+        return (
+            f": its {', '.join(kinds)} layers round activations depending on the other tokens of a forward"
+            if kinds
+            else ""
+        )
 
     def _view(self, start: int, stop: int, skipped: frozenset[tuple[str, int]]) -> Any:
         key = (start, stop, skipped)

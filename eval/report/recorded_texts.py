@@ -20,7 +20,7 @@ from draftsmith.length.controller import with_length_control
 
 NUM_TEXTS, NUM_TOKENS = 3, 64
 MAX_PATHS, MAX_REJECTED = 24, 4
-Path = tuple[int, ...]
+NodePath = tuple[int, ...]
 """A node of a draft tree, as the index among its siblings at each depth."""
 
 
@@ -49,9 +49,9 @@ class DraftRecorder(Drafter):
 class DecodingStep:
     """One decoding step of a greedy text."""
 
-    drafted: dict[Path, int]
+    drafted: dict[NodePath, int]
     """Drafted tokens by their node in the tree."""
-    path: Path
+    path: NodePath
     """Node of the last accepted token; empty if none was accepted."""
     target_token: int | None
     """The target's token after the accepted ones; None if the text ended with a drafted token."""
@@ -123,14 +123,14 @@ def _step_of(draft: Draft, new: list[int]) -> DecodingStep:
     """Returns the step in which `draft` was verified and tokens `new` committed: the matching path was accepted."""
     num_nodes = draft.tree.num_nodes if draft.num_nodes is None else draft.num_nodes[0]
     tokens, parents = draft.tokens_BN[0].tolist(), draft.tree.parents_RN[0].tolist()
-    paths: list[Path] = [()]
+    paths: list[NodePath] = [()]
     num_children = [0] * num_nodes
     for node in range(1, num_nodes):
         parent = parents[node]
         paths.append((*paths[parent], num_children[parent]))
         num_children[parent] += 1
     drafted = dict(zip(paths[1:], tokens[1:num_nodes], strict=True))
-    path: Path = ()
+    path: NodePath = ()
     for token in new:
         child = next((node for node, one in drafted.items() if node[:-1] == path and one == token), None)
         if child is None:
@@ -174,8 +174,8 @@ def _pieces(target: Target, before: list[int], ids: list[int]) -> list[str]:
 
 def _tree_statistics(steps: Sequence[DecodingStep]) -> dict[str, Any]:
     """Returns the number of times each tree node was drafted and accepted, for the most drafted nodes."""
-    drafted: Counter[Path] = Counter(path for step in steps for path in step.drafted)
-    accepted: Counter[Path] = Counter(step.path[: depth + 1] for step in steps for depth in range(len(step.path)))
+    drafted: Counter[NodePath] = Counter(path for step in steps for path in step.drafted)
+    accepted: Counter[NodePath] = Counter(step.path[: depth + 1] for step in steps for depth in range(len(step.path)))
     # A node is drafted at most as often as its parent; among equal counts the shorter path, the parent, comes first.
     most_drafted = sorted(drafted, key=lambda path: (-drafted[path], len(path), path))[:MAX_PATHS]
     nodes = [{"path": path, "drafted": drafted[path], "accepted": accepted[path]} for path in sorted(most_drafted)]

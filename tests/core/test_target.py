@@ -504,5 +504,5 @@ def test_integer_weights_beside_floats_are_supported() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_activations_quantised_dynamically_are_named() -> None:
     model = torch.ao.quantization.quantize_dynamic(tiny_model("llama"), {nn.Linear}, torch.qint8)
-    with pytest.raises(ValueError, match="Linear layers round activations by what else is in a forward"):
+    with pytest.raises(ValueError, match="Linear layers round activations depending on the other tokens of a forward"):
         Target(model)

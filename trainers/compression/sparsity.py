@@ -27,7 +27,7 @@ GROUP, KEPT_OF_GROUP = 4, 2
 def prune_by_magnitude(model: Any, keep: float, *, is_two_of_four: bool) -> None:
     """Zeroes all but the fraction `keep` of each linear layer's weights in blocks, by absolute value."""
     for block in blocks_of(model):
-        for linear in linear_layers(model, block):
+        for linear in linears_of_block(model, block):
             _zero(linear, linear.weight.abs().float(), keep, is_two_of_four=is_two_of_four, by_row=False)
 
 
@@ -39,7 +39,7 @@ def prune_by_wanda(target: Target, batches: Sequence[Batch], keep: float, *, is_
     """
     hidden = [target.read(batch.tokens_BT.to(target.device), (0,))[0] for batch in batches]
     for layer, block in enumerate(tqdm(blocks_of(target.model), desc="wanda", unit="block", mininterval=0.5)):
-        squares = {one: one.weight.new_zeros(one.in_features).float() for one in linear_layers(target.model, block)}
+        squares = {one: one.weight.new_zeros(one.in_features).float() for one in linears_of_block(target.model, block)}
         for batch, input_BTD in zip(batches, hidden, strict=True):
             add = partial(_add_squares, squares, token_mask(batch).to(target.device))
             with capture_inputs({linear: partial(add, linear) for linear in squares}):
@@ -50,7 +50,7 @@ def prune_by_wanda(target: Target, batches: Sequence[Batch], keep: float, *, is_
         hidden = [_run(target, batch, layer, input_BTD) for batch, input_BTD in zip(batches, hidden, strict=True)]
 
 
-def linear_layers(model: Any, block: nn.Module) -> list[nn.Linear]:
+def linears_of_block(model: Any, block: nn.Module) -> list[nn.Linear]:
     """Returns a block's linear layers; raises ValueError naming the architecture if it has none."""
     layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
     if not layers:
@@ -71,7 +71,7 @@ def keep_mask(scores_OI: Tensor, keep: float, *, is_two_of_four: bool, by_row: b
 
 def num_zeros(model: Any) -> int:
     """Returns the number of zero weights of linear layers in blocks."""
-    return sum(int((one.weight == 0).sum()) for block in blocks_of(model) for one in linear_layers(model, block))
+    return sum(int((one.weight == 0).sum()) for block in blocks_of(model) for one in linears_of_block(model, block))
 
 
 def _add_squares(squares: dict[nn.Linear, Tensor], mask_BT: Tensor, linear: nn.Linear, input_BTI: Tensor) -> None:

@@ -104,9 +104,9 @@ def top_tokens(features: Iterable[Tensor], head: Head) -> Tensor:
     return logits_KTV.topk(NUM_RANKS, dim=-1).indices
 
 
-def best_tree(
+def choose_tree(
     batch_ranks: Iterable[Tensor], draft: Callable[[], object], target: Target, num_nodes: int
-) -> tuple[trees.Path, ...]:
+) -> tuple[trees.NodePath, ...]:
     """Returns the tree for ranks [K, B, T] on held-out text; `draft` computes one draft and is timed.
 
     With `num_nodes` 0, its size maximises tokens per second at the target's measured cost.
@@ -119,12 +119,12 @@ def best_tree(
 
 
 def plan_tree(
-    children: trees.ChildChances,
+    children: trees.ChildProbs,
     rows: list[Tensor],
-    draft_ms: Callable[[tuple[trees.Path, ...]], float],
+    draft_ms: Callable[[tuple[trees.NodePath, ...]], float],
     target: Target,
     num_nodes: int,
-) -> tuple[trees.Path, ...]:
+) -> tuple[trees.NodePath, ...]:
     """Returns the tree grown from the probabilities `children`, of the size that decodes `rows` (ranks [T, K]) fastest.
 
     `draft_ms` returns the time to draft a tree; the target's cost is measured. A nonzero `num_nodes` fixes the size.

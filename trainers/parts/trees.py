@@ -18,28 +18,28 @@ from draftsmith.length.costs import verify_ms
 from draftsmith.parts.autoregressive import draw_siblings
 from draftsmith.verify.research import recursive
 
-Path = tuple[int, ...]
-ChildChances = Callable[[Path], list[float]]
-"""Path -> acceptance probability of each child, by rank, given that the path was accepted; empty past the last head."""
+NodePath = tuple[int, ...]
+ChildProbs = Callable[[NodePath], list[float]]
+"""Node -> acceptance probability of each child, by rank, given that the node was; empty past the last head."""
 PRIOR = 16
 """Weight, in positions, of a head's overall accuracy in the estimates for one path."""
 
 
-def chain(depth: int) -> tuple[Path, ...]:
+def chain(depth: int) -> tuple[NodePath, ...]:
     """Returns the chain of each head's most likely token."""
     return tuple((0,) * size for size in range(1, depth + 1))
 
 
-def grow(children: ChildChances, num_nodes: int) -> list[tuple[Path, float]]:
+def grow(children: ChildProbs, num_nodes: int) -> list[tuple[NodePath, float]]:
     """Returns up to `num_nodes` nodes, best first, each with the probability that it is accepted.
 
     Greedy as in Medusa (2401.10774, section 2.3.3): of all nodes whose parent is in the tree, add the one with the
     largest product of probabilities along its path. Every prefix of the list is the best tree of its size; nodes of
     probability 0 are left out.
     """
-    queue: list[tuple[float, Path]] = [(-prob, (rank,)) for rank, prob in enumerate(children(()))]
+    queue: list[tuple[float, NodePath]] = [(-prob, (rank,)) for rank, prob in enumerate(children(()))]
     heapq.heapify(queue)
-    nodes: list[tuple[Path, float]] = []
+    nodes: list[tuple[NodePath, float]] = []
     while queue and len(nodes) < num_nodes:
         negative, path = heapq.heappop(queue)
         if negative == 0:
@@ -50,7 +50,7 @@ def grow(children: ChildChances, num_nodes: int) -> list[tuple[Path, float]]:
     return nodes
 
 
-def conditional_accuracy(ranks_MK: Tensor, num_ranks: int) -> ChildChances:
+def conditional_accuracy(ranks_MK: Tensor, num_ranks: int) -> ChildProbs:
     """Returns the accuracy of each head's token by rank over M positions, given that its path so far was correct.
 
     `ranks_MK[m, k]` is the rank of the label in head k's logits, -1 if there is none. Heads are correct together far
@@ -61,7 +61,7 @@ def conditional_accuracy(ranks_MK: Tensor, num_ranks: int) -> ChildChances:
     known_MK = ranks_MK >= 0
     overall_KR = right_MKR.sum(0) / known_MK.sum(0).clamp(min=1)[:, None]
 
-    def children(path: Path) -> list[float]:
+    def children(path: NodePath) -> list[float]:
         depth = len(path)
         if depth == ranks_MK.shape[1]:
             return []
@@ -74,12 +74,12 @@ def conditional_accuracy(ranks_MK: Tensor, num_ranks: int) -> ChildChances:
     return children
 
 
-def non_increasing(children: ChildChances) -> ChildChances:
+def non_increasing(children: ChildProbs) -> ChildProbs:
     """Returns these probabilities made non-increasing in rank, so that a tree contains ranks without gaps, from 0."""
     return lambda path: list(accumulate(children(path), min))
 
 
-def tokens_per_round(nodes: list[tuple[Path, float]], rows: list[Tensor]) -> float:
+def tokens_per_round(nodes: list[tuple[NodePath, float]], rows: list[Tensor]) -> float:
     """Returns the tokens committed per round when rows with ranks [T, K] are decoded with this tree.
 
     Each round begins where the last one ended, more often where heads were wrong. The result is therefore smaller than
@@ -99,7 +99,7 @@ def tokens_per_round(nodes: list[tuple[Path, float]], rows: list[Tensor]) -> flo
     return num_tokens / max(num_rounds, 1)
 
 
-def best_size(nodes: list[tuple[Path, float]], rows: list[Tensor], cost_ms: dict[int, float]) -> int:
+def best_size(nodes: list[tuple[NodePath, float]], rows: list[Tensor], cost_ms: dict[int, float]) -> int:
     """Returns the number of nodes that decodes `rows` with the most tokens per ms; `cost_ms` maps sizes to costs."""
     sizes = [size for size in cost_ms if size <= len(nodes)]
     return max(sizes, key=lambda size: tokens_per_round(nodes[:size], rows) / cost_ms[size])
@@ -107,7 +107,7 @@ def best_size(nodes: list[tuple[Path, float]], rows: list[Tensor], cost_ms: dict
 
 def best_tree(
     acceptance: list[float], cost_ms: Callable[[int, int], float], *, max_nodes: int, max_depth: int
-) -> list[Path]:
+) -> list[NodePath]:
     """Returns the nodes of the tree with the most tokens per ms, by Sequoia's dynamic program (2402.12374).
 
     `acceptance[r]` is the probability that child r of an accepted node is accepted next, the same at every node;
@@ -115,7 +115,7 @@ def best_tree(
     subtree of m nodes, its root included, with at most l levels and b children of the root is
     T(m, l, b) = max_y T(y, l, b - 1) + acceptance[b - 1] max_c T(m - y, l - 1, c), and T(1, l, 0) = 1.
     """
-    Subtree = tuple[float, list[Path]]  # expected tokens and its nodes, the root first
+    Subtree = tuple[float, list[NodePath]]  # expected tokens and its nodes, the root first
     most: dict[tuple[int, int], Subtree] = {}
     for level in range(max_depth + 1):
         with_children: dict[tuple[int, int], Subtree] = {(1, 0): (1.0, [()])}

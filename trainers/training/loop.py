@@ -44,11 +44,11 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     output = run.folder(name).resolve()
     deepspeed = launchers.begin(run)
     launchers.write_default_data(run)
-    target_facts = read_target_info(run.target)
+    target_info = read_target_info(run.target)
     if hasattr(family, "check"):
-        family.check(settings, target_facts)
-    _check_start(run, family, target_facts)
-    examples = open_examples(run.data, target_facts)
+        family.check(settings, target_info)
+    _check_start(run, family, target_info)
+    examples = open_examples(run.data, target_info)
     identity = {"family": name, **flat(settings), **run.identity()}
     if hasattr(family, "fit"):
         identity["data_fingerprint"] = examples.fingerprint

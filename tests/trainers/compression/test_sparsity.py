@@ -36,7 +36,7 @@ def test_wanda_uses_the_inputs_from_sparse_blocks(architecture: str, is_two_of_f
     model = tiny_model(architecture)
     expected = copy.deepcopy(model)
     for block in blocks_of(expected):
-        layers = sparsity.linear_layers(expected, block)
+        layers = sparsity.linears_of_block(expected, block)
         given: dict[int, list[Tensor]] = {index: [] for index in range(len(layers))}
         for ids in texts():
             watchers = {one: lambda x, seen=given[index]: seen.append(x[0]) for index, one in enumerate(layers)}
@@ -75,4 +75,4 @@ def test_magnitude_pruning_and_unsupported_models() -> None:
 
 
 def block_weights(model: torch.nn.Module) -> list[int]:
-    return [one.weight.numel() for block in blocks_of(model) for one in sparsity.linear_layers(model, block)]
+    return [one.weight.numel() for block in blocks_of(model) for one in sparsity.linears_of_block(model, block)]

@@ -13,7 +13,7 @@ from draftsmith.core.sampling import Sampling
 from trainers.parts import trees
 
 
-def independent(accuracy_KR: list[list[float]]) -> trees.ChildChances:
+def independent(accuracy_KR: list[list[float]]) -> trees.ChildProbs:
     """Returns the probabilities of heads that are correct independently of each other."""
     return lambda path: accuracy_KR[len(path)] if len(path) < len(accuracy_KR) else []
 
@@ -68,7 +68,7 @@ def test_tokens_per_round_and_best_size_by_hand() -> None:
     assert trees.best_size(nodes, [ranks_TK], {1: 1.0, 2: 2.0}) == 1
 
 
-def tokens_of(paths: list[trees.Path], acceptance: list[float]) -> float:
+def tokens_of(paths: list[trees.NodePath], acceptance: list[float]) -> float:
     """Returns the expected tokens of a round, each node accepted with the product of probabilities along its path."""
     return 1 + sum(math.prod(acceptance[rank] for rank in path) for path in paths)
 
@@ -82,7 +82,7 @@ def test_best_tree_has_the_most_tokens_per_ms(node_ms: float, level_ms: float) -
     def cost_ms(num_nodes: int, depth: int) -> float:
         return 5 + node_ms * num_nodes + level_ms * depth
 
-    def rate(paths: list[trees.Path]) -> float:
+    def rate(paths: list[trees.NodePath]) -> float:
         return tokens_of(paths, acceptance) / cost_ms(len(paths), max(map(len, paths), default=0))
 
     everything = [path for depth in range(1, 4) for path in itertools.product(range(3), repeat=depth)]
