@@ -109,8 +109,8 @@ def _request(fields: dict[str, Any], where: str, *, as_chat: bool) -> RowText:
     tools = _tools(fields, where)
     if not as_chat:
         text = f"{system}\n\n{content}" if system else content
-        answer = f"\n\n{answer}" if answer else None
-        return RowText(text=text, answer=answer, tools=tools, unused=unused, num_turns=num_turns)
+        continued = f"\n\n{answer}" if answer else None
+        return RowText(text=text, answer=continued, tools=tools, unused=unused, num_turns=num_turns)
     messages = [{"role": "user", "content": content}]
     if system:
         messages.insert(0, {"role": "system", "content": system})

@@ -55,13 +55,15 @@ def read_pair(row: Row, columns: Columns, *, with_label: bool) -> tuple[str, str
     """Returns (source, label) of a row, the label empty unless `with_label`; raises RowError if a text is missing."""
     if row.fault:
         raise RowError(row.fault)
-    found = []
+    found: list[str] = []
     for column in [columns.source, columns.label] if with_label else [columns.source]:
         if column not in row.fields:
             raise RowError(f"{row.where}: there is no column {column!r}; it has {', '.join(row.fields)}")
-        if not isinstance(value := row.fields[column], str | None):
+        value = row.fields[column]
+        value = "" if value is None else value
+        if not isinstance(value, str):
             raise RowError(f"{row.where}: `{column}` should be text, found {value!r:.40}")
-        if not (value or "").strip():
+        if not value.strip():
             raise RowError(f"{row.where}: `{column}` is empty")
         found.append(value)
     return columns.prefix + found[0], found[1] if with_label else ""

@@ -50,7 +50,9 @@ def make_data(
     for row in range(num_rows):
         length = int(torch.randint(2, CONTEXT - max_new_tokens - 1, (1,), generator=generator))
         ids = torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
-        rows.append(Prompt(ids=ids, loss_mask=None, text="", category=None, key=f"row-{row}", source=f"rows.jsonl:{row}"))
+        rows.append(
+            Prompt(ids=ids, loss_mask=None, text="", category=None, key=f"row-{row}", source=f"rows.jsonl:{row}")
+        )
     settings = PseudoDataSettings(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=20)
     write_pseudo_data(target, rows, folder, settings)
     return folder
