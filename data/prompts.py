@@ -183,7 +183,7 @@ def print_coverage(source: str, num_supervised: int, num_tokens: int) -> None:
 
 
 class _RowReader:
-    """Reads rows as prompts, or as training texts if `keep_answers`, and counts what is not used of them."""
+    """Reads rows as prompts, or as training texts if `keep_answers`, and counts their unused parts."""
 
     def __init__(
         self,
@@ -208,7 +208,7 @@ class _RowReader:
                 self.left_out.add(error)
 
     def report(self, source: str, max_left_out: float) -> None:
-        """Prints what was not used; raises ValueError if more than `max_left_out` of the rows were left out."""
+        """Prints the unused parts; raises ValueError if more than `max_left_out` of the rows were left out."""
         if self._num_several:
             print(
                 f"{source}: {self._num_several} of {self._num_rows} rows have several turns; only the first of each is"

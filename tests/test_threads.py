@@ -1,4 +1,4 @@
-"""Targets and drafters used by eight threads at a time give what they give one thread."""
+"""Targets and drafters used by eight threads at a time give the same results as in one thread."""
 
 import copy
 import sys

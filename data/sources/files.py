@@ -22,7 +22,7 @@ COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2")
 
 
 def data_suffix(path: Path) -> str:
-    """Returns the suffix that says what a file contains, without that of its compression."""
+    """Returns the suffix of a file's format, without that of its compression."""
     return Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
 
 

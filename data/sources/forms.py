@@ -27,7 +27,7 @@ KNOWN_KEYS = (*CHAT_KEYS, *TEXT_KEYS)
 
 @dataclass(frozen=True, kw_only=True)
 class RowText:
-    """The text of a row: a conversation, or plain text and what continues it."""
+    """The text of a row: a conversation, or plain text and its continuation."""
 
     text: str = ""
     """Plain text, which a model without a chat template continues; empty for a conversation."""

@@ -1,1 +1,1 @@
-"""Reads and loads models: what a folder holds, whether its code may run, and checks of loaded weights."""
+"""Reads models' folders, runs their code only if allowed, and checks loaded weights."""

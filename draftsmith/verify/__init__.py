@@ -110,7 +110,7 @@ def verify_draft(
 ) -> Verdict:
     """Returns the verdict of the verifier called `name` on a draft, with uniforms from `generator`.
 
-    Raises ValueError if the target's logits, or the distributions that the draft was sampled from, hold NaN.
+    Raises ValueError if the target's logits are not finite, or if the draft's probabilities are no distributions.
     """
     verifier = choose(name, sampling, draft)
     check_finite_logits(logits_BNV, draft)
@@ -130,7 +130,7 @@ def check_finite_logits(logits_BNV: Tensor, draft: Draft) -> None:
 
 
 def check_draft_probs(draft: Draft) -> None:
-    """Raises ValueError if a token of the draft was not sampled from a distribution."""
+    """Raises ValueError if the probabilities that a token of the draft was sampled from are no distribution."""
     assert draft.draft_probs_BNV is not None
     sums_BN = draft.draft_probs_BNV.sum(-1)
     is_distribution_BN = ((sums_BN - 1).abs() < TOLERANCE) & (draft.draft_probs_BNV.amin(-1) >= 0)

@@ -389,7 +389,7 @@ def test_load_rejects_weights_that_overflow_in_the_dtype_of_the_target(folder: P
         draftsmith.load(folder, half)
 
 
-def test_check_replaceable_ignores_what_a_killed_process_has_left_of_the_marker(tmp_path: Path) -> None:
+def test_check_replaceable_ignores_the_incomplete_marker_of_a_killed_process(tmp_path: Path) -> None:
     (tmp_path / ".store.json.part-123").write_text("{")
     files.check_replaceable(tmp_path, marker="store.json")
     (tmp_path / "other.json.part-123").write_text("{")

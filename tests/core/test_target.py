@@ -437,7 +437,7 @@ def test_damaged_tokenizers_and_adapters_without_a_model_are_named(tmp_path: Any
 
 
 def wrapped(kind: str, model: Any) -> Any:
-    """Returns the model as training or serving code may hand it over."""
+    """Returns the model as training or serving code may wrap it."""
     if kind == "lora":
         config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
         return peft.get_peft_model(model, config).eval()

@@ -101,7 +101,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, Any], str]:
-    """Returns the facts recorded in a checkpoint, and what is wrong with it, "" if nothing is."""
+    """Returns the facts recorded in a checkpoint, and its fault in words, "" if it has none."""
     try:
         facts = json.loads((checkpoint / COMPLETE).read_text())
         # Earlier versions recorded the files' sizes alone.
@@ -140,6 +140,6 @@ def publish(staging: Path, output: Path) -> None:
 
 
 def clear(output: Path) -> None:
-    """Removes a finished run's checkpoints, the parts of its datastore and what a killed run has left of publishing."""
+    """Removes a finished run's checkpoints, the parts of its datastore and leftovers of an interrupted `publish`."""
     for name in ("checkpoints", "parts", "artifact"):
         shutil.rmtree(output / name, ignore_errors=True)

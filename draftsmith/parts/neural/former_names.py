@@ -6,9 +6,9 @@ from torch import nn
 
 
 def accept_former_names(module: nn.Module, names: dict[str, str]) -> None:
-    """Makes `load_state_dict` accept weights saved under the former names of children; `names` maps these to today's.
+    """Makes `load_state_dict` accept weights saved under former names of children.
 
-    It applies to artifacts and to the checkpoints of training runs.
+    `names` maps former names to current ones. It applies to artifacts and to the checkpoints of training runs.
     """
     module.former_names = names  # type: ignore[assignment]
 
@@ -20,6 +20,6 @@ def accept_former_names(module: nn.Module, names: dict[str, str]) -> None:
 
 
 def current_name(module: nn.Module, name: str) -> str:
-    """Returns today's name of a weight of `module`, given that name or a former one."""
+    """Returns the current name of a weight of `module`, given that name or a former one."""
     child, dot, rest = name.partition(".")
     return f"{getattr(module, 'former_names', {}).get(child, child)}{dot}{rest}"

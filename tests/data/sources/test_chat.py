@@ -1,4 +1,4 @@
-"""Chat templates: what is learnt is what the target writes, tools, content parts, reasoning, and template arguments."""
+"""Chat templates: supervised tokens are those that the target writes; tools, content parts, reasoning, arguments."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Forms of rows: the whole text of a row is read, and what is not used is reported."""
+"""Forms of rows: the whole text of a row is read, and unused fields are reported."""
 
 import json
 from typing import Any

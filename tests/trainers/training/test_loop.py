@@ -315,7 +315,7 @@ def test_train_rejects_invalid_input_before_the_target_loads(
 def test_first_try_with_wrong_settings_does_not_block_its_folder(
     folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rejected settings leave nothing; a run that fails before its first checkpoint is replaced by the mended one."""
+    """Rejected settings leave nothing; a run that fails before its first checkpoint is replaced by the next one."""
     with pytest.raises(ValueError, match="fewer than the 64 of one batch"):
         train(medusa, HEADS, settings(folder, "mended", batch_size=64))
     assert not (folder / "mended").exists()
