@@ -119,6 +119,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from draftsmith.core.sampling import Sampling
     from draftsmith.decoding import generate
     from draftsmith.inputs.batching import check_lengths
+    from draftsmith.inputs.texts import encode_text
     from draftsmith.length import policies
     from draftsmith.loading.model_info import read_target_info
 
@@ -137,10 +138,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.draft is not None:
         check_fits(arguments.draft, read_manifest(arguments.draft), info)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    prompt_ids = info.tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].long()
-    if prompt_ids.shape[1] == 0:
+    prompt_ids = encode_text(info.tokenizer, prompt)
+    if not prompt_ids:
         raise ValueError("the prompt is empty; pass a text to continue")
-    check_lengths(info, prompt_ids.tolist(), arguments.max_new_tokens)
+    check_lengths(info, [prompt_ids], arguments.max_new_tokens)
     target = Target.from_pretrained(path, dtype=arguments.dtype, device=arguments.device)
     drafter = load(arguments.draft, target) if arguments.draft is not None else None
     if drafter is not None and drafter.target is not target:
@@ -152,7 +153,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     out = generate(
         target,
-        prompt_ids.to(target.device),
+        [prompt_ids],
         drafter,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
