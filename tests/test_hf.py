@@ -10,7 +10,7 @@ import draftsmith
 from draftsmith import Target
 from draftsmith.drafters import lm, lookup, medusa
 from tests.support.family import built
-from tests.support.models import CAUSAL, SEQ2SEQ, VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
+from tests.support.models import CAUSAL, SEQ2SEQ, VOCAB_SIZE, padded, prompts, tiny_model, tiny_target, tiny_tokenizer
 
 NUM_NEW = 16
 
@@ -153,3 +153,90 @@ def test_verifier_and_length_are_passed_on() -> None:
     with pytest.raises(ValueError, match="unknown length policy 'nosuch'"):
         target.model.generate(torch.tensor(prompts(1)), length="nosuch", **given)
     assert max(own[0]) < VOCAB_SIZE
+
+
+class Pieces:
+    """A streamer that records its pieces."""
+
+    def __init__(self) -> None:
+        self.pieces: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, piece: torch.Tensor) -> None:
+        self.pieces.append(piece.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_tokens_are_streamed_to_stream_to(architecture: str) -> None:
+    target, streamer = tiny_target(architecture), Pieces()
+    own, ours = generate_both(target, drafter_for(target), prompts(1))
+    given = {"custom_generate": draftsmith.custom_generate, "drafter": drafter_for(target), "do_sample": False}
+    out = target.model.generate(torch.tensor(prompts(1)), max_new_tokens=NUM_NEW, stream_to=streamer, **given)
+    assert out.tolist() == own == ours
+    assert [token for piece in streamer.pieces for token in piece] == own[0]
+    assert streamer.ended == 1 and len(streamer.pieces) > 2
+
+
+def test_masks_of_ones_are_supported() -> None:
+    for architecture in ("llama", "t5"):
+        target = tiny_target(architecture)
+        ids = torch.tensor([prompts(1)[0], prompts(1)[0]])
+        own, ours = generate_both(target, drafter_for(target), ids, attention_mask=torch.ones_like(ids))
+        assert ours == own
+
+
+def test_num_return_sequences_of_an_encoder_decoder() -> None:
+    target = tiny_target("t5")
+    (ids, mask), rows = padded(prompts(2)), []
+    given = {"custom_generate": draftsmith.custom_generate, "do_sample": True, "top_k": 1, "max_new_tokens": NUM_NEW}
+    for num in (1, 3):
+        rows.append(target.model.generate(ids, attention_mask=mask, num_return_sequences=num, **given).tolist())
+    assert rows[1] == [row for row in rows[0] for _ in range(3)]
+
+
+def test_end_tokens_outside_the_vocabulary_are_ignored_as_in_transformers() -> None:
+    target = tiny_target("llama")
+    own, ours = generate_both(target, drafter_for(target), prompts(1), eos_token_id=VOCAB_SIZE + 3, pad_token_id=0)
+    assert ours == own
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "message"),
+    [
+        ("llama", {"streamer": Pieces()}, "transformers does not hand streamer to a function.* pass it as stream_to"),
+        ("llama", {"assistant_model": tiny_target("llama").model}, "assistant_model is not supported"),
+        ("llama", {"stop_strings": "w3", "tokenizer": tiny_tokenizer()}, "stop_strings is not supported"),
+        ("llama", {"penalty_alpha": 0.6, "top_k": 4}, r"asks for contrastive search \(penalty_alpha=0.6\)"),
+        ("llama", {"dola_layers": "low"}, r"asks for dola generation \(dola_layers='low'\)"),
+        ("llama", {"prompt_lookup_num_tokens": 3}, r"asks for assisted generation \(prompt_lookup_num_tokens=3\)"),
+        ("llama", {"position_ids": torch.arange(4, 13)[None]}, "position_ids are not those of the prompts"),
+        (
+            "llama",
+            {"past_key_values": "filled"},
+            "past_key_values holds 4 tokens, and draftsmith has a cache of its own",
+        ),
+        ("llama", {"inputs_embeds": "embeddings"}, "inputs_embeds is not supported by draftsmith"),
+        ("gpt2", {"token_type_ids": torch.ones(1, 9).long()}, "token_type_ids is not supported by draftsmith"),
+        ("t5", {"decoder_input_ids": torch.tensor([[0, 5, 6]])}, "decoder_input_ids are not supported; .* token 0"),
+        ("t5", {"inputs_embeds": "embeddings"}, "inputs_embeds is not supported by draftsmith"),
+        ("t5", {"encoder_outputs": "encoded"}, "embeddings or encoder_outputs; pass its token ids"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_rejected(
+    architecture: str, settings: dict[str, Any], message: str
+) -> None:
+    target, ids = tiny_target(architecture), torch.tensor(prompts(1))
+    given = {"custom_generate": draftsmith.custom_generate, "drafter": drafter_for(target), "max_new_tokens": NUM_NEW}
+    with torch.no_grad():
+        if settings.get("past_key_values") == "filled":
+            settings = {"past_key_values": target.model(ids[:, :4], use_cache=True).past_key_values}
+        if "inputs_embeds" in settings:
+            settings, ids = {"inputs_embeds": target.model.get_input_embeddings()(ids)}, None
+        if "encoder_outputs" in settings:
+            settings, ids = {"encoder_outputs": target.model.get_encoder()(ids)}, None
+    with pytest.raises(ValueError, match=message) as error:
+        target.model.generate(ids, **given | settings)
+    assert "\n" not in str(error.value)

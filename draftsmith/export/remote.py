@@ -13,11 +13,13 @@ ARTIFACT = "artifact"
 _latest: tuple[Any, Path, Any] | None = None
 
 
-def generate(model: Any, artifact: str | Path | None = None, **arguments: Any) -> Any:
+def generate(model: Any, artifact: str | Path | None = None, streamer: Any = None, **arguments: Any) -> Any:
     """Returns the output of `model.generate`, drafted by the artifact in FOLDER, or in the folder `artifact`."""
     if artifact is None:
         artifact = _custom_generate_folder() / ARTIFACT
     drafter = _load(model, Path(artifact).resolve())
+    if streamer is not None:
+        arguments["stream_to"] = streamer  # transformers hands its own streamer to folders, not to functions
     # The drafter's target is a fine-tuned copy of `model` if it fine-tunes its target.
     return drafter.target.model.generate(**arguments, custom_generate=draftsmith.custom_generate, drafter=drafter)
 
@@ -25,9 +27,10 @@ def generate(model: Any, artifact: str | Path | None = None, **arguments: Any) -
 def _load(model: Any, path: Path) -> Any:
     """Returns the drafter; the latest one stays loaded."""
     global _latest
-    if _latest is None or _latest[0] is not model or _latest[1] != path:
-        _latest = (model, path, draftsmith.load(path, draftsmith.Target(model)))
-    return _latest[2]
+    latest = _latest  # other threads may replace it
+    if latest is None or latest[0] is not model or latest[1] != path:
+        _latest = latest = (model, path, draftsmith.load(path, draftsmith.Target(model)))
+    return latest[2]
 
 
 def _custom_generate_folder() -> Path:

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
+    TextIteratorStreamer,
     dynamic_module_utils,
 )
 
@@ -145,6 +146,15 @@ def test_custom_generate_passes_sampling_arguments_and_artifact(root: Path, tmp_
     assert greedy_texts(model, prompts(1), **arguments, seed=1, artifact=str(moved))[0] == texts[0]
     with pytest.raises(ValueError, match="was made for target"):
         greedy_texts(tiny_model("llama", seed=3), prompts(1), **arguments, artifact=str(moved))
+
+
+def test_custom_generate_streams(root: Path, tmp_path: Path) -> None:
+    artifact = artifact_of(example("medusa", target_of(root)), tmp_path / "artifact")
+    out = export(artifact, "transformers", tmp_path / "out")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(root / "llama"), tiny_tokenizer()
+    streamer = TextIteratorStreamer(tokenizer, timeout=60)
+    text, _ = greedy_texts(model, prompts(1), **custom_arguments(out), streamer=streamer)
+    assert "".join(streamer).split() == tokenizer.decode(text[0]).split()
 
 
 def test_custom_generate_drafts_for_an_encoder_decoder(root: Path, tmp_path: Path) -> None:
