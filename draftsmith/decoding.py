@@ -14,7 +14,7 @@ from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import GenerationStats
 from draftsmith.core.target import Source, Target
-from draftsmith.inputs.arguments import check_objects, real_number, torch_seed, whole_number
+from draftsmith.inputs.arguments import check_objects, real_number, torch_seed, warn_of_unapplied_settings, whole_number
 from draftsmith.inputs.batching import check_lengths, eos_ids, pack, start_rows, until_end
 from draftsmith.inputs.exclusive import exclusive, with_parts
 from draftsmith.length.controller import with_length_control
@@ -62,6 +62,7 @@ def generate(
     for each other. Raises ValueError for invalid settings or prompts.
     """
     check_objects(target, drafter, verifier=verifier, length=length, streamer=streamer)
+    warn_of_unapplied_settings(target)
     sampling = Sampling(
         temperature=real_number("temperature", temperature),
         top_p=real_number("top_p", top_p),

@@ -1,11 +1,12 @@
 """`generate`: greedy identity per drafter and architecture, end tokens, limits, streaming, seeds, statistics."""
 
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import BatchEncoding, TextStreamer
+from transformers import BatchEncoding, GenerationConfig, TextStreamer
 
 import draftsmith
 from draftsmith import Target
@@ -398,3 +399,14 @@ def test_a_long_prompt_is_prefilled_in_chunks_and_grows_the_cache() -> None:
         out = draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=12)
         for row, found in zip(rows, texts(out), strict=True):
             assert found == model.generate(torch.tensor([row]), do_sample=False, max_new_tokens=12)[0].tolist()
+
+
+def test_settings_of_the_generation_config_that_are_not_applied_are_named() -> None:
+    model = tiny_model("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draftsmith.generate(Target(model), [[4]], max_new_tokens=1)
+    for name, value in (("repetition_penalty", 1.3), ("no_repeat_ngram_size", 2), ("suppress_tokens", [5])):
+        model.generation_config = GenerationConfig(pad_token_id=0, **{name: value})
+        with pytest.warns(UserWarning, match=rf"{name}=.*, which draftsmith.generate does not apply"):
+            draftsmith.generate(Target(model), [[4]], max_new_tokens=1)

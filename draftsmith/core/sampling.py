@@ -10,6 +10,8 @@ from torch import Tensor
 
 BLOCK = 512
 """Tokens that `draw` sums at a time."""
+LEAST_TEMPERATURE = 1e-20
+"""Lower temperatures above 0 are taken as this one, by which logits can be divided in float32 without overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Sampling:
             return torch.nn.functional.one_hot(logits_V.argmax(-1), logits_V.shape[-1]).to(torch.float32)
         scores_V = logits_V.to(torch.promote_types(logits_V.dtype, torch.float32))
         if self.temperature != 1:
-            scores_V = scores_V / self.temperature
+            scores_V = scores_V / max(self.temperature, LEAST_TEMPERATURE)
         if 0 < self.top_k < scores_V.shape[-1]:
             smallest_kept = scores_V.topk(self.top_k, dim=-1).values[..., -1:]
             scores_V = scores_V.masked_fill(scores_V < smallest_kept, float("-inf"))
@@ -50,7 +52,9 @@ class Sampling:
             sorted_V, order_V = probs_V.sort(dim=-1, descending=True, stable=True)
             mass_before_V = sorted_V.cumsum(-1) - sorted_V
             dropped_V = torch.empty_like(mass_before_V, dtype=torch.bool)
-            dropped_V.scatter_(-1, order_V, mass_before_V >= self.top_p)
+            # In float32 a smaller top_p would be 0, and drop the most likely token too.
+            least_mass = max(self.top_p, torch.finfo(probs_V.dtype).tiny)
+            dropped_V.scatter_(-1, order_V, mass_before_V >= least_mass)
             probs_V = probs_V.masked_fill(dropped_V, 0.0)
             probs_V = probs_V / probs_V.sum(-1, keepdim=True)
         return probs_V

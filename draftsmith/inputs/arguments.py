@@ -4,12 +4,38 @@ Every function raises ValueError, naming the argument, for a value that it canno
 """
 
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from draftsmith.core.drafter import Drafter
 
+UNAPPLIED = (
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "min_length",
+    "min_new_tokens",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "guidance_scale",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "stop_strings",
+    "max_time",
+)
+"""Settings of a generation config, besides temperature, top-k and top-p, that change what is generated."""
+NEUTRAL = (None, 0, 1, [], ())
+"""Values with which these settings change nothing."""
 SEEDS = (-(2**63), 2**64)
 """Range of the seeds of torch's generators, the end excluded."""
 
@@ -38,6 +64,19 @@ def check_objects(target: Any, drafter: Any, *, verifier: Any, length: Any, stre
         raise ValueError(f"length is {shown(length)}; it must be a length policy or its name, such as 'fixed=4'")
     if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
         raise ValueError(f"streamer is {shown(streamer)}; it must have the methods put(tokens) and end()")
+
+
+def warn_of_unapplied_settings(target: Any) -> None:
+    """Warns of settings in the target's generation config that change its distribution, but not here."""
+    config = target.model.generation_config
+    values = {name: getattr(config, name, None) for name in UNAPPLIED}
+    given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value not in NEUTRAL)
+    if given:
+        warnings.warn(
+            f"the generation config of target {target.name} sets {given}, which draftsmith.generate does not apply; the"
+            " text follows the distribution of the model without it",
+            stacklevel=3,
+        )
 
 
 def whole_number(name: str, value: Any) -> int:

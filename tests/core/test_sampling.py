@@ -124,3 +124,14 @@ def test_draw_keeps_leading_dimensions_and_the_distribution() -> None:
     for token in range(4):
         counts_BNV[..., token] = (tokens == token).double().mean(0)
     assert (counts_BNV - probs_BNV).abs().max() < 2 / num_cells
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("settings", [{"temperature": 1e-38}, {"temperature": 5e-324}, {"top_p": 1e-300}])
+def test_extreme_settings_keep_the_most_likely_token(settings: dict[str, float], dtype: torch.dtype) -> None:
+    """A division by 1e-38 overflows in float32, and 1e-300 is 0 there."""
+    logits_BV = (30 * random_logits(50, 23)).to(dtype)
+    probs_BV = Sampling(**{"temperature": 1.0} | settings).probs(logits_BV)
+    assert torch.equal(probs_BV.argmax(-1), logits_BV.argmax(-1))
+    assert torch.equal(probs_BV.max(-1).values, torch.ones_like(probs_BV[:, 0]))
+    assert torch.equal(probs_BV.sum(-1), torch.ones_like(probs_BV[:, 0]))
