@@ -1,7 +1,7 @@
 """Calibration and held-out batches of text for compression."""
 
 from data.batches import Batch, Example, collate, order, split
-from data.examples import Examples
+from data.examples import Examples, usable_rows
 
 HELD_OUT_SHARE = 0.05
 
@@ -11,18 +11,14 @@ def batches(
 ) -> list[Batch]:
     """Returns at most `num_batches` batches of random rows, each truncated to `max_length` tokens.
 
-    Held-out rows are disjoint from the others. Raises ValueError if no row has a supervised token.
+    Held-out rows are disjoint from the others. Rows without a supervised token are left out and reported. Raises
+    ValueError if none is left.
     """
-    sides = split(examples.keys, held_out_share=HELD_OUT_SHARE, seed=seed)
-    indices, rows = sides[is_held_out], []
-    for index in order(len(indices), seed=seed, epoch=0):
-        row = _cut(examples[indices[index]], max_length)
-        if row.loss_mask_T[1:].any():
-            rows.append(row)
-        if len(rows) == num_batches * batch_size:
-            break
-    if not rows:
-        raise ValueError(f"no row has a supervised token among its first {max_length} tokens")
+    usable = usable_rows(examples, "calibration text", max_length=max_length, max_left_out=1.0)
+    sides = split([examples.keys[index] for index in usable], held_out_share=HELD_OUT_SHARE, seed=seed)
+    indices = [usable[index] for index in sides[is_held_out]]
+    drawn = order(len(indices), seed=seed, epoch=0)[: num_batches * batch_size]
+    rows = [_cut(examples[indices[index]], max_length) for index in drawn]
     return [collate(rows[begin : begin + batch_size]) for begin in range(0, len(rows), batch_size)]
 
 
