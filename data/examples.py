@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,12 +101,17 @@ def usable_rows(examples: Examples, source: str, *, max_length: int, max_left_ou
 
 
 def open_examples(
-    source: str, target: Target | TargetInfo, *, settings: TextSettings | None = None, seed: int = 0
+    source: str,
+    target: Target | TargetInfo,
+    *,
+    settings: TextSettings | None = None,
+    now: datetime | None = None,
+    seed: int = 0,
 ) -> Examples:
     """Returns the rows of a teacher store, of pseudo-data, or of any source that `load_prompts` reads, with answers.
 
-    Prints the share of supervised tokens. Raises ValueError for data that cannot be read, is unfinished or belongs to
-    another target.
+    Chat templates that write the date take it from `now`. Prints the share of supervised tokens. Raises ValueError for
+    data that cannot be read, is unfinished or belongs to another target.
     """
     folder = Path(source)
     if (folder / store.MARKER).exists():
@@ -128,6 +134,7 @@ def open_examples(
         is_encoder_decoder=target.is_encoder_decoder,
         end_ids=target.eos_token_ids,
         settings=settings,
+        now=now,
         seed=seed,
     )
     if target.is_encoder_decoder and target.decoder_start_token_id is None:

@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from data.sources import Document, LeftOut, Row, RowError, forms, pairs, read_source
 from data.sources.chat import REASONING_KEYS, ChatFormat
 from draftsmith import Target
+from draftsmith.inputs.texts import encode_text
 from draftsmith.loading.model_info import NO_LIMIT, TargetInfo
 
 LongPrompts = Literal["auto", "refuse", "drop", "cut"]
@@ -72,6 +74,7 @@ def load_prompts(
     is_encoder_decoder: bool = False,
     end_ids: Sequence[int] = (),
     settings: TextSettings | None = None,
+    now: datetime | None = None,
     seed: int = 0,
 ) -> list[Prompt]:
     """Returns at most `max_prompts` distinct prompts (0: all) of `source` (see data/sources), sampled with `seed`.
@@ -81,6 +84,7 @@ def load_prompts(
     cut to its first tokens; "auto" cuts an encoder's input and raises for others. `keep_answers` returns training texts
     instead of prompts: whole conversations with a loss mask, and documents in pieces of at most `max_prompt_tokens`.
     An answer is supervised up to the first of `end_ids`, the generation config's end tokens (empty: the tokenizer's).
+    Chat templates that write the date take it from `now`, by default the current time (`data.shards.first_run_time`).
     For an encoder-decoder the prompts are sources, with their labels if `keep_answers`. Rows that cannot be used are
     left out and reported with file and line, as is text in fields that are not used. Raises ValueError for data that
     cannot be read, or if more rows than `settings` allow are left out.
@@ -110,11 +114,11 @@ def load_prompts(
     if documents and columns:
         raise ValueError(f"{source} names columns, and {name} contains texts, which have none")
     options = settings.chat_template_kwargs
-    chat = ChatFormat(tokenizer=tokenizer, end_ids=frozenset(end_ids), options=options)
+    chat = ChatFormat(tokenizer=tokenizer, end_ids=frozenset(end_ids), options=options, now=now)
     reader = _RowReader(tokenizer, chat, columns, keep_answers=keep_answers)
     candidates: Iterable[list[Prompt]]
     if documents and keep_answers:
-        texts = ((one.name, _with_bos(_encode(tokenizer, one.text), tokenizer), one.text) for one in documents)
+        texts = ((one.name, _with_bos(encode_text(tokenizer, one.text), tokenizer), one.text) for one in documents)
         candidates = ([_prompt(ids, text, name)] for name, ids, text in texts if ids)
     elif documents:
         candidates = ([one] for one in _document_prompts(documents, tokenizer, prompt_tokens, rng))
@@ -225,7 +229,7 @@ class _RowReader:
         if self._columns:
             text, label = pairs.read_pair(row, self._columns, with_label=self._keep_answers)
             ids = pairs.label_ids(self._tokenizer, label) if self._keep_answers else None
-            return [replace(_prompt(_encode(self._tokenizer, text), text, row.where, category=category), label=ids)]
+            return [replace(_prompt(encode_text(self._tokenizer, text), text, row.where, category=category), label=ids)]
         found = forms.read_text(row, as_chat=bool(self._tokenizer.chat_template))
         if found.messages is None:
             prompts, unused = [self._plain(found, row.where, category)], set(found.unused)
@@ -237,7 +241,7 @@ class _RowReader:
         return prompts
 
     def _plain(self, found: forms.RowText, where: str, category: str | None) -> Prompt:
-        ids, text, mask = _encode(self._tokenizer, found.text), found.text, None
+        ids, text, mask = encode_text(self._tokenizer, found.text), found.text, None
         if self._keep_answers and found.answer:
             eos = self._tokenizer.eos_token_id
             answer = self._tokenizer(found.answer, add_special_tokens=False, verbose=False)["input_ids"]
@@ -289,7 +293,7 @@ def _document_prompts(
                 continue
             start = unused[document.name].pop()
             remaining.append(document)
-            ids = _encode(tokenizer, document.text[start : start + length * CHARACTERS_PER_TOKEN])
+            ids = encode_text(tokenizer, document.text[start : start + length * CHARACTERS_PER_TOKEN])
             if start == 0:
                 ids = _with_bos(ids, tokenizer)
             if len(ids) >= length or (start == 0 and ids):
@@ -297,12 +301,6 @@ def _document_prompts(
                 text = tokenizer.decode(ids[:length], skip_special_tokens=True)
                 yield _prompt(ids[:length], text, f"{document.name}:{line}")
         documents = remaining
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the ids of a text with the tokenizer's special tokens, which a text may also begin with itself."""
-    ids, bos = tokenizer(text, verbose=False)["input_ids"], tokenizer.bos_token_id
-    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def _split(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Prompt]:

@@ -9,8 +9,9 @@ import hashlib
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,17 @@ WITH_SOURCES = SCHEMA.append(pyarrow.field("source_ids", pyarrow.list_(pyarrow.i
 
 
 def write_pseudo_data(
-    writer: Writer | Target, prompts: Sequence[Prompt], folder: Path, settings: PseudoDataSettings
+    writer: Writer | Target,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    settings: PseudoDataSettings,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    now: datetime | None = None,
 ) -> None:
     """Writes a completion of every prompt to `folder`, generating only the shards that are missing.
+
+    `chat_template_kwargs` and the time `now`, with which the prompts were rendered, are recorded in the manifest.
 
     Raises ValueError if the folder was made with other settings, contains other files, or another run is writing to it.
     """
@@ -80,8 +89,11 @@ def write_pseudo_data(
     recorded = writer.origin.recorded()
     notes = {"target": recorded.pop("target"), "command": shlex.join(sys.argv)}
     notes["template_hash"] = template_hash(writer.tokenizer)
+    notes |= {"template_time": now.isoformat()} if now else {}
     manifest = {"format": FORMAT, "num_shards": len(shards), "num_prompts": len(prompts), "prompts": keys}
     manifest |= recorded | asdict(settings) | {"temperature": settings.temperatures}
+    if chat_template_kwargs:
+        manifest["chat_template_kwargs"] = dict(chat_template_kwargs)
     with locked(folder, kept=lambda: f"{len(names) - len(missing_shards(folder, names))} of {len(names)} shards"):
         open_folder(folder, MARKER, manifest, notes=notes)
         missing = missing_shards(folder, names)
@@ -142,6 +154,15 @@ class PseudoData(Sequence[Example]):
         self.num_tokens: int = len(pyarrow.compute.list_flatten(table["ids"]))
         self.num_supervised: int = self.num_tokens - pyarrow.compute.sum(table["num_prompt_tokens"]).as_py()
 
+    @property
+    def first_supervised(self) -> Sequence[int | None]:
+        starts = self.table["num_prompt_tokens"].to_pylist()
+        lengths = pyarrow.compute.list_value_length(self.table["ids"]).to_pylist()
+        return [max(start, 1) if start < length > 1 else None for start, length in zip(starts, lengths, strict=True)]
+
+    def where(self, index: int) -> str:
+        return self.table["source"][index].as_py() or self.keys[index]
+
     def __len__(self) -> int:
         return len(self.keys)
 
@@ -150,7 +171,7 @@ class PseudoData(Sequence[Example]):
         num_prompt_tokens = self.table["num_prompt_tokens"][index].as_py()
         mask = [position >= num_prompt_tokens for position in range(len(ids))]
         source = self.table["source_ids"][index].as_py() if _has_sources(self.manifest) else None
-        return example(ids, mask, self.keys[index], source)
+        return example(ids, mask, self.keys[index], source, where=self.where(index))
 
 
 def read_pseudo_data(folder: Path | str, target: Target | TargetInfo | None = None) -> PseudoData:

@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,17 @@ class TeacherStoreSettings:
     """Size of a shard in MB, the most that a killed run loses."""
 
 
-def write_teacher_store(target: Target, rows: Sequence[Example], folder: Path, settings: TeacherStoreSettings) -> None:
+def write_teacher_store(
+    target: Target,
+    rows: Sequence[Example],
+    folder: Path,
+    settings: TeacherStoreSettings,
+    *,
+    now: datetime | None = None,
+) -> None:
     """Runs the target over `rows` and writes the shards of the store that are missing.
 
+    The time `now`, at which chat templates rendered the rows, is recorded in the manifest.
     Prints the size first. Raises ValueError as `plan_teacher_store` does, and if the folder is another store or another
     run is writing to it.
     """
@@ -91,18 +100,21 @@ def write_teacher_store(target: Target, rows: Sequence[Example], folder: Path, s
         "num_learnt": int(sum(row.loss_mask_T.sum() for row in rows)),
         "shards": [[shard.start, shard.stop] for shard in shards],
     }
+    notes = {"target": target.name, "command": shlex.join(sys.argv)}
+    notes |= {"template_time": now.isoformat()} if now else {}
     with locked(folder, kept=lambda: f"{len(names) - len(missing_shards(folder, names))} of {len(names)} shards"):
-        open_folder(folder, MARKER, manifest, notes={"target": target.name, "command": shlex.join(sys.argv)})
+        open_folder(folder, MARKER, manifest, notes=notes)
         missing = missing_shards(folder, names)
         if len(missing) < len(shards):
             print(f"{folder}: {len(shards) - len(missing)} of {len(shards)} shards exist already")
         num_done = sum(lengths) - sum(lengths[row] for index in missing for row in shards[index])
         with tqdm(total=sum(lengths), initial=num_done, desc="teacher store", unit="token", unit_scale=True) as bar:
             for index in missing:
-                tensors, keys = _read_shard(target, [rows[row] for row in shards[index]], settings, bar)
-                write_atomically(
-                    folder / names[index], functools.partial(save_file, tensors, metadata={"keys": json.dumps(keys)})
-                )
+                found = [rows[row] for row in shards[index]]
+                tensors = _read_shard(target, found, settings, bar)
+                # One entry, as safetensors writes several in random order.
+                metadata = {"rows": json.dumps([[row.key, row.where] for row in found])}
+                write_atomically(folder / names[index], functools.partial(save_file, tensors, metadata=metadata))
 
 
 def plan_teacher_store(
@@ -141,26 +153,39 @@ class TeacherStore(Sequence[Example]):
         self.layers: tuple[int, ...] = tuple(manifest["layers"])
         self.top_k: int = manifest["top_k"]
         self.keys: list[str] = []
+        self._sources: list[str] = []
         self._slices: list[tuple[int, int, int]] = []
         self._shards = []
         paths = [folder / name for name in _shard_names(len(manifest["shards"]))]
         for index, (path, (first, last)) in enumerate(zip(paths, manifest["shards"], strict=True)):
             try:
                 shard = safe_open(path, framework="pt")
-                keys = json.loads(shard.metadata()["keys"])
+                names = _row_names(shard.metadata())
                 offsets = shard.get_tensor("offsets").tolist()
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is damaged ({error}); delete it and run the command again") from None
-            assert len(keys) == last - first == len(offsets) - 1
-            self.keys += keys
+            assert len(names) == last - first == len(offsets) - 1
+            self.keys += [key for key, _ in names]
+            self._sources += [source for _, source in names]
             self._slices += [(index, begin, end) for begin, end in itertools.pairwise(offsets)]
             self._shards.append(shard)
 
     @property
     def fingerprint(self) -> str:
         """A hash of the manifest, which identifies the target, the data and the stored outputs."""
-        kept = {key: value for key, value in self.manifest.items() if key not in ("target", "command")}
+        kept = {key: value for key, value in self.manifest.items() if key not in ("target", "command", "template_time")}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
+
+    @property
+    def first_supervised(self) -> Sequence[int | None]:
+        found = []
+        for shard, begin, end in self._slices:
+            (positions,) = self._shards[shard].get_slice("loss_mask")[begin + 1 : end].nonzero(as_tuple=True)
+            found.append(int(positions[0]) + 1 if len(positions) else None)
+        return found
+
+    def where(self, index: int) -> str:
+        return self._sources[index] or self.keys[index]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -182,6 +207,7 @@ class TeacherStore(Sequence[Example]):
             tokens_T=part("tokens").long(),
             loss_mask_T=part("loss_mask"),
             key=self.keys[index],
+            where=self._sources[index],
             hidden={layer: part(f"hidden.{layer}") for layer in self.layers},
             **top,
         )
@@ -197,10 +223,8 @@ def open_teacher_store(folder: Path | str, target: Target | TargetInfo) -> Teach
 
 
 @torch.inference_mode()
-def _read_shard(
-    target: Target, rows: list[Example], settings: TeacherStoreSettings, bar: tqdm
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Returns a shard's tensors and its rows' keys; rows of similar length share a batch."""
+def _read_shard(target: Target, rows: list[Example], settings: TeacherStoreSettings, bar: tqdm) -> dict[str, Tensor]:
+    """Returns a shard's tensors; rows of similar length share a batch."""
     features: dict[int, dict[str, Tensor]] = {}
     by_length = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens_T))
     for begin in range(0, len(rows), settings.batch_size):
@@ -229,7 +253,7 @@ def _read_shard(
     }
     for name in features[0]:
         tensors[name] = torch.cat([features[index][name] for index in range(len(rows))])
-    return tensors, [row.key for row in rows]
+    return tensors
 
 
 def _split_rows(lengths: list[int], tokens_per_shard: int) -> list[range]:
@@ -265,6 +289,13 @@ def _check(target: Target | TargetInfo, rows: Sequence[Example], settings: Teach
             raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1")
     for row in rows:
         check_batch(collate([row]), target)
+
+
+def _row_names(metadata: dict[str, str]) -> list[tuple[str, str]]:
+    """Returns (key, origin) of a shard's rows; shards of earlier versions have no origins."""
+    if "keys" in metadata:
+        return [(key, "") for key in json.loads(metadata["keys"])]
+    return [(key, source) for key, source in json.loads(metadata["rows"])]
 
 
 def _hash_rows(rows: Sequence[Example]) -> str:

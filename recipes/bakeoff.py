@@ -13,6 +13,7 @@ over rounds. The same command continues an interrupted run. Pocket target, two d
 
 import sys
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,22 +133,23 @@ def main(run: BakeoffRunSettings) -> None:
     num_prompts = run.num_prompts
     if run.max_steps:
         num_prompts = min(num_prompts or sys.maxsize, run.max_steps * max(settings.batch_sizes))
-    prompts = load_prompts(
-        run.data or default_source("", is_encoder_decoder=target_info.is_encoder_decoder),
-        target_info.tokenizer,
-        max_prompts=num_prompts,
-        max_prompt_tokens=prompt_room(target_info, run.max_new_tokens),
-        prompt_tokens=run.prompt_tokens,
-        long_prompts=run.long_prompts,
-        is_encoder_decoder=target_info.is_encoder_decoder,
-        settings=run.text,
-        seed=run.seed,
-    )
-    settings.check_prompts(len(prompts))
-    dtype = run.dtype or ("auto" if torch.cuda.is_available() and run.device != "cpu" else "float32")
-    target = Target.from_pretrained(run.target, dtype=dtype, device=run.device)
-    with claimed(output):
-        artifacts = [Path(draft) for draft in run.drafts] or _train(line_up, target, target_info, run)
+    with claimed(output) as now:
+        prompts = load_prompts(
+            run.data or default_source("", is_encoder_decoder=target_info.is_encoder_decoder),
+            target_info.tokenizer,
+            max_prompts=num_prompts,
+            max_prompt_tokens=prompt_room(target_info, run.max_new_tokens),
+            prompt_tokens=run.prompt_tokens,
+            long_prompts=run.long_prompts,
+            is_encoder_decoder=target_info.is_encoder_decoder,
+            settings=run.text,
+            now=now,
+            seed=run.seed,
+        )
+        settings.check_prompts(len(prompts))
+        dtype = run.dtype or ("auto" if torch.cuda.is_available() and run.device != "cpu" else "float32")
+        target = Target.from_pretrained(run.target, dtype=dtype, device=run.device)
+        artifacts = [Path(draft) for draft in run.drafts] or _train(line_up, target, target_info, run, now)
         rows = compare(target, prompts, artifacts, output, settings)
     if run.report_to == "wandb":
         to_wandb(rows, output, run.wandb_project)
@@ -158,7 +160,7 @@ def main(run: BakeoffRunSettings) -> None:
 
 
 def _train(
-    line_up: list[lineup.DrafterSpec], target: Target, target_info: TargetInfo, run: BakeoffRunSettings
+    line_up: list[lineup.DrafterSpec], target: Target, target_info: TargetInfo, run: BakeoffRunSettings, now: datetime
 ) -> list[Path]:
     """Generates the training data if needed, trains the drafters of the line-up, and returns their artifacts."""
     output, data = Path(run.output), Path(run.learn_from)
@@ -167,6 +169,7 @@ def _train(
         options["max_steps"] = run.train_steps
     with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
         if not any((data / marker).exists() for marker in (pseudo_data.MARKER, store.MARKER)):
+            data = output / "pseudo-data"
             training_prompts = load_prompts(
                 run.learn_from or default_source("train", is_encoder_decoder=target_info.is_encoder_decoder),
                 target_info.tokenizer,
@@ -175,14 +178,14 @@ def _train(
                 long_prompts="drop",
                 is_encoder_decoder=target_info.is_encoder_decoder,
                 settings=run.text,
+                now=now,
                 seed=run.seed,
             )
             print(f"Generating training data with the target: {len(training_prompts)} texts")
-            data = output / "pseudo-data"
             settings = PseudoDataSettings(
                 max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed
             )
-            write_pseudo_data(LocalWriter(target), training_prompts, data, settings)
+            write_pseudo_data(LocalWriter(target), training_prompts, data, settings, now=now)
         print(f"Training {len(line_up)} drafters; the log of each is in {output / 'logs'}", flush=True)
         results = lineup.train_all(line_up, output, is_quiet=True, data=str(data), **options)
         artifacts = lineup.report(results, len(line_up))

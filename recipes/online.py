@@ -18,7 +18,7 @@ import draftsmith
 from data import POCKET
 from data.folder_lock import locked
 from data.prompts import TextSettings, load_prompts, prompt_room
-from data.shards import open_folder
+from data.shards import first_run_time, open_folder
 from draftsmith import Target
 from draftsmith.artifacts.artifact import MANIFEST, check_fits, read_manifest
 from draftsmith.core.stats import GenerationStats
@@ -28,6 +28,7 @@ from trainers.online import Online, OnlineSettings
 from trainers.training import launchers
 from trainers.training.settings import parse_settings
 
+MARKER = "online.json"
 FIRST, TAU = "First drafted token accepted", "Tokens a target forward"
 """Keys of the metrics in the artifact's record."""
 TITLES = {FIRST: "First-token acceptance rate", TAU: "Mean accepted length (tau)"}
@@ -69,6 +70,7 @@ def main(serving: ServingSettings, settings: OnlineSettings) -> None:
     output, target_info = Path(serving.output), read_target_info(serving.target)
     check_fits(serving.draft, read_manifest(serving.draft), target_info)
     room = prompt_room(target_info, serving.max_new_tokens)
+    now = first_run_time(output, MARKER)
     prompts = load_prompts(
         serving.data,
         target_info.tokenizer,
@@ -76,13 +78,14 @@ def main(serving: ServingSettings, settings: OnlineSettings) -> None:
         max_prompt_tokens=room,
         is_encoder_decoder=target_info.is_encoder_decoder,
         settings=serving.text,
+        now=now,
         seed=serving.seed,
     )
     identity = {**asdict(serving), **asdict(settings), "output": None, "max_steps": None}
     identity["text"] = serving.text.chat_template_kwargs or None
     target = Target.from_pretrained(serving.target, dtype="float32")
     with locked(output):
-        open_folder(output, "online.json", identity, notes={})
+        open_folder(output, MARKER, identity, notes={"template_time": now.isoformat()})
         saved = output / "artifact" if (output / "artifact" / MANIFEST).is_file() else None
         served = read_manifest(saved)["served"] if saved else []
         frozen = draftsmith.load(serving.draft, target)

@@ -79,7 +79,7 @@ def main(comparison: ComparisonSettings, run: RunSettings) -> None:
         forecast_sizes=(),
         seed=run.seed,
     )
-    with claimed(output):
+    with claimed(output) as now:
         panels = [Panel(title="First-token acceptance, held out (sum of min(target, draft))")]
         for name, (family, its_settings, metric) in DRAFTERS.items():
             folder = _train(family, its_settings, dataclasses.replace(run, output=str(output / name)))
@@ -98,7 +98,9 @@ def main(comparison: ComparisonSettings, run: RunSettings) -> None:
         publish_curves(panels, output)
 
         target = Target.from_pretrained(run.target, dtype="float32")
-        prompts = load_prompts(comparison.held_out, target.tokenizer, max_prompts=comparison.num_prompts, seed=run.seed)
+        prompts = load_prompts(
+            comparison.held_out, target.tokenizer, max_prompts=comparison.num_prompts, now=now, seed=run.seed
+        )
         rows = compare(target, prompts, [output / name for name in DRAFTERS], output, settings)
         if run.report_to == "wandb":
             to_wandb(rows, output, run.wandb_project)

@@ -10,7 +10,9 @@ and nothing is trained twice.
 import importlib
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -83,8 +85,8 @@ def main(run: QuickstartSettings) -> None:
     start, output = time.perf_counter(), Path(run.output)
     settings = BakeoffSettings(rounds=run.rounds, max_new_tokens=run.max_new_tokens, forecast_sizes=(), seed=run.seed)
     transformers.utils.logging.disable_progress_bar()
-    with claimed(output):
-        training, held_out = _prompts(run)
+    with claimed(output) as now:
+        training, held_out = _prompts(run, now)
         settings.check_prompts(len(held_out))
         target = Target.from_pretrained(run.target, dtype="float32")
 
@@ -99,7 +101,7 @@ def main(run: QuickstartSettings) -> None:
             data_settings = PseudoDataSettings(
                 max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed
             )
-            write_pseudo_data(LocalWriter(target), training, output / "pseudo-data", data_settings)
+            write_pseudo_data(LocalWriter(target), training, output / "pseudo-data", data_settings, now=now)
             artifacts = [_train(preset, run) for preset in sorted(PRESETS.glob("quickstart-*.yaml"))]
         _say(f"Comparing all drafters with plain decoding on {len(held_out)} held-out prompts")
         rows = compare(target, held_out, artifacts, output, settings)
@@ -109,14 +111,14 @@ def main(run: QuickstartSettings) -> None:
         print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 
-def _prompts(run: QuickstartSettings) -> tuple[list[Prompt], list[Prompt]]:
+def _prompts(run: QuickstartSettings, now: datetime) -> tuple[list[Prompt], list[Prompt]]:
     """Returns the training prompts and the held-out prompts."""
     target_info = read_target_info(run.target)
     room = target_info.context_length - max(run.text_tokens, run.max_new_tokens)
 
     def load(source: str, number: int) -> list[Prompt]:
-        options = {"max_prompts": number, "max_prompt_tokens": room, "long_prompts": "drop", "seed": run.seed}
-        return load_prompts(source, target_info.tokenizer, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"max_prompts": number, "max_prompt_tokens": room, "long_prompts": "drop"}
+        return load_prompts(source, target_info.tokenizer, now=now, seed=run.seed, **options)
 
     held_out = run.held_out or (HELD_OUT if run.data == TRAINING else "")
     if held_out:

@@ -7,13 +7,15 @@ The size is printed before anything is written. A run that was killed is continu
 command above: 57,500 tokens, 65 MB, about 6,700 tokens/s on one CPU core.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import draftsmith
 from data import POCKET
-from data.examples import check_target, open_examples
-from data.store import TeacherStoreSettings, plan_teacher_store, write_teacher_store
+from data.examples import check_target, open_examples, usable_rows
+from data.prompts import TextSettings
+from data.shards import first_run_time
+from data.store import MARKER, TeacherStoreSettings, plan_teacher_store, write_teacher_store
 from draftsmith.loading.model_info import read_target_info
 from trainers.training import launchers
 from trainers.training.settings import parse_settings
@@ -27,6 +29,8 @@ class TeacherStoreRunSettings:
     """A transformers folder or hub name."""
     data: str = "runs/pseudo-data"
     """Pseudo-data of this target, or any texts or conversations."""
+    text: TextSettings = field(default_factory=TextSettings)
+    """Settings for reading rows of text."""
     output: str = "runs/teacher-store"
     """Output folder."""
     max_steps: int = 0
@@ -39,13 +43,15 @@ class TeacherStoreRunSettings:
 
 def main(run: TeacherStoreRunSettings, settings: TeacherStoreSettings) -> None:
     target_info = read_target_info(run.target)
-    examples = open_examples(run.data, target_info)
-    num_rows = len(examples) if not run.max_steps else min(len(examples), run.max_steps * settings.batch_size)
-    rows = [examples[index] for index in range(num_rows)]
+    now = first_run_time(Path(run.output), MARKER)
+    examples = open_examples(run.data, target_info, settings=run.text, now=now)
+    usable = usable_rows(examples, run.data, max_length=target_info.context_length, max_left_out=run.text.max_left_out)
+    num_rows = run.max_steps * settings.batch_size or len(usable)
+    rows = [examples[index] for index in usable[:num_rows]]
     plan_teacher_store(target_info, rows, Path(run.output), settings)
     target = draftsmith.Target.from_pretrained(run.target, dtype=run.dtype)
     check_target(examples, run.data, target)
-    write_teacher_store(target, rows, Path(run.output), settings)
+    write_teacher_store(target, rows, Path(run.output), settings, now=now)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class TradeoffSettings:
 
 def main(tradeoff: TradeoffSettings, loss: distill.Settings, run: RunSettings) -> None:
     output = Path(run.output or "runs/tradeoff").resolve()
-    with claimed(output):
+    with claimed(output) as now:
         artifacts: list[Path] = []
         for settings in _compressions(tradeoff, run, output):
             name = Path(settings.output).name
@@ -85,7 +85,9 @@ def main(tradeoff: TradeoffSettings, loss: distill.Settings, run: RunSettings) -
                 healed = dataclasses.replace(run, output=str(output / HEALED / name))
                 artifacts.append(train(distill, how, healed))
         target = Target.from_pretrained(run.target, dtype="float32")
-        prompts = load_prompts(tradeoff.held_out, target.tokenizer, max_prompts=tradeoff.num_prompts, seed=run.seed)
+        prompts = load_prompts(
+            tradeoff.held_out, target.tokenizer, max_prompts=tradeoff.num_prompts, now=now, seed=run.seed
+        )
         bakeoff_settings = BakeoffSettings(
             rounds=tradeoff.rounds,
             max_new_tokens=tradeoff.max_new_tokens,

@@ -4,9 +4,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from datetime import datetime
+from functools import cached_property, lru_cache
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from data.sources.records import RowError
@@ -53,6 +55,20 @@ def normalise(messages: Any, where: str) -> list[Message]:
     return plain
 
 
+@lru_cache
+def at_time(template: str, now: datetime) -> str:
+    """Returns the template with a `strftime_now` of its own, in place of transformers', that formats the time `now`.
+
+    transformers passes no functions to templates, so that the times are written into a macro, one for each format.
+    """
+    strings = [text[1:-1] for _, kind, text in jinja2.Environment().lex(template) if kind == "string"]
+    times = json.dumps({text: now.strftime(text) for text in strings if "%" in text})
+    unknown = "raise_exception('the format of strftime_now is not written out in the template')"
+    macro = f"{{{{ {times}[format] if format in {times} else {unknown} }}}}"
+    # A newline after the tag is not rendered.
+    return f"{{% macro strftime_now(format) %}}{macro}{{% endmacro %}}\n{template}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
     """A tokenizer's chat template with its arguments, and the tokens that end the assistant's turn."""
@@ -62,6 +78,8 @@ class ChatFormat:
     """The generation config's end tokens; if empty, the tokenizer's."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the template, such as enable_thinking."""
+    now: datetime | None = None
+    """Time that the template reads; None for the current one."""
 
     def prompt(self, messages: list[Message], tools: Any, where: str) -> tuple[list[int], str]:
         """Returns (ids, text) of the conversation up to its last user turn, with the generation prompt."""
@@ -208,8 +226,11 @@ class ChatFormat:
                 f"{where}: a conversation, but the tokenizer has no chat template; use an instruction-tuned target, "
                 'set `tokenizer.chat_template`, or give rows of plain text under "prompt"'
             )
+        given = {**self.options, **options}
+        if self.now and "strftime_now" in (template := self.tokenizer.get_chat_template(tools=tools)):
+            given = {"chat_template": at_time(template, self.now), **given}
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, **{**self.options, **options})
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **given)
         except Exception as error:  # templates can raise any exception, mostly for roles out of order
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RowError(f"{where}: the chat template rejects this conversation: {reason}") from error

@@ -146,7 +146,7 @@ def test_compare_fine_tuned_target_is_its_own_baseline(tmp_path: Path) -> None:
 
 def test_compare_files_contain_the_rows(compared: tuple[list[dict[str, Any]], Path]) -> None:
     rows, folder = compared
-    kinds = ("json", "md", "csv", "png", "texts.json", "html")
+    kinds = ("json", "md", "csv", "png", "texts.json", "html", "started.txt")
     assert {file.name for file in folder.iterdir()} == {f"bakeoff.{kind}" for kind in kinds}
     assert json.loads((folder / "bakeoff.json").read_text()) == rows
     with (folder / "bakeoff.csv").open(newline="") as file:

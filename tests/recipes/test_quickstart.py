@@ -1,6 +1,7 @@
 """Tests of the quickstart: text, drafters, table and plot from one command, and nothing trained twice."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_quickstart_and_its_continuation(tiny: QuickstartSettings, capsys: pytes
 
 
 def test_held_out_prompts_are_not_in_the_training_data(tiny: QuickstartSettings) -> None:
-    training, held_out = quickstart._prompts(tiny)
+    training, held_out = quickstart._prompts(tiny, datetime(2030, 1, 1))
     assert (len(training), len(held_out)) == (24, 8)
     assert not {prompt.key for prompt in training} & {prompt.key for prompt in held_out}
 

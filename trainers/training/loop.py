@@ -17,9 +17,9 @@ from torch.utils.data import Subset
 
 import draftsmith
 from data.batches import Batch, Example, collate, split, truncate
-from data.examples import Examples, check_target, open_examples
+from data.examples import Examples, check_target, open_examples, usable_rows
 from data.folder_lock import locked
-from data.shards import check_folder, open_folder
+from data.shards import check_folder, first_run_time, open_folder
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
@@ -48,13 +48,16 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     if hasattr(family, "check"):
         family.check(settings, target_info)
     _check_start(run, family, target_info)
-    examples = open_examples(run.data, target_info)
+    now = first_run_time(output, checkpoints.MARKER)
+    examples = open_examples(run.data, target_info, settings=run.text, now=now)
+    max_length = min(run.max_length, target_info.context_length)
+    usable = usable_rows(examples, run.data, max_length=max_length, max_left_out=run.text.max_left_out)
     identity = {"family": name, **flat(settings), **run.identity()}
     if hasattr(family, "fit"):
         identity["data_fingerprint"] = examples.fingerprint
     is_first = launchers.rank() == 0
     with locked(output, kept=partial(checkpoints.kept, output)) if is_first else nullcontext():
-        options: dict[str, Any] = {"notes": {"command": command}}
+        options: dict[str, Any] = {"notes": {"command": command, "template_time": now.isoformat()}}
         if is_first:
             checkpoints.set_damaged_aside(output)
             options["disposable"] = checkpoints.disposable(output)
@@ -67,7 +70,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
         target = Target.from_pretrained(run.target, dtype=dtype, device=launchers.device())
         target.model.requires_grad_(False)
         check_target(examples, run.data, target)
-        train_rows, held_out = _split(examples, run, min(run.max_length, target.context_length))
+        train_rows, held_out = _split(examples, usable, run, max_length)
         if is_first:
             open_folder(output, checkpoints.MARKER, identity, **options)
         logs.begin(run, flat(settings) | flat(run), output)
@@ -216,9 +219,14 @@ def _measure_costs(family: ModuleType, settings: Any, run: RunSettings, target: 
         return family.measure_costs(family.build(settings, target).to(target.dtype).eval(), settings, target)
 
 
-def _split(examples: Examples, run: RunSettings, max_length: int) -> tuple[Sequence[Example], list[Batch]]:
-    """Returns the training rows and the batches of held-out rows."""
-    train_rows, held_out = split(examples.keys, held_out_share=run.held_out_share, seed=run.seed)
+def _split(
+    examples: Examples, usable: list[int], run: RunSettings, max_length: int
+) -> tuple[Sequence[Example], list[Batch]]:
+    """Returns the training rows and the batches of held-out rows, both of the `usable` rows."""
+    keys = [examples.keys[index] for index in usable]
+    train_rows, held_out = (
+        [usable[index] for index in side] for side in split(keys, held_out_share=run.held_out_share, seed=run.seed)
+    )
     batch_size = run.batch_size * launchers.num_ranks()
     if len(train_rows) < batch_size:
         raise ValueError(f"{run.data} has {len(train_rows)} training rows, fewer than the {batch_size} of one batch")
