@@ -19,8 +19,8 @@ def texts(*masks: list[bool]) -> TextExamples:
 
 def test_batches_leave_out_rows_with_nothing_to_learn(capsys: pytest.CaptureFixture[str]) -> None:
     good, short, late = [[False, True, True]] * 30, [True], [False] * 4 + [True]
-    found = batches(texts(*good, short, late), 4, batch_size=8, max_length=4, seed=0)
-    assert [len(batch.lengths_B) for batch in found] == [8, 8, 8, len(found[-1].lengths_B)]
+    found = batches(texts(*good, short, late), 2, batch_size=8, max_length=4, seed=0)
+    assert [len(batch.lengths_B) for batch in found] == [8, 8]
     assert all(batch.loss_mask_BT[:, 1:].any(dim=1).all() for batch in found)
     printed = capsys.readouterr().out
     assert "calibration text: 2 of 32 rows cannot be used" in printed
