@@ -14,9 +14,9 @@ usage() {
 usage: ./launch.sh setup | test | serving-test | docs | <recipe> [--key value ...]
 
   setup                makes the environment in .venv; every other command does so when there is none
-  test                 ruff, mypy and pytest, up to four at once; what follows is passed on to pytest (-n 0: one)
+  test                 ruff, mypy and pytest in up to four processes (-n 0: one); further arguments go to pytest
   serving-test         exports run by vLLM and speculators, in an environment of their own, .venv-serving (4 GB)
-  docs                 builds the documentation into site/, strictly; what follows is passed on to mkdocs build
+  docs                 builds the documentation into site/, strictly; further arguments go to mkdocs build
 
 recipes; each has its own --help:
 $(for name in $(recipes); do printf '  %-20s %s\n' "$name" "$(first_docstring_line "$name")"; done)

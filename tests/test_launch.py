@@ -250,7 +250,7 @@ def test_old_pythons_are_rejected_in_one_sentence(checkout: Checkout) -> None:
 # --- The real environment ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="these tests run in an environment of another making")
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="these tests run in another environment")
 def test_recipe_from_another_folder_gets_its_arguments(tmp_path: Path) -> None:
     command = [str(ROOT / "launch.sh"), "pocket", "--max-stpes", "3", "--kind", "casual"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
