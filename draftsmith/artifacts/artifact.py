@@ -23,7 +23,7 @@ from draftsmith.artifacts.model_card import CARD, WEIGHTS, card, is_hub_name, ke
 from draftsmith.artifacts.provenance import run_provenance, target_provenance
 from draftsmith.core.drafter import Drafter
 from draftsmith.core.target import Target
-from draftsmith.inputs.arguments import check_target
+from draftsmith.inputs.arguments import check_drafter, check_path, check_target
 from draftsmith.loading.model_info import TargetInfo
 from draftsmith.loading.weights import NUM_NAMED, check_finite
 
@@ -39,7 +39,11 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
     by hand is kept beside the new one. Raises ValueError if `path` contains other files but no artifact, or if the
     drafter was made for another target.
     """
+    check_drafter(drafter)
+    check_path(path)
     check_target(target)
+    if not isinstance(record, dict | None):
+        raise ValueError(f"record is a {type(record).__name__}; it must be a dict of entries for the manifest")
     own = drafter.target.base if drafter.fine_tunes_target else drafter.target
     target = own if target is drafter.target else target
     if target is not own and (target.fingerprint, target.tokenizer_hash) != (own.fingerprint, own.tokenizer_hash):
@@ -88,6 +92,7 @@ def load(path: str | Path, target: Target, *, made_for: Target | None = None) ->
     if `target` is another one with the same vocabulary. Raises ValueError if the artifact was made for another target
     or tokenizer, or if one of its files is missing, truncated, invalid or a link out of the folder.
     """
+    check_path(path)
     check_target(target)
     folder = local_folder(path)
     manifest = read_manifest(folder)
@@ -242,7 +247,7 @@ def _load_weights(drafter: nn.Module, file: Path) -> None:
     if found:
         more = f", and {len(found) - NUM_NAMED} more faults" if len(found) > NUM_NAMED else ""
         raise ValueError(f"{file}: {', '.join(found[:NUM_NAMED])}{more}; the artifact must be made again")
-    check_finite(f"{file}, in {next(iter(expected.values())).dtype}", own_tensors(drafter).items())
+    check_finite(f"{file}, in the dtype of the target", own_tensors(drafter).items())
 
 
 def check_fits(folder: str | Path, manifest: dict[str, Any], target: Target | TargetInfo) -> None:

@@ -16,7 +16,7 @@ import draftsmith
 from draftsmith import Target
 from draftsmith.artifacts import files
 from draftsmith.artifacts.artifact import own_files, read_manifest
-from draftsmith.drafters import lm, lookup, medusa
+from draftsmith.drafters import early_exit, lm, lookup, medusa
 from tests.support.family import built
 from tests.support.models import VOCAB_SIZE, tiny_config, tiny_model, tiny_target, tiny_tokenizer
 
@@ -294,7 +294,7 @@ def test_failed_save_keeps_the_previous_artifact(
 
         monkeypatch.setattr(Path, "rename", fail_final_rename)
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
-    with pytest.raises((OSError, TypeError)):
+    with pytest.raises((OSError, ValueError)):
         draftsmith.save(built(medusa, HEADS, target), folder, target=target, record=record)
     assert read_files(folder.parent) == before
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name] * exists
@@ -331,7 +331,7 @@ def test_save_restores_an_artifact_that_a_killed_process_had_moved(folder: Path)
     before = read_files(folder)
     folder.rename(folder.with_name(f".heads.retired-{dead_process()}"))
     drafter = lookup.Drafter(lookup.Config(), tiny_target("llama"))
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="cannot be written as JSON"):
         draftsmith.save(drafter, folder, target=tiny_target("llama"), record={"seed": object()})
     with pytest.raises(RuntimeError), files.atomic_folder(folder, marker="draft_config.json"):
         raise RuntimeError("interrupted")
@@ -360,6 +360,20 @@ def test_drafters_are_saved_and_loaded_for_their_own_target_only(tmp_path: Path)
             draftsmith.save(drafter, tmp_path / "artifact", wrong)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="target is .*; pass draftsmith.Target"):
             draftsmith.load(tmp_path / "artifact", wrong)  # type: ignore[arg-type]
+    for path in (None, 5, drafter):
+        with pytest.raises(ValueError, match=r"path is .*; it must be the folder of an artifact"):
+            draftsmith.save(drafter, path, target)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"path is .*; it must be the folder of an artifact"):
+            draftsmith.load(path, target)  # type: ignore[arg-type]
+    for record, message in (
+        ([1], "record is a list"),
+        ({"a": object()}, "a value cannot be written as JSON: Object of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draftsmith.save(drafter, tmp_path / "artifact", target, record=record)  # type: ignore[arg-type]
+    for other in ("runs/lookup", lookup.Drafter, None):
+        with pytest.raises(ValueError, match=r"drafter is .*; pass the drafter that draftsmith.load"):
+            draftsmith.save(other, tmp_path / "artifact", target)
     assert not any(tmp_path.iterdir()), "nothing was written"
     draftsmith.save(drafter, tmp_path / "artifact", Target(target.model))
 
@@ -378,6 +392,12 @@ def test_load_and_save_reject_weights_that_are_not_finite(folder: Path, value: f
     check_error(folder, "model.safetensors: tensor blocks.1.0.bias is not finite")
 
 
+def test_drafter_without_tensors_of_its_own_is_loaded(tmp_path: Path) -> None:
+    target, config = tiny_target("llama"), early_exit.Config(own_norm=False)
+    draftsmith.save(early_exit.Drafter(config, target), tmp_path / "exit", target)
+    assert draftsmith.load(tmp_path / "exit", target).config == config
+
+
 def test_load_rejects_weights_that_overflow_in_the_dtype_of_the_target(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -385,7 +405,7 @@ def test_load_rejects_weights_that_overflow_in_the_dtype_of_the_target(folder: P
     save_file(tensors, file)
     draftsmith.load(folder, tiny_target("llama"))
     half = Target(tiny_model("llama").to(torch.bfloat16))
-    with pytest.raises(ValueError, match=r"in torch.bfloat16: tensor blocks.0.0.weight is not finite"):
+    with pytest.raises(ValueError, match=r"in the dtype of the target: tensor blocks.0.0.weight is not finite"):
         draftsmith.load(folder, half)
 
 

@@ -139,7 +139,7 @@ def test_counts_are_saved_and_invalid_ones_rejected(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for content in (whole[: len(whole) // 2], b"", None):
         file.unlink() if content is None else file.write_bytes(content)
-        with pytest.raises(ValueError, match="counts.npy is missing or truncated"):
+        with pytest.raises(ValueError, match="counts.npy is missing( or truncated)?"):
             draftsmith.load(tmp_path / "whole", TARGET)
     np.save(file, drafter.counts_PDR2[:1])
     with pytest.raises(ValueError, match=r"counts.npy holds int64 \[1, 16, 16, 2\], expected int64 \[2, 16, 16, 2\]"):

@@ -27,6 +27,7 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.drafters import rest
 from draftsmith.drafters.rest import UNSEEN, Config, Drafter
+from draftsmith.parts import suffix_array
 from draftsmith.parts.trie import TokenTree
 from tests.support import runs
 from tests.support.families.retrieval import DOCUMENTS, TOKENS, paths_of, shards_for, slow_match
@@ -336,5 +337,7 @@ def test_load_rejects_an_incomplete_datastore(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shard-0001-of-0002.safetensors is missing"):
         draftsmith.load(tmp_path / "artifact", target)
     first.unlink()
-    with pytest.raises(ValueError, match="contains no shard of a datastore"):
+    with pytest.raises(ValueError, match="shard-0000-of-0002.safetensors is missing"):
         draftsmith.load(tmp_path / "artifact", target)
+    with pytest.raises(ValueError, match="contains no shard of a datastore"):
+        suffix_array.read_shards(tmp_path / "artifact", target.vocab_size)
