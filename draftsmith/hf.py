@@ -12,7 +12,7 @@ from transformers.generation import stopping_criteria as criteria
 from draftsmith.core.drafter import Drafter
 from draftsmith.core.target import Target
 from draftsmith.decoding import generate
-from draftsmith.inputs.arguments import token_ids
+from draftsmith.inputs.arguments import check_drafter, token_ids
 from draftsmith.length.policies import Policy
 
 WARPERS = (processors.TemperatureLogitsWarper, processors.TopKLogitsWarper, processors.TopPLogitsWarper)
@@ -61,6 +61,8 @@ def custom_generate(
     end-of-sequence, for other decoding modes, such as beam search, for inputs other than token ids with their mask,
     and for a drafter of another model.
     """
+    if drafter is not None:
+        check_drafter(drafter)
     target = drafter.target if drafter is not None else Target(model)
     if target.model is not model:
         raise ValueError(
@@ -163,15 +165,14 @@ def _check_inputs(
     if positions is not None:
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
-        if positions.ndim != 2 or ((positions != mask.cumsum(1) - 1) & mask.bool()).any():
+        if positions.ndim != 2 or (positions.ne(mask.cumsum(1) - 1) & mask.bool()).any():
             raise ValueError(
                 "position_ids are not those of the prompts, counted from 0 without padding; leave them out"
             )
     if target.is_encoder_decoder:
-        if input_ids.shape[1] != 1 or (input_ids != target.decoder_start_token_id).any():
-            raise ValueError(
-                f"decoder_input_ids are not supported; draftsmith begins with token {target.decoder_start_token_id}"
-            )
+        start = target.decoder_start_token_id or 0
+        if input_ids.shape[1] != 1 or input_ids.ne(start).any():
+            raise ValueError(f"decoder_input_ids are not supported; draftsmith begins with token {start}")
         if inputs_tensor is not None and (inputs_tensor.ndim != 2 or (inputs_tensor < 0).all()):
             raise ValueError("the source was given as embeddings or encoder_outputs; pass its token ids as input_ids")
 

@@ -207,6 +207,7 @@ def test_end_tokens_outside_the_vocabulary_are_ignored_as_in_transformers() -> N
     ("architecture", "settings", "message"),
     [
         ("llama", {"streamer": Pieces()}, "transformers does not hand streamer to a function.* pass it as stream_to"),
+        ("llama", {"drafter": "runs/medusa"}, "drafter is 'runs/medusa'; pass the drafter"),
         ("llama", {"assistant_model": tiny_target("llama").model}, "assistant_model is not supported"),
         ("llama", {"stop_strings": "w3", "tokenizer": tiny_tokenizer()}, "stop_strings is not supported"),
         ("llama", {"penalty_alpha": 0.6, "top_k": 4}, r"asks for contrastive search \(penalty_alpha=0.6\)"),

@@ -23,8 +23,11 @@ def read(file: Path) -> Any:
 
 
 def text_of(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
-    """Returns a value as JSON; raises ValueError for a number that is not finite."""
-    return json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False)
+    """Returns a value as JSON; raises ValueError for a number that is not finite and for objects that JSON lacks."""
+    try:
+        return json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False)
+    except TypeError as error:
+        raise ValueError(f"a value cannot be written as JSON: {error}") from error
 
 
 def without_nan(value: Any) -> Any:

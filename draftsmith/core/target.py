@@ -72,6 +72,8 @@ class Target:
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         model = unwrapped(model)
+        if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+            raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; pass a tokenizer of transformers, or None")
         if model.training:
             raise ValueError(f"{type(model).__name__} is in training mode; call its eval() first")
         self.model = model
@@ -102,6 +104,8 @@ class Target:
         Raises ValueError for weights that are missing, unexpected, of another shape or not finite. Code in the folder
         is not run, unless `draftsmith.loading.remote_code.allow()` was called.
         """
+        if not isinstance(path, str | Path):
+            raise ValueError(f"path is a {type(path).__name__}; it must be a folder or hub name, or call Target(model)")
         info = read_target_info(path := str(path))
         auto = AutoModelForSeq2SeqLM if info.is_encoder_decoder else AutoModelForCausalLM
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

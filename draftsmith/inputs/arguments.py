@@ -6,6 +6,7 @@ Every function raises ValueError, naming the argument, for a value that it canno
 import math
 import warnings
 from collections.abc import Collection, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ UNAPPLIED = (
     "max_time",
 )
 """Settings of a generation config, besides temperature, top-k and top-p, that change what is generated."""
-NEUTRAL = (None, 0, 1, [], ())
+NEUTRAL: tuple[Any, ...] = (None, 0, 1, [], ())
 """Values with which these settings change nothing."""
 SEEDS = (-(2**63), 2**64)
 """Range of the seeds of torch's generators, the end excluded."""
@@ -48,11 +49,23 @@ def check_target(target: Any) -> None:
         raise ValueError(f"target is {shown(target)}; pass draftsmith.Target(model, tokenizer)")
 
 
+def check_drafter(drafter: Any) -> None:
+    """Rejects anything but a drafter, such as the path of an artifact."""
+    if not isinstance(drafter, Drafter):
+        raise ValueError(f"drafter is {shown(drafter)}; pass the drafter that draftsmith.load(path, target) returns")
+
+
+def check_path(path: Any) -> None:
+    """Rejects anything but a path or name of an artifact."""
+    if not isinstance(path, str | PathLike):
+        raise ValueError(f"path is {shown(path)}; it must be the folder of an artifact")
+
+
 def check_objects(target: Any, drafter: Any, *, verifier: Any, length: Any, streamer: Any) -> None:
     """Rejects objects that are not of the kind that `generate` takes, and a drafter of another Target."""
     check_target(target)
-    if drafter is not None and not isinstance(drafter, Drafter):
-        raise ValueError(f"drafter is {shown(drafter)}; pass the drafter that draftsmith.load(path, target) returns")
+    if drafter is not None:
+        check_drafter(drafter)
     if drafter is not None and drafter.target is not target:
         raise ValueError(
             "the drafter drafts for another Target object; load it with this one, or pass drafter.target if the"

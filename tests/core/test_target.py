@@ -471,6 +471,10 @@ def test_prompt_tuning_and_other_objects_are_rejected() -> None:
     for other in ("a/name", None, nn.Linear(2, 2), tiny_config("llama")):
         with pytest.raises(ValueError, match=f"{type(other).__name__} is not a transformers model"):
             Target(other)
+    with pytest.raises(ValueError, match="tokenizer is a str; pass a tokenizer of transformers"):
+        Target(tiny_model("llama"), "a/name")
+    with pytest.raises(ValueError, match="path is a LlamaForCausalLM; it must be a folder or hub name"):
+        Target.from_pretrained(tiny_model("llama"))
 
 
 def test_models_of_several_dtypes_name_them() -> None:
