@@ -16,7 +16,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -65,13 +65,14 @@ def write_teacher_store(
     folder: Path,
     settings: TeacherStoreSettings,
     *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     now: datetime | None = None,
 ) -> None:
     """Runs the target over `rows` and writes the shards of the store that are missing.
 
-    The time `now`, at which chat templates rendered the rows, is recorded in the manifest.
-    Prints the size first. Raises ValueError as `plan_teacher_store` does, and if the folder is another store or another
-    run is writing to it.
+    `chat_template_kwargs` and the time `now`, with which the rows were rendered, are recorded in the manifest.
+    Prints the size first. Raises ValueError as `plan_teacher_store` does, and if the folder is another store or
+    another run is writing to it.
     """
     shards = plan_teacher_store(target, rows, folder, settings)
     names = _shard_names(len(shards))
@@ -100,6 +101,8 @@ def write_teacher_store(
         "num_learnt": int(sum(row.loss_mask_T.sum() for row in rows)),
         "shards": [[shard.start, shard.stop] for shard in shards],
     }
+    if chat_template_kwargs:
+        manifest["chat_template_kwargs"] = dict(chat_template_kwargs)
     notes = {"target": target.name, "command": shlex.join(sys.argv)}
     notes |= {"template_time": now.isoformat()} if now else {}
     with locked(folder, kept=lambda: f"{len(names) - len(missing_shards(folder, names))} of {len(names)} shards"):

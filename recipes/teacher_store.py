@@ -51,7 +51,8 @@ def main(run: TeacherStoreRunSettings, settings: TeacherStoreSettings) -> None:
     plan_teacher_store(target_info, rows, Path(run.output), settings)
     target = draftsmith.Target.from_pretrained(run.target, dtype=run.dtype)
     check_target(examples, run.data, target)
-    write_teacher_store(target, rows, Path(run.output), settings, now=now)
+    template_kwargs = run.text.chat_template_kwargs
+    write_teacher_store(target, rows, Path(run.output), settings, chat_template_kwargs=template_kwargs, now=now)
 
 
 if __name__ == "__main__":

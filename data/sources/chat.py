@@ -41,6 +41,9 @@ def normalise(messages: Any, where: str) -> list[Message]:
         kept = {key: value for key, value in message.items() if value is not None}
         if name == "function_call" and isinstance(content, str):
             kept["tool_calls"], content = [{"type": "function", "function": _parsed(content, where)}], ""
+        for key in REASONING_KEYS:
+            if not isinstance(kept.get(key, ""), str):
+                raise RowError(f"{where}: `{key}` should be text, found {kept[key]!r:.40}")
         calls = kept.get("tool_calls") or []
         if content is None and (calls or any(kept.get(key) for key in REASONING_KEYS)):
             content = ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.sources.chat import Message, normalise
-from data.sources.records import Row, RowError
+from data.sources.records import Row, RowError, check_row
 
 CHAT_KEYS = ("messages", "conversations", "conversation")
 TEXT_KEYS = ("prompt", "instruction", "question", "query", "turns", "input", "text")
@@ -45,8 +45,7 @@ class RowText:
 
 def read_text(row: Row, *, as_chat: bool) -> RowText:
     """Returns the text of a row, a request as a conversation if `as_chat`; raises RowError if it has none."""
-    if row.fault:
-        raise RowError(row.fault)
+    check_row(row)
     fields = {key: value for key, value in row.fields.items() if value is not None}
     messages, used = _conversation(fields, row.where)
     if messages is None:

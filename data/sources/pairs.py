@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from data.sources.records import Row, RowError
+from data.sources.records import Row, RowError, check_row
 
 KNOWN = (("article", "highlights"), ("document", "summary"), ("source", "target"), ("text", "summary"))
 """Pairs of columns recognised by their names, as in CNN/DailyMail, XSum and most other data sets."""
@@ -53,8 +53,7 @@ def infer_columns(row: Row, other_keys: Collection[str]) -> Columns | None:
 
 def read_pair(row: Row, columns: Columns, *, with_label: bool) -> tuple[str, str]:
     """Returns (source, label) of a row, the label empty unless `with_label`; raises RowError if a text is missing."""
-    if row.fault:
-        raise RowError(row.fault)
+    check_row(row)
     found: list[str] = []
     for column in [columns.source, columns.label] if with_label else [columns.source]:
         if column not in row.fields:

@@ -1,6 +1,7 @@
 """The records of data files, `Row` and `Document`, and the count of those that cannot be used."""
 
 import ast
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,17 @@ class Document:
     def starts(self) -> list[int]:
         """Returns the character offsets where a prompt may begin: 0, then functions (Python) or paragraphs."""
         return [0, *(_function_starts(self.text) if self.name.endswith(".py") else _paragraph_starts(self.text))]
+
+
+def check_row(row: Row) -> None:
+    """Raises RowError for a row that could not be read, or whose text no tokenizer accepts."""
+    if row.fault:
+        raise RowError(row.fault)
+    try:
+        json.dumps(row.fields, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(error.object[error.start]):04x}"
+        raise RowError(f"{row.where}: the text contains half a character, {code}, of a pair") from None
 
 
 class LeftOut:

@@ -85,6 +85,13 @@ def test_load_prompts_leaves_out_a_few_rows_that_cannot_be_read(tmp_path: Path, 
         load_prompts(str(path), trained_tokenizer(), settings=TextSettings(max_left_out=1.0))
 
 
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    """As in JSON whose text was cut within an emoji."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "cut \\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: the text contains half a character, \\ud83d"):
+        load_prompts(str(tmp_path / "rows.jsonl"), trained_tokenizer())
+
+
 def test_read_source_names_a_truncated_archive(tmp_path: Path) -> None:
     for name, content in (("rows.jsonl.gz", gzip.compress(LINES)), ("rows.jsonl.zst", zstd(LINES))):
         (tmp_path / name).write_bytes(content[:-9])
