@@ -64,7 +64,7 @@ class Forward:
 
 
 class Target:
-    """A frozen model, run over trees, over spans of its blocks, or without some sublayers.
+    """A frozen model, run over trees, over spans of its blocks, or without some sublayers. Threads may share it.
 
     Raises ValueError, naming the architecture, for a model that does not support this: the constructor compares a
     small tree forward with the model's own.
