@@ -185,8 +185,19 @@ def test_load_maps_the_files_into_memory(saved: Path) -> None:
 
 
 INVALID: dict[str, list[Any]] = {
-    "keys": [lambda array: array[::-1], lambda array: array - array[0] - 1, lambda array: array + VOCAB_SIZE**2],
-    "begins": [lambda array: array[::-1], lambda array: array + 1, lambda array: array * 2],
+    "keys": [
+        lambda array: array[::-1],
+        lambda array: array - array[0] - 1,
+        lambda array: array + VOCAB_SIZE**2,
+        lambda array: np.array([array[0], 2**62, -(2**62), *array[3:]]),
+    ],
+    "begins": [
+        lambda array: array[::-1],
+        lambda array: array + 1,
+        lambda array: array * 2,
+        # The differences of these overflow to positive numbers.
+        lambda array: np.array([0, 2**62, 2**63 - 1, -(2**62), *array[4:]]),
+    ],
     "tokens": [lambda array: array - VOCAB_SIZE, lambda array: array + VOCAB_SIZE],
     "weights": [lambda array: array * 0, lambda array: array + 1, lambda array: array * np.float32("nan")],
 }

@@ -112,3 +112,10 @@ def test_invalid_setting_stops_before_any_training(
         main(tiny)
     assert "unknown setting 'num_head'" in capsys.readouterr().err
     assert not Path(tiny.output).exists()
+
+
+@pytest.mark.parametrize("name", ["../heads", "/heads", "a/../../heads"])
+def test_read_rejects_names_that_leave_the_output_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "table.yaml").write_text(f"drafters: {{{json.dumps(name)}: {{trainer: lookup}}}}")
+    with pytest.raises(ValueError, match=r"table.yaml names the file .*; it must be a relative path without '..'"):
+        lineup.read(tmp_path / "table.yaml")

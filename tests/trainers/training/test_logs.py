@@ -119,3 +119,6 @@ def test_run_folder_of_a_wandb_sweep_is_named_after_the_trial(monkeypatch: pytes
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     assert RunSettings().folder("x") == Path("runs/sweeps/s1/r1")
     assert RunSettings(output="mine").folder("x") == Path("mine/r1")
+    monkeypatch.setenv("WANDB_RUN_ID", "../r1")
+    with pytest.raises(ValueError, match="the environment names the file '../r1'"):
+        RunSettings().folder("x")

@@ -1,0 +1,30 @@
+"""Ranks of labels in the logits of heads."""
+
+import torch
+from torch import Tensor
+
+from data.batches import collate, example
+from trainers.parts.heads import HeadOutputs, accuracy_metrics, label_ranks
+
+BATCH = collate([example([1, 2, 0, 2], [True] * 4, "row")])
+
+
+def ranks_of(logits_NV: Tensor) -> list[int]:
+    """Returns the ranks of labels 2, 0 and 2 in these logits, for a single head."""
+    mask_BT = torch.tensor([[True, True, True, False]])
+    outputs = [HeadOutputs(z_ND=logits_NV, labels_N=torch.tensor([2, 0, 2]), mask_BT=mask_BT)]
+    ranks_KBT = label_ranks(outputs, lambda k, z_1ND: z_1ND, BATCH)
+    assert ranks_KBT[0, 0, 3] == -1
+    return ranks_KBT[0, 0, :3].tolist()
+
+
+def test_label_ranks_hand_worked() -> None:
+    assert ranks_of(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 3.0, 2.0]])) == [0, 2, 1]
+
+
+def test_label_ranks_of_nan_are_never_right() -> None:
+    nan = torch.nan
+    assert ranks_of(torch.full((3, 3), nan)) == [3, 3, 3]
+    assert ranks_of(torch.tensor([[0.0, nan, 2.0], [nan, 1.0, 2.0], [0.0, 1.0, 2.0]])) == [1, 3, 0]
+    metrics = accuracy_metrics(torch.full((2, 1, 4), 3))
+    assert metrics["acceptance"][0] == 0
