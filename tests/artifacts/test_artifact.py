@@ -415,3 +415,46 @@ def test_check_replaceable_ignores_the_incomplete_marker_of_a_killed_process(tmp
     (tmp_path / "other.json.part-123").write_text("{")
     with pytest.raises(ValueError, match="contains other files"):
         files.check_replaceable(tmp_path, marker="store.json")
+
+
+def save_and_exit(folder: Path, operation: int) -> bool:
+    """Saves over an artifact in a child process that ends before a file operation; returns whether it ended before."""
+    child = os.fork()
+    if child == 0:
+        count = iter(range(operation))
+
+        def watched(function: Any) -> Any:
+            def run(*arguments: Any, **options: Any) -> Any:
+                if next(count, None) is None:
+                    os._exit(1)
+                return function(*arguments, **options)
+
+            return run
+
+        for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "write_text"), (files, "_exchange")):
+            setattr(owner, name, watched(getattr(owner, name)))
+        shutil.rmtree = watched(shutil.rmtree)
+        target = tiny_target("llama")
+        draftsmith.save(lookup.Drafter(lookup.Config(max_ngram=7), target), folder, target)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_save_survives_being_killed_before_any_file_operation(
+    tmp_path: Path, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file system cannot exchange folders, the next save brings the artifact back."""
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    target, folder, operation = tiny_target("llama"), tmp_path / "draft", 0
+    draftsmith.save(lookup.Drafter(lookup.Config(), target), folder, target)
+    while save_and_exit(folder, operation):
+        operation += 1
+        if can_exchange:
+            assert draftsmith.load(folder, target).config.max_ngram in (3, 7)
+        with pytest.raises(RuntimeError), files.atomic_folder(folder, marker="draft_config.json"):
+            raise RuntimeError("interrupted")
+        assert draftsmith.load(folder, target).config.max_ngram in (3, 7)
+        assert [path.name for path in tmp_path.iterdir()] == ["draft"]
+    assert operation >= 6 and draftsmith.load(folder, target).config.max_ngram == 7

@@ -357,6 +357,31 @@ def test_doctor_invalid_input_raises(sound_folder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("path", "names the file '../secret'"),
+        ("number", "has the number NaN, which is not finite"),
+        ("weights", "is not finite"),
+        ("missing", "tensor .* is missing"),
+    ],
+)
+def test_doctor_names_faults_of_files(faulty_folder: Path, fault: str, message: str) -> None:
+    file, weights = (faulty_folder / "medusa" / name for name in ("draft_config.json", "model.safetensors"))
+    if fault == "path":
+        change(file, lambda manifest: manifest["files"].append("../secret"))
+    elif fault == "number":
+        change(file, lambda manifest: manifest["config"].update(num_heads=float("nan")))
+    else:
+        tensors = load_file(weights)
+        name = min(tensors)
+        tensor = tensors.pop(name)
+        save_file(tensors if fault == "missing" else tensors | {name: tensor * float("nan")}, weights)
+    with pytest.raises(ValueError, match=message) as error:
+        examine(faulty_folder, "medusa")
+    assert "\n" not in str(error.value)
+
+
 def test_checks_of_missing_records_are_unknown(faulty_folder: Path) -> None:
     file = faulty_folder / "medusa" / "draft_config.json"
     change(file, lambda held: [held.pop(key) for key in ("made_with", "trainer")])
