@@ -43,6 +43,7 @@ def keep_only(output: Path, steps: set[int]) -> None:
     """Removes the checkpoints of all other steps."""
     for checkpoint in (output / "checkpoints").glob("checkpoint-*"):
         if checkpoint not in {folder(output, step) for step in steps}:
+            (checkpoint / COMPLETE).unlink(missing_ok=True)  # one that is half removed does not count as damaged
             shutil.rmtree(checkpoint)
 
 
@@ -82,7 +83,7 @@ def set_damaged_aside(output: Path) -> None:
 def kept(output: Path) -> str:
     """Returns what an unfinished run's folder holds for it to continue from, for messages."""
     marked = _marked(output)
-    return f"the checkpoint of step {_step(marked[0])}" if marked else "what is complete, and no checkpoint yet"
+    return f"the checkpoint of step {_step(marked[0])}" if marked else "what is complete"
 
 
 def disposable(output: Path) -> list[str]:

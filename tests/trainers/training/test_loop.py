@@ -153,6 +153,22 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     check_same_as_uninterrupted(folder / "zeros", uninterrupted)
 
 
+def test_half_removed_checkpoint_does_not_count_as_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run is killed while an old checkpoint is removed."""
+    for step in (4, 8):
+        checkpoints.folder(tmp_path, step).mkdir(parents=True)
+        (checkpoints.folder(tmp_path, step) / "model.safetensors").write_text("weights")
+        checkpoints.mark_complete(checkpoints.folder(tmp_path, step), {})
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda path: (path / "model.safetensors").unlink())
+    checkpoints.keep_only(tmp_path, {8})
+    monkeypatch.undo()
+    checkpoints.set_damaged_aside(tmp_path)
+    assert "damaged" not in capsys.readouterr().out
+    assert checkpoints.newest_complete(tmp_path) == (8, {})
+
+
 def test_damaged_best_checkpoint_is_replaced_by_the_newest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (4, 8):
         checkpoints.folder(tmp_path, step).mkdir(parents=True)
