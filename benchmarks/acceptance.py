@@ -25,7 +25,7 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.core.sampling import Sampling
 from draftsmith.length.costs import num_threads
-from eval.bakeoff.machine import commit, hardware
+from eval.bakeoff import hardware
 from eval.bakeoff.optimal_transport import FirstTokenRecorder
 from trainers.training.settings import parse_settings
 
@@ -75,8 +75,8 @@ def main(run: BenchmarkSettings) -> None:
     sampling = Sampling(temperature=run.temperature)
     prompts = [prompt.ids for prompt in load_prompts(run.data, target.tokenizer, max_prompts=run.num_prompts)]
     batches = [prompts[begin : begin + run.batch_size] for begin in range(0, len(prompts), run.batch_size)]
-    print(f"{hardware(target.device)}; {len(prompts)} prompts, {run.max_new_tokens} new tokens, temperature "
-          f"{run.temperature:g}; commit {commit()}")  # fmt: skip
+    print(f"{hardware.describe(target.device)}; {len(prompts)} prompts, {run.max_new_tokens} new tokens, temperature "
+          f"{run.temperature:g}; commit {hardware.commit()}")  # fmt: skip
     print(f"{'draft':35} {'verifier':16} tau                first-token acceptance rate, optimum")
     with num_threads(run.threads), tqdm(total=len(CASES) * len(batches), unit="batch", leave=False) as bar:
         for shape, verifier, changes in CASES:

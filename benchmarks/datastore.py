@@ -25,7 +25,7 @@ from data.examples import open_examples
 from draftsmith import Target
 from draftsmith.drafters.rest import Config, Drafter
 from draftsmith.length.costs import num_threads
-from eval.bakeoff.machine import commit, hardware
+from eval.bakeoff import hardware
 from trainers.corpora.corpus import documents
 from trainers.corpora.suffix_arrays import build
 from trainers.training.run_settings import DEFAULT_DATA
@@ -63,7 +63,8 @@ def main(run: BenchmarkSettings, config: Config) -> None:
     ]
     num_tokens = sum(len(text) + 1 for group in groups for text in group)
     with num_threads(1):
-        print(f"{hardware(torch.device('cpu'))}, 1 thread; {num_tokens:,} tokens; commit {commit() or 'unknown'}")
+        machine = hardware.describe(torch.device("cpu"))
+        print(f"{machine}, 1 thread; {num_tokens:,} tokens; commit {hardware.commit() or 'unknown'}")
         began = time.process_time()
         shards = tuple(build(group, target.vocab_size) for group in groups)
         seconds = time.process_time() - began

@@ -27,7 +27,7 @@ from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.length.costs import num_threads
-from eval.bakeoff.machine import commit, hardware
+from eval.bakeoff import hardware
 from trainers.training.settings import parse_settings
 
 
@@ -113,8 +113,8 @@ def main(run: BenchmarkSettings) -> None:
     drafters = [draftsmith.load(path, target) for path in run.artifacts]
     contenders = [Timed(None, target), *(Timed(drafter, drafter.target) for drafter in drafters)]
     print(
-        f"{hardware(target.device)}, {run.threads} thread(s), {run.dtype}; {len(prompts)} prompts,"
-        f" {run.max_new_tokens} new tokens, temperature {run.temperature:g}; commit {commit() or 'unknown'}"
+        f"{hardware.describe(target.device)}, {run.threads} thread(s), {run.dtype}; {len(prompts)} prompts,"
+        f" {run.max_new_tokens} new tokens, temperature {run.temperature:g}; commit {hardware.commit() or 'unknown'}"
     )
     with num_threads(run.threads):
         for contender in contenders:

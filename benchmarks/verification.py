@@ -25,7 +25,7 @@ from draftsmith.core.tree import Draft, SamplingScheme, Tree, chain
 from draftsmith.length.costs import num_threads
 from draftsmith.verify import block, deterministic, traversal
 from draftsmith.verify.research import kseq, multipath, recursive, token
-from eval.bakeoff.machine import hardware
+from eval.bakeoff import hardware
 from trainers.training.settings import parse_settings
 
 
@@ -52,7 +52,8 @@ class BenchmarkSettings:
 def main(run: BenchmarkSettings) -> None:
     torch.manual_seed(run.seed)
     with num_threads(run.threads), torch.inference_mode():
-        print(f"{hardware(torch.device('cpu'))}, {torch.get_num_threads()} thread(s), vocabulary {run.vocab_size:,}")
+        machine = hardware.describe(torch.device("cpu"))
+        print(f"{machine}, {torch.get_num_threads()} thread(s), vocabulary {run.vocab_size:,}")
         chains(run)
         trees(run)
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from data import pseudo_data, store
+from data import pseudo_data, teacher_store
 from data.batches import Example, example
 from data.prompts import Prompt, TextSettings, load_prompts, print_coverage, prompt_room
 from data.shards import check_origin
@@ -114,8 +114,8 @@ def open_examples(
     data that cannot be read, is unfinished or belongs to another target.
     """
     folder = Path(source)
-    if (folder / store.MARKER).exists():
-        stored = store.open_teacher_store(folder, target)
+    if (folder / teacher_store.MARKER).exists():
+        stored = teacher_store.open_teacher_store(folder, target)
         print_coverage(source, stored.manifest["num_learnt"], stored.manifest["num_tokens"])
         return stored
     if (folder / pseudo_data.MARKER).exists():

@@ -1,4 +1,4 @@
-"""The live teacher: runs the target on a batch and adds the hidden states and logits it lacks. See also `data.store`.
+"""The live teacher: runs the target on a batch and adds the hidden states and logits it lacks.
 
 Shape suffixes: B rows, T positions, S positions of a source, N = B * T, D hidden width, K largest logits kept,
 V vocabulary.

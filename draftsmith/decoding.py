@@ -16,7 +16,7 @@ from draftsmith.core.stats import GenerationStats
 from draftsmith.core.target import Source, Target
 from draftsmith.inputs.arguments import check_objects, real_number, torch_seed, warn_of_unapplied_settings, whole_number
 from draftsmith.inputs.batching import check_lengths, eos_ids, pack, start_rows, until_end
-from draftsmith.inputs.exclusive import exclusive, with_parts
+from draftsmith.inputs.locks import exclusive, with_parts
 from draftsmith.length.controller import with_length_control
 from draftsmith.length.costs import Stopwatch
 from draftsmith.length.policies import Policy

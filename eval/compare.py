@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data.prompts import Prompt
 from draftsmith import Target
 from draftsmith.length.costs import num_threads
-from eval.bakeoff import forecast, machine
+from eval.bakeoff import forecast, hardware
 from eval.bakeoff.contenders import Contender, contenders, fingerprint
 from eval.bakeoff.measure import DecodingRequest, Tally, measure, warm_up
 from eval.bakeoff.optimal_transport import first_token_acceptance
@@ -65,9 +65,9 @@ def _conditions(target: Target, prompts: Sequence[Prompt], settings: BakeoffSett
     return {
         "target": Path(target.name).name if Path(target.name).is_dir() else target.name,
         "dtype": str(target.dtype).removeprefix("torch."),
-        "hardware": machine.hardware(target.device),
+        "hardware": hardware.describe(target.device),
         "threads": torch.get_num_threads(),
-        "commit": machine.commit(),
+        "commit": hardware.commit(),
         "torch": torch.__version__,
         "transformers_version": transformers.__version__,
         "num_prompts": len(prompts),

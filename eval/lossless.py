@@ -46,7 +46,7 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import own_files, read_manifest
 from draftsmith.artifacts.files import check_replaceable
 from draftsmith.length.costs import num_threads
-from eval.bakeoff import machine
+from eval.bakeoff import hardware
 from eval.certificate.identity import FAILED, GreedySettings, compare_greedy
 from eval.certificate.sampled import (
     EXTRA_TOKENS,
@@ -164,8 +164,8 @@ def describe_conditions(target: Target, artifacts: Sequence[Path], prompts: Sequ
     hashes = [hash_files(own_files(path)) for path in artifacts]
     return {
         "command": shlex.join(sys.orig_argv),
-        "commit": machine.commit(),
-        "hardware": machine.hardware(target.device),
+        "commit": hardware.commit(),
+        "hardware": hardware.describe(target.device),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from data import POCKET, pseudo_data, store
+from data import POCKET, pseudo_data, teacher_store
 from data.prompts import LongPrompts, TextSettings, load_prompts, prompt_room
 from data.pseudo_data import write_pseudo_data
 from data.sources import default_source
@@ -31,7 +31,7 @@ from draftsmith.loading.model_info import TargetInfo, read_target_info
 from eval.bakeoff.results import check_output, claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
-from eval.plots.track import to_wandb
+from eval.plots.wandb_logging import to_wandb
 from eval.report.table import header, table
 from trainers.sweeps import lineup
 from trainers.training import launchers
@@ -168,7 +168,7 @@ def _train(
     if run.train_steps:
         options["max_steps"] = run.train_steps
     with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
-        if not any((data / marker).exists() for marker in (pseudo_data.MARKER, store.MARKER)):
+        if not any((data / marker).exists() for marker in (pseudo_data.MARKER, teacher_store.MARKER)):
             data = output / "pseudo-data"
             training_prompts = load_prompts(
                 run.learn_from or default_source("train", is_encoder_decoder=target_info.is_encoder_decoder),

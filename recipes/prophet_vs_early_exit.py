@@ -28,7 +28,7 @@ from eval.bakeoff.results import claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.plots.curves import Panel, publish_curves, read_curve
-from eval.plots.track import to_wandb
+from eval.plots.wandb_logging import to_wandb
 from eval.report.table import header, table
 from trainers import early_exit, prophet
 from trainers.training import launchers

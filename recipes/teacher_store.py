@@ -15,7 +15,7 @@ from data import POCKET
 from data.examples import check_target, open_examples, usable_rows
 from data.prompts import TextSettings
 from data.shards import first_run_time
-from data.store import MARKER, TeacherStoreSettings, plan_teacher_store, write_teacher_store
+from data.teacher_store import MARKER, TeacherStoreSettings, plan_teacher_store, write_teacher_store
 from draftsmith.loading.model_info import read_target_info
 from trainers.training import launchers
 from trainers.training.settings import parse_settings

@@ -22,9 +22,16 @@ from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.self_drafting.sublayers import sublayers
 from trainers import Metrics
-from trainers.corpora import decoding
+from trainers.corpora import evaluation
 from trainers.layer_search.search import METHODS, Bits, Space, search
-from trainers.layer_search.sublayers import CachedTexts, SublayerCosts, influence, measure_costs, simulate, speed_up
+from trainers.layer_search.sublayer_costs import (
+    CachedTexts,
+    SublayerCosts,
+    influence,
+    measure_costs,
+    simulate,
+    speed_up,
+)
 from trainers.training.logs import make_logger
 from trainers.training.run_settings import RunSettings
 
@@ -72,7 +79,7 @@ def check(settings: Settings, target: TargetInfo) -> None:
         raise ValueError(f"{target.name} is an encoder-decoder; only sublayers of causal targets can be skipped")
 
 
-needs = decoding.needs
+needs = evaluation.needs
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:

@@ -7,7 +7,7 @@ from pathlib import Path
 from data.batches import Example
 from draftsmith import Target
 from draftsmith.drafters.lookahead import Config, Drafter
-from trainers.corpora import decoding
+from trainers.corpora import evaluation
 from trainers.training.run_settings import RunSettings
 
 
@@ -18,7 +18,7 @@ class Settings:
     config: Config = field(default_factory=Config)
 
 
-needs, evaluate = decoding.needs, decoding.evaluate
+needs, evaluate = evaluation.needs, evaluation.evaluate
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:

@@ -13,7 +13,7 @@ from draftsmith import Target
 from draftsmith.drafters.merge import Config, Drafter
 from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.composites import part_config
-from trainers.corpora import decoding
+from trainers.corpora import evaluation
 from trainers.parts import composites
 from trainers.training.run_settings import RunSettings
 
@@ -33,7 +33,7 @@ class Settings:
 
 
 check, prior_train_s = composites.check, composites.prior_train_s
-needs, evaluate = decoding.needs, decoding.evaluate
+needs, evaluate = evaluation.needs, evaluation.evaluate
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:

@@ -12,7 +12,7 @@ from draftsmith import Target
 from draftsmith.drafters.ngram import Config, Drafter
 from draftsmith.parts.checks import check_at_least
 from trainers import Metrics
-from trainers.corpora import corpus, decoding
+from trainers.corpora import corpus, evaluation
 from trainers.corpora.kneser_ney import build, count_ngrams
 from trainers.training.run_settings import RunSettings
 
@@ -32,7 +32,7 @@ class Settings:
         check_at_least(self, 0, "budget_mb")
 
 
-needs = decoding.needs
+needs = evaluation.needs
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
@@ -58,4 +58,4 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
                 path = model.path(ids[max(0, position - settings.config.order) : position])
                 nats -= float(np.log(model.token_probs(path, np.array([ids[position]]))[0]))
                 num_tokens += 1
-    return decoding.evaluate(drafter, batch, settings, target) | {"nats": (torch.tensor(nats), num_tokens)}
+    return evaluation.evaluate(drafter, batch, settings, target) | {"nats": (torch.tensor(nats), num_tokens)}

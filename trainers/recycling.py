@@ -25,7 +25,7 @@ from draftsmith.length.costs import quickest_ms
 from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_NODES, check_at_least
 from trainers import Metrics, Needs
-from trainers.corpora import corpus, decoding
+from trainers.corpora import corpus, evaluation
 from trainers.parts import heads, trees
 from trainers.training.run_settings import RunSettings
 
@@ -101,7 +101,7 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns the accepted tokens per round; successors learned while decoding are dropped afterwards."""
-    return decoding.evaluate(drafter.with_tree(drafter.config.tree), batch, settings, target)
+    return evaluation.evaluate(drafter.with_tree(drafter.config.tree), batch, settings, target)
 
 
 def top_k_pairs(rows: Sequence[Example], target: Target, num_successors: int) -> Pairs:

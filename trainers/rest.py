@@ -7,7 +7,7 @@ from pathlib import Path
 from data.batches import Example
 from draftsmith import Target
 from draftsmith.drafters.rest import Config, Drafter
-from trainers.corpora import decoding
+from trainers.corpora import evaluation
 from trainers.corpora.suffix_arrays import DatastoreSettings, build_shards
 from trainers.training.run_settings import RunSettings
 
@@ -19,7 +19,7 @@ class Settings(DatastoreSettings):
     config: Config = field(default_factory=Config)
 
 
-needs, evaluate = decoding.needs, decoding.evaluate
+needs, evaluate = evaluation.needs, evaluation.evaluate
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:

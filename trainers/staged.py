@@ -11,7 +11,7 @@ from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.drafters.staged import Config, Drafter, draft_model_of
 from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.composites import load_artifact, part_config
-from trainers.corpora import decoding
+from trainers.corpora import evaluation
 from trainers.parts import composites
 from trainers.training.run_settings import RunSettings
 
@@ -27,7 +27,7 @@ class Settings:
 
 
 prior_train_s = composites.prior_train_s
-needs, evaluate = decoding.needs, decoding.evaluate
+needs, evaluate = evaluation.needs, evaluation.evaluate
 
 
 def check(settings: Settings, target: TargetInfo) -> None:

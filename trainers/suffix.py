@@ -8,7 +8,7 @@ from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.suffix import Config, Drafter
 from trainers import Metrics
-from trainers.corpora import decoding
+from trainers.corpora import evaluation
 from trainers.corpora.suffix_arrays import DatastoreSettings, build_shards
 from trainers.training.run_settings import RunSettings
 
@@ -20,7 +20,7 @@ class Settings(DatastoreSettings):
     config: Config = field(default_factory=Config)
 
 
-needs = decoding.needs
+needs = evaluation.needs
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
@@ -30,4 +30,4 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns the accepted tokens per round; text learned while decoding is dropped afterwards."""
-    return decoding.evaluate(Drafter(drafter.config, target, drafter.shards), batch, settings, target)
+    return evaluation.evaluate(Drafter(drafter.config, target, drafter.shards), batch, settings, target)

@@ -32,7 +32,7 @@ from draftsmith.loading import remote_code
 from draftsmith.loading.model_info import TargetInfo, read_target_info, tokenizer_hash
 from draftsmith.loading.weights import load_model
 from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least
-from trainers.corpora import decoding
+from trainers.corpora import evaluation
 from trainers.parts import small_models
 from trainers.pocket import BOS, EOS, PAD, MuonAndAdamW, byte_pairs
 from trainers.training import checkpoints, launchers
@@ -89,7 +89,7 @@ def check(settings: Settings, target: TargetInfo) -> None:
         raise ValueError("a draft model is trained in a single process; run without torchrun and deepspeed")
 
 
-needs, evaluate = decoding.needs, decoding.evaluate
+needs, evaluate = evaluation.needs, evaluation.evaluate
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:

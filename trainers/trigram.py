@@ -18,7 +18,7 @@ from draftsmith import Target
 from draftsmith.drafters.trigram import Config, Drafter
 from draftsmith.drafters.trigram.compiled import Table
 from draftsmith.parts.checks import check_at_least
-from trainers.corpora import corpus, decoding
+from trainers.corpora import corpus, evaluation
 from trainers.training.run_settings import RunSettings
 
 LARGEST_VOCABULARY = 2**21
@@ -47,7 +47,7 @@ class Settings:
         check_at_least(self, 0, "budget_mb")
 
 
-needs, evaluate = decoding.needs, decoding.evaluate
+needs, evaluate = evaluation.needs, evaluation.evaluate
 
 
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.artifact import MANIFEST, family_of, local_folder, read_manifest
 from draftsmith.artifacts.files import atomic_folder, check_replaceable
-from draftsmith.export import custom, families
+from draftsmith.export import custom_generate, families
 from draftsmith.export.launch import ENGINE_NAMES, LAUNCH, Launch, write_launch
 from draftsmith.export.source import ExportSource, open_source
 
@@ -42,13 +42,13 @@ def export(artifact: str | Path, to: str, output: str | Path, target: str | None
         raise ValueError(f"{output} is an artifact; name another output folder")
     check_replaceable(path, marker=LAUNCH)
     source = open_source(artifact_folder.resolve(), manifest, path, target)
-    if source.target_info.is_encoder_decoder and write is not custom.write:
+    if source.target_info.is_encoder_decoder and write is not custom_generate.write:
         if to != "transformers":
             raise ValueError(
                 f"{ENGINE_NAMES[to]} does not draft for encoder-decoders such as {source.target_name}; export it --to"
                 " transformers"
             )
-        write = custom.write
+        write = custom_generate.write
     with atomic_folder(path, marker=LAUNCH) as folder:
         write_launch(folder, source, to, write(source, folder))
     return path
@@ -58,7 +58,7 @@ def writers(family: str) -> dict[str, Writer]:
     """Returns the writers of a family by engine."""
     modules = {info.name for info in pkgutil.iter_modules(families.__path__)}
     own = importlib.import_module(f"draftsmith.export.families.{family}").WRITERS if family in modules else {}
-    return {"transformers": custom.write} | own
+    return {"transformers": custom_generate.write} | own
 
 
 def _writer(family: str, engine: str) -> Writer:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from data.prompts import Prompt
 from draftsmith import Target
 from draftsmith.length.costs import num_threads
-from eval.bakeoff.machine import commit, hardware
+from eval.bakeoff import hardware
 from eval.bakeoff.measure import DecodingMethod, DecodingRequest, measure, warm_up
 
 
@@ -62,7 +62,7 @@ def compare_pair(
 def describe_conditions(target: Target, num_prompts: int, settings: PairSettings) -> str:
     """Returns a line with the hardware, the settings and the commit of a benchmark."""
     return (
-        f"{hardware(target.device)}, {settings.threads} thread(s), {str(target.dtype).removeprefix('torch.')};"
+        f"{hardware.describe(target.device)}, {settings.threads} thread(s), {str(target.dtype).removeprefix('torch.')};"
         f" {num_prompts} prompts, {settings.max_new_tokens} new tokens, temperature {settings.temperature:g},"
-        f" batch {settings.batch_size}; commit {commit() or 'unknown'}"
+        f" batch {settings.batch_size}; commit {hardware.commit() or 'unknown'}"
     )

@@ -22,7 +22,7 @@ from hypothesis import strategies as some
 import draftsmith
 from data.batches import example
 from data.pseudo_data import read_pseudo_data
-from data.store import TeacherStoreSettings, write_teacher_store
+from data.teacher_store import TeacherStoreSettings, write_teacher_store
 from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.drafters import rest

@@ -14,8 +14,8 @@ from torch import Tensor
 import draftsmith
 from data.batches import Batch, collate, example
 from data.examples import open_examples
-from data.store import TeacherStoreSettings, write_teacher_store
 from data.teacher import complete
+from data.teacher_store import TeacherStoreSettings, write_teacher_store
 from tests.support.family import texts
 from tests.support.models import VOCAB_SIZE, greedy_by_transformers, prompts, scramble, tiny_target
 from tests.support.runs import SMALL, logged, make_data, make_target, trainer_settings, weights

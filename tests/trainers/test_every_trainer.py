@@ -18,7 +18,7 @@ import torch
 import draftsmith
 import trainers
 from data.pseudo_data import read_pseudo_data
-from data.store import TeacherStoreSettings, write_teacher_store
+from data.teacher_store import TeacherStoreSettings, write_teacher_store
 from tests.support import runs
 from tests.support.runs import SMALL, command, logged, make_data, make_target, run, weights
 from trainers.training import checkpoints

@@ -22,7 +22,14 @@ from draftsmith.parts.self_drafting.sublayers import sublayers
 from tests.support.models import greedy_by_transformers, prompts, tiny_target
 from tests.support.runs import command, environment, make_data, make_target, trainer_settings
 from trainers import layerskip
-from trainers.layer_search.sublayers import CachedTexts, SublayerCosts, influence, measure_costs, simulate, speed_up
+from trainers.layer_search.sublayer_costs import (
+    CachedTexts,
+    SublayerCosts,
+    influence,
+    measure_costs,
+    simulate,
+    speed_up,
+)
 from trainers.layerskip import evaluate, initial_masks
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings

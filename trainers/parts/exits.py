@@ -17,7 +17,7 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.length.costs import CONTEXT, quickest_ms
 from draftsmith.length.policies import Policy
 from trainers import Metrics
-from trainers.layer_search.sublayers import simulate
+from trainers.layer_search.sublayer_costs import simulate
 from trainers.parts.losses import Teacher, acceptance, outcome_log_probs, sum_in_chunks
 
 RowOutcomes = tuple[list[bool], list[float]]

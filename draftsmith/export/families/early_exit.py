@@ -7,7 +7,7 @@ transformers shares the blocks with `assistant_early_exit`.
 from pathlib import Path
 from typing import Any
 
-from draftsmith.export import custom
+from draftsmith.export import custom_generate
 from draftsmith.export.launch import Launch, python_launch
 from draftsmith.export.models import assistant_writer, reduced_model, sglang_draft_model_writer, vllm_draft_model_writer
 from draftsmith.export.source import ExportSource
@@ -30,7 +30,7 @@ def for_transformers(source: ExportSource, folder: Path) -> Launch:
     """Writes a generation config, an assistant or a custom_generate folder, the first that can express the drafter."""
     config = source.config
     if config.num_blocks or config.recycling:
-        return custom.write(source, folder)
+        return custom_generate.write(source, folder)
     if config.own_norm or config.own_head:
         return assistant_writer(draft_model)(source, folder)
     assert source.drafter.config == config  # loading the drafter rejects an artifact of another target

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from draftsmith.export import custom
+from draftsmith.export import custom_generate
 from draftsmith.export.launch import Launch
 from draftsmith.export.models import assistant_writer, sglang_draft_model_writer, vllm_draft_model_writer
 from draftsmith.export.source import ExportSource
@@ -22,7 +22,7 @@ def draft_model(source: ExportSource) -> Any:
 
 def for_transformers(source: ExportSource, folder: Path) -> Launch:
     """Writes an assistant if the draft model is an ordinary one, else a custom_generate folder."""
-    return (assistant_writer(draft_model) if _is_ordinary(source.config) else custom.write)(source, folder)
+    return (assistant_writer(draft_model) if _is_ordinary(source.config) else custom_generate.write)(source, folder)
 
 
 def _is_ordinary(config: Any) -> bool:

@@ -17,7 +17,7 @@ from draftsmith.drafters import lookup
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, prompts, tiny_target
 from trainers.corpora import corpus
 from trainers.corpora.corpus import build_chunks, documents, select_documents
-from trainers.corpora.decoding import evaluate
+from trainers.corpora.evaluation import evaluate
 
 ROWS = some.lists(some.lists(some.tuples(some.integers(0, 2), some.booleans()), min_size=1, max_size=9), max_size=6)
 FEW = settings(max_examples=60, deadline=None)

@@ -16,7 +16,7 @@ import torch
 import draftsmith
 from data.prompts import TextSettings
 from data.pseudo_data import read_pseudo_data
-from data.store import TeacherStoreSettings, write_teacher_store
+from data.teacher_store import TeacherStoreSettings, write_teacher_store
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.drafters import lookup
 from tests.support.runs import (

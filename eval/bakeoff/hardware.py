@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 
-def hardware(device: torch.device) -> str:
+def describe(device: torch.device) -> str:
     """Returns the name of the GPU, or of the CPU with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -11,8 +11,8 @@ import recipes.teacher_store as recipe
 from data.batches import Example, collate, example
 from data.examples import open_examples, usable_rows
 from data.pseudo_data import read_pseudo_data, write_pseudo_data
-from data.store import TeacherStoreSettings, open_teacher_store, write_teacher_store
 from data.teacher import complete
+from data.teacher_store import TeacherStoreSettings, open_teacher_store, write_teacher_store
 from data.writers import PseudoDataSettings
 from draftsmith import Target
 from tests.support.runs import locked_by_another_run
@@ -166,7 +166,7 @@ def test_write_rejects_a_store_over_the_limit(target, rows, tmp_path):
 
 def test_small_shards_have_the_same_rows(target, rows, tmp_path, monkeypatch):
     whole = open_teacher_store(write(target, rows, tmp_path / "whole"), target)
-    monkeypatch.setattr("data.store.MEGABYTE", 20_000)
+    monkeypatch.setattr("data.teacher_store.MEGABYTE", 20_000)
     sharded = open_teacher_store(
         write(target, rows, tmp_path / "sharded", TeacherStoreSettings(layers=LAYERS, top_k=5, shard_mb=1)), target
     )
@@ -181,7 +181,7 @@ def test_small_shards_have_the_same_rows(target, rows, tmp_path, monkeypatch):
 
 
 def test_write_restores_a_missing_shard_exactly(target, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.store.MEGABYTE", 40_000)
+    monkeypatch.setattr("data.teacher_store.MEGABYTE", 40_000)
     settings = TeacherStoreSettings(layers=LAYERS, top_k=TOP_K, shard_mb=1)
     folder = write(target, rows, tmp_path / "store", settings)
     before = contents(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval.plots.track import to_wandb
+from eval.plots.wandb_logging import to_wandb
 from tests.support.wandb_files import read_wandb
 
 ROWS = [
