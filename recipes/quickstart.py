@@ -8,6 +8,7 @@ and nothing is trained twice.
 """
 
 import importlib
+import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -41,14 +42,20 @@ NEXT = """
 The report is {output}/bakeoff.html, the plot bakeoff.png, and the table bakeoff.md, .csv and .json. Next steps:
 
   # generate text and mark the drafted tokens that are accepted
-  draftsmith generate --draft {drafter} --show-drafts 'def main('
+  {draftsmith} generate --draft {drafter} --show-drafts 'def main('
   # show the drafter's manifest
-  draftsmith inspect {drafter}
+  {draftsmith} inspect {drafter}
   # do all this for your own model and prompts
   ./launch.sh quickstart --target MODEL --data PROMPTS.jsonl --output runs/mine
   # list all recipes; each has its own --help
   ./launch.sh --help
 """
+
+
+def command_path() -> str:
+    """Returns how the user's shell finds the command `draftsmith`: its path, as the environment is not active there."""
+    path = Path(sys.executable).with_name("draftsmith")
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +114,7 @@ def main(run: QuickstartSettings) -> None:
         rows = compare(target, held_out, artifacts, output, settings)
         print("\n".join(["", header(rows, "terminal"), *table(rows, "terminal")]))
         best = max((row for row in rows if row["family"] is not None), key=lambda row: row["speedup"])
-        print(NEXT.format(output=output, drafter=output / best["drafter"]))
+        print(NEXT.format(output=output, drafter=output / best["drafter"], draftsmith=command_path()))
         print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 
