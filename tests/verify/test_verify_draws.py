@@ -24,9 +24,9 @@ from tests.support.verify.enumeration import (
     Shape,
     Text,
     Verify,
+    draft_of_fillings,
     error,
     expected_tokens,
-    filled,
     fillings,
     full,
     random_distributions,
@@ -134,7 +134,7 @@ def greedy_drafting_output(shape: Shape, draft: Distributions, target: Distribut
                 threshold = min(1.0, float(target[text][children[-1]] / rest_V[children[-1]]))
                 residual_V = (target[text] - rest_V).clamp(min=0)
             edges.append([threshold, *(threshold + (1 - threshold) * step for step in steps_of(residual_V))])
-        one, target_probs_1NV = filled(shape, [texts], [used], draft, target)
+        one, target_probs_1NV = draft_of_fillings(shape, [texts], [used], draft, target)
         for output, share in output_of_cells(greedy_drafting.verify, one, target_probs_1NV, edges).items():
             found[output] += weight * share
     return found
