@@ -258,11 +258,21 @@ def test_interrupted_run_prints_one_sentence_and_exits_with_130(folder: Path, un
     run = settings(folder, "interrupted")
     flags = {"num_heads": 2, "tree_nodes": 4, **SMALL, "max_steps": 100_000}
     words = command("medusa", target=run.target, data=run.data, output=run.output, **flags)
-    process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
+    # Where the tests run in the background, as in CI, SIGINT is ignored, and a subprocess would inherit that.
+    process = subprocess.Popen(
+        words,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while checkpoints.newest_complete(Path(run.output)) is None and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate()
+    try:
+        _, error = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, error
     assert "Traceback" not in error
     sentence = rf"medusa.py: interrupted; {run.output} keeps the checkpoint of step \d+; the same command continues"
