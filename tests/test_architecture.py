@@ -24,9 +24,11 @@ OPTIONAL_NEEDS = {
     "draftsmith/artifacts/hub.py": "huggingface_hub",
     "draftsmith/artifacts/model_card.py": "huggingface_hub",
     "draftsmith/parts/neural/quantised.py": "torchao",
+    "draftsmith/loading/gguf_files.py": "gguf",
+    "draftsmith/loading/target_names.py": "yaml",
 }
-"""Further packages that single files may import: numba and torchao are imported when a drafter needs them, the hub's
-client comes with transformers."""
+"""Further packages that single files may import: numba, torchao and gguf are imported when a drafter or target needs
+them, the hub's client and yaml come with transformers."""
 NOT_IN_SERVERS = ("deepspeed", "wandb", "datasets", "peft", "matplotlib", "numba")
 MAX_FLAT = 9
 """Most modules that lie flat in one package, `__init__.py` not counted."""

@@ -24,6 +24,7 @@ from draftsmith.artifacts.files import atomic_folder, check_replaceable
 from draftsmith.artifacts.provenance import run_provenance
 from draftsmith.loading import remote_code
 from draftsmith.loading.model_info import TargetInfo, read_target_info
+from draftsmith.loading.target_names import model_folder
 from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural import quantised
 from trainers.compression import calibration, importance, pruning, sparsity
@@ -133,7 +134,7 @@ def compress(settings: CompressSettings) -> Path:
     made = _compressed(settings, source, batches)
     manifest = _manifest(settings, source, made, identity, batches)
     trusted = remote_code.is_allowed()
-    stored = AutoConfig.from_pretrained(settings.source, trust_remote_code=trusted).dtype or torch.float32
+    stored = AutoConfig.from_pretrained(model_folder(settings.source), trust_remote_code=trusted).dtype or torch.float32
     with atomic_folder(output, marker=MARKER) as folder:
         model = made.model if settings.method in quantised.SCHEMES else made.model.to(stored)
         model.save_pretrained(folder)
@@ -173,7 +174,10 @@ def _compressed(settings: CompressSettings, source: Target, batches: list[Batch]
         return Compressed(model=own.model)
     scheme = TorchAoConfig(quantised.config_of(source.model, settings.method))
     model = AutoModelForCausalLM.from_pretrained(
-        settings.source, dtype="auto", quantization_config=scheme, trust_remote_code=remote_code.is_allowed()
+        model_folder(settings.source),
+        dtype="auto",
+        quantization_config=scheme,
+        trust_remote_code=remote_code.is_allowed(),
     )
     return Compressed(model=model.eval())
 

@@ -19,6 +19,7 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.lm import Config, Drafter
 from draftsmith.loading import remote_code
 from draftsmith.loading.model_info import TargetInfo, read_target_info
+from draftsmith.loading.target_names import model_folder
 from draftsmith.loading.weights import load_model
 from draftsmith.parts.checks import MAX_DEPTH, MAX_NODES, MAX_WIDTH, check_at_least
 from draftsmith.parts.neural.shortlist import check_size
@@ -113,7 +114,7 @@ def build(settings: Settings, target: Target) -> Drafter:
     if settings.init:
         auto = AutoModelForSeq2SeqLM if read_target_info(settings.init).is_encoder_decoder else AutoModelForCausalLM
         options = {"dtype": torch.float32, "trust_remote_code": remote_code.is_allowed()}
-        given = load_model(auto, settings.init, **options)
+        given = load_model(auto, model_folder(settings.init), **options)
         if given.get_input_embeddings().num_embeddings != target.vocab_size:
             given.resize_token_embeddings(target.vocab_size)
         return _with_weights(_drafter(settings, given.config, target), given)

@@ -30,6 +30,7 @@ from draftsmith.artifacts.files import atomic_folder
 from draftsmith.drafters.translated import Config, Drafter, translation
 from draftsmith.loading import remote_code
 from draftsmith.loading.model_info import TargetInfo, read_target_info, tokenizer_hash
+from draftsmith.loading.target_names import model_folder
 from draftsmith.loading.weights import load_model
 from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least
 from trainers.corpora import evaluation
@@ -99,7 +100,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
         _train(settings, target, rows, run, output, folder)
     draft = read_target_info(str(folder) if folder.is_dir() else settings.draft_model)
     options = {"dtype": torch.float32, "trust_remote_code": remote_code.is_allowed()}
-    given = load_model(AutoModelForCausalLM, draft.name, **options)
+    given = load_model(AutoModelForCausalLM, model_folder(draft.name), **options)
     drafter = _drafter(settings, given, draft.tokenizer, target)
     drafter.model.load_state_dict(given.state_dict())
     counterparts = drafter.counterparts_U.tolist()

@@ -32,6 +32,7 @@ from draftsmith.core.views import (
 )
 from draftsmith.loading import remote_code
 from draftsmith.loading.model_info import context_length, decoder_start, end_tokens, read_target_info, tokenizer_hash
+from draftsmith.loading.target_names import model_folder
 from draftsmith.loading.weights import load_model
 
 LAYER_KINDS = {"full_attention", "sliding_attention"}
@@ -99,8 +100,10 @@ class Target:
 
     @staticmethod
     def from_pretrained(path: str | Path, *, dtype: str = "auto", device: str = "auto") -> "Target":
-        """Loads a transformers folder or hub name with its tokenizer; `$DRAFTSMITH_OFFLINE=1` forbids the hub.
+        """Loads a transformers folder, GGUF file, named target or hub name with its tokenizer.
 
+        `dtype="auto"` is the dtype of the weights, and bfloat16 for a GGUF file that is quantised.
+        `$DRAFTSMITH_OFFLINE=1` forbids the hub, and fetching a named target.
         Raises ValueError for weights that are missing, unexpected, of another shape or not finite. Code in the folder
         is not run, unless `draftsmith.loading.remote_code.allow()` was called.
         """
@@ -111,9 +114,10 @@ class Target:
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         trusted = remote_code.is_allowed()
         try:
-            model = load_model(auto, path, dtype=dtype, trust_remote_code=trusted).to(device)
+            model = load_model(auto, model_folder(path), dtype=dtype, trust_remote_code=trusted).to(device)
         except Exception as error:
             raise ValueError(f"target {path} cannot be loaded: {remote_code.reason(error)}") from error
+        model.config._name_or_path = path  # not the cache folder's, of a GGUF file or a named target
         return Target(model, info.tokenizer)
 
     @property

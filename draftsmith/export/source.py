@@ -12,6 +12,7 @@ from draftsmith.artifacts import artifact
 from draftsmith.core.target import Target
 from draftsmith.loading import remote_code
 from draftsmith.loading.model_info import TargetInfo, read_target_info
+from draftsmith.loading.target_names import model_folder
 
 TARGET = "target"
 """Subfolder of an export with the target that the drafter has fine-tuned."""
@@ -35,12 +36,9 @@ class ExportSource:
 
     @property
     def target_name(self) -> str:
-        """The target's absolute folder or hub name."""
-        return (
-            str(Path(self.target_info.name).resolve())
-            if Path(self.target_info.name).is_dir()
-            else self.target_info.name
-        )
+        """The target's absolute folder or hub name; of a GGUF file or a named target, the folder it is converted to."""
+        folder = model_folder(self.target_info.name)
+        return str(Path(folder).resolve()) if Path(folder).is_dir() else folder
 
     @property
     def served_model(self) -> str:
@@ -50,7 +48,7 @@ class ExportSource:
     @cached_property
     def target_config(self) -> Any:
         """The transformers configuration of the target's text model."""
-        name = self.target_info.name
+        name = model_folder(self.target_info.name, needs_weights=False)
         return AutoConfig.from_pretrained(name, trust_remote_code=remote_code.is_allowed()).get_text_config(
             decoder=True
         )
@@ -59,7 +57,7 @@ class ExportSource:
     def generation_config(self) -> Any:
         """The target's generation configuration, derived from its model configuration if it has none."""
         try:
-            return GenerationConfig.from_pretrained(self.target_info.name)
+            return GenerationConfig.from_pretrained(model_folder(self.target_info.name, needs_weights=False))
         except OSError:
             return GenerationConfig.from_model_config(self.target_config)
 

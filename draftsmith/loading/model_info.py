@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from draftsmith.loading import remote_code
+from draftsmith.loading.target_names import model_folder, nearest_name
 
 NO_LIMIT = 2**30
 """Context length of a model whose positions are unlimited."""
@@ -40,28 +41,35 @@ class TargetInfo:
 
 
 def read_target_info(path: str) -> TargetInfo:
-    """Reads config and tokenizer of a transformers folder or hub name; `$DRAFTSMITH_OFFLINE=1` forbids the hub.
+    """Reads config and tokenizer of a transformers folder, GGUF file, named target or hub name, without the weights.
 
+    Of a GGUF file they are converted once, into the cache folder; `$DRAFTSMITH_OFFLINE=1` forbids the hub and fetching.
     Raises ValueError if there is no model, if its tokenizer is damaged, or if it needs code of its own that the user
     has not allowed.
     """
+    name, path = path, model_folder(path, needs_weights=False)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         if (Path(path) / "adapter_config.json").is_file():
             raise ValueError(
                 f"target folder {path} has adapters of PEFT without their model; save it with them merged"
                 " (merge_and_unload), or pass the PeftModel to draftsmith.Target"
             )
-        raise ValueError(f"target folder {path} has no config.json; name a transformers model folder")
+        raise ValueError(
+            f"target folder {path} has no config.json; name a transformers model folder or one with a GGUF file"
+        )
     if not Path(path).is_dir() and os.environ.get("DRAFTSMITH_OFFLINE") == "1":
-        raise ValueError(f"target {path!r} is not a local folder, and DRAFTSMITH_OFFLINE=1 disables access to the hub")
+        raise ValueError(
+            f"target {path!r} is not a local folder, and DRAFTSMITH_OFFLINE=1 disables access to the hub"
+            f"{nearest_name(path)}"
+        )
     try:
         whole = AutoConfig.from_pretrained(path, trust_remote_code=remote_code.is_allowed())
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"target {path!r} cannot be read: {remote_code.reason(error)}") from None
+        raise ValueError(f"target {path!r} cannot be read: {remote_code.reason(error)}{nearest_name(path)}") from None
     tokenizer = _tokenizer(path)
     config, generation_config = whole.get_text_config(decoder=True), _generation_config(path)
     return TargetInfo(
-        name=path,
+        name=name,
         tokenizer=tokenizer,
         vocab_size=config.vocab_size,
         num_layers=config.num_hidden_layers,

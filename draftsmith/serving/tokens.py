@@ -17,6 +17,7 @@ from draftsmith.artifacts import json_text
 from draftsmith.artifacts.files import inside, plain_name
 from draftsmith.loading import remote_code
 from draftsmith.loading.model_info import read_target_info
+from draftsmith.loading.target_names import model_folder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -45,7 +46,7 @@ class TokenTarget:
     @cached_property
     def model(self) -> "EmbeddingAndHead":
         """The embedding and the LM head, read on first use."""
-        return EmbeddingAndHead(self.name, self.dtype, self.device)
+        return EmbeddingAndHead(model_folder(self.name), self.dtype, self.device)
 
 
 class EmbeddingAndHead:
