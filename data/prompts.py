@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data.sources import Document, LeftOut, Row, RowError, forms, pairs, read_source
+from data.sources import PYTHON_QUESTIONS, Document, LeftOut, Row, RowError, forms, pairs, read_source
 from data.sources.chat import REASONING_KEYS, ChatFormat
 from draftsmith import Target
 from draftsmith.inputs.texts import encode_text
@@ -95,6 +95,11 @@ def load_prompts(
     name, columns = pairs.split_columns(source)
     if columns and not is_encoder_decoder:
         raise ValueError(f"{source} names source and label columns, which only an encoder-decoder target can use")
+    if keep_answers and name.split(":")[0] == PYTHON_QUESTIONS and tokenizer.chat_template:
+        raise ValueError(
+            f"{source} has questions without answers; let the target answer them with recipes/pseudo_data.py, and give"
+            " its output folder as the data"
+        )
     if long_prompts == "auto":
         long_prompts = "cut" if is_encoder_decoder else "refuse"
     found = read_source(name)

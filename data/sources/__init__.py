@@ -1,8 +1,9 @@
 """Reads sources of prompts: rows of JSON, CSV, Parquet and `datasets`, or whole text documents.
 
 A source is a file, a folder, `python-source` (held-out files of the pocket target), `python-source:train` (its training
-files), `python-docstrings` or `python-docstrings:train` (the functions in these files with their summary lines), or a
-name on the hub: `owner/name`, `owner/name:split` or `owner/name/configuration:split`.
+files), `python-docstrings` or `python-docstrings:train` (the functions in these files with their summary lines),
+`python-questions` or `python-questions:train` (questions to an assistant, see data/sources/questions), or a name on the
+hub: `owner/name`, `owner/name:split` or `owner/name/configuration:split`.
 """
 
 import json
@@ -15,11 +16,22 @@ import pyarrow
 from data import POCKET
 from data.sources.files import ROW_SUFFIXES, TEXT_SUFFIXES, data_suffix, numbered_rows, read_file, read_folder
 from data.sources.python_source import SourceFile, docstring_pairs, source_files, split_files
+from data.sources.questions import question_rows
 from data.sources.records import Document, LeftOut, Row, RowError
 
-__all__ = ["BEGINNING", "Document", "LeftOut", "Row", "RowError", "default_source", "looks_local", "read_source"]
+__all__ = [
+    "BEGINNING",
+    "PYTHON_QUESTIONS",
+    "Document",
+    "LeftOut",
+    "Row",
+    "RowError",
+    "default_source",
+    "looks_local",
+    "read_source",
+]
 
-PYTHON_SOURCE, PYTHON_DOCSTRINGS = "python-source", "python-docstrings"
+PYTHON_SOURCE, PYTHON_DOCSTRINGS, PYTHON_QUESTIONS = "python-source", "python-docstrings", "python-questions"
 BEGINNING = 160
 """Number of characters at the beginning of files that are compared to find near-duplicates."""
 
@@ -27,12 +39,17 @@ BEGINNING = 160
 def read_source(source: str) -> list[Row] | list[Document]:
     """Returns the rows or documents of `source` in file order; raises ValueError if it cannot be read."""
     if not source.strip():
-        raise ValueError("no data given; name a file, a folder, a data set on the hub, or python-source")
+        raise ValueError(
+            "no data given; name a file, a folder, a data set on the hub, python-questions or python-source"
+        )
     path = Path(source)
     if source.split(":")[0] == PYTHON_SOURCE:
         return _python_source(source)
     if source.split(":")[0] == PYTHON_DOCSTRINGS:
         return _python_docstrings(source)
+    if source.split(":")[0] == PYTHON_QUESTIONS:
+        _check_part(source)
+        return question_rows(held_out=not _is_train(source))
     if path.is_dir():
         return _saved_dataset(path) if _is_saved_dataset(path) else read_folder(path)
     if path.is_file():
@@ -85,11 +102,15 @@ def _is_train(source: str) -> bool:
     return source.endswith(":train")
 
 
-def _python_files(source: str) -> tuple[list[SourceFile], list[SourceFile]]:
-    """Returns the pocket targets' training files and held-out files."""
+def _check_part(source: str) -> None:
     name, _, part = source.partition(":")
     if part not in ("", "held-out", "train"):
         raise ValueError(f"unknown part {part!r} in {source!r}; use {name} or {name}:train")
+
+
+def _python_files(source: str) -> tuple[list[SourceFile], list[SourceFile]]:
+    """Returns the pocket targets' training files and held-out files."""
+    _check_part(source)
     card = POCKET / "pocket.json"
     made = json.loads(card.read_text())["settings"] if card.exists() else {}
     share, seed = made.get("held_out_share", 0.02), made.get("seed", 0)
