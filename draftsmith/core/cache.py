@@ -19,8 +19,8 @@ class KVCache(Cache):
     """A cache whose rows may hold different numbers of tokens: row b's committed slots are those below `lengths[b]`.
 
     A forward of N new tokens writes row b's slots `lengths[b] .. lengths[b] + N - 1` without committing them; `commit`
-    then keeps the accepted ones. Capacity grows geometrically. Keys and values of all layers lie in one tensor
-    [L, 2, B, H, S, D], so that a commit is one gather.
+    then keeps the accepted ones. Capacity grows geometrically. Keys and values of one shape, usually those of all layers,
+    lie in one tensor [L, B, H, S, D], so that a commit is one gather.
     """
 
     def __init__(self, *, num_layers: int, batch_size: int) -> None:
@@ -28,7 +28,10 @@ class KVCache(Cache):
         self.num_layers = num_layers
         self.lengths = [0] * batch_size
         self.capacity = 0
-        self._storage: Tensor | None = None
+        self._stores: list[Tensor] = []
+        # Where the keys (0) and values (1) of a layer lie: the index of a store, and the index in it.
+        self._places: dict[tuple[int, int], tuple[int, int]] = {}
+        self._is_joined = True
         self._slots_BN: Tensor | None = None
         self._first_slot = 0
         self.num_visible = 0  # slots that the current forward may attend to
@@ -57,10 +60,7 @@ class KVCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes [B, H, N, D] at the prepared slots and returns the visible keys and values [B, H, S, D]."""
-        if self._storage is None:
-            batch_size, num_heads, _, width = key_states.shape
-            self._storage = key_states.new_zeros(self.num_layers, 2, batch_size, num_heads, self.capacity, width)
-        keys, values = self._storage[layer_idx, 0], self._storage[layer_idx, 1]
+        keys, values = self._stored(layer_idx, 0, key_states), self._stored(layer_idx, 1, value_states)
         if self._slots_BN is None:
             end = self._first_slot + key_states.shape[2]
             keys[:, :, self._first_slot : end] = key_states
@@ -71,15 +71,41 @@ class KVCache(Cache):
             values[rows_B1, :, self._slots_BN] = value_states.transpose(1, 2)
         return keys[:, :, : self.num_visible], values[:, :, : self.num_visible]
 
+    def _stored(self, layer: int, kind: int, states: Tensor) -> Tensor:
+        """Returns the layer's keys or values [B, H, S, D], making room for them at the first call."""
+        place = self._places.get((layer, kind))
+        if place is None:
+            batch_size, num_heads, _, width = states.shape
+            place, self._is_joined = (len(self._stores), 0), False
+            self._places[layer, kind] = place
+            self._stores.append(states.new_zeros(1, batch_size, num_heads, self.capacity, width))
+        return self._stores[place[0]][place[1]]
+
+    def _join_stores(self) -> None:
+        """Joins stores of one shape: which layers have which is known once all have been written."""
+        by_shape: dict[torch.Size, list[tuple[int, int]]] = {}
+        for key, (store, _) in sorted(self._places.items(), key=lambda item: item[1]):
+            by_shape.setdefault(self._stores[store].shape[1:], []).append(key)
+        joined = []
+        for keys in by_shape.values():
+            stores = dict.fromkeys(self._places[key][0] for key in keys)  # in order, each once
+            joined.append(torch.cat([self._stores[store] for store in stores]))
+        self._stores, self._is_joined = joined, True
+        self._places = {
+            key: (store, index) for store, keys in enumerate(by_shape.values()) for index, key in enumerate(keys)
+        }
+
     def commit(self, paths: list[list[int]]) -> None:
         """Keeps, in row b, the tokens of the last forward at the indices `paths[b]`, in that order."""
+        if not self._is_joined:
+            self._join_stores()
         if any(path != list(range(len(path))) for path in paths):
-            self._gather(paths)
+            for store in self._stores:
+                self._gather(store, paths)
         for row, path in enumerate(paths):
             self.lengths[row] += len(path)
 
-    def _gather(self, paths: list[list[int]]) -> None:
-        assert self._storage is not None
+    def _gather(self, store: Tensor, paths: list[list[int]]) -> None:
         longest = max(map(len, paths))
         # After a row's own path, slots are copied onto themselves.
         sources = [
@@ -88,19 +114,19 @@ class KVCache(Cache):
         ]
         if len(paths) == 1:
             start = self.lengths[0]
-            self._storage[:, :, 0, :, start : start + longest] = self._storage[:, :, 0, :, sources[0]]
+            store[:, 0, :, start : start + longest] = store[:, 0, :, sources[0]]
             return
-        device = self._storage.device
+        device = store.device
         rows_B1 = torch.arange(len(paths), device=device)[:, None]
         slots_BP = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(longest, device=device)
-        by_slot = self._storage.permute(2, 4, 0, 1, 3, 5)
+        by_slot = store.permute(1, 3, 0, 2, 4)
         by_slot[rows_B1, slots_BP] = by_slot[rows_B1, torch.tensor(sources, device=device)]
 
     def _grow(self, capacity: int) -> None:
-        if self._storage is not None:
-            larger = self._storage.new_zeros(*self._storage.shape[:4], capacity, self._storage.shape[5])
-            larger[..., : self.capacity, :] = self._storage
-            self._storage = larger
+        for index, store in enumerate(self._stores):
+            larger = store.new_zeros(*store.shape[:3], capacity, store.shape[4])
+            larger[..., : self.capacity, :] = store
+            self._stores[index] = larger
         self.capacity = capacity
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -111,7 +111,9 @@ def check(model: Any) -> dict[str, Outcome]:
         "tree": lambda rows: PartlyRight(target, rows, trees=True),
         "draft LM": lambda _: _small_lm(target),
         "medusa": lambda _: _randomised(medusa.Drafter(medusa.Config(num_heads=3, tree=TREE), target)),
-        "early exit": lambda _: early_exit.Drafter(early_exit.Config(exit_layer=2, num_draft=3, length="fixed"), target),
+        "early exit": lambda _: early_exit.Drafter(
+            early_exit.Config(exit_layer=2, num_draft=3, length="fixed"), target
+        ),
         "early exit tree": lambda _: early_exit.Drafter(
             early_exit.Config(exit_layer=2, num_draft=3, width=2, num_nodes=6), target
         ),
@@ -194,7 +196,10 @@ class _Checks:
         is_off = best - chosen > TOLERANCE * max(1.0, float(logits_TV.abs().max()))
         if is_off.any():
             generated = self._model.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=NUM_NEW
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                do_sample=False,
+                max_new_tokens=NUM_NEW,
             )[0].tolist()
             if generated != text:
                 at = int(is_off.nonzero()[0])

@@ -63,27 +63,31 @@ _INNER = dict.fromkeys(
     ),
     24,
 )
-_EXPERTS = dict.fromkeys(
-    (
-        "num_experts",
-        "num_local_experts",
-        "n_routed_experts",
-        "moe_num_experts",
-        "num_routed_experts",
-    ),
-    4,
-) | dict.fromkeys(
-    (
-        "num_experts_per_tok",
-        "moe_topk",
-        "moe_top_k",
-        "top_k_experts",
-        "num_experts_per_token",
-        "moe_k",
-        "num_selected_experts",
-    ),
-    2,
-) | {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1}
+_EXPERTS = (
+    dict.fromkeys(
+        (
+            "num_experts",
+            "num_local_experts",
+            "n_routed_experts",
+            "moe_num_experts",
+            "num_routed_experts",
+        ),
+        4,
+    )
+    | dict.fromkeys(
+        (
+            "num_experts_per_tok",
+            "moe_topk",
+            "moe_top_k",
+            "top_k_experts",
+            "num_experts_per_token",
+            "moe_k",
+            "num_selected_experts",
+        ),
+        2,
+    )
+    | {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1}
+)
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16}
 _RECURRENT = {
     "linear_num_key_heads": 2,
@@ -123,17 +127,7 @@ _OTHER = {
     "tie_word_embeddings": False,
 }
 SIZES = (
-    _TOKENS
-    | _WIDTHS
-    | _DEPTHS
-    | _HEADS
-    | _HEAD_WIDTHS
-    | _INNER
-    | _EXPERTS
-    | _LATENT
-    | _RECURRENT
-    | _LENGTHS
-    | _OTHER
+    _TOKENS | _WIDTHS | _DEPTHS | _HEADS | _HEAD_WIDTHS | _INNER | _EXPERTS | _LATENT | _RECURRENT | _LENGTHS | _OTHER
 )
 
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]

@@ -17,9 +17,8 @@ def random_tokens(*shape: int, seed: int = 0) -> Tensor:
 
 
 def committed(cache: KVCache, row: int) -> Tensor:
-    """Returns a row's committed keys and values [layers, 2, heads, its length, width]."""
-    assert cache._storage is not None
-    return cache._storage[:, :, row, :, : cache.lengths[row]]
+    """Returns a row's committed keys and values [2 layers, heads, its length, width]."""
+    return cache._stores[0][:, row, :, : cache.lengths[row]]
 
 
 @torch.no_grad()
@@ -105,7 +104,8 @@ def numbers(cache: KVCache, layer: int = 0) -> list[list[float]]:
     """Returns each row's committed numbers in one layer, and checks that heads, values and widths agree."""
     found = []
     for row in range(len(cache.lengths)):
-        keys, values = committed(cache, row)[layer, 0] - 10_000 * layer, committed(cache, row)[layer, 1]
+        stored = committed(cache, row)
+        keys, values = stored[2 * layer] - 10_000 * layer, stored[2 * layer + 1]
         assert torch.equal(keys, keys[:1, :, :1].expand_as(keys)) and torch.equal(values, -keys)
         found.append(keys[0, :, 0].tolist())
     return found
@@ -158,3 +158,29 @@ def test_uncommitted_tokens_are_overwritten() -> None:
     assert cache.lengths == [0, 0] and cache.num_visible == 3
     cache.commit([[0, 2], []])
     assert numbers(cache) == [second[0, [0, 2]].tolist(), []]
+
+
+def test_keys_and_values_of_unequal_widths_are_kept_and_gathered() -> None:
+    """Layers 0 and 2 have keys of width 3 and values of width 2; layer 1 has one head more."""
+    cache = KVCache(num_layers=3, batch_size=2)
+    shapes = {(layer, kind): (3 if layer == 1 else 2, 3 - kind) for layer in range(3) for kind in range(2)}
+    for value, paths in ((0.0, [[0, 1], [0]]), (100.0, [[0, 2], [0, 1, 2]])):
+        cache.prepare(3, torch.device("cpu"))
+        for layer in range(3):
+            numbers_BN = value + torch.arange(6.0).view(2, 3)
+            states = [
+                (numbers_BN + 10 * layer + kind / 2)[:, None, :, None].expand(-1, shapes[layer, kind][0], -1, width)
+                for kind, width in ((0, shapes[layer, 0][1]), (1, shapes[layer, 1][1]))
+            ]
+            keys, values = cache.update(*states, layer)
+            assert (keys.shape[1], keys.shape[3]) == shapes[layer, 0] and values.shape[3] == shapes[layer, 1][1]
+        cache.commit(paths)
+    cache.prepare(1, torch.device("cpu"))
+    expected = [[0.0, 1.0, 100.0, 102.0], [3.0, 103.0, 104.0, 105.0]]
+    for layer in range(3):
+        states = [torch.zeros(2, shapes[layer, kind][0], 1, shapes[layer, kind][1]) for kind in range(2)]
+        for kind, found in enumerate(cache.update(*states, layer)):
+            for row, length in enumerate(cache.lengths):
+                kept_T = found[row, 0, :length, 0] - 10 * layer - kind / 2
+                assert kept_T.tolist() == expected[row], (layer, kind, row)
+    assert len(cache._stores) == 4, "one store for each shape"

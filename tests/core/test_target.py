@@ -128,7 +128,7 @@ def test_a_tree_may_be_fed_in_parts(architecture: str) -> None:
         for cache in (whole, parts):
             cache.commit([[0, 1], [0], [0, 1]])
         for row, length in enumerate(whole.lengths):
-            mine, theirs = (cache._storage[:, :, row, :, :length] for cache in (parts, whole))
+            mine, theirs = (cache._stores[0][:, row, :, :length] for cache in (parts, whole))
             assert torch.allclose(mine, theirs, atol=2e-5)
 
 

@@ -186,7 +186,7 @@ class CheckedDrafts(Watched):
             if path and num_read:
                 x_TE = naive_input(self.inner, ids[1 : num_read + 1], naive_fusion(self.inner, ids[:num_read]))
                 fresh = self.inner.attention.project(x_TE[None], torch.arange(num_read)[None])[1:]
-                for kept, expected in zip(cache._storage[0, :, row, :, :num_read], fresh, strict=True):
+                for kept, expected in zip(cache._stores[0][:, row, :, :num_read], fresh, strict=True):
                     torch.testing.assert_close(kept, expected[0], atol=1e-4, rtol=1e-4)
                 self.num_checked += 1
 

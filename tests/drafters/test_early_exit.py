@@ -156,8 +156,8 @@ class CheckedDrafts(Watched):
             if self.is_running[row]:
                 fresh = self.target.new_cache(1)
                 self.target.prefill([ids[:-1]], fresh)
-                found = self._session.cache._storage[:, :, row, :, : len(ids) - 1]
-                torch.testing.assert_close(found, fresh._storage[:, :, 0, :, : len(ids) - 1], rtol=1e-4, atol=1e-5)
+                found = self._session.cache._stores[0][:, row, :, : len(ids) - 1]
+                torch.testing.assert_close(found, fresh._stores[0][:, 0, :, : len(ids) - 1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree", "sampled"])

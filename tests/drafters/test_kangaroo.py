@@ -146,8 +146,7 @@ def check_rows(cache: KVCache, fresh: KVCache, row: int) -> None:
     """Asserts that a row of a cache holds what a cache of that row alone holds."""
     length = fresh.lengths[0]
     assert cache.lengths[row] == length
-    assert cache._storage is not None and fresh._storage is not None
-    assert torch.allclose(cache._storage[:, :, row, :, :length], fresh._storage[:, :, 0, :, :length], atol=1e-5)
+    assert torch.allclose(cache._stores[0][:, row, :, :length], fresh._stores[0][:, 0, :, :length], atol=1e-5)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=9)], ids=["greedy", "sampled"])
