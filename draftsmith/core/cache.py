@@ -19,7 +19,7 @@ class KVCache(Cache):
     """A cache whose rows may hold different numbers of tokens: row b's committed slots are those below `lengths[b]`.
 
     A forward of N new tokens writes row b's slots `lengths[b] .. lengths[b] + N - 1` without committing them; `commit`
-    then keeps the accepted ones. Capacity grows geometrically. Keys and values of one shape, usually those of all layers,
+    then keeps the accepted ones. Capacity grows geometrically. Keys and values of one shape, usually all layers',
     lie in one tensor [L, B, H, S, D], so that a commit is one gather.
     """
 
