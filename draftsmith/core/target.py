@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from draftsmith.core.attention import StackedMasks, with_stacked_attention
 from draftsmith.core.cache import KVCache, visible
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.core.views import (
@@ -90,12 +91,15 @@ class Target:
         self._parameter = max(model.parameters(), key=Tensor.is_floating_point)
         self._context = ForwardContext()
         self._views: dict[Any, Any] = {}
+        self._stacked_masks = StackedMasks()
         self._stack = self._find_stack()
-        self.num_layers = len(getattr(self._stack, find_child(self._stack, LAYER_LISTS, "list of blocks")))
+        blocks_name = find_child(self._stack, LAYER_LISTS, "list of blocks")
+        self.num_layers = len(getattr(self._stack, blocks_name))
         norm_name = final_norm(self._stack)
         self._norm = getattr(self._stack, norm_name) if norm_name else nn.Identity()
         self._head = head_view(model)
         self._check_supported()
+        self._stack = with_stacked_attention(self._stack, self._stacked_masks, blocks_name)
         self._check_against_model()
 
     @staticmethod
@@ -214,6 +218,7 @@ class Target:
             arguments["position_ids"] = positions_BN
         out_BND = self._view(start, stop, skipped)(input_ids=tokens_BN, **arguments).last_hidden_state
         hidden = self._context.end()
+        self._stacked_masks.clear()
         if self.num_layers in layers and stop == self.num_layers:
             hidden[self.num_layers] = out_BND
         return Forward(hidden_BND=out_BND, layers=hidden)
