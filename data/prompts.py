@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.sources import PYTHON_QUESTIONS, Document, LeftOut, Row, RowError, forms, pairs, read_source
 from data.sources.chat import REASONING_KEYS, ChatFormat
+from data.sources.conversation import Conversation, split_turns
 from draftsmith import Target
 from draftsmith.inputs.texts import encode_text
 from draftsmith.loading.model_info import NO_LIMIT, TargetInfo
@@ -58,6 +59,8 @@ class Prompt:
     """Hash of the ids, which identifies the prompt independently of its file."""
     source: str
     """Origin of the prompt: `file:line`."""
+    conversation: Conversation | None = None
+    """The conversation that the prompt begins, where its later turns are answered too (data/turns.py)."""
     label: list[int] | None = None
     """Ids of an encoder-decoder's output for `ids`, with the end token; None if the data has none."""
 
@@ -71,6 +74,7 @@ def load_prompts(
     prompt_tokens: int = 64,
     long_prompts: LongPrompts = "auto",
     keep_answers: bool = False,
+    each_turn: bool = False,
     is_encoder_decoder: bool = False,
     end_ids: Sequence[int] = (),
     settings: TextSettings | None = None,
@@ -83,6 +87,8 @@ def load_prompts(
     `long_prompts` says whether a row of more than `max_prompt_tokens` (0: no limit) raises an error, is dropped, or is
     cut to its first tokens; "auto" cuts an encoder's input and raises for others. `keep_answers` returns training texts
     instead of prompts: whole conversations with a loss mask, and documents in pieces of at most `max_prompt_tokens`.
+    A conversation's prompt ends at its last user turn, with recorded answers as its history; with `each_turn` it ends
+    at the first, and `data.turns` continues it with the target's own answers.
     An answer is supervised up to the first of `end_ids`, the generation config's end tokens (empty: the tokenizer's).
     Chat templates that write the date take it from `now`, by default the current time (`data.shards.first_run_time`).
     For an encoder-decoder the prompts are sources, with their labels if `keep_answers`. Rows that cannot be used are
@@ -121,6 +127,8 @@ def load_prompts(
     options = settings.chat_template_kwargs
     chat = ChatFormat(tokenizer=tokenizer, end_ids=frozenset(end_ids), options=options, now=now)
     reader = _RowReader(tokenizer, chat, columns, keep_answers=keep_answers)
+    if each_turn and not keep_answers and not is_encoder_decoder:
+        reader.each_turn, reader.max_prompt_tokens = True, max_prompt_tokens
     candidates: Iterable[list[Prompt]]
     if documents and keep_answers:
         texts = ((one.name, _with_bos(encode_text(tokenizer, one.text), tokenizer), one.text) for one in documents)
@@ -132,7 +140,7 @@ def load_prompts(
             rng.shuffle(rows)
         candidates = reader.read(rows)
     prompts: dict[str, Prompt] = {}
-    num_repeated = num_dropped = num_cut = 0
+    num_repeated = num_dropped = num_cut = num_first_only = 0
     for prompt in tqdm(
         (one for found in candidates for one in found), desc="prompts", total=max_prompts or None, leave=False, delay=2
     ):
@@ -154,6 +162,7 @@ def load_prompts(
                     reader.left_out.add(f"{prompt.source}: its answer lies beyond {max_prompt_tokens:,} tokens")
                     continue
                 num_cut += prompt.key not in prompts
+                num_first_only += prompt.conversation is not None
         num_repeated += prompt.key in prompts
         for piece in pieces:
             prompts.setdefault(piece.key, piece)
@@ -162,6 +171,8 @@ def load_prompts(
     reader.report(source, settings.max_left_out)
     if num_repeated or num_dropped:
         print(f"{source}: {num_repeated} repeated and {num_dropped} too long prompts were dropped")
+    if num_first_only:
+        print(f"{source}: the first turn of {num_first_only} conversations is cut; their later turns are left out")
     if is_encoder_decoder and num_cut:
         print(f"{source}: {num_cut} of {len(prompts)} sources were cut to {max_prompt_tokens:,} tokens")
     if not prompts:
@@ -203,6 +214,8 @@ class _RowReader:
         keep_answers: bool,
     ) -> None:
         self.left_out = LeftOut()
+        self.each_turn = False
+        self.max_prompt_tokens = 0
         self._tokenizer, self._chat, self._columns, self._keep_answers = tokenizer, chat, columns, keep_answers
         self._num_rows = self._num_several = 0
         self._unused: Counter[str] = Counter()
@@ -221,7 +234,7 @@ class _RowReader:
         if self._num_several:
             print(
                 f"{source}: {self._num_several} of {self._num_rows} rows have several turns; only the first of each is"
-                " used"
+                + (" used, since the tokenizer has no chat template" if self.each_turn else " used")
             )
         if self._unused:
             fields = ", ".join(f"{name} ({count:,} rows)" for name, count in self._unused.most_common())
@@ -239,10 +252,10 @@ class _RowReader:
         if found.messages is None:
             prompts, unused = [self._plain(found, row.where, category)], set(found.unused)
         else:
-            prompts = self._conversation(found.messages, found.tools, row.where, category)
+            prompts = self._conversation(found, row.where, category)
             unused = {*found.unused, *self._not_rendered(found, prompts)}
         self._unused.update(unused)
-        self._num_several += found.num_turns > 1
+        self._num_several += bool(found.later_turns) and not (self.each_turn and found.messages)
         return prompts
 
     def _plain(self, found: forms.RowText, where: str, category: str | None) -> Prompt:
@@ -255,15 +268,32 @@ class _RowReader:
             ids, text = ids + answer, text + found.answer
         return _prompt(ids, text, where, mask=mask, category=category)
 
-    def _conversation(self, messages: list[Any], tools: Any, where: str, category: str | None) -> list[Prompt]:
+    def _conversation(self, found: forms.RowText, where: str, category: str | None) -> list[Prompt]:
+        messages, tools = found.messages or [], found.tools
+        if self.each_turn:
+            return [self._first_turn(found, where, category)]
         if not self._keep_answers:
             ids, text = self._chat.prompt(messages, tools, where)
             return [_prompt(ids, text, where, category=category)]
-        found = [
+        texts = [
             _prompt(ids, self._tokenizer.decode(ids), where, mask=mask, category=category)
             for ids, mask in self._chat.answers(messages, tools, where)
         ]
-        return [replace(one, key=f"{found[0].key}.{at}") if at else one for at, one in enumerate(found)]
+        return [replace(one, key=f"{texts[0].key}.{at}") if at else one for at, one in enumerate(texts)]
+
+    def _first_turn(self, found: forms.RowText, where: str, category: str | None) -> Prompt:
+        """Returns the prompt of the first turn, with the conversation if others follow."""
+        asked = [{"role": "user", "content": turn} for turn in found.later_turns]
+        first, later = split_turns(found.messages or [])
+        later = [*later, *([turn] for turn in asked)]
+        ids, text = self._chat.prompt(first, found.tools, where)
+        prompt = _prompt(ids, text, where, category=category)
+        if not later:
+            return prompt
+        conversation = Conversation(
+            messages=first, later=later, tools=found.tools, chat=self._chat, max_prompt_tokens=self.max_prompt_tokens
+        )
+        return replace(prompt, key=conversation.key(prompt.key), conversation=conversation)
 
     def _not_rendered(self, found: forms.RowText, prompts: list[Prompt]) -> Iterator[str]:
         """Yields the keys of fields that the chat template leaves out of a conversation."""

@@ -1,7 +1,8 @@
 """Target-generated training data: `write_pseudo_data`, `read_pseudo_data`.
 
 A folder of Parquet shards, each written atomically. Batches and their seeds depend on the prompts and the settings
-alone, so that a run that was killed and continued writes the same data as an uninterrupted one.
+alone, so that a run that was killed and continued writes the same data as an uninterrupted one. Every turn of a
+conversation is a row of its own (data/turns.py), in the shard of its first turn.
 """
 
 import functools
@@ -32,6 +33,7 @@ from data.shards import (
     read_manifest,
     write_atomically,
 )
+from data.turns import TurnsLeftOut, complete_turns, num_turns
 from data.writers import Completion, GenerationBatch, LocalWriter, PseudoDataSettings, Writer, derive_seed
 from draftsmith import Target
 from draftsmith.artifacts.provenance import template_hash
@@ -75,7 +77,7 @@ def write_pseudo_data(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     now: datetime | None = None,
 ) -> None:
-    """Writes a completion of every prompt to `folder`, generating only the shards that are missing.
+    """Writes a completion of every prompt, and of its later turns, to `folder`, generating only the missing shards.
 
     `chat_template_kwargs` and the time `now`, with which the prompts were rendered, are recorded in the manifest.
 
@@ -92,25 +94,31 @@ def write_pseudo_data(
     notes |= {"template_time": now.isoformat()} if now else {}
     manifest = {"format": FORMAT, "num_shards": len(shards), "num_prompts": len(prompts), "prompts": keys}
     manifest |= recorded | asdict(settings) | {"temperature": settings.temperatures}
+    if (num_planned := num_turns(prompts)) > len(prompts):
+        manifest["num_turns"] = num_planned
     if chat_template_kwargs:
         manifest["chat_template_kwargs"] = dict(chat_template_kwargs)
     with locked(folder, kept=lambda: f"{len(names) - len(missing_shards(folder, names))} of {len(names)} shards"):
         open_folder(folder, MARKER, manifest, notes=notes)
         missing = missing_shards(folder, names)
-        num_left = sum(len(batch.prompts) for index in missing for batch in shards[index])
-        if num_left < len(prompts):
-            print(f"{folder}: {len(prompts) - num_left} of {len(prompts)} rows exist already")
-        num_tokens, started = 0, time.perf_counter()
-        with tqdm(total=len(prompts), initial=len(prompts) - num_left, desc="pseudo-data", unit="row") as bar:
+        num_left = sum(num_turns(batch.prompts) for index in missing for batch in shards[index])
+        if num_left < num_planned:
+            print(f"{folder}: {num_planned - num_left} of {num_planned} rows exist already")
+        num_tokens, started, left_out = 0, time.perf_counter(), TurnsLeftOut()
+        with tqdm(total=num_planned, initial=num_planned - num_left, desc="pseudo-data", unit="row") as bar:
             for index in missing:
                 rows: list[dict[str, Any]] = []
-                for batch, completions in zip(shards[index], writer.write(shards[index], settings), strict=True):
+                for batch, completions in complete_turns(
+                    writer, shards[index], settings, left_out, num_batches=len(plan)
+                ):
                     rows += _rows(batch, completions, writer, settings)
                     num_tokens += sum(len(completion.ids) for completion in completions)
                     bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started):,.0f} tokens/s")
+                    bar.total = num_planned - left_out.num_turns
                     bar.update(len(completions))
                 table = pyarrow.Table.from_pylist(rows, schema=_schema(manifest))
                 write_atomically(folder / names[index], functools.partial(pyarrow.parquet.write_table, table))
+        left_out.report(str(folder), num_planned)
 
 
 def plan_batches(prompts: Sequence[Prompt], settings: PseudoDataSettings) -> list[GenerationBatch]:

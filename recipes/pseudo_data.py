@@ -5,7 +5,8 @@
     ./launch.sh pseudo_data --target data/pocket-seq2seq            # encoder-decoder: functions in, summary lines out
     ./launch.sh pseudo_data --target T --server http://localhost:8000    # the server generates, T tokenizes
 
-Prompts: JSONL, Parquet, a `datasets` folder or hub name, text files, conversations; see data/sources. A run that was
+Prompts: JSONL, Parquet, a `datasets` folder or hub name, text files, conversations; see data/sources. Conversations are
+answered turn by turn, with the target's own answers as history; each turn becomes a row. A run that was
 killed is continued by the same command. Pocket target in float32: 1,400 tokens/s on one CPU core with batches of 40,
 1,800 with 120, and 2,100 on two cores.
 """
@@ -41,7 +42,7 @@ class PseudoDataRunSettings:
     output: str = "runs/pseudo-data"
     """Output folder."""
     max_prompts: int = 300
-    """Number of prompts sampled from the data, 0 for all."""
+    """Number of prompts sampled from the data, 0 for all; a conversation of several turns counts once."""
     max_steps: int = 0
     """Maximum number of batches, 0 for all."""
     prompt_tokens: int = 64
@@ -80,7 +81,9 @@ def main(run: PseudoDataRunSettings, settings: PseudoDataSettings) -> None:
         max_prompt_tokens=prompt_room(target_info, settings.max_new_tokens),
         prompt_tokens=run.prompt_tokens,
         long_prompts=run.long_prompts,
+        each_turn=True,
         is_encoder_decoder=target_info.is_encoder_decoder,
+        end_ids=target_info.eos_token_ids,
         settings=run.text,
         now=now,
         seed=settings.seed,

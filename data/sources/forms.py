@@ -39,8 +39,8 @@ class RowText:
     """Definitions of the tools that the assistant may call."""
     unused: tuple[str, ...] = ()
     """Keys of the row's other fields that contain text."""
-    num_turns: int = 1
-    """Number of the user's turns in `turns`, of which only the first is used."""
+    later_turns: tuple[str, ...] = ()
+    """The user's turns in `turns` after the first."""
 
 
 def read_text(row: Row, *, as_chat: bool) -> RowText:
@@ -86,12 +86,12 @@ def _request(fields: dict[str, Any], where: str, *, as_chat: bool) -> RowText:
     if key is None:
         keys = ", ".join(fields) or "none"
         raise RowError(f"{where}: found the keys {keys}; expected one of {', '.join(KNOWN_KEYS)}")
-    value, num_turns = fields[key], 1
+    value, later_turns = fields[key], ()
     if key == "turns" or (key == "prompt" and isinstance(value, list)):
         value = _from_json(value)
-        if not isinstance(value, list) or not value or not isinstance(value[0], str):
+        if not isinstance(value, list) or not value or not all(isinstance(turn, str) for turn in value):
             raise RowError(f"{where}: `{key}` should be a list of texts, found {fields[key]!r:.40}")
-        value, num_turns = value[0], len(value)
+        value, later_turns = value[0], tuple(turn for turn in value[1:] if turn.strip())
     if not isinstance(value, str):
         raise RowError(f"{where}: `{key}` should be text, found {value!r:.40}")
     if not value.strip():
@@ -99,7 +99,7 @@ def _request(fields: dict[str, Any], where: str, *, as_chat: bool) -> RowText:
     contexts = tuple(name for name in CONTEXT_KEYS if name != key and _text(fields.get(name)))
     system, answer = _first_text(fields, SYSTEM_KEYS), _first_text(fields, ANSWER_KEYS)
     used = {key, *CONTINUATION_KEYS}
-    if key == "text" or (key == "prompt" and num_turns == 1 and not (contexts or system or answer)):
+    if key == "text" or (key == "prompt" and not later_turns and not (contexts or system or answer)):
         continued = _first_text(fields, CONTINUATION_KEYS) if key == "prompt" else None
         return RowText(text=value, answer=continued, unused=_unused(fields, used, value))
     answer = answer or _first_text(fields, CONTINUATION_KEYS)
@@ -109,13 +109,13 @@ def _request(fields: dict[str, Any], where: str, *, as_chat: bool) -> RowText:
     if not as_chat:
         text = f"{system}\n\n{content}" if system else content
         continued = f"\n\n{answer}" if answer else None
-        return RowText(text=text, answer=continued, tools=tools, unused=unused, num_turns=num_turns)
+        return RowText(text=text, answer=continued, tools=tools, unused=unused, later_turns=later_turns)
     messages = [{"role": "user", "content": content}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
     if answer:
         messages.append({"role": "assistant", "content": answer})
-    return RowText(messages=messages, tools=tools, unused=unused, num_turns=num_turns)
+    return RowText(messages=messages, tools=tools, unused=unused, later_turns=later_turns)
 
 
 def _first_text(fields: dict[str, Any], keys: tuple[str, ...]) -> str:

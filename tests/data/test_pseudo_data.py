@@ -20,6 +20,7 @@ import data.shards
 import data.writers.server
 import draftsmith
 import recipes.pseudo_data as recipe
+from data.prompts import load_prompts
 from data.pseudo_data import plan_batches, read_pseudo_data, write_pseudo_data
 from data.writers import LocalWriter, PseudoDataSettings
 from data.writers.server import ServerWriter
@@ -461,6 +462,16 @@ def test_server_writes_the_same_text_as_the_local_loop(target, server, tmp_path)
     assert len(server.requests) == 11 + 4
     assert {request["model"] for request in server.requests} == {"tiny"}
     assert read_pseudo_data(tmp_path / "served", target).keys == read_pseudo_data(tmp_path / "local").keys
+
+
+def test_server_answers_each_turn(target, server, tmp_path):
+    rows = [{"turns": [f"What is {row}?", "Shorter, please.", "Why?"][: 1 + row % 3]} for row in range(7)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = load_prompts(str(tmp_path / "rows.jsonl"), trained_tokenizer(CHAT_TEMPLATE), each_turn=True)
+    write_pseudo_data(target, prompts, tmp_path / "local", SMALL)
+    write_pseudo_data(ServerWriter(server.url, target.tokenizer), prompts, tmp_path / "served", SMALL)
+    local, served = ({row["key"]: row["ids"] for row in rows_of(tmp_path / name)} for name in ("local", "served"))
+    assert local == served and len(local) == 7 + 4 + 2
 
 
 def test_served_samples_depend_on_the_seed_alone(target, server, tmp_path):
