@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from draftsmith.loading import remote_code
 
 CHECKOUT_TARGET = Path(__file__).parent.parent / "data" / "pocket"
+TARGET_HELP = "a transformers folder, GGUF file, named target such as smollm2, or hub name"
 TRUST_HELP = "let the target run the Python code in its folder (default: no such code is run)"
 GREEN_UNDERLINED, PLAIN = "\033[4;32m", "\033[0m"
 
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,inspect,export,card,push}")
     generate = commands.add_parser("generate", help="continue a prompt and stream the text", allow_abbrev=False)
     generate.add_argument("prompt", help="the text to continue; - reads standard input")
-    generate.add_argument("--target", help="a transformers folder or hub name (default: the pocket target)")
+    generate.add_argument("--target", help=f"{TARGET_HELP} (default: the pocket target)")
     generate.add_argument("--draft", metavar="ARTIFACT", help="a drafter's folder (default: plain decoding)")
     generate.add_argument("--show-drafts", action="store_true", help="mark the accepted draft tokens")
     generate.add_argument(
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write an artifact in a server's format", allow_abbrev=False)
     export.add_argument("artifact", help="a drafter's folder")
     export.add_argument("--to", required=True, metavar="ENGINE", help="transformers, vllm, sglang or speculators")
-    export.add_argument("--target", help="a transformers folder or hub name (default: the artifact's target)")
+    export.add_argument("--target", help=f"{TARGET_HELP} (default: the artifact's target)")
     export.add_argument("output", metavar="OUT", help="the folder to write")
     export.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     export.set_defaults(run=_export)
@@ -130,7 +131,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.length != "auto":
         policies.make(arguments.length)
     if arguments.target is None and not CHECKOUT_TARGET.is_dir():
-        raise ValueError("no target: name one with --target, a transformers folder or hub name")
+        raise ValueError(f"no target: name one with --target, {TARGET_HELP}")
     path = arguments.target or str(CHECKOUT_TARGET)
     info = read_target_info(path)
     if info.tokenizer is None:

@@ -46,7 +46,7 @@ class BakeoffRunSettings:
     """The drafters, the prompts, and how they are decoded."""
 
     target: str = str(POCKET)
-    """A transformers folder or hub name."""
+    """A transformers folder, GGUF file, named target (smollm2, pocket) or hub name."""
     drafts: tuple[str, ...] = ()
     """Folders of the artifacts to compare; if empty, the drafters of the line-up are trained first."""
     line_up: str = str(LINE_UP)

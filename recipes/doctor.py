@@ -63,7 +63,7 @@ class DoctorSettings:
     draft: str
     """Folder of the artifact."""
     target: str = ""
-    """A transformers folder or hub name; if empty, the target that the artifact was made for."""
+    """A transformers folder, GGUF file, named target or hub name; if empty, the artifact's own target."""
     data: str = ""
     """Training data: a folder of pseudo-data, a teacher store or a source of text; if empty, that of the manifest."""
     output: str = "runs/doctor"

@@ -50,7 +50,7 @@ class SmallModelsSettings:
     """The targets, and the amount of training and measurement."""
 
     targets: tuple[str, ...] = (str(POCKET), str(POCKET_SEQ2SEQ))
-    """Transformers folders or hub names, causal or encoder-decoder."""
+    """Transformers folders, GGUF files, named targets or hub names, causal or encoder-decoder."""
     output: str = f"runs/{NAME}"
     """Folder for the training data, the drafters, the tables and the plot."""
     num_texts: int = 1200

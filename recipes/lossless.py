@@ -30,7 +30,7 @@ class LosslessSettings:
     """The artifacts to certify, and the prompts."""
 
     target: str = str(POCKET)
-    """A transformers folder or hub name."""
+    """A transformers folder, GGUF file, named target (smollm2, pocket) or hub name."""
     draft: tuple[str, ...] = ()
     """Folders of the artifacts to certify."""
     data: str = ""

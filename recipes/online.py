@@ -41,7 +41,7 @@ class ServingSettings:
     draft: str = "runs/lstm"
     """Artifact of the drafter to train."""
     target: str = str(POCKET)
-    """Its target: a transformers folder or hub name."""
+    """Its target: a transformers folder, GGUF file, named target or hub name."""
     data: str = "python-source"
     """Source of the prompts of the requests."""
     text: TextSettings = field(default_factory=TextSettings)

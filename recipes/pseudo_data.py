@@ -34,7 +34,7 @@ class PseudoDataRunSettings:
     """Input and output of the run; the generation settings are PseudoDataSettings."""
 
     target: str = str(POCKET)
-    """A transformers folder or hub name."""
+    """A transformers folder, GGUF file, named target (smollm2, pocket) or hub name."""
     data: str = ""
     """Source of the prompts, by default python-source:train, for an encoder-decoder python-docstrings:train."""
     text: TextSettings = field(default_factory=TextSettings)

@@ -26,7 +26,7 @@ class TeacherStoreRunSettings:
     """Input and output of the run; the contents of the store are TeacherStoreSettings."""
 
     target: str = str(POCKET)
-    """A transformers folder or hub name."""
+    """A transformers folder, GGUF file, named target (smollm2, pocket) or hub name."""
     data: str = "runs/pseudo-data"
     """Pseudo-data of this target, or any texts or conversations."""
     text: TextSettings = field(default_factory=TextSettings)

@@ -44,7 +44,7 @@ class CompressSettings:
     """The model, the compression method, and the calibration text."""
 
     target: str = str(POCKET)
-    """Transformers folder or hub name of the model to draft for; the pocket target by default."""
+    """The model to draft for: a transformers folder, GGUF file, named target (smollm2, pocket) or hub name."""
     model: str = ""
     """Model with the target's vocabulary that is compressed, such as one compressed and retrained before; empty for the
     target itself."""

@@ -24,7 +24,7 @@ Writer = Callable[[ExportSource, Path], Launch]
 def export(artifact: str | Path, to: str, output: str | Path, target: str | None = None) -> Path:
     """Exports an artifact for the engine `to` into the folder `output`, with the launch command in `launch.json`.
 
-    `artifact` is a folder or owner/name on the hub, `target` a transformers folder or hub name, by default the target
+    `artifact` is a folder or owner/name on the hub, `target` any name of a target, by default the target
     that the artifact was made for. A previous export at `output` is replaced. Raises ValueError if the engine does not
     support the drafter, the artifact was made for another target, or `output` contains other files; nothing is written
     then.

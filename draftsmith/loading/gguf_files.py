@@ -5,12 +5,14 @@ A conversion has two steps, because configuration and tokenizer are needed long 
 """
 
 import importlib.util
+import io
 import json
 import mmap
 import re
 import struct
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -147,11 +149,12 @@ def convert_weights(path: Path, info: Path, folder: Path) -> None:
     """
     header = read_header(path)
     check_installed(path)
-    is_encoder_decoder = AutoConfig.from_pretrained(info).is_encoder_decoder
-    auto = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(info)  # given, so that the file is not read once more for it
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    options = {"gguf_file": path.name, "dtype": header.dtype, "trust_remote_code": False}
     try:
         with _quiet():
-            model = load_model(auto, str(path.parent), gguf_file=path.name, dtype=header.dtype, trust_remote_code=False)
+            model = load_model(auto, str(path.parent), config=config, **options)
     except NotImplementedError as error:
         raise ValueError(f"{path} has weights of a type that cannot be de-quantised: {error}") from None
     _forget_quantisation(model)
@@ -210,12 +213,15 @@ def _split(path: Path, parts: int) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers from warning about kernels for quantised weights, and from showing progress."""
+    """Keeps transformers from warning about kernels for quantised weights, and from showing progress in a log file."""
     level, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # The progress of de-quantising obeys no setting of transformers; large files take minutes, so a terminal shows it.
+    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
-        yield
+        with redirect_stderr(shown):
+            yield
     finally:
         logging.set_verbosity(level)
         if shows_progress:
