@@ -14,13 +14,20 @@ from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import GenerationStats
 from draftsmith.core.target import Source, Target
-from draftsmith.inputs.arguments import check_objects, real_number, torch_seed, warn_of_unapplied_settings, whole_number
+from draftsmith.inputs.arguments import (
+    check_objects,
+    real_number,
+    row_identities,
+    warn_of_unapplied_settings,
+    whole_number,
+)
 from draftsmith.inputs.batching import check_lengths, eos_ids, pack, start_rows, until_end
 from draftsmith.inputs.locks import exclusive, with_parts
 from draftsmith.length.controller import with_length_control
 from draftsmith.length.costs import Stopwatch
 from draftsmith.length.policies import Policy
 from draftsmith.verify import verify_draft
+from draftsmith.verify.research.position_noise import PositionNoise
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +52,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     verifier: str = "auto",
     length: str | Policy = "auto",
@@ -56,10 +63,12 @@ def generate(
     `input_ids` is a tensor, an array, a list of prompts or the output of a tokenizer; prompts may differ in length and
     be padded left or right, as in `attention_mask` [B, T]. For an encoder-decoder they are the sources. `eos_token_id`
     defaults to the model's own; an empty sequence turns it off. The same `seed` gives the same tokens, unless draft
-    lengths depend on measured times or earlier calls; without one it is drawn from torch's global generator. `length`
-    is a draft-length policy (draftsmith/length/policies.py) or its name, "auto" for the drafter's own. A `streamer`
-    receives the prompt, then each step's tokens. Threads may share a target; calls with the same drafter or policy wait
-    for each other. Raises ValueError for invalid settings or prompts.
+    lengths depend on measured times or earlier calls; without one it is drawn from torch's global generator. With
+    `verifier="coupled"` it gives the same tokens with every drafter and with none, and may be one seed per row, so that
+    a row's text does not depend on the other rows. `length` is a draft-length policy (draftsmith/length/policies.py) or
+    its name, "auto" for the drafter's own. A `streamer` receives the prompt, then each step's tokens. Threads may share
+    a target; calls with the same drafter or policy wait for each other. Raises ValueError for invalid settings or
+    prompts.
     """
     check_objects(target, drafter, verifier=verifier, length=length, streamer=streamer)
     warn_of_unapplied_settings(target)
@@ -75,11 +84,13 @@ def generate(
         raise ValueError(f"a streamer prints one row, but there are {len(rows)}; stream with batch size 1")
     limits = [len(row) + max_new_tokens for row in rows]
     eos = eos_ids(target, eos_token_id)
-    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else torch_seed(seed))
+    identities = row_identities(seed, len(rows), is_coupled=verifier == "coupled")
+    generator = torch.Generator().manual_seed(identities[0][0])
+    noise = PositionNoise(identities, rows) if verifier == "coupled" and not sampling.is_greedy else None
     length_control = () if isinstance(length, str) else (length,)
     with exclusive(*(with_parts(drafter) if drafter is not None else ()), *length_control):
         controlled = with_length_control(drafter, length) if drafter is not None else None
-        stats = _decode(target, rows, source, limits, eos, controlled, sampling, verifier, generator, streamer)
+        stats = _decode(target, rows, source, limits, eos, controlled, sampling, verifier, generator, noise, streamer)
     # Tensors made in inference mode cannot be used in training.
     with torch.inference_mode(False):
         sequences, lengths = pack(target, rows)
@@ -96,6 +107,7 @@ def _decode(
     sampling: Sampling,
     verifier: str,
     generator: torch.Generator,
+    noise: PositionNoise | None,
     streamer: Any,
 ) -> GenerationStats:
     """Appends new tokens to `rows` until each has reached its limit or an end-of-sequence; returns the statistics."""
@@ -106,7 +118,14 @@ def _decode(
     wanted = drafter.hidden_layers if drafter is not None else ()
     hidden = target.prefill([row[:-1] for row in rows], cache, layers=wanted) if max(map(len, rows)) > 1 else {}
     session = Session(
-        target=target, rows=rows, cache=cache, sampling=sampling, generator=generator, hidden=hidden, source=source
+        target=target,
+        rows=rows,
+        cache=cache,
+        sampling=sampling,
+        generator=generator,
+        noise=noise,
+        hidden=hidden,
+        source=source,
     )
     if drafter is not None:
         drafter.start(session)
@@ -120,7 +139,7 @@ def _decode(
 
         out = target.forward_draft(draft, cache, layers=wanted)
         logits_BNV = target.logits(out.hidden_BND)
-        verdict = verify_draft(logits_BNV, draft, sampling, verifier, generator)
+        verdict = verify_draft(logits_BNV, draft, sampling, verifier, generator, noise)
         paths, next_tokens = verdict.to_host()
         stats.verify_ms += (verify_ms := watch.lap_ms())
 

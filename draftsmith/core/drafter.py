@@ -8,13 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from draftsmith.core.cache import KVCache
-from draftsmith.core.sampling import Sampling
+from draftsmith.core.sampling import Sampling, draw
 from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft, Verdict, chain
 
@@ -22,6 +22,14 @@ from draftsmith.core.tree import Draft, Verdict, chain
 def always_continue(row: int, confidence: float) -> bool:
     """Returns True: no row stops early."""
     return True
+
+
+class Noise(Protocol):
+    """Noise that belongs to positions of rows' texts (draftsmith/verify/research/position_noise.py)."""
+
+    def scores(self, probs_XFV: Tensor, depths: Sequence[int], rows: Sequence[int]) -> Tensor: ...
+
+    def following(self, rows: list[list[int]]) -> "Noise": ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +44,8 @@ class Session:
     sampling: Sampling
     generator: torch.Generator
     """The call's random generator, for drafters that sample."""
+    noise: Noise | None = None
+    """Under the verifier "coupled", what to draw tokens by instead."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
     """By hidden layer that the drafter reads: its states over the prompt [B, T, D], right-padded, without the pending
     token."""
@@ -53,6 +63,13 @@ class Session:
     def uniforms(self) -> Tensor:
         """Returns one uniform random number per row [B], in float64, to draw a token with."""
         return torch.rand(len(self.rows), generator=self.generator, dtype=torch.float64).to(self.target.device)
+
+    def draw(self, probs_XV: Tensor, depth: int, rows: Sequence[int] | None = None) -> Tensor:
+        """Returns a token [X] for each of `rows`, or all, drawn from its distribution after `depth` drafted tokens."""
+        rows = range(len(self.rows)) if rows is None else rows
+        if self.noise is not None:
+            return self.noise.scores(probs_XV[:, None], [depth] * len(rows), rows)[:, 0].argmax(-1)
+        return draw(probs_XV, self.uniforms()[list(rows)].to(probs_XV.device))
 
     def empty_draft(self) -> Draft:
         """Returns a draft of no tokens: the pending ones alone, as in a step of plain decoding."""

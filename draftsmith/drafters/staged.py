@@ -103,7 +103,10 @@ class Drafter(drafter.Drafter):
         self._cache = self.draft_model.new_cache(len(self._rows))
         if max(map(len, self._rows)) > 1:
             self.draft_model.prefill([row[:-1] for row in self._rows], self._cache)
-        self._inner = replace(session, target=self.draft_model, rows=self._rows, cache=self._cache, hidden={})
+        noise = session.noise.following(self._rows) if session.noise is not None else None
+        self._inner = replace(
+            session, target=self.draft_model, rows=self._rows, cache=self._cache, hidden={}, noise=noise
+        )
         self._small.start(self._inner)
         self._is_running = [True] * len(self._rows)
 
@@ -150,7 +153,7 @@ class Drafter(drafter.Drafter):
         budget = max(end - len(row) for end, row in zip(ends, rows, strict=True)) - 1
         draft = self._small.propose(budget) if budget > 0 else self._inner.empty_draft()
         logits_BNV = self.draft_model.logits(self.draft_model.forward_draft(draft, cache).hidden_BND)
-        verdict = verify_draft(logits_BNV, draft, session.sampling, "auto", session.generator)
+        verdict = verify_draft(logits_BNV, draft, session.sampling, "auto", session.generator, self._inner.noise)
         paths, next_tokens = verdict.to_host()
         tokens = draft.tokens_BN.tolist()
         for row, path in enumerate(paths):

@@ -10,6 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from draftsmith.core.drafter import Drafter
 
 UNAPPLIED = (
@@ -116,6 +118,22 @@ def torch_seed(value: Any) -> int:
     if not SEEDS[0] <= found < SEEDS[1]:
         raise ValueError(f"seed is {found}; it must be a whole number of at most 64 bits")
     return found
+
+
+def row_identities(seed: Any, num_rows: int, *, is_coupled: bool) -> list[tuple[int, int]]:
+    """Returns each row's seed and its index among the rows with this seed: one seed for all rows, or one for each row.
+
+    None draws a seed from torch's global generator.
+    """
+    found = plain(seed)
+    if not isinstance(found, list):
+        shared = int(torch.randint(2**62, ())) if seed is None else torch_seed(seed)
+        return [(shared, row) for row in range(num_rows)]
+    if not is_coupled:
+        raise ValueError("seed is a list, a seed for each row, which needs verifier='coupled'; pass one seed otherwise")
+    if len(found) != num_rows:
+        raise ValueError(f"seed has {len(found)} entries; it must be one seed, or one for each of the {num_rows} rows")
+    return [(torch_seed(one), 0) for one in found]
 
 
 def token_ids(name: str, value: Any) -> list[int]:

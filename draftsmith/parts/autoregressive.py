@@ -71,7 +71,7 @@ def draft_chain(model: Model, session: Session, num_draft: int) -> Draft:
             token_B = logits_BV.argmax(-1)
         else:
             probs.append(sampling.probs(logits_BV))
-            token_B = draw(probs[-1], session.uniforms())
+            token_B = session.draw(probs[-1], length - 1)
         confidences = logits_BV.float().softmax(-1).gather(1, token_B[:, None])[:, 0].tolist()
         tokens_BN = torch.cat([tokens_BN, token_B[:, None]], dim=1)
         for row, is_row_drafting in enumerate(is_drafting):
@@ -149,7 +149,12 @@ def draft_static_tree(
         for count, nodes in by_count.items():
             new = [node - first for node in nodes]
             if is_drawn:
-                drawn_BFC = draw_siblings(probs[-1][:, new], count, sampling_scheme, session.generator)
+                probs_BFV = probs[-1][:, new]
+                if session.noise is not None:
+                    rows = range(len(probs_BFV))
+                    drawn_BFC = session.noise.scores(probs_BFV, [level] * len(rows), rows).topk(count, dim=-1).indices
+                else:
+                    drawn_BFC = draw_siblings(probs_BFV, count, sampling_scheme, session.generator)
             else:
                 drawn_BFC = logits_BMV[:, new].topk(count, dim=-1).indices
             children |= dict(zip(nodes, drawn_BFC.unbind(1), strict=True))

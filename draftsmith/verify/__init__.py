@@ -2,8 +2,9 @@
 
 A verifier is a module with `LOSSLESS`, `SCHEMES` (the sampling schemes of the drafts that it accepts) and
 `verify(target_probs_BNV, draft, uniforms_BU) -> Verdict`, listed in `VERIFIERS`. Uniforms are [B, N + 1] in [0, 1): one
-for each node, and one more. Optional are `SHAPE = "chain"` if it takes chains only, `PARAMETER`, the name of a number
-that `verify` takes as a keyword, and `TARGET_TEMPERATURE`, at which it reads the target's probabilities.
+for each node, and one more; "coupled" takes the noise of the rows' positions instead. Optional are `SHAPE = "chain"` if
+it takes chains only, `PARAMETER`, the name of a number that `verify` takes as a keyword, and `TARGET_TEMPERATURE`, at
+which it reads the target's probabilities.
 """
 
 import importlib
@@ -11,16 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from draftsmith.core.drafter import Noise
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Verdict
 
 VERIFIERS = {
     "bild": "lossy.bild",
     "block": "block",
+    "coupled": "research.coupled",
     "deterministic": "deterministic",
     "greedy": "greedy",
     "greedy_drafting": "greedy_drafting",
@@ -53,7 +57,7 @@ class Verifier:
     is_lossless: bool
     sampling: Sampling
     """Sampling settings of the target probabilities that it reads."""
-    verify: Callable[[Tensor, Draft, Tensor], Verdict]
+    verify: Callable[[Tensor, Draft, Any], Verdict]
 
 
 def find(name: str) -> tuple[ModuleType, float | None]:
@@ -87,6 +91,8 @@ def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
 
     Raises ValueError for an unknown name, and for a verifier that is not valid for this draft or temperature.
     """
+    if name == "coupled":
+        return _configured("greedy" if sampling.is_greedy else name, sampling)
     # A draft without drafted tokens is valid for every lossless verifier.
     if name == "auto" or (draft.tree.num_nodes == 1 and find(name)[0].LOSSLESS):
         for_chain, for_tree = AUTO[draft.sampling_scheme]
@@ -106,18 +112,26 @@ def choose(name: str, sampling: Sampling, draft: Draft) -> Verifier:
 
 
 def verify_draft(
-    logits_BNV: Tensor, draft: Draft, sampling: Sampling, name: str, generator: torch.Generator
+    logits_BNV: Tensor,
+    draft: Draft,
+    sampling: Sampling,
+    name: str,
+    generator: torch.Generator,
+    noise: Noise | None = None,
 ) -> Verdict:
     """Returns the verdict of the verifier called `name` on a draft, with uniforms from `generator`.
 
-    Raises ValueError if the target's logits are not finite, or if the draft's probabilities are no distributions.
+    With the rows' `noise` the verifier is "coupled". Raises ValueError if the target's logits are not finite, or if the
+    draft's probabilities are no distributions.
     """
-    verifier = choose(name, sampling, draft)
+    verifier = choose(name if noise is None else "coupled", sampling, draft)
     check_finite_logits(logits_BNV, draft)
     if draft.draft_probs_BNV is not None:
         check_draft_probs(draft)
     if verifier.name == "greedy":
         return verifier.verify(logits_BNV, draft, logits_BNV)
+    if noise is not None:
+        return verifier.verify(verifier.sampling.probs(logits_BNV), draft, noise)
     uniforms_BU = torch.rand(len(logits_BNV), draft.tree.num_nodes + 1, generator=generator, dtype=torch.float64)
     return verifier.verify(verifier.sampling.probs(logits_BNV), draft, uniforms_BU.to(logits_BNV.device))
 

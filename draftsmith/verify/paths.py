@@ -3,6 +3,8 @@
 Shape suffixes: B rows, N nodes, V vocabulary, P length of the longest accepted path, X a subset of the rows.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -128,6 +130,21 @@ def verdict_at(end_B: Tensor, next_token_B: Tensor, draft: Draft, next_probs_BV:
     return Verdict(
         path_BP=path_BP, num_accepted_B=num_accepted_B, next_token_B=next_token_B, next_probs_BV=next_probs_BV
     )
+
+
+def follow_choices(choose: Callable[[Tensor], Tensor], draft: Draft) -> Verdict:
+    """Follows, from node 0, the child that equals the token chosen at each node; the choice at the last one is next.
+
+    `choose` returns the token [B] chosen at each row's node [B], the same each time, and is called on the path alone.
+    """
+    siblings = Siblings(draft)
+    end_B = torch.zeros_like(draft.tokens_BN[:, 0])
+    while True:
+        chosen_B = choose(end_B)
+        is_chosen_BN = siblings.of(end_B) & (draft.tokens_BN == chosen_B[:, None])
+        if not is_chosen_BN.any():
+            return verdict_at(end_B, chosen_B, draft)
+        end_B = torch.where(is_chosen_BN.any(1), is_chosen_BN.to(torch.uint8).argmax(1), end_B)
 
 
 def sample_next(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
-from draftsmith.core.sampling import Sampling, draw
+from draftsmith.core.sampling import Sampling
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.drafters.ngram.kneser_ney import KneserNey
@@ -135,7 +135,6 @@ class Drafter(drafter.Drafter):
     def _sampled_chains(self, num_draft: int) -> Draft:
         """Returns chains sampled from the distribution after the session's temperature, top-k and top-p."""
         session = self._session
-        uniforms_BX = torch.rand(len(session.rows), num_draft, generator=session.generator, dtype=torch.float64)
         chains: list[list[int]] = [[] for _ in session.rows]
         probs: list[list[Tensor]] = [[] for _ in session.rows]
         running = list(range(len(session.rows)))
@@ -145,7 +144,7 @@ class Drafter(drafter.Drafter):
                 probs_GV = session.sampling.probs(probs_GV.log())
             # Rounded before sampling: the verifier needs exactly the distribution that was sampled from.
             probs_GV = probs_GV.float()
-            token_G = draw(probs_GV.double(), uniforms_BX[running, position])
+            token_G = session.draw(probs_GV.double(), position, running)
             confidence_G = probs_GV.gather(1, token_G[:, None])[:, 0]
             for row, probs_V, token in zip(running, probs_GV, token_G.tolist(), strict=True):
                 chains[row].append(token)
