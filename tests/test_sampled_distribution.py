@@ -44,6 +44,12 @@ def test_token_verification_of_deterministic_chains_is_lossless() -> None:
     check_distribution(sampled_drafter("lookup"), distribution_target(), num_samples=NUM_SAMPLES // 2, verifier="token")
 
 
+@pytest.mark.parametrize("name", ["medusa", "lm", "none"])
+def test_sampling_by_noise_of_positions_is_lossless(name: str) -> None:
+    drafter, target = sampled_drafter(name) if name != "none" else None, distribution_target()
+    check_distribution(drafter, target, num_samples=NUM_SAMPLES // 4, verifier="coupled", top_p=0.9)
+
+
 @pytest.mark.parametrize(
     ("name", "verify"),
     [("lm", accept_by_target_probability), ("medusa", sample_for_each_child), ("lm", reuse_one_uniform)],

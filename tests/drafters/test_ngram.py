@@ -20,6 +20,7 @@ from data.batches import collate, example
 from data.prompts import load_prompts
 from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
+from draftsmith.core.drafter import Session
 from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.ngram import Config, Drafter
 from draftsmith.drafters.ngram.kneser_ney import KneserNey
@@ -80,8 +81,8 @@ def start_drafter(
         "should_continue": lambda row, probability: True,
         "generator": torch.Generator().manual_seed(0),
     }
-    session: Any = SimpleNamespace(**{"rows": rows, "source": source, "target": drafter.target, **given, **changes})
-    drafter.start(session)
+    settings: Any = {"rows": rows, "source": source, "target": drafter.target, "cache": None, **given, **changes}
+    drafter.start(Session(**settings))
     return drafter
 
 

@@ -56,7 +56,10 @@ def check_family(
     module of `trainers/`) and its `settings`, training is checked as well.
     """
     for architecture in architectures:
-        check_greedy(built(family, config, tiny_target(architecture)), architecture)
+        drafter = built(family, config, tiny_target(architecture))
+        check_greedy(drafter, architecture)
+        if architecture == architectures[0]:
+            check_coupled(drafter)
     target = tiny_target(architectures[0])
     check_round_trip(built(family, config, target), target, folder / "artifact")
     check_forget(built(family, config, target))
@@ -97,6 +100,18 @@ def check_greedy(drafter: Any, architecture: str) -> None:
         assert texts(out) == expected, f"{architecture}, {num_rows} rows"
         assert out.stats.new_tokens == NUM_NEW * num_rows
         assert watched.num_drafted > 0, "nothing was drafted"
+
+
+def check_coupled(drafter: Any) -> None:
+    """Asserts that text sampled by the verifier "coupled" is that of plain decoding, for one row and for three."""
+    for num_rows in (1, 3):
+        ids, mask = padded(prompts(num_rows))
+        settings = {"attention_mask": mask, "max_new_tokens": NUM_NEW, "verifier": "coupled"}
+        plain, drafted = (
+            draftsmith.generate(drafter.target, ids, used, temperature=1.0, seed=7, **settings)
+            for used in (None, Watched(drafter))
+        )
+        assert texts(drafted) == texts(plain), f"{num_rows} rows"
 
 
 def check_round_trip(drafter: Any, target: Target, folder: Path) -> None:

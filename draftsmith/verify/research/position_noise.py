@@ -50,9 +50,12 @@ def exponentials(
     counter_4XW[2] = torch.tensor([index for _, index in rows], device=device)[:, None]
     keys = [[seed & WORD for seed, _ in rows], [seed >> 32 & WORD for seed, _ in rows]]
     words_4XW = philox(counter_4XW, torch.tensor(keys, device=device)[..., None])
-    # In float32 the largest words would round to a uniform of 1, and a variable of 0.
-    variables_4XW = words_4XW.double().add_(0.5).mul_(2.0**-32).log_().neg_()
-    return variables_4XW.permute(1, 2, 0).to(torch.float32).flatten(1)[:, :vocab_size]
+    return of_words(words_4XW).permute(1, 2, 0).to(torch.float32).flatten(1)[:, :vocab_size]
+
+
+def of_words(words: Tensor) -> Tensor:
+    """Returns the Exp(1) variables of random words; in float64, as large words would round to a uniform of 1 in 32."""
+    return words.double().add_(0.5).mul_(2.0**-32).log_().neg_()
 
 
 @dataclass(frozen=True, eq=False)
