@@ -4,22 +4,25 @@ Shape suffixes: B rows, T positions, N supervised positions of a head, I tokens 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch
+from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.core.drafter import Session
 from draftsmith.core.sampling import Sampling
 from draftsmith.drafters.hydra import Config, Drafter
 from draftsmith.length.costs import quickest_ms
+from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_DEPTH, MAX_NODES, MAX_WIDTH, check_at_least
 from draftsmith.parts.neural.layers import ffn_width
+from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
+from trainers.corpora import corpus
 from trainers.parts import heads, trees
 from trainers.parts.losses import DIVERGENCES, Teacher, cross_entropy, divergence, sum_in_chunks
 
@@ -61,6 +64,11 @@ class Settings:
             divergence(self.loss, beta=self.beta)
 
 
+def check(settings: Settings, target: TargetInfo) -> None:
+    """Raises ValueError for a shortlist larger than the vocabulary."""
+    check_size(settings.config.shortlist, target.vocab_size)
+
+
 def build(settings: Settings, target: Target) -> Drafter:
     """Returns heads that pass the state through unchanged and draft a chain until `finish`."""
     width = settings.prefix_width or ffn_width(target.hidden_size)
@@ -78,6 +86,11 @@ def build(settings: Settings, target: Target) -> Drafter:
     return drafter
 
 
+def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
+    """Fills the shortlist."""
+    corpus.fill_shortlist(drafter.shared_head.shortlist, rows)
+
+
 def needs(settings: Settings, target: Target) -> Needs:
     """Returns the last hidden layer."""
     return Needs(layers=(target.num_layers,))
@@ -86,27 +99,32 @@ def needs(settings: Settings, target: Target) -> Needs:
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the sum over heads k and positions t of CE(head k at t, token t + 2 + k), or of a divergence.
 
-    The divergence is between head k at t and the target at t + 1 + k, which predict the same token.
+    The divergence is between head k at t and the target at t + 1 + k, which predict the same token; with a shortlist,
+    between their distributions over its tokens.
     """
+    shared = drafter.shared_head
+
+    def logits(k: int, z_ND: Tensor) -> Tensor:
+        return drafter.head(k, z_ND[None])[0] if settings.config.own_head else shared.listed(z_ND)
+
     total, metrics = torch.zeros((), device=batch.tokens_BT.device), {}
     hidden_BTD = batch.hidden[target.num_layers]
     for k, output in enumerate(_head_outputs(drafter, batch)):
         if settings.loss == "ce":
             head_loss, count = sum_in_chunks(
-                lambda z, labels, k=k: cross_entropy(drafter.head(k, z[None])[0], labels),
-                output.z_ND,
-                output.labels_N,
-                vocab_size=target.vocab_size,
+                lambda z, labels, k=k: cross_entropy(logits(k, z), labels),
+                *heads.on_shortlist(output, shared.shortlist),
+                vocab_size=len(shared.shortlist),
             )
         else:
             compare = divergence(settings.loss, beta=settings.beta)
             head_loss, count = sum_in_chunks(
                 lambda z, theirs, k=k, compare=compare: compare(
-                    drafter.head(k, z[None])[0], Teacher(logits=target.logits(theirs[None])[0])
+                    logits(k, z), Teacher(logits=shared.listed(target.norm(theirs)))
                 ),
                 output.z_ND,
                 hidden_BTD[:, 1 + k :][output.mask_BT[:, : -1 - k]],
-                vocab_size=target.vocab_size,
+                vocab_size=len(shared.shortlist),
             )
         total = total + head_loss
         metrics[f"head{k}_loss"] = (head_loss.detach(), count)

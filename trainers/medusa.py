@@ -4,17 +4,20 @@ Shape suffixes: B rows, T positions, D hidden width, K heads.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from data.batches import Batch
+from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.medusa import Config, Drafter
+from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.checks import MAX_NODES, check_at_least, check_positive
+from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
+from trainers.corpora import corpus
 from trainers.parts import heads, trees
 
 
@@ -33,10 +36,20 @@ class Settings:
         check_at_least(self, 0, "tree_nodes", most=MAX_NODES)
 
 
+def check(settings: Settings, target: TargetInfo) -> None:
+    """Raises ValueError for a shortlist larger than the vocabulary."""
+    check_size(settings.config.shortlist, target.vocab_size)
+
+
 def build(settings: Settings, target: Target) -> Drafter:
     """Returns heads that pass the target's last hidden state through unchanged and draft a chain until `finish`."""
     config = dataclasses.replace(settings.config, tree=trees.chain(settings.config.num_heads))
     return Drafter(config, target).float()
+
+
+def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
+    """Fills the shortlist."""
+    corpus.fill_shortlist(drafter.shared_head.shortlist, rows)
 
 
 def needs(settings: Settings, target: Target) -> Needs:
@@ -46,7 +59,17 @@ def needs(settings: Settings, target: Target) -> Needs:
 
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the sum over heads k and positions t of decay^(k + 1) CE(head k at t, token t + 2 + k)."""
-    return heads.loss(_head_outputs(drafter, batch), drafter.head, decay=settings.decay, vocab_size=target.vocab_size)
+    if settings.config.own_head:
+        outputs = _head_outputs(drafter, batch)
+        return heads.loss(outputs, drafter.head, decay=settings.decay, vocab_size=target.vocab_size)
+    shared = drafter.shared_head
+    return heads.loss(
+        _head_outputs(drafter, batch),
+        lambda _, z_1ND: shared.listed(z_1ND),
+        decay=settings.decay,
+        vocab_size=len(shared.shortlist),
+        shortlist=shared.shortlist,
+    )
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:

@@ -273,6 +273,11 @@ class Target:
             return self._head(encoder_outputs=dummy, decoder_inputs_embeds=normed_BTD, use_cache=False).logits
         return self._head(inputs_embeds=normed_BTD, use_cache=False).logits
 
+    @property
+    def head_is_linear(self) -> bool:
+        """True if logits are the product of the normed state and the head's weights, without scaling or capping."""
+        return self._head_is_linear
+
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Returns logits [B, T, V] from the last block's un-normed output."""
         return self.head(self.norm(hidden_BTD))

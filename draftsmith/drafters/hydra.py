@@ -19,6 +19,7 @@ from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least
 from draftsmith.parts.neural.layers import Block, gather_path, prepare_cache
+from draftsmith.parts.neural.shortlist import SharedHead
 from draftsmith.parts.neural.token_heads import ResidualHead, untied_lm_heads
 from draftsmith.verify.paths import values_at
 
@@ -33,6 +34,8 @@ class Config:
     """Number of residual blocks per head."""
     own_head: bool = False
     """Give each head an LM head of its own, initialised from the target's, instead of sharing the target's."""
+    shortlist: int = 0
+    """If not 0, compute logits for this many tokens only (draftsmith/parts/neural/shortlist.py)."""
     prefix_heads: int = 0
     """Attention heads of a decoder block over the hidden states of the text so far; 0 for the last state alone."""
     prefix_width: int = 0
@@ -49,6 +52,9 @@ class Config:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_heads", "num_blocks", most=MAX_DEPTH)
+        check_at_least(self, 0, "shortlist")
+        if self.shortlist and self.own_head:
+            raise ValueError("a shortlist is of the target's LM head, and own_head gives each head one: drop one")
         check_at_least(self, 0, "prefix_heads", most=MAX_DEPTH)
         check_at_least(self, 0, "prefix_width", most=MAX_WIDTH)
         if (self.prefix_heads > 0) != (self.prefix_width > 0) or min(self.prefix_heads, self.prefix_width) < 0:
@@ -111,6 +117,7 @@ class Drafter(nn.Module, drafter.Drafter):
         )
         if config.own_head:
             self.outputs = untied_lm_heads(target, config.num_heads)
+        self.shared_head = SharedHead(target, config.shortlist)
         if config.prefix_heads:
             self.prefix = Block(width, num_heads=config.prefix_heads, inner_width=config.prefix_width)
         self.to(device=target.device, dtype=target.dtype)
@@ -136,7 +143,7 @@ class Drafter(nn.Module, drafter.Drafter):
 
     def head(self, k: int, z_BMD: Tensor) -> Tensor:
         """Returns head k's logits [B, M, V]."""
-        return self.outputs[k](z_BMD) if self.config.own_head else self.target.head(z_BMD)
+        return self.outputs[k](z_BMD) if self.config.own_head else self.shared_head(z_BMD)
 
     def logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
         """Returns the logits [B, M, V] after the nodes from `first` on, all of depth `tree.depth`."""

@@ -20,11 +20,16 @@ TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
 EXAMPLE = Config(num_heads=3, tree=TREE)
 
 
-@pytest.mark.parametrize("own_head", [False, True])
-def test_family(tmp_path: Path, own_head: bool) -> None:
-    config = Config(num_heads=3, own_head=own_head, tree=TREE)
-    settings = trainer_settings(trainer, num_heads=3, own_head=own_head)
-    check_family(medusa, config, tmp_path, trainer=trainer, settings=settings)
+@pytest.mark.parametrize("options", [{}, {"own_head": True}, {"shortlist": 7}])
+def test_family(tmp_path: Path, options: dict[str, Any]) -> None:
+    config = Config(num_heads=3, tree=TREE, **options)
+    settings = trainer_settings(trainer, num_heads=3, **options)
+    # Gemma 2 caps its logits, which no shortlist can.
+    architectures = {"architectures": ("llama",)} if config.shortlist else {}
+    check_family(medusa, config, tmp_path, trainer=trainer, settings=settings, **architectures)
+    if config.shortlist:
+        with pytest.raises(ValueError, match="scales or caps its logits, so it supports no shortlist"):
+            Drafter(config, tiny_target("gemma2"))
 
 
 def test_heads_match_values_by_hand() -> None:

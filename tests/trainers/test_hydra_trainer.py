@@ -119,6 +119,20 @@ def test_dropout_applies_in_training_only() -> None:
     assert values[2] == hydra.loss(perturbed_drafter().train(), given, PLAIN, TARGET)[0].item()
 
 
+def test_divergence_on_a_shortlist_is_between_distributions_over_it() -> None:
+    settings, given = trainer_settings(hydra, num_heads=3, shortlist=30), batch()
+    drafter, theirs_BTV = perturbed_drafter(settings), TARGET.logits(given.hidden[TARGET.num_layers])
+    ids_W = torch.arange(4, 64, 2)
+    drafter.shared_head.shortlist.set_tokens(ids_W)
+    slow = torch.zeros(())
+    for k in range(3):
+        for b, t in supervised_positions(given, k):
+            ours_W = slow_logits(drafter, given, k, b, t)[ids_W].log_softmax(-1)
+            probs_W = theirs_BTV[b, t + 1 + k, ids_W].softmax(-1)
+            slow = slow + (probs_W * (probs_W.log() - ours_W)).sum()
+    torch.testing.assert_close(hydra.loss(drafter, given, settings, TARGET)[0], slow)
+
+
 def test_four_steps_have_golden_losses() -> None:
     """Losses of four AdamW steps equal recorded values to 1e-4, for float32 on other machines."""
     given, drafter = batch(), hydra.build(PLAIN, TARGET)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from data.batches import Batch
 from draftsmith import Target
 from draftsmith.length.costs import SIZES, quickest_ms, verify_ms
+from draftsmith.parts.neural.shortlist import Shortlist
 from trainers import Metrics
 from trainers.parts import trees
 from trainers.parts.losses import cross_entropy, sum_in_chunks
@@ -58,15 +59,26 @@ def head_outputs(
         yield HeadOutputs(z_ND=z_1TD[0][mask_BT[any_BT]], labels_N=labels_N, mask_BT=mask_BT)
 
 
-def loss(outputs: Iterable[HeadOutputs], head: Head, *, decay: float, vocab_size: int) -> tuple[Tensor, Metrics]:
-    """Returns the sum over heads k and positions t of decay^(k + 1) CE(head k at t, token t + 2 + k)."""
+def on_shortlist(output: HeadOutputs, shortlist: Shortlist) -> tuple[Tensor, Tensor]:
+    """Returns features and labels at positions whose label is on the shortlist, as indices on it."""
+    if shortlist.is_whole:
+        return output.z_ND, output.labels_N
+    is_listed_N = shortlist.contains(output.labels_N)
+    return output.z_ND[is_listed_N], shortlist.indices(output.labels_N[is_listed_N])
+
+
+def loss(
+    outputs: Iterable[HeadOutputs], head: Head, *, decay: float, vocab_size: int, shortlist: Shortlist | None = None
+) -> tuple[Tensor, Metrics]:
+    """Returns the sum over heads k and positions t of decay^(k + 1) CE(head k at t, token t + 2 + k).
+
+    With a shortlist, `head` returns its tokens' logits, and other labels do not count: they cannot be drafted.
+    """
     losses, metrics = [], {}
     for k, output in enumerate(outputs):
+        z_ND, labels_N = on_shortlist(output, shortlist) if shortlist is not None else (output.z_ND, output.labels_N)
         head_loss, count = sum_in_chunks(
-            lambda z, labels, k=k: cross_entropy(head(k, z[None])[0], labels),
-            output.z_ND,
-            output.labels_N,
-            vocab_size=vocab_size,
+            lambda z, labels, k=k: cross_entropy(head(k, z[None])[0], labels), z_ND, labels_N, vocab_size=vocab_size
         )
         losses.append(decay ** (k + 1) * head_loss)
         metrics[f"head{k}_loss"] = (head_loss.detach(), count)

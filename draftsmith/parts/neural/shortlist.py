@@ -58,6 +58,10 @@ class Shortlist(nn.Module):
             return logits_W
         return logits_W.new_full((*logits_W.shape[:-1], self.vocab_size), OUTSIDE).index_copy(-1, self.ids_W, logits_W)
 
+    def indices(self, tokens: Tensor) -> Tensor:
+        """Returns the index on the shortlist of each token, all of which it contains."""
+        return tokens if self.is_whole else torch.searchsorted(self.ids_W, tokens)
+
     def contains(self, tokens: Tensor) -> Tensor:
         """Returns, for each token, whether it is on the shortlist."""
         return torch.ones_like(tokens, dtype=torch.bool) if self.is_whole else torch.isin(tokens, self.ids_W)
@@ -80,6 +84,38 @@ class ShortlistHead(nn.Module):
 
     def _rows(self) -> tuple[Tensor, Tensor | None]:
         return self.shortlist.rows(self.weight), None if self.bias is None else self.shortlist.rows(self.bias)
+
+
+class SharedHead(nn.Module):
+    """The target's LM head, or only its rows for a shortlist of `num_tokens`; it has no weights of its own.
+
+    Raises ValueError for a shortlist where the target's head is not a matrix product.
+    """
+
+    def __init__(self, target: Any, num_tokens: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "_target", target)
+        self.shortlist = Shortlist(num_tokens, target.vocab_size)
+        if num_tokens and not target.head_is_linear:
+            raise ValueError(f"{target.name} scales or caps its logits, so it supports no shortlist")
+        self.training_switches = TrainingSwitches()
+        self._cached_rows: WeightCache[tuple[Tensor, Tensor | None]] = WeightCache(self, self._rows)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns logits [..., V] of features [..., D]."""
+        return self._target.head(features) if self.shortlist.is_whole else self.shortlist.spread(self.listed(features))
+
+    def listed(self, features: Tensor) -> Tensor:
+        """Returns the logits [..., W] of the shortlist's tokens, or of all tokens."""
+        if self.shortlist.is_whole:
+            return self._target.head(features)
+        rows = self._rows() if torch.is_grad_enabled() or self.training else self._cached_rows()
+        return functional.linear(features, *rows)
+
+    def _rows(self) -> tuple[Tensor, Tensor | None]:
+        head = self._target.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        return self.shortlist.rows(head.weight.detach()), None if bias is None else self.shortlist.rows(bias.detach())
 
 
 class TrainingSwitches(nn.Module):

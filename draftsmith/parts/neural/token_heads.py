@@ -3,7 +3,7 @@
 Shape suffixes: B rows, N tokens or nodes, D hidden width, V vocabulary, K token heads, R ranks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -115,22 +115,28 @@ class TokenHeadsState:
     """The draft state of token heads during one `generate` call: the target's last hidden state of each row."""
 
     def __init__(
-        self, session: Session, tree: StaticTree, heads: Iterable[nn.Module], lm_heads: nn.ModuleList | None
+        self,
+        session: Session,
+        tree: StaticTree,
+        heads: Iterable[nn.Module],
+        lm_heads: nn.ModuleList | None,
+        shared: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._session, self._tree, self._lm_heads = session, tree, lm_heads
+        self._shared = shared or session.target.head
         self._layer = session.target.num_layers
         self._fused_heads = FusedHeads(heads)
         # Rows of one token have no hidden state yet; if all rows are such, the first step is a plain one.
         self._last_BD = last_prompt_hidden(session, self._layer)
 
     def propose(self, budget: int) -> Draft:
-        """Returns the static tree, at most `budget` levels deep, from the heads' own LM heads or the target's."""
+        """Returns the static tree, at most `budget` levels deep, from the heads' own LM heads or the shared one."""
         if self._last_BD is None:
             return self._session.empty_draft()
         target = self._session.target
         features_BKD = self._fused_heads(target.norm(self._last_BD), min(budget, self._tree.depth))
         if self._lm_heads is None:
-            logits_BKV = target.head(features_BKD)
+            logits_BKV = self._shared(features_BKD)
         else:
             pairs = zip(self._lm_heads, features_BKD.unbind(1), strict=False)
             logits_BKV = torch.stack([lm_head(z_BD) for lm_head, z_BD in pairs], dim=1)
