@@ -1,7 +1,7 @@
 """The bake-off: drafters, plain decoding and transformers' `generate` on the same prompts, in one table."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -16,10 +16,11 @@ from data.prompts import Prompt
 from draftsmith import Target
 from draftsmith.length.costs import num_threads
 from eval.bakeoff import forecast, hardware
-from eval.bakeoff.contenders import Contender, contenders, fingerprint
-from eval.bakeoff.measure import DecodingRequest, Tally, measure, warm_up
+from eval.bakeoff.contenders import PLAIN, Contender, contenders, fingerprint
+from eval.bakeoff.measure import DecodingRequest, Tally, draftsmith_method, measure, warm_up
 from eval.bakeoff.optimal_transport import first_token_acceptance
 from eval.bakeoff.results import Cell, Results, claimed, publish
+from eval.bakeoff.rounding import MAX_PROMPTS, GapReader, measured_rounding
 from eval.bakeoff.rows import row_of, sum_categories
 from eval.bakeoff.settings import BakeoffSettings
 from eval.plots.bakeoff import draw
@@ -31,10 +32,17 @@ OTHERS = "others"
 
 
 def compare(
-    target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path], output: Path, settings: BakeoffSettings
+    target: Target,
+    prompts: Sequence[Prompt],
+    artifacts: Sequence[Path],
+    output: Path,
+    settings: BakeoffSettings,
+    *,
+    notes: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Returns one row per contender, temperature and batch size, and writes them as `bakeoff.*` into `output`.
 
+    `notes` are further conditions that every row repeats; `left_out` among them says why a drafter is not compared.
     An interrupted comparison continues from its measured parts. Raises ValueError for an artifact that does not fit the
     target, too few prompts for a batch, or a folder that contains other files or that another run uses.
     """
@@ -47,7 +55,10 @@ def compare(
         with claimed(output):
             results = Results(output, identity)
             _measure(target, prompts, competing, results, settings)
-            rows = [row | conditions for row in _rows(prompts, competing, results, settings)]
+            rounding = _rounding(target, prompts, competing, results, settings)
+            described = conditions | dict(notes or {})
+            described["left_out"] = described.get("left_out", {}) | _left_out(target, settings)
+            rows = [row | described for row in _rows(prompts, competing, results, settings, rounding)]
             _add_first_token_acceptance(rows, prompts, competing, settings)
             _add_forecasts(rows, prompts, competing, results, settings)
             drafters = {one.method.name: one.drafter for one in competing if one.family and not one.is_ablation}
@@ -65,7 +76,7 @@ def _conditions(target: Target, prompts: Sequence[Prompt], settings: BakeoffSett
     return {
         "target": Path(target.name).name if Path(target.name).is_dir() else target.name,
         "dtype": str(target.dtype).removeprefix("torch."),
-        "hardware": hardware.describe(target.device),
+        "hardware": hardware.describe(target.device, target.dtype),
         "threads": torch.get_num_threads(),
         "commit": hardware.commit(),
         "torch": torch.__version__,
@@ -74,6 +85,17 @@ def _conditions(target: Target, prompts: Sequence[Prompt], settings: BakeoffSett
         "max_new_tokens": settings.max_new_tokens,
         "rounds": settings.rounds,
     }
+
+
+def _left_out(target: Target, settings: BakeoffSettings) -> dict[str, str]:
+    """Returns why transformers' assisted generation is missing from some tables."""
+    if not settings.assisted:
+        return {}
+    if target.is_encoder_decoder:
+        return {"transformers' assisted generation": "timed for causal targets only"}
+    larger = [size for size in settings.batch_sizes if size > 1]
+    sizes = " and ".join(map(str, larger))
+    return {f"transformers' assisted generation at batch {sizes}": "it takes one prompt at a time"} if larger else {}
 
 
 def _interval() -> float:
@@ -132,7 +154,9 @@ def _measure(
     """Measures the cells that have no results yet."""
     cells = _cells(prompts, settings)
     num_rows = {
-        cell: cell[2] * len(_requests(prompts, cell, settings)) * sum(one.competes_at(cell[1]) for one in competing)
+        cell: cell[2]
+        * len(_requests(prompts, cell, settings))
+        * sum(one.competes_at(cell[1], cell[2]) for one in competing)
         for cell in cells
     }
     missing = [cell for cell in cells if cell not in results.cells]
@@ -140,17 +164,66 @@ def _measure(
     if num_done:
         print(f"{results.path.parent}: continuing; {len(cells) - len(missing)} of {len(cells)} parts are measured")
     total = sum(num_rows.values())
+    gaps_of = GapReader(_targets(target, competing))
+    is_warm = set[tuple[float, int]]()
     options = {"desc": "bake-off", "unit": "prompt", "smoothing": 0, "mininterval": _interval()}
     with tqdm(total=total, initial=num_done, **options) as bar:
         for cell in missing:
             number, temperature, batch_size, category = cell
             status = [f"temperature {temperature:g}", f"batch {batch_size}", *([category] if category else [])]
             bar.set_postfix_str(", ".join(status), refresh=False)
-            methods = [contender.method for contender in competing if contender.competes_at(temperature)]
+            methods = [one.method for one in competing if one.competes_at(temperature, batch_size)]
             requests = _requests(prompts, cell, settings)
-            for method in methods:
+            for method in () if (temperature, batch_size) in is_warm else methods:
                 warm_up(method, requests[0].prompts, temperature)
-            results.add(cell, measure(methods, requests, target.device, first=number, on_progress=bar.update))
+            is_warm.add((temperature, batch_size))
+            tallies = measure(methods, requests, target.device, first=number, gaps_of=gaps_of, on_progress=bar.update)
+            results.add(cell, tallies)
+
+
+def _targets(target: Target, competing: Sequence[Contender]) -> dict[str, Target]:
+    """Returns the target of each method that others are compared with."""
+    tuned = {one.reference: one.drafter.target for one in competing if one.drafter is not None}
+    return tuned | {PLAIN: target}
+
+
+def _rounding(
+    target: Target,
+    prompts: Sequence[Prompt],
+    competing: Sequence[Contender],
+    results: Results,
+    settings: BakeoffSettings,
+) -> dict[tuple[str, int], float]:
+    """Returns the measured rounding by reference method and batch size, where greedy rows differ from the reference's.
+
+    Forwards are as wide as 2, 4, 8, ... tokens up to the widest draft.
+    """
+    found: dict[tuple[str, int], float] = {}
+    for size in settings.batch_sizes if 0 in settings.temperatures else ():
+        groups = by_category(prompts, size)
+        for reference, own_target in _targets(target, competing).items():
+            names = [one.method.name for one in competing if one.reference == reference and one.competes_at(0, size)]
+            tallies = [
+                rounds[name]
+                for parts in _tallies(groups, 0.0, size, results, settings).values()
+                for rounds in parts
+                for name in names
+            ]
+            if not any(tally.num_different for tally in tallies):
+                continue
+            widest = max((nodes + 1 for tally in tallies for _, nodes, _ in tally.verified), default=1)
+            widths = [2**power for power in range(1, max(widest - 1, 1).bit_length() + 1)]
+            changes = []
+            for begin in range(0, max(size, MAX_PROMPTS) - size + 1, size):
+                ids = [prompt.ids for prompt in prompts[begin : begin + size]]
+                if len(ids) == size:
+                    request = DecodingRequest(
+                        prompts=ids, temperature=0.0, max_new_tokens=settings.max_new_tokens, seed=settings.seed
+                    )
+                    texts = draftsmith_method(own_target)(request).rows
+                    changes.append(measured_rounding(own_target, ids, texts, widths))
+            found[reference, size] = max(changes)
+    return found
 
 
 def _tallies(
@@ -169,7 +242,11 @@ def _totals(tallies: dict[str, list[dict[str, Tally]]]) -> list[dict[str, Tally]
 
 
 def _rows(
-    prompts: Sequence[Prompt], competing: Sequence[Contender], results: Results, settings: BakeoffSettings
+    prompts: Sequence[Prompt],
+    competing: Sequence[Contender],
+    results: Results,
+    settings: BakeoffSettings,
+    rounding: dict[tuple[str, int], float],
 ) -> list[dict[str, Any]]:
     """Returns the rows of the table, without forecasts."""
     rows = []
@@ -178,8 +255,8 @@ def _rows(
         tallies = _tallies(groups, temperature, size, results, settings)
         totals = _totals(tallies)
         for contender in competing:
-            if contender.competes_at(temperature):
-                row = row_of(contender, temperature, size, totals)
+            if contender.competes_at(temperature, size):
+                row = row_of(contender, temperature, size, totals, rounding.get((contender.reference, size)))
                 row["speedup_by_category"] = {
                     name: row_of(contender, temperature, size, rounds)["speedup"]
                     for name, rounds in tallies.items()
@@ -230,7 +307,7 @@ def _add_forecasts(
     }
     predicted: dict[tuple[str, float, int], float] = {}
     by_batch_size: dict[tuple[str, float], dict[int, float]] = {}
-    pairs = [(one, at) for one in with_drafter for at in settings.temperatures if one.competes_at(at)]
+    pairs = [(one, at) for one in with_drafter for at in settings.temperatures if one.competes_at(at, 1)]
     for one, temperature in tqdm(pairs, desc="forecasts", unit="drafter", delay=2, mininterval=_interval()):
         name = one.method.name
         plain, drafted = (

@@ -15,8 +15,12 @@ from draftsmith.artifacts.artifact import own_files, read_manifest
 from draftsmith.length.target_confidence import TargetConfidenceThreshold
 from eval.bakeoff.measure import DecodingMethod, draftsmith_method, transformers_method, warm_up
 from eval.bakeoff.settings import BakeoffSettings
+from eval.doctor.assisted import assistant_of
 
 PLAIN, TRANSFORMERS = "plain", "transformers"
+PROMPT_LOOKUP = f"{TRANSFORMERS}: prompt lookup"
+LOOKUP_TOKENS = 10
+"""Tokens that transformers' prompt look-up copies, as in its documentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,8 @@ class Contender:
     is_fine_tuned: bool = False
     """True if it decodes with a target that its drafter fine-tuned."""
     is_lossless: bool = True
+    max_batch_size: int | None = None
+    """Largest batch that the method decodes, None for any; transformers drafts for one row at a time."""
     num_parameters: int = 0
     artifact_mb: float = 0.0
     train_s: float | None = 0.0
@@ -44,8 +50,10 @@ class Contender:
         """Returns the name of the method that it is compared with."""
         return self.method.reference or PLAIN
 
-    def competes_at(self, temperature: float) -> bool:
-        """Returns False for other verifiers at temperature 0, where all lossless verifiers agree."""
+    def competes_at(self, temperature: float, batch_size: int) -> bool:
+        """Returns False for batches beyond its largest, and for other verifiers at temperature 0, where all agree."""
+        if self.max_batch_size is not None and batch_size > self.max_batch_size:
+            return False
         return temperature > 0 or self.verifier == "auto"
 
     @property
@@ -65,6 +73,9 @@ def contenders(
         Contender(method=DecodingMethod(name=PLAIN, decode=draftsmith_method(target))),
         Contender(method=DecodingMethod(name=TRANSFORMERS, decode=transformers_method(target))),
     ]
+    if settings.assisted and not target.is_encoder_decoder:
+        decode = transformers_method(target, prompt_lookup=LOOKUP_TOKENS)
+        found.append(Contender(method=DecodingMethod(name=PROMPT_LOOKUP, decode=decode), max_batch_size=1))
     for name, path in zip(_names(artifacts), artifacts, strict=True):
         manifest = read_manifest(path)
         drafter = draftsmith.load(path, target)
@@ -87,6 +98,11 @@ def contenders(
             name=name, decode=draftsmith_method(drafter.target, drafter), reference=reference, drafter=drafter
         )
         found.append(Contender(method=method, **columns))
+        assistant = assistant_of(drafter) if settings.assisted else None
+        if assistant is not None:
+            decode = transformers_method(target, assistant)
+            assisted = DecodingMethod(name=f"{TRANSFORMERS}: {name}", decode=decode)
+            found.append(Contender(method=assisted, max_batch_size=1))
         for ablation in _ablations(method, drafter, columns, settings):
             try:
                 warm_up(ablation.method, [prompts[0].ids], temperature=1.0)
@@ -123,7 +139,7 @@ def _ablations(
 def _names(artifacts: Sequence[Path]) -> list[str]:
     """Returns each folder's name, prefixed with its parent's name where two are the same."""
     names = [path.resolve().name for path in artifacts]
-    taken = [*names, PLAIN, TRANSFORMERS]
+    taken = [*names, PLAIN, TRANSFORMERS, PROMPT_LOOKUP]
     longer = [
         name if taken.count(name) == 1 else f"{path.resolve().parent.name}/{name}"
         for name, path in zip(names, artifacts, strict=True)

@@ -80,12 +80,22 @@ class Tally:
     """Entry d counts the drafts accepted up to depth d + 1."""
     is_identical: bool = True
     """True if every row equals the reference method's."""
+    num_rows: int = 0
+    """Rows decoded."""
+    num_different: int = 0
+    """Rows that are not equal to the reference method's."""
+    largest_gap: float | None = None
+    """Largest gap of the reference's logits between the two tokens where such a row first differs; None if unread."""
 
-    def add(self, result: DecodingResult, seconds: float, *, is_identical: bool) -> None:
-        """Adds one batch."""
+    def add(self, result: DecodingResult, seconds: float, reference: Rows, gaps: Sequence[float] | None = None) -> None:
+        """Adds one batch; `gaps` are those of the rows that differ from the reference's, None if they were not read."""
         self.seconds += seconds
         self.tokens += sum(map(len, result.rows))
-        self.is_identical &= is_identical
+        num_different = sum(own != other for own, other in zip(result.rows, reference, strict=True))
+        self.is_identical &= not num_different
+        self.num_rows += len(result.rows)
+        self.num_different += num_different
+        self.largest_gap = largest([self.largest_gap, *(gaps or ())])
         stats = result.stats
         if stats is None:
             return
@@ -99,6 +109,11 @@ class Tally:
         self.commit_ms += stats.commit_ms
         self.drafted = sum_counts([self.drafted, stats.drafted])
         self.accepted = sum_counts([self.accepted, stats.accepted])
+
+
+def largest(values: Iterable[float | None]) -> float | None:
+    """Returns the largest value that is not None, and None if there is none."""
+    return max((value for value in values if value is not None), default=None)
 
 
 def sum_counts(counts: Iterable[Sequence[int]]) -> list[int]:
@@ -147,12 +162,21 @@ def _draftsmith_decode(
     return DecodingResult(rows=[row[start:length] for row, start, length in rows], stats=out.stats)
 
 
-def transformers_method(target: Target, assistant: Any = None) -> Callable[[DecodingRequest], DecodingResult]:
-    """Returns a function that decodes with transformers' `generate`, with an assistant model if given."""
-    return partial(_transformers_decode, target, assistant)
+def transformers_method(
+    target: Target, assistant: Any = None, *, prompt_lookup: int = 0
+) -> Callable[[DecodingRequest], DecodingResult]:
+    """Returns a function that decodes with transformers' `generate`.
+
+    It drafts with an assistant model if one is given, or by its prompt look-up of `prompt_lookup` tokens if that is not
+    0; both take one prompt at a time.
+    """
+    options: dict[str, Any] = {} if assistant is None else {"assistant_model": assistant}
+    if prompt_lookup:
+        options["prompt_lookup_num_tokens"] = prompt_lookup
+    return partial(_transformers_decode, target, options)
 
 
-def _transformers_decode(target: Target, assistant: Any, request: DecodingRequest) -> DecodingResult:
+def _transformers_decode(target: Target, options: dict[str, Any], request: DecodingRequest) -> DecodingResult:
     tokens_BT, mask_BT = pad(request.prompts, target.device, side="right" if target.is_encoder_decoder else "left")
     is_sampling = request.temperature > 0
     config = GenerationConfig(
@@ -166,7 +190,6 @@ def _transformers_decode(target: Target, assistant: Any, request: DecodingReques
     # transformers samples from the global generator, whose state is restored afterwards.
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(request.seed)
-        options = {} if assistant is None else {"assistant_model": assistant}
         out = target.model.generate(tokens_BT, attention_mask=mask_BT, generation_config=config, **options)
     start = 1 if target.is_encoder_decoder else tokens_BT.shape[1]
     return DecodingResult(rows=[_cut_after_eos(row[start:], target.eos_token_ids) for row in out.tolist()])
@@ -183,12 +206,14 @@ def measure(
     device: torch.device,
     *,
     first: int = 0,
+    gaps_of: Callable[[str, Rows, Rows, Rows], list[float]] | None = None,
     on_progress: Callable[[int], Any] = lambda num_rows: None,
 ) -> dict[str, Tally]:
     """Decodes all requests with every method and returns each method's tally.
 
     The methods take turns on every request, and the starting method rotates (number `first` starts on the first
     request), so that a temporary slow-down of the machine affects all of them. Drafters' states are reset first.
+    `gaps_of` (eval/bakeoff/rounding.py) reads the gaps of logits of greedy rows that differ from the reference's.
     `on_progress` is called with the number of rows after each batch.
     """
     tallies = {method.name: Tally() for method in methods}
@@ -208,7 +233,10 @@ def measure(
             on_progress(len(request.prompts))
         for method in methods:
             name, reference = method.name, method.reference or methods[0].name
-            tallies[name].add(results[name], seconds[name], is_identical=results[name].rows == results[reference].rows)
+            expected, rows = results[reference].rows, results[name].rows
+            is_read = gaps_of is not None and not request.temperature and rows != expected
+            gaps = gaps_of(reference, request.prompts, expected, rows) if is_read and gaps_of else None
+            tallies[name].add(results[name], seconds[name], expected, gaps)
     return tallies
 
 

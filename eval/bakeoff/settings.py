@@ -26,6 +26,8 @@ class BakeoffSettings:
     """Confidence thresholds on the target to compare in extra rows of each drafter; drafting is skipped below them."""
     forecast_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Batch sizes for which speed-ups are predicted, beside the measured ones; empty for no predictions."""
+    assisted: bool = False
+    """Also time transformers' own speculative decoding: with each draft LM among the artifacts, and prompt look-up."""
     seed: int = 0
     """Random seed of sampling."""
     threads: int = 1

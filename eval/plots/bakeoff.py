@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.report.table import MAX_NAME, shorten
+from eval.report.table import MAX_NAME, output_of, ranked, shorten
 
 Row = dict[str, Any]
 # Okabe and Ito's colour-blind-safe palette; markers and dashes distinguish lines without colour.
@@ -17,10 +17,14 @@ MAX_DEPTH = 10
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Writes a PNG with a row of panels per temperature, a column per batch size, and a column for acceptance."""
+    """Writes a PNG with a row of panels per temperature, a column per batch size, and a column for acceptance.
+
+    Each panel lists the drafters by speed-up, the best first.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    rows = ranked(rows)
     temperatures = sorted({row["temperature"] for row in rows})
     batch_sizes = sorted({row["batch_size"] for row in rows})
     num_bars = len({row["drafter"] for row in rows})
@@ -56,6 +60,7 @@ def _bars(panel: Any, rows: Sequence[Row], longest: float) -> None:
         panel.errorbar(value, position, xerr=[[value - low], [high - value]], color="black", capsize=3, linewidth=1.2)
         note = " slower" if value < 0.995 else ""
         note += " lossy" if not row["lossless"] else ""
+        note += " DIFFERS" if output_of(row).startswith("DIFFERS") else ""
         panel.annotate(
             f"{value:.2f}x{note}",
             (high, position),

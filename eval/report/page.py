@@ -16,7 +16,7 @@ from data.shards import write_atomically
 from draftsmith.artifacts import json_text
 from eval.bakeoff.results import NAME, TEXTS
 from eval.report import charts
-from eval.report.table import definitions, header, is_slower, output_of
+from eval.report.table import definitions, header, is_slower, output_of, ranked
 from eval.report.token_view import KINDS, annotated_texts
 
 Row = dict[str, Any]
@@ -77,6 +77,7 @@ def write_report(folder: Path) -> Path:
 
 def page(rows: Sequence[Row], recorded: dict[str, Any]) -> str:
     """Returns the HTML of a comparison's rows and of what eval/report/recorded_texts.py recorded."""
+    rows = ranked(rows)
     groups = [(title, list(group)) for title, group in groupby(rows, key=_conditions)]
     acceptance = _acceptance(rows)
     return ENVIRONMENT.get_template("page.html.j2").render(

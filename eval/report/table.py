@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 Row = dict[str, Any]
 Style = Literal["markdown", "terminal"]
-WIDTH, MAX_NAME, MIN_NAME, MAX_DEPTHS = 120, 26, 12, 5
+WIDTH, MAX_NAME, MIN_NAME, MAX_DEPTHS = 120, 28, 12, 5
 COLUMNS = (
     "drafter",
     "mean\naccepted\nlength (tau)",
@@ -33,7 +33,7 @@ def header(rows: Sequence[Row], style: Style) -> str:
     row = rows[0]
     text = (
         f"{row['target']} ({row['dtype']}) on {row['hardware']}, {row['threads']} thread(s);"
-        f" {row['num_prompts']} prompts, {row['max_new_tokens']} new tokens each, {row['rounds']} rounds;"
+        f" {row['num_prompts']} prompts{_turns(row)}, {row['max_new_tokens']} new tokens each, {row['rounds']} rounds;"
         f" commit {row['commit'] or 'unknown'}, torch {row['torch']}, transformers {row['transformers_version']}"
     )
     return f"# Bake-off\n\n{text}" if style == "markdown" else textwrap.fill(text, WIDTH)
@@ -42,6 +42,7 @@ def header(rows: Sequence[Row], style: Style) -> str:
 def table(rows: Sequence[Row], style: Style) -> list[str]:
     """Returns one table per temperature and batch size, then drafter sizes, categories, forecasts and definitions."""
     lines = []
+    rows = ranked(rows)
     for (temperature, batch_size), group in groupby(rows, key=lambda row: (row["temperature"], row["batch_size"])):
         lines += _title(f"temperature {temperature:g}, batch {batch_size}", style)
         lines += _measurements(list(group), style)
@@ -55,6 +56,12 @@ def table(rows: Sequence[Row], style: Style) -> list[str]:
     return lines
 
 
+def ranked(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows by speed-up, the best first, within each temperature and batch size."""
+    groups = groupby(rows, key=lambda row: (row["temperature"], row["batch_size"]))
+    return [row for _, group in groups for row in sorted(group, key=lambda row: -row["speedup"])]
+
+
 def definitions(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Returns the terms in the tables of these rows with their definitions."""
     found = [
@@ -63,9 +70,12 @@ def definitions(rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("speed-up", "tok/s relative to plain decoding in the same round; median and quartiles over rounds"),
         (
             "output",
-            "identical: equal to plain greedy decoding, token for token; lossless: sampled from the target's"
-            " distribution; lossy: by a verifier that changes the distribution; DIFFERS: not equal to greedy decoding",
+            "identical: equal to plain greedy decoding, token for token; ties: equal but for rows of which the first"
+            " difference is between two tokens whose logits rounding can swap, with the number of those rows and the"
+            " largest gap of the logits; lossless: sampled from the target's distribution; lossy: by a verifier that"
+            " changes the distribution; DIFFERS: not equal to greedy decoding by more than rounding",
         ),
+        *_rounding(rows),
         ("draft ms, verify ms", "time per step, divided by the number of rows in the batch"),
         ("accepted by depth", "percentage of the drafts that reached depth 1, 2, ... that were accepted up to it"),
     ]
@@ -82,9 +92,35 @@ def definitions(rows: Sequence[Row]) -> list[tuple[str, str]]:
                 "acceptance rate of sampled first tokens, and its optimal-transport upper bound",
             )
         )
+    left_out = {name: reason for row in rows for name, reason in (row.get("left_out") or {}).items()}
+    if left_out:
+        found.append(("not in the table", "; ".join(f"{name} ({reason})" for name, reason in left_out.items())))
     if any(row["tuned"] for row in rows):
         found.append(("*", "compared with plain decoding of the target as fine-tuned by this drafter"))
     return found
+
+
+def _turns(row: Row) -> str:
+    """Returns that prompts are the turns of fewer conversations, or nothing."""
+    number = row.get("num_conversations", row["num_prompts"])
+    return "" if number == row["num_prompts"] else f" (all turns of {number} conversations)"
+
+
+def _rounding(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Returns the definition of the measured rounding with its values, if any was measured."""
+    found = {
+        (row["batch_size"], "the fine-tuned target, " * bool(row["tuned"])): row["rounding"]
+        for row in rows
+        if row.get("rounding") is not None
+    }
+    if not found:
+        return []
+    values = "; ".join(f"{value:.2g} ({tuned}batch {size})" for (size, tuned), value in found.items())
+    text = (
+        "the most that forwards of several tokens change the lead of a likeliest token's logit over the next 15,"
+        f" compared with forwards of one token, on this target and these prompts: {values}"
+    )
+    return [("rounding", text)]
 
 
 def _title(text: str, style: Style) -> list[str]:
@@ -101,19 +137,34 @@ def _measurements(rows: Sequence[Row], style: Style) -> list[str]:
 
 
 def _by_category(rows: Sequence[Row], style: Style) -> list[str]:
-    """Returns a table of speed-ups by category at the first temperature and batch size that has categories."""
-    with_categories = [row for row in rows if row["speedup_by_category"]]
-    if not with_categories:
-        return []
-    first = with_categories[0]
-    at = (first["temperature"], first["batch_size"])
-    chosen = [
-        row for row in with_categories if (row["temperature"], row["batch_size"]) == at and row["family"] is not None
-    ]
-    categories = [f"{name} ({count})" for name, count in first["prompts_by_category"].items()]
-    cells = [[_name(row), *(f"{ratio:.2f}x" for ratio in row["speedup_by_category"].values())] for row in chosen]
-    title = f"Speed-up by category (prompts), temperature {at[0]:g}, batch {at[1]}"
-    return _title(title, style) + grid([["drafter", *categories], *cells], style)
+    """Returns a table of speed-ups by category for each temperature and batch size that has categories.
+
+    A terminal gets as many tables as the categories need to fit its width.
+    """
+    with_categories = [row for row in rows if row["speedup_by_category"] and row["drafter"] != "plain"]
+    lines = []
+    for (temperature, size), group in groupby(with_categories, key=lambda row: (row["temperature"], row["batch_size"])):
+        chosen = list(group)
+        counts = chosen[0]["prompts_by_category"]
+        lines += _title(f"Speed-up by category (prompts), temperature {temperature:g}, batch {size}", style)
+        for number, names in enumerate(_fitting(list(counts), counts, style)):
+            cells = [[_name(row), *(f"{row['speedup_by_category'][name]:.2f}x" for name in names)] for row in chosen]
+            heading = ["drafter", *(f"{name} ({counts[name]})" for name in names)]
+            lines += [""] * bool(number) + grid([heading, *cells], style)
+    return lines
+
+
+def _fitting(names: list[str], counts: dict[str, int], style: Style) -> list[list[str]]:
+    """Returns the categories in groups, each of which fits beside the longest name on a terminal."""
+    if style == "markdown":
+        return [names]
+    groups: list[list[str]] = [[]]
+    for name in names:
+        width = sum(len(f"{one} ({counts[one]})") + 2 for one in [*groups[-1], name])
+        if groups[-1] and MAX_NAME + width > WIDTH:
+            groups.append([])
+        groups[-1].append(name)
+    return groups
 
 
 def _forecasts(rows: Sequence[Row], style: Style) -> list[str]:
@@ -148,12 +199,17 @@ def is_slower(speedup: float) -> bool:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Returns all columns; lists and booleans are written as JSON, missing values are empty."""
+    """Returns all columns and one per prompt category, `speedup: NAME`.
+
+    Lists and booleans are written as JSON, missing values are empty.
+    """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]))
+    categories = list(dict.fromkeys(name for row in rows for name in row["speedup_by_category"] or ()))
+    writer = csv.DictWriter(text, [*rows[0], *(f"speedup: {name}" for name in categories)])
     writer.writeheader()
     for row in rows:
-        writer.writerow({key: _csv_value(value) for key, value in row.items()})
+        by_category = {f"speedup: {name}": ratio for name, ratio in (row["speedup_by_category"] or {}).items()}
+        writer.writerow({key: _csv_value(value) for key, value in (row | by_category).items()})
     return text.getvalue()
 
 
@@ -195,7 +251,12 @@ def output_of(row: Row) -> str:
         return f"identical{mark}"
     if not row["lossless"]:
         return "lossy"
-    return f"lossless{mark}" if row["identical"] is None else "DIFFERS"
+    if row["identical"] is None:
+        return f"lossless{mark}"
+    word, gap = "ties" if row.get("is_tie") else "DIFFERS", row.get("largest_gap")
+    # Rows of older comparisons have no counts, and a text that ends early has no gap.
+    counts = f" {row['num_different']}/{row['num_decoded']}" if row.get("num_different") else ""
+    return f"{word}{mark}{counts}" + ("" if gap is None else f" ({gap:.2g})")
 
 
 def _size_cells(row: Row) -> list[str]:

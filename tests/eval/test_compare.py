@@ -22,7 +22,7 @@ from eval.bakeoff.results import PARTIAL, check_output, claimed
 from eval.bakeoff.rows import row_of
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import by_category, compare
-from eval.report.table import header, table
+from eval.report.table import header, ranked, table, to_csv
 from recipes.bakeoff import BakeoffRunSettings
 from tests.support.family import built
 from tests.support.models import prompts, tiny_target
@@ -113,6 +113,24 @@ def test_compare_first_token_acceptance_and_bound(tmp_path: Path) -> None:
     assert f"{other['first_accepted']:.2f}, {other['first_optimum']:.2f}" in text and "- first token, bound:" in text
 
 
+def test_compare_transformers_assisted_generation(tmp_path: Path) -> None:
+    """It stands in the table of batch 1 with the same draft LM, with the same greedy output."""
+    target, family = tiny_target("llama"), find("lm")
+    drafter = family.Drafter(family.Config(model=target.model.config.to_dict(), num_draft=2), target)
+    draftsmith.save(drafter, tmp_path / "small", target=target)
+    settings = BakeoffSettings(rounds=1, max_new_tokens=6, batch_sizes=(1, 2), assisted=True, forecast_sizes=())
+    rows = compare(
+        target, some_prompts(2), [tmp_path / "small"], tmp_path / "out", settings, notes={"left_out": {"x": "y"}}
+    )
+    theirs = ["transformers: prompt lookup", "transformers: small"]
+    for size, expected in ((1, theirs), (2, [])):
+        found = [row for row in rows if row["batch_size"] == size and row["drafter"].startswith("transformers:")]
+        assert sorted({row["drafter"] for row in found}) == expected
+        assert all(row["identical"] for row in found if row["temperature"] == 0)
+    text = (tmp_path / "out" / "bakeoff.md").read_text()
+    assert "x (y); transformers' assisted generation at batch 2 (it takes one prompt at a time)" in text
+
+
 def test_compare_fine_tuned_target_is_its_own_baseline(tmp_path: Path) -> None:
     """Its rows are marked, follow plain decoding of the fine-tuned target, and have the same output."""
     target, family = tiny_target("llama"), find("medusa2")
@@ -138,8 +156,8 @@ def test_compare_fine_tuned_target_is_its_own_baseline(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "bakeoff.md").read_text()
     shown = [line.split("|") for line in text.splitlines() if line.startswith("| fine_tuned")]
     outputs = [cells[6].strip() for cells in shown if len(cells) > 7]
-    assert outputs[:3] == ["fine-tuned*", "identical*", "identical*"]
-    assert outputs[3:7] == ["fine-tuned*", "lossless*", "lossy", "lossless*"]
+    assert sorted(outputs[:3]) == ["fine-tuned*", "identical*", "identical*"]
+    assert sorted(outputs[3:7]) == ["fine-tuned*", "lossless*", "lossless*", "lossy"]
     assert "*: compared with plain decoding of the target as fine-tuned by this drafter" in text
     assert max(map(len, table(rows, "terminal"))) <= 120
 
@@ -152,7 +170,7 @@ def test_compare_files_contain_the_rows(compared: tuple[list[dict[str, Any]], Pa
     with (folder / "bakeoff.csv").open(newline="") as file:
         read = list(csv.DictReader(file))
     for row, texts in zip(rows, read, strict=True):
-        assert set(row) == set(texts)
+        assert set(row) == set(texts)  # there are no categories, which have columns of their own
         for key, value in row.items():
             assert texts[key] == value if isinstance(value, str) else json.loads(texts[key] or "null") == value
 
@@ -162,7 +180,8 @@ def test_table_markdown_and_terminal_width(compared: tuple[list[dict[str, Any]],
     markdown = (folder / "bakeoff.md").read_text()
     shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
     measured = [cells for cells in shown if len(cells) == 10 and cells[0] != "drafter" and "-" not in cells[0]]
-    assert [(cells[0], cells[1]) for cells in measured] == [(row["drafter"], f"{row['tau']:.2f}") for row in rows]
+    found = [(cells[0], cells[1]) for cells in measured]
+    assert found == [(row["drafter"], f"{row['tau']:.2f}") for row in ranked(rows)]
     assert {cells[6] for cells in measured} == {"identical", "lossless", "lossy"}
     lines = [*header(rows, "terminal").splitlines(), *table(rows, "terminal")]
     assert max(map(len, lines)) <= 120
@@ -210,11 +229,18 @@ def test_compare_by_category(tmp_path: Path) -> None:
     settings = BakeoffSettings(rounds=2, max_new_tokens=6, batch_sizes=(1, 4), temperatures=(0.0,), forecast_sizes=())
     rows = compare(target, named, make_artifacts(target, tmp_path)[1:], tmp_path / "out", settings)
     (row, without) = (row for row in rows if row["drafter"] == "lookup")
-    assert set(row["speedup_by_category"]) == {"maths", "code", "rare", "others"} and not without["speedup_by_category"]
+    groups = ["maths", "code", "rare", "others"]
+    assert list(row["speedup_by_category"]) == groups and not without["speedup_by_category"]
     assert row["prompts_by_category"] == {"maths": 3, "code": 2, "rare": 1, "others": 1}
     assert row["tokens_per_s"] > 0 and row["identical"]
     text = (tmp_path / "out" / "bakeoff.md").read_text()
     assert "## Speed-up by category (prompts), temperature 0, batch 1" in text and "maths (3)" in text
+    first, *_ = csv.DictReader((tmp_path / "out" / "bakeoff.csv").read_text().splitlines())
+    assert [name for name in first if name.startswith("speedup: ")] == [f"speedup: {name}" for name in groups]
+    assert float(first["speedup: maths"]) == 1.0, "plain decoding is its own baseline"
+    many = {f"category {number}": 2 for number in range(9)}
+    wide = row | {"speedup_by_category": dict.fromkeys(many, 1.5), "prompts_by_category": many}
+    assert max(map(len, table([wide], "terminal"))) <= 120 and to_csv([wide]).count("speedup: category") == 9
 
 
 def test_table_marks_slow_downs_and_differing_output(compared: tuple[list[dict[str, Any]], Path]) -> None:
@@ -223,6 +249,15 @@ def test_table_marks_slow_downs_and_differing_output(compared: tuple[list[dict[s
     assert "0.80x slower" in line
     assert "0.70-0.90" in line
     assert "DIFFERS" in line
+    tie = row | {"num_different": 2, "num_decoded": 8, "largest_gap": 0.062, "rounding": 0.12, "is_tie": True}
+    lines = table([tie], "markdown")
+    assert "| ties 2/8 (0.062) |" in "\n".join(lines)
+    assert any("rounding: the most that" in line and "0.12 (batch 1)" in line for line in lines)
+    worse = tie | {"largest_gap": 0.5, "is_tie": False}
+    assert "| DIFFERS 2/8 (0.5) |" in "\n".join(table([worse], "markdown"))
+    measured = ("num_different", "num_decoded", "largest_gap", "rounding", "is_tie")
+    old = {key: value for key, value in row.items() if key not in measured}
+    assert "| DIFFERS |" in "\n".join(table([old], "markdown")), "rows of older comparisons have no counts"
 
 
 def test_plot_is_not_blank(compared: tuple[list[dict[str, Any]], Path]) -> None:
@@ -272,7 +307,7 @@ def test_compare_ablation_rows_of_lengths_and_confidence_thresholds(
     assert drafted[0] < drafted[1], "the threshold skips most drafts"
     lines = table(rows, "terminal")
     sizes = lines[next(at for at, line in enumerate(lines) if "parameters" in line) + 1 :]
-    assert [line.split()[0] for line in sizes[:2]] == ["medusa", "lookup"] and not sizes[2]
+    assert {line.split()[0] for line in sizes[:2]} == {"medusa", "lookup"} and not sizes[2]
 
 
 def test_compare_continues_after_an_interruption(
