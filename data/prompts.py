@@ -7,6 +7,7 @@ template, requests only if it has one. For an encoder-decoder also pairs of sour
 """
 
 import hashlib
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,6 +76,7 @@ def load_prompts(
     long_prompts: LongPrompts = "auto",
     keep_answers: bool = False,
     each_turn: bool = False,
+    even_categories: bool = False,
     is_encoder_decoder: bool = False,
     end_ids: Sequence[int] = (),
     settings: TextSettings | None = None,
@@ -83,6 +85,7 @@ def load_prompts(
 ) -> list[Prompt]:
     """Returns at most `max_prompts` distinct prompts (0: all) of `source` (see data/sources), sampled with `seed`.
 
+    With `even_categories` the rows of each `category` take turns, so that few prompts are spread evenly over them.
     Documents give prompts of `prompt_tokens` tokens that start at the beginning of the file, a function or a paragraph.
     `long_prompts` says whether a row of more than `max_prompt_tokens` (0: no limit) raises an error, is dropped, or is
     cut to its first tokens; "auto" cuts an encoder's input and raises for others. `keep_answers` returns training texts
@@ -138,6 +141,8 @@ def load_prompts(
     else:
         if max_prompts:
             rng.shuffle(rows)
+        if even_categories:
+            rows = alternate_categories(rows)
         candidates = reader.read(rows)
     prompts: dict[str, Prompt] = {}
     num_repeated = num_dropped = num_cut = num_first_only = 0
@@ -181,6 +186,14 @@ def load_prompts(
         masks = [prompt.loss_mask or [True] * len(prompt.label or prompt.ids) for prompt in prompts.values()]
         print_coverage(source, sum(map(sum, masks)), sum(map(len, masks)))
     return list(prompts.values())
+
+
+def alternate_categories(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows in turns of one per category, each category's in their order."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row.fields.get("category")), []).append(row)
+    return [row for turn in itertools.zip_longest(*groups.values()) for row in turn if row is not None]
 
 
 def prompt_room(target: Target | TargetInfo, max_new_tokens: int) -> int:

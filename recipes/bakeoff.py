@@ -2,6 +2,7 @@
 
     ./launch.sh bakeoff                                             # pocket target, all of recipes/configs/bakeoff.yaml
     ./launch.sh bakeoff --target T --learn-from runs/mine --data prompts.jsonl --line-up mine.yaml --train-steps 2000
+    ./launch.sh bakeoff --config recipes/configs/bakeoff-smollm2.yaml   # every family on SmolLM2-135M-Instruct
     ./launch.sh bakeoff --drafts runs/medusa runs/distill           # existing artifacts only, into runs/bakeoff
     ./launch.sh bakeoff --target T --data prompts.jsonl --drafts runs/mine --num-prompts 64 --max-new-tokens 256
     ./launch.sh bakeoff --drafts runs/medusa --temperatures 0,0.7 --batch-sizes 1,4,16 --verifiers typical
@@ -20,14 +21,17 @@ from typing import Any, Literal
 import torch
 
 from data import POCKET, pseudo_data, teacher_store
+from data.examples import open_examples, usable_rows
 from data.prompts import LongPrompts, TextSettings, load_prompts, prompt_room
 from data.pseudo_data import write_pseudo_data
 from data.sources import default_source
+from data.turns import expand_turns
 from data.writers import LocalWriter, PseudoDataSettings
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.length.costs import num_threads
 from draftsmith.loading.model_info import TargetInfo, read_target_info
+from eval.bakeoff import hardware
 from eval.bakeoff.results import check_output, claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
@@ -58,6 +62,11 @@ class BakeoffRunSettings:
     """Number of training prompts that the target continues."""
     text_tokens: int = 112
     """New tokens per training prompt."""
+    text_batch: int = 120
+    """Training prompts that the target continues at a time."""
+    teacher_store: bool = False
+    """Store once what the drafters of the line-up read of the target on the training data, in place of running it for
+    each of them; needs disk space, which is printed first."""
     train_steps: int = 0
     """Optimiser steps of each drafter; 0 uses the line-up's."""
     data: str = ""
@@ -70,6 +79,8 @@ class BakeoffRunSettings:
     """Number of prompts; 0 for all."""
     max_steps: int = 0
     """Maximum number of the largest batches, for a quick trial; 0 for all prompts."""
+    all_turns: bool = True
+    """Decode every turn of a conversation, with the target's own answers as the history; otherwise the first turns."""
     prompt_tokens: int = 64
     """Length of prompts cut from source code or plain text, in tokens."""
     long_prompts: LongPrompts = "auto"
@@ -86,6 +97,8 @@ class BakeoffRunSettings:
     """Other verifiers, separated by commas, each in an extra row of every drafter; typical is lossy, for example."""
     lengths: str = ""
     """Draft-length policies (draftsmith/length/policies.py), separated by commas, each in an extra row, as fixed=4."""
+    assisted: bool = True
+    """Also time transformers' own speculative decoding: with each draft LM among the drafters, and prompt look-up."""
     forecast_sizes: str = "1,2,4,8,16"
     """Batch sizes, separated by commas, for which speed-ups are predicted beside the measured ones; may be empty."""
     confidence_thresholds: str = ""
@@ -97,7 +110,8 @@ class BakeoffRunSettings:
     device: str = "auto"
     """Device of the target."""
     dtype: str = ""
-    """Dtype of the target; if empty, float32 on a CPU, and the stored dtype on a GPU."""
+    """Dtype of the target, and of training; if empty, float32 on a CPU, and the stored dtype on a GPU, and training as
+    the line-up says."""
     report_to: Literal["files", "wandb"] = "files"
     """Write the results to the output folder only, or log them to wandb too (WANDB_MODE=offline needs no account)."""
     wandb_project: str = "draftsmith"
@@ -114,6 +128,7 @@ class BakeoffRunSettings:
             confidence_thresholds=tuple(_numbers("confidence_thresholds", self.confidence_thresholds, float))
             if self.confidence_thresholds
             else (),
+            assisted=self.assisted,
             rounds=self.rounds,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
@@ -141,6 +156,8 @@ def main(run: BakeoffRunSettings) -> None:
             max_prompt_tokens=prompt_room(target_info, run.max_new_tokens),
             prompt_tokens=run.prompt_tokens,
             long_prompts=run.long_prompts,
+            each_turn=run.all_turns,
+            even_categories=True,
             is_encoder_decoder=target_info.is_encoder_decoder,
             settings=run.text,
             now=now,
@@ -149,8 +166,21 @@ def main(run: BakeoffRunSettings) -> None:
         settings.check_prompts(len(prompts))
         dtype = run.dtype or ("auto" if torch.cuda.is_available() and run.device != "cpu" else "float32")
         target = Target.from_pretrained(run.target, dtype=dtype, device=run.device)
-        artifacts = [Path(draft) for draft in run.drafts] or _train(line_up, target, target_info, run, now)
-        rows = compare(target, prompts, artifacts, output, settings)
+        if hardware.emulates(target.device, target.dtype):
+            print(
+                f"this CPU has no instructions for {run.dtype or target.dtype}, so that verifying several tokens costs"
+                " several times as much as decoding one: --dtype float32 is faster here"
+            )
+        num_conversations = len(prompts)
+        if run.all_turns:
+            with num_threads(run.threads):
+                prompts = expand_turns(target, prompts, run.max_new_tokens)
+        artifacts, left_out = [Path(draft) for draft in run.drafts], dict[str, str]()
+        if not artifacts:
+            artifacts, left_out = _train(line_up, target, target_info, run, now)
+            left_out |= lineup.unused_trainers(Path(run.line_up))
+        notes = {"left_out": left_out, "data": run.data, "num_conversations": num_conversations}
+        rows = compare(target, prompts, artifacts, output, settings, notes=notes | {"all_turns": run.all_turns})
     if run.report_to == "wandb":
         to_wandb(rows, output, run.wandb_project)
     print("\n".join([header(rows, "terminal"), *table(rows, "terminal")]))
@@ -161,10 +191,15 @@ def main(run: BakeoffRunSettings) -> None:
 
 def _train(
     line_up: list[lineup.DrafterSpec], target: Target, target_info: TargetInfo, run: BakeoffRunSettings, now: datetime
-) -> list[Path]:
-    """Generates the training data if needed, trains the drafters of the line-up, and returns their artifacts."""
+) -> tuple[list[Path], dict[str, str]]:
+    """Generates the training data if needed and trains the drafters of the line-up.
+
+    Returns their artifacts, and the reason for each drafter that was skipped.
+    """
     output, data = Path(run.output), Path(run.learn_from)
     options: dict[str, Any] = {"target": run.target, "seed": run.seed}
+    if run.dtype:
+        options["bf16"] = target.dtype == torch.bfloat16
     if run.train_steps:
         options["max_steps"] = run.train_steps
     with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
@@ -183,15 +218,31 @@ def _train(
             )
             print(f"Generating training data with the target: {len(training_prompts)} texts")
             settings = PseudoDataSettings(
-                max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed
+                max_new_tokens=run.text_tokens, batch_size=run.text_batch, shard_batches=1, seed=run.seed
             )
             write_pseudo_data(LocalWriter(target), training_prompts, data, settings, now=now)
+        if run.teacher_store and not (data / teacher_store.MARKER).exists():
+            data = _store_teacher(line_up, target, data, output / "teacher-store", run, now)
         print(f"Training {len(line_up)} drafters; the log of each is in {output / 'logs'}", flush=True)
         results = lineup.train_all(line_up, output, is_quiet=True, data=str(data), **options)
-        artifacts = lineup.report(results, len(line_up))
+        artifacts, skipped = lineup.report(results, len(line_up))
     if not artifacts:
         raise ValueError(f"none of the drafters of {run.line_up} could be trained; see the messages above")
-    return artifacts
+    return artifacts, skipped
+
+
+def _store_teacher(
+    line_up: list[lineup.DrafterSpec], target: Target, data: Path, folder: Path, run: BakeoffRunSettings, now: datetime
+) -> Path:
+    """Stores what the drafters of the line-up read of the target on the rows of `data`; returns the store's folder."""
+    if target.is_encoder_decoder:
+        raise ValueError(f"{target.name} is an encoder-decoder, which has no teacher store; set --teacher-store false")
+    examples = open_examples(str(data), target, settings=run.text, now=now)
+    usable = usable_rows(examples, str(data), max_length=target.context_length, max_left_out=run.text.max_left_out)
+    needs = lineup.needs(line_up, target)
+    settings = teacher_store.TeacherStoreSettings(layers=needs.layers, top_k=needs.top_k)
+    teacher_store.write_teacher_store(target, [examples[index] for index in usable], folder, settings, now=now)
+    return folder
 
 
 def _numbers(name: str, text: str, kind: type) -> list:

@@ -144,7 +144,7 @@ def _compare(
             for way, data in zip(WAYS, (str(labels), str(output / "pseudo-data")), strict=True):
                 print(f"{way}: training on {data}", flush=True)
                 results = lineup.train_all(line_ups[way], output / way, is_quiet=True, data=data, **options)
-                artifacts += lineup.report(results, len(line_ups[way]))
+                artifacts += lineup.report(results, len(line_ups[way]))[0]
         settings = BakeoffSettings(
             rounds=run.rounds, max_new_tokens=run.max_new_tokens, batch_sizes=(1,), seed=run.seed, forecast_sizes=()
         )

@@ -1,7 +1,9 @@
 """Line-ups: several drafters trained in turn for one target, with the same data, seed and budget.
 
 A line-up is a YAML file. `all` holds the settings of every run; `drafters` maps the name of each drafter to its own
-settings, with its `trainer` if that differs from the name. `parts` names drafters listed before it.
+settings, with its `trainer` if that differs from the name. `parts` names drafters listed before it. The number of steps
+may differ, because a step of one family takes many times as long as another's; the table shows each one's time.
+`not_applicable` gives the reason for each trainer that the line-up leaves out.
 """
 
 import contextlib
@@ -10,7 +12,8 @@ import importlib
 import pkgutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,16 @@ from typing import Any
 import yaml
 
 import trainers
+from draftsmith import Target
 from draftsmith.artifacts.artifact import MANIFEST, read_manifest
 from draftsmith.artifacts.files import plain_name
+from draftsmith.loading.model_info import TargetInfo
+from trainers import Needs
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
-BUDGET = ("target", "data", "seed", "max_steps", "batch_size", "gradient_accumulation", "max_length", "output")
+SHARED = ("target", "data", "seed", "batch_size", "gradient_accumulation", "max_length", "output")
 """Settings that must be the same for all drafters, so that their comparison is fair."""
 
 
@@ -55,8 +61,11 @@ def read(path: Path) -> list[DrafterSpec]:
         raise ValueError(f"no such file: {path}; recipes/configs/bakeoff.yaml is an example of a line-up") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(table, dict) or not table.get("drafters") or set(table) - {"all", "drafters"}:
-        raise ValueError(f"{path} must contain `drafters`, and may contain `all`, but nothing else")
+    keys = {"all", "drafters", "not_applicable"}
+    if not isinstance(table, dict) or not table.get("drafters") or set(table) - keys:
+        raise ValueError(
+            f"{path} must contain `drafters`, and may contain `all` and `not_applicable`, but nothing else"
+        )
     specs: list[DrafterSpec] = []
     for name, given in table["drafters"].items():
         settings = (table.get("all") or {}) | (given or {})
@@ -69,12 +78,11 @@ def read(path: Path) -> list[DrafterSpec]:
 
 def _check(spec: DrafterSpec, given: Mapping[str, Any], before: list[str], path: Path) -> None:
     plain_name(spec.name, path)  # it is the folder of the drafter's run
-    names = [info.name for info in pkgutil.iter_modules(trainers.__path__) if not info.ispkg]
-    if spec.trainer not in names or not hasattr(_module(spec), "needs"):
-        near = difflib.get_close_matches(spec.trainer, names, n=1)
+    if spec.trainer not in (known := trainer_names()):
+        near = difflib.get_close_matches(spec.trainer, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "set `trainer`"
         raise ValueError(f"{path}: {spec.name} has the unknown trainer {spec.trainer!r}; {hint}")
-    own = sorted(set(given) & set(BUDGET))
+    own = sorted(set(given) & set(SHARED))
     if own:
         raise ValueError(f"{path}: {spec.name} sets {own[0]}, which must be the same for all; set it under `all`")
     unknown = [part for part in spec.parts if part not in before]
@@ -93,6 +101,16 @@ class TrainingResult:
     """Why it was skipped."""
     existed: bool = False
     """The artifact was made by an earlier run."""
+
+
+def needs(line_up: Sequence[DrafterSpec], target: Target | TargetInfo) -> Needs:
+    """Returns the target outputs that the drafters of a line-up read together, in training or on held-out rows."""
+    layers, top_k = set[int](), 0
+    for spec in line_up:
+        own = _module(spec).needs(_settings(spec, Path(), {})[0], target)
+        layers |= {*own.layers, *own.held_out_layers}
+        top_k = max(top_k, own.top_k)
+    return Needs(layers=tuple(sorted(layers)), top_k=top_k)
 
 
 def train_all(
@@ -120,6 +138,9 @@ def _train(spec: DrafterSpec, settings: tuple[Any, RunSettings], output: Path, *
             return TrainingResult(spec=spec, artifact=train(_module(spec), *settings), existed=existed)
         except ValueError as error:
             return TrainingResult(spec=spec, reason=str(error))
+        except Exception as error:  # one drafter that fails must not cost the others their training
+            traceback.print_exc()
+            return TrainingResult(spec=spec, reason=f"failed with {type(error).__name__}: {error}")
 
 
 def _settings(spec: DrafterSpec, output: Path, overrides: Mapping[str, Any]) -> tuple[Any, RunSettings]:
@@ -133,6 +154,20 @@ def _settings(spec: DrafterSpec, output: Path, overrides: Mapping[str, Any]) -> 
         return parse_settings(_module(spec).Settings, RunSettings, description=None, argv=["--config", str(preset)])
 
 
+def unused_trainers(path: Path) -> dict[str, str]:
+    """Returns the trainers that a line-up, which `read` has accepted, does not use, each with the reason."""
+    table = yaml.safe_load(path.read_text())
+    used = {(given or {}).get("trainer", name) for name, given in table["drafters"].items()}
+    given = table.get("not_applicable") or {}
+    return {name: given.get(name, "not in the line-up") for name in trainer_names() if name not in used}
+
+
+def trainer_names() -> list[str]:
+    """Returns the trainers that can stand in a line-up: those of drafters."""
+    names = [info.name for info in pkgutil.iter_modules(trainers.__path__) if not info.ispkg]
+    return [name for name in names if hasattr(importlib.import_module(f"trainers.{name}"), "needs")]
+
+
 def _module(spec: DrafterSpec) -> Any:
     return importlib.import_module(f"trainers.{spec.trainer}")
 
@@ -144,18 +179,19 @@ def _output_to(path: Path) -> Iterator[None]:
         yield
 
 
-def report(results: Iterator[TrainingResult], total: int) -> list[Path]:
-    """Prints a line for each result as it arrives; returns the artifacts."""
-    artifacts = []
+def report(results: Iterator[TrainingResult], total: int) -> tuple[list[Path], dict[str, str]]:
+    """Prints a line for each result as it arrives; returns the artifacts, and why each other drafter was skipped."""
+    artifacts, skipped = [], {}
     for number in range(1, total + 1):
         started = time.perf_counter()
         result = next(results)
         if result.artifact is None:
             status = f"skipped: {result.reason}"
+            skipped[result.spec.name] = result.reason
         else:
             acceptance = read_manifest(result.artifact)["measured_acceptance"]["acceptance"]
             duration = "already trained" if result.existed else f"{time.perf_counter() - started:.0f} s"
             status = f"{duration}, held-out acceptance {acceptance:.3f}"
             artifacts.append(result.artifact)
         print(f"{number:>3} of {total}  {result.spec.name:<20}{status}", flush=True)
-    return artifacts
+    return artifacts, skipped

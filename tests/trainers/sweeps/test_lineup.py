@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.artifact import read_manifest
+from eval.bakeoff.contenders import PROMPT_LOOKUP
 from recipes.bakeoff import LINE_UP, BakeoffRunSettings, main
 from tests.support.text import save_target, write_prompts
+from trainers import distill
 from trainers.sweeps import lineup
+from trainers.training.settings import parse_settings
 
 TABLE = """
 all: {batch_size: 4, max_steps: 4, held_out_share: 0.2}
@@ -49,7 +52,8 @@ def test_bakeoff_trains_all_drafters_once_and_compares_them(
     assert [f"{number} of 3  {name}" in printed for number, name in enumerate(names, start=1)] == [True] * 3
     assert "trained in" not in printed and "trained in" in (output / "logs" / "heads.log").read_text()
     rows = json.loads((output / "bakeoff.json").read_text())
-    assert [row["drafter"] for row in rows] == ["plain", "transformers", *names]
+    assert [row["drafter"] for row in rows] == ["plain", "transformers", PROMPT_LOOKUP, *names]
+    assert rows[0]["left_out"]["distill"] == "not in the line-up"
     manifests = {name: read_manifest(output / name) for name in names}
     assert [manifests[name]["family"] for name in names] == ["lookup", "medusa", "cascade"]
     assert {manifest["data_fingerprint"] for manifest in manifests.values()} == {manifests["heads"]["data_fingerprint"]}
@@ -72,16 +76,26 @@ def test_bakeoff_skips_untrainable_drafters_and_those_composed_of_them(
     assert "heads               skipped: " in printed and "leaves none of the 24 rows for training" in printed
     assert "both                skipped: its part heads was skipped" in printed
     rows = json.loads((Path(tiny.output) / "bakeoff.json").read_text())
-    assert [row["drafter"] for row in rows] == ["plain", "transformers", "lookup"]
+    assert [row["drafter"] for row in rows] == ["plain", "transformers", PROMPT_LOOKUP, "lookup"]
+    assert "its part heads was skipped" in rows[0]["left_out"]["both"]
 
 
-def test_settings_of_the_default_line_up_are_valid(tmp_path: Path) -> None:
-    line_up = lineup.read(LINE_UP)
-    assert len(line_up) > 20
+@pytest.mark.parametrize("path", [LINE_UP, LINE_UP.with_name("bakeoff-smollm2-drafters.yaml")])
+def test_settings_of_the_line_ups_are_valid_and_no_trainer_is_left_out(tmp_path: Path, path: Path) -> None:
+    line_up = lineup.read(path)
     for spec in line_up:
-        family, run = lineup._settings(spec, tmp_path, {"data": "runs/mine"})
+        family, run = lineup._settings(spec, tmp_path, {"data": "runs/mine", "max_steps": 7})
         assert type(family).__module__ == f"trainers.{spec.trainer}"
-        assert (run.output, run.max_steps, run.data) == (str(tmp_path / spec.name), 120, "runs/mine")
+        assert (run.output, run.max_steps, run.data) == (str(tmp_path / spec.name), 7, "runs/mine")
+    unused = lineup.unused_trainers(path)
+    assert {spec.trainer for spec in line_up} | set(unused) == set(lineup.trainer_names())
+    assert "not in the line-up" not in unused.values(), "each trainer that is left out has a reason"
+
+
+def test_preset_of_smollm2_is_valid() -> None:
+    preset = LINE_UP.with_name("bakeoff-smollm2.yaml")
+    (run,) = parse_settings(BakeoffRunSettings, description=None, argv=["--config", str(preset)])
+    assert (LINE_UP.parents[2] / run.line_up).is_file() and run.teacher_store and run.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +104,7 @@ def test_settings_of_the_default_line_up_are_valid(tmp_path: Path) -> None:
         ("all:", "every:", "must contain `drafters`"),
         ("trainer: medusa", "trainer: medussa", "did you mean 'medusa'"),
         ("trainer: medusa", "trainer: settings", "heads has the unknown trainer"),
-        ("num_draft: 5", "max_steps: 5", "lookup sets max_steps, which must be the same"),
+        ("num_draft: 5", "batch_size: 5", "lookup sets batch_size, which must be the same"),
         ("[lookup, heads]", "[lookup, head]", "both has the part 'head'; parts must be"),
         ("num_draft: 5}", "num_draft: 5", "is not valid YAML"),
     ],
@@ -119,3 +133,21 @@ def test_read_rejects_names_that_leave_the_output_folder(tmp_path: Path, name: s
     (tmp_path / "table.yaml").write_text(f"drafters: {{{json.dumps(name)}: {{trainer: lookup}}}}")
     with pytest.raises(ValueError, match=r"table.yaml names the file .*; it must be a relative path without '..'"):
         lineup.read(tmp_path / "table.yaml")
+
+
+def test_bakeoff_trains_from_one_teacher_store(tiny: BakeoffRunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store holds what the line-up reads; an unexpected failure of one drafter is named and costs no other."""
+    table = TABLE.replace("  both", "  small: {trainer: distill, loss: forward_kl, teacher_top_k: 5}\n  both")
+    Path(tiny.line_up).write_text(table)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(distill, "loss", fail)
+    main(replace(tiny, teacher_store=True))
+    manifest = json.loads((Path(tiny.output) / "teacher-store" / "teacher_store.json").read_text())
+    assert (manifest["layers"], manifest["top_k"]) == ([3], 5)
+    rows = json.loads((Path(tiny.output) / "bakeoff.json").read_text())
+    assert rows[0]["left_out"]["small"] == "failed with RuntimeError: no memory"
+    assert {row["drafter"] for row in rows} >= {"lookup", "heads", "both"}
+    assert read_manifest(Path(tiny.output) / "heads")["settings"]["data"].endswith("teacher-store")
