@@ -155,11 +155,11 @@ def _settings(spec: DrafterSpec, output: Path, overrides: Mapping[str, Any]) -> 
 
 
 def unused_trainers(path: Path) -> dict[str, str]:
-    """Returns the trainers that a line-up, which `read` has accepted, does not use, each with the reason."""
+    """Returns what a line-up, accepted by `read`, leaves out: unused trainers and those it gives a reason for."""
     table = yaml.safe_load(path.read_text())
     used = {(given or {}).get("trainer", name) for name, given in table["drafters"].items()}
     given = table.get("not_applicable") or {}
-    return {name: given.get(name, "not in the line-up") for name in trainer_names() if name not in used}
+    return {name: "not in the line-up" for name in trainer_names() if name not in used} | given
 
 
 def trainer_names() -> list[str]:

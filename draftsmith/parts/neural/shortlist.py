@@ -92,6 +92,8 @@ class SharedHead(nn.Module):
     Raises ValueError for a shortlist where the target's head is not a matrix product.
     """
 
+    _target: Any
+
     def __init__(self, target: Any, num_tokens: int) -> None:
         super().__init__()
         object.__setattr__(self, "_target", target)

@@ -88,7 +88,7 @@ def test_settings_of_the_line_ups_are_valid_and_no_trainer_is_left_out(tmp_path:
         assert type(family).__module__ == f"trainers.{spec.trainer}"
         assert (run.output, run.max_steps, run.data) == (str(tmp_path / spec.name), 7, "runs/mine")
     unused = lineup.unused_trainers(path)
-    assert {spec.trainer for spec in line_up} | set(unused) == set(lineup.trainer_names())
+    assert {spec.trainer for spec in line_up} | set(unused) >= set(lineup.trainer_names())
     assert "not in the line-up" not in unused.values(), "each trainer that is left out has a reason"
 
 
