@@ -82,10 +82,10 @@ class KVCache(Cache):
         return self._stores[place[0]][place[1]]
 
     def _join_stores(self) -> None:
-        """Joins stores of one shape: which layers have which is known once all have been written."""
-        by_shape: dict[torch.Size, list[tuple[int, int]]] = {}
+        """Joins stores of one shape and dtype (autocast gives keys and values different ones), once all are written."""
+        by_shape: dict[tuple[torch.Size, torch.dtype], list[tuple[int, int]]] = {}
         for key, (store, _) in sorted(self._places.items(), key=lambda item: item[1]):
-            by_shape.setdefault(self._stores[store].shape[1:], []).append(key)
+            by_shape.setdefault((self._stores[store].shape[1:], self._stores[store].dtype), []).append(key)
         joined = []
         for keys in by_shape.values():
             stores = dict.fromkeys(self._places[key][0] for key in keys)  # in order, each once

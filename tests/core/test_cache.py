@@ -184,3 +184,14 @@ def test_keys_and_values_of_unequal_widths_are_kept_and_gathered() -> None:
                 kept_T = found[row, 0, :length, 0] - 10 * layer - kind / 2
                 assert kept_T.tolist() == expected[row], (layer, kind, row)
     assert len(cache._stores) == 4, "one store for each shape"
+
+
+def test_keys_and_values_of_unequal_dtypes_keep_them() -> None:
+    """Under autocast rotated keys are float32 and values bfloat16; joined in one store they would get one dtype."""
+    cache = KVCache(num_layers=2, batch_size=2)
+    for paths in ([[0, 1], [0]], [[0], [0, 1]]):
+        cache.prepare(2, torch.device("cpu"))
+        for layer in range(2):
+            keys, values = cache.update(torch.ones(2, 1, 2, 3), torch.ones(2, 1, 2, 3, dtype=torch.bfloat16), layer)
+            assert (keys.dtype, values.dtype) == (torch.float32, torch.bfloat16)
+        cache.commit(paths)

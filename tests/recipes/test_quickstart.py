@@ -87,7 +87,7 @@ def test_a_target_with_a_chat_template_gets_presets_of_its_own_and_one_pass_of_t
     text = capsys.readouterr().out
     rows = json.loads((Path(tiny.output) / "bakeoff.json").read_text())
     assert {row["batch_size"] for row in rows} == {1}, "as Defaults say"
-    names = ["plain", "transformers", "cascade", "distill", "lookup", "medusa", "recycling"]
+    names = ["plain", "transformers", "distill", "lookup", "medusa", "recycling", "cascade"]
     assert [row["drafter"] for row in rows if row["temperature"] == 0] == names
     assert "24 rows" in text and "hidden layers 3" in text, "the store of the hidden states"
     manifest = read_manifest(Path(tiny.output) / "medusa")
