@@ -22,6 +22,7 @@ from draftsmith.artifacts import json_text
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.files import atomic_folder, check_replaceable
 from draftsmith.artifacts.provenance import run_provenance
+from draftsmith.core.precision import cast
 from draftsmith.loading import remote_code
 from draftsmith.loading.model_info import TargetInfo, read_target_info
 from draftsmith.loading.target_names import model_folder
@@ -136,7 +137,7 @@ def compress(settings: CompressSettings) -> Path:
     trusted = remote_code.is_allowed()
     stored = AutoConfig.from_pretrained(model_folder(settings.source), trust_remote_code=trusted).dtype or torch.float32
     with atomic_folder(output, marker=MARKER) as folder:
-        model = made.model if settings.method in quantised.SCHEMES else made.model.to(stored)
+        model = made.model if settings.method in quantised.SCHEMES else cast(made.model, stored)
         model.save_pretrained(folder)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)

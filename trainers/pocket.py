@@ -30,6 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from data.folder_lock import locked
 from data.sources.python_source import SourceFile, docstring_pairs, source_files, split_files
 from draftsmith.artifacts.files import atomic_folder
+from draftsmith.core.precision import cast
 
 VOCAB_SIZE = 4096
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -309,7 +310,7 @@ def _save(
     facts["train_data_sha256"] = hashlib.sha256("".join(file.text for file in corpus.train_files).encode()).hexdigest()
     held_out = [file.name for file in corpus.held_out_files]
     with atomic_folder(output, marker="pocket.json") as folder:
-        model.to(torch.bfloat16).save_pretrained(folder)
+        cast(model, torch.bfloat16).save_pretrained(folder)
         corpus.tokenizer.save_pretrained(folder)
         record = {"settings": settings.__dict__, "facts": facts, "held_out": held_out}
         (folder / "pocket.json").write_text(json.dumps(record, indent=1) + "\n")

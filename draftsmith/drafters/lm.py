@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from draftsmith.core import drafter
 from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Session, Step
+from draftsmith.core.precision import KeepsPrecision
 from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
@@ -76,7 +77,7 @@ class Config:
         return not (self.tree or self.width)
 
 
-class Drafter(nn.Module, drafter.Drafter):
+class Drafter(KeepsPrecision, drafter.Drafter):
     """The draft model with a KV cache of its own, in which rows advance at different rates."""
 
     serving_engines = ("vllm", "sglang")
@@ -88,7 +89,7 @@ class Drafter(nn.Module, drafter.Drafter):
         if target.is_encoder_decoder and (config.tree or config.width):
             raise ValueError(f"{target.name} is an encoder-decoder: it verifies chains, not trees")
         self.model = _model(config, target)
-        self.model.to(device=target.device, dtype=target.dtype).eval()
+        self.to(device=target.device, dtype=target.dtype).eval()
         object.__setattr__(self, "target", target)
         # `Target` runs the draft model too.
         object.__setattr__(self, "draft_model", Target(self.model))
@@ -183,7 +184,7 @@ def _model(config: Config, target: Target) -> Any:
     if made.is_encoder_decoder and not target.is_encoder_decoder:
         raise ValueError(f"the draft model is an encoder-decoder and target {target.name} is not")
     model = (AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM).from_config(
-        made, trust_remote_code=False
+        made, dtype=target.dtype, trust_remote_code=False
     )
     width = made.get_text_config(decoder=True).hidden_size
     if config.rank:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from draftsmith.core.precision import cast
 from draftsmith.core.target import Target
 from draftsmith.core.tree import chain
 from draftsmith.core.views import LAYER_LISTS, final_norm, find_child
@@ -33,8 +34,7 @@ def write_model(source: ExportSource, folder: Path, model: Any) -> None:
 
     Raises ValueError if the written folder does not load as the same model.
     """
-    drafter, config = source.drafter, source.config
-    model.to(drafter.target.dtype)
+    config = source.config
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     # The confidence threshold is the only early-stop policy that transformers supports.
     threshold = getattr(policies.make(config.length), "threshold", 0.0) if config.supports_early_stop else 0.0
@@ -116,7 +116,7 @@ def reduced_model(
     if head is not None:
         config.tie_word_embeddings = text.tie_word_embeddings = False
     try:
-        small = type(model)(config).to(target.dtype).eval()
+        small = cast(type(model)(config), target.dtype).eval()
         prefix, stack = _stack_of(model)
         blocks = find_child(stack, LAYER_LISTS, "list of blocks")
         weights = model.state_dict()

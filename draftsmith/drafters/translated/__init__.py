@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from draftsmith.artifacts.files import inside
 from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
+from draftsmith.core.precision import KeepsPrecision
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters.translated.spelling import BOS, EOS, Translation, Vocabulary
@@ -94,7 +95,7 @@ def _special_ids(model: dict[str, Any]) -> dict[int, str]:
     return {token: name for token, name in named.items() if token is not None}
 
 
-class Drafter(nn.Module, drafter.Drafter):
+class Drafter(KeepsPrecision, drafter.Drafter):
     """The draft model with a cache of its own, which is rewound to where the translated text changes."""
 
     draft_model: Target
@@ -110,7 +111,7 @@ class Drafter(nn.Module, drafter.Drafter):
             raise ValueError(f"the draft model's vocabulary and that of {target.name} have no token in common")
         settings = {key: value for key, value in config.model.items() if key != "model_type"}
         made = AutoConfig.for_model(config.model["model_type"], **settings)
-        self.model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
+        self.model = AutoModelForCausalLM.from_config(made, dtype=target.dtype, trust_remote_code=False)
         self.to(device=target.device, dtype=target.dtype).eval()
         object.__setattr__(self, "target", target)
         # Hidden from the module, which would register the weights twice.
