@@ -54,7 +54,8 @@ class RunSettings:
     clip: float = 1.0
     """Maximum norm of the gradient; 0 disables clipping."""
     bf16: bool = False
-    """Load the target and compute in bfloat16, with the drafter's weights in float32; otherwise all is float32."""
+    """Load the target and compute in bfloat16, with the drafter's weights, or under DeepSpeed a master copy of them, in
+    float32, and rotary frequencies in float32 always; otherwise all is float32."""
     held_out_share: float = 0.05
     """Share of the rows, chosen by a hash of their prompts, that is held out from training."""
     max_held_out: int = 32

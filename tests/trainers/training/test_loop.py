@@ -505,3 +505,31 @@ def test_weights_that_are_not_finite_are_not_published(
     assert not (folder / name / "draft_config.json").exists()
     newest = checkpoints.newest_complete(folder / name)
     assert newest is None if max_steps == 1 else newest[0] == 4  # type: ignore[index]
+
+
+def test_bf16_trains_and_saves_a_draft_model_with_exact_rotary_frequencies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No cast on the way rounds them, so the artifact loads as the drafter that was evaluated."""
+    used, saved = [], []
+    loss, save = distill.loss, draftsmith.save
+
+    def record_loss(drafter: Any, *given: Any) -> Any:
+        used.append(drafter.model.model.rotary_emb.inv_freq.clone())
+        return loss(drafter, *given)
+
+    def record_saved(drafter: Any, *given: Any, **named: Any) -> None:
+        saved.append(drafter)
+        save(drafter, *given, **named)
+
+    monkeypatch.setattr(distill, "loss", record_loss)
+    monkeypatch.setattr(draftsmith, "save", record_saved)
+    run = settings(folder, "half", bf16=True, max_steps=2, eval_steps=2)
+    output = train(distill, trainer_settings(distill, num_layers=1, num_heads=4), run)
+    exact = 10_000.0 ** -(torch.arange(4) / 4)
+    assert used and all(torch.allclose(frequencies, exact, rtol=1e-6) for frequencies in used)
+    target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="bfloat16")
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        found, expected = (one.model(ids).logits for one in (draftsmith.load(output, target), saved[0]))
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
