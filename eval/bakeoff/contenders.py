@@ -17,7 +17,7 @@ from eval.bakeoff.measure import DecodingMethod, draftsmith_method, transformers
 from eval.bakeoff.settings import BakeoffSettings
 from eval.doctor.assisted import assistant_of
 
-PLAIN, TRANSFORMERS = "plain", "transformers"
+PLAIN, TRANSFORMERS, COUPLED = "plain", "transformers", "coupled"
 PROMPT_LOOKUP = f"{TRANSFORMERS}: prompt lookup"
 LOOKUP_TOKENS = 10
 """Tokens that transformers' prompt look-up copies, as in its documentation."""
@@ -72,6 +72,7 @@ def contenders(
     found = [
         Contender(method=DecodingMethod(name=PLAIN, decode=draftsmith_method(target))),
         Contender(method=DecodingMethod(name=TRANSFORMERS, decode=transformers_method(target))),
+        *_coupled_baseline(target, PLAIN, settings),
     ]
     if settings.assisted and not target.is_encoder_decoder:
         decode = transformers_method(target, prompt_lookup=LOOKUP_TOKENS)
@@ -94,6 +95,7 @@ def contenders(
             reference = f"{name} ({PLAIN})"
             decode = draftsmith_method(drafter.target)
             found.append(Contender(method=DecodingMethod(name=reference, decode=decode), is_fine_tuned=True))
+            found += _coupled_baseline(drafter.target, reference, settings, is_fine_tuned=True)
         method = DecodingMethod(
             name=name, decode=draftsmith_method(drafter.target, drafter), reference=reference, drafter=drafter
         )
@@ -112,6 +114,16 @@ def contenders(
     return found
 
 
+def _coupled_baseline(
+    target: Target, plain: str, settings: BakeoffSettings, *, is_fine_tuned: bool = False
+) -> Iterator[Contender]:
+    """Yields plain decoding by the verifier "coupled", if drafters are compared with it: their text must equal its."""
+    if COUPLED in settings.verifiers:
+        name = f"{plain} ({COUPLED})"
+        method = DecodingMethod(name=name, decode=draftsmith_method(target, verifier=COUPLED), reference=name)
+        yield Contender(method=method, verifier=COUPLED, is_fine_tuned=is_fine_tuned)
+
+
 def _ablations(
     own: DecodingMethod, drafter: Any, columns: dict[str, Any], settings: BakeoffSettings
 ) -> Iterator[Contender]:
@@ -123,9 +135,10 @@ def _ablations(
 
     for verifier in settings.verifiers:
         is_lossless = verify.find(verifier)[0].LOSSLESS
-        yield Contender(
-            method=changed(verifier, verifier=verifier), verifier=verifier, is_lossless=is_lossless, **columns
-        )
+        method = changed(verifier, verifier=verifier)
+        if verifier == COUPLED:
+            method = replace(method, reference=f"{own.reference or PLAIN} ({COUPLED})")
+        yield Contender(method=method, verifier=verifier, is_lossless=is_lossless, **columns)
     for policy in settings.lengths:
         yield Contender(method=changed(policy, policy=policy), length=policy, **columns)
     for threshold in settings.confidence_thresholds:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.bakeoff.contenders import Contender
+from eval.bakeoff.contenders import COUPLED, Contender
 from eval.bakeoff.measure import Tally, largest, merge_forwards, sum_counts
 
 
@@ -48,6 +48,7 @@ def row_of(
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
     total = sum_tallies(tallies)
     gap = total.largest_gap if temperature == 0 else None
+    is_compared = temperature == 0 or contender.verifier == COUPLED
 
     def per_step(name: str) -> float | None:
         """Returns the median milliseconds per step and row, None for methods that count no steps."""
@@ -62,9 +63,9 @@ def row_of(
         "speedup": middle,
         "speedup_low": low,
         "speedup_high": high,
-        "identical": all(tally.is_identical for tally in tallies) if temperature == 0 else None,
-        "num_decoded": total.num_rows if temperature == 0 else None,
-        "num_different": total.num_different if temperature == 0 else None,
+        "identical": all(tally.is_identical for tally in tallies) if is_compared else None,
+        "num_decoded": total.num_rows if is_compared else None,
+        "num_different": total.num_different if is_compared else None,
         "largest_gap": gap if gap is not None and math.isfinite(gap) else None,
         "rounding": rounding if temperature == 0 else None,
         "is_tie": gap is not None and rounding is not None and gap <= rounding if temperature == 0 else None,

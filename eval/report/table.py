@@ -70,10 +70,11 @@ def definitions(rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("speed-up", "tok/s relative to plain decoding in the same round; median and quartiles over rounds"),
         (
             "output",
-            "identical: equal to plain greedy decoding, token for token; ties: equal but for rows of which the first"
-            " difference is between two tokens whose logits rounding can swap, with the number of those rows and the"
-            " largest gap of the logits; lossless: sampled from the target's distribution; lossy: by a verifier that"
-            " changes the distribution; DIFFERS: not equal to greedy decoding by more than rounding",
+            "identical: equal to plain decoding, token for token, greedily or by the verifier coupled with the same"
+            " seed; ties: equal but for rows of which the first difference is between two tokens whose logits rounding"
+            " can swap, with the number of those rows and the largest gap of the logits; lossless: sampled from the"
+            " target's distribution; lossy: by a verifier that changes the distribution; DIFFERS: not equal to plain"
+            " decoding by more than rounding, which is read at temperature 0 alone",
         ),
         *_rounding(rows),
         ("draft ms, verify ms", "time per step, divided by the number of rows in the batch"),

@@ -100,7 +100,8 @@ def test_compare_first_token_acceptance_and_bound(tmp_path: Path) -> None:
     draftsmith.save(drafter, tmp_path / "copy", target=target)
     torch.manual_seed(0)
     draftsmith.save(family.Drafter(drafter.config, target), tmp_path / "other", target=target)
-    settings = BakeoffSettings(rounds=1, max_new_tokens=24, batch_sizes=(4,), verifiers=("token",), forecast_sizes=())
+    settings = BakeoffSettings(rounds=1, max_new_tokens=24, batch_sizes=(4,), forecast_sizes=())
+    settings = replace(settings, verifiers=("token", "coupled"))
     rows = compare(target, some_prompts(), [tmp_path / "copy", tmp_path / "other"], tmp_path / "out", settings)
     found = {row["drafter"]: row for row in rows if row["temperature"] == 1}
     assert found["plain"]["first_optimum"] is found["transformers"]["first_optimum"] is None
@@ -108,6 +109,12 @@ def test_compare_first_token_acceptance_and_bound(tmp_path: Path) -> None:
     other = found["other (token)"]
     assert 0.02 < other["first_optimum"] < 0.9
     assert other["first_accepted"] == pytest.approx(other["first_optimum"], abs=0.2)
+    coupled = found["other (coupled)"]
+    assert 0.02 < coupled["first_accepted"] < coupled["first_optimum"] + 0.05
+    for name in ("plain", "copy", "other"):
+        assert found[f"{name} (coupled)"]["identical"] is True, "its text is that of plain decoding with the same seed"
+        assert found[name]["identical"] is None
+    assert found["plain (coupled)"]["speedup"] == 1
     assert all(row["first_optimum"] is None for row in rows if row["temperature"] == 0)
     text = (tmp_path / "out" / "bakeoff.md").read_text()
     assert f"{other['first_accepted']:.2f}, {other['first_optimum']:.2f}" in text and "- first token, bound:" in text
