@@ -34,8 +34,10 @@ PATHS = ((0,), (1,), (2,), (0, 0), (1, 0), (2, 0), (0, 0, 0), (1, 0, 0), (2, 0, 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("chain of 3", "token", {}),
     ("chain of 3", "block", {}),
+    ("chain of 3", "coupled", {}),
     ("tree of 7, without replacement", "recursive", {"tree": TREE}),
     ("tree of 7, without replacement", "traversal", {"tree": TREE}),
+    ("tree of 7, without replacement", "coupled", {"tree": TREE}),
     ("tree of 7, top tokens and a sample", "greedy_drafting", {"tree": TREE, "siblings": "top_and_drawn"}),
     ("3 paths of 3, independent", "recursive", {"tree": PATHS, "siblings": "independent"}),
     ("3 paths of 3, independent", "kseq", {"tree": PATHS, "siblings": "independent"}),
@@ -103,7 +105,7 @@ def main(run: BenchmarkSettings) -> None:
             first_token = ""
             if watched.num_steps:
                 first_token = (
-                    f"{watched.num_accepted / watched.num_steps:.3f}, {watched.optimum / watched.num_steps:.3f}"
+                    f"{watched.num_accepted / watched.num_steps:.3f}, {watched.sum_of_bounds / watched.num_steps:.3f}"
                 )
             tqdm.write(f"{shape:35} {verifier:16} {statistics.mean(taus):.3f} +- {spread:.3f}     {first_token}")
 

@@ -6,6 +6,9 @@ Greedy identity: at temperature 0 every row equals plain decoding by draftsmith'
 Where texts differ, the model's own forward separates a numeric tie from an error (eval/certificate/identity.py); tokens
 after the first difference are not compared.
 
+Sampled identity, with `--verifier coupled`: above temperature 0 too every row equals plain decoding by that verifier
+with the same seed (eval/certificate/sampled_identity.py), in place of the tests below unless `--statistics` is given.
+
 Sampled distribution: a few prompts are continued many times (eval/certificate/sampled.py). The tokens are tested
 against exact distributions, computed with transformers' own forward and warpers (eval/certificate/reference.py), with
 three groupings (eval/certificate/chi_square.py). By prefix: rows with the same tokens so far are a group, whose next
@@ -56,6 +59,8 @@ from eval.certificate.sampled import (
     parse_sampling,
     sample_and_test,
 )
+from eval.certificate.sampled_identity import KIND as SAMPLED_IDENTITY
+from eval.certificate.sampled_identity import compare_sampled
 from eval.report.table import Style, grid, shorten
 
 LOSSLESS, NOT_LOSSLESS, LOSSY, INCONCLUSIVE = (
@@ -113,13 +118,18 @@ def certify(
                     "settings": asdict(settings) | asdict(greedy)
                 }
                 # A verifier that does not fit a drafter raises here, before the long tests.
-                for drafter, sampling in itertools.product(drafters.values(), samplings):
+                tested = itertools.product(drafters.values(), samplings) if settings.samples else ()
+                for drafter, sampling in tested:
                     one_row = replace(settings, num_rows=1)
                     test_sampled(drafter.target, drafter, sampling, one_row, on_progress=lambda num_tokens: None)
             if dtype in greedy.dtypes:
                 options = {"verifier": verifier, "on_progress": bar.update}
+                coupled = samplings if settings.is_coupled else []
+                of_sampled = partial(compare_sampled, seed=settings.seed, on_progress=bar.update)
                 own = {name: drafter for name, drafter in drafters.items() if drafter.target is target}
                 greedy_tests += compare_greedy(target, own, prompts, greedy, exact=exact, **options)
+                for sampling in coupled:
+                    greedy_tests += of_sampled(target, own, prompts, sampling, greedy, exact=exact)
                 for name, drafter in drafters.items():
                     if drafter.target is not target:
                         # A drafter that fine-tunes its target is compared with plain decoding of the fine-tuned one.
@@ -134,13 +144,23 @@ def certify(
                             fine_tuned_by=fine_tuned_by,
                             **options,
                         )
-            if dtype == settings.sampled_dtype:
+                        for sampling in coupled:
+                            greedy_tests += of_sampled(
+                                drafter.target,
+                                alone,
+                                prompts,
+                                sampling,
+                                greedy,
+                                exact=exact_of,
+                                fine_tuned_by=fine_tuned_by,
+                            )
+            if dtype == settings.sampled_dtype and settings.samples:
                 for (name, drafter), sampling in itertools.product(drafters.items(), samplings):
                     sampled_tests += [
                         {"drafter": name, "tuned": drafter.target is not target} | test
                         for test in test_sampled(drafter.target, drafter, sampling, settings, on_progress=bar.update)
                     ]
-    tests = greedy_tests + sampled_tests
+    tests = sorted(greedy_tests, key=_title) + sampled_tests
     verdicts = {test["verdict"] for test in tests}
     verdict = NOT_LOSSLESS if FAILED in verdicts else INCONCLUSIVE if TOO_FEW in verdicts else LOSSLESS
     return {"verdict": LOSSY if settings.is_lossy else verdict} | conditions | {"tests": tests}
@@ -152,7 +172,9 @@ def _progress(
     num_fine_tuned = sum(read_manifest(path).get("tunes_target", False) for path in artifacts)
     num_decoders = len(artifacts) + 2 * (1 + num_fine_tuned)
     num_greedy = len(greedy.dtypes) * len(greedy.batch_sizes) * num_decoders * num_prompts
-    num_sampled = len(artifacts) * len(settings.samplings) * settings.num_rows
+    if settings.is_coupled:
+        num_greedy += num_greedy // num_decoders * (num_decoders - 1 - num_fine_tuned) * len(settings.samplings)
+    num_sampled = len(artifacts) * len(settings.samplings) * settings.num_rows * settings.samples
     total = num_greedy * greedy.max_new_tokens + num_sampled * (settings.num_tokens + EXTRA_TOKENS)
     # Without a terminal each update of the progress bar is a new line.
     interval = 0.5 if sys.stderr.isatty() else 20
@@ -203,10 +225,10 @@ def lines(certificate: dict[str, Any], style: Style) -> list[str]:
     is_markdown = style == "markdown"
     found = [f"{'# ' * is_markdown}Losslessness: {certificate['verdict']}", ""]
     found += [f"- {line}" if is_markdown else line for line in about]
-    for kind, tests in groupby(certificate["tests"], key=lambda test: test["kind"]):
+    for title, tests in groupby(certificate["tests"], key=_title):
         rows = list(tests)
         columns, cells = (GREEDY_COLUMNS, _greedy_cells) if "ties" in rows[0] else (SAMPLED_COLUMNS, _sampled_cells)
-        found += ["", f"{'## ' * is_markdown}{kind.capitalize()}", "", *grid([columns, *map(cells, rows)], style)]
+        found += ["", f"{'## ' * is_markdown}{title.capitalize()}", "", *grid([columns, *map(cells, rows)], style)]
         found += [line for test in rows for line in _differences(test)]
     return [
         *found,
@@ -214,6 +236,11 @@ def lines(certificate: dict[str, Any], style: Style) -> list[str]:
         "tokens: number compared or tested. chi-square / d.o.f.: by prefix, Fisher's combination of all positions.",
         "detectable bias: probability mass that, shifted to likely or drafted tokens, is detected 9 times in 10.",
     ]
+
+
+def _title(test: dict[str, Any]) -> str:
+    """Returns the title of the table that a test is in."""
+    return f"{test['kind']}, {describe_sampling(test)}" if test["kind"] == SAMPLED_IDENTITY else test["kind"]
 
 
 def _fine_tuning_note(artifact: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
     ./launch.sh lossless --draft runs/medusa                        # pocket target, held-out source, into runs/lossless
     ./launch.sh lossless --target T --data prompts.jsonl --draft runs/mine runs/other --num-rows 8000
+    ./launch.sh lossless --draft runs/medusa --verifier coupled      # sampled text equals plain decoding's, by seed
     ./launch.sh lossless --draft runs/distill --verifier typical    # a lossy verifier: tested, but not certified
 
 eval/lossless.py says what is tested and which biases are detected; `python -m eval.lossless` is the same command. The

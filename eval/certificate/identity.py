@@ -10,7 +10,7 @@ from typing import Any
 
 from data.prompts import Prompt
 from draftsmith import Target
-from eval.bakeoff.measure import DecodingRequest, draftsmith_method, transformers_method
+from eval.bakeoff.measure import DecodingRequest, DecodingResult, draftsmith_method, transformers_method
 from eval.certificate.reference import reference_logits, rounding_error
 
 KIND = "greedy identity"
@@ -65,27 +65,71 @@ def compare_greedy(
     texts differ; `on_progress` is called with the number of tokens after each batch; `fine_tuned_by` is appended to the
     references' names.
     """
+    plain, transformers = PLAIN + fine_tuned_by, TRANSFORMERS + fine_tuned_by
+    decoders = {plain: draftsmith_method(target), transformers: transformers_method(target)}
+    decoders |= {name: draftsmith_method(target, drafter, verifier=verifier) for name, drafter in drafters.items()}
+
+    def explain_row(request: DecodingRequest, row: int, found: list[int], expected: list[int]) -> dict[str, Any]:
+        settings_of_ties = {"exact": exact, "tie_tolerance": settings.tie_tolerance}
+        return explain(target, request.prompts[row], found, expected, **settings_of_ties)
+
+    return compare_texts(
+        decoders,
+        [(plain, transformers), *itertools.product(drafters, (plain, transformers))],
+        prompts,
+        settings,
+        explain_row,
+        conditions={
+            "kind": KIND,
+            "tuned": bool(fine_tuned_by),
+            "verifier": "greedy" if verifier == "auto" else verifier,
+            "dtype": str(target.dtype).removeprefix("torch."),
+        },
+        on_progress=on_progress,
+    )
+
+
+def compare_texts(
+    decoders: Mapping[str, Callable[[DecodingRequest], DecodingResult]],
+    pairs: Sequence[tuple[str, str]],
+    prompts: Sequence[Prompt],
+    settings: GreedySettings,
+    explain_row: Callable[[DecodingRequest, int, list[int], list[int]], dict[str, Any]],
+    *,
+    conditions: dict[str, Any],
+    on_progress: Callable[[int], Any],
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Returns a test for each batch size and each of `pairs` of decoders, whose texts must be equal.
+
+    `explain_row` gets a request, a row of it, and that row's two texts where they differ.
+    """
     rows = [prompt.ids for prompt in prompts]
     if len(set(map(len, rows))) == 1:
         # Prompts cut from documents have equal lengths; unequal ones test padding too.
         rows = [row[: max(1, len(row) - 3 * number)] for number, row in enumerate(rows)]
-    plain, transformers = PLAIN + fine_tuned_by, TRANSFORMERS + fine_tuned_by
-    decoders = {plain: draftsmith_method(target), transformers: transformers_method(target)}
-    decoders |= {name: draftsmith_method(target, drafter, verifier=verifier) for name, drafter in drafters.items()}
     tests = []
     for batch_size in settings.batch_sizes:
         texts: dict[str, list[list[int]]] = {name: [] for name in decoders}
-        for begin in range(0, len(rows), batch_size):
-            part = rows[begin : begin + batch_size]
-            request = DecodingRequest(prompts=part, temperature=0.0, max_new_tokens=settings.max_new_tokens, seed=0)
+        requests = [
+            DecodingRequest(
+                prompts=rows[begin : begin + batch_size],
+                temperature=temperature,
+                max_new_tokens=settings.max_new_tokens,
+                seed=seed + begin,
+            )
+            for begin in range(0, len(rows), batch_size)
+        ]
+        for request in requests:
             for name, decode in decoders.items():
                 texts[name] += decode(request).rows
-                on_progress(len(part) * settings.max_new_tokens)
-        for name, reference in [(plain, transformers), *itertools.product(drafters, (plain, transformers))]:
+                on_progress(len(request.prompts) * settings.max_new_tokens)
+        for name, reference in pairs:
             differences: list[dict[str, Any]] = [
-                {"prompt": prompt.key, "num_prompt_tokens": len(row)}
-                | explain(target, row, ours, theirs, exact=exact, tie_tolerance=settings.tie_tolerance)
-                for prompt, row, ours, theirs in zip(prompts, rows, texts[name], texts[reference], strict=True)
+                {"prompt": prompts[number].key, "num_prompt_tokens": len(rows[number])}
+                | explain_row(requests[number // batch_size], number % batch_size, ours, theirs)
+                for number, (ours, theirs) in enumerate(zip(texts[name], texts[reference], strict=True))
                 if ours != theirs
             ]
             ties = [difference for difference in differences if difference["is_tie"]]
@@ -93,12 +137,10 @@ def compare_greedy(
             num_not_compared = sum(difference["num_not_compared"] for difference in differences)
             tests.append(
                 {
-                    "kind": KIND,
+                    "kind": conditions["kind"],
                     "drafter": name,
-                    "tuned": bool(fine_tuned_by),
-                    "verifier": "greedy" if verifier == "auto" else verifier,
+                    **conditions,
                     "reference": reference,
-                    "dtype": str(target.dtype).removeprefix("torch."),
                     "batch_size": batch_size,
                     "max_new_tokens": settings.max_new_tokens,
                     "tie_tolerance": settings.tie_tolerance,

@@ -42,7 +42,10 @@ class SampledTestSettings:
     """The texts to sample, and the strictness of their tests."""
 
     verifier: str = "auto"
-    """Verifier to sample with; a lossy one is tested too, but gets no certificate."""
+    """Verifier to sample with; a lossy one is tested too, but gets no certificate. With coupled, sampled text must be
+    that of plain decoding with the same seed."""
+    statistics: bool = False
+    """With coupled, test the distribution of sampled text as well, as with every other verifier."""
     samplings: tuple[str, ...] = ("temperature=1", "temperature=1,top_p=0.9", "temperature=1,top_k=5")
     """Sampling settings to test."""
     num_rows: int = 1500
@@ -80,6 +83,16 @@ class SampledTestSettings:
             raise ValueError(f"false_alarm is {self.false_alarm}; it must lie between 0 and 1")
         if self.threads < 0:
             raise ValueError(f"threads is {self.threads}; it must be 0 or more")
+
+    @property
+    def is_coupled(self) -> bool:
+        """Returns True if sampled text must equal plain decoding's."""
+        return self.verifier == "coupled"
+
+    @property
+    def samples(self) -> bool:
+        """Returns True if the distribution of sampled text is tested."""
+        return self.statistics or not self.is_coupled
 
     @property
     def is_lossy(self) -> bool:

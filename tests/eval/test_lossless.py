@@ -231,6 +231,40 @@ def test_certify_fails_on_a_token_of_zero_probability(
         assert (test["p_value"], test["verdict"]) == (0.0, "failed")
 
 
+@pytest.mark.parametrize("statistics", [False, True])
+def test_certify_coupled_compares_sampled_text_with_plain_decoding(
+    artifacts: dict[str, Path], statistics: bool
+) -> None:
+    sampled = replace(SAMPLED, verifier="coupled", statistics=statistics, num_rows=250)
+    result = certificate_of(artifacts["lm"], sampled, replace(GREEDY, dtypes=("float32",)))
+    found = [test for test in result["tests"] if test["kind"] == "sampled identity"]
+    assert [(test["top_k"], test["top_p"], test["batch_size"]) for test in found] == [
+        (top_k, top_p, size) for top_k, top_p in ((0, 1), (5, 1), (0, 0.9)) for size in (1, 3)
+    ]
+    for test in found:
+        assert (test["drafter"], test["reference"]) == (str(artifacts["lm"]), "plain decoding")
+        assert (test["num_samples"], test["ties"], test["errors"], test["verdict"]) == (3 * 12, [], [], "passed")
+    assert len(sampled_tests(result)) == 9 * statistics
+    assert {test["verdict"] for test in sampled_tests(result)} <= {"passed", "too few samples"}
+    assert statistics or result["verdict"] == LOSSLESS
+    assert "## Sampled identity, temperature 1, top-k 5" in lines(result, "markdown")
+
+
+def test_certify_coupled_detects_noise_in_the_order_of_calls(
+    artifacts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_order_of_calls(self: Any, probs_XFV: Tensor, depths: Any, rows: Any) -> Tensor:
+        return probs_XFV / -torch.rand(len(probs_XFV), 1, probs_XFV.shape[-1]).log()
+
+    monkeypatch.setattr("draftsmith.verify.research.position_noise.PositionNoise.scores", in_order_of_calls)
+    greedy_settings = GreedySettings(dtypes=("float32",), batch_sizes=(3,), max_new_tokens=12)
+    result = certificate_of(artifacts["lookup"], replace(STRICT, verifier="coupled"), greedy_settings)
+    assert result["verdict"] == NOT_LOSSLESS
+    (test,) = (test for test in result["tests"] if test["kind"] == "sampled identity")
+    assert test["verdict"] == "failed"
+    assert any("ERROR" in line and "gap" in line for line in lines(result, "terminal"))
+
+
 def test_certify_lossy_verifier_gets_no_certificate(artifacts: dict[str, Path]) -> None:
     result = certificate_of(artifacts["medusa"], replace(STRICT, verifier="typical"), BRIEF)
     assert result["verdict"] == LOSSY
