@@ -5,27 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerationMode
-from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria
 
 from draftsmith.core.drafter import Drafter
 from draftsmith.core.target import Target
 from draftsmith.decoding import generate
-from draftsmith.inputs.arguments import check_drafter, token_ids
+from draftsmith.inputs.arguments import check_drafter, prompt_rows, token_ids
+from draftsmith.inputs.generation_config import check_mode
+from draftsmith.inputs.processors import NodeProcessors, check_processors, for_rows, split_sampling
+from draftsmith.inputs.stopping import check_stop_strings
 from draftsmith.length.policies import Policy
 
-WARPERS = (processors.TemperatureLogitsWarper, processors.TopKLogitsWarper, processors.TopPLogitsWarper)
-MODE_SETTINGS = (
-    "penalty_alpha",
-    "dola_layers",
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
-    "use_mtp",
-    "constraints",
-    "force_words_ids",
-)
-"""Settings of the generation config by which transformers chooses other decoding modes, beams apart."""
 KNOWN_INPUTS = {
     "attention_mask",
     "position_ids",
@@ -36,7 +26,6 @@ KNOWN_INPUTS = {
     "use_cache",
 }
 """Arguments that transformers adds to every call."""
-CRITERIA = (criteria.MaxLengthCriteria, criteria.EosTokenCriteria)
 
 
 def custom_generate(
@@ -51,15 +40,18 @@ def custom_generate(
     seed: int | None = None,
     stream_to: Any = None,
     stop_strings: Any = None,
+    stop_tokenizer: Any = None,
     inputs_tensor: Tensor | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
     """Returns the sequences of `model.generate`, decoded speculatively with `drafter`; transformers calls it.
 
-    A streamer must be passed as `stream_to`, because transformers does not hand its `streamer` to functions. Raises
-    ValueError for logits processors and stopping criteria other than temperature, top-k, top-p, length and
-    end-of-sequence, for other decoding modes, such as beam search, for inputs other than token ids with their mask,
-    and for a drafter of another model.
+    Logits processors and stopping criteria apply as in `model.generate`, each processor to the prefix of every drafted
+    token; lengths that they count include a batch's padding, tokens that they read do not. A streamer must be passed as
+    `stream_to`, and the tokenizer of `stop_strings`, unless the drafter's target has one, as `stop_tokenizer`, because
+    transformers does not hand `streamer` and `tokenizer` to functions. Raises ValueError for processors that cannot be
+    applied to drafted tokens, for other decoding modes, such as beam search, for inputs other than token ids with their
+    mask, and for a drafter of another model.
     """
     if drafter is not None:
         check_drafter(drafter)
@@ -69,39 +61,43 @@ def custom_generate(
             "the drafter was loaded for another model object; load it with Target(model) of this one, or call"
             " drafter.target.model.generate if it fine-tunes its target"
         )
-    _check_mode(generation_config, stop_strings)
+    check_mode(generation_config)
+    _check_outputs(generation_config)
     _check_dropped(inspect.currentframe())
     _check_inputs(input_ids, inputs_tensor, target, model_kwargs)
-    settings = _sampling_settings(logits_processor or [], is_sampling=bool(generation_config.do_sample))
-    odd = [type(criterion).__name__ for criterion in stopping_criteria or [] if not isinstance(criterion, CRITERIA)]
-    if odd:
-        raise ValueError(
-            f"stopping criterion {odd[0]} is not supported; draftsmith stops at a length or an end-of-sequence token"
-        )
-    eos = generation_config.eos_token_id
-    ends = () if eos is None else token_ids("eos_token_id", eos)
+    stops, max_length, ends = _stops(stopping_criteria or [], generation_config.max_length)
+    if stop_strings is not None:
+        stops.append(check_stop_strings(stop_strings, stop_tokenizer or target.tokenizer))
     prompts = input_ids
     if target.is_encoder_decoder and inputs_tensor is not None:
         # transformers repeats its own inputs for num_return_sequences, but not the sources.
         prompts = inputs_tensor.repeat_interleave(len(input_ids) // len(inputs_tensor), dim=0)
+    mask = model_kwargs.get("attention_mask")
+    own = prompt_rows(prompts, mask)
+    num_prompt = [1] * len(own) if target.is_encoder_decoder else list(map(len, own))
+    processors, sampling = split_sampling(
+        check_processors(logits_processor), is_sampling=bool(generation_config.do_sample)
+    )
+    paddings = [input_ids.shape[1] - num for num in num_prompt]
     out = generate(
         target,
         prompts,
         drafter,
-        attention_mask=model_kwargs.get("attention_mask"),
-        max_new_tokens=generation_config.max_length - input_ids.shape[1],
+        attention_mask=mask,
+        max_new_tokens=max_length - input_ids.shape[1],
         # An id outside the vocabulary turns the end off in transformers.
         eos_token_id=[token for token in ends if 0 <= token < target.vocab_size],
         streamer=stream_to,
         verifier=verifier,
         length=length,
         seed=seed,
-        **settings,
+        generation_config=sampling.as_settings() | {"do_sample": not sampling.is_greedy},
+        logits_processor=NodeProcessors(for_rows(processors, paddings, own, are_lengths_padded=True)),
+        stopping_criteria=stops,
     )
     if target.is_encoder_decoder:
         return out.sequences
     # transformers returns prompts as given, padding included.
-    num_prompt = _prompt_lengths(input_ids, model_kwargs.get("attention_mask"))
     longest = max(int(end) - prompt for end, prompt in zip(out.lengths, num_prompt, strict=True))
     pad = generation_config.pad_token_id
     fill = pad if pad is not None else (target.eos_token_ids or (0,))[0]
@@ -111,27 +107,25 @@ def custom_generate(
     return torch.cat([input_ids, new], dim=1)
 
 
-def _check_mode(generation_config: Any, stop_strings: Any) -> None:
-    """Rejects decoding modes and outputs that draftsmith does not have."""
-    if (generation_config.num_beams or 1) > 1:
-        raise ValueError(
-            f"num_beams is {generation_config.num_beams}; draftsmith decodes greedily or by sampling, so it must be 1"
-        )
-    mode = generation_config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        settings = {name: getattr(generation_config, name, None) for name in MODE_SETTINGS}
-        given = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value)
-        raise ValueError(
-            f"the generation config asks for {mode.value.replace('_', ' ')} ({given}), which draftsmith does not do; it"
-            " decodes greedily or by sampling"
-        )
+def _check_outputs(generation_config: Any) -> None:
     if generation_config.return_dict_in_generate:
         raise ValueError(
             "return_dict_in_generate is not supported: only sequences are returned; leave it out, or call"
             " draftsmith.generate"
         )
-    if stop_strings is not None:
-        raise ValueError("stop_strings is not supported; draftsmith stops at a length or an end-of-sequence token")
+
+
+def _stops(stopping_criteria: Any, max_length: int) -> tuple[list[Any], int, list[int]]:
+    """Returns the criteria other than lengths and end-of-sequence tokens, the length, padding included, and tokens."""
+    stops, ends = [], []
+    for criterion in stopping_criteria:
+        if isinstance(criterion, criteria.MaxLengthCriteria):
+            max_length = min(max_length, criterion.max_length)
+        elif isinstance(criterion, criteria.EosTokenCriteria):
+            ends += token_ids("eos_token_id", criterion.eos_token_id)
+        else:
+            stops.append(criterion)
+    return stops, max_length, ends
 
 
 def _check_dropped(frame: Any) -> None:
@@ -175,26 +169,3 @@ def _check_inputs(
             raise ValueError(f"decoder_input_ids are not supported; draftsmith begins with token {start}")
         if inputs_tensor is not None and (inputs_tensor.ndim != 2 or (inputs_tensor < 0).all()):
             raise ValueError("the source was given as embeddings or encoder_outputs; pass its token ids as input_ids")
-
-
-def _prompt_lengths(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
-    if attention_mask is None:
-        return [input_ids.shape[1]] * len(input_ids)
-    return attention_mask.sum(1).tolist()
-
-
-def _sampling_settings(logits_processor: Any, *, is_sampling: bool) -> dict[str, Any]:
-    settings: dict[str, Any] = {"temperature": 1.0 if is_sampling else 0.0}
-    for processor in logits_processor:
-        if not isinstance(processor, WARPERS):
-            name = type(processor).__name__
-            raise ValueError(
-                f"logits processor {name} is not supported; draftsmith supports temperature, top-k and top-p"
-            )
-        if isinstance(processor, processors.TemperatureLogitsWarper):
-            settings["temperature"] = processor.temperature
-        elif isinstance(processor, processors.TopKLogitsWarper):
-            settings["top_k"] = processor.top_k
-        else:
-            settings["top_p"] = processor.top_p
-    return settings

@@ -324,7 +324,7 @@ def test_prompts_and_numbers_of_every_kind_are_accepted() -> None:
         ({"max_new_tokens": True}, "max_new_tokens is True; it must be a whole number"),
         ({"temperature": "1"}, "temperature is '1'; it must be a finite number"),
         ({"temperature": float("nan")}, "temperature is nan; it must be a finite number"),
-        ({"top_p": None}, "top_p is None; it must be a finite number"),
+        ({"top_p": "0.9"}, "top_p is '0.9'; it must be a finite number"),
         ({"top_k": 1.5}, "top_k is 1.5; it must be a whole number"),
         ({"seed": "one"}, "seed is 'one'; it must be a whole number"),
         ({"seed": 2**64}, f"seed is {2**64}; it must be a whole number of at most 64 bits"),
@@ -408,5 +408,5 @@ def test_settings_of_the_generation_config_that_are_not_applied_are_named() -> N
         draftsmith.generate(Target(model), [[4]], max_new_tokens=1)
     for name, value in (("repetition_penalty", 1.3), ("no_repeat_ngram_size", 2), ("suppress_tokens", [5])):
         model.generation_config = GenerationConfig(pad_token_id=0, **{name: value})
-        with pytest.warns(UserWarning, match=rf"{name}=.*, which draftsmith.generate does not apply"):
+        with pytest.warns(UserWarning, match=rf"{name}=.*, which are not applied"):
             draftsmith.generate(Target(model), [[4]], max_new_tokens=1)

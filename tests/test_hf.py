@@ -10,7 +10,7 @@ import draftsmith
 from draftsmith import Target
 from draftsmith.drafters import lm, lookup, medusa
 from tests.support.family import built
-from tests.support.models import CAUSAL, SEQ2SEQ, VOCAB_SIZE, padded, prompts, tiny_model, tiny_target, tiny_tokenizer
+from tests.support.models import CAUSAL, SEQ2SEQ, VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
 
 NUM_NEW = 16
 
@@ -95,6 +95,8 @@ def test_sampling_respects_seeds_and_settings() -> None:
     assert sample(top_k=1) == greedy, "top-k is used"
     assert sample(top_p=1e-6, top_k=0) == greedy, "top-p is used"
     assert sample(temperature=1e-4) == greedy, "the temperature is used"
+    assert sample(min_p=0.999) == sample(epsilon_cutoff=0.999) == sample(typical_p=1e-9, top_k=1) == greedy
+    assert sample(top_h=1e-9) == greedy, "cutoffs that Sampling does not have are used"
     for row, prompt in zip(sample(num_return_sequences=1), prompts(5), strict=True):
         assert row[ids.shape[1] - len(prompt) : ids.shape[1]] == prompt
 
@@ -111,14 +113,8 @@ def test_num_return_sequences() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"repetition_penalty": 1.3}, "logits processor RepetitionPenaltyLogitsProcessor is not supported"),
-        ({"no_repeat_ngram_size": 2}, "logits processor NoRepeatNGramLogitsProcessor is not supported"),
-        ({"min_new_tokens": 4, "eos_token_id": 7}, "logits processor Min.* is not supported"),
-        ({"do_sample": True, "min_p": 0.1}, "logits processor MinPLogitsWarper is not supported"),
-        ({"do_sample": True, "typical_p": 0.5}, "logits processor TypicalLogitsWarper is not supported"),
-        ({"suppress_tokens": [3]}, "logits processor SuppressTokensLogitsProcessor is not supported"),
         ({"num_beams": 3}, "num_beams is 3; .* must be 1"),
-        ({"max_time": 5.0}, "stopping criterion MaxTimeCriteria is not supported"),
+        ({"guidance_scale": 2.0}, "logits processor UnbatchedClassifierFreeGuidance.* is not supported: it runs"),
     ],
 )
 def test_unsupported_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
@@ -209,7 +205,7 @@ def test_end_tokens_outside_the_vocabulary_are_ignored_as_in_transformers() -> N
         ("llama", {"streamer": Pieces()}, "transformers does not hand streamer to a function.* pass it as stream_to"),
         ("llama", {"drafter": "runs/medusa"}, "drafter is 'runs/medusa'; pass the drafter"),
         ("llama", {"assistant_model": tiny_target("llama").model}, "assistant_model is not supported"),
-        ("llama", {"stop_strings": "w3", "tokenizer": tiny_tokenizer()}, "stop_strings is not supported"),
+        ("llama", {"stop_strings": "w3"}, "stop_strings is 'w3', but the target has no tokenizer"),
         ("llama", {"penalty_alpha": 0.6, "top_k": 4}, r"asks for contrastive search \(penalty_alpha=0.6\)"),
         ("llama", {"dola_layers": "low"}, r"asks for dola generation \(dola_layers='low'\)"),
         ("llama", {"prompt_lookup_num_tokens": 3}, r"asks for assisted generation \(prompt_lookup_num_tokens=3\)"),

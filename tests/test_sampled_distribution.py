@@ -5,14 +5,22 @@ Fixed in advance: 20,000 continuations of three tokens from a vocabulary of eigh
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers.generation.logits_process import (
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Verdict
+from draftsmith.inputs import processors
 from tests.support.distributions import (
     FALSE_ALARM,
+    VOCAB_SIZE,
     check_distribution,
     distribution_p_value,
     distribution_target,
@@ -38,6 +46,50 @@ def test_plain_decoding_samples_the_target_distribution() -> None:
 @pytest.mark.parametrize("name", ["medusa", "lm", "lookup"])
 def test_sampling_is_lossless_with_temperature_top_k_and_top_p(name: str, settings: dict[str, float]) -> None:
     check_distribution(sampled_drafter(name), distribution_target(), num_samples=NUM_SAMPLES // 4, seed=1, **settings)
+
+
+def second_pair(prefix_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+    """A user's own processor: favours the token after the last but one."""
+    return scores_BV.scatter_add(1, (prefix_BT[:, -2:-1] + 1) % VOCAB_SIZE, torch.full_like(scores_BV[:, :1], 2.0))
+
+
+PENALTIES = (
+    RepetitionPenaltyLogitsProcessor(1.7),
+    NoRepeatNGramLogitsProcessor(3),
+    NoBadWordsLogitsProcessor([[4, 1], [0, 3, 3]]),
+    second_pair,
+)
+"""They forbid or favour tokens depending on the prefix: what an error in a node's prefix would change."""
+
+
+@pytest.mark.parametrize(
+    ("name", "verifier"),
+    [("medusa", "deterministic"), ("lm", "block"), ("lm", "token"), ("lm_tree", "traversal")],
+)
+def test_sampling_is_lossless_with_logits_processors(name: str, verifier: str) -> None:
+    settings = {"logits_processor": PENALTIES, "verifier": verifier, "temperature": 1.2}
+    check_distribution(sampled_drafter(name), distribution_target(), num_samples=NUM_SAMPLES // 8, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "cutoffs"), [("lm", {"min_p": 0.2}), ("lm_tree", {"typical_p": 0.8, "epsilon_cutoff": 0.1})]
+)
+def test_sampling_is_lossless_with_further_cutoffs(name: str, cutoffs: dict[str, float]) -> None:
+    settings = {"generation_config": cutoffs, "top_k": 7, "temperature": 1.0}
+    check_distribution(sampled_drafter(name), distribution_target(), num_samples=NUM_SAMPLES // 8, **settings)
+
+
+def test_processors_applied_to_a_wrong_prefix_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WRONG: every node gets the prefix of the pending token."""
+    prefixes = processors._prefixes
+
+    def without_drafted(draft: Draft, rows: Any, *given: Any) -> torch.Tensor:
+        of_pending = prefixes(draft, rows, *given).view(len(rows), draft.tree.num_nodes, -1)[:, :1]
+        return of_pending.expand(-1, draft.tree.num_nodes, -1).flatten(0, 1)
+
+    monkeypatch.setattr(processors, "_prefixes", without_drafted)
+    given = {"num_samples": NUM_SAMPLES // 8, "logits_processor": PENALTIES}
+    assert distribution_p_value(sampled_drafter("lm"), distribution_target(), **given) < FALSE_ALARM
 
 
 def test_token_verification_of_deterministic_chains_is_lossless() -> None:

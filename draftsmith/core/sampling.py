@@ -1,12 +1,14 @@
-"""The distribution that tokens are sampled from: temperature, then top-k, then top-p, in transformers' order.
+"""The distribution that tokens are sampled from: temperature, top-k, top-p and further cutoffs, in transformers' order.
 
 Shape suffixes: V vocabulary; `...` any leading dimensions.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.logits_process import EpsilonLogitsWarper, EtaLogitsWarper, TypicalLogitsWarper
 
 BLOCK = 512
 """Tokens that `draw` sums at a time."""
@@ -24,6 +26,14 @@ class Sampling:
     """Keeps the smallest set of most likely tokens whose probabilities sum to at least this; 1 keeps all."""
     top_k: int = 0
     """Number of most likely tokens kept; 0 keeps all."""
+    min_p: float = 0.0
+    """Keeps tokens of at least this share of the most likely token's probability; 0 keeps all."""
+    typical_p: float = 1.0
+    """Keeps the most typical tokens (2202.00666) whose probabilities sum to at least this; 1 keeps all."""
+    epsilon_cutoff: float = 0.0
+    """Keeps tokens of at least this probability (2210.15191); 0 keeps all."""
+    eta_cutoff: float = 0.0
+    """Keeps tokens of a probability that depends on this and on the entropy (2210.15191); 0 keeps all."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -32,10 +42,21 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k < 0 or self.top_k != int(self.top_k):
             raise ValueError(f"top_k is {self.top_k}; it must be a whole number, 0 to keep all tokens")
+        if not 0 < self.typical_p <= 1:
+            raise ValueError(f"typical_p is {self.typical_p}; it must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be at least 0 and at most 1")
+        for name in ("epsilon_cutoff", "eta_cutoff"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+    def as_settings(self) -> dict[str, float]:
+        """Returns the settings that differ from the defaults, called as in transformers' generation config."""
+        return {name: value for name, value in vars(self).items() if value != getattr(Sampling, name)}
 
     def probs(self, logits_V: Tensor) -> Tensor:
         """Returns probabilities [..., V] in float32 (float64 for float64 logits); one-hot when greedy."""
@@ -57,7 +78,18 @@ class Sampling:
             dropped_V.scatter_(-1, order_V, mass_before_V >= least_mass)
             probs_V = probs_V.masked_fill(dropped_V, 0.0)
             probs_V = probs_V / probs_V.sum(-1, keepdim=True)
+        if self.min_p > 0:
+            probs_V = probs_V.masked_fill(probs_V < self.min_p * probs_V.amax(-1, keepdim=True), 0.0)
+            probs_V = probs_V / probs_V.sum(-1, keepdim=True)
+        for warper in self._rare_cutoffs(str(probs_V.device)):
+            probs_V = warper(None, probs_V.reshape(-1, probs_V.shape[-1]).log()).softmax(-1).view_as(probs_V)
         return probs_V
+
+    def _rare_cutoffs(self, device: str) -> list[Any]:
+        """Returns the cutoffs that transformers applies after top-p and min-p, in its order."""
+        cutoffs: list[Any] = [TypicalLogitsWarper(self.typical_p)] if self.typical_p < 1 else []
+        cutoffs += [EpsilonLogitsWarper(self.epsilon_cutoff)] if self.epsilon_cutoff > 0 else []
+        return cutoffs + ([EtaLogitsWarper(self.eta_cutoff, device=device)] if self.eta_cutoff > 0 else [])
 
 
 def draw(weights_V: Tensor, uniforms: Tensor) -> Tensor:

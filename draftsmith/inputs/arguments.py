@@ -88,8 +88,8 @@ def warn_of_unapplied_settings(target: Any) -> None:
     given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value not in NEUTRAL)
     if given:
         warnings.warn(
-            f"the generation config of target {target.name} sets {given}, which draftsmith.generate does not apply; the"
-            " text follows the distribution of the model without it",
+            f"the generation config of target {target.name} sets {given}, which are not applied: the text follows"
+            " the distribution of the model without them; pass generation_config='model' to apply them",
             stacklevel=3,
         )
 

@@ -13,9 +13,14 @@ from draftsmith.inputs.arguments import prompt_rows, token_ids
 from draftsmith.loading.model_info import TargetInfo
 
 
-def start_rows(target: Target, input_ids: Any, attention_mask: Any) -> tuple[list[list[int]], Source | None]:
-    """Returns each row's ids without padding; for an encoder-decoder its decoder start ids and the encoded source."""
-    prompts = prompt_rows(input_ids, attention_mask)
+def start_rows(
+    target: Target, input_ids: Any, attention_mask: Any, num_copies: int = 1
+) -> tuple[list[list[int]], list[list[int]], Source | None]:
+    """Returns (prompts, rows to continue, source): each prompt's ids without padding, `num_copies` times.
+
+    The rows of an encoder-decoder are its decoder start ids, and the source is encoded.
+    """
+    prompts = [prompt for prompt in prompt_rows(input_ids, attention_mask) for _ in range(num_copies)]
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} is empty; give every row at least one token")
@@ -23,7 +28,7 @@ def start_rows(target: Target, input_ids: Any, attention_mask: Any) -> tuple[lis
             wrong = next(token for token in prompt if not 0 <= token < target.vocab_size)
             raise ValueError(f"prompt {row} holds token {wrong}; the target's vocabulary has {target.vocab_size}")
     if not target.is_encoder_decoder:
-        return prompts, None
+        return prompts, [list(prompt) for prompt in prompts], None
     start = target.decoder_start_token_id
     if start is None:
         raise ValueError(f"target {target.name} has no decoder_start_token_id in its generation config; set one")
@@ -31,7 +36,7 @@ def start_rows(target: Target, input_ids: Any, attention_mask: Any) -> tuple[lis
     tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
     mask_BT = (torch.arange(longest, device=device) < lengths_B[:, None]).long()
-    return [[start] for _ in prompts], target.encode(tokens_BT, mask_BT)
+    return prompts, [[start] for _ in prompts], target.encode(tokens_BT, mask_BT)
 
 
 def check_lengths(target: Target | TargetInfo, rows: list[list[int]], max_new_tokens: int) -> None:

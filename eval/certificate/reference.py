@@ -22,7 +22,7 @@ FORWARD_ROWS = 16
 
 def reference_logits(target: Target, prompt: list[int], texts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """Yields for each text the logits [T + 1, V] in float64: after `prompt`, and after each of the text's T tokens."""
-    rows, source = start_rows(target, torch.tensor([prompt], device=target.device), None)
+    _, rows, source = start_rows(target, torch.tensor([prompt], device=target.device), None)
     for begin in range(0, len(texts), FORWARD_ROWS):
         part = texts[begin : begin + FORWARD_ROWS]
         longest = max(map(len, part))

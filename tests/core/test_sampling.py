@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from draftsmith.core.sampling import BLOCK, Sampling, draw
+from tests.support.distributions import CUTOFFS
 
 JUST_BELOW_ONE = math.nextafter(1.0, 0.0)
 
@@ -30,6 +36,35 @@ def test_probs_equal_transformers(temperature: float, top_k: int, top_p: float) 
     probs_BV = Sampling(temperature=temperature, top_k=top_k, top_p=top_p).probs(logits_BV)
     assert torch.allclose(probs_BV, scores_BV.softmax(-1), atol=1e-12, rtol=0)
     assert torch.equal(probs_BV == 0, scores_BV == float("-inf"))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_p": 0.15},
+        {"min_p": 1.0},
+        {"typical_p": 0.6},
+        {"epsilon_cutoff": 0.05},
+        {"eta_cutoff": 0.2},
+        {"min_p": 0.05, "typical_p": 0.9, "epsilon_cutoff": 0.02, "eta_cutoff": 0.1},
+    ],
+)
+def test_probs_with_further_cutoffs_equal_transformers(settings: dict[str, float], top_p: float) -> None:
+    logits_BV = random_logits(200, 23)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(12), TopPLogitsWarper(top_p)])
+    warpers += [CUTOFFS[name](value) for name, value in settings.items()]
+    scores_BV = warpers(None, logits_BV)
+    probs_BV = Sampling(temperature=0.7, top_k=12, top_p=top_p, **settings).probs(logits_BV)
+    assert torch.allclose(probs_BV, scores_BV.softmax(-1), atol=1e-12, rtol=0)
+    assert torch.equal(probs_BV == 0, scores_BV == float("-inf"))
+    assert torch.equal(Sampling(temperature=0.7, top_k=12, top_p=top_p, **settings).probs(logits_BV[3]), probs_BV[3])
+
+
+def test_as_settings_holds_what_differs_from_the_defaults() -> None:
+    assert Sampling().as_settings() == {}
+    settings = {"temperature": 0.5, "min_p": 0.1, "top_k": 3}
+    assert Sampling(**settings).as_settings() == settings
 
 
 def test_probs_hand_worked() -> None:
@@ -72,6 +107,10 @@ def test_probs_of_low_precision_logits_are_float32(dtype: torch.dtype) -> None:
         ({"temperature": 1.0, "top_p": float("nan")}, "top_p is nan"),
         ({"temperature": 1.0, "top_k": -1}, "top_k is -1"),
         ({"temperature": 1.0, "top_k": 2.5}, "top_k is 2.5"),
+        ({"min_p": -0.1}, "min_p is -0.1; it must be at least 0 and at most 1"),
+        ({"typical_p": 0.0}, "typical_p is 0.0; it must be above 0 and at most 1"),
+        ({"epsilon_cutoff": 1.0}, "epsilon_cutoff is 1.0; it must be at least 0 and below 1"),
+        ({"eta_cutoff": float("nan")}, "eta_cutoff is nan; it must be at least 0 and below 1"),
     ],
 )
 def test_sampling_rejects_settings_out_of_range(settings: dict[str, float], message: str) -> None:

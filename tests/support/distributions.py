@@ -3,16 +3,21 @@
 Shape suffixes: V vocabulary; C is V to the power of the number of tokens, one cell for each continuation.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     LogitsProcessorList,
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 import draftsmith
@@ -25,6 +30,12 @@ VOCAB_SIZE, NUM_TOKENS = 8, 3
 PROMPT = [1, 4, 2, 7, 4, 1, 4, 2]
 FALSE_ALARM = 1e-4
 ROWS = 1_000
+CUTOFFS: dict[str, Any] = {
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+    "epsilon_cutoff": EpsilonLogitsWarper,
+    "eta_cutoff": EtaLogitsWarper,
+}
 
 
 @cache
@@ -71,13 +82,25 @@ def cells(tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def exact_distribution(target: Target, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Returns the probability [C] of each continuation of PROMPT by transformers' own forward and warpers."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+def exact_distribution(
+    target: Target,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    logits_processor: Sequence[Any] = (),
+    generation_config: dict[str, float] | None = None,
+) -> Tensor:
+    """Returns the probability [C] of each continuation of PROMPT by transformers' own forward and processors.
+
+    `generation_config` holds further cutoffs, by name.
+    """
+    warpers = LogitsProcessorList([*logits_processor, TemperatureLogitsWarper(float(temperature))])
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
+    warpers += [CUTOFFS[name](value) for name, value in (generation_config or {}).items()]
     probs_C = torch.ones(1, dtype=torch.float64)
     is_encoder_decoder = target.is_encoder_decoder
     rows = torch.tensor([[target.model.config.decoder_start_token_id] if is_encoder_decoder else PROMPT])

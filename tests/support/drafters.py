@@ -117,4 +117,7 @@ def sampled_drafter(name: str) -> Any:
         return built(medusa, medusa.Config(num_heads=3, tree=TREE), target)
     if name == "lm":  # stops after unlikely tokens, so that rows draft unequal lengths
         return built(lm, lm.Config(model=SAMPLED_SMALL, num_draft=3, length="refit=0.3"), target)
+    if name == "lm_tree":
+        paths = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
+        return built(lm, lm.Config(model=SAMPLED_SMALL, num_draft=3, tree=paths), target)
     return lookup.Drafter(lookup.Config(), target)

@@ -1,0 +1,210 @@
+"""Reads generation configs of transformers: what they change about decoding, and what cannot be done."""
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode, LogitsProcessorList
+from transformers.generation import stopping_criteria as criteria
+
+from draftsmith.core.sampling import Sampling
+from draftsmith.core.target import Target
+from draftsmith.inputs.arguments import real_number, shown, whole_number
+from draftsmith.inputs.processors import NodeProcessors, check_processors, for_rows, split_sampling
+from draftsmith.inputs.stopping import StopConditions, check_stop_strings
+
+MODEL = "model"
+"""The name of the target's own generation config."""
+MODE_SETTINGS = (
+    "penalty_alpha",
+    "dola_layers",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "constraints",
+    "force_words_ids",
+)
+"""Settings of the generation config by which transformers chooses other decoding modes, beams apart."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rules:
+    """What decides about the next tokens of one call of `generate`, besides the target."""
+
+    sampling: Sampling
+    processors: NodeProcessors | None = None
+    stops: StopConditions | None = None
+
+    def cut(self, row: int, ids: list[int], path: list[int], new: list[int]) -> tuple[list[int], bool]:
+        """Returns a row's `new` tokens up to the first at which it stops, and whether one does.
+
+        `ids` are the tokens before and `path` the nodes that the new ones follow. Raises ValueError if the processors
+        left no token at one of them.
+        """
+        kept, is_stopped = (new, False) if self.stops is None else self.stops.cut(ids, new)
+        if self.processors is not None:
+            self.processors.check(row, path[: len(kept)], len(ids))
+        return kept, is_stopped
+
+    def is_out_of_time(self) -> bool:
+        """Returns whether decoding must stop now."""
+        return self.stops is not None and self.stops.is_out_of_time()
+
+
+def check_mode(config: Any) -> None:
+    """Rejects decoding modes that draftsmith does not have."""
+    if (config.num_beams or 1) > 1:
+        raise ValueError(
+            f"num_beams is {config.num_beams}; draftsmith decodes greedily or by sampling, so it must be 1"
+        )
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        settings = {name: getattr(config, name, None) for name in MODE_SETTINGS}
+        given = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value)
+        raise ValueError(
+            f"the generation config asks for {mode.value.replace('_', ' ')} ({given}), which draftsmith does not do; it"
+            " decodes greedily or by sampling"
+        )
+
+
+def read_config(target: Target, given: Any) -> GenerationConfig | None:
+    """Returns the generation config that `generate(generation_config=)` means, its unset values filled in.
+
+    "model" is the target's own, and a GenerationConfig is completed by it and by transformers' defaults, as in
+    `model.generate`; a dictionary holds all settings that differ from neutral ones. Raises ValueError for anything
+    else and for unknown names.
+    """
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, 1)
+                raise ValueError(
+                    f"generation_config has no setting {name!r}{f'; did you mean {near[0]!r}?' if near else ''}"
+                )
+        # A temperature means sampling, unless the dictionary says otherwise.
+        is_sampling = isinstance(found := given.get("temperature"), int | float) and found > 0
+        config = GenerationConfig(watermarking_config=given.get("watermarking_config"))
+        for name, value in ({"do_sample": is_sampling} | dict(given)).items():
+            if name != "watermarking_config":
+                setattr(config, name, value)
+        return config
+    if isinstance(given, str) and given == MODEL:
+        given = target.model.generation_config
+    elif not isinstance(given, GenerationConfig):
+        raise ValueError(
+            f"generation_config is {shown(given)}; it must be 'model' for the target's own, a GenerationConfig, or a"
+            " dictionary of its settings"
+        )
+    return target.model._prepare_generation_config(copy.deepcopy(given))[0]
+
+
+def make_rules(
+    target: Target,
+    config: GenerationConfig | None,
+    sampling: Sampling,
+    prompts: Sequence[list[int]],
+    rows: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    eos: frozenset[int],
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    stop_strings: Any = None,
+) -> Rules:
+    """Returns the rules for continuing `rows`; `prompts` are the same ids, or an encoder-decoder's sources.
+
+    `logits_processor` is one, a list, or `NodeProcessors`. With a generation config, `sampling` is that of
+    `with_sampling`, and the config's processors come before a user's own, as in `model.generate`.
+    Raises ValueError for what cannot be done with drafts.
+    """
+    is_ready = isinstance(logits_processor, NodeProcessors)
+    found = own = [] if is_ready else check_processors(logits_processor)
+    if config is not None:
+        check_mode(config)
+        found, sampling = split_sampling(
+            check_processors(_built(target, config, prompts, rows, max_new_tokens, eos, own)),
+            is_sampling=not sampling.is_greedy,
+        )
+    paddings = [max(map(len, rows)) - len(row) for row in rows]
+    per_row = for_rows(found, paddings, prompts, unpadded=own, are_lengths_padded=False) if found else None
+    processors = logits_processor if is_ready else NodeProcessors(per_row or [])
+    stops = _stops(target, config, stopping_criteria, stop_strings)
+    return Rules(
+        sampling=sampling,
+        processors=processors if processors else None,
+        stops=StopConditions(stops, len(rows), target.device) if stops else None,
+    )
+
+
+def with_sampling(
+    config: GenerationConfig | None, temperature: float | None, top_p: float | None, top_k: int | None
+) -> Sampling:
+    """Returns the settings of sampling, those that are None taken from `config`, which gets those that are not."""
+    if config is None:
+        return Sampling(temperature=temperature or 0.0, top_p=1.0 if top_p is None else top_p, top_k=top_k or 0)
+    if temperature is not None:
+        config.do_sample, config.temperature = temperature > 0, float(temperature)
+    config.top_p = config.top_p if top_p is None else top_p
+    config.top_k = config.top_k if top_k is None else top_k
+    found = 1.0 if config.temperature is None else float(config.temperature)
+    return Sampling(
+        temperature=found if config.do_sample else 0.0,
+        top_p=1.0 if config.top_p is None else float(config.top_p),
+        top_k=int(config.top_k or 0),
+    )
+
+
+def num_copies(config: GenerationConfig | None, sampling: Sampling) -> int:
+    """Returns the number of rows for each prompt; raises ValueError for several equal ones."""
+    number = whole_number("num_return_sequences", getattr(config, "num_return_sequences", None) or 1)
+    if number < 1 or (number > 1 and sampling.is_greedy):
+        raise ValueError(f"num_return_sequences is {number}; it must be 1, or at temperatures above 0 more")
+    return number
+
+
+def _built(
+    target: Target,
+    config: GenerationConfig,
+    prompts: Sequence[list[int]],
+    rows: Sequence[list[int]],
+    max_new_tokens: int,
+    eos: frozenset[int],
+    own: list[Any],
+) -> list[Any]:
+    """Returns the processors that transformers builds for this config, for rows padded to the longest."""
+    longest, device = max(map(len, rows)), target.device
+    config = copy.deepcopy(config)
+    config.max_length = longest + max_new_tokens
+    config._eos_token_tensor = torch.tensor(sorted(eos), device=device) if eos else None
+    sources = [prompt + [0] * (max(map(len, prompts)) - len(prompt)) for prompt in prompts]
+    try:
+        return list(
+            target.model._get_logits_processor(
+                config,
+                input_ids_seq_length=longest,
+                encoder_input_ids=torch.tensor(sources, device=device),
+                logits_processor=LogitsProcessorList(own),
+                device=str(device),
+                model_kwargs={},
+            )
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"the generation config cannot be used: {error}") from error
+
+
+def _stops(target: Target, config: GenerationConfig | None, stopping_criteria: Any, stop_strings: Any) -> list[Any]:
+    is_one = callable(stopping_criteria) and not isinstance(stopping_criteria, list)
+    stops = [stopping_criteria] if is_one else list(stopping_criteria or [])
+    strings = stop_strings if stop_strings is not None else getattr(config, "stop_strings", None)
+    if strings is not None:
+        stops.append(check_stop_strings(strings, target.tokenizer))
+    if (max_time := getattr(config, "max_time", None)) is not None:
+        stops.append(criteria.MaxTimeCriteria(max_time=real_number("max_time", max_time)))
+    return stops
