@@ -40,7 +40,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             panel.set_title(f"Speed-up at {_label(temperature)}, batch {batch_size}", fontsize=11)
         found = [row for row in rows if (row["temperature"], row["batch_size"]) == (temperature, batch_sizes[0])]
         _acceptance(panels[-1], found)
-        panels[-1].set_title(f"Accepted, %, {_label(temperature)}, batch {batch_sizes[0]}", fontsize=11)
+        panels[-1].set_title(f"Accepted, %, batch {batch_sizes[0]}", fontsize=11)
     first = rows[0]
     figure.suptitle(f"{first['target']} on {first['hardware']}, {first['threads']} thread(s)", fontsize=12)
     figure.savefig(path, format="png")
@@ -80,8 +80,12 @@ def _bars(panel: Any, rows: Sequence[Row], longest: float) -> None:
 
 def _acceptance(panel: Any, rows: Sequence[Row]) -> None:
     """Draws a table with a row per drafter and a cell per depth with its percentage, readable for many drafters."""
+    rows = [row for row in rows if row["accepted_per_depth"]]
     rates = [row["accepted_per_depth"][:MAX_DEPTH] for row in rows]
-    deepest = max(1, *map(len, rates))
+    deepest = max([1, *map(len, rates)])
+    if not rows:
+        panel.set_axis_off()
+        return
     cells = [[*found, *[float("nan")] * (deepest - len(found))] for found in rates]
     panel.imshow(cells, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")  # keeps black text readable on the darkest cell
     for position, found in enumerate(rates):

@@ -17,12 +17,12 @@ from draftsmith import Target
 from draftsmith.artifacts.families import find
 from eval import compare as bakeoff
 from eval.bakeoff import contenders
-from eval.bakeoff.measure import DecodingMethod, DecodingRequest, Tally, draftsmith_method, measure
+from eval.bakeoff.measure import DecodingMethod, DecodingRequest, DecodingResult, Tally, draftsmith_method, measure
 from eval.bakeoff.results import PARTIAL, check_output, claimed
 from eval.bakeoff.rows import row_of
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import by_category, compare
-from eval.report.table import header, ranked, table, to_csv
+from eval.report.table import header, output_of, ranked, table, to_csv
 from recipes.bakeoff import BakeoffRunSettings
 from tests.support.family import built
 from tests.support.models import prompts, tiny_target
@@ -136,6 +136,40 @@ def test_compare_transformers_assisted_generation(tmp_path: Path) -> None:
         assert all(row["identical"] for row in found if row["temperature"] == 0)
     text = (tmp_path / "out" / "bakeoff.md").read_text()
     assert "x (y); transformers' assisted generation at batch 2 (it takes one prompt at a time)" in text
+
+
+@pytest.mark.parametrize(("rounding", "word"), [(10.0, "ties"), (0.0, "DIFFERS")])
+def test_compare_reads_the_gap_of_differing_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: float, word: str
+) -> None:
+    """One row of transformers gets another token; the gap is that of plain decoding's logits there."""
+    target, changed = tiny_target("llama"), 3
+
+    def transformers_with_another_token(target: Target) -> Any:
+        def decode(request: DecodingRequest) -> DecodingResult:
+            rows = draftsmith_method(target)(request).rows
+            if request.prompts[0] == some_prompts(1)[0].ids:
+                rows[0][changed] = (rows[0][changed] + 1) % target.vocab_size
+            return DecodingResult(rows=rows)
+
+        return decode
+
+    monkeypatch.setattr(contenders, "transformers_method", transformers_with_another_token)
+    monkeypatch.setattr(bakeoff, "measured_rounding", lambda *_: rounding)
+    settings = BakeoffSettings(
+        rounds=2, max_new_tokens=6, batch_sizes=(1,), temperatures=(0.0,), forecast_sizes=(), threads=1
+    )
+    rows = compare(target, some_prompts(2), [], tmp_path / "out", settings)
+    plain, theirs = rows
+    ids = some_prompts(1)[0].ids
+    request = DecodingRequest(prompts=[ids], temperature=0.0, max_new_tokens=6, seed=0)
+    (text,) = draftsmith_method(target)(request).rows
+    with torch.inference_mode():
+        logits_V = target.model(torch.tensor([ids + text[:changed]])).logits[0, -1]
+    gap = float(logits_V[text[changed]] - logits_V[(text[changed] + 1) % target.vocab_size])
+    assert theirs["largest_gap"] == pytest.approx(gap, abs=1e-4) and theirs["rounding"] == rounding
+    assert (theirs["num_different"], theirs["num_decoded"]) == (2, 4), "one of two rows, in two rounds"
+    assert output_of(theirs) == f"{word} 2/4 ({gap:.2g})" and output_of(plain) == "identical"
 
 
 def test_compare_fine_tuned_target_is_its_own_baseline(tmp_path: Path) -> None:
