@@ -170,13 +170,12 @@ def transformers_method(
     It drafts with an assistant model if one is given, or by its prompt look-up of `prompt_lookup` tokens if that is not
     0; both take one prompt at a time.
     """
-    options: dict[str, Any] = {} if assistant is None else {"assistant_model": assistant}
-    if prompt_lookup:
-        options["prompt_lookup_num_tokens"] = prompt_lookup
-    return partial(_transformers_decode, target, options)
+    return partial(_transformers_decode, target, assistant, prompt_lookup)
 
 
-def _transformers_decode(target: Target, options: dict[str, Any], request: DecodingRequest) -> DecodingResult:
+def _transformers_decode(
+    target: Target, assistant: Any, prompt_lookup: int, request: DecodingRequest
+) -> DecodingResult:
     tokens_BT, mask_BT = pad(request.prompts, target.device, side="right" if target.is_encoder_decoder else "left")
     is_sampling = request.temperature > 0
     config = GenerationConfig(
@@ -184,12 +183,14 @@ def _transformers_decode(target: Target, options: dict[str, Any], request: Decod
         **({"temperature": request.temperature, "top_k": 0, "top_p": 1.0} if is_sampling else {}),
         num_beams=1,
         repetition_penalty=1.0,
+        **({"prompt_lookup_num_tokens": prompt_lookup} if prompt_lookup else {}),
         max_new_tokens=request.max_new_tokens,
         pad_token_id=_pad_token_id(target),
     )
     # transformers samples from the global generator, whose state is restored afterwards.
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(request.seed)
+        options = {} if assistant is None else {"assistant_model": assistant}
         out = target.model.generate(tokens_BT, attention_mask=mask_BT, generation_config=config, **options)
     start = 1 if target.is_encoder_decoder else tokens_BT.shape[1]
     return DecodingResult(rows=[_cut_after_eos(row[start:], target.eos_token_ids) for row in out.tolist()])
