@@ -1,7 +1,7 @@
 """Distils a small draft LM from the target's text, and optionally its distributions, and writes the artifact.
 
     ./launch.sh distill                                             # pocket target and its own text, into runs/distill
-    ./launch.sh distill --config recipes/configs/quickstart-distill.yaml
+    ./launch.sh distill --start layers --num-layers 1 --loss forward_kl         # the quickstart's on the pocket target
     ./launch.sh distill --target T --data runs/mine --init small/llama --loss lk_hybrid --max-steps 2000 --bf16
     ./launch.sh distill --rank 128 --shortlist 2048                 # projection of the target's embedding and LM head
     ./launch.sh distill --shape tree                                # drafts the tree that is fastest on this machine

@@ -1,7 +1,7 @@
 """Trains Medusa heads for a target, and writes the artifact with its draft tree.
 
     ./launch.sh medusa                                              # pocket target and its own text, into runs/medusa
-    ./launch.sh medusa --config recipes/configs/quickstart-medusa.yaml
+    ./launch.sh medusa --num-blocks 2 --max-steps 180 --learning-rate 5e-3      # the quickstart's on the pocket target
     ./launch.sh medusa --target T --data runs/mine --num-heads 5 --max-steps 2000 --bf16
     torchrun --nproc-per-node 2 recipes/medusa.py --deepspeed zero2
 

