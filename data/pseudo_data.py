@@ -94,6 +94,10 @@ def write_pseudo_data(
     notes |= {"template_time": now.isoformat()} if now else {}
     manifest = {"format": FORMAT, "num_shards": len(shards), "num_prompts": len(prompts), "prompts": keys}
     manifest |= recorded | asdict(settings) | {"temperature": settings.temperatures}
+    # Left out where there is none: folders made before go on.
+    manifest.pop("generation_config")
+    if config := writer.recorded_config(settings):
+        manifest["generation_config"] = config
     if (num_planned := num_turns(prompts)) > len(prompts):
         manifest["num_turns"] = num_planned
     if chat_template_kwargs:

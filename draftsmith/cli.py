@@ -63,21 +63,27 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="most tokens generated (default 128)"
     )
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 decodes greedily (default 0)")
+    generate.add_argument("--temperature", type=float, metavar="T", help="0 decodes greedily (default 0)")
     generate.add_argument(
         "--top-p",
         type=float,
-        default=1.0,
         metavar="P",
         help="keep the most likely tokens up to this probability (default 1)",
     )
     generate.add_argument(
         "--top-k",
         type=int,
-        default=0,
         metavar="K",
         help="keep this many of the most likely tokens; 0 keeps all (default 0)",
     )
+    generate.add_argument(
+        "--generation-config",
+        default="",
+        metavar="CONFIG",
+        help="'model' applies the model's own, such as its repetition penalty and temperature; or JSON, or a JSON file;"
+        " other flags take precedence (default: none)",
+    )
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="stop after this text; may be repeated")
     generate.add_argument("--seed", type=int, help="the same seed gives the same text")
     generate.add_argument(
         "--verifier", default="auto", help="how drafts are verified (default: the best lossless verifier)"
@@ -117,15 +123,16 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from draftsmith import Target, load, verify
     from draftsmith.artifacts.artifact import check_fits, read_manifest
-    from draftsmith.core.sampling import Sampling
     from draftsmith.decoding import generate
     from draftsmith.inputs.batching import check_lengths
+    from draftsmith.inputs.generation_config import parse_config, with_sampling
     from draftsmith.inputs.texts import encode_text
     from draftsmith.length import policies
     from draftsmith.loading.model_info import read_target_info
 
     disable_progress_bar()
-    Sampling(temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k)
+    with_sampling(None, arguments.temperature, arguments.top_p, arguments.top_k)
+    config = parse_config(arguments.generation_config)
     if arguments.verifier != "auto":
         verify.find(arguments.verifier)
     if arguments.length != "auto":
@@ -160,6 +167,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         top_k=arguments.top_k,
+        generation_config=config,
+        stop_strings=arguments.stop,
         seed=arguments.seed,
         verifier=arguments.verifier,
         length=arguments.length,

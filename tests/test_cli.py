@@ -53,6 +53,26 @@ def test_generate_prints_the_text_of_generate(folders: tuple[str, str], capsys: 
     assert texts[0] == texts[1] == expected.rstrip("\ufffd") + "\n"
 
 
+def test_generate_applies_a_generation_config_and_stops(
+    folders: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, draft = folders
+    target, prompt = draftsmith.Target.from_pretrained(path), "def read(path): return path\ndef read(path):"
+    config = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2}
+    ids = target.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    out = draftsmith.generate(target, ids, max_new_tokens=24, generation_config=config)
+    expected = target.tokenizer.decode(out.sequences[0])
+    command = ["generate", "--target", path, "--draft", draft, "--max-new-tokens", "24"]
+    main([*command, "--generation-config", json.dumps(config), prompt])
+    assert capsys.readouterr().out == expected.rstrip("\ufffd") + "\n"
+    main([*command, prompt])
+    whole = capsys.readouterr().out.removesuffix("\n")
+    stop = whole[len(prompt) + 4 : len(prompt) + 7]
+    main([*command, "--stop", stop, prompt])
+    stopped = capsys.readouterr().out.removesuffix("\n")
+    assert whole.startswith(stopped) and stop in stopped[len(prompt) :] and len(stopped) < len(whole)
+
+
 def test_generate_with_a_fine_tuned_target_prints_its_text(
     folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +176,8 @@ def test_inspect_prints_the_manifest(folders: tuple[str, str], capsys: pytest.Ca
         (["--tmperature", "1"], "did you mean --temperature?"),
         (["--top-p", "1.5"], "top_p is 1.5"),
         (["--temperature", "-1"], "temperature is -1.0"),
+        (["--generation-config", '{"min_q": 1}'], "no setting 'min_q'; did you mean 'min_p'?"),
+        (["--generation-config", "nowhere"], "generation config 'nowhere' cannot be read"),
         (["--verifier", "gredy"], "unknown verifier 'gredy'"),
         (["--length", "long"], "unknown length policy 'long'"),
         (["--draft", "nowhere"], "artifact nowhere: no such folder"),

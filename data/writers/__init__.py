@@ -14,6 +14,10 @@ from data.prompts import Prompt
 from data.shards import hash_files
 from draftsmith import Target
 from draftsmith.core.sampling import Sampling
+from draftsmith.inputs.generation_config import described, parse_config
+
+OWN_SETTINGS = ("do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens")
+"""Settings of a generation config that pseudo-data has itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,9 @@ class PseudoDataSettings:
     """Number of prompts in a batch; with a server, number of concurrent requests."""
     shard_batches: int = 4
     """Number of batches in a shard, the most that a killed run loses."""
+    generation_config: str = ""
+    """'model' applies the target's own generation config, such as its repetition penalty; or JSON such as {"min_p":
+    0.1}, or a JSON file. Its temperature, top-p, top-k and lengths are not read: they are settings of their own."""
     seed: int = 0
     """Seed from which each batch's own seed is derived."""
 
@@ -42,6 +49,7 @@ class PseudoDataSettings:
             raise ValueError(f"temperature is {self.temperature!r}; expected a number, or several as in 0,1") from None
         for temperature in temperatures:
             Sampling(temperature=temperature, top_p=self.top_p, top_k=self.top_k)
+        parse_config(self.generation_config)
         for name in ("max_new_tokens", "batch_size", "shard_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -107,6 +115,10 @@ class Writer(Protocol):
     origin: Origin
     tokenizer: Any
 
+    def recorded_config(self, settings: PseudoDataSettings) -> dict[str, Any]:
+        """Returns the settings of the generation config, as recorded in the manifest; raises ValueError for others."""
+        ...
+
     def write(self, shard: Sequence[GenerationBatch], settings: PseudoDataSettings) -> Iterator[list[Completion]]: ...
 
 
@@ -129,6 +141,15 @@ class LocalWriter:
             decoder_start_token_id=target.decoder_start_token_id,
         )
 
+    def recorded_config(self, settings: PseudoDataSettings) -> dict[str, Any]:
+        """Returns the settings of the generation config; raises ValueError for several rows a prompt."""
+        found = described(self.target, parse_config(settings.generation_config))
+        if (found.get("num_return_sequences") or 1) != 1:
+            raise ValueError(
+                f"num_return_sequences is {found['num_return_sequences']}; pseudo-data has one row a prompt"
+            )
+        return {name: value for name, value in found.items() if name not in OWN_SETTINGS}
+
     def write(self, shard: Sequence[GenerationBatch], settings: PseudoDataSettings) -> Iterator[list[Completion]]:
         """Yields the completions of each batch in turn."""
         for batch in shard:
@@ -142,6 +163,7 @@ class LocalWriter:
                 temperature=batch.temperature,
                 top_p=settings.top_p,
                 top_k=settings.top_k,
+                generation_config=parse_config(settings.generation_config),
                 seed=batch.seed,
             )
             starts = [1 if self.target.is_encoder_decoder else len(prompt.ids) for prompt in batch.prompts]

@@ -13,12 +13,20 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from data.sources.chat import ChatFormat
-from data.writers import Completion, GenerationBatch, Origin, PseudoDataSettings, derive_seed
+from data.writers import OWN_SETTINGS, Completion, GenerationBatch, Origin, PseudoDataSettings, derive_seed
+from draftsmith.inputs.generation_config import parse_config
 from draftsmith.loading.model_info import tokenizer_hash
 
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 TIMEOUT_S = 600.0
 FIRST_WAIT_S = 0.5
+SERVER_NAMES = {
+    "repetition_penalty": "repetition_penalty",
+    "min_p": "min_p",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
+}
+"""Settings of a generation config that vLLM and SGLang take, and what they call them."""
 
 
 class ServerWriter:
@@ -58,6 +66,23 @@ class ServerWriter:
             server_model=self.model,
         )
 
+    def recorded_config(self, settings: PseudoDataSettings) -> dict[str, Any]:
+        """Returns the settings of the generation config; raises ValueError for those that servers do not take."""
+        found = parse_config(settings.generation_config)
+        if isinstance(found, str):
+            raise ValueError(
+                "generation_config 'model' is not supported with a server, which reads the model's own itself or not;"
+                ' name the settings, such as {"repetition_penalty": 1.1}'
+            )
+        found = {name: value for name, value in (found or {}).items() if name not in OWN_SETTINGS}
+        for name in found:
+            if name not in SERVER_NAMES:
+                raise ValueError(
+                    f"generation_config sets {name}, which is not supported with a server; it may set"
+                    f" {', '.join(SERVER_NAMES)}"
+                )
+        return found
+
     def write(self, shard: Sequence[GenerationBatch], settings: PseudoDataSettings) -> Iterator[list[Completion]]:
         """Yields the completions of each batch in turn; the requests of the whole shard run concurrently."""
         with ThreadPoolExecutor(self.num_in_flight) as pool:
@@ -85,6 +110,7 @@ class ServerWriter:
         }
         if settings.top_k:
             request["top_k"] = settings.top_k
+        request |= {SERVER_NAMES[name]: value for name, value in self.recorded_config(settings).items()}
         answer = self._request("/v1/completions", request)
         try:
             choice = answer["choices"][0]

@@ -2,8 +2,10 @@
 
 import copy
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from draftsmith.inputs.stopping import StopConditions, check_stop_strings
 
 MODEL = "model"
 """The name of the target's own generation config."""
+FILE_NOTES = ("transformers_version", "_from_model_config")
+"""Entries of a generation_config.json that are no settings."""
 MODE_SETTINGS = (
     "penalty_alpha",
     "dola_layers",
@@ -71,6 +75,46 @@ def check_mode(config: Any) -> None:
         )
 
 
+def check_names(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a name that no generation config has."""
+    known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            raise ValueError(
+                f"generation_config has no setting {name!r}{f'; did you mean {near[0]!r}?' if near else ''}"
+            )
+
+
+def parse_config(text: str) -> str | dict[str, Any] | None:
+    """Returns what a flag means: "model", settings in JSON such as {"min_p": 0.1}, or the path of a JSON file.
+
+    The empty text is None. Raises ValueError for anything else and for unknown names.
+    """
+    if text in ("", MODEL):
+        return text or None
+    try:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"generation config {text!r} cannot be read ({error}); it must be 'model', JSON such as"
+            ' {"repetition_penalty": 1.1}, or a file of it'
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"generation config {text!r} holds {shown(found)}; it must hold settings by name")
+    found = {name: value for name, value in found.items() if name not in FILE_NOTES}
+    check_names(found)
+    return found
+
+
+def described(target: Target, given: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the settings that a manifest records for `parse_config`'s result: those given, or the target's own."""
+    if given is None or isinstance(given, dict):
+        return given or {}
+    own = target.model.generation_config.to_diff_dict()
+    return {name: value for name, value in own.items() if name not in FILE_NOTES}
+
+
 def read_config(target: Target, given: Any) -> GenerationConfig | None:
     """Returns the generation config that `generate(generation_config=)` means, its unset values filled in.
 
@@ -81,13 +125,7 @@ def read_config(target: Target, given: Any) -> GenerationConfig | None:
     if given is None:
         return None
     if isinstance(given, Mapping):
-        known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
-        for name in given:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, 1)
-                raise ValueError(
-                    f"generation_config has no setting {name!r}{f'; did you mean {near[0]!r}?' if near else ''}"
-                )
+        check_names(given)
         # A temperature means sampling, unless the dictionary says otherwise.
         is_sampling = isinstance(found := given.get("temperature"), int | float) and found > 0
         config = GenerationConfig(watermarking_config=given.get("watermarking_config"))

@@ -1,5 +1,6 @@
 """Pseudo-data: the target's own text, unchanged by `kill -9`, the same from a server as from draftsmith's loop."""
 
+import dataclasses
 import importlib
 import json
 import threading
@@ -21,7 +22,7 @@ import data.writers.server
 import draftsmith
 import recipes.pseudo_data as recipe
 from data.prompts import load_prompts
-from data.pseudo_data import plan_batches, read_pseudo_data, write_pseudo_data
+from data.pseudo_data import MARKER, plan_batches, read_pseudo_data, write_pseudo_data
 from data.writers import LocalWriter, PseudoDataSettings
 from data.writers.server import ServerWriter
 from draftsmith import Target
@@ -86,6 +87,29 @@ def test_rows_contain_the_targets_greedy_text_and_provenance(target, tmp_path):
         assert example.loss_mask_T[rows[key]["num_prompt_tokens"] :].all()
     assert written.num_supervised == 12 * len(prompts)
     assert written.num_tokens == sum(len(row["ids"]) for row in rows.values())
+
+
+def test_generation_config_is_applied_and_recorded(tmp_path):
+    target, prompts = text_target(), some_prompts(tmp_path, 4)
+    write_pseudo_data(target, prompts, tmp_path / "plain", SMALL)
+    assert "generation_config" not in json.loads((tmp_path / "plain" / MARKER).read_text())
+    penalty = {"repetition_penalty": 1.4}
+    target.model.generation_config.update(**penalty)
+    for name, given in (("own", "model"), ("named", json.dumps(penalty))):
+        settings = dataclasses.replace(SMALL, generation_config=given)
+        write_pseudo_data(target, prompts, tmp_path / name, settings)
+        recorded = json.loads((tmp_path / name / MARKER).read_text())["generation_config"]
+        assert recorded.items() >= penalty.items()
+        for row in rows_of(tmp_path / name):
+            ids = torch.tensor([row["ids"][: row["num_prompt_tokens"]]])
+            expected = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)
+            assert row["ids"] == expected[0].tolist()
+    assert rows_of(tmp_path / "own") != rows_of(tmp_path / "plain")
+    with pytest.raises(ValueError, match="made with other settings"):
+        write_pseudo_data(target, prompts, tmp_path / "own", SMALL)
+    several = dataclasses.replace(SMALL, generation_config='{"num_return_sequences": 2}', temperature="1")
+    with pytest.raises(ValueError, match="num_return_sequences is 2; pseudo-data has one row a prompt"):
+        write_pseudo_data(target, prompts, tmp_path / "several", several)
 
 
 def test_rows_end_at_the_end_of_text_token(tmp_path):
@@ -324,6 +348,8 @@ def test_read_rejects_damaged_data_and_other_targets(target, tmp_path):
         ({"temperature": "hot"}, "temperature is 'hot'; expected a number"),
         ({"temperature": "-1"}, "temperature is -1.0"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"generation_config": '{"min_q": 1}'}, "no setting 'min_q'; did you mean 'min_p'?"),
+        ({"generation_config": "nowhere.json"}, "generation config 'nowhere.json' cannot be read"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
     ],
 )
@@ -462,6 +488,18 @@ def test_server_writes_the_same_text_as_the_local_loop(target, server, tmp_path)
     assert len(server.requests) == 11 + 4
     assert {request["model"] for request in server.requests} == {"tiny"}
     assert read_pseudo_data(tmp_path / "served", target).keys == read_pseudo_data(tmp_path / "local").keys
+
+
+def test_server_gets_the_generation_config_in_its_own_names(target, server, tmp_path):
+    prompts, writer = some_prompts(tmp_path, 2), ServerWriter(server.url, target.tokenizer)
+    given = '{"repetition_penalty": 1.1, "min_p": 0.1, "min_new_tokens": 3}'
+    write_pseudo_data(writer, prompts, tmp_path / "out", dataclasses.replace(SMALL, generation_config=given))
+    expected = {"repetition_penalty": 1.1, "min_p": 0.1, "min_tokens": 3}
+    assert all(request.items() >= expected.items() for request in server.requests)
+    for config, message in (("model", "'model' is not supported with a server"), ('{"typical_p": 0.5}', "typical_p")):
+        with pytest.raises(ValueError, match=message):
+            write_pseudo_data(writer, prompts, tmp_path / "no", dataclasses.replace(SMALL, generation_config=config))
+    assert not (tmp_path / "no").exists()
 
 
 def test_server_answers_each_turn(target, server, tmp_path):
