@@ -18,7 +18,7 @@ import importlib.util
 import json
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 import draftsmith
 from data.batches import Example, collate, example, split
-from data.examples import check_target, open_examples
+from data.examples import check_target, open_examples, usable_rows
+from data.prompts import TextSettings
 from data.shards import write_atomically
 from data.teacher import complete
 from draftsmith import Target
@@ -66,6 +67,8 @@ class DoctorSettings:
     """A transformers folder, GGUF file, named target or hub name; if empty, the artifact's own target."""
     data: str = ""
     """Training data: a folder of pseudo-data, a teacher store or a source of text; if empty, that of the manifest."""
+    text: TextSettings = field(default_factory=TextSettings)
+    """Settings for reading rows of text; the template's arguments are by default those of training."""
     output: str = "runs/doctor"
     """Folder for doctor.json."""
     num_prompts: int = 16
@@ -104,14 +107,17 @@ def main(run: DoctorSettings) -> int:
     if target_info.is_encoder_decoder:
         raise ValueError(f"target {name} is an encoder-decoder; the doctor supports drafters of causal targets only")
     check_fits(run.draft, manifest, target_info)
-    examples = open_examples(source, target_info)
+    text = _text_settings(run, settings)
+    examples = open_examples(source, target_info, settings=text)
+    longest = min(settings.get("max_length") or target_info.context_length, target_info.context_length)
+    usable = usable_rows(examples, source, max_length=longest, max_left_out=text.max_left_out)
     dtype = run.dtype or (manifest.get("made_with") or {}).get("dtype") or "float32"
     target = Target.from_pretrained(name, dtype=dtype, device=run.device)
     check_target(examples, source, target)
     drafter = draftsmith.load(run.draft, target)
     share, seed = settings.get("held_out_share", 0.05), settings.get("seed", 0)
-    _, held_out = split(examples.keys, held_out_share=share, seed=seed)
-    rows = [examples[index] for index in held_out[: run.num_prompts]]
+    _, held_out = split([examples.keys[index] for index in usable], held_out_share=share, seed=seed)
+    rows = [examples[usable[index]] for index in held_out[: run.num_prompts]]
     with num_threads(run.threads):
         report = examine(run, manifest, drafter, rows, examples.manifest)
     Path(run.output).mkdir(parents=True, exist_ok=True)
@@ -120,6 +126,14 @@ def main(run: DoctorSettings) -> int:
     )
     print("\n".join(lines(report)))
     return int(any(finding["verdict"] == "fault" for finding in report["findings"]))
+
+
+def _text_settings(run: DoctorSettings, trained: dict[str, Any]) -> TextSettings:
+    """Returns the settings for reading text, with the template's arguments of training if none are given."""
+    recorded = trained.get("chat_template_kwargs")
+    if run.text.chat_template_kwargs or not isinstance(recorded, dict):
+        return run.text
+    return dataclasses.replace(run.text, chat_template_kwargs=recorded)
 
 
 def examine(

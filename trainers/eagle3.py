@@ -1,9 +1,10 @@
 """EAGLE-3's training-time test (2503.01840, section 3.2): drafts from every position, fed their own features.
 
 Step s of the draft that begins at position t reads token t + 1 + s and learns the target's prediction at t + 1 + s.
+Drafts of whose steps none is supervised, those in a prompt, are not run; the prompt's keys and values are.
 
-Shape suffixes: B rows, T positions, N supervised positions, S steps, H heads, D hidden width, E width of the layer's
-input, V vocabulary, W draft vocabulary.
+Shape suffixes: B rows, T positions, M drafts of a row, N supervised positions, S steps, H heads, D hidden width,
+E width of the layer's input, V vocabulary, W draft vocabulary.
 """
 
 import dataclasses
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from data.batches import Batch, Example
 from draftsmith import Target
@@ -123,13 +123,13 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
 
     The target's distribution is over the draft vocabulary, at positions where its most likely token belongs to it.
     """
-    num_positions, device = batch.tokens_BT.shape[1], batch.tokens_BT.device
-    steps_S = torch.arange(settings.num_steps, device=device)
-    outputs = unroll(drafter, batch, settings.num_steps)
+    steps_S = torch.arange(settings.num_steps, device=batch.tokens_BT.device)
+    drafts = unroll(drafter, batch, settings.num_steps)
     # The outputs of all steps at one position are stacked, as they share the target's distribution there.
-    by_position = [functional.pad(output, (0, 0, 1 + s, 0))[:, :num_positions] for s, output in enumerate(outputs)]
     mask_BT = shift_left(batch.loss_mask_BT, 1)
-    positions_N = torch.arange(num_positions, device=device).expand_as(mask_BT)[mask_BT]
+    rows_N, positions_N = mask_BT.nonzero(as_tuple=True)
+    starts_NS = positions_N[:, None] - 1 - steps_S  # negative before the row's first token, where nothing is counted
+    outputs_NSD = torch.stack(drafts.outputs, dim=2)[rows_N[:, None], drafts.index(rows_N[:, None], starts_NS), steps_S]
 
     def compare(theirs_ND: Tensor, outputs_NSD: Tensor, positions_N: Tensor) -> Tensor:
         logits_NV = target.logits(theirs_ND[None])[0]
@@ -141,7 +141,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     sums_2S, _ = sum_in_chunks(
         compare,
         batch.hidden[target.num_layers][mask_BT],
-        torch.stack(by_position, dim=2)[mask_BT],
+        outputs_NSD,
         positions_N,
         vocab_size=target.vocab_size + settings.num_steps * len(drafter.d2t),
     )
@@ -163,47 +163,98 @@ def step_metrics(drafter: Drafter, batch: Batch, num_steps: int) -> Metrics:
     """Returns the metrics of `evaluate` for `num_steps` steps."""
 
     def steps() -> Iterator[heads.HeadOutputs]:
-        for s, output_BTD in enumerate(unroll(drafter, batch, num_steps)):
+        drafts = unroll(drafter, batch, num_steps)
+        for s, output_BMD in enumerate(drafts.outputs):
             mask_BT = shift_left(batch.loss_mask_BT, 2 + s)
             labels_N = shift_left(batch.tokens_BT, 2 + s)[mask_BT]
-            yield heads.HeadOutputs(z_ND=output_BTD[mask_BT], labels_N=labels_N, mask_BT=mask_BT)
+            rows_N, starts_N = mask_BT.nonzero(as_tuple=True)
+            z_ND = output_BMD[rows_N, drafts.index(rows_N, starts_N)]
+            yield heads.HeadOutputs(z_ND=z_ND, labels_N=labels_N, mask_BT=mask_BT)
 
     return heads.accuracy_metrics(heads.label_ranks(steps(), lambda _, normed: drafter.logits(normed), batch))
 
 
-def unroll(drafter: Drafter, batch: Batch, num_steps: int) -> list[Tensor]:
-    """Returns the normed outputs [B, T, D] of each step of the drafts that begin at every position."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drafts:
+    """The outputs of the drafts of a batch, which begin at the positions `starts_BM` of each row."""
+
+    starts_BM: Tensor
+    """Positions in ascending order; rows with fewer drafts repeat position 0 at the end."""
+    index_BT: Tensor
+    """The place in `starts_BM` of each position that has a draft, 0 elsewhere."""
+    outputs: list[Tensor]
+    """The normed outputs [B, M, D] of each step."""
+
+    def index(self, rows: Tensor, starts: Tensor) -> Tensor:
+        """Returns the places of the drafts that begin at `starts`; those of negative starts mean nothing."""
+        return self.index_BT[rows, starts.clamp(min=0)]
+
+
+def draft_starts(batch: Batch, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Returns (starts_BM, index_BT) of the drafts of which at least one step is supervised."""
+    is_needed_BT = torch.stack([shift_left(batch.loss_mask_BT, 2 + step) for step in range(num_steps)]).any(0)
+    index_BT = (is_needed_BT.cumsum(1) - 1).clamp(min=0) * is_needed_BT
+    rows_N, positions_N = is_needed_BT.nonzero(as_tuple=True)
+    most = max(int(is_needed_BT.sum(1).max()), 1)
+    starts_BM = torch.zeros(len(is_needed_BT), most, dtype=torch.long, device=is_needed_BT.device)
+    starts_BM[rows_N, index_BT[rows_N, positions_N]] = positions_N
+    return starts_BM, index_BT
+
+
+def unroll(drafter: Drafter, batch: Batch, num_steps: int) -> Drafts:
+    """Runs the steps of every draft of which one is supervised, all drafts at a time."""
+    starts_BM, index_BT = draft_starts(batch, num_steps)
+    rows_B1, last = torch.arange(len(starts_BM), device=starts_BM.device)[:, None], batch.tokens_BT.shape[1] - 1
+    order_1T = torch.arange(last + 1, device=starts_BM.device)[None]
     features_BTD = drafter.fuse(drafter.join(batch.hidden))
-    outputs: list[Tensor] = []
-    past: list[tuple[Tensor, Tensor]] = []
+    given_BTE = drafter.attention_input(shift_left(batch.tokens_BT, 1), features_BTD)
+    given = drafter.attention.keys_and_values(given_BTE, order_1T)
+    features_BMD, outputs = features_BTD[rows_B1, starts_BM], []
+    own: list[tuple[Tensor, Tensor]] = []
     for step in range(num_steps):
-        tokens_BT = shift_left(batch.tokens_BT, 1 + step)
-        features_BTD, normed_BTD = drafter(
-            tokens_BT, features_BTD, lambda x_BTE: attention_in_step(drafter.attention, x_BTE, past)
+        # Past the end of the row nothing is supervised, and any token will do.
+        tokens_BM = batch.tokens_BT[rows_B1, (starts_BM + 1 + step).clamp(max=last)]
+        features_BMD, normed_BMD = drafter(
+            tokens_BM,
+            features_BMD,
+            lambda x_BME, step=step: attention_in_step(drafter.attention, x_BME, step, starts_BM, given, own),
         )
-        outputs.append(normed_BTD)
-    return outputs
+        outputs.append(normed_BMD)
+    return Drafts(starts_BM=starts_BM, index_BT=index_BT, outputs=outputs)
 
 
-def attention_in_step(attention: Attention, x_BTE: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Returns the attention [B, T, D] of the next step of the drafts that begin at every position.
+def attention_in_step(
+    attention: Attention,
+    x_BME: Tensor,
+    step: int,
+    starts_BM: Tensor,
+    given: tuple[Tensor, Tensor],
+    own: list[tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Returns the attention [B, M, D] in a step of the drafts that begin at `starts_BM`.
 
-    A draft attends to the keys of step 0, computed from the target's features, up to the position where it begins, and
-    to its own later steps. `past` holds the keys and values [B, H, T, D] of earlier steps; this step's are appended.
+    A draft attends to the keys of step 0, `given` [B, H, T, D] by the target's features, up to the position where it
+    begins, and to its own later steps. `own` holds the keys and values [B, H, M, D] of the steps from 1 on; this
+    step's are appended.
     """
-    step, num_positions, device = len(past), x_BTE.shape[1], x_BTE.device
-    order_T = torch.arange(num_positions, device=device)
-    query_BHTD, *both = attention.project(x_BTE, (order_T + step)[None])
+    positions_BM = starts_BM + step
     group = attention.num_heads // attention.num_kv_heads
-    key_BHTD, value_BHTD = (part.repeat_interleave(group, dim=1) for part in both)
-    past.append((key_BHTD, value_BHTD))
-    scaled_BHTD = query_BHTD / attention.head_width**0.5
-    first_key_BHTD, first_value_BHTD = past[0]
-    scores_BHTT = scaled_BHTD @ first_key_BHTD.transpose(-1, -2)
-    scores_BHTT = scores_BHTT.masked_fill(order_T[:, None] < order_T, -torch.inf)
-    own_scores = [(scaled_BHTD * key).sum(-1, keepdim=True) for key, _ in past[1:]]
-    weights = torch.cat([scores_BHTT, *own_scores], dim=-1).softmax(-1)
-    out_BHTD = weights[..., :num_positions] @ first_value_BHTD
-    for index, (_, value) in enumerate(past[1:], start=num_positions):
-        out_BHTD = out_BHTD + weights[..., index, None] * value
-    return attention.output(out_BHTD.transpose(1, 2).flatten(2))
+    if step:
+        own.append(_repeated(attention.keys_and_values(x_BME, positions_BM), group))
+    scaled_BHMD = attention.queries(x_BME, positions_BM) / attention.head_width**0.5
+    key_BHTD, value_BHTD = _repeated(given, group)
+    order_T = torch.arange(key_BHTD.shape[2], device=x_BME.device)
+    scores_BHMT = scaled_BHMD @ key_BHTD.transpose(-1, -2)
+    scores_BHMT = scores_BHMT.masked_fill((starts_BM[..., None] < order_T)[:, None], -torch.inf)
+    own_scores = [(scaled_BHMD * key).sum(-1, keepdim=True) for key, _ in own]
+    weights = torch.cat([scores_BHMT, *own_scores], dim=-1).softmax(-1)
+    out_BHMD = weights[..., : len(order_T)] @ value_BHTD
+    for index, (_, value) in enumerate(own, start=len(order_T)):
+        out_BHMD = out_BHMD + weights[..., index, None] * value
+    return attention.output(out_BHMD.transpose(1, 2).flatten(2))
+
+
+def _repeated(pair: tuple[Tensor, Tensor], group: int) -> tuple[Tensor, Tensor]:
+    """Returns keys and values for every attention head, each repeated for the `group` heads that share it."""
+    key_BHTD, value_BHTD = pair
+    return key_BHTD.repeat_interleave(group, dim=1), value_BHTD.repeat_interleave(group, dim=1)

@@ -185,10 +185,14 @@ def _head_outputs(drafter: Drafter, batch: Batch, normed_BTD: Tensor) -> Iterato
 
 
 def _ranks(drafter: Drafter, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns the rank [K, B, T] of the fine-tuned target's greedy token in each head's logits, and these tokens."""
+    """Returns the rank [K, B, T] of the fine-tuned target's greedy token in each head's logits, and these tokens.
+
+    Where the text is not supervised, the tokens are the text's.
+    """
     normed_BTD = _read_normed(drafter, batch)
-    chunks = normed_BTD.flatten(0, 1).split(TOKENS_AT_ONCE)
-    next_N = torch.cat([drafter.target.head(chunk_ND[None])[0].argmax(-1) for chunk_ND in chunks])
-    greedy_BT = torch.cat([batch.tokens_BT[:, :1], next_N.view_as(batch.tokens_BT)[:, :-1]], dim=1)
+    is_before_BT = heads.shift_left(batch.loss_mask_BT, 1)
+    chunks = normed_BTD[is_before_BT].split(TOKENS_AT_ONCE)
+    greedy_BT = batch.tokens_BT.clone()
+    greedy_BT[:, 1:][is_before_BT[:, :-1]] = torch.cat([drafter.target.head(one[None])[0].argmax(-1) for one in chunks])
     greedy = dataclasses.replace(batch, tokens_BT=greedy_BT)
     return heads.label_ranks(_head_outputs(drafter, greedy, normed_BTD), drafter.head, greedy), greedy_BT

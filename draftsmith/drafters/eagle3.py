@@ -175,13 +175,16 @@ class Drafter(nn.Module, drafter.Drafter):
         With x = [norm(embedding of the tokens); norm(features)]: h = features + attention(x) and
         output = h + feed_forward(norm(h)). `attend` computes the attention over the positions that are visible.
         """
-        embed = self.embedding if self.embedding is not None else self.target.model.get_input_embeddings()
-        normed_BND = self.feature_norm(features_BND)
-        residual_BND = normed_BND if self.config.norm_residual else features_BND
-        h_BND = residual_BND + attend(torch.cat([self.token_norm(embed(tokens_BN)), normed_BND], dim=-1))
+        residual_BND = self.feature_norm(features_BND) if self.config.norm_residual else features_BND
+        h_BND = residual_BND + attend(self.attention_input(tokens_BN, features_BND))
         output_BND = h_BND + self.feed_forward(self.feed_forward_norm(h_BND))
         normed_BND = self.norm(output_BND)
         return (normed_BND if self.config.norm_output else output_BND), normed_BND
+
+    def attention_input(self, tokens_BN: Tensor, features_BND: Tensor) -> Tensor:
+        """Returns [norm(embedding of the tokens); norm(features)] [B, N, 2 D]."""
+        embed = self.embedding if self.embedding is not None else self.target.model.get_input_embeddings()
+        return torch.cat([self.token_norm(embed(tokens_BN)), self.feature_norm(features_BND)], dim=-1)
 
     def logits(self, normed_BND: Tensor) -> Tensor:
         """Returns logits over the target's vocabulary [B, N, V], minus infinity where a token cannot be drafted."""

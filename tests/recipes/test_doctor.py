@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import draftsmith
+from data.prompts import TextSettings
 from data.pseudo_data import MARKER
 from draftsmith import Target
 from draftsmith.artifacts.families import find
@@ -39,7 +40,7 @@ from tests.support.runs import make_data, trainer_settings
 from trainers import distill, eagle3, lookup, medusa
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
-from trainers.training.settings import flat
+from trainers.training.settings import flat, parse_settings
 
 FIRST, STRIDE = 3, 7
 NEW_TOKENS = 16
@@ -166,6 +167,37 @@ def test_doctor_passes_sound_drafters(sound_folder: Path, name: str, capsys: pyt
         )
     output = capsys.readouterr().out
     assert "% of drafts accepted to depth" in output and "ok       template" in output and "fault" not in output
+
+
+def test_doctor_reads_text_with_the_templates_arguments_of_training(
+    faulty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+
+    def open_examples(*given: Any, settings: TextSettings) -> Any:
+        found.append(settings)
+        return doctor_open_examples(*given, settings=settings)
+
+    doctor_open_examples = doctor.open_examples
+    monkeypatch.setattr(doctor, "open_examples", open_examples)
+    rows = [{"text": "one of several words"}, {"text": "one"}]
+    (faulty_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recorded, own = {"mood": "calm"}, {"mood": "glad"}
+    change(
+        faulty_folder / "medusa" / "draft_config.json",
+        lambda held: held["settings"].update(chat_template_kwargs=recorded),
+    )
+    for given, expected in (({}, recorded), (own, own)):
+        text = TextSettings(chat_template_kwargs=given, max_left_out=0.2)
+        with pytest.raises(ValueError, match=r"1 of 2 rows cannot be used .*rows.jsonl:2: it has nothing to learn"):
+            examine(faulty_folder, "medusa", data=str(faulty_folder / "rows.jsonl"), text=text)
+        assert found[-1].chat_template_kwargs == expected
+    (settings,) = parse_settings(
+        DoctorSettings,
+        description="",
+        argv=["--draft", "d", "--max-left-out", "0.3", "--chat-template-kwargs", "{a: 1}"],
+    )
+    assert settings.text == TextSettings(max_left_out=0.3, chat_template_kwargs={"a": 1})
 
 
 # A planted fault is found; its further effects on acceptance may be reported too.

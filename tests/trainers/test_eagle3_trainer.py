@@ -93,6 +93,29 @@ def test_loss_and_gradients_equal_drafts_run_one_by_one(changes: dict[str, Any])
     assert min(counts) > 0 and (not changes.get("draft_vocab", 40) or sum(counts) < 3 * sum(given.loss_mask_BT.sum(1)))
 
 
+def test_drafts_without_a_supervised_step_are_not_run() -> None:
+    """Three steps from position t are supervised at t + 2 to t + 4; the prompt's keys are read, its drafts are not."""
+    masks = [[position >= 20 for position in range(24)], [position == 9 for position in range(15)]]
+    rows = [example(list(range(3, 3 + len(mask))), mask, str(row)) for row, mask in enumerate(masks)]
+    given = complete(collate(rows), TARGET, eagle3.needs(SETTINGS, TARGET).layers)
+    starts_BM, index_BT = eagle3.draft_starts(given, 3)
+    assert starts_BM.tolist() == [[16, 17, 18, 19, 20, 21], [5, 6, 7, 0, 0, 0]]
+    assert index_BT[0, 16:22].tolist() == list(range(6)) and index_BT[1, 5:8].tolist() == [0, 1, 2]
+    drafter, widths = perturbed_drafter(), []
+    drafter.feed_forward.register_forward_hook(lambda _, inputs, output: widths.append(tuple(inputs[0].shape[:2])))
+    eagle3.loss(drafter, given, SETTINGS, TARGET)
+    assert widths == [(2, 6)] * 3
+
+
+def test_a_row_whose_answer_begins_too_early_adds_nothing() -> None:
+    """Token 1 is predicted from the text's first feature, before any draft."""
+    given = complete(
+        collate([example([5, 6, 7], [False, True, False], "row")]), TARGET, eagle3.needs(SETTINGS, TARGET).layers
+    )
+    loss, metrics = eagle3.loss(perturbed_drafter(), given, SETTINGS, TARGET)
+    assert loss.item() == 0 and [count for _, count in metrics.values()] == [0, 0, 0]
+
+
 def test_chunks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     given, drafter = batch(), perturbed_drafter()
     whole, _ = eagle3.loss(drafter, given, SETTINGS, TARGET)

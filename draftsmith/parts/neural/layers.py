@@ -89,15 +89,20 @@ class Attention(nn.Module):
 
     def project(self, x_BNE: Tensor, positions_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns rotated queries, rotated keys, and values, each [B, H, N, D]."""
-        query_BHND, key_BHND, value_BHND = (
-            part.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-            for part in (self.query(x_BNE), self.key(x_BNE), self.value(x_BNE))
-        )
-        return (
-            rotate(query_BHND, positions_RN, self.theta, self.rope_scaling),
-            rotate(key_BHND, positions_RN, self.theta, self.rope_scaling),
-            value_BHND,
-        )
+        return self.queries(x_BNE, positions_RN), *self.keys_and_values(x_BNE, positions_RN)
+
+    def queries(self, x_BNE: Tensor, positions_RN: Tensor) -> Tensor:
+        """Returns the rotated queries [B, H, N, D]."""
+        return rotate(self._split(self.query(x_BNE)), positions_RN, self.theta, self.rope_scaling)
+
+    def keys_and_values(self, x_BNE: Tensor, positions_RN: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the rotated keys and the values, both [B, H, N, D]."""
+        key_BHND = rotate(self._split(self.key(x_BNE)), positions_RN, self.theta, self.rope_scaling)
+        return key_BHND, self._split(self.value(x_BNE))
+
+    def _split(self, joined_BNE: Tensor) -> Tensor:
+        """Returns the heads' parts [B, H, N, D]."""
+        return joined_BNE.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
 
 def ffn_width(width: int) -> int:
