@@ -12,7 +12,7 @@ and quickstart-plain.yaml for others. The same command continues an interrupted 
 import dataclasses
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import transformers
 
 import draftsmith
 from data.examples import open_examples, usable_rows
-from data.prompts import Prompt, load_prompts
+from data.prompts import Prompt, TextSettings, load_prompts
 from data.pseudo_data import write_pseudo_data
 from data.teacher_store import TeacherStoreSettings, write_teacher_store
 from data.writers import LocalWriter, PseudoDataSettings
@@ -130,6 +130,8 @@ class QuickstartSettings:
     chat template (python-questions:train), and Python source for others (python-source:train)."""
     held_out: str = ""
     """Prompts to compare on; if empty, held out from `data`, or those that belong to its default."""
+    text: TextSettings = field(default_factory=TextSettings)
+    """Settings for reading rows of text."""
     output: str = "runs/quickstart"
     """Folder for the training data, the drafters, the table and the plot."""
     max_steps: int = 0
@@ -195,7 +197,8 @@ def _run(
             max_new_tokens=run.text_tokens, batch_size=defaults.text_batch, shard_batches=1, seed=run.seed
         )
         data = output / "pseudo-data"
-        write_pseudo_data(LocalWriter(target), training, data, data_settings, now=now)
+        kwargs = run.text.chat_template_kwargs
+        write_pseudo_data(LocalWriter(target), training, data, data_settings, chat_template_kwargs=kwargs, now=now)
         clock.stop("text")
         if defaults.stores_hidden_states:
             _say("Storing the target's hidden states and logits for all drafters")
@@ -263,7 +266,7 @@ def _prompts(
     def load(source: str, number: int) -> list[Prompt]:
         options: dict[str, Any] = {"max_prompts": number, "long_prompts": "drop"}
         options["max_prompt_tokens"] = min(room, LONGEST_QUESTION) if source.startswith(QUESTIONS) else room
-        return load_prompts(source, target_info.tokenizer, now=now, seed=run.seed, **options)
+        return load_prompts(source, target_info.tokenizer, settings=run.text, now=now, seed=run.seed, **options)
 
     if run.held_out:
         return load(run.data, run.num_texts), load(run.held_out, run.num_prompts)
