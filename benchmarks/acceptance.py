@@ -72,20 +72,23 @@ def main(run: BenchmarkSettings) -> None:
     read_manifest(run.draft)
     target = Target.from_pretrained(run.target, dtype="float32")
     given: Any = draftsmith.load(run.draft, target)
-    if not hasattr(given.config, "siblings"):
-        raise ValueError(f"{run.draft} is not a draft model that samples siblings; pass the artifact of a distilled LM")
+    if not {"num_draft", "length"} <= vars(given.config).keys():
+        raise ValueError(
+            f"{run.draft} drafts no chains; pass the artifact of a draft model, such as distill, lstm or ngram"
+        )
+    # Drafters other than draft LMs sample chains only.
+    cases = [case for case in CASES if not case[2] or hasattr(given.config, "siblings")]
+    chains = {name: empty for name, empty in (("width", 0), ("tree", ())) if hasattr(given.config, name)}
     sampling = Sampling(temperature=run.temperature)
     prompts = [prompt.ids for prompt in load_prompts(run.data, target.tokenizer, max_prompts=run.num_prompts)]
     batches = [prompts[begin : begin + run.batch_size] for begin in range(0, len(prompts), run.batch_size)]
     print(f"{hardware.describe(target.device)}; {len(prompts)} prompts, {run.max_new_tokens} new tokens, temperature "
           f"{run.temperature:g}; commit {hardware.commit()}")  # fmt: skip
     print(f"{'draft':35} {'verifier':16} tau                first-token acceptance rate, optimum")
-    with num_threads(run.threads), tqdm(total=len(CASES) * len(batches), unit="batch", leave=False) as bar:
-        for shape, verifier, changes in CASES:
-            config = dataclasses.replace(given.config, num_draft=3, length="fixed", **changes)
-            drafter = type(given)(config, target)
-            drafter.load_state_dict(given.state_dict())
-            watched, taus = FirstTokenRecorder(drafter.eval(), sampling), []
+    with num_threads(run.threads), tqdm(total=len(cases) * len(batches), unit="batch", leave=False) as bar:
+        for shape, verifier, changes in cases:
+            given.config = dataclasses.replace(given.config, num_draft=3, length="fixed", **chains | changes)
+            watched, taus = FirstTokenRecorder(given, sampling), []
             for number, rows in enumerate(batches):
                 ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
                 mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True)

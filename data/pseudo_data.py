@@ -98,6 +98,8 @@ def write_pseudo_data(
     manifest.pop("generation_config")
     if config := writer.recorded_config(settings):
         manifest["generation_config"] = config
+    if settings.verifier == "auto":
+        del manifest["verifier"]  # folders made before there was a choice have none
     if (num_planned := num_turns(prompts)) > len(prompts):
         manifest["num_turns"] = num_planned
     if chat_template_kwargs:

@@ -86,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", metavar="TEXT", help="stop after this text; may be repeated")
     generate.add_argument("--seed", type=int, help="the same seed gives the same text")
     generate.add_argument(
-        "--verifier", default="auto", help="how drafts are verified (default: the best lossless verifier)"
+        "--verifier",
+        default="auto",
+        help="how drafts are verified; coupled: the same --seed gives the same text with every drafter and with none"
+        " (default: the best lossless verifier)",
     )
     generate.add_argument(
         "--length", default="auto", help="draft-length policy, such as fixed=4 (default: the drafter's own)"

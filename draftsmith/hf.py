@@ -1,6 +1,7 @@
 """Use inside transformers: `model.generate(..., custom_generate=draftsmith.custom_generate, drafter=drafter)`."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def custom_generate(
     drafter: Drafter | None = None,
     verifier: str = "auto",
     length: str | Policy = "auto",
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     stream_to: Any = None,
     stop_strings: Any = None,
     stop_tokenizer: Any = None,

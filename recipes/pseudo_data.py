@@ -64,6 +64,8 @@ class PseudoDataRunSettings:
 def main(run: PseudoDataRunSettings, settings: PseudoDataSettings) -> None:
     if run.server and run.draft:
         raise ValueError("--draft has no effect with --server; give one of them")
+    if run.server and settings.verifier != "auto":
+        raise ValueError(f"--verifier {settings.verifier} has no effect with --server, which samples; omit it")
     check_replaceable(Path(run.output), marker=MARKER)
     target_info = read_target_info(run.target)
     if run.server and target_info.is_encoder_decoder:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -41,6 +41,8 @@ class PseudoDataSettings:
     0.1}, or a JSON file. Its temperature, top-p, top-k and lengths are not read: they are settings of their own."""
     seed: int = 0
     """Seed from which each batch's own seed is derived."""
+    verifier: Literal["auto", "coupled"] = "auto"
+    """With coupled the sampled text of a prompt depends on `seed` and the prompt alone, not on drafter or batches."""
 
     def __post_init__(self) -> None:
         try:
@@ -50,6 +52,8 @@ class PseudoDataSettings:
         for temperature in temperatures:
             Sampling(temperature=temperature, top_p=self.top_p, top_k=self.top_k)
         parse_config(self.generation_config)
+        if self.verifier not in ("auto", "coupled"):
+            raise ValueError(f"verifier is {self.verifier!r}; it must be auto or coupled")
         for name in ("max_new_tokens", "batch_size", "shard_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -164,7 +168,8 @@ class LocalWriter:
                 top_p=settings.top_p,
                 top_k=settings.top_k,
                 generation_config=parse_config(settings.generation_config),
-                seed=batch.seed,
+                seed=_row_seeds(batch, settings) if settings.verifier == "coupled" else batch.seed,
+                verifier=settings.verifier,
             )
             starts = [1 if self.target.is_encoder_decoder else len(prompt.ids) for prompt in batch.prompts]
             found = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)
@@ -172,6 +177,11 @@ class LocalWriter:
             yield [Completion(ids=ids, ended=ids[-1] in self.target.eos_token_ids) for ids in written]
 
 
-def derive_seed(seed: int, index: int) -> int:
+def _row_seeds(batch: GenerationBatch, settings: PseudoDataSettings) -> list[int]:
+    """Returns a seed for each prompt, derived from the run's seed and the prompt's key."""
+    return [derive_seed(settings.seed, prompt.key) for prompt in batch.prompts]
+
+
+def derive_seed(seed: int, index: int | str) -> int:
     """Returns a 63-bit seed derived from `seed` and `index`."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "big") >> 1

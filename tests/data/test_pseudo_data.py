@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -149,6 +150,14 @@ def test_drafter_does_not_change_greedy_text(target, tmp_path):
     write_pseudo_data(target, prompts, tmp_path / "plain", SMALL)
     write_pseudo_data(LocalWriter(target, draft=str(artifact)), prompts, tmp_path / "drafted", SMALL)
     assert rows_of(tmp_path / "plain") == rows_of(tmp_path / "drafted")
+    # By the verifier coupled sampled text is the same too, also in other batches.
+    coupled = replace(SMALL, temperature="1", verifier="coupled")
+    write_pseudo_data(target, prompts, tmp_path / "sampled", coupled)
+    drafted = replace(coupled, batch_size=coupled.batch_size + 3)
+    write_pseudo_data(LocalWriter(target, draft=str(artifact)), prompts, tmp_path / "drafted-sampled", drafted)
+    sampled = {row["key"]: row["ids"] for row in read_pseudo_data(tmp_path / "sampled").table.to_pylist()}
+    found = {row["key"]: row["ids"] for row in read_pseudo_data(tmp_path / "drafted-sampled").table.to_pylist()}
+    assert sampled == found != {row["key"]: row["ids"] for row in rows_of(tmp_path / "plain")}
 
 
 # --- Encoder-decoders --------------------------------------------------------------------------------------------
@@ -350,6 +359,7 @@ def test_read_rejects_damaged_data_and_other_targets(target, tmp_path):
         ({"top_k": -1}, "top_k is -1"),
         ({"generation_config": '{"min_q": 1}'}, "no setting 'min_q'; did you mean 'min_p'?"),
         ({"generation_config": "nowhere.json"}, "generation config 'nowhere.json' cannot be read"),
+        ({"verifier": "token"}, "verifier is 'token'; it must be auto or coupled"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
     ],
 )
@@ -367,6 +377,7 @@ def test_settings_out_of_range_are_rejected(settings, message):
         (["--max-new-tokens", str(CONTEXT - 5)], "set --long-prompts to drop or cut"),
         (["--output", "mine"], "mine contains other files"),
         (["--server", "http://localhost:1", "--draft", "a"], "--draft has no effect with --server"),
+        (["--server", "http://localhost:1", "--verifier", "coupled"], "--verifier coupled has no effect with --server"),
         (["--server", "http://localhost:1"], "no valid answer from http://localhost:1/v1/models"),
         (["--target", "./nowhere"], "target './nowhere' "),
         (["--max-new-tokens", str(CONTEXT)], f"leaves no room for a prompt in a context of {CONTEXT}"),
