@@ -30,6 +30,7 @@ from draftsmith import Target
 from draftsmith.length.costs import num_threads
 from draftsmith.loading.model_info import TargetInfo, read_target_info
 from draftsmith.loading.target_names import model_folder
+from eval.bakeoff import hardware
 from eval.bakeoff.results import claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
@@ -75,10 +76,12 @@ class Defaults:
     held_out: str
     """Source of the prompts to compare on, disjoint from those."""
     dtype: str
+    """Dtype of the target; float32 is taken instead where the processor has no instructions for it."""
     num_texts: int
     text_tokens: int
     text_batch: int
     """Prompts that the target continues at a time."""
+    num_prompts: int
     max_new_tokens: int
     batch_sizes: tuple[int, ...]
     """Batch sizes to compare at."""
@@ -93,10 +96,11 @@ CHAT = Defaults(
     training="python-questions:train",
     held_out="python-questions",
     dtype="bfloat16",
-    num_texts=384,
-    text_tokens=80,
+    num_texts=192,
+    text_tokens=64,
     text_batch=64,
-    max_new_tokens=64,
+    num_prompts=6,
+    max_new_tokens=48,
     batch_sizes=(1,),
     threads=0,
     stores_hidden_states=True,
@@ -110,6 +114,7 @@ PLAIN = Defaults(
     num_texts=720,
     text_tokens=112,
     text_batch=120,
+    num_prompts=8,
     max_new_tokens=32,
     batch_sizes=(1, 8),
     threads=1,
@@ -141,11 +146,11 @@ class QuickstartSettings:
     num_texts: int = 0
     """Number of prompts that the target continues; 0 for 384 of a target with a chat template and 720 of others."""
     text_tokens: int = 0
-    """New tokens per training prompt; 0 for 80 or 112."""
-    num_prompts: int = 8
-    """Number of prompts to compare on."""
+    """New tokens per training prompt; 0 for 64 or 112."""
+    num_prompts: int = 0
+    """Number of prompts to compare on; 0 for 6 or 8."""
     max_new_tokens: int = 0
-    """New tokens per compared prompt; 0 for 64 or 32."""
+    """New tokens per compared prompt; 0 for 48 or 32."""
     rounds: int = 3
     """Number of times that these are decoded."""
 
@@ -182,7 +187,7 @@ def _run(
     transformers.utils.logging.disable_progress_bar()
     training, held_out = _prompts(run, defaults, target_info, now)
     settings.check_prompts(len(held_out))
-    target = Target.from_pretrained(run.target, dtype=defaults.dtype)
+    target = Target.from_pretrained(run.target, dtype=_dtype(defaults))
 
     _say(f"Prompt for {Path(run.target).name}:\n{held_out[0].text}")
     _say("Its greedy continuation:")
@@ -222,6 +227,18 @@ def _run(
     print(f"Seconds, and processor seconds in brackets: {clock}")
 
 
+def _dtype(defaults: Defaults) -> str:
+    """Returns the target's dtype: float32 where a CPU would only emulate the default one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not hardware.emulates(device, getattr(torch, defaults.dtype)):
+        return defaults.dtype
+    print(
+        f"This CPU has no {defaults.dtype} instructions, so that each token of a forward would cost as much as the"
+        " first: the target runs in float32."
+    )
+    return "float32"
+
+
 class _Clock:
     """Measures the phases of a run: `stop` ends one and begins the next."""
 
@@ -252,7 +269,7 @@ def _default_target() -> str:
 def _filled(run: QuickstartSettings, defaults: Defaults) -> QuickstartSettings:
     """Returns the settings with what they leave open taken from `defaults`."""
     held_out = run.held_out or (defaults.held_out if run.data in ("", defaults.training) else "")
-    names = ("num_texts", "text_tokens", "max_new_tokens")
+    names = ("num_texts", "text_tokens", "num_prompts", "max_new_tokens")
     numbers = {name: getattr(run, name) or getattr(defaults, name) for name in names}
     return dataclasses.replace(run, data=run.data or defaults.training, held_out=held_out, **numbers)
 
