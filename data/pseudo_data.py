@@ -42,7 +42,8 @@ from draftsmith.loading.model_info import TargetInfo
 __all__ = ["LocalWriter", "PseudoDataSettings", "read_pseudo_data", "write_pseudo_data"]
 
 MARKER = "_pseudo_data.json"  # readers of Parquet folders skip files whose names begin with an underscore
-FORMAT = 1
+FORMAT = 2
+"""1: rows that are sampled share the generator of their batch. 2: every row has its own seed, as with a server."""
 SCHEMA = pyarrow.schema(
     {
         "key": pyarrow.string(),
@@ -105,6 +106,10 @@ def write_pseudo_data(
     if chat_template_kwargs:
         manifest["chat_template_kwargs"] = dict(chat_template_kwargs)
     with locked(folder, kept=lambda: f"{len(names) - len(missing_shards(folder, names))} of {len(names)} shards"):
+        if (folder / MARKER).is_file() and read_manifest(folder, MARKER).get("format") == 1:
+            manifest["format"] = 1
+            if missing_shards(folder, names) and any(settings.temperatures):
+                print(f"{folder}: begun by an earlier version; rows sampled from now on have a seed each")
         open_folder(folder, MARKER, manifest, notes=notes)
         missing = missing_shards(folder, names)
         num_left = sum(num_turns(batch.prompts) for index in missing for batch in shards[index])

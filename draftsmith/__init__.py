@@ -2,8 +2,17 @@
 
 from draftsmith.artifacts.artifact import load, save
 from draftsmith.core.target import Target
-from draftsmith.decoding import Generation, generate
+from draftsmith.decoding import Generation, StreamedText, generate, generate_stream
 from draftsmith.hf import custom_generate
 
 __version__ = "0.1.0"
-__all__ = ["Generation", "Target", "custom_generate", "generate", "load", "save"]
+__all__ = [
+    "Generation",
+    "StreamedText",
+    "Target",
+    "custom_generate",
+    "generate",
+    "generate_stream",
+    "load",
+    "save",
+]

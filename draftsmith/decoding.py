@@ -3,27 +3,41 @@
 Shape suffixes: B rows, T positions, N nodes of a draft, V vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Drafter, Session, Step
+from draftsmith.core.rows import HiddenHistory, Text, replace_ended
+from draftsmith.core.sampling import RowGenerators, Sampling, hashed_seed
 from draftsmith.core.stats import GenerationStats
 from draftsmith.core.target import Source, Target
 from draftsmith.inputs.arguments import (
     check_objects,
     real_number,
     row_identities,
+    torch_seed,
     warn_of_unapplied_settings,
     whole_number,
 )
-from draftsmith.inputs.batching import check_lengths, eos_ids, pack, start_rows, until_end
+from draftsmith.inputs.batching import (
+    check_lengths,
+    check_prompts,
+    encode_sources,
+    eos_ids,
+    pack,
+    start_rows,
+    start_token,
+    until_end,
+)
 from draftsmith.inputs.generation_config import Rules, make_rules, num_copies, read_config, with_sampling
 from draftsmith.inputs.locks import exclusive, with_parts
-from draftsmith.length.controller import with_length_control
+from draftsmith.length.controller import cut, with_length_control
 from draftsmith.length.costs import Stopwatch
 from draftsmith.length.policies import Policy
 from draftsmith.verify import verify_draft
@@ -39,6 +53,20 @@ class Generation:
     lengths: Tensor
     """[B]: number of ids in each row without padding."""
     stats: GenerationStats
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamedText:
+    """One text of `generate_stream`, complete."""
+
+    index: int
+    """Number of its prompt, from 0."""
+    prompt_ids: list[int]
+    """The prompt (causal) or the decoder start (encoder-decoder)."""
+    new_ids: list[int]
+    """The new tokens, the end-of-sequence included."""
+    ended: bool
+    """True if it ended by an end-of-sequence, False if by `max_new_tokens`."""
 
 
 @torch.inference_mode()
@@ -107,37 +135,152 @@ def generate(
     )
     identities = row_identities(seed, len(rows), is_coupled=verifier == "coupled")
     generator = torch.Generator().manual_seed(identities[0][0])
-    noise = PositionNoise(identities, rows) if verifier == "coupled" and not sampling.is_greedy else None
+    stats = GenerationStats(num_rows=len(rows))
+    texts = [
+        Text(index=index, ids=row, limit=limit, identity=identity)
+        for index, (row, limit, identity) in enumerate(zip(rows, limits, identities, strict=True))
+    ]
     length_control = () if isinstance(length, str) else (length,)
     with exclusive(*(with_parts(drafter) if drafter is not None else ()), *length_control):
         controlled = with_length_control(drafter, length) if drafter is not None else None
-        stats = _decode(target, rows, source, limits, eos, controlled, rules, verifier, generator, noise, streamer)
+        for _ in _decode(target, texts, source, eos, controlled, rules, verifier, generator, stats, streamer):
+            pass  # each text has grown in place
     # Tensors made in inference mode cannot be used in training.
     with torch.inference_mode(False):
         sequences, lengths = pack(target, rows)
     return Generation(sequences=sequences, lengths=lengths, stats=stats)
 
 
+def generate_stream(
+    target: Target,
+    prompts: Iterable[Any],
+    drafter: Drafter | None = None,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    verifier: str = "auto",
+    length: str | Policy = "auto",
+    stats: GenerationStats | None = None,
+) -> Iterator[StreamedText]:
+    """Continues any number of prompts, `batch_size` at a time, and yields each text as it ends (continuous batching).
+
+    Each prompt is a list, array or tensor of ids without padding. Where a text ends, the next prompt takes its place:
+    it is prefilled between two steps, and the other rows wait for that alone. Prompts of an iterator are taken as
+    places become free. Every text has its own seed: the entry of `seed`, or one derived from a single `seed` and the
+    prompt's number, so that a text does not depend on those beside it, up to rounding. A drafter that does not follow
+    rows that come and go (`Drafter.change_rows`) starts again with each change. Counts are added to `stats`. Other
+    arguments are those of `generate`. Raises ValueError for invalid settings or prompts.
+    """
+    check_objects(target, drafter, verifier=verifier, length=length, streamer=None)
+    warn_of_unapplied_settings(target)
+    sampling = Sampling(
+        temperature=real_number("temperature", temperature),
+        top_p=real_number("top_p", top_p),
+        top_k=whole_number("top_k", top_k),
+    )
+    batch_size, max_new_tokens = whole_number("batch_size", batch_size), whole_number("max_new_tokens", max_new_tokens)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    eos = eos_ids(target, eos_token_id)
+    seeds: list[int] | None
+    if isinstance(seed, Sequence):
+        seeds, whole = [torch_seed(one) for one in seed], 0
+        if isinstance(prompts, Sequence) and len(prompts) != len(seeds):
+            raise ValueError(
+                f"seed has {len(seeds)} numbers for {len(prompts)} prompts; pass one for each, or a single one"
+            )
+    else:
+        seeds, whole = None, int(torch.randint(2**62, ())) if seed is None else torch_seed(seed)
+
+    def text_of(index: int, prompt: Any) -> tuple[Text, list[int]]:
+        (ids,) = check_prompts(target, [prompt], first=index)
+        row = ids if not target.is_encoder_decoder else [start_token(target)]
+        check_lengths(target, [row], max_new_tokens, first=index)
+        if seeds is not None and index >= len(seeds):
+            raise ValueError(
+                f"seed has {len(seeds)} numbers, and there are more prompts; pass one for each, or a single one"
+            )
+        own_seed = hashed_seed(f"{whole}:{index}") if seeds is None else seeds[index]
+        return Text(index=index, ids=list(row), limit=len(row) + max_new_tokens, identity=(own_seed, 0)), ids
+
+    if isinstance(prompts, Sequence):
+        for index, prompt in enumerate(prompts):
+            text_of(index, prompt)
+    waiting = (text_of(index, prompt) for index, prompt in enumerate(prompts))
+    stats = GenerationStats(num_rows=0) if stats is None else stats
+
+    def admit(number: int) -> tuple[list[Text], Source | None]:
+        found = list(islice(waiting, number))
+        stats.num_rows += len(found)
+        source = encode_sources(target, [ids for _, ids in found]) if found and target.is_encoder_decoder else None
+        return [text for text, _ in found], source
+
+    return _stream(
+        target, admit, batch_size, max_new_tokens, eos, drafter, length, Rules(sampling=sampling), verifier, stats
+    )
+
+
+@torch.inference_mode()
+def _stream(
+    target: Target,
+    admit: Callable[[int], tuple[list[Text], Source | None]],
+    batch_size: int,
+    max_new_tokens: int,
+    eos: frozenset[int],
+    drafter: Drafter | None,
+    length: str | Policy,
+    rules: Rules,
+    verifier: str,
+    stats: GenerationStats,
+) -> Iterator[StreamedText]:
+    texts, source = admit(batch_size)
+    if not texts:
+        return
+    length_control = () if isinstance(length, str) else (length,)
+    with exclusive(*(with_parts(drafter) if drafter is not None else ()), *length_control):
+        controlled = with_length_control(drafter, length) if drafter is not None else None
+        generator = RowGenerators()
+        for text in _decode(target, texts, source, eos, controlled, rules, verifier, generator, stats, admit=admit):
+            start = text.limit - max_new_tokens
+            yield StreamedText(
+                index=text.index, prompt_ids=text.ids[:start], new_ids=text.ids[start:], ended=text.ids[-1] in eos
+            )
+
+
 def _decode(
     target: Target,
-    rows: list[list[int]],
+    texts: list[Text],
     source: Source | None,
-    limits: list[int],
     eos: frozenset[int],
     drafter: Drafter | None,
     rules: Rules,
     verifier: str,
     generator: torch.Generator,
-    noise: PositionNoise | None,
-    streamer: Any,
-) -> GenerationStats:
-    """Appends new tokens to `rows` until each has reached its limit or an end-of-sequence; returns the statistics."""
-    stats, watch = GenerationStats(num_rows=len(rows)), Stopwatch(target.device)
+    stats: GenerationStats,
+    streamer: Any = None,
+    admit: Callable[[int], tuple[list[Text], Source | None]] | None = None,
+) -> Iterator[Text]:
+    """Appends new tokens to each text until its limit or an end-of-sequence; yields texts as they end.
+
+    `admit(n)` returns up to `n` new texts to take the places of those that ended; without it there are none.
+    """
+    watch = Stopwatch(target.device)
+    texts = list(texts)
+    rows = [text.ids for text in texts]
     if streamer is not None:
         streamer.put(torch.tensor(rows[0]))
     cache = target.new_cache(len(rows), source=source)
     wanted = drafter.hidden_layers if drafter is not None else ()
-    hidden = target.prefill([row[:-1] for row in rows], cache, layers=wanted) if max(map(len, rows)) > 1 else {}
+    hidden = _prefill(target, rows, cache, wanted)
+    history = HiddenHistory(rows, hidden) if admit is not None and wanted else None
+    noise = None
+    if verifier == "coupled" and not rules.sampling.is_greedy:
+        noise = PositionNoise([text.identity for text in texts], rows)
     session = Session(
         target=target,
         rows=rows,
@@ -150,39 +293,49 @@ def _decode(
     )
     if drafter is not None:
         drafter.start(session)
-    is_running = [True] * len(rows)
     stats.prefill_ms += watch.lap_ms()
 
-    while any(is_running):
-        budget = max(limit - len(row) for limit, row, runs in zip(limits, rows, is_running, strict=True) if runs) - 1
+    while any(text.is_running for text in texts):
+        _begin(generator, texts, "draft")
+        budget = max(text.limit - len(text.ids) for text in texts if text.is_running) - 1
         draft = drafter.propose(budget) if drafter is not None and budget > 0 else session.empty_draft()
+        if admit is not None and draft.tree.is_chain:
+            # Verified deeper than its own limit, a text could depend on the limits of those beside it.
+            draft = cut(draft, [max(text.limit - len(text.ids) - 1, 0) for text in texts])
         stats.draft_ms += (draft_ms := watch.lap_ms())
 
         out = target.forward_draft(draft, cache, layers=wanted)
         logits_BNV = target.logits(out.hidden_BND)
         if rules.processors is not None:
-            logits_BNV = rules.processors(logits_BNV, draft, rows, is_running)
+            logits_BNV = rules.processors(logits_BNV, draft, rows, [text.is_running for text in texts])
+        _begin(generator, texts, "verify")
         verdict = verify_draft(logits_BNV, draft, rules.sampling, verifier, generator, noise)
         paths, next_tokens = verdict.to_host()
         stats.verify_ms += (verify_ms := watch.lap_ms())
 
         stats.count_round(draft)
-        tokens = draft.tokens_BN.tolist()
-        for row, path in enumerate(paths):
-            if not is_running[row]:
+        tokens, ended = draft.tokens_BN.tolist(), []
+        for row, (text, path) in enumerate(zip(texts, paths, strict=True)):
+            if not text.is_running:
                 path.clear()  # a finished row stays unchanged while others run
                 continue
             new = [*(tokens[row][node] for node in path[1:]), next_tokens[row]]
-            kept, is_stopped = rules.cut(row, rows[row], path, until_end(new, limits[row] - len(rows[row]), eos))
+            new = until_end(new, text.limit - len(text.ids), eos)
+            kept, is_stopped = rules.cut(row, text.ids, path, new)
             stats.count(draft, row, num_accepted=len(path) - 1, num_kept=len(kept))
-            rows[row] += kept
-            is_running[row] = len(rows[row]) < limits[row] and kept[-1] not in eos and not is_stopped
+            text.ids += kept
+            text.is_running = len(text.ids) < text.limit and kept[-1] not in eos and not is_stopped
+            if not text.is_running:
+                ended.append(text)
             if streamer is not None:
                 streamer.put(torch.tensor(kept))
         if rules.is_out_of_time():
-            is_running = [False] * len(rows)
+            for text in texts:
+                text.is_running = False
         cache.commit(paths)
-        if drafter is not None and any(is_running):
+        if history is not None:
+            history.extend(out.layers, paths)
+        if drafter is not None and (admit is not None or any(text.is_running for text in texts)):
             step = Step(
                 draft=draft,
                 logits_BNV=logits_BNV,
@@ -193,6 +346,37 @@ def _decode(
             )
             drafter.observe(step)
         stats.commit_ms += watch.lap_ms()
+        yield from ended
+        watch.lap_ms()  # without the caller's time
+        # In a call of one batch, a drafter and processors know rows by their places: those that ended stay.
+        if ended and (admit is not None or (drafter is None and rules.processors is None)):
+            new, source = admit(len(ended)) if admit is not None else ([], None)
+            origins = replace_ended(texts, new)
+            if not texts:
+                break
+            rows[:] = [text.ids for text in texts]
+            if noise is not None:
+                noise.identities[:] = [text.identity for text in texts]
+            added = target.new_cache(len(new), source=source) if new else None
+            hidden = _prefill(target, [text.ids for text in new], added, wanted) if added is not None else {}
+            target.change_rows(cache, origins, added)
+            if history is not None:
+                history.change_rows(origins, [text.ids for text in new], hidden)
+            if drafter is not None and not drafter.change_rows(origins):
+                drafter.start(
+                    replace(session, hidden=history.padded() if history is not None else {}, source=cache.source)
+                )
+            stats.prefill_ms += watch.lap_ms()
     if streamer is not None:
         streamer.end()
-    return stats
+
+
+def _prefill(target: Target, rows: list[list[int]], cache: KVCache, layers: tuple[int, ...]) -> dict[int, Tensor]:
+    """Feeds each row but its pending token; returns the requested hidden layers, none if nothing was to be fed."""
+    return target.prefill([row[:-1] for row in rows], cache, layers=layers) if max(map(len, rows)) > 1 else {}
+
+
+def _begin(generator: torch.Generator, texts: list[Text], stage: str) -> None:
+    """Begins a stage of a step, where each row has its own random numbers."""
+    if isinstance(generator, RowGenerators):
+        generator.begin([text.identity[0] for text in texts], [text.ids for text in texts], stage)

@@ -6,9 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
 import draftsmith
 from data.prompts import Prompt
 from data.shards import hash_files
@@ -155,14 +152,44 @@ class LocalWriter:
         return {name: value for name, value in found.items() if name not in OWN_SETTINGS}
 
     def write(self, shard: Sequence[GenerationBatch], settings: PseudoDataSettings) -> Iterator[list[Completion]]:
-        """Yields the completions of each batch in turn."""
+        """Yields the completions of each batch in turn; prompts of the whole shard take the places of rows that end.
+
+        A generation config, whose processors belong to the rows of a batch, is applied batch by batch.
+        """
+        if settings.generation_config:
+            yield from self._write_batches(shard, settings)
+            return
+        found: dict[tuple[int, int], Completion] = {}
+        waiting = list(shard)
+        for temperature in dict.fromkeys(batch.temperature for batch in shard):
+            batches = [batch for batch in shard if batch.temperature == temperature]
+            rows = [(batch, row) for batch in batches for row in range(len(batch.prompts))]
+            for text in draftsmith.generate_stream(
+                self.target,
+                [batch.prompts[row].ids for batch, row in rows],
+                self.drafter,
+                batch_size=settings.batch_size,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+                seed=[seed for batch in batches for seed in _row_seeds(batch, settings)],
+                verifier=settings.verifier,
+            ):
+                batch, row = rows[text.index]
+                found[batch.index, row] = Completion(ids=text.new_ids, ended=text.ended)
+                while waiting and all((waiting[0].index, row) in found for row in range(len(waiting[0].prompts))):
+                    batch = waiting.pop(0)
+                    yield [found.pop((batch.index, row)) for row in range(len(batch.prompts))]
+
+    def _write_batches(
+        self, shard: Sequence[GenerationBatch], settings: PseudoDataSettings
+    ) -> Iterator[list[Completion]]:
         for batch in shard:
-            rows = [torch.tensor(prompt.ids, device=self.target.device) for prompt in batch.prompts]
             out = draftsmith.generate(
                 self.target,
-                pad_sequence(rows, batch_first=True),
+                [prompt.ids for prompt in batch.prompts],
                 self.drafter,
-                attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
                 max_new_tokens=settings.max_new_tokens,
                 temperature=batch.temperature,
                 top_p=settings.top_p,

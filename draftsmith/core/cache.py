@@ -33,6 +33,7 @@ class KVCache(Cache):
         self._places: dict[tuple[int, int], tuple[int, int]] = {}
         self._is_joined = True
         self._slots_BN: Tensor | None = None
+        self._flat_slots: dict[int, Tensor] = {}
         self._first_slot = 0
         self.num_visible = 0  # slots that the current forward may attend to
         # An encoder-decoder's source, and its cross-attention cache, which the first forward fills.
@@ -44,6 +45,7 @@ class KVCache(Cache):
         """Prepares a forward of a tree's nodes `first` to `num_nodes - 1`; the nodes before were fed already."""
         self._first_slot = self.lengths[0] + first
         self.num_visible = max(self.lengths) + num_nodes
+        self._flat_slots = {}
         if self.is_ragged:
             order_N = torch.arange(first, num_nodes, device=device)
             self._slots_BN = torch.tensor(self.lengths, device=device)[:, None] + order_N
@@ -66,9 +68,9 @@ class KVCache(Cache):
             keys[:, :, self._first_slot : end] = key_states
             values[:, :, self._first_slot : end] = value_states
         else:
-            rows_B1 = torch.arange(len(self.lengths), device=keys.device)[:, None]
-            keys[rows_B1, :, self._slots_BN] = key_states.transpose(1, 2)
-            values[rows_B1, :, self._slots_BN] = value_states.transpose(1, 2)
+            for stored, states in ((keys, key_states), (values, value_states)):
+                width = states.shape[3]
+                stored.view(-1, width).index_copy_(0, self._flat_index(stored), states.reshape(-1, width))
         return keys[:, :, : self.num_visible], values[:, :, : self.num_visible]
 
     def _stored(self, layer: int, kind: int, states: Tensor) -> Tensor:
@@ -79,7 +81,17 @@ class KVCache(Cache):
             place, self._is_joined = (len(self._stores), 0), False
             self._places[layer, kind] = place
             self._stores.append(states.new_zeros(1, batch_size, num_heads, self.capacity, width))
-        return self._stores[place[0]][place[1]]
+        return self._stores[place[0]][place[1]][: len(self.lengths)]
+
+    def _flat_index(self, stored: Tensor) -> Tensor:
+        """Returns the indices [B * H * N] of the slots to write among all those of [B, H, S, D]."""
+        num_heads = stored.shape[1]
+        if (index := self._flat_slots.get(num_heads)) is None:
+            assert self._slots_BN is not None
+            heads_BH = torch.arange(len(self.lengths) * num_heads, device=stored.device).view(-1, num_heads)
+            index = (heads_BH[:, :, None] * self.capacity + self._slots_BN[:, None]).flatten()
+            self._flat_slots[num_heads] = index
+        return index
 
     def _join_stores(self) -> None:
         """Joins stores of one shape and dtype (autocast gives keys and values different ones), once all are written."""
@@ -104,6 +116,25 @@ class KVCache(Cache):
                 self._gather(store, paths)
         for row, path in enumerate(paths):
             self.lengths[row] += len(path)
+
+    def change_rows(self, origins: list[int | None], added: "KVCache | None" = None) -> None:
+        """Makes row i what row `origins[i]` was, or for None the next row of `added`; the other rows are dropped."""
+        moves = [(row, origin) for row, origin in enumerate(origins) if origin is not None and origin != row]
+        new = [row for row, origin in enumerate(origins) if origin is None]
+        added_lengths = iter(added.lengths if added is not None else ())
+        if added is not None and added.capacity > self.capacity:
+            self._grow(added.capacity)
+        for index, store in enumerate(self._stores):
+            if (missing := len(origins) - store.shape[1]) > 0:
+                store = torch.cat([store, store.new_zeros(store.shape[0], missing, *store.shape[2:])], dim=1)
+                self._stores[index] = store
+            if moves:
+                store[:, [row for row, _ in moves]] = store[:, [origin for _, origin in moves]]
+            if new and added is not None and added._stores:
+                longest = max(added.lengths)
+                assert added._places == self._places
+                store[:, new, :, :longest] = added._stores[index][:, :, :, :longest]
+        self.lengths = [next(added_lengths) if origin is None else self.lengths[origin] for origin in origins]
 
     def _gather(self, store: Tensor, paths: list[list[int]]) -> None:
         longest = max(map(len, paths))

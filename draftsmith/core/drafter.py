@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.cache import KVCache
-from draftsmith.core.sampling import Sampling, draw
+from draftsmith.core.sampling import Sampling, draw, uniforms
 from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft, Verdict, chain
 
@@ -62,7 +62,7 @@ class Session:
 
     def uniforms(self) -> Tensor:
         """Returns one uniform random number per row [B], in float64, to draw a token with."""
-        return torch.rand(len(self.rows), generator=self.generator, dtype=torch.float64).to(self.target.device)
+        return uniforms(self.generator, len(self.rows)).to(self.target.device)
 
     def draw(self, probs_XV: Tensor, depth: int, rows: Sequence[int] | None = None) -> Tensor:
         """Returns a token [X] for each of `rows`, or all, drawn from its distribution after `depth` drafted tokens."""
@@ -143,6 +143,14 @@ class Drafter(ABC):
         """Drops each row's state past its first `lengths` tokens, after the others were removed; all rows are running.
 
         Returns False, the default, if it cannot: the caller must `start` it again.
+        """
+        return False
+
+    def change_rows(self, origins: list[int | None]) -> bool:
+        """Follows a batch whose rows come and go: row i is now what row `origins[i]` was, or for None a new text.
+
+        Rows without a place in `origins` have ended. `session.rows` and `session.cache` hold the new batch already.
+        Returns False, the default, if it cannot: the loop then calls `start` with the rows' texts as prompts.
         """
         return False
 

@@ -3,6 +3,7 @@
 Shape suffixes: V vocabulary; `...` any leading dimensions.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,34 @@ class Sampling:
         cutoffs: list[Any] = [TypicalLogitsWarper(self.typical_p)] if self.typical_p < 1 else []
         cutoffs += [EpsilonLogitsWarper(self.epsilon_cutoff)] if self.epsilon_cutoff > 0 else []
         return cutoffs + ([EtaLogitsWarper(self.eta_cutoff, device=device)] if self.eta_cutoff > 0 else [])
+
+
+class RowGenerators(torch.Generator):
+    """A generator whose `uniforms` depend, row by row, on that row's seed and number of tokens, not on other rows."""
+
+    def begin(self, seeds: list[int], rows: list[list[int]], stage: str) -> None:
+        """Begins a stage, "draft" or "verify", of a step of rows with these seeds and tokens."""
+        self._keys = [f"{seed}:{len(row)}:{stage}" for seed, row in zip(seeds, rows, strict=True)]
+        self._generators: list[torch.Generator] = []
+
+    def uniforms(self, num_rows: int, *size: int) -> Tensor:
+        """Returns uniform numbers [num_rows, *size] in float64, those of each row from its own generator."""
+        assert num_rows == len(self._keys), "uniforms are drawn for all rows"
+        if not self._generators:  # greedy steps need none
+            self._generators = [torch.Generator().manual_seed(hashed_seed(key)) for key in self._keys]
+        return torch.stack([torch.rand(size, generator=one, dtype=torch.float64) for one in self._generators])
+
+
+def hashed_seed(key: str) -> int:
+    """Returns a seed of 63 bits that depends on a text alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+
+
+def uniforms(generator: torch.Generator, *size: int) -> Tensor:
+    """Returns uniform numbers of a size [B, ...] in float64, on the CPU."""
+    if isinstance(generator, RowGenerators):
+        return generator.uniforms(*size)
+    return torch.rand(*size, generator=generator, dtype=torch.float64)
 
 
 def draw(weights_V: Tensor, uniforms: Tensor) -> Tensor:

@@ -54,6 +54,20 @@ class Source:
         """Returns the decoder's arguments for cross-attention."""
         return {"encoder_hidden_states": self.encoded_BTD, "encoder_attention_mask": self.mask_BT}
 
+    def change_rows(self, origins: list[int | None], added: "Source | None") -> "Source":
+        """Returns the source whose row i is row `origins[i]` of this one, or for None the next row of `added`."""
+        sources = [self] if added is None else [self, added]
+        longest = max(source.tokens_BT.shape[1] for source in sources)
+        new = iter(range(len(self.tokens_BT), len(self.tokens_BT) + origins.count(None)))
+        rows = [next(new) if origin is None else origin for origin in origins]
+        padded = []
+        for source in sources:
+            pad = (0, longest - source.tokens_BT.shape[1])
+            encoded_BTD = nn.functional.pad(source.encoded_BTD, (0, 0, *pad))
+            padded.append([nn.functional.pad(ids, pad) for ids in (source.tokens_BT, source.mask_BT)] + [encoded_BTD])
+        tokens_BT, mask_BT, encoded_BTD = (torch.cat(parts)[rows] for parts in zip(*padded, strict=True))
+        return Source(tokens_BT=tokens_BT, mask_BT=mask_BT, encoded_BTD=encoded_BTD)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Forward:
@@ -168,9 +182,19 @@ class Target:
     def new_cache(self, batch_size: int, *, source: Source | None = None) -> KVCache:
         """Returns an empty cache for `batch_size` rows; an encoder-decoder's includes its cross-attention."""
         cache = KVCache(num_layers=self.num_layers, batch_size=batch_size)
-        cache.source = source
-        cache.cross = DynamicCache(config=self.model.config) if self.is_encoder_decoder else None
+        self._set_source(cache, source)
         return cache
+
+    def change_rows(self, cache: KVCache, origins: list[int | None], added: KVCache | None = None) -> None:
+        """Makes the cache's row i what row `origins[i]` was, or for None the next row of `added`, a prefilled cache."""
+        cache.change_rows(origins, added)
+        if self.is_encoder_decoder:
+            # The next forward computes the cross-attention's keys and values anew, over sources of one length.
+            self._set_source(cache, cache.source.change_rows(origins, added.source if added is not None else None))
+
+    def _set_source(self, cache: KVCache, source: Source | None) -> None:
+        cache.source, cache.cross_is_filled = source, {}
+        cache.cross = DynamicCache(config=self.model.config) if self.is_encoder_decoder else None
 
     def encode(self, tokens_BT: Tensor, mask_BT: Tensor) -> Source:
         """Runs an encoder-decoder's encoder over right-padded sources."""

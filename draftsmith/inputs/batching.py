@@ -20,30 +20,48 @@ def start_rows(
 
     The rows of an encoder-decoder are its decoder start ids, and the source is encoded.
     """
-    prompts = [prompt for prompt in prompt_rows(input_ids, attention_mask) for _ in range(num_copies)]
-    for row, prompt in enumerate(prompts):
+    found = check_prompts(target, input_ids, attention_mask)
+    prompts = [prompt for prompt in found for _ in range(num_copies)]
+    if not target.is_encoder_decoder:
+        return prompts, [list(prompt) for prompt in prompts], None
+    start = start_token(target)
+    return prompts, [[start] for _ in prompts], encode_sources(target, prompts)
+
+
+def check_prompts(target: Target, input_ids: Any, attention_mask: Any = None, *, first: int = 0) -> list[list[int]]:
+    """Returns each prompt's ids without padding; raises ValueError for invalid ones, numbered from `first`."""
+    prompts = prompt_rows(input_ids, attention_mask)
+    for row, prompt in enumerate(prompts, first):
         if not prompt:
             raise ValueError(f"prompt {row} is empty; give every row at least one token")
         if min(prompt) < 0 or max(prompt) >= target.vocab_size:
             wrong = next(token for token in prompt if not 0 <= token < target.vocab_size)
             raise ValueError(f"prompt {row} holds token {wrong}; the target's vocabulary has {target.vocab_size}")
-    if not target.is_encoder_decoder:
-        return prompts, [list(prompt) for prompt in prompts], None
+    return prompts
+
+
+def start_token(target: Target) -> int:
+    """Returns the first token of an encoder-decoder's output; raises ValueError if no config names one."""
     start = target.decoder_start_token_id
     if start is None:
         raise ValueError(f"target {target.name} has no decoder_start_token_id in its generation config; set one")
+    return start
+
+
+def encode_sources(target: Target, prompts: list[list[int]]) -> Source:
+    """Returns the encoded sources of an encoder-decoder."""
     device, longest = target.device, max(map(len, prompts))
     tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
     mask_BT = (torch.arange(longest, device=device) < lengths_B[:, None]).long()
-    return prompts, [[start] for _ in prompts], target.encode(tokens_BT, mask_BT)
+    return target.encode(tokens_BT, mask_BT)
 
 
-def check_lengths(target: Target | TargetInfo, rows: list[list[int]], max_new_tokens: int) -> None:
+def check_lengths(target: Target | TargetInfo, rows: list[list[int]], max_new_tokens: int, *, first: int = 0) -> None:
     """Raises ValueError if the rows with their new tokens do not fit the target's context."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    for row, ids in enumerate(rows):
+    for row, ids in enumerate(rows, first):
         if len(ids) + max_new_tokens > target.context_length:
             raise ValueError(
                 f"prompt {row} has {len(ids)} tokens, and with max_new_tokens={max_new_tokens} it does not fit the"

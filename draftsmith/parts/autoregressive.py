@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.drafter import Session
-from draftsmith.core.sampling import draw
+from draftsmith.core.sampling import draw, uniforms
 from draftsmith.core.tree import Draft, SamplingScheme, Tree, chain
 from draftsmith.parts.checks import MAX_NODES, check_at_least
 
@@ -176,20 +176,16 @@ def draw_siblings(probs_BFV: Tensor, count: int, sampling_scheme: SamplingScheme
     tokens of probability 0.
     """
     shape, device = probs_BFV.shape[:-1], probs_BFV.device
-
-    def uniforms(*size: int) -> Tensor:
-        return torch.rand(*size, generator=generator, dtype=torch.float64).to(device)
-
     if sampling_scheme == "without_replacement":
         # A token arrives at -ln(u) / probability.
-        arrivals_BFV = -uniforms(*probs_BFV.shape).log_() / probs_BFV
+        arrivals_BFV = -uniforms(generator, *probs_BFV.shape).to(device).log_() / probs_BFV
         return arrivals_BFV.topk(count, dim=-1, largest=False).indices
     if sampling_scheme == "top_and_drawn":
         top_BFC = probs_BFV.topk(count - 1, dim=-1).indices
         rest_BFV = probs_BFV.scatter(-1, top_BFC, 0.0)
-        return torch.cat([top_BFC, draw(rest_BFV, uniforms(*shape))[..., None]], dim=-1)
+        return torch.cat([top_BFC, draw(rest_BFV, uniforms(generator, *shape).to(device))[..., None]], dim=-1)
     assert sampling_scheme == "independent"
-    return torch.stack([draw(probs_BFV, uniforms(*shape)) for _ in range(count)], dim=-1)
+    return torch.stack([draw(probs_BFV, uniforms(generator, *shape).to(device)) for _ in range(count)], dim=-1)
 
 
 def draft_dynamic_tree(model: Model, session: Session, *, width: int, num_nodes: int, depth: int) -> Draft:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.drafter import Noise
-from draftsmith.core.sampling import Sampling
+from draftsmith.core.sampling import RowGenerators, Sampling, uniforms
 from draftsmith.core.tree import Draft, Verdict
 
 VERIFIERS = {
@@ -132,7 +132,10 @@ def verify_draft(
         return verifier.verify(logits_BNV, draft, logits_BNV)
     if noise is not None:
         return verifier.verify(verifier.sampling.probs(logits_BNV), draft, noise)
-    uniforms_BU = torch.rand(len(logits_BNV), draft.tree.num_nodes + 1, generator=generator, dtype=torch.float64)
+    uniforms_BU = uniforms(generator, len(logits_BNV), draft.tree.num_nodes + 1)
+    if isinstance(generator, RowGenerators) and draft.sampling_scheme != "deterministic":
+        # The last number chooses the token after the path: drawn first, it does not depend on other rows' nodes.
+        uniforms_BU = uniforms_BU.roll(-1, dims=1)
     return verifier.verify(verifier.sampling.probs(logits_BNV), draft, uniforms_BU.to(logits_BNV.device))
 
 

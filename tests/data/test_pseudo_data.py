@@ -297,6 +297,36 @@ def test_continued_run_renders_the_date_of_the_first(tmp_path, monkeypatch, reci
         assert all(text.startswith("01 Jan 2030") for text in texts)
 
 
+def test_a_run_begun_by_an_earlier_version_is_continued(target, tmp_path, capsys):
+    """Format 1 drew a batch's rows from one generator; its greedy rows are the same."""
+    prompts, out = some_prompts(tmp_path, 14), tmp_path / "out"
+    settings = PseudoDataSettings(max_new_tokens=4, batch_size=3, shard_batches=2, temperature="0,1")
+    write_pseudo_data(target, prompts, out, settings)
+    whole = contents(out)
+    manifest = json.loads((out / "_pseudo_data.json").read_text())
+    assert manifest["format"] == 2
+    (out / "_pseudo_data.json").write_text(json.dumps(manifest | {"format": 1}))
+    write_pseudo_data(target, prompts, out, settings)
+    assert "earlier version" not in capsys.readouterr().out, "nothing is missing"
+    (out / "part-00001.parquet").unlink()
+    write_pseudo_data(target, prompts, out, settings)
+    assert "begun by an earlier version; rows sampled from now on have a seed each" in capsys.readouterr().out
+    assert contents(out) == whole and json.loads((out / "_pseudo_data.json").read_text())["format"] == 1
+    assert len(read_pseudo_data(out, target)) == 14
+
+
+def test_sampled_rows_do_not_depend_on_the_batch_size(target, tmp_path):
+    """Rows of a shard take the places of those that end, and each has its own seed."""
+    texts = []
+    for batch_size in (2, 8):
+        settings = PseudoDataSettings(max_new_tokens=8, batch_size=8, shard_batches=1, temperature="1")
+        (batch,) = plan_batches(some_prompts(tmp_path, 8), settings)
+        settings = dataclasses.replace(settings, batch_size=batch_size)
+        (found,) = LocalWriter(target).write([batch], settings)
+        texts.append([completion.ids for completion in found])
+    assert texts[0] == texts[1] and len({tuple(ids) for ids in texts[0]}) > 4
+
+
 # --- Errors ------------------------------------------------------------------------------------------------------
 
 
