@@ -117,6 +117,7 @@ def generate(
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
     prompts, rows, source = start_rows(target, input_ids, attention_mask, num_copies(config, sampling))
     check_lengths(target, rows, max_new_tokens)
+    target.check_batch(len(rows))
     if streamer is not None and len(rows) > 1:
         raise ValueError(f"a streamer prints one row, but there are {len(rows)}; stream with batch size 1")
     limits = [len(row) + max_new_tokens for row in rows]

@@ -8,6 +8,7 @@ Shape suffixes: B rows, T positions, N nodes of a tree, R is B or 1, S cache slo
 
 import copy
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +25,11 @@ from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.core.views import (
     LAYER_LISTS,
     ForwardContext,
+    Outputs,
     final_norm,
     find_child,
     head_view,
+    recorded_outputs,
     relative_bias,
     unwrapped,
     view,
@@ -106,6 +109,9 @@ class Target:
         self._context = ForwardContext()
         self._views: dict[Any, Any] = {}
         self._stacked_masks = StackedMasks()
+        self._outputs = Outputs()
+        # Why its blocks cannot be run in parts, batches of unequal rows, and whole texts; empty if they can.
+        self._cannot_split = self._cannot_batch = self._cannot_train = ""
         self._stack = self._find_stack()
         blocks_name = find_child(self._stack, LAYER_LISTS, "list of blocks")
         self.num_layers = len(getattr(self._stack, blocks_name))
@@ -272,6 +278,8 @@ class Target:
 
     def read(self, tokens_BT: Tensor, layers: tuple[int, ...], source: Source | None = None) -> dict[int, Tensor]:
         """Returns the requested hidden layers [B, T, D] of right-padded rows, in one causal pass without a cache."""
+        if self._cannot_train:
+            raise ValueError(f"{self._architecture} reads whole texts otherwise than it decodes ({self._cannot_train})")
         positions_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         self._context.begin(positions_BN=positions_1T, wanted=layers)
         arguments = source.arguments() if source is not None else {}
@@ -279,6 +287,23 @@ class Target:
         out_BTD = run(input_ids=tokens_BT, use_cache=False, **arguments).last_hidden_state
         hidden = self._context.end()
         return {layer: out_BTD if layer == self.num_layers else hidden[layer] for layer in layers}
+
+    def check_splits(self, skipped: frozenset[tuple[str, int]] = frozenset()) -> None:
+        """Raises ValueError if the blocks cannot be run in parts, or without these sublayers."""
+        if self.is_encoder_decoder:
+            raise ValueError(f"{self._architecture} is an encoder-decoder, whose blocks cannot be run in parts")
+        if self._cannot_split:
+            raise ValueError(f"the blocks of {self._architecture} cannot be run in parts ({self._cannot_split})")
+        if skipped:
+            self._view(0, self.num_layers, skipped)
+
+    def check_batch(self, num_rows: int) -> None:
+        """Raises ValueError if rows of unequal lengths cannot be run in one batch."""
+        if num_rows > 1 and self._cannot_batch:
+            raise ValueError(
+                f"{self._architecture} cannot run {num_rows} rows of unequal lengths ({self._cannot_batch}); decode"
+                " them one at a time"
+            )
 
     def norm(self, hidden_BTD: Tensor) -> Tensor:
         """Applies the model's final norm."""
@@ -330,16 +355,20 @@ class Target:
     @torch.inference_mode()
     def _check_against_model(self) -> None:
         """Compares a prefill and a tree with the model's own forward on eight tokens, in its own dtype."""
-        ids = torch.arange(8, device=self.device)[None] % self.vocab_size
+        # Some models count positions without padding, which has a low id.
+        ids = (torch.arange(8, device=self.device)[None] + 8) % self.vocab_size
         self._linear_head, self._head_is_linear = self.model.get_output_embeddings(), False
         try:
             if self.is_encoder_decoder:
                 source = self.encode(ids, torch.ones_like(ids))
                 given = {"encoder_outputs": (source.encoded_BTD,), "attention_mask": source.mask_BT}
-                expected = self.model(decoder_input_ids=ids, **given).logits[0]
+                with recorded_outputs(self._find_stack()) as self._outputs:
+                    expected = self.model(decoder_input_ids=ids, **given).logits[0]
                 tree, fed, path = chain(4, self.device), ids[:, 4:], [0, 1, 2, 3]
             else:
-                source, expected = None, self.model(input_ids=ids).logits[0]
+                source = None
+                with recorded_outputs(self._find_stack()) as self._outputs:
+                    expected = self.model(input_ids=ids).logits[0]
                 tree = Tree.from_parents([[-1, 0, 0, 2, 3]], self.device)
                 fed, path = ids[:, [4, 0, 5, 6, 7]], [0, 2, 3, 4]
             cache = self.new_cache(1, source=source)
@@ -355,13 +384,51 @@ class Target:
             kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in self.model.parameters()})
             cause = f"; its weights are of {' and '.join(kinds)}, so cast them to one" if len(kinds) > 1 else ""
             raise ValueError(f"{self._architecture} cannot be run over a draft tree: {error}{cause}") from error
-        tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
-        gap = (found - expected[4:]).abs().max().item() / max(1.0, expected.abs().max().item())
-        if not gap < tolerance:
+        if (gap := self._gap(found, expected[4:])) is not None:
             raise ValueError(
                 f"{self._architecture} returns other logits for a draft tree than in its own forward (off by"
                 f" {gap:.2g}), so draftsmith cannot verify drafts for it{self._quantised_activations()}"
             )
+        expected_ragged = expected[[4, 5, 2, 3]]
+        self._cannot_batch = self._problem_of(lambda: self._logits_of_ragged_rows(ids[0], source), expected_ragged)
+        self._cannot_train = self._problem_of(lambda: self._logits_of_whole_text(ids, source), expected)
+        if not self.is_encoder_decoder:
+            self._cannot_split = self._problem_of(lambda: self._hidden_in_two_spans(ids), out.hidden_BND[0, path])
+
+    def _gap(self, found: Tensor, expected: Tensor) -> float | None:
+        """Returns how far two results are apart, relative to the largest value; None if no further than rounding."""
+        tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
+        gap = (found - expected).abs().max().item() / max(1.0, expected.abs().max().item())
+        return None if gap < tolerance else gap
+
+    def _problem_of(self, compute: Callable[[], Tensor], expected: Tensor) -> str:
+        """Returns why a computation fails, or how far off its result is; empty if it is right."""
+        try:
+            gap = self._gap(compute(), expected)
+        except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
+            return str(error).split("\n")[0]
+        return "" if gap is None else f"off by {gap:.2g}"
+
+    def _logits_of_ragged_rows(self, ids_T: Tensor, source: Source | None) -> Tensor:
+        """Returns the logits of tokens 4 and 5 behind four, and of tokens 2 and 3 behind two, computed in one batch."""
+        if source is not None:
+            source = self.encode(source.tokens_BT.repeat(2, 1), source.mask_BT.repeat(2, 1))
+        cache = self.new_cache(2, source=source)
+        self.prefill([ids_T[:4].tolist(), ids_T[:2].tolist()], cache)
+        out = self.forward(torch.stack([ids_T[4:6], ids_T[2:4]]), chain(2, self.device), cache)
+        return self.logits(out.hidden_BND).flatten(0, 1)
+
+    def _logits_of_whole_text(self, ids_1T: Tensor, source: Source | None) -> Tensor:
+        return self.logits(self.read(ids_1T, (self.num_layers,), source)[self.num_layers])[0]
+
+    def _hidden_in_two_spans(self, ids_1T: Tensor) -> Tensor:
+        """Returns the last block's output at tokens 4 to 7 behind four, the blocks run in two parts."""
+        cache, half = self.new_cache(1), max(self.num_layers // 2, 1)
+        self.prefill([ids_1T[0, :4].tolist()], cache)
+        below = self.forward(ids_1T[:, 4:], chain(4, self.device), cache, span=(0, half))
+        span = (half, self.num_layers)
+        out = self.forward(ids_1T[:, 4:], chain(4, self.device), cache, span=span, resume_BND=below.hidden_BND)
+        return out.hidden_BND[0]
 
     def _quantised_activations(self) -> str:
         kinds = {type(part).__name__ for part in self.model.modules() if "quantized.dynamic" in type(part).__module__}
@@ -374,10 +441,10 @@ class Target:
     def _view(self, start: int, stop: int, skipped: frozenset[tuple[str, int]]) -> Any:
         key = (start, stop, skipped)
         if (run := self._views.get(key)) is None:
-            if self.is_encoder_decoder and key != (0, self.num_layers, frozenset()):
-                raise ValueError(f"{self._architecture} is an encoder-decoder: spans of layers are not supported")
+            if key != (0, self.num_layers, frozenset()):
+                self.check_splits()
             base = relative_bias(self._stack, self._context) if hasattr(self._stack, "block") else self._stack
-            run = view(base, self._context, start, stop, skipped, width=self.hidden_size)
+            run = view(base, self._context, start, stop, skipped, width=self.hidden_size, outputs=self._outputs)
             # A layer search tries thousands of sets of skipped sublayers. Replacing the dictionary is safe in threads.
             self._views = dict(list(self._views.items())[-MAX_VIEWS + 1 :]) | {key: run}
         return run
@@ -399,7 +466,9 @@ class Target:
                 depths_BN = tree.depths_RN.expand(len(cache.lengths), -1)
                 keys_BS = torch.where(slots_S < lengths_B1, slots_S, lengths_B1 + depths_BN.gather(1, node_BS))
                 mask_RNS = full_RNS & (positions_BN[:, :, None] - keys_BS[:, None] < window)
-            masks[kind] = self._as_mask(mask_RNS)
+            # Attention that transformers has not brought into its common form checks the number of rows.
+            num_rows = len(mask_RNS) if self.model._supports_sdpa else len(cache.lengths)
+            masks[kind] = self._as_mask(mask_RNS.expand(num_rows, -1, -1))
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _as_mask(self, visible_RNS: Tensor) -> Tensor:

@@ -3,8 +3,12 @@
 A view is a shallow copy: it shares every parameter with the model, which stays unchanged.
 """
 
+import contextlib
 import copy
+import inspect
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,9 +16,28 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 LAYER_LISTS = ("layers", "h", "block")
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
-ATTENTIONS = ("self_attn", "attn", "attention")
-MLPS = ("mlp", "fc2")
+FINAL_NORMS = (
+    "norm",
+    "ln_f",
+    "final_layer_norm",
+    "final_layernorm",
+    "norm_f",
+    "final_norm",
+    "embedding_norm",
+    "layer_norm",
+    "layernorm",
+)
+ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
+MLPS = ("mlp", "fc2", "feed_forward", "block_sparse_moe", "shared_mlp")
+
+
+@dataclass(kw_only=True)
+class Outputs:
+    """What a model's blocks and their sublayers return: the length of a tuple, or 0 for a tensor alone."""
+
+    block: int = 0
+    sublayers: dict[tuple[str, int], int] = field(default_factory=dict)
+    """By kind, "attention" or "mlp", and block."""
 
 
 class ForwardContext(threading.local):
@@ -40,17 +63,20 @@ class ForwardContext(threading.local):
 class _Layer(nn.Module):
     """One block of a view; outside the span it passes hidden states on unchanged."""
 
-    def __init__(self, inner: nn.Module, context: ForwardContext, index: int, *, runs: bool, is_start: bool) -> None:
+    def __init__(
+        self, inner: nn.Module, context: ForwardContext, index: int, *, runs: bool, is_start: bool, tuple_length: int
+    ) -> None:
         super().__init__()
         self.inner = inner
         self._context, self._index, self._runs, self._is_start = context, index, runs, is_start
+        self._tuple_length = tuple_length
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._is_start and self._context.resume is not None:
             hidden = self._context.resume
         if self._index in self._context.wanted:
             self._context.hidden[self._index] = hidden
-        return self.inner(hidden, *args, **kwargs) if self._runs else hidden
+        return self.inner(hidden, *args, **kwargs) if self._runs else _as_output(hidden, self._tuple_length)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -62,28 +88,61 @@ class _Layer(nn.Module):
 class _Zero(nn.Module):
     """Replaces a skipped sublayer: adds nothing to the residual stream."""
 
-    def __init__(self, *, returns_pair: bool, width: int) -> None:
+    def __init__(self, *, tuple_length: int, width: int) -> None:
         super().__init__()
-        self._returns_pair, self._width = returns_pair, width
+        self._tuple_length, self._width = tuple_length, width
 
     def forward(self, hidden: Tensor | None = None, *_: Any, hidden_states: Tensor | None = None, **__: Any) -> Any:
         given = hidden if hidden is not None else hidden_states
         assert given is not None
-        zero = given.new_zeros(*given.shape[:-1], self._width)
-        return (zero, None) if self._returns_pair else zero
+        return _as_output(given.new_zeros(*given.shape[:-1], self._width), self._tuple_length)
+
+
+def _as_output(hidden: Tensor, tuple_length: int) -> Any:
+    """Returns hidden states as a block or sublayer does: alone, or first in a tuple of this length."""
+    return (hidden, *[None] * (tuple_length - 1)) if tuple_length else hidden
 
 
 class _Positions(nn.Module):
-    """Learned positions looked up at the context's, for decoders that derive them from a single cache length."""
+    """Embeddings of the context's positions, for decoders that derive positions from a single cache length.
+
+    Positions that are computed, not looked up, are taken from a table of what the decoder's module returns for a text
+    without a cache.
+    """
 
     def __init__(self, inner: Any, context: ForwardContext) -> None:
         super().__init__()
         self.inner, self._context = inner, context
+        self._parameters_of_call = inspect.signature(inner.forward)
+        self._table_TD: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self._context.positions is None:
+        positions = self._context.positions
+        if positions is None:
             return self.inner(*args, **kwargs)
-        return nn.functional.embedding(self._context.positions + self.inner.offset, self.inner.weight)
+        if isinstance(self.inner, nn.Embedding):
+            return nn.functional.embedding(positions + getattr(self.inner, "offset", 0), self.inner.weight)
+        longest = int(positions.max()) + 1
+        if self._table_TD is None or len(self._table_TD) < longest:
+            self._table_TD = self._table(2 * longest, positions.device, *args, **kwargs)
+        return nn.functional.embedding(positions, self._table_TD)
+
+    def _table(self, length: int, device: torch.device, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the embeddings [T, D] of positions 0 to length - 1, by the arguments' names."""
+        given = self._parameters_of_call.bind(*args, **kwargs).arguments
+        position_1T = torch.arange(length, device=device)[None]
+        unpadded = getattr(self.inner, "padding_idx", None) or 0
+        values: dict[str, Any] = {
+            "input_ids": torch.full((1, length), unpadded + 1, device=device),
+            "input_ids_shape": torch.Size((1, length)),
+            "past_key_values_length": 0,
+            "position_ids": position_1T.T if "inputs_embeds" in given else position_1T,  # a column for Pegasus-X
+        }
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                values[name] = value.new_zeros(1, length, *value.shape[2:])
+        table = self.inner(**{name: values[name] for name, value in given.items() if value is not None})
+        return table.reshape(length, table.shape[-1])
 
 
 class _HiddenStateOutput(BaseModelOutputWithPast):
@@ -149,14 +208,49 @@ def blocks_of(model: Any) -> nn.ModuleList:
     return getattr(decoder, find_child(decoder, LAYER_LISTS, "list of blocks"))
 
 
+@contextlib.contextmanager
+def recorded_outputs(stack: nn.Module) -> Iterator[Outputs]:
+    """Records, while a forward runs in its context, what the stack's blocks and sublayers return."""
+    outputs, handles = Outputs(), []
+
+    def record(module: nn.Module, key: tuple[str, int] | None) -> None:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            length = len(output) if isinstance(output, tuple | list) else 0
+            if key is None:
+                outputs.block = length
+            else:
+                outputs.sublayers[key] = length
+
+        handles.append(module.register_forward_hook(hook))
+
+    for index, block in enumerate(getattr(stack, find_child(stack, LAYER_LISTS, "list of blocks"))):
+        record(block, None)
+        for kind, names in (("attention", ATTENTIONS), ("mlp", MLPS)):
+            found = (block._modules.get(name) for name in names)
+            if (child := next((one for one in found if isinstance(one, nn.Module)), None)) is not None:
+                record(child, (kind, index))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def view(
-    stack: nn.Module, context: ForwardContext, start: int, stop: int, skipped: frozenset[tuple[str, int]], *, width: int
+    stack: nn.Module,
+    context: ForwardContext,
+    start: int,
+    stop: int,
+    skipped: frozenset[tuple[str, int]],
+    *,
+    width: int,
+    outputs: Outputs,
 ) -> Any:
     """Returns a view that runs blocks `start` to `stop - 1` without the final norm.
 
     `skipped` holds ("attention", i) and ("mlp", i) for sublayers to skip; `width` is that of the residual stream. With
     `start` > 0 the context's `resume` replaces the embedding output. The context records hidden layer i as the input of
-    block i.
+    block i. Raises ValueError for a sublayer that cannot be skipped.
     """
     copied = shallow_copy(stack)
     list_name, norm_name = find_child(stack, LAYER_LISTS, "list of blocks"), final_norm(stack)
@@ -165,11 +259,13 @@ def view(
         kinds = {kind for kind, block in skipped if block == index}
         # A block without both sublayers is not run at all: its norms would be computed for nothing.
         runs = start <= index < stop and kinds < {"attention", "mlp"}
-        layers.append(_Layer(_without(layer, kinds, width), context, index, runs=runs, is_start=index == start))
+        inner = _without(layer, index, kinds, width, outputs) if runs else layer
+        is_start, tuple_length = index == start, outputs.block
+        layers.append(_Layer(inner, context, index, runs=runs, is_start=is_start, tuple_length=tuple_length))
     copied._modules[list_name] = nn.ModuleList(layers)
     if norm_name is not None:
         copied._modules[norm_name] = nn.Identity()
-    if hasattr(getattr(stack, "embed_positions", None), "offset"):
+    if isinstance(getattr(stack, "embed_positions", None), nn.Module):
         copied._modules["embed_positions"] = _Positions(stack.embed_positions, context)
     return copied
 
@@ -179,16 +275,16 @@ def final_norm(stack: nn.Module) -> str | None:
     return next((name for name in FINAL_NORMS if isinstance(stack._modules.get(name), nn.Module)), None)
 
 
-def _without(layer: nn.Module, kinds: set[str], width: int) -> nn.Module:
+def _without(layer: nn.Module, index: int, kinds: set[str], width: int, outputs: Outputs) -> nn.Module:
     if not kinds:
         return layer
     if getattr(layer, "do_layer_norm_before", True) is False:
         raise ValueError(f"{type(layer).__name__} normalises after its sublayers, so none can be skipped")
     copied = shallow_copy(layer)
-    if "attention" in kinds:
-        copied._modules[find_child(layer, ATTENTIONS, "attention")] = _Zero(returns_pair=True, width=width)
-    if "mlp" in kinds:
-        copied._modules[find_child(layer, MLPS, "MLP")] = _Zero(returns_pair=False, width=width)
+    for kind, names, what in (("attention", ATTENTIONS, "attention"), ("mlp", MLPS, "MLP")):
+        if kind in kinds:
+            name = find_child(layer, names, what)
+            copied._modules[name] = _Zero(tuple_length=outputs.sublayers.get((kind, index), 0), width=width)
     return copied
 
 

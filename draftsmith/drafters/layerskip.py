@@ -80,12 +80,11 @@ class Drafter(drafter.Drafter):
             raise ValueError(
                 f"block {last} is to be skipped, and {target.name} has blocks 0 to {target.num_layers - 1}"
             )
-        if target.is_encoder_decoder:
-            raise ValueError(f"{target.name} is an encoder-decoder, whose sublayers cannot be skipped")
         self.config = config
         self.target = target
         self.policy = policies.make("fixed" if config.width else config.length)
         self.skipped = sublayers(config.attention, config.mlp)
+        target.check_splits(self.skipped)
 
     def start(self, session: Session) -> None:
         self._session = session

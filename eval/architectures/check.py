@@ -107,7 +107,7 @@ def check(model: Any) -> dict[str, Outcome]:
     ways: dict[str, Callable[[list[list[int]]], Drafter | None]] = {
         "lookup": lambda _: lookup.Drafter(lookup.Config(), target),
         "chain": lambda rows: PartlyRight(target, rows, trees=False),
-        "tree": lambda rows: PartlyRight(target, rows, trees=True),
+        "tree": lambda rows: _tree_drafter(target, rows),
         "draft LM": lambda _: _small_lm(target),
         "medusa": lambda _: _randomised(medusa.Drafter(medusa.Config(num_heads=3, tree=TREE), target)),
         "early exit": lambda _: early_exit.Drafter(
@@ -125,6 +125,12 @@ def check(model: Any) -> dict[str, Outcome]:
     outcomes["training pass"] = checks.training_pass()
     outcomes["folder"] = checks.folder()
     return outcomes
+
+
+def _tree_drafter(target: Target, texts: list[list[int]]) -> Drafter:
+    if not target.takes_trees:
+        raise ValueError("an encoder-decoder verifies chains")
+    return PartlyRight(target, texts, trees=True)
 
 
 def _small_lm(target: Target) -> Drafter:

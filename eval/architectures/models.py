@@ -19,7 +19,7 @@ _TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id":
 _WIDTHS = dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embedding_size"), 32)
 _DEPTHS = dict.fromkeys(
     ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_blocks"), 4
-) | {"num_decoder_layers": 4, "num_encoder_layers": 2, "encoder_layers": 2}
+) | {"num_decoder_layers": 4, "num_encoder_layers": 2}
 _HEADS = dict.fromkeys(
     (
         "num_attention_heads",
@@ -189,7 +189,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "hunyuan_v1_dense": {
         "dynamic": {"rope_parameters": {"rope_type": "dynamic", "alpha": 4.0, "factor": 1.0, "rope_theta": 10000.0}}
     },
-    "jamba": {"attention": {"layer_types": ["full_attention"] * 4}},
+    "jamba": {"attention": {"attn_layer_period": 1, "attn_layer_offset": 0}},
     "lfm2": {"attention": {"layer_types": ["full_attention"] * 4}},
     "llama": {
         "dynamic": {
@@ -275,6 +275,8 @@ def _tiny(kind: Any, changes: dict[str, Any]) -> Any:
     default = kind()
     known = set(default.to_dict())
     settings = {key: value for key, value in SIZES.items() if key in known}
+    if "kv_lora_rank" in known and "num_key_value_heads" in known:
+        settings["num_key_value_heads"] = settings["num_attention_heads"]  # latent attention has one of each
     for name in getattr(kind, "sub_configs", None) or {}:
         part = getattr(default, name, None)
         if isinstance(part, PreTrainedConfig):
@@ -302,6 +304,8 @@ def _randomise(model: nn.Module, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue  # computed, and saved in no checkpoint
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim < 2:
             if not parameter.isfinite().all():

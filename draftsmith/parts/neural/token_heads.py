@@ -99,6 +99,11 @@ class StaticTree:
                 f"a tree node has rank {self.num_ranks - 1}; the vocabulary of {target.vocab_size} has ranks below"
                 f" {target.vocab_size}"
             )
+        if not target.takes_trees and len(ordered) > self.depth:
+            raise ValueError(
+                f"{target.name} is an encoder-decoder, which verifies chains, and the tree has {len(ordered)} nodes on"
+                f" {self.depth} levels; give one node to a level, as in ((0,), (0, 0))"
+            )
         self._trees = [tree for tree, _ in autoregressive.levels(tuple(ordered), target.device)]
         flat = [(len(path) - 1) * self.num_ranks + path[-1] for path in ordered]
         self._flat_index = torch.tensor(flat, dtype=torch.long, device=target.device)

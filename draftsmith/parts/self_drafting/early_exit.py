@@ -26,8 +26,7 @@ CachedLayers = Callable[[Tensor, Tensor, Tensor, KVCache], Tensor]
 
 def check_exit_layer(exit_layer: int, target: Target) -> None:
     """Raises ValueError unless the target's blocks can be run up to this layer and resumed there."""
-    if target.is_encoder_decoder:
-        raise ValueError(f"{target.name} is an encoder-decoder, whose blocks cannot be run in two parts")
+    target.check_splits()
     if exit_layer > target.num_layers:
         raise ValueError(f"exit_layer is {exit_layer}; {target.name} has {target.num_layers} blocks")
 
