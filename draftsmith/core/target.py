@@ -26,6 +26,7 @@ from draftsmith.core.views import (
     LAYER_LISTS,
     ForwardContext,
     Outputs,
+    applies_windows,
     final_norm,
     find_child,
     head_view,
@@ -77,7 +78,7 @@ class Forward:
     """The hidden states of one forward of a tree, un-normed."""
 
     hidden_BND: Tensor
-    """Output of the last block of the span."""
+    """Output of the last block of the span; the logits [B, N, V] of a target that is run whole."""
     layers: dict[int, Tensor]
     """The requested hidden layers [B, N, D]."""
 
@@ -110,17 +111,24 @@ class Target:
         self._views: dict[Any, Any] = {}
         self._stacked_masks = StackedMasks()
         self._outputs = Outputs()
+        self._applies_windows = True
         # Why its blocks cannot be run in parts, batches of unequal rows, and whole texts; empty if they can.
         self._cannot_split = self._cannot_batch = self._cannot_train = ""
-        self._stack = self._find_stack()
-        blocks_name = find_child(self._stack, LAYER_LISTS, "list of blocks")
-        self.num_layers = len(getattr(self._stack, blocks_name))
-        norm_name = final_norm(self._stack)
-        self._norm = getattr(self._stack, norm_name) if norm_name else nn.Identity()
-        self._head = head_view(model)
+        self.num_layers = int(self._config.num_hidden_layers)
+        self.is_run_whole = False
+        """True if only the whole model can be run: it has logits, but no hidden layers and no parts."""
         self._check_supported()
-        self._stack = with_stacked_attention(self._stack, self._stacked_masks, blocks_name)
-        self._check_against_model()
+        try:
+            self._find_parts()
+            self._check_against_model()
+        except ValueError as error:
+            if self.is_encoder_decoder:
+                raise
+            self.is_run_whole, self._cannot_split = True, str(error).removeprefix(f"{self._architecture} ")
+            try:
+                self._check_against_model()
+            except ValueError:
+                raise error from None
 
     @staticmethod
     def from_pretrained(path: str | Path, *, dtype: str = "auto", device: str = "auto") -> "Target":
@@ -229,6 +237,8 @@ class Target:
         if self.is_encoder_decoder and not tree.is_chain:
             raise ValueError(f"{self._architecture} is an encoder-decoder: it verifies chains, not trees")
         start, stop = span or (0, self.num_layers)
+        if self.is_run_whole and (layers or skipped or (start, stop) != (0, self.num_layers)):
+            self.check_splits()
         if start == self.num_layers:
             assert resume_BND is not None, "there is nothing to run after the last block"
             return Forward(hidden_BND=resume_BND, layers=dict.fromkeys(layers, resume_BND))
@@ -238,8 +248,11 @@ class Target:
         # A row close to the limit may draft past the context; those tokens are never kept.
         positions_BN = (lengths_B1 + tree.depths_RN[:, first:]).clamp(max=self.context_length - 1)
         masks = self._masks(tree, cache, positions_BN, first)
-        self._context.begin(positions_BN=positions_BN, wanted=layers, resume=resume_BND)
         arguments: dict[str, Any] = {"attention_mask": masks, "past_key_values": cache, "use_cache": True}
+        if self.is_run_whole:
+            logits_BNV = self.model(input_ids=tokens_BN, position_ids=positions_BN, **arguments).logits
+            return Forward(hidden_BND=logits_BNV, layers={})
+        self._context.begin(positions_BN=positions_BN, wanted=layers, resume=resume_BND)
         if self.is_encoder_decoder:
             arguments["past_key_values"] = both = EncoderDecoderCache(cache, cache.cross)
             both.is_updated = cache.cross_is_filled
@@ -278,6 +291,8 @@ class Target:
 
     def read(self, tokens_BT: Tensor, layers: tuple[int, ...], source: Source | None = None) -> dict[int, Tensor]:
         """Returns the requested hidden layers [B, T, D] of right-padded rows, in one causal pass without a cache."""
+        if self.is_run_whole:
+            self.check_splits()
         if self._cannot_train:
             raise ValueError(f"{self._architecture} reads whole texts otherwise than it decodes ({self._cannot_train})")
         positions_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
@@ -292,6 +307,11 @@ class Target:
         """Raises ValueError if the blocks cannot be run in parts, or without these sublayers."""
         if self.is_encoder_decoder:
             raise ValueError(f"{self._architecture} is an encoder-decoder, whose blocks cannot be run in parts")
+        if self.is_run_whole:
+            raise ValueError(
+                f"{self._architecture} {self._cannot_split}; it is run whole, without hidden states or parts, so take a"
+                " drafter that needs its tokens only: look-up, n-grams, a store of text or a draft LM"
+            )
         if self._cannot_split:
             raise ValueError(f"the blocks of {self._architecture} cannot be run in parts ({self._cannot_split})")
         if skipped:
@@ -307,14 +327,20 @@ class Target:
 
     def norm(self, hidden_BTD: Tensor) -> Tensor:
         """Applies the model's final norm."""
+        if self.is_run_whole:
+            self.check_splits()
         return self._norm(hidden_BTD)
 
     def copy_norm(self) -> nn.Module:
         """Returns a trainable copy of the model's final norm."""
+        if self.is_run_whole:
+            self.check_splits()
         return copy.deepcopy(self._norm).requires_grad_(True)
 
     def head(self, normed_BTD: Tensor) -> Tensor:
         """Returns logits [..., V] by the model's head, scaling and soft-capping included."""
+        if self.is_run_whole:
+            self.check_splits()
         if self._head_is_linear:
             return self._linear_head(normed_BTD)
         if self.is_encoder_decoder:
@@ -329,7 +355,21 @@ class Target:
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Returns logits [B, T, V] from the last block's un-normed output."""
+        if self.is_run_whole:
+            return hidden_BTD
         return self.head(self.norm(hidden_BTD))
+
+    def _find_parts(self) -> None:
+        stack = self._find_stack()
+        blocks_name = find_child(stack, LAYER_LISTS, "list of blocks")
+        if getattr(stack, "project_out", None) is not None:
+            raise ValueError(f"{self._architecture} projects after its final norm")
+        self.num_layers = len(getattr(stack, blocks_name))
+        norm_name = final_norm(stack)
+        self._norm = getattr(stack, norm_name) if norm_name else nn.Identity()
+        self._applies_windows = applies_windows(stack)
+        self._head = head_view(self.model)
+        self._stack = with_stacked_attention(stack, self._stacked_masks, blocks_name)
 
     def _find_stack(self) -> Any:
         decoder = getattr(self.model, "get_decoder", lambda: None)()
@@ -347,8 +387,6 @@ class Target:
             problem = f"uses attention {attention!r}, which takes no tree mask; load it with attn_implementation='sdpa'"
         elif any(hasattr(module, "_hf_hook") for module in self.model.modules()):
             problem = "is spread over devices by device_map; load it on one device"
-        elif getattr(self._stack, "project_out", None) is not None:
-            problem = "projects after its final norm, which draftsmith does not support"
         if problem is not None:
             raise ValueError(f"{self._architecture} {problem}")
 
@@ -366,24 +404,25 @@ class Target:
                     expected = self.model(decoder_input_ids=ids, **given).logits[0]
                 tree, fed, path = chain(4, self.device), ids[:, 4:], [0, 1, 2, 3]
             else:
-                source = None
-                with recorded_outputs(self._find_stack()) as self._outputs:
-                    expected = self.model(input_ids=ids).logits[0]
+                source, expected = None, self._expected_logits(ids)
                 tree = Tree.from_parents([[-1, 0, 0, 2, 3]], self.device)
                 fed, path = ids[:, [4, 0, 5, 6, 7]], [0, 2, 3, 4]
             cache = self.new_cache(1, source=source)
             self.prefill([ids[0, :4].tolist()], cache)
-            out = self.forward(fed, tree, cache, layers=(0, 1))
+            out = self.forward(fed, tree, cache, layers=() if self.is_run_whole else (0, 1))
             if any(hidden.ndim != 3 for hidden in out.layers.values()):
                 raise ValueError("its hidden states are not [batch, length, width]")
-            normed = self.norm(out.hidden_BND)
-            logits = self.head(normed)
-            found, linear = logits[0, path], self._linear_head
-            self._head_is_linear = linear is not None and torch.equal(linear(normed), logits)
+            found = self.logits(out.hidden_BND)[0, path]
+            if (linear := self._linear_head) is not None and not self.is_run_whole:
+                normed = self.norm(out.hidden_BND)
+                self._head_is_linear = torch.equal(linear(normed), self.head(normed))
         except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
             kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in self.model.parameters()})
             cause = f"; its weights are of {' and '.join(kinds)}, so cast them to one" if len(kinds) > 1 else ""
-            raise ValueError(f"{self._architecture} cannot be run over a draft tree: {error}{cause}") from error
+            reason = (
+                error if isinstance(error, ValueError) else f"it does not take their cache, mask and positions{cause}"
+            )
+            raise ValueError(f"{self._architecture} cannot be run over draft trees: {reason}") from error
         if (gap := self._gap(found, expected[4:])) is not None:
             raise ValueError(
                 f"{self._architecture} returns other logits for a draft tree than in its own forward (off by"
@@ -391,9 +430,18 @@ class Target:
             )
         expected_ragged = expected[[4, 5, 2, 3]]
         self._cannot_batch = self._problem_of(lambda: self._logits_of_ragged_rows(ids[0], source), expected_ragged)
+        if self.is_run_whole:
+            return
         self._cannot_train = self._problem_of(lambda: self._logits_of_whole_text(ids, source), expected)
         if not self.is_encoder_decoder:
             self._cannot_split = self._problem_of(lambda: self._hidden_in_two_spans(ids), out.hidden_BND[0, path])
+
+    def _expected_logits(self, ids_1T: Tensor) -> Tensor:
+        """Returns a causal model's own logits [T, V], and records what its blocks return."""
+        if self.is_run_whole:
+            return self.model(input_ids=ids_1T).logits[0]
+        with recorded_outputs(self._find_stack()) as self._outputs:
+            return self.model(input_ids=ids_1T).logits[0]
 
     def _gap(self, found: Tensor, expected: Tensor) -> float | None:
         """Returns how far two results are apart, relative to the largest value; None if no further than rounding."""
@@ -452,7 +500,7 @@ class Target:
     def _masks(self, tree: Tree, cache: KVCache, positions_BN: Tensor, first: int) -> Any:
         """Returns the mask [R, 1, N, S], or a mask for each kind of layer if the model has two."""
         kinds = set(getattr(self._config, "layer_types", None) or ())
-        window = getattr(self._config, "sliding_window", None)
+        window = getattr(self._config, "sliding_window", None) if self._applies_windows else None
         if not kinds:
             kinds = {"sliding_attention"} if window else {"full_attention"}
         full_RNS = visible(tree, cache, first=first)

@@ -6,6 +6,7 @@ A view is a shallow copy: it shares every parameter with the model, which stays 
 import contextlib
 import copy
 import inspect
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -268,6 +269,13 @@ def view(
     if isinstance(getattr(stack, "embed_positions", None), nn.Module):
         copied._modules["embed_positions"] = _Positions(stack.embed_positions, context)
     return copied
+
+
+def applies_windows(stack: nn.Module) -> bool:
+    """Returns whether a model applies the window that its config may have: some of transformers' own do not."""
+    module = sys.modules[type(stack).__module__]
+    is_own = module.__name__.startswith("transformers.")
+    return not is_own or hasattr(module, "create_sliding_window_causal_mask")
 
 
 def final_norm(stack: nn.Module) -> str | None:

@@ -120,13 +120,13 @@ def _generation_config(path: str) -> Any:
 def context_length(config: Any) -> int:
     """Returns the longest sequence that a model's positions allow.
 
-    Long-RoPE models rotate all keys again once a text outgrows the original length, which no cache can follow: that
-    length is their limit.
+    Models with long or dynamic RoPE rotate all keys again once a text outgrows the original length, which no cache can
+    follow: that length is their limit.
     """
     limit = int(getattr(config, "max_position_embeddings", None) or NO_LIMIT)
     rope = getattr(config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    if rope.get("rope_type") == "longrope" and original:
+    if rope.get("rope_type") in ("longrope", "dynamic") and original:
         limit = min(limit, int(original))
     return limit
 

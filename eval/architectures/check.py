@@ -20,12 +20,11 @@ from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters import early_exit, layerskip, lm, lookup, medusa
 
-NUM_NEW = 40
-PROMPT_LENGTHS = (37, 70)
-RAGGED_LENGTHS = (5, 37, 20)
 TOLERANCE = 1e-3
 """Largest difference of logits, relative to the largest logit, that counts as rounding."""
 TREE = ((0,), (1,), (0, 0), (0, 1), (0, 0, 0))
+
+QUICK_WAYS = ("chain", "tree", "early exit", "layerskip", "training pass")
 
 IDENTICAL, REFUSED, UNSUPPORTED, WRONG, CRASH = "identical", "refused", "unsupported", "WRONG TEXT", "CRASH"
 
@@ -37,6 +36,18 @@ class Outcome:
     verdict: str
     """identical; refused, with a sentence, before decoding; WRONG TEXT; or CRASH."""
     detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """What is decoded: the lengths of the prompts of each batch, and new tokens per prompt."""
+
+    batches: tuple[tuple[int, ...], ...]
+    num_new: int
+
+
+WHOLE = Amount(batches=((37,), (70,), (5, 37, 20)), num_new=40)
+QUICK = Amount(batches=((30,), (5, 30)), num_new=8)
 
 
 class PartlyRight(Drafter):
@@ -93,16 +104,16 @@ def prompts(lengths: Sequence[int], vocab_size: int, *, seed: int = 0) -> list[l
     return rows
 
 
-def check(model: Any) -> dict[str, Outcome]:
-    """Returns the outcome of every way of decoding; only `target` if the model is not supported."""
+def check(model: Any, amount: Amount = WHOLE, *, only: Sequence[str] = ()) -> dict[str, Outcome]:
+    """Returns the outcome of every way of decoding, or of `only` some; of `target` if the model is not supported."""
     try:
         target = Target(model)
     except ValueError as error:
         return {"target": Outcome(verdict=UNSUPPORTED, detail=str(error))}
     except Exception as error:  # what a user would see as a traceback
         return {"target": Outcome(verdict=CRASH, detail=_brief(error))}
-    checks = _Checks(model, target)
-    outcomes = {"plain": checks.decode("plain", lambda _: None)}
+    checks = _Checks(model, target, amount)
+    outcomes = {"plain": checks.decode(lambda _: None)}
     texts = checks.texts
     ways: dict[str, Callable[[list[list[int]]], Drafter | None]] = {
         "lookup": lambda _: lookup.Drafter(lookup.Config(), target),
@@ -121,9 +132,11 @@ def check(model: Any) -> dict[str, Outcome]:
         ),
     }
     for name, make in ways.items():
-        outcomes[name] = checks.decode(name, make, texts)
-    outcomes["training pass"] = checks.training_pass()
-    outcomes["folder"] = checks.folder()
+        if not only or name in only:
+            outcomes[name] = checks.decode(make, texts)
+    for name, run in (("training pass", checks.training_pass), ("folder", checks.folder)):
+        if not only or name in only:
+            outcomes[name] = run()
     return outcomes
 
 
@@ -152,19 +165,17 @@ def _randomised(drafter: Any) -> Any:
 class _Checks:
     """The ways of decoding one model, and its own texts, each made once."""
 
-    def __init__(self, model: Any, target: Target) -> None:
-        self._model, self._target = model, target
-        vocab_size = target.vocab_size
-        self._batches = [[row] for row in prompts(PROMPT_LENGTHS, vocab_size)] + [prompts(RAGGED_LENGTHS, vocab_size)]
+    def __init__(self, model: Any, target: Target, amount: Amount) -> None:
+        self._model, self._target, self._num_new = model, target, amount.num_new
+        self._batches = [prompts(lengths, target.vocab_size, seed=seed) for seed, lengths in enumerate(amount.batches)]
         self._right: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         self.texts: list[list[list[int]]] = []
         """The plain texts of each batch."""
 
     def decode(
-        self, name: str, make: Callable[[list[list[int]]], Drafter | None], texts: list[list[list[int]]] | None = None
+        self, make: Callable[[list[list[int]]], Drafter | None], texts: list[list[list[int]]] | None = None
     ) -> Outcome:
         """Decodes every batch with the drafter that `make` returns for its texts."""
-        refusals = []
         for index, rows in enumerate(self._batches):
             try:
                 drafter = make(texts[index] if texts else [])
@@ -173,7 +184,7 @@ class _Checks:
             except Exception as error:
                 return Outcome(verdict=CRASH, detail=f"made: {_brief(error)}")
             try:
-                out = draftsmith.generate(self._target, rows, drafter, max_new_tokens=NUM_NEW)
+                out = draftsmith.generate(self._target, rows, drafter, max_new_tokens=self._num_new)
             except Exception as error:
                 return Outcome(verdict=CRASH, detail=f"{len(rows)} rows: {_brief(error)}")
             found = [ids[:length] for ids, length in zip(out.sequences.tolist(), out.lengths.tolist(), strict=True)]
@@ -182,7 +193,7 @@ class _Checks:
             for row, (prompt, text) in enumerate(zip(rows, found, strict=True)):
                 if gap := self._gap(prompt, text):
                     return Outcome(verdict=WRONG, detail=f"batch of {len(rows)}, row {row}: {gap}")
-        return Outcome(verdict=IDENTICAL, detail="; ".join(refusals))
+        return Outcome(verdict=IDENTICAL)
 
     @torch.inference_mode()
     def _gap(self, prompt: list[int], text: list[int]) -> str:
@@ -204,7 +215,7 @@ class _Checks:
                 torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt)),
                 do_sample=False,
-                max_new_tokens=NUM_NEW,
+                max_new_tokens=self._num_new,
             )[0].tolist()
             if generated != text:
                 at = int(is_off.nonzero()[0])
@@ -254,7 +265,7 @@ class _Checks:
                 return Outcome(verdict=CRASH, detail=_brief(error))
             rows = self._batches[-1]
             out = draftsmith.generate(
-                loaded, rows, lookup.Drafter(lookup.Config(), loaded), max_new_tokens=NUM_NEW, eos_token_id=()
+                loaded, rows, lookup.Drafter(lookup.Config(), loaded), max_new_tokens=self._num_new, eos_token_id=()
             )
             found = [ids[:length] for ids, length in zip(out.sequences.tolist(), out.lengths.tolist(), strict=True)]
         gaps = [self._gap(prompt, text) for prompt, text in zip(rows, found, strict=True)]
