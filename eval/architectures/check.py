@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 import draftsmith
 from draftsmith import Target
+from draftsmith.artifacts.families import find
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft, Tree, chain
-from draftsmith.drafters import early_exit, layerskip, lm, lookup, medusa
 
 TOLERANCE = 1e-3
 """Largest difference of logits, relative to the largest logit, that counts as rounding."""
@@ -115,21 +116,16 @@ def check(model: Any, amount: Amount = WHOLE, *, only: Sequence[str] = ()) -> di
     checks = _Checks(model, target, amount)
     outcomes = {"plain": checks.decode(lambda _: None)}
     texts = checks.texts
+    exits, skips = {"exit_layer": 2, "num_draft": 3}, {"attention": (1,), "mlp": (2,), "num_draft": 3}
     ways: dict[str, Callable[[list[list[int]]], Drafter | None]] = {
-        "lookup": lambda _: lookup.Drafter(lookup.Config(), target),
+        "lookup": lambda _: _drafter("lookup", target),
         "chain": lambda rows: PartlyRight(target, rows, trees=False),
         "tree": lambda rows: _tree_drafter(target, rows),
-        "draft LM": lambda _: _small_lm(target),
-        "medusa": lambda _: _randomised(medusa.Drafter(medusa.Config(num_heads=3, tree=TREE), target)),
-        "early exit": lambda _: early_exit.Drafter(
-            early_exit.Config(exit_layer=2, num_draft=3, length="fixed"), target
-        ),
-        "early exit tree": lambda _: early_exit.Drafter(
-            early_exit.Config(exit_layer=2, num_draft=3, width=2, num_nodes=6), target
-        ),
-        "layerskip": lambda _: layerskip.Drafter(
-            layerskip.Config(attention=(1,), mlp=(2,), num_draft=3, length="fixed"), target
-        ),
+        "draft LM": lambda _: _drafter("lm", target, model=_small_model(target), num_draft=3, length="fixed"),
+        "medusa": lambda _: _drafter("medusa", target, num_heads=3, tree=TREE),
+        "early exit": lambda _: _drafter("early_exit", target, **exits, length="fixed", own_norm=False),
+        "early exit tree": lambda _: _drafter("early_exit", target, **exits, width=2, num_nodes=6, own_norm=False),
+        "layerskip": lambda _: _drafter("layerskip", target, **skips, length="fixed"),
     }
     for name, make in ways.items():
         if not only or name in only:
@@ -146,18 +142,21 @@ def _tree_drafter(target: Target, texts: list[list[int]]) -> Drafter:
     return PartlyRight(target, texts, trees=True)
 
 
-def _small_lm(target: Target) -> Drafter:
+def _small_model(target: Target) -> dict[str, Any]:
     settings = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = {"model_type": "llama", "vocab_size": target.vocab_size, "max_position_embeddings": 256} | settings
-    return _randomised(lm.Drafter(lm.Config(model=model, num_draft=3, length="fixed"), target))
+    return {"model_type": "llama", "vocab_size": target.vocab_size, "max_position_embeddings": 256} | settings
 
 
-def _randomised(drafter: Any) -> Any:
+def _drafter(family: str, target: Target, **config: Any) -> Drafter:
+    """Returns a drafter of the family with random weights, if it has any."""
+    module = find(family)
+    drafter = module.Drafter(module.Config(**config), target)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-    drafter.eval()
+    if isinstance(drafter, nn.Module):
+        drafter.eval()
     drafter.on_weights_loaded()
     return drafter
 
@@ -265,7 +264,7 @@ class _Checks:
                 return Outcome(verdict=CRASH, detail=_brief(error))
             rows = self._batches[-1]
             out = draftsmith.generate(
-                loaded, rows, lookup.Drafter(lookup.Config(), loaded), max_new_tokens=self._num_new, eos_token_id=()
+                loaded, rows, _drafter("lookup", loaded), max_new_tokens=self._num_new, eos_token_id=()
             )
             found = [ids[:length] for ids, length in zip(out.sequences.tolist(), out.lengths.tolist(), strict=True)]
         gaps = [self._gap(prompt, text) for prompt, text in zip(rows, found, strict=True)]
