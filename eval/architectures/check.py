@@ -105,10 +105,12 @@ def prompts(lengths: Sequence[int], vocab_size: int, *, seed: int = 0) -> list[l
     return rows
 
 
-def check(model: Any, amount: Amount = WHOLE, *, only: Sequence[str] = ()) -> dict[str, Outcome]:
+def check(
+    model: Any, amount: Amount = WHOLE, *, only: Sequence[str] = (), target: Target | None = None
+) -> dict[str, Outcome]:
     """Returns the outcome of every way of decoding, or of `only` some; of `target` if the model is not supported."""
     try:
-        target = Target(model)
+        target = target or Target(model)
     except ValueError as error:
         return {"target": Outcome(verdict=UNSUPPORTED, detail=str(error))}
     except Exception as error:  # what a user would see as a traceback

@@ -293,7 +293,7 @@ def tiny_model(variant: Variant, *, seed: int = 0) -> Any:
     auto = AutoModelForSeq2SeqLM if variant.is_seq2seq else AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.float32).eval()
     _randomise(model, seed=seed)
-    start = 0 if config.is_encoder_decoder else None
+    start = 2 if config.is_encoder_decoder else None  # not padding, which some models count no position for
     model.generation_config = GenerationConfig(pad_token_id=0, decoder_start_token_id=start)
     return model
 

@@ -1,0 +1,75 @@
+"""Tests of architectures: representative ones are decoded in every way, and what is refused gets a sentence."""
+
+import pytest
+import torch
+
+import draftsmith
+from draftsmith import Target
+from eval.architectures.check import CRASH, IDENTICAL, QUICK, QUICK_WAYS, REFUSED, UNSUPPORTED, WRONG, check
+from eval.architectures.models import Variant, tiny_model, variants
+
+VARIANTS = {variant.name: variant for variant in variants()}
+# Each stands for a kind: names of norms, blocks that return tuples, widths that differ, positions, windows.
+WHOLLY_SUPPORTED = (
+    "llama",
+    "phi",  # its final norm is called final_layernorm
+    "biogpt",  # layer_norm
+    "gptj",  # blocks return tuples
+    "falcon",  # its attention is called self_attention
+    "gpt_oss",  # an MLP that returns two values
+    "granitemoe",  # its MLP is called block_sparse_moe
+    "deepseek_v3",  # latent attention: keys are wider than values
+    "gemma4_text",  # two widths of heads
+    "minimax_m2",  # a window in its config that it does not apply
+    "xglm",  # computed positions
+)
+RUN_WHOLE = ("gemma3n_text", "nanochat", "modernbert-decoder")
+ENCODER_DECODERS = ("marian@seq2seq", "pegasus_x", "m2m_100")
+
+
+def outcomes(name: str) -> dict[str, str]:
+    found = check(tiny_model(VARIANTS[name]), QUICK, only=QUICK_WAYS)
+    assert not [(way, one.detail) for way, one in found.items() if one.verdict in (WRONG, CRASH)]
+    return {way: one.verdict for way, one in found.items()}
+
+
+@pytest.mark.parametrize("name", WHOLLY_SUPPORTED)
+def test_every_way_of_decoding_writes_the_models_own_text(name: str) -> None:
+    assert outcomes(name) == dict.fromkeys(("plain", *QUICK_WAYS), IDENTICAL)
+
+
+@pytest.mark.parametrize("name", RUN_WHOLE)
+def test_models_that_cannot_be_split_are_run_whole(name: str) -> None:
+    parts = ("early exit", "layerskip", "training pass")
+    assert outcomes(name) == dict.fromkeys(("plain", "chain", "tree"), IDENTICAL) | dict.fromkeys(parts, REFUSED)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_encoder_decoders_verify_chains_in_ragged_batches(name: str) -> None:
+    found = outcomes(name)
+    assert [found[way] for way in ("plain", "chain", "training pass")] == [IDENTICAL] * 3
+    assert [found[way] for way in ("tree", "early exit", "layerskip")] == [REFUSED] * 3
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "bloom"])
+def test_unsupported_models_get_one_sentence(name: str) -> None:
+    (found,) = check(tiny_model(VARIANTS[name])).values()
+    assert found.verdict == UNSUPPORTED and "\n" not in found.detail and len(found.detail) < 300
+
+
+def test_drafters_of_hidden_states_are_refused_by_a_target_that_is_run_whole() -> None:
+    target = Target(tiny_model(VARIANTS["nanochat"]))
+    with pytest.raises(ValueError, match="it is run whole, without hidden states or parts, so take a drafter"):
+        target.read(torch.tensor([[3, 4, 5]]), (1,))
+    out = draftsmith.generate(target, [[3, 4, 5], [6, 7]], max_new_tokens=3)
+    assert out.lengths.tolist() == [6, 5]
+
+
+def test_a_wrong_text_is_found() -> None:
+    """A model whose final norm stays inside every span, as an unknown name of the norm would leave it."""
+    variant = Variant(model_type="llama", is_seq2seq=False)
+    model = tiny_model(variant)
+    target = Target(model)
+    target._norm = torch.nn.Identity()
+    found = check(model, QUICK, only=("chain",), target=target)
+    assert found["plain"].verdict == WRONG
