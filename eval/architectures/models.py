@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -299,10 +304,11 @@ def tiny_model(variant: Variant, *, seed: int = 0) -> Any:
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module, *, seed: int) -> None:
+def _randomise(model: PreTrainedModel, *, seed: int) -> None:
     """Adds noise to norms and biases, whose defaults hide errors, and makes the text vary."""
     generator = torch.Generator().manual_seed(seed)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue  # computed, and saved in no checkpoint

@@ -23,7 +23,7 @@ WHOLLY_SUPPORTED = (
     "minimax_m2",  # a window in its config that it does not apply
     "xglm",  # computed positions
 )
-RUN_WHOLE = ("gemma3n_text", "nanochat", "modernbert-decoder")
+RUN_WHOLE = ("gemma3n_text", "nanochat", "modernbert-decoder", "opt+350m")
 ENCODER_DECODERS = ("marian@seq2seq", "pegasus_x", "m2m_100")
 
 
