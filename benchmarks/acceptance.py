@@ -25,7 +25,7 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.core.sampling import Sampling
 from draftsmith.length.costs import num_threads
-from eval.bakeoff import hardware
+from eval import hardware
 from eval.bakeoff.optimal_transport import FirstTokenRecorder
 from trainers.training.settings import parse_settings
 

@@ -22,7 +22,7 @@ from data.prompts import load_prompts
 from draftsmith import Target
 from draftsmith.length.costs import num_threads
 from draftsmith.verify.research.position_noise import exponentials
-from eval.bakeoff import hardware
+from eval import hardware
 from trainers.training.settings import parse_settings
 
 

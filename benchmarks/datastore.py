@@ -25,7 +25,7 @@ from data.examples import open_examples
 from draftsmith import Target
 from draftsmith.drafters.rest import Config, Drafter
 from draftsmith.length.costs import num_threads
-from eval.bakeoff import hardware
+from eval import hardware
 from trainers.corpora.corpus import documents
 from trainers.corpora.suffix_arrays import build
 from trainers.training.run_settings import DEFAULT_DATA

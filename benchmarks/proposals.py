@@ -27,7 +27,7 @@ from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.length.costs import num_threads
-from eval.bakeoff import hardware
+from eval import hardware
 from trainers.training.settings import parse_settings
 
 

@@ -25,7 +25,7 @@ from draftsmith.core.tree import Draft, SamplingScheme, Tree, chain
 from draftsmith.length.costs import num_threads
 from draftsmith.verify import block, deterministic, traversal
 from draftsmith.verify.research import kseq, multipath, recursive, token
-from eval.bakeoff import hardware
+from eval import hardware
 from trainers.training.settings import parse_settings
 
 

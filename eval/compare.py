@@ -15,7 +15,8 @@ from tqdm import tqdm
 from data.prompts import Prompt
 from draftsmith import Target
 from draftsmith.length.costs import num_threads
-from eval.bakeoff import forecast, hardware
+from eval import hardware
+from eval.bakeoff import forecast
 from eval.bakeoff.contenders import PLAIN, Contender, contenders, fingerprint
 from eval.bakeoff.measure import DecodingRequest, Tally, draftsmith_method, measure, warm_up
 from eval.bakeoff.optimal_transport import first_token_acceptance

@@ -49,7 +49,7 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import own_files, read_manifest
 from draftsmith.artifacts.files import check_replaceable
 from draftsmith.length.costs import num_threads
-from eval.bakeoff import hardware
+from eval import hardware
 from eval.certificate.identity import FAILED, GreedySettings, compare_greedy
 from eval.certificate.sampled import (
     EXTRA_TOKENS,

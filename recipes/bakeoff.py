@@ -31,7 +31,7 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.length.costs import num_threads
 from draftsmith.loading.model_info import TargetInfo, read_target_info
-from eval.bakeoff import hardware
+from eval import hardware
 from eval.bakeoff.results import check_output, claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare

@@ -30,7 +30,7 @@ from draftsmith import Target
 from draftsmith.length.costs import num_threads
 from draftsmith.loading.model_info import TargetInfo, read_target_info
 from draftsmith.loading.target_names import model_folder
-from eval.bakeoff import hardware
+from eval import hardware
 from eval.bakeoff.results import claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare

@@ -22,9 +22,9 @@ from draftsmith.artifacts import json_text
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.files import atomic_folder, check_replaceable
 from draftsmith.artifacts.provenance import run_provenance
-from draftsmith.core.precision import cast
 from draftsmith.loading import remote_code
 from draftsmith.loading.model_info import TargetInfo, read_target_info
+from draftsmith.loading.precision import cast
 from draftsmith.loading.target_names import model_folder
 from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural import quantised

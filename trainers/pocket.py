@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from data.folder_lock import locked
 from data.sources.python_source import SourceFile, docstring_pairs, source_files, split_files
 from draftsmith.artifacts.files import atomic_folder
-from draftsmith.core.precision import cast
+from draftsmith.loading.precision import cast
 
 VOCAB_SIZE = 4096
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"

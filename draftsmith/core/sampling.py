@@ -55,6 +55,12 @@ class Sampling:
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
+    def as_arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `generate` that ask for these settings."""
+        arguments = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
+        others = {name: value for name, value in self.as_settings().items() if name not in arguments}
+        return arguments | ({"generation_config": others} if others else {})
+
     def as_settings(self) -> dict[str, float]:
         """Returns the settings that differ from the defaults, called as in transformers' generation config."""
         return {name: value for name, value in vars(self).items() if value != getattr(Sampling, name)}

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from draftsmith.core import drafter
 from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Session, Step
-from draftsmith.core.precision import KeepsPrecision
 from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.length import policies
+from draftsmith.loading.precision import KeepsPrecision
 from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_WIDTH, check_at_least, check_model
 from draftsmith.parts.draft_progress import DraftProgress

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from draftsmith.core.precision import cast
 from draftsmith.core.target import Target
 from draftsmith.core.tree import chain
 from draftsmith.core.views import LAYER_LISTS, final_norm, find_child
 from draftsmith.export.launch import Launch, check_path, python_launch, sglang_launch, vllm_launch
 from draftsmith.export.source import ExportSource
 from draftsmith.length import policies
+from draftsmith.loading.precision import cast
 from draftsmith.parts.self_drafting.sublayers import sublayers
 
 NUM_COMPARED = 8

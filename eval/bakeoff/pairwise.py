@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from data.prompts import Prompt
 from draftsmith import Target
 from draftsmith.length.costs import num_threads
-from eval.bakeoff import hardware
+from eval import hardware
 from eval.bakeoff.measure import DecodingMethod, DecodingRequest, measure, warm_up
 
 

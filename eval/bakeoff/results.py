@@ -14,9 +14,9 @@ from data.shards import write_atomically
 from draftsmith.artifacts import json_text
 from draftsmith.artifacts.files import LOCK
 from eval.bakeoff.measure import Tally
+from eval.report.recorded_texts import NAME, TEXTS
 
-NAME = "bakeoff"
-PARTIAL, STARTED, TEXTS = f"{NAME}.partial.jsonl", f"{NAME}.started.txt", f"{NAME}.texts.json"
+PARTIAL, STARTED = f"{NAME}.partial.jsonl", f"{NAME}.started.txt"
 
 Cell = tuple[int, float, int, str]
 """(round, temperature, batch size, prompt category); the category is "" for prompts without one."""

@@ -70,8 +70,8 @@ def compare_greedy(
     decoders |= {name: draftsmith_method(target, drafter, verifier=verifier) for name, drafter in drafters.items()}
 
     def explain_row(request: DecodingRequest, row: int, found: list[int], expected: list[int]) -> dict[str, Any]:
-        settings_of_ties = {"exact": exact, "tie_tolerance": settings.tie_tolerance}
-        return explain(target, request.prompts[row], found, expected, **settings_of_ties)
+        prompt, tolerance = request.prompts[row], settings.tie_tolerance
+        return explain(target, prompt, found, expected, exact=exact, tie_tolerance=tolerance)
 
     return compare_texts(
         decoders,

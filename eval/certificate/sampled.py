@@ -148,7 +148,7 @@ def sample_and_test(
                 max_new_tokens=settings.num_tokens + EXTRA_TOKENS,
                 seed=(settings.seed << 20) + len(texts),
                 verifier=settings.verifier,
-                **asdict(sampling),
+                **sampling.as_arguments(),
             )
             rows = zip(out.sequences.tolist(), out.lengths.tolist(), recorder.drafts, strict=True)
             for row, length, drafts in rows:

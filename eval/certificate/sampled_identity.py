@@ -110,7 +110,7 @@ def _decode(target: Target, drafter: Any, sampling: Sampling, request: DecodingR
         max_new_tokens=request.max_new_tokens,
         seed=request.seed,
         verifier=COUPLED,
-        **asdict(sampling),
+        **sampling.as_arguments(),
     )
     starts = [1 if target.is_encoder_decoder else len(prompt) for prompt in request.prompts]
     rows = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)

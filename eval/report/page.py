@@ -14,8 +14,8 @@ from markupsafe import Markup, escape
 
 from data.shards import write_atomically
 from draftsmith.artifacts import json_text
-from eval.bakeoff.results import NAME, TEXTS
 from eval.report import charts
+from eval.report.recorded_texts import NAME, TEXTS
 from eval.report.table import definitions, header, is_slower, output_of, ranked
 from eval.report.token_view import KINDS, annotated_texts
 

@@ -18,6 +18,10 @@ from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft
 from draftsmith.length.controller import with_length_control
 
+NAME = "bakeoff"
+"""Name of every file of a comparison."""
+TEXTS = f"{NAME}.texts.json"
+"""File of the recorded texts."""
 NUM_TEXTS, NUM_TOKENS = 3, 64
 MAX_PATHS, MAX_REJECTED = 24, 4
 NodePath = tuple[int, ...]

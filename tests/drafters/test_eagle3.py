@@ -200,7 +200,7 @@ def test_drafts_and_cache_match_naive_network(variant: str, shape: Any, threshol
     target, sampling = tiny_target("llama"), Sampling(temperature=0.7, top_k=9)
     compared = CheckedDrafts(random_drafter(shape(target, **VARIANTS[variant]), target), sampling)
     ids, mask = padded(prompts(3))
-    settings = vars(sampling) | {"max_new_tokens": 8, "eos_token_id": (10, 11, 12), "seed": 1}
+    settings = sampling.as_arguments() | {"max_new_tokens": 8, "eos_token_id": (10, 11, 12), "seed": 1}
     drafter: Any = TargetConfidenceThreshold(compared, threshold) if threshold else compared
     draftsmith.generate(target, ids, drafter, attention_mask=mask, **settings)
     assert compared.num_compared > 20 and compared.num_checked > 4

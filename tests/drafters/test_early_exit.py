@@ -168,7 +168,7 @@ def test_drafts_and_caches_match_uncached_forwards(variant: str, shape: str) -> 
     config = Config(**{"exit_layer": 2, "num_draft": 3} | VARIANTS[variant] | (TREE if shape == "tree" else {}))
     compared = CheckedDrafts(built(early_exit, config, tiny_target("llama")), sampling)
     ids, mask = padded(prompts(5))
-    settings = vars(sampling) | {"max_new_tokens": 10, "eos_token_id": (10, 11, 12), "seed": 1}
+    settings = sampling.as_arguments() | {"max_new_tokens": 10, "eos_token_id": (10, 11, 12), "seed": 1}
     draftsmith.generate(compared.target, ids, compared, attention_mask=mask, **settings)
     assert compared.num_compared > 25
 

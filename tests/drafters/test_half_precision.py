@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import draftsmith
 from draftsmith import Target
 from draftsmith.artifacts.families import find, names
-from draftsmith.core.precision import cast
 from draftsmith.core.tree import Draft
 from draftsmith.drafters import cascade, early_exit, layerskip, lm, lookup, merge, prophet, staged
 from draftsmith.export import export
+from draftsmith.loading.precision import cast
 from tests.drafters.test_eagle3 import chains
 from tests.drafters.test_every_family import example_of
 from tests.support.family import Watched, built, part_config

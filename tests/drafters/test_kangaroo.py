@@ -157,7 +157,7 @@ def test_both_caches_match_a_fresh_prefill(config: Config, num_rows: int, sampli
     compared = CheckedDrafts(pass_through(tiny_target("llama", dtype=torch.float64), config))
     ids, mask = padded(prompts(num_rows), side="left")
     ends = (10, 11) if num_rows > 1 else ()
-    settings = vars(sampling) | {"max_new_tokens": 14, "eos_token_id": ends, "seed": 1}
+    settings = sampling.as_arguments() | {"max_new_tokens": 14, "eos_token_id": ends, "seed": 1}
     draftsmith.generate(compared.target, ids, compared, attention_mask=mask, **settings)
     assert compared.num_compared > 10
     assert num_rows == 1 or compared.num_accepted > 3

@@ -157,7 +157,7 @@ def test_drafts_follow_the_draft_models_distribution(sampling: Sampling, accepts
     drafter = copy_of(target, **given) if accepts else built(lm, small(target, **given), target)
     compared = CheckedDrafts(drafter, sampling, 0.25)
     ids, mask = padded(prompts(5))
-    settings = vars(sampling) | {"max_new_tokens": 14, "eos_token_id": (10, 11, 12), "seed": 1}
+    settings = sampling.as_arguments() | {"max_new_tokens": 14, "eos_token_id": (10, 11, 12), "seed": 1}
     draftsmith.generate(target, ids, compared, attention_mask=mask, **settings)
     assert compared.num_compared > 30
 
@@ -181,7 +181,7 @@ def test_tied_drafts_follow_the_draft_models_distribution(
     config = of_settings(trainer_settings(distill, **changes), target)
     compared = CheckedDrafts(built(lm, dataclasses.replace(config, length="confidence=0.1"), target), sampling, 0.1)
     ids, mask = padded(prompts(5))
-    settings = vars(sampling) | {"max_new_tokens": 14, "eos_token_id": (10, 11, 12), "seed": 1}
+    settings = sampling.as_arguments() | {"max_new_tokens": 14, "eos_token_id": (10, 11, 12), "seed": 1}
     draftsmith.generate(target, ids, compared, attention_mask=mask, **settings)
     assert compared.num_compared > 20
 

@@ -114,7 +114,7 @@ def test_drafts_follow_the_draft_models_distribution(small: str, sampling: Sampl
     for policy, threshold in (("fixed", 0.0), ("confidence=0.15", 0.15)):
         compared = Compared(staged_drafter(TARGET, small, length=policy), sampling, threshold)
         ids, mask = padded(prompts(5))
-        settings = vars(sampling) | {"max_new_tokens": 14, "eos_token_id": EOS, "seed": 1}
+        settings = sampling.as_arguments() | {"max_new_tokens": 14, "eos_token_id": EOS, "seed": 1}
         draftsmith.generate(TARGET, ids, compared, attention_mask=mask, **settings)
         assert compared.num_compared > 20
 

@@ -12,7 +12,7 @@ from data import POCKET
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.loading.cache_folder import HOME
 from draftsmith.loading.model_info import read_target_info
-from eval.bakeoff import hardware
+from eval import hardware
 from recipes import quickstart
 from recipes.quickstart import QuickstartSettings, main
 from tests.support.runs import command, run

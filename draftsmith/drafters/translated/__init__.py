@@ -21,11 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from draftsmith.artifacts.files import inside
 from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
-from draftsmith.core.precision import KeepsPrecision
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters.translated.spelling import BOS, EOS, Translation, Vocabulary
 from draftsmith.loading.model_info import TargetInfo, tokenizer_hash
+from draftsmith.loading.precision import KeepsPrecision
 from draftsmith.parts import autoregressive, trie
 from draftsmith.parts.checks import MAX_NODES, check_at_least, check_model
 from draftsmith.parts.suffix_array import num_common

@@ -16,12 +16,12 @@ import draftsmith
 from data.prompts import Prompt
 from draftsmith import Target
 from draftsmith.artifacts.families import find
-from eval.bakeoff.results import TEXTS
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.report import charts
 from eval.report.page import PAGE, page, write_report
 from eval.report.recorded_texts import (
+    TEXTS,
     DecodingStep,
     _as_text,
     _pieces,
