@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--length", default="auto", help="draft-length policy, such as fixed=4 (default: the drafter's own)"
     )
+    generate.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="the same text with every drafter and with none, in any precision",
+    )
     generate.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
     generate.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if available)")
     generate.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
@@ -176,6 +181,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         verifier=arguments.verifier,
         length=arguments.length,
         streamer=printer,
+        batch_invariant=arguments.batch_invariant,
     )
     seconds = time.perf_counter() - began
     stats = out.stats

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Drafter, Session, Step
+from draftsmith.core.fixed_shapes.chains import likeliest_chain
+from draftsmith.core.fixed_shapes.forwards import Shapes
 from draftsmith.core.rows import HiddenHistory, Text, replace_ended
 from draftsmith.core.sampling import RowGenerators, Sampling, hashed_seed
 from draftsmith.core.stats import GenerationStats
@@ -36,6 +38,7 @@ from draftsmith.inputs.batching import (
     until_end,
 )
 from draftsmith.inputs.generation_config import Rules, make_rules, num_copies, read_config, with_sampling
+from draftsmith.inputs.invariance import shapes_for
 from draftsmith.inputs.locks import exclusive, with_parts
 from draftsmith.length.controller import cut, with_length_control
 from draftsmith.length.costs import Stopwatch
@@ -89,6 +92,7 @@ def generate(
     verifier: str = "auto",
     length: str | Policy = "auto",
     streamer: Any = None,
+    batch_invariant: bool | None = None,
 ) -> Generation:
     """Continues `input_ids` [B, T] with tokens of the target's distribution, faster with a drafter than without.
 
@@ -103,7 +107,11 @@ def generate(
     processors, and those in `logits_processor`, are applied to each drafted token's own prefix, padding not counted.
     Rows also stop after a text in `stop_strings`, and by transformers' `stopping_criteria`. A `streamer` receives the
     prompt, then each step's tokens. Threads may share a target; calls with the same drafter or policy wait for each
-    other. Raises ValueError for invalid settings or prompts.
+    other.
+
+    With `batch_invariant` a token's logits have the same bits however it is fed, so that in any dtype plain decoding
+    and every drafter give the same text at temperature 0, and with `verifier="coupled"` above; None takes the target's
+    own setting. Raises ValueError for invalid settings or prompts, and if the target cannot be run so.
     """
     check_objects(target, drafter, verifier=verifier, length=length, streamer=streamer)
     if (config := read_config(target, generation_config)) is None:
@@ -141,10 +149,14 @@ def generate(
         Text(index=index, ids=row, limit=limit, identity=identity)
         for index, (row, limit, identity) in enumerate(zip(rows, limits, identities, strict=True))
     ]
+    is_invariant = target.batch_invariant if batch_invariant is None else batch_invariant
+    shapes = shapes_for(target, len(rows)) if is_invariant else None
     length_control = () if isinstance(length, str) else (length,)
     with exclusive(*(with_parts(drafter) if drafter is not None else ()), *length_control):
         controlled = with_length_control(drafter, length) if drafter is not None else None
-        for _ in _decode(target, texts, source, eos, controlled, rules, verifier, generator, stats, streamer):
+        for _ in _decode(
+            target, texts, source, eos, controlled, rules, verifier, generator, stats, streamer, shapes=shapes
+        ):
             pass  # each text has grown in place
     # Tensors made in inference mode cannot be used in training.
     with torch.inference_mode(False):
@@ -265,6 +277,7 @@ def _decode(
     stats: GenerationStats,
     streamer: Any = None,
     admit: Callable[[int], tuple[list[Text], Source | None]] | None = None,
+    shapes: Shapes | None = None,
 ) -> Iterator[Text]:
     """Appends new tokens to each text until its limit or an end-of-sequence; yields texts as they end.
 
@@ -275,7 +288,7 @@ def _decode(
     rows = [text.ids for text in texts]
     if streamer is not None:
         streamer.put(torch.tensor(rows[0]))
-    cache = target.new_cache(len(rows), source=source)
+    cache = target.new_cache(len(rows), source=source, shapes=shapes)
     wanted = drafter.hidden_layers if drafter is not None else ()
     hidden = _prefill(target, rows, cache, wanted)
     history = HiddenHistory(rows, hidden) if admit is not None and wanted else None
@@ -300,13 +313,15 @@ def _decode(
         _begin(generator, texts, "draft")
         budget = max(text.limit - len(text.ids) for text in texts if text.is_running) - 1
         draft = drafter.propose(budget) if drafter is not None and budget > 0 else session.empty_draft()
+        if shapes is not None:
+            draft = likeliest_chain(draft)
         if admit is not None and draft.tree.is_chain:
             # Verified deeper than its own limit, a text could depend on the limits of those beside it.
             draft = cut(draft, [max(text.limit - len(text.ids) - 1, 0) for text in texts])
         stats.draft_ms += (draft_ms := watch.lap_ms())
 
         out = target.forward_draft(draft, cache, layers=wanted)
-        logits_BNV = target.logits(out.hidden_BND)
+        logits_BNV = target.logits(out.hidden_BND, shapes)
         if rules.processors is not None:
             logits_BNV = rules.processors(logits_BNV, draft, rows, [text.is_running for text in texts])
         _begin(generator, texts, "verify")

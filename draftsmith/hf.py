@@ -43,6 +43,7 @@ def custom_generate(
     stop_strings: Any = None,
     stop_tokenizer: Any = None,
     inputs_tensor: Tensor | None = None,
+    batch_invariant: bool | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
     """Returns the sequences of `model.generate`, decoded speculatively with `drafter`; transformers calls it.
@@ -95,6 +96,7 @@ def custom_generate(
         generation_config=sampling.as_settings() | {"do_sample": not sampling.is_greedy},
         logits_processor=NodeProcessors(for_rows(processors, paddings, own, are_lengths_padded=True)),
         stopping_criteria=stops,
+        batch_invariant=batch_invariant,
     )
     if target.is_encoder_decoder:
         return out.sequences

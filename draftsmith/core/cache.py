@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from draftsmith.core.fixed_shapes.forwards import Shapes
 from draftsmith.core.tree import Tree
 
 FIRST_CAPACITY = 256
@@ -23,7 +24,7 @@ class KVCache(Cache):
     lie in one tensor [L, B, H, S, D], so that a commit is one gather.
     """
 
-    def __init__(self, *, num_layers: int, batch_size: int) -> None:
+    def __init__(self, *, num_layers: int, batch_size: int, shapes: Shapes | None = None) -> None:
         self.layers: list[Any] = []  # transformers expects its own per-layer objects here; there are none
         self.num_layers = num_layers
         self.lengths = [0] * batch_size
@@ -36,6 +37,7 @@ class KVCache(Cache):
         self._flat_slots: dict[int, Tensor] = {}
         self._first_slot = 0
         self.num_visible = 0  # slots that the current forward may attend to
+        self.shapes = shapes  # of the forwards of a batch-invariant call; None leaves them as they are
         # An encoder-decoder's source, and its cross-attention cache, which the first forward fills.
         self.source: Any = None
         self.cross: Cache | None = None
@@ -44,7 +46,8 @@ class KVCache(Cache):
     def prepare(self, num_nodes: int, device: torch.device, *, first: int = 0) -> None:
         """Prepares a forward of a tree's nodes `first` to `num_nodes - 1`; the nodes before were fed already."""
         self._first_slot = self.lengths[0] + first
-        self.num_visible = max(self.lengths) + num_nodes
+        multiple = self.shapes.slot_multiple if self.shapes is not None else 1
+        self.num_visible = -(-(max(self.lengths) + num_nodes) // multiple) * multiple
         self._flat_slots = {}
         if self.is_ragged:
             order_N = torch.arange(first, num_nodes, device=device)
@@ -72,6 +75,11 @@ class KVCache(Cache):
                 width = states.shape[3]
                 stored.view(-1, width).index_copy_(0, self._flat_index(stored), states.reshape(-1, width))
         return keys[:, :, : self.num_visible], values[:, :, : self.num_visible]
+
+    def stored(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Returns a layer's keys and values [B, H, S, D] of all slots, used or not; changes to them are kept."""
+        keys, values = (self._places[layer, kind] for kind in (0, 1))
+        return self._stores[keys[0]][keys[1]], self._stores[values[0]][values[1]]
 
     def _stored(self, layer: int, kind: int, states: Tensor) -> Tensor:
         """Returns the layer's keys or values [B, H, S, D], making room for them at the first call."""
@@ -176,8 +184,9 @@ def visible(tree: Tree, cache: KVCache, *, first: int = 0) -> Tensor:
     ancestors_RNN = tree.ancestors_RNN[:, first:]
     num_new, device = ancestors_RNN.shape[1], ancestors_RNN.device
     if not cache.is_ragged:
-        past = ancestors_RNN.new_ones(1, num_new, cache.lengths[0])
-        return torch.cat([past.expand(len(ancestors_RNN), -1, -1), ancestors_RNN], dim=2)
+        past = ancestors_RNN.new_ones(1, num_new, cache.lengths[0]).expand(len(ancestors_RNN), -1, -1)
+        num_unused = cache.num_visible - cache.lengths[0] - tree.num_nodes
+        return torch.nn.functional.pad(torch.cat([past, ancestors_RNN], dim=2), (0, num_unused))
     batch_size = len(cache.lengths)
     lengths_B1 = torch.tensor(cache.lengths, device=device)[:, None]
     committed_BS = torch.arange(cache.num_visible, device=device) < lengths_B1

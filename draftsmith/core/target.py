@@ -10,7 +10,7 @@ import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from draftsmith.core.attention import StackedMasks, with_stacked_attention
 from draftsmith.core.cache import KVCache, visible
+from draftsmith.core.fixed_shapes.forwards import Shapes, fixed_shape_forward, fixed_shape_logits
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.core.views import (
     LAYER_LISTS,
@@ -90,7 +91,7 @@ class Target:
     small tree forward with the model's own.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None, *, batch_invariant: bool = False) -> None:
         model = unwrapped(model)
         if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
             raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; pass a tokenizer of transformers, or None")
@@ -117,6 +118,10 @@ class Target:
         self.num_layers = int(self._config.num_hidden_layers)
         self.is_run_whole = False
         """True if only the whole model can be run: it has logits, but no hidden layers and no parts."""
+        self.batch_invariant = batch_invariant
+        """Whether `generate` decodes batch-invariantly unless told otherwise."""
+        self.batch_invariant_shapes: dict[tuple[int, int], Shapes] = {}
+        """Shapes found for batch-invariant decoding, by batch size and number of threads."""
         self._check_supported()
         try:
             self._find_parts()
@@ -131,7 +136,9 @@ class Target:
                 raise error from None
 
     @staticmethod
-    def from_pretrained(path: str | Path, *, dtype: str = "auto", device: str = "auto") -> "Target":
+    def from_pretrained(
+        path: str | Path, *, dtype: str = "auto", device: str = "auto", batch_invariant: bool = False
+    ) -> "Target":
         """Loads a transformers folder, GGUF file, named target or hub name with its tokenizer.
 
         `dtype="auto"` is the dtype of the weights, and bfloat16 for a GGUF file that is quantised.
@@ -150,7 +157,7 @@ class Target:
         except Exception as error:
             raise ValueError(f"target {path} cannot be loaded: {remote_code.reason(error)}") from error
         model.config._name_or_path = path  # not the cache folder's, of a GGUF file or a named target
-        return Target(model, info.tokenizer)
+        return Target(model, info.tokenizer, batch_invariant=batch_invariant)
 
     @property
     def base(self) -> "Target":
@@ -193,9 +200,12 @@ class Target:
         """First token of an encoder-decoder's output; None for a causal model, or if no config names one."""
         return decoder_start(self.model.config, self.model.generation_config) if self.is_encoder_decoder else None
 
-    def new_cache(self, batch_size: int, *, source: Source | None = None) -> KVCache:
-        """Returns an empty cache for `batch_size` rows; an encoder-decoder's includes its cross-attention."""
-        cache = KVCache(num_layers=self.num_layers, batch_size=batch_size)
+    def new_cache(self, batch_size: int, *, source: Source | None = None, shapes: Shapes | None = None) -> KVCache:
+        """Returns an empty cache for `batch_size` rows; an encoder-decoder's includes its cross-attention.
+
+        All forwards with the cache are run in the given `shapes`.
+        """
+        cache = KVCache(num_layers=self.num_layers, batch_size=batch_size, shapes=shapes)
         self._set_source(cache, source)
         return cache
 
@@ -243,6 +253,26 @@ class Target:
             assert resume_BND is not None, "there is nothing to run after the last block"
             return Forward(hidden_BND=resume_BND, layers=dict.fromkeys(layers, resume_BND))
         assert tokens_BN.shape[1] == tree.num_nodes - first
+        settings = {"cache": cache, "layers": layers, "start": start, "stop": stop, "skipped": skipped}
+        run = partial(self._run, **settings)
+        if cache.shapes is not None:
+            return fixed_shape_forward(run, cache.shapes, tokens_BN, tree, first=first, resume_BND=resume_BND)
+        return run(tokens_BN, tree, first, resume_BND)
+
+    def _run(
+        self,
+        tokens_BN: Tensor,
+        tree: Tree,
+        first: int,
+        resume_BND: Tensor | None,
+        *,
+        cache: KVCache,
+        layers: tuple[int, ...],
+        start: int,
+        stop: int,
+        skipped: frozenset[tuple[str, int]],
+    ) -> Forward:
+        """Runs the tree's nodes from `first` on in one forward of the model."""
         cache.prepare(tree.num_nodes, tokens_BN.device, first=first)
         lengths_B1 = torch.tensor(cache.lengths, device=tokens_BN.device)[:, None]
         # A row close to the limit may draft past the context; those tokens are never kept.
@@ -279,8 +309,9 @@ class Target:
         parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         padded = [ids + [0] * (longest - len(ids)) for ids in rows]
         tokens_BT = torch.tensor(padded, dtype=torch.long, device=self.device)
-        for begin in range(0, longest, PREFILL_CHUNK):
-            chunk = min(PREFILL_CHUNK, longest - begin)
+        most = cache.shapes.most_nodes if cache.shapes is not None else PREFILL_CHUNK
+        for begin in range(0, longest, most):
+            chunk = min(most, longest - begin)
             out = self.forward(tokens_BT[:, begin : begin + chunk], chain(chunk, self.device), cache, layers=layers)
             for layer in layers:
                 parts[layer].append(out.layers[layer])
@@ -353,10 +384,12 @@ class Target:
         """True if logits are the product of the normed state and the head's weights, without scaling or capping."""
         return self._head_is_linear
 
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Returns logits [B, T, V] from the last block's un-normed output."""
+    def logits(self, hidden_BTD: Tensor, shapes: Shapes | None = None) -> Tensor:
+        """Returns logits [B, T, V] from the last block's un-normed output, computed in `shapes` if there are any."""
         if self.is_run_whole:
             return hidden_BTD
+        if shapes is not None:
+            return fixed_shape_logits(self.logits, shapes, hidden_BTD)
         return self.head(self.norm(hidden_BTD))
 
     def _find_parts(self) -> None:

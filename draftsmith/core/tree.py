@@ -38,6 +38,23 @@ class Tree:
     def num_nodes(self) -> int:
         return self.parents_RN.shape[1]
 
+    def padded(self, num_more: int) -> "Tree":
+        """Returns the tree with this many more nodes, to which no node of the tree attends; a chain stays one."""
+        if self.is_chain:
+            return chain(self.num_nodes + num_more, self.parents_RN.device)
+        device = self.parents_RN.device
+        more_RNN = torch.eye(num_more, dtype=torch.bool, device=device).expand(len(self.parents_RN), -1, -1)
+        more_RNN = torch.nn.functional.pad(more_RNN, (self.num_nodes, 0))
+        more_RNN[:, :, 0] = True
+        ancestors_RNN = torch.nn.functional.pad(self.ancestors_RNN, (0, num_more))
+        return Tree(
+            parents_RN=torch.nn.functional.pad(self.parents_RN, (0, num_more)),
+            depths_RN=torch.nn.functional.pad(self.depths_RN, (0, num_more), value=1),
+            ancestors_RNN=torch.cat([ancestors_RNN, more_RNN], dim=1),
+            depth=max(self.depth, 1),
+            is_chain=False,
+        )
+
     @staticmethod
     def from_parents(parents: list[list[int]], device: torch.device | str = "cpu") -> "Tree":
         """Returns the tree of one list of parents (shared) or one per row; raises ValueError unless parent < child."""

@@ -1,0 +1,1 @@
+"""Batch-invariant decoding: forwards in fixed shapes, and the chains that they verify."""
