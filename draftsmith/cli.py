@@ -110,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("artifact", help="a drafter's folder")
     export.add_argument("--to", required=True, metavar="ENGINE", help="transformers, vllm, sglang or speculators")
     export.add_argument("--target", help=f"{TARGET_HELP} (default: the artifact's target)")
+    export.add_argument(
+        "--target-name",
+        default="",
+        metavar="NAME",
+        help="the target's folder or hub name where speculators will run (default: the hub name, or relative to OUT)",
+    )
     export.add_argument("output", metavar="OUT", help="the folder to write")
     export.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     export.set_defaults(run=_export)
@@ -284,7 +290,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from draftsmith.export import export
     from draftsmith.export.launch import read_launch
 
-    folder = export(arguments.artifact, arguments.to, arguments.output, arguments.target)
+    folder = export(arguments.artifact, arguments.to, arguments.output, arguments.target, arguments.target_name)
     launch = read_launch(folder)
     print(f"{folder}: {launch['artifact']['family']} for {launch['checked_with']}")
     for note in launch["notes"]:

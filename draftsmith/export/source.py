@@ -1,5 +1,6 @@
 """The source of an export: an artifact, its target, and the path of the output folder."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,8 @@ class ExportSource:
     target_info: TargetInfo
     output: Path
     """Final path of the exported folder, which is written elsewhere first."""
+    target_name_there: str = ""
+    """The target's folder or hub name where the export will be used; if empty, as here."""
 
     @property
     def family(self) -> str:
@@ -39,6 +42,13 @@ class ExportSource:
         """The target's absolute folder or hub name; of a GGUF file or a named target, the folder it is converted to."""
         folder = model_folder(self.target_info.name)
         return str(Path(folder).resolve()) if Path(folder).is_dir() else folder
+
+    @property
+    def verifier_name(self) -> str:
+        """The name of the target in an export that may be moved: the one given, a hub name, or a relative folder."""
+        if self.target_name_there or not Path(self.target_info.name).is_dir():
+            return self.target_name_there or self.target_name
+        return os.path.relpath(self.target_name, self.output)
 
     @property
     def served_model(self) -> str:
@@ -85,7 +95,9 @@ class ExportSource:
             self.target_info.tokenizer.save_pretrained(folder)
 
 
-def open_source(path: Path, manifest: dict[str, Any], output: Path, target: str | None) -> ExportSource:
+def open_source(
+    path: Path, manifest: dict[str, Any], output: Path, target: str | None, target_name_there: str = ""
+) -> ExportSource:
     """Returns the source of an export without loading weights; raises ValueError if artifact and target do not fit."""
     name = manifest["target"]["name"] if target is None else target
     try:
@@ -99,4 +111,11 @@ def open_source(path: Path, manifest: dict[str, Any], output: Path, target: str 
     config = artifact.make_config(
         artifact.family_of(manifest, path).Config, manifest["config"], path / artifact.MANIFEST
     )
-    return ExportSource(artifact=path, manifest=manifest, config=config, target_info=target_info, output=output)
+    return ExportSource(
+        artifact=path,
+        manifest=manifest,
+        config=config,
+        target_info=target_info,
+        output=output,
+        target_name_there=target_name_there,
+    )

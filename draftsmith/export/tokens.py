@@ -30,6 +30,8 @@ def proposer_writer(num_draft: Callable[[Any], int], *notes: str) -> Callable[[E
         environment = {ARTIFACT_VARIABLE: str(source.output / ARTIFACT)}
         requirements = (
             "vLLM verifies chains: only the first path of a tree is drafted.",
+            "vLLM verifies the likeliest token at each position at every temperature, and accepts fewer above 0 than a"
+            " drafter that samples its drafts.",
             "draftsmith must be installed beside vLLM, which requires an older transformers: pip install --no-deps.",
         )
         return vllm_launch(source, settings, environment=environment, notes=(*notes, *requirements))

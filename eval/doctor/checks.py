@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from data.batches import Example
 from draftsmith import Target
+from draftsmith.artifacts import json_text
 from draftsmith.artifacts.artifact import LAYER_INDEX
-from draftsmith.artifacts.model_card import WEIGHTS
+from draftsmith.artifacts.model_card import WEIGHTS, is_hub_name
 from draftsmith.artifacts.provenance import rotary, template_hash
 from eval.doctor.serving import ServingCounts, agrees
 from eval.doctor.teacher_forced import OFFSETS, DraftCounts, GreedyText, draft_from_positions
@@ -36,6 +37,7 @@ REMEDIES = {
     "dtype": "load the target as in training (--dtype), or save the weights again",
     "position": "compare the shift of labels in training with the positions in drafting",
     "carried state": "compare what the drafter keeps in `observe` with what it reads in training",
+    "verifier": "export again with --target-name and the folder or hub name of the target there",
     "export": "compare the exported files with docs/serving.md and the server's version",
 }
 """Remedy of a fault, by the name of its check."""
@@ -265,8 +267,11 @@ def check_state(context: CheckContext, fresh: DraftCounts, carried: DraftCounts)
 
 
 def check_export(served: ServingCounts, own: ServingCounts, *, is_tree: bool) -> Finding:
-    """Compares acceptance of the exported artifact in vLLM with draftsmith's, for drafts of the same length."""
-    message = f"vLLM accepts {served.per_draft:.2f} tokens per draft, draftsmith {own.per_draft:.2f}"
+    """Compares greedy acceptance of the exported artifact in vLLM with draftsmith's, for drafts of the same length.
+
+    At temperature 0 only: above it, vLLM 0.32.0 for CPUs does not sample the model while it speculates.
+    """
+    message = f"vLLM accepts {served.per_draft:.2f} tokens per draft greedily, draftsmith {own.per_draft:.2f}"
     if is_tree:
         return Finding(
             name="export",
@@ -278,6 +283,28 @@ def check_export(served: ServingCounts, own: ServingCounts, *, is_tree: bool) ->
     same = sum(one == other for one, other in zip(served.texts, own.texts, strict=True))
     message += f" ({same} of {len(own.texts)} texts are equal): vLLM does not reproduce the exported drafter"
     return Finding(name="export", verdict="fault", message=message)
+
+
+def check_verifier(export: Path) -> Finding:
+    """Checks whether the speculators library finds the verifier that an export names.
+
+    It needs the verifier's weights to load the drafter at all, and takes a relative name from the folder where it is
+    started. Raises ValueError if there is no export for speculators.
+    """
+    try:
+        name = json_text.read(export / "config.json")["speculators_config"]["verifier"]["name_or_path"]
+    except (OSError, LookupError, TypeError) as error:
+        raise ValueError(f"{export} is no export for speculators: its config.json names no verifier") from error
+    if (Path(name) / "config.json").is_file():
+        return Finding(name="verifier", verdict="ok", message=f"speculators finds its verifier, {name}")
+    if (export / name / "config.json").is_file():
+        message = f"speculators finds its verifier, {name}, where it is started in {export}"
+        return Finding(name="verifier", verdict="ok", message=message)
+    if not name.startswith(".") and is_hub_name(name):
+        message = f"the verifier {name} is no folder here, so speculators looks for it on the hub"
+        return Finding(name="verifier", verdict="unknown", message=message)
+    message = f"the verifier {name} is no model's folder, so speculators cannot load the drafter"
+    return Finding(name="verifier", verdict="fault", message=message)
 
 
 def with_base(drafter: Any, theta: float) -> Any:

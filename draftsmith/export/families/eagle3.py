@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draftsmith.artifacts import json_text
 from draftsmith.artifacts.published_eagle3 import LAYER_IDS, NAMES, OUTER
-from draftsmith.export.launch import Launch, sglang_launch, vllm_launch
+from draftsmith.export.launch import SAMPLES_DRAFTS, Launch, sglang_launch, vllm_launch
 from draftsmith.export.source import ExportSource
 from draftsmith.export.tensors import Specs, write_tensors
 from draftsmith.loading.model_info import NO_LIMIT
@@ -26,10 +26,9 @@ OTHER_NUMBERING = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gpt_oss")
 def vllm(source: ExportSource, folder: Path) -> Launch:
     """Writes the folder that vLLM and SGLang load."""
     _write(source, folder, flat_config(source), "midlayer")
-    settings = {"method": "eagle3", "model": str(source.output), "num_speculative_tokens": source.config.num_draft}
     notes = ("vLLM drafts chains, not trees.",) if source.config.width else ()
     requires = f"vLLM's class for {source.target_config.model_type} models must support SupportsEagle3 (hidden states)."
-    return vllm_launch(source, settings | {"draft_tensor_parallel_size": 1}, notes=(*notes, requires))
+    return vllm_launch(source, _vllm_settings(source), notes=(*notes, requires))
 
 
 def sglang(source: ExportSource, folder: Path) -> Launch:
@@ -63,8 +62,19 @@ def speculators(source: ExportSource, folder: Path) -> Launch:
     It always contains the embedding, because the library initialises a missing one at random.
     """
     _write(source, folder, nested_config(source), "layers.0", with_embedding=True)
-    settings = {"method": "eagle3", "model": str(source.output), "num_speculative_tokens": source.config.num_draft}
-    return vllm_launch(source, settings | {"draft_tensor_parallel_size": 1})
+    notes = ("vLLM drafts chains, not trees.",) if source.config.width else ()
+    if source.verifier_name == source.target_name:
+        return vllm_launch(source, _vllm_settings(source), notes=notes)
+    relative = (
+        f"config.json names the verifier {source.verifier_name!r}, relative to this folder: run speculators in this"
+        " folder, or export with --target-name and the folder or hub name where the verifier is then."
+    )
+    return vllm_launch(source, _vllm_settings(source), notes=(*notes, relative))
+
+
+def _vllm_settings(source: ExportSource) -> dict[str, Any]:
+    settings: dict[str, Any] = {"method": "eagle3", "model": str(source.output), "draft_tensor_parallel_size": 1}
+    return settings | {"num_speculative_tokens": source.config.num_draft} | SAMPLES_DRAFTS
 
 
 def flat_config(source: ExportSource) -> dict[str, Any]:
@@ -97,7 +107,7 @@ def nested_config(source: ExportSource) -> dict[str, Any]:
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
-            "verifier": {"name_or_path": source.target_name, "architectures": source.target_config.architectures},
+            "verifier": {"name_or_path": source.verifier_name, "architectures": source.target_config.architectures},
         },
         "transformer_layer_config": _layer(source),
     }

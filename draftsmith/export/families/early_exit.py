@@ -9,7 +9,15 @@ from typing import Any
 
 from draftsmith.export import custom_generate
 from draftsmith.export.launch import Launch, python_launch
-from draftsmith.export.models import assistant_writer, reduced_model, sglang_draft_model_writer, vllm_draft_model_writer
+from draftsmith.export.models import (
+    SCIKIT_LEARN,
+    assistant_settings,
+    assistant_writer,
+    length_notes,
+    reduced_model,
+    sglang_draft_model_writer,
+    vllm_draft_model_writer,
+)
 from draftsmith.export.source import ExportSource
 
 
@@ -27,7 +35,11 @@ def draft_model(source: ExportSource) -> Any:
 
 
 def for_transformers(source: ExportSource, folder: Path) -> Launch:
-    """Writes a generation config, an assistant or a custom_generate folder, the first that can express the drafter."""
+    """Writes a generation config, an assistant or a custom_generate folder, the first that can express the drafter.
+
+    The assistant of an early exit is the model itself. It reads the draft length from its own generation config, in
+    which the exit layer would make the assistant draft for itself without end: that is an argument of `generate`.
+    """
     config = source.config
     if config.num_blocks or config.recycling:
         return custom_generate.write(source, folder)
@@ -35,20 +47,21 @@ def for_transformers(source: ExportSource, folder: Path) -> Launch:
         return assistant_writer(draft_model)(source, folder)
     assert source.drafter.config == config  # loading the drafter rejects an artifact of another target
     settings = source.generation_config
-    settings.update(
-        assistant_early_exit=config.exit_layer,
-        num_assistant_tokens=config.num_draft,
-        num_assistant_tokens_schedule="constant",
-    )
+    settings.update(**assistant_settings(config))
     settings.save_pretrained(folder)
     source.save_target(folder)
     return python_launch(
         source,
-        f"settings = GenerationConfig.from_pretrained({str(source.output)!r})",
-        "model.generate(**inputs, generation_config=settings, max_new_tokens=64, do_sample=False)",
-        notes=("transformers drafts for a batch of one only.",),
+        f"model.generation_config = GenerationConfig.from_pretrained({str(source.output)!r})",
+        f"model.generate(**inputs, assistant_early_exit={config.exit_layer}, max_new_tokens=64, do_sample=False)",
+        notes=(*_length_notes(config), "transformers drafts for a batch of one only."),
         assistant_early_exit=config.exit_layer,
     )
+
+
+def _length_notes(config: Any) -> tuple[str, ...]:
+    # transformers moves the threshold of assistant models only.
+    return tuple(note for note in length_notes(config) if note != SCIKIT_LEARN)
 
 
 WRITERS = {

@@ -16,7 +16,7 @@ def for_transformers(source: ExportSource, folder: Path) -> Launch:
         source,
         f"settings = GenerationConfig.from_pretrained({str(source.output)!r})",
         "model.generate(**inputs, generation_config=settings, max_new_tokens=64, do_sample=False)",
-        notes=(*shorter, *_notes(source), "transformers drafts for a batch of one only."),
+        notes=(*shorter, *_notes(source, "transformers"), "transformers drafts for a batch of one only."),
         prompt_lookup_num_tokens=config.num_draft,
         max_matching_ngram_size=config.max_ngram,
     )
@@ -27,7 +27,7 @@ def vllm(source: ExportSource, folder: Path) -> Launch:
     config = source.config
     settings = {"method": "ngram", "num_speculative_tokens": config.num_draft}
     settings |= {"prompt_lookup_max": config.max_ngram, "prompt_lookup_min": config.min_ngram}
-    return vllm_launch(source, settings, notes=_notes(source))
+    return vllm_launch(source, settings, notes=_notes(source, "vLLM"))
 
 
 def sglang(source: ExportSource, folder: Path) -> Launch:
@@ -42,8 +42,13 @@ def sglang(source: ExportSource, folder: Path) -> Launch:
     return sglang_launch(source, settings)
 
 
-def _notes(source: ExportSource) -> tuple[str, ...]:
-    return ("Only the latest match is continued.",) if source.config.num_continuations > 1 else ()
+def _notes(source: ExportSource, engine: str) -> tuple[str, ...]:
+    if source.config.earliest:
+        return ()
+    return (
+        f"{engine} copies what followed the earliest match, up to the end of the text; this drafter copies the latest,"
+        " so that it accepts another number of tokens. One made with --earliest is measured as the engine drafts.",
+    )
 
 
 WRITERS = {"transformers": for_transformers, "vllm": vllm, "sglang": sglang}

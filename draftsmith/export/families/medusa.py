@@ -47,7 +47,8 @@ def vllm(source: ExportSource, folder: Path) -> Launch:
         checked_with=CHECKED_WITH,
         notes=(
             "vLLM 0.33.0 and later do not support Medusa heads: install vllm<=0.32.0.",
-            "vLLM drafts a chain of each head's most likely token, whereas draftsmith drafts a tree.",
+            "vLLM drafts a chain of each head's most likely token at every temperature, whereas draftsmith drafts a"
+            " tree.",
         ),
     )
 
