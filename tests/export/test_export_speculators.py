@@ -6,6 +6,7 @@ Shape suffixes: N positions, D hidden width, E widths of the fused layers togeth
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import draftsmith
 from draftsmith import Target
 from draftsmith.drafters import eagle3
 from draftsmith.export import export
+from eval.doctor.checks import check_verifier
 from tests.support.models import VOCAB_SIZE, WIDTH, scramble, tiny_model
 
 speculators = pytest.importorskip("speculators")
@@ -60,7 +62,7 @@ def test_speculators_reads_the_configuration(pair: tuple[eagle3.Drafter, Path], 
     assert read.draft_vocab_size == len(drafter.d2t) and read.target_vocab_size == VOCAB_SIZE
     assert read.norm_before_residual == ours.norm_residual and read.norm_output == ours.norm_output
     assert (read.norm_before_fc, read.fc_norm) == (ours.fusion_norm == "whole", ours.fusion_norm == "each")
-    assert read.speculators_config.verifier.name_or_path == target.name
+    assert read.speculators_config.verifier.name_or_path == os.path.relpath(target.name, out)
     assert read.speculators_config.proposal_methods[0].speculative_tokens == ours.num_draft
     inner = read.transformer_layer_config
     assert inner.rope_parameters["rope_theta"] == 5e3 and inner.rms_norm_eps == ours.eps
@@ -81,9 +83,13 @@ def test_speculators_model_has_the_same_tensors(pair: tuple[eagle3.Drafter, Path
 
 
 @torch.no_grad()
-def test_speculators_model_has_the_same_logits(pair: tuple[eagle3.Drafter, Path], target: Target) -> None:
-    """Loaded with its verifier, its forward pass over a text gives the drafter's logits."""
+def test_speculators_model_has_the_same_logits(
+    pair: tuple[eagle3.Drafter, Path], target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded with its verifier, from the folder that its relative name begins at, it gives the drafter's logits."""
     drafter, out = pair
+    assert check_verifier(out).verdict == "ok"
+    monkeypatch.chdir(out)
     config = speculators.SpeculatorModelConfig.from_pretrained(out)
     config.transformer_layer_config._attn_implementation = "eager"
     model = speculators.SpeculatorModel.from_pretrained(out, config=config).eval()
