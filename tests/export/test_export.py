@@ -220,10 +220,15 @@ def test_early_exit_with_the_targets_norm_and_head_is_exported_as_a_setting(root
     drafter = built(early_exit, early_exit.Config(exit_layer=2, own_norm=False, num_draft=4), target)
     out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
     settings = GenerationConfig.from_pretrained(out)
-    assert settings.assistant_early_exit == 2 and settings.num_assistant_tokens == 4
+    assert read_launch(out)["settings"]["assistant_early_exit"] == 2
+    # In the model's own config, the exit layer would make the assistant, the model itself, draft for itself too.
+    assert settings.assistant_early_exit is None and settings.num_assistant_tokens == 4
+    assert settings.assistant_confidence_threshold == 0.6 and settings.num_assistant_tokens_schedule == "constant"
+    model = AutoModelForCausalLM.from_pretrained(root / "llama")
+    model.generation_config = settings
     assert not list(out.glob("*.safetensors"))
     for row in prompts(3):
-        text, _ = greedy_texts(target.model, [row], generation_config=settings)
+        text, _ = greedy_texts(model, [row], assistant_early_exit=2)
         assert text == greedy_texts(target.model, [row])[0]
 
 
@@ -235,7 +240,8 @@ def test_export_contains_a_fine_tuned_target(root: Path, tmp_path: Path) -> None
     out = export(artifact_of(drafter, tmp_path / "artifact"), "transformers", tmp_path / "out")
     tuned = AutoModelForCausalLM.from_pretrained(out / "target")
     assert read_launch(out)["target"] == str(out / "target")
-    text, _ = greedy_texts(tuned, prompts(1), generation_config=GenerationConfig.from_pretrained(out))
+    tuned.generation_config = GenerationConfig.from_pretrained(out)
+    text, _ = greedy_texts(tuned, prompts(1), assistant_early_exit=2)
     assert text == greedy_texts(drafter.target.model, prompts(1))[0] != greedy_texts(target.model, prompts(1))[0]
 
 

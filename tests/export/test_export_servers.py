@@ -131,6 +131,7 @@ def test_vllm_and_sglang_exports_of_a_head_are_the_same_folder(target: Target, p
             "model": str(out),
             "num_speculative_tokens": 5,
             "draft_tensor_parallel_size": 1,
+            "draft_sample_method": "probabilistic",
         }
     )
     assert shlex.split(launch["command"])[:3] == ["vllm", "serve", str(path)]
@@ -297,7 +298,9 @@ def test_exported_draft_models_load_in_transformers(target: Target, tmp_path: Pa
                 "method": "draft_model",
                 "model": str(out),
                 "num_speculative_tokens": 3,
+                "draft_sample_method": "probabilistic",
             }
+            assert any("greedily only" in note for note in launch["notes"])
         else:
             found = flags(launch)
             assert found["--speculative-algorithm"] == "STANDALONE"
