@@ -26,6 +26,10 @@ SCIKIT_LEARN = (
     "Where scikit-learn is installed, transformers moves the confidence threshold while it drafts with an assistant;"
     " draftsmith keeps it."
 )
+ASSISTED = (
+    "transformers 5.23 drafts for a batch of one only, and in some rounds other tokens than the draft model's own"
+    " likeliest: the text is the same, but fewer drafted tokens may be accepted than by draftsmith."
+)
 CHAINS = "Servers draft chains, whereas draftsmith drafts trees with this drafter."
 FIXED = "Servers draft a fixed number of tokens, whereas draftsmith's length policy stops earlier: try fewer tokens."
 
@@ -84,7 +88,7 @@ def assistant_writer(make_model: ModelFactory) -> Callable[[ExportSource, Path],
             source,
             f"assistant = AutoModelForCausalLM.from_pretrained({str(source.output)!r})",
             "model.generate(**inputs, assistant_model=assistant, max_new_tokens=64, do_sample=False)",
-            notes=(*length_notes(source.config), "transformers drafts for a batch of one only."),
+            notes=(*length_notes(source.config), ASSISTED),
             assistant_model=str(source.output),
         )
 

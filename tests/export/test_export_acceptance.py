@@ -90,8 +90,8 @@ def accepted_here(drafter: Any, rows: list[list[int]], **sampling: Any) -> list[
     return found
 
 
-def accepted_there(out: Path, rows: list[list[int]], **sampling: Any) -> list[list[int]]:
-    """Returns the same for the export's own `command` in transformers, from the target's forwards."""
+def rounds_there(out: Path, rows: list[list[int]], **sampling: Any) -> list[list[tuple[int, int]]]:
+    """Returns tokens drafted and accepted per round for the export's own `command`, from the target's forwards."""
     launch = read_launch(out)
     names = {"AutoModelForCausalLM": AutoModelForCausalLM, "GenerationConfig": GenerationConfig}
     model = names["model"] = AutoModelForCausalLM.from_pretrained(launch["target"])
@@ -117,35 +117,72 @@ def accepted_there(out: Path, rows: list[list[int]], **sampling: Any) -> list[li
         given = names | {"chosen": settings, "inputs": {"input_ids": ids_1T, "attention_mask": ids_1T * 0 + 1}}
         exec(call, given)
         starts = [len(row), *(past + 1 for past, _ in calls[1:]), len(row) + NUM_NEW]
-        found.append([following - start - 1 for start, following in itertools.pairwise(starts)])
+        drafted = [fed - (len(row) if number == 0 else 1) for number, (_, fed) in enumerate(calls)]
+        accepted = [following - start - 1 for start, following in itertools.pairwise(starts)]
+        found.append(list(zip(drafted, accepted, strict=True)))
     return found
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_transformers_accepts_the_same_tokens_in_every_round(
-    target: Target, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # With scikit-learn, transformers moves an assistant's threshold, as launch.json says.
-    monkeypatch.setattr(candidate_generator, "is_sklearn_available", lambda: False)
-    drafter, rows = MAKERS[name](target), rows_of(5)
-    draftsmith.save(drafter, tmp_path / "artifact", target)
-    out = export(tmp_path / "artifact", "transformers", tmp_path / "out")
+def exported(target: Target, folder: Path, name: str) -> tuple[Any, Path]:
+    drafter = MAKERS[name](target)
+    draftsmith.save(drafter, folder / "artifact", target)
+    return drafter, export(folder / "artifact", "transformers", folder / "out")
+
+
+def test_transformers_accepts_the_same_tokens_of_a_lookup_in_every_round(target: Target, tmp_path: Path) -> None:
+    drafter, out = exported(target, tmp_path, "lookup")
+    rows = rows_of(5)
     expected = accepted_here(drafter, rows)
-    assert accepted_there(out, rows) == expected
+    assert [[accepted for _, accepted in rounds] for rounds in rounds_there(out, rows)] == expected
     flat = [number for row in expected for number in row[:-1]]
     assert 0 < sum(flat) < NUM_DRAFT * len(flat), "all or nothing is accepted: no comparison is possible"
+
+
+@pytest.mark.parametrize("name", ["lm", "early_exit", "early_exit, own norm"])
+def test_transformers_drafts_as_many_tokens_as_the_export_says(
+    target: Target, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts of fixed length, cut by the end of the text alone; a draft model's first rounds accept the same tokens.
+
+    Later ones may differ, as `launch.json` says.
+    """
+    # With scikit-learn, transformers moves an assistant's threshold, as launch.json says.
+    monkeypatch.setattr(candidate_generator, "is_sklearn_available", lambda: False)
+    drafter, out = exported(target, tmp_path, name)
+    rows = rows_of(5)
+    expected = accepted_here(drafter, rows)
+    for row, rounds, accepted in zip(rows, rounds_there(out, rows), expected, strict=True):
+        length = len(row)
+        for drafted, kept in rounds:
+            assert drafted == min(NUM_DRAFT, len(row) + NUM_NEW - length - 1)
+            length += kept + 1
+        if name == "lm":
+            assert [kept for _, kept in rounds[:5]] == accepted[:5]
+
+
+@pytest.mark.parametrize("name", ["lm, confidence", "early_exit, confidence"])
+def test_transformers_stops_drafts_at_the_exports_threshold(
+    target: Target, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidate_generator, "is_sklearn_available", lambda: False)
+    _, out = exported(target, tmp_path, name)
+    rows = rows_of(5)
+    there = rounds_there(out, rows)
+    lengths = {drafted for rounds in there for drafted, _ in rounds[:-2]}
+    assert len(lengths) > 1 and max(lengths) <= NUM_DRAFT
+    assert "fewer drafted tokens may be accepted" in "".join(read_launch(out)["notes"])
     assert ("scikit-learn" in "".join(read_launch(out)["notes"])) == (name == "lm, confidence")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lm", "early_exit", "early_exit, own norm", "lookup"])
+@pytest.mark.parametrize("name", ["lm", "early_exit", "lookup"])
 def test_transformers_accepts_as_many_tokens_at_temperature_1(target: Target, tmp_path: Path, name: str) -> None:
     """The share of rounds that accept each position, to five standard errors of the difference."""
     torch.manual_seed(0)
-    drafter, rows = MAKERS[name](target), rows_of(60)
-    draftsmith.save(drafter, tmp_path / "artifact", target)
-    out = export(tmp_path / "artifact", "transformers", tmp_path / "out")
-    there = accepted_there(out, rows, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    drafter, out = exported(target, tmp_path, name)
+    rows = rows_of(60)
+    rounds = rounds_there(out, rows, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    there = [[accepted for _, accepted in row] for row in rounds]
     here = accepted_here(drafter, rows, temperature=1.0)
     flat_here, flat_there = ([number for row in rounds for number in row[:-1]] for rounds in (here, there))
     for position in range(NUM_DRAFT):

@@ -10,6 +10,7 @@ from typing import Any
 from draftsmith.export import custom_generate
 from draftsmith.export.launch import Launch, python_launch
 from draftsmith.export.models import (
+    ASSISTED,
     SCIKIT_LEARN,
     assistant_settings,
     assistant_writer,
@@ -54,7 +55,7 @@ def for_transformers(source: ExportSource, folder: Path) -> Launch:
         source,
         f"model.generation_config = GenerationConfig.from_pretrained({str(source.output)!r})",
         f"model.generate(**inputs, assistant_early_exit={config.exit_layer}, max_new_tokens=64, do_sample=False)",
-        notes=(*_length_notes(config), "transformers drafts for a batch of one only."),
+        notes=(*_length_notes(config), ASSISTED),
         assistant_early_exit=config.exit_layer,
     )
 
