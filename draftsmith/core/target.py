@@ -253,8 +253,7 @@ class Target:
             assert resume_BND is not None, "there is nothing to run after the last block"
             return Forward(hidden_BND=resume_BND, layers=dict.fromkeys(layers, resume_BND))
         assert tokens_BN.shape[1] == tree.num_nodes - first
-        settings = {"cache": cache, "layers": layers, "start": start, "stop": stop, "skipped": skipped}
-        run = partial(self._run, **settings)
+        run = partial(self._run, cache=cache, layers=layers, start=start, stop=stop, skipped=skipped)
         if cache.shapes is not None:
             return fixed_shape_forward(run, cache.shapes, tokens_BN, tree, first=first, resume_BND=resume_BND)
         return run(tokens_BN, tree, first, resume_BND)
@@ -374,6 +373,8 @@ class Target:
             self.check_splits()
         if self._head_is_linear:
             return self._linear_head(normed_BTD)
+        if normed_BTD.ndim == 2:
+            return self.head(normed_BTD[None])[0]
         if self.is_encoder_decoder:
             dummy = (normed_BTD[:, :1],)
             return self._head(encoder_outputs=dummy, decoder_inputs_embeds=normed_BTD, use_cache=False).logits
@@ -426,8 +427,9 @@ class Target:
     @torch.inference_mode()
     def _check_against_model(self) -> None:
         """Compares a prefill and a tree with the model's own forward on eight tokens, in its own dtype."""
-        # Some models count positions without padding, which has a low id.
-        ids = (torch.arange(8, device=self.device)[None] + 8) % self.vocab_size
+        # Ordinary tokens: padding and special ones, for which weights are often untrained, have low ids.
+        lowest = min(8, self.vocab_size // 2)
+        ids = lowest + torch.arange(8, device=self.device)[None] * 7919 % (self.vocab_size - lowest)
         self._linear_head, self._head_is_linear = self.model.get_output_embeddings(), False
         try:
             if self.is_encoder_decoder:

@@ -9,6 +9,7 @@ Shape suffixes: B rows, T tokens, L layers, H width, E width of the target's emb
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,18 @@ class Config:
         return not self.width
 
 
+class _LSTM(nn.LSTM):
+    """An LSTM that runs in half precision on every CPU: oneDNN's fails on some shapes without AVX-512."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        weight: Any = self.weight_ih_l0
+        is_half = weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        if weight.is_cuda or not is_half or torch.cpu._is_avx512_bf16_supported():
+            return super().forward(*args, **kwargs)
+        with torch.backends.mkldnn.flags(enabled=False):
+            return super().forward(*args, **kwargs)
+
+
 class Drafter(nn.Module, drafter.Drafter):
     """The network; its state is (h, c) of each layer, each [B, H]."""
 
@@ -75,7 +88,7 @@ class Drafter(nn.Module, drafter.Drafter):
         self.config = config
         object.__setattr__(self, "target", target)
         self.tied_head = TiedHead(target, config.hidden_size, config.rank, shortlist=config.shortlist)
-        self.layers = nn.LSTM(self.tied_head.input_width, config.hidden_size, config.num_layers, batch_first=True)
+        self.layers = _LSTM(self.tied_head.input_width, config.hidden_size, config.num_layers, batch_first=True)
         summary_width = config.num_layers * config.hidden_size
         self.cross_attention = CrossAttention(target, config.hidden_size, summary_width, copies=config.copy)
         self.to(device=target.device, dtype=target.dtype)

@@ -131,7 +131,7 @@ class Trial:
         """Returns the most nodes of a forward, of those tried, up to which every token gets the bits it has alone."""
         passed = 0
         for size in _sizes(shapes):
-            starts = STARTS if size < LARGE[0] else LARGE_STARTS
+            starts: tuple[int, ...] = STARTS if size < LARGE[0] else LARGE_STARTS
             if self._length < min(starts[:2]):
                 starts = starts[:3]  # the context is too short for more than one: some random values behind it
             if size <= self._length and not all(self.is_equal(shapes, start, size) for start in starts):

@@ -49,7 +49,13 @@ def test_manifest_contents(folder: Path) -> None:
     manifest = read_manifest(folder)
     target = tiny_target("llama")
     assert manifest["format_version"] == 1 and manifest["family"] == "medusa"
-    assert manifest["config"] == {"num_heads": 2, "num_blocks": 2, "own_head": False, "tree": [[0], [1], [0, 0]]}
+    assert manifest["config"] == {
+        "num_heads": 2,
+        "num_blocks": 2,
+        "own_head": False,
+        "shortlist": 0,
+        "tree": [[0], [1], [0, 0]],
+    }
     assert manifest["target"] == {"name": target.name, "fingerprint": target.fingerprint}
     assert manifest["vocab_size"] == VOCAB_SIZE and manifest["tokenizer_hash"] is None
     assert manifest["layer_index"].startswith("hidden[0] is the embedding output")

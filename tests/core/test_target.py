@@ -352,9 +352,9 @@ def test_attention_windows_in_cache_slots_are_rejected() -> None:
     assert "GPTNeoForCausalLM" in rejection("gpt_neo", hidden_size=WIDTH, num_layers=2, num_heads=4, **local)
 
 
-def test_hidden_states_of_several_copies_are_rejected() -> None:
-    """Gemma 3n's hidden layers are [copies, B, T, D], which drafters cannot read."""
-    assert "Gemma3nForCausalLM" in rejection(
+def test_hidden_states_of_several_copies_are_not_read() -> None:
+    """Gemma 3n's hidden layers are [copies, B, T, D], which drafters cannot read: it is run whole."""
+    model = tiny_model(
         "gemma3n_text",
         hidden_size=WIDTH,
         intermediate_size=48,
@@ -370,6 +370,10 @@ def test_hidden_states_of_several_copies_are_rejected() -> None:
         altup_num_inputs=2,
         activation_sparsity_pattern=[0.0, 0.0],
     )
+    target = Target(model)
+    assert target.is_run_whole
+    with pytest.raises(ValueError, match="its hidden states are not \\[batch, length, width\\]; it is run whole"):
+        target.check_splits()
 
 
 def test_longrope_limits_the_context_to_its_original_length() -> None:

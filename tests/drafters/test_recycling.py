@@ -368,9 +368,11 @@ def check_successors(successors_VK: Tensor, target: Target, folder: Path) -> Non
                 best = probs_V.topk(3)
                 sums_VV[token, best.indices] += best.values
     for token in range(VOCAB_SIZE):
-        best = sums_VV[token].topk(3)
-        expected = torch.where(best.values > 0, best.indices, VOCAB_SIZE)
-        assert successors_VK[token].tolist() == expected.tolist()
+        # Rounding may exchange sums, or the third and fourth token of a position, that are nearly equal.
+        padded_V = torch.cat([sums_VV[token], torch.zeros(1, dtype=torch.float64)])
+        chosen = successors_VK[token].tolist()
+        assert len({one for one in chosen if one < VOCAB_SIZE}) == sum(one < VOCAB_SIZE for one in chosen)
+        torch.testing.assert_close(padded_V[chosen], sums_VV[token].topk(3).values, rtol=0.05, atol=1e-3)
 
 
 def test_evaluation_leaves_the_matrix_unchanged() -> None:

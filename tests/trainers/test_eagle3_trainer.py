@@ -236,7 +236,7 @@ def test_runs_with_a_draft_vocabulary(tmp_path: Path, monkeypatch: pytest.Monkey
         for name, data in (("live", "data"), ("kept", "store"))
     )
     for one, other in zip(logged(live, "loss"), logged(stored, "loss"), strict=True):
-        assert one == pytest.approx(other, rel=1e-2)
+        assert one == pytest.approx(other, rel=5e-2)  # the store rounds hidden states, and steps add to it
     assert torch.equal(weights(live)["d2t"], weights(stored)["d2t"]) and weights(live)["d2t"].any()
 
     mark_complete = checkpoints.mark_complete

@@ -29,11 +29,13 @@ def likeliest_chain(draft: Draft) -> Draft:
     # Padding repeats a row's last node.
     index_BM = torch.tensor([path + path[-1:] * (longest - len(path)) for path in paths], device=device)
     probs_BNV, scheme = draft.draft_probs_BNV, draft.sampling_scheme
-    is_sampled = probs_BNV is not None and scheme in ("independent", "without_replacement")
+    chosen_BMV = None
+    if probs_BNV is not None and scheme in ("independent", "without_replacement"):
+        chosen_BMV = probs_BNV[torch.arange(num_rows, device=device)[:, None], index_BM]
     return Draft(
         tokens_BN=draft.tokens_BN.gather(1, index_BM),
         tree=chain(longest, device),
         num_nodes=[len(path) for path in paths] if min(map(len, paths)) < longest else None,
-        draft_probs_BNV=probs_BNV[torch.arange(num_rows, device=device)[:, None], index_BM] if is_sampled else None,
-        sampling_scheme="independent" if is_sampled else "deterministic",
+        draft_probs_BNV=chosen_BMV,
+        sampling_scheme="deterministic" if chosen_BMV is None else "independent",
     )

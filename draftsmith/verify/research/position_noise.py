@@ -85,7 +85,9 @@ class PositionNoise:
         ]
         if missing := [key for key in keys if key not in self._kept]:
             for key in list(self._kept):
-                if key[1] != self.identities[key[0]] or key[2] < len(self.rows[key[0]]):
+                row, identity, position, _ = key
+                is_gone = row >= len(self.identities) or identity != self.identities[row]
+                if is_gone or position < len(self.rows[row]):
                     del self._kept[key]
             _, identities, positions, _ = zip(*missing, strict=True)
             self._kept.update(zip(missing, exponentials(identities, positions, vocab_size, device), strict=True))

@@ -524,7 +524,7 @@ def test_bf16_trains_and_saves_a_draft_model_with_exact_rotary_frequencies(
 
     monkeypatch.setattr(distill, "loss", record_loss)
     monkeypatch.setattr(draftsmith, "save", record_saved)
-    run = settings(folder, "half", bf16=True, max_steps=2, eval_steps=2)
+    run = settings(folder, "draft-model", bf16=True, max_steps=2, eval_steps=2)
     output = train(distill, trainer_settings(distill, num_layers=1, num_heads=4), run)
     exact = 10_000.0 ** -(torch.arange(4) / 4)
     assert used and all(torch.allclose(frequencies, exact, rtol=1e-6) for frequencies in used)
