@@ -56,7 +56,9 @@ def early_exit_drafter(target: Target) -> Any:
     return built(early_exit, early_exit.Config(exit_layer=2, num_draft=3), target)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "opt", "t5", "bart"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in ("opt", "t5", "bart"))]
+)
 def test_one_target_with_a_drafter_for_each_thread(architecture: str) -> None:
     target = Target(tiny_model(architecture, **LARGER[architecture]))
     expected = greedy_by_model(target.model, NUM_ROWS, NUM_NEW)

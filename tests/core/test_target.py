@@ -451,7 +451,7 @@ def wrapped(kind: str, model: Any) -> Any:
     return {"compiled": partial(torch.compile, backend="eager"), "parallel": nn.DataParallel}[kind](model)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["lora", "compiled", "compiled in place", "compiled decoder", "parallel"])
 def test_wrapped_models_are_unwrapped(kind: str, architecture: str) -> None:
     torch.manual_seed(0)

@@ -56,7 +56,14 @@ def run(*words: str, home: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(("part", "command"), [("model", "generate"), ("tokenizer", "generate"), ("model", "recipe")])
+@pytest.mark.parametrize(
+    ("part", "command"),
+    [
+        pytest.param("model", "generate", marks=pytest.mark.slow),
+        ("tokenizer", "generate"),
+        ("model", "recipe"),
+    ],
+)
 def test_code_of_a_folder_runs_only_with_the_flag(part: str, command: str, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     folder = model_folder(tmp_path / "target", mark, part=part)

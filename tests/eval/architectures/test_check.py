@@ -1,5 +1,7 @@
 """Tests of architectures: representative ones are decoded in every way, and what is refused gets a sentence."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -33,18 +35,26 @@ def outcomes(name: str) -> dict[str, str]:
     return {way: one.verdict for way, one in found.items()}
 
 
-@pytest.mark.parametrize("name", WHOLLY_SUPPORTED)
+SLOW = ("llama", "biogpt", "falcon", "granitemoe", "xglm", "pegasus_x", "modernbert-decoder")
+
+
+def some(names: tuple[str, ...]) -> list[Any]:
+    """Returns the names as parameters; those whose kind another one shows are slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
+
+@pytest.mark.parametrize("name", some(WHOLLY_SUPPORTED))
 def test_every_way_of_decoding_writes_the_models_own_text(name: str) -> None:
     assert outcomes(name) == dict.fromkeys(("plain", *QUICK_WAYS), IDENTICAL)
 
 
-@pytest.mark.parametrize("name", RUN_WHOLE)
+@pytest.mark.parametrize("name", some(RUN_WHOLE))
 def test_models_that_cannot_be_split_are_run_whole(name: str) -> None:
     parts = ("early exit", "layerskip", "training pass")
     assert outcomes(name) == dict.fromkeys(("plain", "chain", "tree"), IDENTICAL) | dict.fromkeys(parts, REFUSED)
 
 
-@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@pytest.mark.parametrize("name", some(ENCODER_DECODERS))
 def test_encoder_decoders_verify_chains_in_ragged_batches(name: str) -> None:
     found = outcomes(name)
     assert [found[way] for way in ("plain", "chain", "training pass")] == [IDENTICAL] * 3

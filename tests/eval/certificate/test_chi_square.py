@@ -102,7 +102,7 @@ def shifted(share: float, to_drafted: bool) -> Tensor:
     return (1 - share) * probs_VV + share * there_VV
 
 
-@pytest.mark.parametrize("way", [0, 1, 2])
+@pytest.mark.parametrize("way", [0, *(pytest.param(way, marks=pytest.mark.slow) for way in (1, 2))])
 def test_detectable_shift_has_the_stated_power(way: int) -> None:
     _, found = toy_p_values(toy_probs(), num_rows=400, times=1)
     evidence = (sum(found.by_prefix, Evidence()), found.by_rank, found.by_draft)[way]
