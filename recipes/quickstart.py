@@ -52,6 +52,7 @@ The report is {output}/bakeoff.html, the plot bakeoff.png, and the table bakeoff
   {draftsmith} generate --draft {drafter} --show-drafts 'def main('
   # show the drafter's manifest
   {draftsmith} inspect {drafter}
+  # sampled text, batches and further drafters: ./launch.sh bakeoff --help
   # do all this for your own model and prompts
   ./launch.sh quickstart --target MODEL --data PROMPTS.jsonl --output runs/mine
   # list all recipes; each has its own --help
@@ -83,6 +84,9 @@ class Defaults:
     """Prompts that the target continues at a time."""
     num_prompts: int
     max_new_tokens: int
+    rounds: int
+    temperatures: tuple[float, ...]
+    """Sampling temperatures to compare at."""
     batch_sizes: tuple[int, ...]
     """Batch sizes to compare at."""
     threads: int
@@ -96,11 +100,13 @@ CHAT = Defaults(
     training="python-questions:train",
     held_out="python-questions",
     dtype="bfloat16",
-    num_texts=192,
+    num_texts=128,
     text_tokens=64,
     text_batch=64,
-    num_prompts=6,
+    num_prompts=4,
     max_new_tokens=48,
+    rounds=2,
+    temperatures=(0.0,),
     batch_sizes=(1,),
     threads=0,
     stores_hidden_states=True,
@@ -116,6 +122,8 @@ PLAIN = Defaults(
     text_batch=120,
     num_prompts=8,
     max_new_tokens=32,
+    rounds=3,
+    temperatures=(0.0, 1.0),
     batch_sizes=(1, 8),
     threads=1,
     stores_hidden_states=False,
@@ -144,15 +152,15 @@ class QuickstartSettings:
     seed: int = 0
     """Random seed."""
     num_texts: int = 0
-    """Number of prompts that the target continues; 0 for 384 of a target with a chat template and 720 of others."""
+    """Number of prompts that the target continues; 0 for 128 of a target with a chat template and 720 of others."""
     text_tokens: int = 0
     """New tokens per training prompt; 0 for 64 or 112."""
     num_prompts: int = 0
-    """Number of prompts to compare on; 0 for 6 or 8."""
+    """Number of prompts to compare on; 0 for 4 or 8."""
     max_new_tokens: int = 0
     """New tokens per compared prompt; 0 for 48 or 32."""
-    rounds: int = 3
-    """Number of times that these are decoded."""
+    rounds: int = 0
+    """Number of times that these are decoded; 0 for 2 or 3."""
 
 
 def main(run: QuickstartSettings) -> None:
@@ -179,6 +187,7 @@ def _run(
     settings = BakeoffSettings(
         rounds=run.rounds,
         max_new_tokens=run.max_new_tokens,
+        temperatures=defaults.temperatures,
         batch_sizes=defaults.batch_sizes,
         threads=defaults.threads,
         forecast_sizes=(),
@@ -269,7 +278,7 @@ def _default_target() -> str:
 def _filled(run: QuickstartSettings, defaults: Defaults) -> QuickstartSettings:
     """Returns the settings with what they leave open taken from `defaults`."""
     held_out = run.held_out or (defaults.held_out if run.data in ("", defaults.training) else "")
-    names = ("num_texts", "text_tokens", "num_prompts", "max_new_tokens")
+    names = ("num_texts", "text_tokens", "num_prompts", "max_new_tokens", "rounds")
     numbers = {name: getattr(run, name) or getattr(defaults, name) for name in names}
     return dataclasses.replace(run, data=run.data or defaults.training, held_out=held_out, **numbers)
 
