@@ -106,6 +106,8 @@ def load(path: str | Path, target: Target, *, made_for: Target | None = None) ->
         # torch and transformers raise these for shapes that do not fit each other or the memory.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{folder}: this configuration makes no drafter for {target.name} ({reason})") from error
+    if drafter.hidden_layers and target.is_run_whole:
+        target.check_splits()
     if isinstance(drafter, nn.Module):
         _load_weights(drafter, inside(folder, WEIGHTS))
         drafter.eval().requires_grad_(False)

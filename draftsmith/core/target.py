@@ -84,6 +84,10 @@ class Forward:
     """The requested hidden layers [B, N, D]."""
 
 
+class _NoHiddenStates(ValueError):
+    """Raised where a model's hidden states have a shape of their own."""
+
+
 class Target:
     """A frozen model, run over trees, over spans of its blocks, or without some sublayers. Threads may share it.
 
@@ -446,7 +450,7 @@ class Target:
             self.prefill([ids[0, :4].tolist()], cache)
             out = self.forward(fed, tree, cache, layers=() if self.is_run_whole else (0, 1))
             if any(hidden.ndim != 3 for hidden in out.layers.values()):
-                raise ValueError("its hidden states are not [batch, length, width]")
+                raise _NoHiddenStates("its hidden states are not [batch, length, width]")
             found = self.logits(out.hidden_BND)[0, path]
             if (linear := self._linear_head) is not None and not self.is_run_whole:
                 normed = self.norm(out.hidden_BND)
@@ -454,9 +458,7 @@ class Target:
         except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
             kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in self.model.parameters()})
             cause = f"; its weights are of {' and '.join(kinds)}, so cast them to one" if len(kinds) > 1 else ""
-            reason = (
-                error if isinstance(error, ValueError) else f"it does not take their cache, mask and positions{cause}"
-            )
+            reason = error if isinstance(error, _NoHiddenStates) else f"it does not take their cache and mask{cause}"
             raise ValueError(f"{self._architecture} cannot be run over draft trees: {reason}") from error
         if (gap := self._gap(found, expected[4:])) is not None:
             raise ValueError(

@@ -292,6 +292,8 @@ def _without(layer: nn.Module, index: int, kinds: set[str], width: int, outputs:
     for kind, names, what in (("attention", ATTENTIONS, "attention"), ("mlp", MLPS, "MLP")):
         if kind in kinds:
             name = find_child(layer, names, what)
+            if isinstance(layer._modules[name], nn.ModuleList):
+                raise ValueError(f"{type(layer).__name__} has several sublayers of a kind, so none can be skipped")
             copied._modules[name] = _Zero(tuple_length=outputs.sublayers.get((kind, index), 0), width=width)
     return copied
 

@@ -27,8 +27,8 @@ SCIKIT_LEARN = (
     " draftsmith keeps it."
 )
 ASSISTED = (
-    "transformers 5.23 drafts for a batch of one only, and in some rounds other tokens than the draft model's own"
-    " likeliest: the text is the same, but fewer drafted tokens may be accepted than by draftsmith."
+    "transformers drafts for a batch of one only, and 5.23 hides the pad token from its assistant where the text"
+    " contains it and it ends no text: then fewer tokens are accepted than by draftsmith, and the text is the same."
 )
 CHAINS = "Servers draft chains, whereas draftsmith drafts trees with this drafter."
 FIXED = "Servers draft a fixed number of tokens, whereas draftsmith's length policy stops earlier: try fewer tokens."

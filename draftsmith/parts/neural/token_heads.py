@@ -99,6 +99,8 @@ class StaticTree:
                 f"a tree node has rank {self.num_ranks - 1}; the vocabulary of {target.vocab_size} has ranks below"
                 f" {target.vocab_size}"
             )
+        if target.is_run_whole:
+            target.check_splits()
         if not target.takes_trees and len(ordered) > self.depth:
             raise ValueError(
                 f"{target.name} is an encoder-decoder, which verifies chains, and the tree has {len(ordered)} nodes on"
