@@ -452,7 +452,15 @@ def wrapped(kind: str, model: Any) -> Any:
 
 
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["lora", "compiled", "compiled in place", "compiled decoder", "parallel"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "lora",
+        "compiled",
+        *(pytest.param(f"compiled {how}", marks=pytest.mark.slow) for how in ("in place", "decoder")),
+        "parallel",
+    ],
+)
 def test_wrapped_models_are_unwrapped(kind: str, architecture: str) -> None:
     torch.manual_seed(0)
     model = wrapped(kind, tiny_model(architecture))

@@ -89,6 +89,7 @@ def test_document_starts_at_functions_and_decorators():
     assert Document(name="a.py", text="def f(:").starts() == [0]
 
 
+@pytest.mark.slow
 def test_python_source_is_held_out_by_default():
     train, held_out = split_files(source_files(), held_out_share=0.02, seed=0)
     for source, files in (("python-source", held_out), ("python-source:train", train)):

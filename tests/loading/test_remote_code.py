@@ -60,7 +60,7 @@ def run(*words: str, home: Path) -> subprocess.CompletedProcess[str]:
     ("part", "command"),
     [
         pytest.param("model", "generate", marks=pytest.mark.slow),
-        ("tokenizer", "generate"),
+        pytest.param("tokenizer", "generate", marks=pytest.mark.slow),
         ("model", "recipe"),
     ],
 )

@@ -33,9 +33,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 VERIFIERS = [
     ("without replacement", "recursive"),
     ("independent", "recursive"),
-    ("independent", "kseq"),
+    pytest.param("independent", "kseq", marks=pytest.mark.slow),
     ("independent paths", "kseq"),
-    ("independent paths", "multipath"),
+    pytest.param("independent paths", "multipath", marks=pytest.mark.slow),
 ]
 
 

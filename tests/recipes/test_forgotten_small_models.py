@@ -19,7 +19,8 @@ drafters:
 """
 
 
-@pytest.mark.parametrize("architecture", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_recipe_trains_and_compares_both_ways(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from tests.support.text import save_target, write_prompts
 from trainers.training.run_settings import RunSettings
 
 
+@pytest.mark.slow
 def test_recipe_trains_and_compares_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = str(write_prompts(tmp_path / "prompts.jsonl", 40))
     comparison = ComparisonSettings(

@@ -14,6 +14,7 @@ from trainers import distill
 from trainers.training.run_settings import RunSettings
 
 
+@pytest.mark.slow
 def test_recipe_cuts_heals_and_compares_each_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = str(write_prompts(tmp_path / "prompts.jsonl", 40))
     sweep = TradeoffSettings(

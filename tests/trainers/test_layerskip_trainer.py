@@ -212,6 +212,7 @@ def test_other_objectives_try_any_number_of_sublayers(folder: Path, objective: s
             assert line["draft_cost"] == pytest.approx(costs.draft(bits) / costs.whole)
 
 
+@pytest.mark.slow
 def test_a_killed_search_continues_to_the_same_log(folder: Path) -> None:
     """The process gets SIGKILL at a random time after its second evaluation; then the same command runs again."""
     chosen = {"objective": "acceptance", "skip_ratio": 0.4, "num_texts": 2, "search": "gp"}

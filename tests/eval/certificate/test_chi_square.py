@@ -79,6 +79,7 @@ def toy_p_values(probs_VV: Tensor, num_rows: int, times: int) -> tuple[Tensor, E
     return torch.tensor(p_values), found
 
 
+@pytest.mark.slow
 def test_p_values_are_uniform_under_the_null_hypothesis() -> None:
     p_values, found = toy_p_values(toy_probs(), num_rows=400, times=50)
     for values in p_values.T:
