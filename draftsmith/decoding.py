@@ -199,6 +199,7 @@ def generate_stream(
     batch_size, max_new_tokens = whole_number("batch_size", batch_size), whole_number("max_new_tokens", max_new_tokens)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    target.check_batch(batch_size)
     eos = eos_ids(target, eos_token_id)
     seeds: list[int] | None
     if isinstance(seed, Sequence):

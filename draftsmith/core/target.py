@@ -325,8 +325,7 @@ class Target:
 
     def read(self, tokens_BT: Tensor, layers: tuple[int, ...], source: Source | None = None) -> dict[int, Tensor]:
         """Returns the requested hidden layers [B, T, D] of right-padded rows, in one causal pass without a cache."""
-        if self.is_run_whole:
-            self.check_splits()
+        self._check_has_parts()
         if self._cannot_train:
             raise ValueError(f"{self._architecture} reads whole texts otherwise than it decodes ({self._cannot_train})")
         positions_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
@@ -341,15 +340,19 @@ class Target:
         """Raises ValueError if the blocks cannot be run in parts, or without these sublayers."""
         if self.is_encoder_decoder:
             raise ValueError(f"{self._architecture} is an encoder-decoder, whose blocks cannot be run in parts")
+        self._check_has_parts()
+        if self._cannot_split:
+            raise ValueError(f"the blocks of {self._architecture} cannot be run in parts ({self._cannot_split})")
+        if skipped:
+            self._view(0, self.num_layers, skipped)
+
+    def _check_has_parts(self) -> None:
+        """Raises ValueError for a model that is run whole."""
         if self.is_run_whole:
             raise ValueError(
                 f"{self._architecture} {self._cannot_split}; it is run whole, without hidden states or parts, so take a"
                 " drafter that needs its tokens only: look-up, n-grams, a store of text or a draft LM"
             )
-        if self._cannot_split:
-            raise ValueError(f"the blocks of {self._architecture} cannot be run in parts ({self._cannot_split})")
-        if skipped:
-            self._view(0, self.num_layers, skipped)
 
     def check_batch(self, num_rows: int) -> None:
         """Raises ValueError if rows of unequal lengths cannot be run in one batch."""
@@ -361,20 +364,17 @@ class Target:
 
     def norm(self, hidden_BTD: Tensor) -> Tensor:
         """Applies the model's final norm."""
-        if self.is_run_whole:
-            self.check_splits()
+        self._check_has_parts()
         return self._norm(hidden_BTD)
 
     def copy_norm(self) -> nn.Module:
         """Returns a trainable copy of the model's final norm."""
-        if self.is_run_whole:
-            self.check_splits()
+        self._check_has_parts()
         return copy.deepcopy(self._norm).requires_grad_(True)
 
     def head(self, normed_BTD: Tensor) -> Tensor:
         """Returns logits [..., V] by the model's head, scaling and soft-capping included."""
-        if self.is_run_whole:
-            self.check_splits()
+        self._check_has_parts()
         if self._head_is_linear:
             return self._linear_head(normed_BTD)
         if normed_BTD.ndim == 2:
