@@ -196,15 +196,20 @@ def alternate_categories(rows: Sequence[Row]) -> list[Row]:
     return [row for turn in itertools.zip_longest(*groups.values()) for row in turn if row is not None]
 
 
-def prompt_room(target: Target | TargetInfo, max_new_tokens: int) -> int:
-    """Returns the largest number of prompt tokens for a target.
+def prompt_room(target: Target | TargetInfo, max_new_tokens: int, max_prompt_tokens: int = 0) -> int:
+    """Returns the largest number of prompt tokens for a target, at most `max_prompt_tokens` unless that is 0.
 
     A causal model's context also holds `max_new_tokens`; an encoder reads up to the limit of its positions and its
-    tokenizer, whatever the decoder writes.
+    tokenizer, whatever the decoder writes. Raises ValueError if `max_prompt_tokens` is negative or more than fits.
     """
-    if not target.is_encoder_decoder:
-        return target.context_length - max_new_tokens
-    return min(target.context_length, getattr(target.tokenizer, "model_max_length", None) or NO_LIMIT)
+    room = target.context_length - max_new_tokens
+    if target.is_encoder_decoder:
+        room = min(target.context_length, getattr(target.tokenizer, "model_max_length", None) or NO_LIMIT)
+    if not 0 <= max_prompt_tokens <= room:
+        raise ValueError(
+            f"the longest prompt is set to {max_prompt_tokens:,} tokens; expected 0 for all that fits, or up to {room:,}"
+        )
+    return max_prompt_tokens or room
 
 
 def print_coverage(source: str, num_supervised: int, num_tokens: int) -> None:

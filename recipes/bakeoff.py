@@ -62,6 +62,9 @@ class BakeoffRunSettings:
     """Number of training prompts that the target continues."""
     text_tokens: int = 112
     """New tokens per training prompt."""
+    text_prompt_tokens: int = 0
+    """Length of the longest training prompt in tokens; 0 uses all that the target's context leaves. Longer ones are left
+    out, since a prefill and a training row cost as much as their length."""
     text_batch: int = 120
     """Training prompts that the target continues at a time."""
     teacher_store: bool = False
@@ -209,8 +212,10 @@ def _train(
                 run.learn_from or default_source("train", is_encoder_decoder=target_info.is_encoder_decoder),
                 target_info.tokenizer,
                 max_prompts=run.num_texts,
-                max_prompt_tokens=prompt_room(target_info, run.text_tokens),
+                max_prompt_tokens=prompt_room(target_info, run.text_tokens, run.text_prompt_tokens),
                 long_prompts="drop",
+                each_turn=True,
+                end_ids=target_info.eos_token_ids,
                 is_encoder_decoder=target_info.is_encoder_decoder,
                 settings=run.text,
                 now=now,

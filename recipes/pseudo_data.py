@@ -47,8 +47,10 @@ class PseudoDataRunSettings:
     """Maximum number of batches, 0 for all."""
     prompt_tokens: int = 64
     """Length of prompts cut from source code or plain text."""
+    max_prompt_tokens: int = 0
+    """Length of the longest prompt in tokens; 0 uses all that the target's context leaves."""
     long_prompts: LongPrompts = "auto"
-    """Treatment of prompts too long for the target; auto truncates an encoder's input, and raises for others."""
+    """Treatment of longer prompts; auto truncates an encoder's input, and raises for others."""
     draft: str = ""
     """Artifact of a drafter that speeds up generation."""
     server: str = ""
@@ -80,7 +82,7 @@ def main(run: PseudoDataRunSettings, settings: PseudoDataSettings) -> None:
         run.data or default_source("train", is_encoder_decoder=target_info.is_encoder_decoder),
         target_info.tokenizer,
         max_prompts=min(limits, default=0),
-        max_prompt_tokens=prompt_room(target_info, settings.max_new_tokens),
+        max_prompt_tokens=prompt_room(target_info, settings.max_new_tokens, run.max_prompt_tokens),
         prompt_tokens=run.prompt_tokens,
         long_prompts=run.long_prompts,
         each_turn=True,

@@ -31,6 +31,7 @@ class TokenTarget:
 
     is_encoder_decoder = False
     takes_trees = False
+    is_run_whole = False
     fingerprint = None
     """None, because computing it would require all weights."""
 
