@@ -207,7 +207,7 @@ def prompt_room(target: Target | TargetInfo, max_new_tokens: int, max_prompt_tok
         room = min(target.context_length, getattr(target.tokenizer, "model_max_length", None) or NO_LIMIT)
     if not 0 <= max_prompt_tokens <= room:
         raise ValueError(
-            f"the longest prompt is set to {max_prompt_tokens:,} tokens; expected 0 for all that fits, or up to {room:,}"
+            f"the longest prompt is set to {max_prompt_tokens:,} tokens; give 0 for all that fits, or up to {room:,}"
         )
     return max_prompt_tokens or room
 

@@ -63,8 +63,8 @@ class BakeoffRunSettings:
     text_tokens: int = 112
     """New tokens per training prompt."""
     text_prompt_tokens: int = 0
-    """Length of the longest training prompt in tokens; 0 uses all that the target's context leaves. Longer ones are left
-    out, since a prefill and a training row cost as much as their length."""
+    """Length of the longest training prompt in tokens; 0 uses all that the target's context leaves. Longer ones are
+    left out, since a prefill and a training row cost as much as their length."""
     text_batch: int = 120
     """Training prompts that the target continues at a time."""
     teacher_store: bool = False

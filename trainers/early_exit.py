@@ -4,18 +4,22 @@ Shape suffixes: B rows, T positions, N supervised positions, D hidden width, C e
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch
+from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.early_exit import Config, Drafter
 from draftsmith.length import policies
+from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.checks import MAX_DEPTH, check_at_least
+from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
+from trainers.corpora import corpus
 from trainers.parts import exits
 from trainers.parts.losses import DIVERGENCES, Teacher, cross_entropy, divergence, sum_in_chunks
 
@@ -39,12 +43,23 @@ class Settings:
         check_at_least(self, 0, "exit_layer", "num_heads", most=MAX_DEPTH)
 
 
+def check(settings: Settings, target: TargetInfo) -> None:
+    """Raises ValueError for a shortlist larger than the vocabulary."""
+    check_size(settings.config.shortlist, target.vocab_size)
+
+
 def build(settings: Settings, target: Target) -> nn.ModuleList:
     """Returns drafters in float32, one for each exit layer that is tried."""
     num_heads = settings.num_heads or target.model.config.get_text_config(decoder=True).num_attention_heads
     layers = exits.exit_layers(settings, target)
     configs = [dataclasses.replace(settings.config, exit_layer=layer, num_heads=num_heads) for layer in layers]
     return nn.ModuleList(Drafter(config, target).float() for config in configs)
+
+
+def prepare(drafters: nn.ModuleList, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
+    """Fills the shortlist of each exit."""
+    for drafter in drafters:
+        corpus.fill_shortlist(drafter.shared_head.shortlist, rows)
 
 
 def needs(settings: Settings, target: Target) -> Needs:
@@ -57,21 +72,26 @@ def needs(settings: Settings, target: Target) -> Needs:
 def loss(drafters: nn.ModuleList, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the loss summed over exit layers and supervised tokens, each predicted at the position before it.
 
-    The exits share no weights: each is trained as it would be alone, but gradients are clipped together.
+    With a shortlist a divergence is between distributions over its tokens, and other labels of cross-entropy do not
+    count. The exits share no weights: each is trained as it would be alone, but gradients are clipped together.
     """
     each, mask_BT = _exits(drafters), batch.loss_mask_BT[:, 1:]
+    shared, own_head = each[0].shared_head, settings.config.own_head
+    if settings.loss == "ce":
+        mask_BT = mask_BT & shared.shortlist.contains(batch.tokens_BT[:, 1:])
     recycled_BTD = _recycled(batch, settings, target, None)
     given_BT = batch.tokens_BT[:, 1:] if settings.loss == "ce" else batch.hidden[target.num_layers][:, :-1]
 
     def losses(given_N: Tensor, *z_ND: Tensor) -> Tensor:
-        logits = [one.head(z[None])[0] for one, z in zip(each, z_ND, strict=True)]
+        logits = [one.output(z) if own_head else shared.listed(z) for one, z in zip(each, z_ND, strict=True)]
         if settings.loss == "ce":
-            return torch.stack([cross_entropy(logits_NV, given_N) for logits_NV in logits], dim=1)
-        teacher, compare = Teacher(logits=target.logits(given_N[None])[0]), divergence(settings.loss)
+            labels_N = shared.shortlist.indices(given_N)
+            return torch.stack([cross_entropy(logits_NV, labels_N) for logits_NV in logits], dim=1)
+        teacher, compare = Teacher(logits=shared.listed(target.norm(given_N))), divergence(settings.loss)
         return torch.stack([compare(logits_NV, teacher) for logits_NV in logits], dim=1)
 
     outputs = [_read(one, batch, recycled_BTD)[:, :-1][mask_BT] for one in each]
-    sums_C, count = sum_in_chunks(losses, given_BT[mask_BT], *outputs, vocab_size=target.vocab_size * len(each))
+    sums_C, count = sum_in_chunks(losses, given_BT[mask_BT], *outputs, vocab_size=len(shared.shortlist) * len(each))
     metrics = {f"loss_{one.config.exit_layer}": (sums_C[at].detach(), count) for at, one in enumerate(each)}
     return sums_C.sum(), metrics if len(each) > 1 else {}
 

@@ -11,12 +11,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch
+from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.kangaroo import Config, Drafter
 from draftsmith.length import policies
+from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.checks import MAX_DEPTH, check_at_least
+from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
+from trainers.corpora import corpus
 from trainers.parts import exits
 from trainers.parts.losses import DIVERGENCES, Teacher, divergence, sum_in_chunks
 
@@ -39,12 +42,23 @@ class Settings:
         divergence(self.loss)
 
 
+def check(settings: Settings, target: TargetInfo) -> None:
+    """Raises ValueError for a shortlist larger than the vocabulary."""
+    check_size(settings.config.shortlist, target.vocab_size)
+
+
 def build(settings: Settings, target: Target) -> nn.ModuleList:
     """Returns drafters in float32, one for each exit layer that is tried."""
     num_heads = settings.num_heads or target.model.config.get_text_config(decoder=True).num_attention_heads
     layers = exits.exit_layers(settings, target)
     configs = [dataclasses.replace(settings.config, exit_layer=layer, num_heads=num_heads) for layer in layers]
     return nn.ModuleList(Drafter(config, target).float() for config in configs)
+
+
+def prepare(drafters: nn.ModuleList, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
+    """Fills the shortlist of each exit."""
+    for drafter in drafters:
+        corpus.fill_shortlist(drafter.head.shortlist, rows)
 
 
 def needs(settings: Settings, target: Target) -> Needs:
@@ -55,15 +69,17 @@ def needs(settings: Settings, target: Target) -> Needs:
 def loss(drafters: Sequence[Drafter], batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the divergence summed over exit layers and supervised tokens, each predicted at the position before it.
 
-    The adapters share no weights: each is trained as it would be alone, but gradients are clipped together.
+    With a shortlist it is between distributions over its tokens. The adapters share no weights: each is trained as it
+    would be alone, but gradients are clipped together.
     """
-    compare = divergence(settings.loss)
+    compare, head = divergence(settings.loss), drafters[0].head
 
     def losses(theirs_ND: Tensor, *z_ND: Tensor) -> Tensor:
-        teacher = Teacher(logits=target.logits(theirs_ND[None])[0])
-        return torch.stack([compare(target.head(z[None])[0], teacher) for z in z_ND], dim=1)
+        teacher = Teacher(logits=head.listed(target.norm(theirs_ND)))
+        return torch.stack([compare(head.listed(z), teacher) for z in z_ND], dim=1)
 
-    sums_C, count = sum_in_chunks(losses, *_supervised(drafters, batch), vocab_size=target.vocab_size * len(drafters))
+    num_logits = len(head.shortlist) * len(drafters)
+    sums_C, count = sum_in_chunks(losses, *_supervised(drafters, batch), vocab_size=num_logits)
     metrics = {f"loss_{one.config.exit_layer}": (sums_C[at].detach(), count) for at, one in enumerate(drafters)}
     return sums_C.sum(), metrics if len(drafters) > 1 else {}
 
@@ -75,9 +91,7 @@ def evaluate(drafter: Sequence[Drafter] | Drafter, batch: Batch, settings: Setti
     """
     drafters = [drafter] if isinstance(drafter, Drafter) else drafter
     theirs_ND, *outputs = _supervised(drafters, batch)
-    return exits.acceptance_metrics(
-        {one.config.exit_layer: target.head for one in drafters}, outputs, theirs_ND, target
-    )
+    return exits.acceptance_metrics({one.config.exit_layer: one.head for one in drafters}, outputs, theirs_ND, target)
 
 
 @torch.no_grad()
@@ -87,7 +101,7 @@ def finish(drafters: Sequence[Drafter], settings: Settings, target: Target, held
         return drafters[0]
     candidates = []
     for drafter in drafters:
-        outcomes = exits.row_outcomes(target.head, [_adapted(drafter, batch) for batch in held_out], held_out, target)
+        outcomes = exits.row_outcomes(drafter.head, [_adapted(drafter, batch) for batch in held_out], held_out, target)
         # Costs do not depend on the weights, so that a new drafter of chains is measured.
         candidates.append((Drafter(dataclasses.replace(drafter.config, width=0), target).eval(), outcomes))
     return drafters[exits.fastest(candidates, partial(policies.make, settings.config.length))]

@@ -52,7 +52,7 @@ class Settings:
         metadata={
             "omit": (
                 *("exit_layer", "num_blocks", "num_heads", "inner_width"),
-                *("own_norm", "own_head", "recycling", "tunes"),
+                *("own_norm", "own_head", "shortlist", "recycling", "tunes"),
             )
         },
     )

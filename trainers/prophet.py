@@ -4,17 +4,21 @@ Shape suffixes: B rows, T positions, W windows, S states of a window, P tokens t
 batch or predictions, D the target's hidden width, E the prophet's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data.batches import Batch
+from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.prophet import Config, Drafter, window_positions
+from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.checks import check_at_least
+from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
+from trainers.corpora import corpus
 from trainers.parts.losses import (
     DIVERGENCES,
     Teacher,
@@ -62,11 +66,21 @@ class Windows:
     """Number of possible windows per selected window."""
 
 
+def check(settings: Settings, target: TargetInfo) -> None:
+    """Raises ValueError for a shortlist larger than the vocabulary."""
+    check_size(settings.config.shortlist, target.vocab_size)
+
+
 def build(settings: Settings, target: Target) -> Drafter:
     """Returns a new prophet; in joint training its target is a copy whose weights belong to the drafter."""
     drafter = Drafter(settings.config, target).float()
     drafter.on_weights_loaded()
     return drafter.requires_grad_()
+
+
+def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
+    """Fills the shortlist."""
+    corpus.fill_shortlist(drafter.shared_head.shortlist, rows)
 
 
 def needs(settings: Settings, target: Target) -> Needs:
@@ -78,26 +92,35 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     """Returns the loss of the P predictions of every window, summed and divided by P, so that tokens count about once.
 
     If not all windows are used, they are shifted at random, by torch's generator, which a resumed run restores. In
-    joint training the copy's own loss on the text is added.
+    joint training the copy's own loss on the text is added. With a shortlist a divergence is between distributions over
+    its tokens, and other labels of cross-entropy do not count.
     """
+    shared, is_listing = drafter.shared_head, bool(settings.config.shortlist)
     normed_BTD = _read_normed(drafter, batch)
     states_BTD = normed_BTD.detach() if settings.detach else normed_BTD
     chosen = select_windows(drafter, batch, states_BTD, settings.windows, float(torch.rand(())))
     z_NE, labels_N = chosen.z_WPE[chosen.mask_WP], chosen.labels_WP[chosen.mask_WP]
+
+    def logits(z_NE: Tensor) -> Tensor:
+        return shared.listed(drafter.output(z_NE)) if is_listing else drafter.head(z_NE[None])[0]
+
     if settings.loss == "ce":
+        is_listed_N = shared.shortlist.contains(labels_N)
         total, _ = sum_in_chunks(
-            lambda z, labels: cross_entropy(drafter.head(z[None])[0], labels),
-            z_NE,
-            labels_N,
-            vocab_size=target.vocab_size,
+            lambda z, labels: cross_entropy(logits(z), labels),
+            z_NE[is_listed_N],
+            shared.shortlist.indices(labels_N[is_listed_N]),
+            vocab_size=len(shared.shortlist),
         )
     else:
         compare = divergence(settings.loss)
         total, _ = sum_in_chunks(
-            lambda z, theirs: compare(drafter.head(z[None])[0], _teacher(drafter, theirs)),
+            lambda z, theirs: compare(
+                logits(z), Teacher(logits=shared.listed(theirs)) if is_listing else _teacher(drafter, theirs)
+            ),
             z_NE,
             _target_states(chosen, normed_BTD.detach()),
-            vocab_size=target.vocab_size,
+            vocab_size=len(shared.shortlist),
         )
     total = total * chosen.weight / settings.config.num_draft
     if not settings.config.joint:

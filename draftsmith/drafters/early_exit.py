@@ -22,6 +22,7 @@ from draftsmith.length import policies
 from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_positive
 from draftsmith.parts.neural.layers import Block, ffn_width, gather_path
+from draftsmith.parts.neural.shortlist import SharedHead
 from draftsmith.parts.neural.token_heads import last_accepted_hidden, untied_lm_heads
 from draftsmith.parts.self_drafting.early_exit import DrafterCache, EarlyExitRunner, check_exit_layer
 from draftsmith.parts.self_drafting.fine_tuned import (
@@ -51,6 +52,8 @@ class Config:
     """Use a norm of its own before the LM head, initialised from the target's, instead of the target's."""
     own_head: bool = False
     """Use an LM head of its own, initialised from the target's, instead of the target's."""
+    shortlist: int = 0
+    """If not 0, compute logits for this many tokens only (draftsmith/parts/neural/shortlist.py)."""
     recycling: bool = False
     """Add the last hidden state of the last verified token, through a matrix, to the exit layer."""
     tunes: bool = False
@@ -74,6 +77,11 @@ class Config:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "exit_layer", "num_heads", most=MAX_DEPTH)
         check_at_least(self, 0, "num_blocks", most=MAX_DEPTH)
+        check_at_least(self, 0, "shortlist")
+        if self.shortlist and (self.own_head or self.tunes):
+            raise ValueError(
+                "a shortlist is of the frozen target's LM head, and own_head and tunes replace that head: drop one"
+            )
         check_at_least(self, 0, "inner_width", "rank", most=MAX_WIDTH)
         check_positive(self, "alpha")
         if not self.tunes and (self.rank or self.modules):
@@ -116,6 +124,7 @@ class Drafter(nn.Module, drafter.Drafter):
             self.norm = target.copy_norm()
         if config.own_head:
             (self.output,) = untied_lm_heads(target, 1)
+        self.shared_head = SharedHead(target, config.shortlist)
         if config.tunes and config.rank:
             self.adapters = nn.ModuleList(
                 Adapter(layer, config.rank) for layer in linear_layers(target, config.modules).values()
@@ -154,7 +163,9 @@ class Drafter(nn.Module, drafter.Drafter):
 
     def head(self, normed_BTD: Tensor) -> Tensor:
         """Returns logits [B, T, V]."""
-        return self.output(normed_BTD) if self.config.own_head else self.target.head(normed_BTD)
+        if self.config.own_head:
+            return self.output(normed_BTD)
+        return self.target.head(normed_BTD) if self.config.tunes else self.shared_head(normed_BTD)
 
     def start(self, session: Session) -> None:
         config, lengths = self.config, [len(row) for row in session.rows]

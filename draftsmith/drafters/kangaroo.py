@@ -19,6 +19,7 @@ from draftsmith.length import policies
 from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_DEPTH, check_at_least
 from draftsmith.parts.neural.layers import Attention, gather_path
+from draftsmith.parts.neural.shortlist import SharedHead
 from draftsmith.parts.self_drafting.early_exit import DrafterCache, EarlyExitRunner, check_exit_layer
 
 
@@ -30,6 +31,8 @@ class Config:
     """Number of the target's blocks that draft tokens run through."""
     num_heads: int = 4
     """Attention heads of the adapter."""
+    shortlist: int = 0
+    """If not 0, compute logits for this many tokens only (draftsmith/parts/neural/shortlist.py)."""
     num_draft: int = 6
     """Maximum number of tokens drafted per round."""
     length: str = "confidence=0.6"
@@ -41,6 +44,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "exit_layer", "num_heads", most=MAX_DEPTH)
+        check_at_least(self, 0, "shortlist")
         autoregressive.check_shape(self)
         policies.make(self.length)
 
@@ -64,6 +68,7 @@ class Drafter(nn.Module, drafter.Drafter):
         self.attention_norm = nn.RMSNorm(target.hidden_size, eps=1e-6)
         self.attention = Attention(target.hidden_size, num_heads=config.num_heads)
         self.norm = target.copy_norm()
+        self.head = SharedHead(target, config.shortlist)
         self.to(device=target.device, dtype=target.dtype)
 
     def forward(
@@ -91,7 +96,7 @@ class Drafter(nn.Module, drafter.Drafter):
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
         """Returns the logits [B, M, V] after the nodes from `first` on."""
         hidden_BMD = self._exit.run(tokens_BN, tree, first)
-        return self.target.head(self._cache.run(hidden_BMD, tree, first))
+        return self.head(self._cache.run(hidden_BMD, tree, first))
 
     def _cached_layers(self, hidden_BMD: Tensor, positions_BM: Tensor, mask_R1MS: Tensor, cache: KVCache) -> Tensor:
         return self(hidden_BMD, positions_BM, mask_R1NS=mask_R1MS, cache=cache)

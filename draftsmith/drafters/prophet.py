@@ -32,6 +32,7 @@ from draftsmith.length import policies
 from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least
 from draftsmith.parts.neural.layers import Block, ffn_width, gather_path, prepare_cache
+from draftsmith.parts.neural.shortlist import SharedHead
 from draftsmith.parts.neural.token_heads import untied_lm_heads
 from draftsmith.parts.self_drafting.fine_tuned import FineTunedTarget, copy_with_own_parameters
 
@@ -52,6 +53,8 @@ class Config:
     """Attention heads of a block."""
     own_head: bool = False
     """Use an LM head of its own, initialised from the target's, instead of the target's."""
+    shortlist: int = 0
+    """If not 0, compute logits for this many tokens only (draftsmith/parts/neural/shortlist.py)."""
     length: str = "refit=0.4"
     """Draft-length policy of chains: a name of draftsmith/length/policies.py, and its number."""
     width: int = 0
@@ -64,6 +67,11 @@ class Config:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_states", "num_layers", "num_heads", most=MAX_DEPTH)
         check_at_least(self, 0, "hidden_size", most=MAX_WIDTH)
+        check_at_least(self, 0, "shortlist")
+        if self.shortlist and (self.own_head or self.joint):
+            raise ValueError(
+                "a shortlist is of the frozen target's LM head, and own_head and joint replace that head: drop one"
+            )
         autoregressive.check_shape(self)
         policies.make(self.length)
 
@@ -97,6 +105,7 @@ class Drafter(nn.Module, drafter.Drafter):
         self.output_map = _map(width, target.hidden_size)
         if config.own_head:
             self.outputs = untied_lm_heads(target, 1)
+        self.shared_head = SharedHead(target, config.shortlist)
         if config.joint:
             # Only the copy's parameters belong to the drafter: a change of dtype must not affect its buffers.
             object.__setattr__(self, "tuned_model", copy_with_own_parameters(target.model))
@@ -127,10 +136,16 @@ class Drafter(nn.Module, drafter.Drafter):
         """Returns the decoder's inputs [B, T, E] for tokens, with no gradient to the target's embedding."""
         return self.token_map(self.target.model.get_input_embeddings()(tokens_BT).detach())
 
+    def output(self, z_BNE: Tensor) -> Tensor:
+        """Returns the input of the LM head [..., D]."""
+        return self.output_map(self.norm(z_BNE))
+
     def head(self, z_BNE: Tensor) -> Tensor:
         """Returns logits [B, N, V]."""
-        out_BND = self.output_map(self.norm(z_BNE))
-        return self.outputs[0](out_BND) if self.config.own_head else self.target.head(out_BND)
+        out_BND = self.output(z_BNE)
+        if self.config.own_head:
+            return self.outputs[0](out_BND)
+        return self.target.head(out_BND) if self.config.joint else self.shared_head(out_BND)
 
     def start(self, session: Session) -> None:
         self._session = session

@@ -25,6 +25,11 @@ from draftsmith.export.source import ExportSource
 def draft_model(source: ExportSource) -> Any:
     """Returns the blocks up to the exit with the drafter's norm and head; raises ValueError if it has more layers."""
     config = source.config
+    if config.shortlist:
+        raise ValueError(
+            "an exit with a shortlist computes part of the LM head, no prefix of the target; train one without,"
+            " or run it with draftsmith or exported --to transformers as a custom_generate folder"
+        )
     if config.num_blocks or config.recycling:
         raise ValueError(
             "an exit with its own blocks or recycling is not a prefix of the target, and servers can run only a prefix;"
@@ -42,7 +47,7 @@ def for_transformers(source: ExportSource, folder: Path) -> Launch:
     which the exit layer would make the assistant draft for itself without end: that is an argument of `generate`.
     """
     config = source.config
-    if config.num_blocks or config.recycling:
+    if config.num_blocks or config.recycling or config.shortlist:
         return custom_generate.write(source, folder)
     if config.own_norm or config.own_head:
         return assistant_writer(draft_model)(source, folder)
