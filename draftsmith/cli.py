@@ -141,7 +141,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from draftsmith.inputs.batching import check_lengths
     from draftsmith.inputs.generation_config import parse_config, with_sampling
     from draftsmith.inputs.texts import encode_text
-    from draftsmith.length import policies
+    from draftsmith.length.controller import make_control
     from draftsmith.loading.model_info import read_target_info
 
     disable_progress_bar()
@@ -150,7 +150,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.verifier != "auto":
         verify.find(arguments.verifier)
     if arguments.length != "auto":
-        policies.make(arguments.length)
+        make_control(arguments.length)
     if arguments.target is None and not CHECKOUT_TARGET.is_dir():
         raise ValueError(f"no target: name one with --target, {TARGET_HELP}")
     path = arguments.target or str(CHECKOUT_TARGET)

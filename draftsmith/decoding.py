@@ -42,6 +42,7 @@ from draftsmith.inputs.invariance import shapes_for
 from draftsmith.inputs.locks import exclusive, with_parts
 from draftsmith.length.controller import cut, with_length_control
 from draftsmith.length.costs import Stopwatch
+from draftsmith.length.node_gain import NodeGain
 from draftsmith.length.policies import Policy
 from draftsmith.verify import verify_draft
 from draftsmith.verify.research.position_noise import PositionNoise
@@ -90,7 +91,7 @@ def generate(
     stopping_criteria: Any = None,
     stop_strings: str | Sequence[str] | None = None,
     verifier: str = "auto",
-    length: str | Policy = "auto",
+    length: str | Policy | NodeGain = "auto",
     streamer: Any = None,
     batch_invariant: bool | None = None,
 ) -> Generation:
@@ -101,13 +102,13 @@ def generate(
     defaults to the model's own; an empty sequence turns it off. The same `seed` gives the same tokens, unless draft
     lengths depend on measured times or earlier calls; without one it is drawn from torch's global generator. With
     `verifier="coupled"` it gives the same tokens with every drafter and with none, and may be one seed per row, so that
-    a row's text does not depend on the other rows. `length` is a draft-length policy (draftsmith/length/policies.py) or
-    its name, "auto" for the drafter's own. `generation_config` is "model" for the model's own, a GenerationConfig, or a
-    dictionary of its settings; arguments that are given take precedence, and its lengths are not read. Its logits
-    processors, and those in `logits_processor`, are applied to each drafted token's own prefix, padding not counted.
-    Rows also stop after a text in `stop_strings`, and by transformers' `stopping_criteria`. A `streamer` receives the
-    prompt, then each step's tokens. Threads may share a target; calls with the same drafter or policy wait for each
-    other.
+    a row's text does not depend on the other rows. `length` is a draft-length policy (draftsmith/length/policies.py,
+    node_gain.py) or its name, "auto" for the drafter's own. `generation_config` is "model" for the model's own, a
+    GenerationConfig, or a dictionary of its settings; arguments that are given take precedence, and its lengths are not
+    read. Its logits processors, and those in `logits_processor`, are applied to each drafted token's own prefix,
+    padding not counted. Rows also stop after a text in `stop_strings`, and by transformers' `stopping_criteria`. A
+    `streamer` receives the prompt, then each step's tokens. Threads may share a target; calls with the same drafter or
+    policy wait for each other.
 
     With `batch_invariant` a token's logits have the same bits however it is fed, so that in any dtype plain decoding
     and every drafter give the same text at temperature 0, and with `verifier="coupled"` above; None takes the target's
@@ -177,7 +178,7 @@ def generate_stream(
     seed: int | Sequence[int] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     verifier: str = "auto",
-    length: str | Policy = "auto",
+    length: str | Policy | NodeGain = "auto",
     stats: GenerationStats | None = None,
 ) -> Iterator[StreamedText]:
     """Continues any number of prompts, `batch_size` at a time, and yields each text as it ends (continuous batching).
@@ -247,7 +248,7 @@ def _stream(
     max_new_tokens: int,
     eos: frozenset[int],
     drafter: Drafter | None,
-    length: str | Policy,
+    length: str | Policy | NodeGain,
     rules: Rules,
     verifier: str,
     stats: GenerationStats,

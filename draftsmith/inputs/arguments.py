@@ -75,7 +75,7 @@ def check_objects(target: Any, drafter: Any, *, verifier: Any, length: Any, stre
         )
     if not isinstance(verifier, str):
         raise ValueError(f"verifier is {shown(verifier)}; it must be the name of one, or 'auto'")
-    if not isinstance(length, str) and not hasattr(length, "should_continue"):
+    if not isinstance(length, str) and not hasattr(length, "learn"):
         raise ValueError(f"length is {shown(length)}; it must be a length policy or its name, such as 'fixed=4'")
     if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
         raise ValueError(f"streamer is {shown(streamer)}; it must have the methods put(tokens) and end()")

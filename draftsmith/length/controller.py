@@ -10,22 +10,31 @@ import torch
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.stats import drafted_depth
 from draftsmith.core.tree import Draft
+from draftsmith.length.node_gain import NODE_GAIN, NodeControlled, NodeGain
 from draftsmith.length.policies import Fixed, Outcome, Policy, make
 
 DEFAULT_NUM_DRAFT = 16
 """Longest draft of a drafter whose configuration has no `num_draft`, such as one of a fixed tree."""
 
 
-def with_length_control(drafter: Drafter, length: str | Policy) -> Drafter:
+def with_length_control(drafter: Drafter, length: str | Policy | NodeGain) -> Drafter:
     """Returns the drafter with its draft length controlled by the policy `length`, "auto" being the drafter's default.
 
-    Raises ValueError for an unknown policy, or one that needs draft confidences if the drafter does not report any.
+    Raises ValueError for an unknown policy, one that needs draft confidences if the drafter does not report any, and
+    one that chooses nodes of a whole draft if the drafter drafts token by token.
     """
     supports_early_stop = getattr(drafter.config, "supports_early_stop", False)
     if length == "auto":
         # A drafter may keep a policy from call to call.
         length = drafter.policy or (drafter.config.length if supports_early_stop else "fixed")
-    policy = make(length) if isinstance(length, str) else length
+    policy = make_control(length) if isinstance(length, str) else length
+    if isinstance(policy, NodeGain):
+        if supports_early_stop:
+            raise ValueError(
+                "length 'node_gain' chooses nodes of a whole draft, and this drafter drafts token by token; use"
+                " 'expected_gain'"
+            )
+        return NodeControlled(drafter, policy)
     if policy.needs_confidence and not supports_early_stop:
         name = type(policy).__name__.lower()
         raise ValueError(
@@ -96,6 +105,11 @@ class LengthControlled(Drafter):
         confidences.append(confidence)
         num_drafted = len(confidences)
         return num_drafted < self._limits[row] and self._policy.should_continue(row, num_drafted, confidences)
+
+
+def make_control(length: str) -> Policy | NodeGain:
+    """Returns a new policy: "node_gain" or one of draftsmith/length/policies.py; raises ValueError for other names."""
+    return NodeGain() if length == NODE_GAIN else make(length)
 
 
 def cut(draft: Draft, depths: list[int]) -> Draft:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 import draftsmith
 from draftsmith import Target
 from draftsmith.core.stats import GenerationStats
-from draftsmith.length import policies
+from draftsmith.length.controller import make_control
 
 Rows = list[list[int]]
 
@@ -138,7 +138,7 @@ def draftsmith_method(
     A draft-length `policy` other than "auto" keeps its state from call to call, as on a server; each temperature and
     batch size has its own instance.
     """
-    policy_of = cache(lambda temperature, num_rows: "auto" if policy == "auto" else policies.make(policy))
+    policy_of = cache(lambda temperature, num_rows: "auto" if policy == "auto" else make_control(policy))
     return partial(_draftsmith_decode, target, drafter, verifier, policy_of)
 
 

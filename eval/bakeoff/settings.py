@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from draftsmith import verify
-from draftsmith.length import policies
+from draftsmith.length.controller import make_control
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class BakeoffSettings:
         for name in self.verifiers:
             verify.find(name)
         for name in self.lengths:
-            policies.make(name)
+            make_control(name)
         for threshold in self.confidence_thresholds:
             if not 0 < threshold < 1:
                 raise ValueError(

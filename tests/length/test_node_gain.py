@@ -1,0 +1,107 @@
+"""The policy "node_gain": which nodes it keeps, how many at which costs, and lossless output."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from draftsmith.core.tree import Draft, Tree, chain
+from draftsmith.drafters import lookup, medusa
+from draftsmith.length.controller import make_control, with_length_control
+from draftsmith.length.node_gain import NodeControlled, NodeGain, keep_nodes
+from tests.support.distributions import check_distribution, distribution_target
+from tests.support.drafters import TREE, generate_rows, tiny_drafter
+from tests.support.family import built, texts
+from tests.support.models import greedy_by_transformers, tiny_target
+
+PARENTS = [-1, 0, 0, 1, 1, 2]
+"""Node 0 has two children; the first of them has two, the second one."""
+
+
+def taught(rounds: int = 400) -> NodeGain:
+    """Returns a policy after rounds in which node 1 was accepted in 3 of 4, and then node 3 in 1 of 2."""
+    policy = NodeGain()
+    policy.start(1)
+    for number in range(rounds):
+        path = [0, 1, 3] if number % 2 and number % 4 else [0, 1] if number % 4 else [0]
+        policy.learn([PARENTS], [path], None)
+    return policy
+
+
+def test_a_nodes_probability_is_the_product_of_rates_along_its_path() -> None:
+    probs = taught().node_probs(PARENTS)
+    # Node 3 was tested in 300 rounds and accepted in 200; nodes 2, 4 and 5 never were accepted.
+    assert probs[:2] == pytest.approx([1.0, 0.75], abs=0.01)
+    assert probs[3] == pytest.approx(0.75 * 2 / 3, abs=0.01)
+    assert max(probs[2], probs[4], probs[5]) < 0.02
+    assert NodeGain().node_probs([-1, 0, 0]) == pytest.approx([1, 1 / 2, 1 / 3])
+
+
+def run(policy: NodeGain, cost_ms: Any, rounds: int = 60) -> list[int]:
+    """Returns the number of nodes verified in each round at the cost `cost_ms(nodes)`; node 1 is always accepted."""
+    found = []
+    for _ in range(rounds):
+        kept = policy.select([PARENTS], [True])[0] if policy.will_draft() else [0]
+        number = {node: at for at, node in enumerate(kept)}
+        parents = [-1, *(number[PARENTS[node]] for node in kept[1:])]
+        path = [0, number[1]] if 1 in number else [0]
+        policy.learn([parents], [path], cost_ms(len(kept) - 1))
+        found.append(len(kept) - 1)
+    return found
+
+
+def test_the_number_of_nodes_follows_their_cost() -> None:
+    trials = [5, 0, 3, 5, 2] * 2
+    cheap, dear = run(NodeGain(), lambda nodes: 10 + 0.01 * nodes), run(NodeGain(), lambda nodes: 10 + 4 * nodes)
+    assert cheap[:10] == dear[:10] == trials
+    # One more token for 4 ms of 10 pays, and a second node at 4 ms more does not.
+    assert set(dear[10:42]) == {1}
+    never = run(NodeGain(), lambda nodes: 10 + (nodes > 0) * 15 + nodes)
+    assert set(never[10:26]) == {0} and never[26] > 0, "drafting is tried again after 16 rounds without"
+
+
+def test_each_batch_size_has_its_own_costs() -> None:
+    policy = NodeGain()
+    assert run(policy, lambda nodes: 10 + 4 * nodes)[-1] == 1
+    policy.start(8)
+    assert run(policy, lambda nodes: 10 + 30 * nodes)[-1] == 0
+    policy.start(1)
+    assert run(policy, lambda nodes: 10 + 4 * nodes, rounds=1) == [1]
+
+
+def test_kept_nodes_keep_their_tokens_and_parents() -> None:
+    tokens_BN = torch.arange(12).view(2, 6)
+    draft = Draft(tokens_BN=tokens_BN, tree=Tree.from_parents([PARENTS]))
+    kept = keep_nodes(draft, [[0, 1, 3], [0, 2]])
+    assert kept.tokens_BN[0].tolist() == [0, 1, 3] and kept.tokens_BN[1, :2].tolist() == [6, 8]
+    assert kept.num_nodes == [3, 2]
+    assert kept.tree.parents_RN.tolist() == [[-1, 0, 1]] and kept.tree.is_chain
+    assert keep_nodes(draft, [list(range(6))] * 2) is draft
+    assert keep_nodes(Draft(tokens_BN=tokens_BN, tree=chain(6)), [[0, 1], [0]]).num_nodes == [2, 1]
+
+
+@pytest.mark.parametrize("name", ["medusa", "lookup"])
+def test_greedy_output_equals_the_target(name: str) -> None:
+    target, policy = tiny_target("llama"), NodeGain()
+    drafter = tiny_drafter(name, "llama")
+    sizes = set()
+    for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
+        out = generate_rows(target, num_rows, drafter, side=side, length=policy)
+        assert texts(out) == greedy_by_transformers("llama", num_rows, 20)
+        sizes |= {nodes for _, nodes in out.stats.verified}
+    assert len(sizes) > 1
+
+
+@pytest.mark.parametrize("family", ["medusa", "lookup"])
+def test_sampling_is_lossless(family: str) -> None:
+    drafter: Any = lookup.Drafter(lookup.Config(num_draft=3), distribution_target())
+    if family == "medusa":
+        drafter = built(medusa, medusa.Config(num_heads=3, tree=TREE), distribution_target())
+    check_distribution(NodeControlled(drafter, NodeGain()), distribution_target(), num_samples=5_000)
+
+
+def test_drafters_that_draft_token_by_token_are_refused() -> None:
+    with pytest.raises(ValueError, match="this drafter drafts token by token; use 'expected_gain'"):
+        with_length_control(tiny_drafter("copy", "llama"), "node_gain")
+    with pytest.raises(ValueError, match="unknown length policy 'node_gains'"):
+        make_control("node_gains")
