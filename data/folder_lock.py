@@ -1,9 +1,7 @@
 """Exclusive use of an output folder by one run, with a message to its user if the run is interrupted: `locked`."""
 
-import errno
 import fcntl
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -11,12 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from draftsmith.artifacts.files import LOCK
+from draftsmith.artifacts.files import LOCK, check_folder, make_folder, storage_fault
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
-MIN_FREE_BYTES = 1_000_000
-"""Free space below which an error counts as one of a full disk: torch.save and safetensors hide its number."""
 _held: dict[tuple[Path, int], int] = {}
 """Descriptors of the locks that threads of this process hold, by (folder, thread)."""
 
@@ -34,11 +28,10 @@ def locked(folder: Path, *, kept: Callable[[], str] | None = None) -> Iterator[i
     if holder in _held:
         yield _held[holder]
         return
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; name a folder to write to")
+    check_folder(folder)
     try:
         is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = _acquire(folder)
         _held[holder] = lock
         try:
@@ -60,19 +53,6 @@ def locked(folder: Path, *, kept: Callable[[], str] | None = None) -> Iterator[i
         if fault := storage_fault(error, folder):
             raise ValueError(fault) from error
         raise
-
-
-def storage_fault(error: Exception, folder: Path | None = None) -> str | None:
-    """Returns a sentence for an error of a full disk or of missing permissions, None for any other error."""
-    number = error.errno if isinstance(error, OSError) else None
-    where = f"{folder}: " if folder else ""
-    reason = " ".join(str(error).split())
-    is_full = number in NO_SPACE or "No space left" in reason or "quota exceeded" in reason
-    if is_full or (folder and folder.exists() and shutil.disk_usage(folder).free < MIN_FREE_BYTES):
-        return f"{where}no space left to write ({reason}); free some and run the same command again, which continues"
-    if number in NOT_WRITABLE:
-        return f"{where}cannot be written to ({reason}); name another folder or change its permissions"
-    return None
 
 
 def _acquire(folder: Path) -> int:

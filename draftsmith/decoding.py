@@ -21,8 +21,10 @@ from draftsmith.core.stats import GenerationStats
 from draftsmith.core.target import Source, Target
 from draftsmith.inputs.arguments import (
     check_objects,
+    plain,
     real_number,
     row_identities,
+    shown,
     torch_seed,
     warn_of_unapplied_settings,
     whole_number,
@@ -114,7 +116,7 @@ def generate(
     and every drafter give the same text at temperature 0, and with `verifier="coupled"` above; None takes the target's
     own setting. Raises ValueError for invalid settings or prompts, and if the target cannot be run so.
     """
-    check_objects(target, drafter, verifier=verifier, length=length, streamer=streamer)
+    check_objects(target, drafter, verifier=verifier, length=length, streamer=streamer, batch_invariant=batch_invariant)
     if (config := read_config(target, generation_config)) is None:
         warn_of_unapplied_settings(target)
     sampling = with_sampling(
@@ -190,7 +192,11 @@ def generate_stream(
     rows that come and go (`Drafter.change_rows`) starts again with each change. Counts are added to `stats`. Other
     arguments are those of `generate`. Raises ValueError for invalid settings or prompts.
     """
-    check_objects(target, drafter, verifier=verifier, length=length, streamer=None)
+    check_objects(target, drafter, verifier=verifier, length=length)
+    if not isinstance(prompts, Iterable) or not isinstance(stats, GenerationStats | None):
+        raise ValueError(
+            f"prompts is {shown(prompts)} and stats {shown(stats)}; pass prompts, and GenerationStats or None"
+        )
     warn_of_unapplied_settings(target)
     sampling = Sampling(
         temperature=real_number("temperature", temperature),
@@ -203,7 +209,7 @@ def generate_stream(
     target.check_batch(batch_size)
     eos = eos_ids(target, eos_token_id)
     seeds: list[int] | None
-    if isinstance(seed, Sequence):
+    if isinstance(seed := plain(seed), list):
         seeds, whole = [torch_seed(one) for one in seed], 0
         if isinstance(prompts, Sequence) and len(prompts) != len(seeds):
             raise ValueError(

@@ -11,13 +11,12 @@ import os
 from functools import cache
 from pathlib import Path
 
-import pyarrow
-
 from data import POCKET
 from data.sources.files import ROW_SUFFIXES, TEXT_SUFFIXES, data_suffix, numbered_rows, read_file, read_folder
 from data.sources.python_source import SourceFile, docstring_pairs, source_files, split_files
 from data.sources.questions import question_rows
 from data.sources.records import Document, LeftOut, Row, RowError
+from draftsmith.loading.text_files import kind_of
 
 __all__ = [
     "BEGINNING",
@@ -43,6 +42,7 @@ def read_source(source: str) -> list[Row] | list[Document]:
             "no data given; name a file, a folder, a data set on the hub, python-questions or python-source"
         )
     path = Path(source)
+    kind = kind_of(path)  # raises ValueError for what cannot be a name
     if source.split(":")[0] == PYTHON_SOURCE:
         return _python_source(source)
     if source.split(":")[0] == PYTHON_DOCSTRINGS:
@@ -50,6 +50,8 @@ def read_source(source: str) -> list[Row] | list[Document]:
     if source.split(":")[0] == PYTHON_QUESTIONS:
         _check_part(source)
         return question_rows(held_out=not _is_train(source))
+    if kind == "device":
+        raise ValueError(f"{source} is no file or folder; name one with data")
     if path.is_dir():
         return _saved_dataset(path) if _is_saved_dataset(path) else read_folder(path)
     if path.is_file():
@@ -126,7 +128,7 @@ def _saved_dataset(folder: Path) -> list[Row]:
 
     try:
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except Exception as error:  # of many kinds, for files that are missing or wrong
         raise ValueError(f"{folder} is not a readable `datasets` folder: {_first_line(error)}") from None
     if isinstance(saved, datasets.DatasetDict):
         if len(saved) > 1 and "train" not in saved:

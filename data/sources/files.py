@@ -74,7 +74,10 @@ def _read_text(path: Path) -> str:
 
 
 def _read_document(path: Path) -> Document:
-    return Document(name=str(path), text=io.StringIO(_read_text(path), newline=None).read())
+    text = _read_text(path)
+    if "\0" in text:
+        raise ValueError(f"{path} is not text: it has zero bytes; name a file of text, or of {' '.join(ROW_SUFFIXES)}")
+    return Document(name=str(path), text=io.StringIO(text, newline=None).read())
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -85,17 +88,34 @@ def _read_rows(path: Path) -> list[Row]:
             table = pyarrow.parquet.read_table(pyarrow.BufferReader(_read_bytes(path)) if is_packed else path)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path} is not a complete Parquet file: {str(error).splitlines()[0]}") from None
-        return numbered_rows(path, table.to_pylist())
+        return _table_rows(path, table)
     if suffix in TABLE_SUFFIXES:
         return _read_table(path, TABLE_SUFFIXES[suffix])
     return _read_json(path) if suffix == ".json" else _read_lines(path, _read_bytes(path))
+
+
+def _table_rows(path: Path, table: pyarrow.Table) -> list[Row]:
+    """Returns the rows of an Arrow table, without columns of dates and times, which can hold what Python cannot."""
+    names = [field.name for field in table.schema if not pyarrow.types.is_temporal(field.type)]
+    table = table.select(names)
+    try:
+        return numbered_rows(path, table.to_pylist())
+    except (pyarrow.ArrowException, OverflowError, ValueError):
+        return [_table_row(f"{path}:{number + 1}", table.slice(number, 1)) for number in range(len(table))]
+
+
+def _table_row(where: str, table: pyarrow.Table) -> Row:
+    try:
+        return _row(where, table.to_pylist()[0])
+    except (pyarrow.ArrowException, OverflowError, ValueError) as error:
+        return Row(where=where, fields={}, fault=f"{where}: it cannot be read: {str(error).splitlines()[0]}")
 
 
 def _read_json(path: Path) -> list[Row]:
     content = _read_bytes(path)
     try:
         values = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         rows = _read_lines(path, content)
         if any(not row.fault for row in rows):
             return rows
@@ -124,18 +144,31 @@ def _read_lines(path: Path, content: bytes) -> list[Row]:
 def _read_table(path: Path, delimiter: str) -> list[Row]:
     """Returns the rows of a table, whose first line names the columns; an empty cell counts as missing."""
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter)
-    header, rows = next(reader, []), []
-    begin = reader.line_num + 1
-    for cells in reader:
+    # Strict: else a quotation mark that is not closed would take in the rows after it.
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    header, rows, begin = None, list[Row](), 1
+    while True:
         where = f"{path}:{begin}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if header is None or "end of data" in str(error):
+                raise ValueError(f"{where}: a cell begins with a quotation mark that is not closed") from None
+            cells = []
+            rows.append(Row(where=where, fields={}, fault=f"{where}: {error}"))
         begin = reader.line_num + 1
+        if cells is None:
+            return rows
+        if header is None:
+            header = cells
+            if repeated := [name for name in header if header.count(name) > 1]:
+                raise ValueError(f"{path} has {header.count(repeated[0])} columns called {repeated[0]!r}; rename them")
+            continue
         if not cells:
             continue
         fault = f"{where}: found {len(cells)} cells, expected {len(header)}" if len(cells) != len(header) else ""
         fields = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
         rows.append(Row(where=where, fields=fields, fault=fault))
-    return rows
 
 
 def _row(where: str, fields: Any) -> Row:

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,24 @@ from draftsmith.artifacts.model_card import CARD, WEIGHTS, card, is_hub_name, ke
 from draftsmith.artifacts.provenance import run_provenance, target_provenance
 from draftsmith.core.drafter import Drafter
 from draftsmith.core.target import Target
-from draftsmith.inputs.arguments import check_drafter, check_path, check_target
+from draftsmith.inputs.arguments import check_drafter, check_path, check_target, shown
 from draftsmith.loading.model_info import TargetInfo
+from draftsmith.loading.text_files import kind_of
 from draftsmith.loading.weights import NUM_NAMED, check_finite
 
 FORMAT_VERSION = 1
 MANIFEST = "draft_config.json"
+REQUIRED = {"format_version", "family", "config", "target", "vocab_size"}
+"""Entries of every manifest."""
+ENTRY_TYPES: dict[str, tuple[type, ...]] = {
+    "family": (str,),
+    "family_package": (str, NoneType),
+    "target.name": (str,),
+    "target.fingerprint": (str,),
+    "tokenizer_hash": (str, NoneType),
+    "vocab_size": (int,),
+}
+"""Types of the manifest's entries that are compared with the target's; other entries are for people."""
 LAYER_INDEX = "hidden[0] is the embedding output, hidden[i] the output of the i-th block, un-normed"
 
 
@@ -68,8 +80,12 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
         }
         | ({} if package is None else {"family_package": package})
         | run_provenance()
-        | (record or {})
     )
+    for name, value in (record or {}).items():
+        # The record of a part of a composite is its whole manifest.
+        if name in {*ENTRY_TYPES, *REQUIRED} and value != json_text.parse(json_text.text_of(manifest.get(name))):
+            raise ValueError(f"record has {name!r}, an entry that belongs to the manifest itself; call it otherwise")
+    manifest |= record or {}
     json_text.text_of(manifest)  # nothing is written if it contains a number that is not finite
     if isinstance(drafter, nn.Module):
         check_finite(f"the drafter to be saved in {path}", own_tensors(drafter).items())
@@ -102,8 +118,9 @@ def load(path: str | Path, target: Target, *, made_for: Target | None = None) ->
     config = make_config(module.Config, manifest["config"], folder / MANIFEST)
     try:
         drafter: Drafter = module.Drafter.load_state(folder, config, target)
-    except (RuntimeError, MemoryError, ArithmeticError, TypeError, LookupError, AttributeError) as error:
-        # torch and transformers raise these for shapes that do not fit each other or the memory.
+    except ValueError:
+        raise
+    except Exception as error:  # torch and transformers raise many kinds for shapes or settings that do not fit
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{folder}: this configuration makes no drafter for {target.name} ({reason})") from error
     if drafter.hidden_layers and target.is_run_whole:
@@ -124,7 +141,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """Returns an artifact's manifest; raises ValueError if it is missing, invalid or of an unknown format version."""
     folder = local_folder(path)
     file = folder / MANIFEST
-    if not folder.is_dir():
+    if kind_of(folder) != "folder":
         raise ValueError(f"artifact {path}: no such folder")
     if not file.is_file():
         raise ValueError(f"{path} is not a draftsmith artifact: it has no {MANIFEST}")
@@ -134,14 +151,18 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{error}; the artifact must be made again") from error
     if not isinstance(manifest, dict):
         raise ValueError(f"{file} is not a JSON object; the artifact must be made again")
-    missing = {"format_version", "family", "config", "target", "vocab_size"} - set(manifest)
+    missing = REQUIRED - set(manifest)
     if missing:
         raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; the artifact must be made again")
     target = manifest["target"]
-    if not isinstance(target, dict) or not isinstance(target.get("name"), str) or "fingerprint" not in target:
+    if not isinstance(target, dict) or not {"name", "fingerprint"} <= set(target):
         raise ValueError(f"{file}: target is {target!r}; it must have name and fingerprint")
-    if not isinstance(manifest["family"], str):
-        raise ValueError(f"{file}: family is {manifest['family']!r}; it must be a name")
+    entries = {"target.name": target["name"], "target.fingerprint": target["fingerprint"]}
+    for name, kind in ENTRY_TYPES.items():
+        value = entries.get(name, manifest.get(name))
+        if not isinstance(value, kind) or isinstance(value, bool):
+            kinds = " or ".join("null" if one is NoneType else one.__name__ for one in kind)
+            raise ValueError(f"{file}: {name} is {shown(value)}, expected {kinds}; the artifact must be made again")
     if manifest["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{file} has format version {manifest['format_version']}; this version of draftsmith reads {FORMAT_VERSION}"
@@ -238,6 +259,10 @@ def _load_weights(drafter: nn.Module, file: Path) -> None:
     check_finite(file, tensors.items())
     expected = own_tensors(drafter)
     for name, tensor in tensors.items():
+        if name in expected and tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(
+                f"{file}: {name!r} holds {tensor.dtype}, expected {expected[name].dtype}; make the artifact again"
+            )
         if name in expected and tensor.shape != expected[name].shape:
             raise ValueError(
                 f"{file}: {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"

@@ -1,6 +1,7 @@
 """Files of artifacts and exports: `inside` checks names read from other files, `atomic_folder` writes whole folders."""
 
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -10,8 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from draftsmith.loading.text_files import kind_of
+
 LOCK = ".lock"
 """Name of the lock file in a folder that a run is writing to."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+MIN_FREE_BYTES = 1_000_000
+"""Free space below which an error counts as one of a full disk: torch.save and safetensors hide its number."""
 EXCHANGE, AT_WORKING_DIRECTORY = 2, -100
 """Linux's RENAME_EXCHANGE and AT_FDCWD."""
 
@@ -30,7 +37,12 @@ def inside(folder: Path, name: Any) -> Path:
     In the hub's cache every file of a snapshot is a link into the folder `blobs` of its repository.
     """
     path = folder / plain_name(name, folder)
-    root, found = folder.resolve(), path.resolve()
+    try:
+        root, found = folder.resolve(), path.resolve()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or links in a circle
+        reason = error.strerror if isinstance(error, OSError) else "links in a circle"
+        raise ValueError(f"{folder} has no file {name[:40]!r}... ({reason})") from None
     snapshots = [parent for parent in (root, *root.parents) if parent.name == "snapshots"]
     if not any(found.is_relative_to(one) for one in (root, *(parent.parent / "blobs" for parent in snapshots))):
         raise ValueError(f"{path} is a link that leads out of {folder}; replace it with a copy of its target")
@@ -45,14 +57,14 @@ def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
     nothing is written then. Leftovers of killed processes beside `path` are removed, or moved back to `path` if it is
     missing.
     """
+    check_replaceable(path, marker=marker)
     if path.is_symlink():
         path = path.resolve()
-    _recover(path)
-    check_replaceable(path, marker=marker)
     staging = path.with_name(f".{path.name}.staging-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
+        _recover(path)
+        shutil.rmtree(staging, ignore_errors=True)
+        make_folder(staging)
         yield staging
         # safetensors writes files that only their owner can read; servers often run as another user.
         mode = staging.stat().st_mode & 0o666
@@ -72,21 +84,54 @@ def atomic_folder(path: Path, *, marker: str) -> Iterator[Path]:
                 retired.rename(path)
                 raise
             shutil.rmtree(retired)
+    except ValueError:
+        raise
+    except Exception as error:
+        if fault := storage_fault(error, path.parent):
+            raise ValueError(fault) from error
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_replaceable(path: Path, *, marker: str) -> None:
-    """Raises ValueError if `path` is a file, or a folder that is not empty and does not contain `marker`.
+    """Raises ValueError if `path` is no folder, or one that is not empty and does not contain `marker`.
 
     An incomplete `marker` or a lock that a killed process has left is not counted.
     """
-    if path.is_file():
-        raise ValueError(f"{path} is a file; name a folder to write to")
+    check_folder(path)
     if not path.is_dir() or (path / marker).exists():
         return
     if any(file.name != LOCK and not file.name.startswith(f".{marker}.part-") for file in path.iterdir()):
         raise ValueError(f"{path} contains other files (no {marker} among them); name a new or empty folder")
+
+
+def check_folder(path: Path) -> None:
+    """Raises ValueError if something that is no folder is at `path`, or nothing of that name can be."""
+    if (kind := kind_of(path)) not in ("folder", None):
+        raise ValueError(f"{path} is a {kind}; name a folder to write to")
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it; raises ValueError if that cannot be, as below a file or without rights."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fault = storage_fault(error, path.parent)
+        raise ValueError(fault or f"{path.parent} cannot hold a folder ({error.strerror}); name another one") from error
+
+
+def storage_fault(error: Exception, folder: Path | None = None) -> str | None:
+    """Returns a sentence for an error of a full disk or of missing permissions, None for any other error."""
+    number = error.errno if isinstance(error, OSError) else None
+    where = f"{folder}: " if folder else ""
+    reason = " ".join(str(error).split())
+    is_full = number in NO_SPACE or "No space left" in reason or "quota exceeded" in reason
+    if is_full or (folder and folder.exists() and shutil.disk_usage(folder).free < MIN_FREE_BYTES):
+        return f"{where}no space left to write ({reason}); free some and run the same command again, which continues"
+    if number in NOT_WRITABLE:
+        return f"{where}cannot be written to ({reason}); name another folder or change its permissions"
+    return None
 
 
 def _recover(path: Path) -> None:

@@ -47,7 +47,9 @@ def check_target(target: Any) -> None:
     """Rejects anything but a Target, such as a model or its name."""
     if isinstance(target, str | Path):
         raise ValueError(f"target is {shown(target)}; pass draftsmith.Target.from_pretrained({str(target)!r})")
-    if not hasattr(target, "tokenizer_hash"):  # a target that runs in a server is no Target, but has its attributes
+    if isinstance(target, type) or not hasattr(
+        target, "tokenizer_hash"
+    ):  # a target that runs in a server is no Target, but has its attributes
         raise ValueError(f"target is {shown(target)}; pass draftsmith.Target(model, tokenizer)")
 
 
@@ -63,7 +65,9 @@ def check_path(path: Any) -> None:
         raise ValueError(f"path is {shown(path)}; it must be the folder of an artifact")
 
 
-def check_objects(target: Any, drafter: Any, *, verifier: Any, length: Any, streamer: Any) -> None:
+def check_objects(
+    target: Any, drafter: Any, *, verifier: Any, length: Any, streamer: Any = None, batch_invariant: Any = None
+) -> None:
     """Rejects objects that are not of the kind that `generate` takes, and a drafter of another Target."""
     check_target(target)
     if drafter is not None:
@@ -77,6 +81,8 @@ def check_objects(target: Any, drafter: Any, *, verifier: Any, length: Any, stre
         raise ValueError(f"verifier is {shown(verifier)}; it must be the name of one, or 'auto'")
     if not isinstance(length, str) and not hasattr(length, "learn"):
         raise ValueError(f"length is {shown(length)}; it must be a length policy or its name, such as 'fixed=4'")
+    if not isinstance(batch_invariant, bool | None):
+        raise ValueError(f"batch_invariant is {shown(batch_invariant)}; it must be True, False or None")
     if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
         raise ValueError(f"streamer is {shown(streamer)}; it must have the methods put(tokens) and end()")
 
@@ -171,6 +177,8 @@ def prompt_rows(input_ids: Any, attention_mask: Any) -> list[list[int]]:
 
 def plain(value: Any) -> Any:
     """Returns arrays and tensors, also inside lists and tuples, as lists of Python numbers."""
+    if getattr(value, "is_meta", False):
+        raise ValueError(f"a tensor of shape {tuple(value.shape)} is on the device meta, which holds no numbers")
     if hasattr(value, "tolist"):
         return value.tolist()
     return [plain(part) for part in value] if isinstance(value, list | tuple) else value

@@ -3,7 +3,7 @@
 import copy
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,21 @@ MODE_SETTINGS = (
     "force_words_ids",
 )
 """Settings of the generation config by which transformers chooses other decoding modes, beams apart."""
+REAL_NUMBERS = (
+    *("temperature", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "penalty_alpha"),
+    *("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "max_time"),
+)
+WHOLE_NUMBERS = (
+    *("top_k", "num_beams", "num_return_sequences", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("min_length", "min_new_tokens", "prompt_lookup_num_tokens"),
+)
+SWITCHES = (
+    *("do_sample", "remove_invalid_values", "renormalize_logits", "return_dict_in_generate"),
+    *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
+)
+"""Settings of the generation config that are read, by the kind of their values; transformers checks few of them."""
+MAX_COPIES = 65_536
+"""Most rows of one prompt in a call."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,6 +101,19 @@ def check_names(settings: Mapping[str, Any]) -> None:
             )
 
 
+def check_values(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a setting of another type, a number that is not finite, or a negative one."""
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if name in SWITCHES and not isinstance(value, bool):
+            raise ValueError(f"{name} is {shown(value)}; it must be true or false")
+        if name in REAL_NUMBERS or name in WHOLE_NUMBERS:
+            number = real_number(name, value) if name in REAL_NUMBERS else whole_number(name, value)
+            if number < 0:
+                raise ValueError(f"{name} is {number}; it must not be negative")
+
+
 def parse_config(text: str) -> str | dict[str, Any] | None:
     """Returns what a flag means: "model", settings in JSON such as {"min_p": 0.1}, or the path of a JSON file.
 
@@ -95,15 +123,16 @@ def parse_config(text: str) -> str | dict[str, Any] | None:
         return text or None
     try:
         found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"generation config {text!r} cannot be read ({error}); it must be 'model', JSON such as"
+            f"generation config {shown(text)} cannot be read ({error}); it must be 'model', JSON such as"
             ' {"repetition_penalty": 1.1}, or a file of it'
         ) from error
     if not isinstance(found, dict):
-        raise ValueError(f"generation config {text!r} holds {shown(found)}; it must hold settings by name")
+        raise ValueError(f"generation config {shown(text)} holds {shown(found)}; it must hold settings by name")
     found = {name: value for name, value in found.items() if name not in FILE_NOTES}
     check_names(found)
+    check_values(found)
     return found
 
 
@@ -126,9 +155,13 @@ def read_config(target: Target, given: Any) -> GenerationConfig | None:
         return None
     if isinstance(given, Mapping):
         check_names(given)
+        check_values(given)
         # A temperature means sampling, unless the dictionary says otherwise.
         is_sampling = isinstance(found := given.get("temperature"), int | float) and found > 0
-        config = GenerationConfig(watermarking_config=given.get("watermarking_config"))
+        try:
+            config = GenerationConfig(watermarking_config=given.get("watermarking_config"))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"watermarking_config is {shown(given['watermarking_config'])}: {error}") from None
         for name, value in ({"do_sample": is_sampling} | dict(given)).items():
             if name != "watermarking_config":
                 setattr(config, name, value)
@@ -140,7 +173,9 @@ def read_config(target: Target, given: Any) -> GenerationConfig | None:
             f"generation_config is {shown(given)}; it must be 'model' for the target's own, a GenerationConfig, or a"
             " dictionary of its settings"
         )
-    return target.model._prepare_generation_config(copy.deepcopy(given))[0]
+    config = target.model._prepare_generation_config(copy.deepcopy(given))[0]
+    check_values(vars(config))
+    return config
 
 
 def make_rules(
@@ -202,8 +237,10 @@ def with_sampling(
 def num_copies(config: GenerationConfig | None, sampling: Sampling) -> int:
     """Returns the number of rows for each prompt; raises ValueError for several equal ones."""
     number = whole_number("num_return_sequences", getattr(config, "num_return_sequences", None) or 1)
-    if number < 1 or (number > 1 and sampling.is_greedy):
-        raise ValueError(f"num_return_sequences is {number}; it must be 1, or at temperatures above 0 more")
+    if not 1 <= number <= (1 if sampling.is_greedy else MAX_COPIES):
+        raise ValueError(
+            f"num_return_sequences is {number}; it must be 1, or at temperatures above 0 up to {MAX_COPIES:,}"
+        )
     return number
 
 
@@ -239,6 +276,8 @@ def _built(
 
 def _stops(target: Target, config: GenerationConfig | None, stopping_criteria: Any, stop_strings: Any) -> list[Any]:
     is_one = callable(stopping_criteria) and not isinstance(stopping_criteria, list)
+    if not is_one and not isinstance(stopping_criteria, Iterable | None):
+        raise ValueError(f"stopping_criteria is {shown(stopping_criteria)}; it must be a criterion or a list of them")
     stops = [stopping_criteria] if is_one else list(stopping_criteria or [])
     strings = stop_strings if stop_strings is not None else getattr(config, "stop_strings", None)
     if strings is not None:

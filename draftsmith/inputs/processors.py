@@ -10,7 +10,7 @@ rows.
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers.generation import logits_process as hf
 
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft
+from draftsmith.inputs.arguments import shown
 
 REFUSED = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "runs the model on another prompt for each token",
@@ -74,6 +75,8 @@ CUTOFFS: dict[type, tuple[str, str]] = {
 
 def check_processors(processors: Any) -> list[Any]:
     """Returns one processor or a list as a list; raises ValueError for what cannot be applied to drafted prefixes."""
+    if not callable(processors) and not isinstance(processors, Iterable | None):
+        raise ValueError(f"logits_processor is {shown(processors)}; it must be a logits processor or a list of them")
     found = [processors] if callable(processors) and not isinstance(processors, list) else list(processors or [])
     for processor in found:
         name = type(processor).__name__
@@ -241,7 +244,8 @@ class NodeProcessors:
                 f"logits processor {_name(processor)} returned {shape}; it must return scores of shape"
                 f" {tuple(scores_XV.shape)}"
             )
-        if again_XV is not None and not torch.allclose(found_XV, again_XV, rtol=0, atol=0, equal_nan=True):
+        found_XV = found_XV.to(scores_XV)
+        if again_XV is not None and not torch.allclose(found_XV, again_XV.to(found_XV), rtol=0, atol=0, equal_nan=True):
             raise ValueError(
                 f"logits processor {_name(processor)} returns other scores when it is called again on the same prefix:"
                 " it keeps state or draws random numbers, so it cannot be applied to drafted tokens; leave it out"

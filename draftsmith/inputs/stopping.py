@@ -26,7 +26,7 @@ def check_stop_strings(stop_strings: Any, tokenizer: Any) -> hf.StopStringCriter
         )
     try:
         return hf.StopStringCriteria(tokenizer, list(strings))
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"stop_strings is {shown(stop_strings)}: {error}") from error
 
 

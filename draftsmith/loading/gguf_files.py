@@ -98,12 +98,14 @@ def read_header(path: Path) -> GgufHeader:
             raise ValueError(f"{path} is not a GGUF file: it does not start with 'GGUF'; download it again")
         try:
             header, end = _parse(content, path)
-        except (struct.error, IndexError, UnicodeDecodeError):
+        except (struct.error, IndexError, UnicodeDecodeError, OverflowError, RecursionError, MemoryError):
             raise ValueError(
                 f"{path} is cut off or damaged within its first {size:,} bytes; download it again"
             ) from None
-    if (parts := header.metadata.get("split.count", 1)) > 1:
+    if (parts := _count(path, header.metadata, "split.count", 1)) > 1:
         raise ValueError(_split(path, parts))
+    if not isinstance(header.metadata.get("general.architecture", ""), str):
+        raise ValueError(f"{path} is damaged: general.architecture is no text; download it again")
     if not header.tensor_types:
         raise ValueError(f"{path} has no weights, only a vocabulary; name the GGUF file of the model")
     if end > size:
@@ -122,7 +124,7 @@ def convert_info(path: Path, folder: Path) -> None:
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False, **file)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # of any kind, for metadata that is missing or wrong
         raise ValueError(
             f"{path}: transformers cannot read GGUF files of architecture {header.architecture!r}"
             f" ({remote_code.reason(error)}); name a transformers folder of this model"
@@ -248,9 +250,17 @@ def _parse(content: Any, path: Path) -> tuple[GgufHeader, int]:
         position += 16 + 8 * num_axes
         types[name] = kind
         end = max(end, offset + _num_bytes(kind, prod(shape)))
-    alignment = metadata.get("general.alignment", 32)
+    alignment = _count(path, metadata, "general.alignment", 32)
     start = -(-position // alignment) * alignment
     return GgufHeader(metadata=metadata, tensor_types=types), start + end if types else position
+
+
+def _count(path: Path, metadata: dict[str, Any], key: str, default: int) -> int:
+    """Returns a whole number of at least 1 from the metadata; raises ValueError if it is anything else."""
+    value = metadata.get(key, default)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{path} is damaged: {key} is {value!r:.40}, expected a whole number; download it again")
+    return value
 
 
 def _string(content: Any, position: int) -> tuple[str, int]:

@@ -64,7 +64,7 @@ def read_target_info(path: str) -> TargetInfo:
         )
     try:
         whole = AutoConfig.from_pretrained(path, trust_remote_code=remote_code.is_allowed())
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises many kinds for values that are missing or wrong
         raise ValueError(f"target {path!r} cannot be read: {remote_code.reason(error)}{nearest_name(path)}") from None
     tokenizer = _tokenizer(path)
     config, generation_config = whole.get_text_config(decoder=True), _generation_config(path)
@@ -105,16 +105,24 @@ def decoder_start(config: Any, generation_config: Any) -> int | None:
 
 
 def end_tokens(config: Any) -> tuple[int, ...]:
-    """Returns the end-of-sequence ids of a generation config, empty if it has none."""
+    """Returns the end-of-sequence ids of a generation config, empty if it has none; raises ValueError for others."""
     ids = getattr(config, "eos_token_id", None)
-    return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (int(ids),)
+    found = ids if isinstance(ids, list | tuple) else () if ids is None else (ids,)
+    if wrong := [token for token in found if type(token) is not int]:
+        raise ValueError(f"eos_token_id holds {wrong[0]!r:.40}; it must be a token id or a list of token ids")
+    return tuple(found)
 
 
 def _generation_config(path: str) -> Any:
     try:
-        return GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError):
-        return None
+        found = GenerationConfig.from_pretrained(path)
+        end_tokens(found)
+    except Exception as error:
+        if not (file := Path(path) / "generation_config.json").is_file():
+            return None
+        # transformers would do without it, and so without the tokens that end a text.
+        raise ValueError(f"{file} cannot be read ({remote_code.reason(error)}); correct or download it again") from None
+    return found
 
 
 def context_length(config: Any) -> int:

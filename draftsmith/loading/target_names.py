@@ -26,6 +26,7 @@ from typing import Any
 
 from draftsmith.loading import gguf_files
 from draftsmith.loading.cache_folder import home, locked, temporary_folder
+from draftsmith.loading.text_files import kind_of, read_yaml
 
 NAMES_FILE = "targets.yaml"
 OFFLINE = "DRAFTSMITH_OFFLINE"
@@ -83,6 +84,7 @@ def model_folder(name: str, *, needs_weights: bool = True) -> str:
     GGUF file out if they are not converted yet. A folder or file of that name comes before a named target if it holds a
     model. Raises ValueError if the file is unsuitable, or the named target cannot be had.
     """
+    kind_of(Path(name))  # raises ValueError for what cannot be a name
     if gguf := gguf_files.find_gguf(name):
         return str(_converted(gguf, needs_weights=needs_weights))
     if (Path(name) / "config.json").is_file() or (named := named_targets().get(name)) is None:
@@ -92,6 +94,10 @@ def model_folder(name: str, *, needs_weights: bool = True) -> str:
     if name in BUILT_IN and not Path(named.path).is_dir():
         raise ValueError(
             f"target {name!r} is part of draftsmith's repository; run this in a checkout, or name a folder"
+        )
+    if named.path in named_targets() and kind_of(Path(named.path)) is None:
+        raise ValueError(
+            f"{home() / NAMES_FILE}: the path of {name} is {named.path!r}, another name of a target; write its path"
         )
     return model_folder(named.path, needs_weights=needs_weights)
 
@@ -107,12 +113,7 @@ def named_targets() -> dict[str, NamedTarget]:
     path = home() / NAMES_FILE
     if not path.is_file():
         return dict(BUILT_IN)
-    import yaml  # installed with transformers
-
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    content = read_yaml(path) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; write names, each with `path` or `wheel`")
     targets, faults = dict(BUILT_IN), []

@@ -12,7 +12,7 @@ from typing import Any
 from data.folder_lock import locked
 from data.shards import write_atomically
 from draftsmith.artifacts import json_text
-from draftsmith.artifacts.files import LOCK
+from draftsmith.artifacts.files import LOCK, check_folder
 from eval.bakeoff.measure import Tally
 from eval.report.recorded_texts import NAME, TEXTS
 
@@ -24,8 +24,7 @@ Cell = tuple[int, float, int, str]
 
 def check_output(folder: Path) -> None:
     """Raises ValueError if `folder` is a file, or contains files but no comparison."""
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; name a folder to write to")
+    check_folder(folder)
     if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK} and not any(folder.glob(f"{NAME}.*")):
         raise ValueError(f"{folder} contains other files (no {NAME}.json in it); name a new or empty folder")
 

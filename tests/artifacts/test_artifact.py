@@ -229,6 +229,47 @@ def test_links_into_the_blobs_of_a_hub_cache_are_accepted(folder: Path) -> None:
     draftsmith.load(snapshot, tiny_target("llama"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": {"name": "t", "fingerprint": None}}, "target.fingerprint is None, expected str"),
+        ({"target": {"name": "t", "fingerprint": 5}}, "target.fingerprint is 5, expected str"),
+        ({"vocab_size": "64"}, "vocab_size is '64', expected int"),
+        ({"tokenizer_hash": 5}, "tokenizer_hash is 5, expected str or null"),
+        ({"files": ["x" * 5000]}, "has no file 'x+'... .File name too long"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_entries_of_other_types_are_rejected(folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit(folder, **changes)
+    check_error(folder, message)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_rejected(folder: Path, dtype: torch.dtype) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / "model.safetensors")
+    check_error(folder, f"holds {dtype}, expected torch.float32")
+
+
+def test_save_replaces_no_device_and_names_impossible_paths(tmp_path: Path) -> None:
+    """A device in place of a folder would be exchanged for the artifact, as /dev/null for one who may do so."""
+    drafter = lookup.Drafter(lookup.Config(), tiny_target("llama"))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    for path, message in {
+        "pipe": "pipe is a device; name a folder",
+        "x" * 300: "cannot be the name of a file or folder: File name too long",
+        "a\0b": "cannot be the name of a file or folder: embedded null byte",
+        "file/below": "file cannot hold a folder .Not a directory.|file cannot hold a folder .File exists.",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            draftsmith.save(drafter, tmp_path / path, drafter.target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+    with pytest.raises(ValueError, match="record has 'config', an entry that belongs to the manifest itself"):
+        draftsmith.save(drafter, tmp_path / "new", drafter.target, record={"config": {}})
+
+
 def test_load_names_a_missing_file(folder: Path) -> None:
     edit(folder, files=["model.safetensors", "gone.npy"])
     check_error(folder, "gone.npy is missing; the artifact must be made again")

@@ -85,10 +85,19 @@ def test_ends_of_the_config_are_used() -> None:
         ({"repetition_penalti": 1.2}, "no setting 'repetition_penalti'; did you mean 'repetition_penalty'?"),
         ({"num_beams": 3}, "num_beams is 3; .* must be 1"),
         (GenerationConfig(penalty_alpha=0.6, top_k=4), r"asks for contrastive search \(penalty_alpha=0.6\)"),
-        ({"num_return_sequences": 2}, "num_return_sequences is 2; it must be 1, or at temperatures above 0 more"),
+        (
+            {"num_return_sequences": 2},
+            "num_return_sequences is 2; it must be 1, or at temperatures above 0 up to 65,536",
+        ),
+        ({"num_return_sequences": 10**9, "temperature": 1.0}, "num_return_sequences is 1000000000; it must be 1, or"),
         ({"min_p": 1.5, "temperature": 1.0}, "min_p.*1.5"),
         ({"top_p": 0.0, "temperature": 1.0}, "top_p is 0.0; it must be above 0"),
-        ({"temperature": -1.0, "do_sample": True}, "temperature is -1.0; it must be 0"),
+        ({"temperature": -1.0}, "temperature is -1.0; it must not be negative"),
+        ({"temperature": float("nan")}, "temperature is nan; it must be a finite number"),
+        ({"temperature": 1, "top_p": []}, r"top_p is \[\]; it must be a finite number"),
+        ({"num_beams": "a"}, "num_beams is 'a'; it must be a whole number"),
+        ({"do_sample": "yes"}, "do_sample is 'yes'; it must be true or false"),
+        ({"watermarking_config": 5}, "watermarking_config is 5: "),
     ],
 )
 def test_configs_that_cannot_be_used_are_rejected(given: Any, message: str) -> None:

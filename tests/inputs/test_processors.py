@@ -47,6 +47,16 @@ def shown(settings: dict[str, Any]) -> str:
     return "+".join(settings)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_scores_of_another_dtype_are_taken(dtype: torch.dtype) -> None:
+    def cast(_: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        return scores_BV.to(dtype)
+
+    target, rows = tiny_target("llama"), prompts(3)
+    plain = draftsmith.generate(target, rows, max_new_tokens=8).sequences
+    assert draftsmith.generate(target, rows, max_new_tokens=8, logits_processor=cast).sequences.equal(plain)
+
+
 def by_lengths(prefix_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
     """A user's own processor: favours a token that depends on the number and sum of the ids."""
     token = (prefix_BT.sum(1) + prefix_BT.shape[1]) % VOCAB_SIZE
@@ -206,7 +216,7 @@ def failing(prefix_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
             {"generation_config": {"bad_words_ids": [[token] for token in range(64)]}},
             "leave no token after the first 9",
         ),
-        ({"generation_config": {"repetition_penalty": -1.0}}, "`penalty` has to be a strictly positive float"),
+        ({"generation_config": {"repetition_penalty": -1.0}}, "repetition_penalty is -1.0; it must not be negative"),
         ({"generation_config": {"bad_words_ids": [[70]]}}, "failed on a prefix.*vocabulary size is 64"),
     ],
 )

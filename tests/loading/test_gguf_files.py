@@ -100,6 +100,13 @@ def cut(path: Path, num_bytes: int) -> None:
     path.write_bytes(path.read_bytes()[:num_bytes])
 
 
+def write_header(path: Path, key: str, kind: int, value: bytes) -> None:
+    """Writes a GGUF file of one tensor with one entry of metadata, of ggml's type `kind`."""
+    entry = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+    tensor = struct.pack("<Q", 1) + b"w" + struct.pack("<IQIQ", 1, 4, 0, 0)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + entry + tensor + bytes(64))
+
+
 def changed(path: Path, position: int, value: bytes) -> None:
     content = bytearray(path.read_bytes())
     content[position : position + len(value)] = value
@@ -121,6 +128,13 @@ def changed(path: Path, position: int, value: bytes) -> None:
         (lambda path: path.rename(path.with_name("model-00001-of-00002.gguf")), "is one of the 2 files of its model"),
         (lambda path: write_gguf(path, parts=3), "one of the 3 files of its model; merge them .*llama-gguf-split"),
         (lambda path: path.with_name("other.gguf").touch(), r"has 2 GGUF files \(model.gguf, other.gguf\); name one"),
+        (lambda path: write_header(path, "general.alignment", 4, bytes(4)), "general.alignment is 0, expected a whole"),
+        (
+            lambda path: write_header(path, "split.count", 8, struct.pack("<Q", 0)),
+            "split.count is '', expected a whole",
+        ),
+        (lambda path: write_header(path, "a", 9, struct.pack("<IQ", 9, 1) * 5000), "cut off or damaged"),
+        (lambda path: write_header(path, "a", 9, struct.pack("<IQ", 4, 2**62)), "cut off or damaged"),
         (lambda path: write_gguf(path, architecture="nosuch"), "cannot read GGUF files of architecture 'nosuch'"),
     ],
 )

@@ -114,7 +114,10 @@ def test_names_of_the_user_stand_for_paths(home: Path) -> None:
         ("smollm2:\n  path: x\n", "smollm2: this name is built in; choose another"),
         ("a/b:\n  path: x\nc:\n  pat: x\n", "a/b: a name consists of letters.*; c: unknown key 'pat'"),
         ("- mine\n", "holds a list; write names"),
-        ("mine: [\n", "targets.yaml cannot be read: while parsing"),
+        ("mine: [\n", "targets.yaml cannot be read as YAML: while parsing"),
+        ("[" * 5000, "nested too deeply"),
+        ("mine: 2024-13-45\n", "cannot be read as YAML: month must be in"),
+        ("mine:\n  path: mine\n", "the path of mine is 'mine', another name of a target"),
     ],
 )
 def test_faults_of_the_file_of_names_are_named(content: str, message: str, home: Path) -> None:

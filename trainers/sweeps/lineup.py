@@ -25,6 +25,7 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import MANIFEST, read_manifest
 from draftsmith.artifacts.files import plain_name
 from draftsmith.loading.model_info import TargetInfo
+from draftsmith.loading.text_files import read_yaml
 from trainers import Needs
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
@@ -56,19 +57,22 @@ def read(path: Path) -> list[DrafterSpec]:
     settings.
     """
     try:
-        table = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"no such file: {path}; recipes/configs/bakeoff.yaml is an example of a line-up") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        table = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; recipes/configs/bakeoff.yaml is an example of a line-up") from None
     keys = {"all", "drafters", "not_applicable"}
     if not isinstance(table, dict) or not table.get("drafters") or set(table) - keys:
         raise ValueError(
             f"{path} must contain `drafters`, and may contain `all` and `not_applicable`, but nothing else"
         )
+    for key, value in [*table.items(), *(table["drafters"].items() if isinstance(table["drafters"], dict) else ())]:
+        if not isinstance(value, dict | None):
+            raise ValueError(f"{path}: {key} is {value!r:.40}; it must hold settings, as `name: value` lines")
     specs: list[DrafterSpec] = []
     for name, given in table["drafters"].items():
         settings = (table.get("all") or {}) | (given or {})
+        if not isinstance(parts := settings.get("parts", []), list) or not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"{path}: {name} has the parts {parts!r:.40}; they must be a list of drafters' names")
         spec = DrafterSpec(name=str(name), trainer=str(settings.pop("trainer", name)), settings=settings)
         _check(spec, given or {}, [other.name for other in specs], path)
         _settings(spec, path.parent, {})
@@ -156,7 +160,7 @@ def _settings(spec: DrafterSpec, output: Path, overrides: Mapping[str, Any]) -> 
 
 def unused_trainers(path: Path) -> dict[str, str]:
     """Returns what a line-up, accepted by `read`, leaves out: unused trainers and those it gives a reason for."""
-    table = yaml.safe_load(path.read_text())
+    table = read_yaml(path)
     used = {(given or {}).get("trainer", name) for name, given in table["drafters"].items()}
     given = table.get("not_applicable") or {}
     return {name: "not in the line-up" for name in trainer_names() if name not in used} | given

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from data.folder_lock import locked
 from data.shards import open_folder, write_atomically
+from draftsmith.loading.text_files import read_yaml
 from trainers.sweeps import sampler
 from trainers.training import jsonl
 
@@ -70,10 +70,7 @@ def read_sweep(path: Path, fixed: sampler.Values) -> Sweep:
 
     Raises ValueError, with all faults in one sentence, for a file that is invalid or that only wandb's server can run.
     """
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"sweep {path} cannot be read: {' '.join(str(error).split())}") from None
+    config = read_yaml(path)
     if not isinstance(config, dict) or not isinstance(config.get("parameters"), dict):
         raise ValueError(f"sweep {path} has no parameters; see recipes/sweeps for examples")
     config["parameters"] |= {name: {"value": value} for name, value in fixed.items()}

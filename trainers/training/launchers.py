@@ -16,8 +16,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data.folder_lock import storage_fault
 from data.pseudo_data import read_pseudo_data
+from draftsmith.artifacts.files import storage_fault
 from trainers.training.run_settings import DEFAULT_DATA, RunSettings
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from draftsmith.artifacts.config_values import LARGEST, check_numbers
 from draftsmith.loading import remote_code
+from draftsmith.loading.text_files import parse_yaml
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 NO_DEFAULT = dataclasses.MISSING
@@ -247,9 +246,9 @@ def _read_preset(path: Path, settings: dict[str, _Setting], faults: list[str]) -
         faults.append(f"--config {path}: no such file")
         return {}
     try:
-        preset = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        faults.append(f"--config {path}: not valid YAML: {' '.join(str(error).split())}")
+        preset = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        faults.append(f"--config {path}: not valid YAML: {error}")
         return {}
     if not isinstance(preset, dict):
         faults.append(f"--config {path}: must contain `key: value` lines")
@@ -331,9 +330,9 @@ def _convert(value: Any, annotation: Any) -> Any:
 
 def _parsed(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"is not valid YAML: {text!r}") from None
+        return parse_yaml(text)
+    except ValueError:
+        raise ValueError(f"is not valid YAML: {text!r:.40}") from None
 
 
 # --- Help --------------------------------------------------------------------------------------------------------

@@ -3,13 +3,15 @@
 import bz2
 import gzip
 import json
+import struct
 from pathlib import Path
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data.prompts import TextSettings, load_prompts
-from data.sources import Document, read_source
+from data.sources import Document, Row, read_source
 from tests.support.text import trained_tokenizer
 
 ROWS = [{"instruction": "Translate to French.", "input": f"sea {number}", "output": "mer"} for number in range(3)]
@@ -101,3 +103,34 @@ def test_read_source_names_a_truncated_archive(tmp_path: Path) -> None:
     (tmp_path / "latin.csv").write_bytes(b"prompt\nna\xefve\n")
     with pytest.raises(ValueError, match=r"latin.csv is not UTF-8 text \(byte 9\)"):
         read_source(str(tmp_path / "latin.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.csv",
+            b'prompt\n"not closed\nnext row\n',
+            "a.csv:2: a cell begins with a quotation mark that is not closed",
+        ),
+        ("a.csv", b"prompt,prompt\na,b\n", "a.csv has 2 columns called 'prompt'; rename them"),
+        ("a.json", b"[" * 100_000, "a.json is not valid JSON: maximum recursion depth"),
+        ("a.txt", b"PK\3\4\0\0", "a.txt is not text: it has zero bytes"),
+        ("x" * 300, b"", "cannot be the name of a file or folder: File name too long"),
+    ],
+)
+def test_files_that_would_be_misread_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    if content:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_source(str(tmp_path / name))
+
+
+def test_values_of_parquet_that_python_cannot_hold_spoil_no_other_row(tmp_path: Path) -> None:
+    broken = pyarrow.py_buffer(b"a\xff\xfe"), pyarrow.py_buffer(struct.pack("<iii", 0, 1, 3))
+    prompt = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, broken[1], broken[0]])
+    times = pyarrow.array([2**62, 0], pyarrow.timestamp("us"))  # the year 148087
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": prompt, "time": times}), tmp_path / "a.parquet")
+    good, bad = read_source(str(tmp_path / "a.parquet"))
+    assert isinstance(good, Row) and good.fields == {"prompt": "a"}
+    assert isinstance(bad, Row) and "a.parquet:2: it cannot be read: 'utf-8' codec" in bad.fault

@@ -106,7 +106,7 @@ def test_preset_of_smollm2_is_valid() -> None:
         ("trainer: medusa", "trainer: settings", "heads has the unknown trainer"),
         ("num_draft: 5", "batch_size: 5", "lookup sets batch_size, which must be the same"),
         ("[lookup, heads]", "[lookup, head]", "both has the part 'head'; parts must be"),
-        ("num_draft: 5}", "num_draft: 5", "is not valid YAML"),
+        ("num_draft: 5}", "num_draft: 5", "cannot be read as YAML"),
     ],
 )
 def test_read_rejects_an_invalid_line_up(tiny: BakeoffRunSettings, old: str, new: str, message: str) -> None:
@@ -126,6 +126,23 @@ def test_invalid_setting_stops_before_any_training(
         main(tiny)
     assert "unknown setting 'num_head'" in capsys.readouterr().err
     assert not Path(tiny.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("drafters: [a, b]", r"drafters is \['a', 'b'\]; it must hold settings"),
+        ("drafters: {medusa: 5}", "medusa is 5; it must hold settings"),
+        ("drafters: {medusa: {parts: 5}}", "medusa has the parts 5; they must be a list"),
+        ("all: [1]\ndrafters: {medusa: {}}", r"all is \[1\]; it must hold settings"),
+        ("[" * 5000, "nested too deeply"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_read_rejects_tables_of_another_form(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "table.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        lineup.read(tmp_path / "table.yaml")
 
 
 @pytest.mark.parametrize("name", ["../heads", "/heads", "a/../../heads"])
