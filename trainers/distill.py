@@ -137,7 +137,8 @@ needs = distillation.needs
 
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the loss of `LossSettings`, summed over supervised tokens."""
-    return distillation.loss(_normed(drafter, batch), _head(drafter), batch, settings, target, drafter.shortlist)
+    head = _head(drafter) if drafter.shortlist.is_whole else drafter.model.get_output_embeddings().listed
+    return distillation.loss(_normed(drafter, batch), head, batch, settings, target, drafter.shortlist)
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:

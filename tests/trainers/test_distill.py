@@ -22,7 +22,7 @@ from tests.support.masked_batch import masked_batch
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, tiny_config, tiny_model, tiny_target, tiny_tokenizer
 from tests.support.runs import make_data, make_target, trainer_settings
 from trainers import distill
-from trainers.parts.losses import DIVERGENCES, Teacher, divergence, jensen_shannon, restrict_to_shortlist
+from trainers.parts.losses import DIVERGENCES, Teacher, divergence, jensen_shannon, on_shortlist
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
@@ -115,7 +115,7 @@ def test_divergences_condition_the_target_on_the_shortlist(name: str, top_k: int
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
-def test_restrict_to_shortlist_with_top_logits(name: str) -> None:
+def test_on_shortlist_with_top_logits(name: str) -> None:
     """Outcomes by hand: the listed tokens among the top five, and any other, without the mass known to be unlisted."""
     torch.manual_seed(0)
     shortlist = Shortlist(len(LISTED), VOCAB_SIZE)
@@ -123,7 +123,7 @@ def test_restrict_to_shortlist_with_top_logits(name: str) -> None:
     teacher_NV, student_NW = 2 * torch.randn(6, VOCAB_SIZE).double(), torch.randn(6, len(LISTED)).double()
     top = teacher_NV.topk(5)
     given = Teacher(logits=top.values, ids_NK=top.indices, log_normaliser_N=teacher_NV.logsumexp(-1))
-    found_N = divergence(name)(shortlist.spread(student_NW), restrict_to_shortlist(given, shortlist))
+    found_N = divergence(name)(*on_shortlist(student_NW, given, shortlist))
     for teacher_V, student_W, ids, found in zip(teacher_NV, student_NW, top.indices.tolist(), found_N, strict=True):
         p, q = teacher_V.softmax(-1), dict(zip(LISTED.tolist(), student_W.softmax(-1).tolist(), strict=True))
         inside = [token for token in ids if token in q]

@@ -31,8 +31,8 @@ from trainers.parts.losses import (
     cross_entropy,
     divergence,
     map_in_chunks,
+    on_shortlist,
     outcome_log_probs,
-    restrict_to_shortlist,
     sum_in_chunks,
 )
 
@@ -108,8 +108,9 @@ def loss(
 ) -> tuple[Tensor, Metrics]:
     """Returns the loss summed over supervised tokens, each predicted at the position before it.
 
-    With a shortlist, the cross-entropy skips tokens off the list, and divergences are from the target's distribution
-    conditioned on the list; the metric `outside` is the fraction of tokens off the list.
+    With a shortlist, `head` returns the logits of its tokens, the cross-entropy skips tokens off the list, and
+    divergences are from the target's distribution conditioned on the list; the metric `outside` is the fraction of
+    tokens off the list.
     """
     shortlist = shortlist or Shortlist(0, target.vocab_size)
     labels_N = batch.tokens_BT[:, 1:][batch.loss_mask_BT[:, 1:]]
@@ -120,16 +121,16 @@ def loss(
         total, _ = sum_in_chunks(
             lambda features, labels: cross_entropy(head(features), labels),
             features_ND[is_listed_N],
-            labels_N[is_listed_N],
-            vocab_size=target.vocab_size,
+            shortlist.indices(labels_N[is_listed_N]),
+            vocab_size=len(shortlist),
         )
         return total, metrics
     compare = divergence(settings.loss, beta=settings.beta, temperature=settings.loss_temperature)
     total, _ = sum_in_chunks(
-        lambda features, *theirs: compare(head(features), restrict_to_shortlist(_teacher(target, *theirs), shortlist)),
+        lambda features, *theirs: compare(*on_shortlist(head(features), _teacher(target, *theirs), shortlist)),
         features_ND,
         *(before_supervised(part, batch) for part in _teacher_inputs(batch, settings, target)),
-        vocab_size=target.vocab_size,
+        vocab_size=len(shortlist) if settings.teacher_top_k else target.vocab_size,
     )
     return total, metrics
 
@@ -150,6 +151,11 @@ def self_generated(drafter: Any, batch: Batch, settings: LossSettings, target: T
         return None
     rows, options = range(len(batch.keys)), {"most_tokens": DRAFT_TOKENS}
     return on_policy.rewrite_rows(drafter, batch, target, rows, temperature=1.0, salt="held out", **options)
+
+
+def listed_head(drafter: Any, source: Any) -> Head:
+    """Returns the map from a network's features to the logits of its shortlist's tokens."""
+    return drafter.cross_attention.copy_head(drafter.tied_head.listed, source)
 
 
 def evaluate_network(drafter: Any, batch: Batch, settings: Any, target: Target) -> Metrics:

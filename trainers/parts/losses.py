@@ -32,24 +32,30 @@ class Teacher:
     """Log-sum-exp of all V logits."""
 
 
-def restrict_to_shortlist(teacher: Teacher, shortlist: Shortlist) -> Teacher:
-    """Returns the teacher conditioned on the next token being on the shortlist, p(x) / sum of p over the shortlist.
+def on_shortlist(student_logits_NW: Tensor, teacher: Teacher, shortlist: Shortlist) -> tuple[Tensor, Teacher]:
+    """Returns the student's logits and the teacher conditioned on the next token being on the shortlist.
 
-    With a top K, only tokens among the K that are off the shortlist leave the sum; the rest stay in "any other".
+    That is p(x) / sum of p over the shortlist. With a top K, only tokens among the K that are off the shortlist leave
+    the sum; the rest stay in "any other". `student_logits_NW` are those of the shortlist's tokens.
     """
     if shortlist.is_whole:
-        return teacher
+        return student_logits_NW, teacher
     if teacher.ids_NK is None:
-        every_V = torch.arange(teacher.logits.shape[-1], device=teacher.logits.device)
-        return Teacher(logits=teacher.logits.masked_fill(~shortlist.contains(every_V), OUTSIDE))
+        return student_logits_NW, Teacher(logits=teacher.logits[..., shortlist.ids_W])
+    if teacher.ids_NK.shape[-1] == shortlist.vocab_size:
+        logits_NV = torch.empty_like(teacher.logits).scatter(-1, teacher.ids_NK, teacher.logits)
+        return student_logits_NW, Teacher(logits=logits_NV[..., shortlist.ids_W])
     assert teacher.log_normaliser_N is not None
     is_listed_NK = shortlist.contains(teacher.ids_NK)
     probs_NK = (_upcast(teacher.logits) - teacher.log_normaliser_N[:, None]).exp()
     # Where almost all the mass is off the shortlist, rounding must not make the rest negative.
     listed_N = (1 - (probs_NK * ~is_listed_NK).sum(-1)).clamp(min=torch.finfo(probs_NK.dtype).eps)
-    return Teacher(
+    # Two more columns stand for tokens off the shortlist: those among the K, and one that always stays in "any other".
+    num_listed = len(shortlist)
+    index_NK = torch.searchsorted(shortlist.ids_W, teacher.ids_NK).masked_fill(~is_listed_NK, num_listed)
+    return functional.pad(student_logits_NW, (0, 2), value=OUTSIDE), Teacher(
         logits=teacher.logits.masked_fill(~is_listed_NK, OUTSIDE),
-        ids_NK=teacher.ids_NK,
+        ids_NK=index_NK,
         log_normaliser_N=teacher.log_normaliser_N + listed_N.log(),
     )
 

@@ -79,8 +79,12 @@ class ShortlistHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns logits [..., V] of features [..., H]."""
+        return self.shortlist.spread(self.listed(features))
+
+    def listed(self, features: Tensor) -> Tensor:
+        """Returns the logits [..., W] of the shortlist's tokens, or of all tokens."""
         rows = self._rows() if torch.is_grad_enabled() or self.training else self._cached_rows()
-        return self.shortlist.spread(functional.linear(features, *rows))
+        return functional.linear(features, *rows)
 
     def _rows(self) -> tuple[Tensor, Tensor | None]:
         return self.shortlist.rows(self.weight), None if self.bias is None else self.shortlist.rows(self.bias)

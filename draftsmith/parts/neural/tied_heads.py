@@ -70,10 +70,13 @@ class TiedHead(nn.Module):
 
     def head(self, features: Tensor) -> Tensor:
         """Returns logits [..., V] of features [..., H]."""
+        return self.shortlist.spread(self.listed(features))
+
+    def listed(self, features: Tensor) -> Tensor:
+        """Returns the logits [..., W] of the shortlist's tokens, or of all tokens."""
         z = self.narrow(features)
-        outputs_WD = self.shortlist.rows(self._lm_head())
-        return self.shortlist.spread(
-            functional.linear(z if self.widen is None else self.widen(z), outputs_WD, self.bias)
+        return functional.linear(
+            z if self.widen is None else self.widen(z), self.shortlist.rows(self._lm_head()), self.bias
         )
 
     def folded_input(self, weight_GE: Tensor, bias_G: Tensor) -> Callable[[Tensor], Tensor]:
