@@ -151,9 +151,10 @@ def check_batch(batch: Batch, target: Target | TargetInfo, *, layers: tuple[int,
     for tokens, lengths_B in ((batch.tokens_BT, batch.lengths_B), (batch.source_BS, batch.source_lengths_B)):
         if tokens is None or lengths_B is None:
             continue
-        highest, longest = int(tokens.max()), int(lengths_B.max())
-        if highest >= target.vocab_size:
-            raise ValueError(f"token id {highest} is outside {target.name}'s vocabulary of {target.vocab_size}")
+        lowest, highest, longest = int(tokens.min()), int(tokens.max()), int(lengths_B.max())
+        if highest >= target.vocab_size or lowest < 0:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"token id {wrong} is outside {target.name}'s vocabulary of {target.vocab_size}")
         if longest > (limit := target.context_length):
             raise ValueError(f"a row of {longest} tokens is longer than the target's context of {limit}")
         if int(lengths_B.min()) < 1:
@@ -167,6 +168,11 @@ def check_batch(batch: Batch, target: Target | TargetInfo, *, layers: tuple[int,
             found = tuple(states.shape)
             raise ValueError(f"hidden layer {layer} has shape {found}; the target's width is {target.hidden_size}")
     num_logits = 0 if batch.top_ids_BTK is None else batch.top_ids_BTK.shape[-1]
+    if (
+        batch.top_ids_BTK is not None
+        and not 0 <= int(batch.top_ids_BTK.min()) <= int(batch.top_ids_BTK.max()) < target.vocab_size
+    ):
+        raise ValueError(f"top_ids are outside {target.name}'s vocabulary of {target.vocab_size}; make the store again")
     if num_logits < top_k:
         raise ValueError(f"the batch has the top {num_logits} logits; {top_k} are needed")
 

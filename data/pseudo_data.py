@@ -25,6 +25,8 @@ from data.batches import Example, example
 from data.folder_lock import locked
 from data.prompts import Prompt
 from data.shards import (
+    MAX_SHARDS,
+    ORIGIN_TYPES,
     check_complete,
     check_origin,
     hash_files,
@@ -196,7 +198,9 @@ class PseudoData(Sequence[Example]):
 def read_pseudo_data(folder: Path | str, target: Target | TargetInfo | None = None) -> PseudoData:
     """Returns the rows of `folder`; raises ValueError if it is unfinished, damaged, or belongs to another target."""
     folder = Path(folder)
-    manifest = read_manifest(folder, MARKER)
+    manifest = read_manifest(folder, MARKER, ORIGIN_TYPES | {"num_shards": (int,)})
+    if not 1 <= manifest["num_shards"] <= MAX_SHARDS:
+        raise ValueError(f"{folder / MARKER} is damaged: num_shards is {manifest['num_shards']}; make it again")
     names = _shard_names(manifest["num_shards"])
     check_complete(folder, names, MARKER)
     if target is not None:
@@ -211,7 +215,26 @@ def read_pseudo_data(folder: Path | str, target: Target | TargetInfo | None = No
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{folder / name} is damaged ({reason}); delete it and run the command again") from None
+        if fault := _fault(tables[-1], target):
+            raise ValueError(f"{folder / name} is damaged ({fault}); delete it and run the command again")
     return PseudoData(pyarrow.concat_tables(tables), manifest, hash_files([folder / name for name in names]))
+
+
+def _fault(table: pyarrow.Table, target: Target | TargetInfo | None) -> str | None:
+    """Returns what is wrong with the columns of a shard, None if nothing is."""
+    columns = ["key", "ids", "num_prompt_tokens", *(["source_ids"] if "source_ids" in table.column_names else [])]
+    for name in columns:
+        values = table[name]
+        if values.null_count:
+            return f"{values.null_count} rows have no {name}"
+        if name != "key":
+            numbers = pyarrow.compute.list_flatten(values) if name != "num_prompt_tokens" else values
+            bounds = pyarrow.compute.min_max(numbers).as_py()
+            if numbers.null_count or len(numbers) == 0 or bounds["min"] < 0:
+                return f"{name} has values that are missing or negative"
+            if target is not None and name != "num_prompt_tokens" and bounds["max"] >= target.vocab_size:
+                return f"{name} has token {bounds['max']}, and the vocabulary has {target.vocab_size}"
+    return None
 
 
 def _rows(

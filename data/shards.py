@@ -8,15 +8,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from draftsmith import Target
 from draftsmith.artifacts import json_text
 from draftsmith.artifacts.files import LOCK, check_replaceable, inside
 from draftsmith.loading.model_info import TargetInfo
+
+ORIGIN_TYPES = {"target": (str,), "tokenizer_hash": (str, NoneType), "target_fingerprint": (str, NoneType)}
+"""Types of the entries of a manifest that `check_origin` reads."""
+MAX_SHARDS = 1_000_000
+"""More shards than this are a damaged manifest."""
 
 
 def open_folder(
@@ -73,7 +79,10 @@ def first_run_time(folder: Path, marker: str) -> datetime:
     Chat templates may write the date: prompts stay the same in a continued run if they are rendered at this time.
     """
     noted = read_manifest(folder, marker).get("template_time") if (folder / marker).is_file() else None
-    return datetime.fromisoformat(noted) if noted else datetime.now().replace(microsecond=0)
+    try:
+        return datetime.fromisoformat(noted) if noted else datetime.now().replace(microsecond=0)
+    except (TypeError, ValueError):
+        raise ValueError(f"{folder / marker} is damaged: template_time is {noted!r:.40}, expected a time") from None
 
 
 def _differences(folder: Path, marker: str, manifest: dict[str, Any], notes: Collection[str]) -> list[str]:
@@ -86,8 +95,8 @@ def _differences(folder: Path, marker: str, manifest: dict[str, Any], notes: Col
     ]
 
 
-def read_manifest(folder: Path, marker: str) -> dict[str, Any]:
-    """Returns the manifest; raises ValueError if it is missing or invalid."""
+def read_manifest(folder: Path, marker: str, types: Mapping[str, tuple[type, ...]] | None = None) -> dict[str, Any]:
+    """Returns the manifest; raises ValueError if it is missing, invalid, or has entries of other types than `types`."""
     path = folder / marker
     if not path.is_file():
         fault = f"has no {marker}" if folder.is_dir() else "is not a folder"
@@ -98,6 +107,7 @@ def read_manifest(folder: Path, marker: str) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: not valid JSON") from None
     if not isinstance(manifest, dict):
         raise ValueError(f"{path} is damaged: not a JSON object")
+    json_text.check_entries(path, manifest, types or {})
     return manifest
 
 
@@ -131,7 +141,7 @@ def missing_shards(folder: Path, names: list[str]) -> list[int]:
 
 def check_complete(folder: Path, names: list[str], marker: str) -> None:
     """Raises ValueError if shards are missing."""
-    num_missing = sum(not inside(folder, name).exists() for name in names)
+    num_missing = sum(not inside(folder, name).is_file() for name in names)
     if num_missing:
         raise ValueError(
             f"{folder} is unfinished: {num_missing} of {len(names)} shards are missing; "

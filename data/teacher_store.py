@@ -31,7 +31,15 @@ from tqdm import tqdm
 
 from data.batches import Example, check_batch, check_layers, collate
 from data.folder_lock import locked
-from data.shards import check_complete, check_origin, missing_shards, open_folder, read_manifest, write_atomically
+from data.shards import (
+    ORIGIN_TYPES,
+    check_complete,
+    check_origin,
+    missing_shards,
+    open_folder,
+    read_manifest,
+    write_atomically,
+)
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.files import check_replaceable
@@ -40,6 +48,11 @@ from draftsmith.loading.model_info import TargetInfo
 MARKER = "teacher_store.json"
 FORMAT = 1
 MEGABYTE = 1_000_000
+ENTRY_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("layers", "shards"), (list,)),
+    **dict.fromkeys(("top_k", "hidden_size", "num_tokens", "num_learnt"), (int,)),
+}
+"""Types of the entries of the manifest, besides those of `ORIGIN_TYPES`."""
 LAYER_INDEX = "0 is the embedding output, i the output of the i-th block, un-normed"
 
 
@@ -164,10 +177,11 @@ class TeacherStore(Sequence[Example]):
             try:
                 shard = safe_open(path, framework="pt")
                 names = _row_names(shard.metadata())
-                offsets = shard.get_tensor("offsets").tolist()
-            except (SafetensorError, OSError) as error:
+                offsets = _offsets(shard, self.layers, self.top_k, manifest["hidden_size"])
+                if not len(names) == last - first == len(offsets) - 1:
+                    raise ValueError(f"it has {len(names)} names and {len(offsets) - 1} rows, expected {last - first}")
+            except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path} is damaged ({error}); delete it and run the command again") from None
-            assert len(names) == last - first == len(offsets) - 1
             self.keys += [key for key, _ in names]
             self._sources += [source for _, source in names]
             self._slices += [(index, begin, end) for begin, end in itertools.pairwise(offsets)]
@@ -219,7 +233,8 @@ class TeacherStore(Sequence[Example]):
 def open_teacher_store(folder: Path | str, target: Target | TargetInfo) -> TeacherStore:
     """Returns the rows of a finished store; raises ValueError if it is unfinished, damaged, or of another target."""
     folder = Path(folder)
-    manifest = read_manifest(folder, MARKER)
+    manifest = read_manifest(folder, MARKER, ORIGIN_TYPES | ENTRY_TYPES)
+    _check_manifest(folder / MARKER, manifest)
     check_complete(folder, _shard_names(len(manifest["shards"])), MARKER)
     check_origin(folder, manifest, target)
     return TeacherStore(folder, manifest)
@@ -257,6 +272,42 @@ def _read_shard(target: Target, rows: list[Example], settings: TeacherStoreSetti
     for name in features[0]:
         tensors[name] = torch.cat([features[index][name] for index in range(len(rows))])
     return tensors
+
+
+def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    """Raises ValueError for lists that are no layers, or no ranges of rows that follow each other."""
+    layers, shards = manifest["layers"], manifest["shards"]
+    if not all(type(layer) is int and layer >= 0 for layer in layers):
+        raise ValueError(f"{file} is damaged: layers is {layers!r:.40}; make it again")
+    ends = [0]
+    for shard in shards:
+        if (
+            not isinstance(shard, list)
+            or [type(end) for end in shard] != [int, int]
+            or not ends[-1] == shard[0] < shard[1]
+        ):
+            raise ValueError(f"{file} is damaged: a shard has the rows {shard!r:.40}, after {ends[-1]}; make it again")
+        ends.append(shard[1])
+    if not shards:
+        raise ValueError(f"{file} is damaged: it names no shard; make it again")
+
+
+def _offsets(shard: Any, layers: Sequence[int], top_k: int, hidden_size: int) -> list[int]:
+    """Returns where the rows of a shard begin and the last ends; raises ValueError for tensors that do not fit."""
+    offsets = shard.get_tensor("offsets")
+    if offsets.dtype != torch.long or offsets.ndim != 1 or offsets[0] != 0 or (offsets.diff() < 1).any():
+        raise ValueError("offsets are no numbers that ascend from 0")
+    num_tokens, names = int(offsets[-1]), set(shard.keys())
+    expected: dict[str, tuple[str, list[int]]] = {"tokens": ("I32", []), "loss_mask": ("BOOL", [])}
+    expected |= {f"hidden.{layer}": ("BF16", [hidden_size]) for layer in layers}
+    if top_k:
+        expected |= {"top_log_probs": ("F16", [top_k]), "top_ids": ("I32", [top_k]), "log_normaliser": ("F32", [])}
+    for name, (dtype, shape) in expected.items():
+        found = shard.get_slice(name) if name in names else None
+        if found is None or (found.get_dtype(), found.get_shape()) != (dtype, [num_tokens, *shape]):
+            has = "is missing" if found is None else f"has {found.get_dtype()} {found.get_shape()}"
+            raise ValueError(f"{name} {has}, expected {dtype} {[num_tokens, *shape]}")
+    return offsets.tolist()
 
 
 def _split_rows(lengths: list[int], tokens_per_shard: int) -> list[range]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from draftsmith.artifacts import files
 from draftsmith.loading import remote_code
 
 CHECKOUT_TARGET = Path(__file__).parent.parent / "data" / "pocket"
@@ -41,8 +42,13 @@ def main(argv: list[str] | None = None) -> None:
         remote_code.allow()
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
     except ValueError as error:
         sys.exit(_fail(str(error)))
+    except BrokenPipeError:
+        files.end_quietly()
+    except OSError as error:
+        sys.exit(_fail(files.system_fault(error)))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -159,7 +165,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"target {path} has no tokenizer; save one in its folder")
     if arguments.draft is not None:
         check_fits(arguments.draft, read_manifest(arguments.draft), info)
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = _standard_input() if arguments.prompt == "-" else arguments.prompt
     prompt_ids = encode_text(info.tokenizer, prompt)
     if not prompt_ids:
         raise ValueError("the prompt is empty; pass a text to continue")
@@ -196,6 +202,15 @@ def _generate(arguments: argparse.Namespace) -> None:
         f" mean accepted length (tau) {stats.tau:.2f}; draft {stats.draft_ms:.0f} ms, verify {stats.verify_ms:.0f} ms",
         file=sys.stderr,
     )
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; pass the prompt as an argument, or through a pipe")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text (byte {error.start})") from None
 
 
 class _Printer:

@@ -34,6 +34,7 @@ from data.shards import write_atomically
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.artifacts.artifact import as_tuples, check_fits, read_manifest
+from draftsmith.artifacts.files import check_folder, make_folder
 from draftsmith.export import export
 from draftsmith.export.launch import read_launch
 from draftsmith.length.costs import num_threads
@@ -100,6 +101,7 @@ class DoctorSettings:
 
 def main(run: DoctorSettings) -> int:
     """Returns the exit status."""
+    check_folder(Path(run.output))
     if run.vllm_python:
         check_python(run.vllm_python)
     if run.export:
@@ -126,7 +128,7 @@ def main(run: DoctorSettings) -> int:
     rows = [examples[usable[index]] for index in held_out[: run.num_prompts]]
     with num_threads(run.threads):
         report = examine(run, manifest, drafter, rows, examples.manifest)
-    Path(run.output).mkdir(parents=True, exist_ok=True)
+    make_folder(Path(run.output))
     write_atomically(
         Path(run.output) / "doctor.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n")
     )

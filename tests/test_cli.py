@@ -1,6 +1,10 @@
 """The command line: its output and its errors."""
 
+import io
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from draftsmith.cli import _Printer, main
 from draftsmith.drafters import lookup, medusa, medusa2, trigram
 from draftsmith.parts import composites
 from tests.support.family import built
+from tests.support.runs import environment
 from tests.support.text import CONTEXT, save_target, text_target
 
 
@@ -207,3 +212,38 @@ def test_empty_prompts_and_artifacts_of_other_targets_are_rejected(
     other.tokenizer.save_pretrained(tmp_path)
     assert "was made for target" in error_of(capsys, "generate", "--target", str(tmp_path), "--draft", draft, "x = 1")
     assert "is not a draftsmith artifact" in error_of(capsys, "inspect", path)
+
+
+def test_input_that_is_no_text_is_named(
+    folders: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = ["--target", folders[0]]
+    assert r"the text is not UTF-8: character 1 is '\udcff'" in error_of(capsys, "generate", *target, "a\udcff")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8"))
+    assert "standard input is not UTF-8 text (byte 1)" in error_of(capsys, "generate", *target, "-")
+    monkeypatch.setattr("sys.stdin", None)
+    assert "standard input is closed" in error_of(capsys, "generate", *target, "-")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_names_that_no_file_can_have_are_named(
+    folders: tuple[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    message = "cannot be the name of a file or folder"
+    assert message in error_of(capsys, "inspect", name)
+    assert message in error_of(capsys, "export", folders[1], "--to", "vllm", str(tmp_path / name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("output", "status", "message"),
+    [("| head -c 1 >/dev/null", 141, ""), (">/dev/full", 2, "draftsmith: no space left to write")],
+)
+def test_output_that_cannot_be_written_ends_without_a_traceback(
+    folders: tuple[str, str], output: str, status: int, message: str
+) -> None:
+    code = "import sys; from draftsmith.cli import main; main(sys.argv[1:])"
+    words = [sys.executable, "-c", code, "generate", "--target", folders[0], "--max-new-tokens", "99", "def f("]
+    command = f"{shlex.join(words)} {output}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stderr.count("\n")) == (status, int(bool(message))) and message in done.stderr

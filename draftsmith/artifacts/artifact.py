@@ -23,7 +23,7 @@ from draftsmith.artifacts.model_card import CARD, WEIGHTS, card, is_hub_name, ke
 from draftsmith.artifacts.provenance import run_provenance, target_provenance
 from draftsmith.core.drafter import Drafter
 from draftsmith.core.target import Target
-from draftsmith.inputs.arguments import check_drafter, check_path, check_target, shown
+from draftsmith.inputs.arguments import check_drafter, check_path, check_target
 from draftsmith.loading.model_info import TargetInfo
 from draftsmith.loading.text_files import kind_of
 from draftsmith.loading.weights import NUM_NAMED, check_finite
@@ -39,8 +39,14 @@ ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "target.fingerprint": (str,),
     "tokenizer_hash": (str, NoneType),
     "vocab_size": (int,),
+    **dict.fromkeys(("settings", "versions", "measured_acceptance", "made_with"), (dict, NoneType)),
+    **dict.fromkeys(("command", "commit", "data_fingerprint", "acceptance_mode", "layer_index"), (str, NoneType)),
+    "train_s": (int, float, NoneType),
+    "tunes_target": (bool, NoneType),
 }
-"""Types of the manifest's entries that are compared with the target's; other entries are for people."""
+"""Types of the manifest's entries that are read."""
+IDENTITY = {*REQUIRED, "family_package", "tokenizer_hash"}
+"""Entries that say what an artifact is and what target it belongs to."""
 LAYER_INDEX = "hidden[0] is the embedding output, hidden[i] the output of the i-th block, un-normed"
 
 
@@ -83,7 +89,7 @@ def save(drafter: Any, path: str | Path, target: Target, *, record: dict[str, An
     )
     for name, value in (record or {}).items():
         # The record of a part of a composite is its whole manifest.
-        if name in {*ENTRY_TYPES, *REQUIRED} and value != json_text.parse(json_text.text_of(manifest.get(name))):
+        if name in IDENTITY and value != json_text.parse(json_text.text_of(manifest.get(name))):
             raise ValueError(f"record has {name!r}, an entry that belongs to the manifest itself; call it otherwise")
     manifest |= record or {}
     json_text.text_of(manifest)  # nothing is written if it contains a number that is not finite
@@ -158,11 +164,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if not isinstance(target, dict) or not {"name", "fingerprint"} <= set(target):
         raise ValueError(f"{file}: target is {target!r}; it must have name and fingerprint")
     entries = {"target.name": target["name"], "target.fingerprint": target["fingerprint"]}
-    for name, kind in ENTRY_TYPES.items():
-        value = entries.get(name, manifest.get(name))
-        if not isinstance(value, kind) or isinstance(value, bool):
-            kinds = " or ".join("null" if one is NoneType else one.__name__ for one in kind)
-            raise ValueError(f"{file}: {name} is {shown(value)}, expected {kinds}; the artifact must be made again")
+    json_text.check_entries(file, manifest | entries, ENTRY_TYPES)
+    measured = manifest.get("measured_acceptance") or {}
+    json_text.check_entries(file, measured, dict.fromkeys(measured, (int, float, NoneType)))
     if manifest["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{file} has format version {manifest['format_version']}; this version of draftsmith reads {FORMAT_VERSION}"

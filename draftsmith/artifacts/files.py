@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from draftsmith.loading.text_files import kind_of
 
@@ -17,6 +17,8 @@ LOCK = ".lock"
 """Name of the lock file in a folder that a run is writing to."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+CLOSED_OUTPUT = 128 + 13
+"""Exit status of a process whose standard output was closed, as if the signal SIGPIPE had ended it."""
 MIN_FREE_BYTES = 1_000_000
 """Free space below which an error counts as one of a full disk: torch.save and safetensors hide its number."""
 EXCHANGE, AT_WORKING_DIRECTORY = 2, -100
@@ -127,11 +129,23 @@ def storage_fault(error: Exception, folder: Path | None = None) -> str | None:
     where = f"{folder}: " if folder else ""
     reason = " ".join(str(error).split())
     is_full = number in NO_SPACE or "No space left" in reason or "quota exceeded" in reason
-    if is_full or (folder and folder.exists() and shutil.disk_usage(folder).free < MIN_FREE_BYTES):
+    if is_full or (number is None and folder and folder.exists() and shutil.disk_usage(folder).free < MIN_FREE_BYTES):
         return f"{where}no space left to write ({reason}); free some and run the same command again, which continues"
     if number in NOT_WRITABLE:
         return f"{where}cannot be written to ({reason}); name another folder or change its permissions"
     return None
+
+
+def system_fault(error: OSError) -> str:
+    """Returns a sentence for any error of the operating system, as for a name that is too long."""
+    named = "" if error.filename is None else f": {str(error.filename)[:80]}"
+    return storage_fault(error) or f"{error.strerror or error}{named}"
+
+
+def end_quietly() -> NoReturn:
+    """Ends the process after its standard output was closed, as by `| head`, without Python's message about that."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(CLOSED_OUTPUT)
 
 
 def _recover(path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 
@@ -20,6 +22,15 @@ def read(file: Path) -> Any:
         return parse(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error})") from error
+
+
+def check_entries(file: Path, entries: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
+    """Raises ValueError, naming `file`, for an entry of another type than `types` says; a missing entry is None."""
+    for name, kinds in types.items():
+        value = entries.get(name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise ValueError(f"{file} is damaged: {name} is {value!r:.40}, expected {expected}; make it again")
 
 
 def text_of(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:

@@ -25,6 +25,12 @@ CARD, KEPT = "README.md", "README.edited"
 WEIGHTS = "model.safetensors"
 PLACEHOLDER = "path/to/this/folder"
 """Placeholder in the card for the artifact's folder, which may be moved."""
+ROW_KEYS = {
+    *("drafter", "family", "is_ablation", "temperature", "batch_size", "tau", "tokens_per_s", "speedup"),
+    *("identical", "lossless", "accepted_per_depth", "num_prompts", "max_new_tokens", "dtype", "hardware"),
+    *("threads", "rounds", "commit", "torch", "transformers_version"),
+}
+"""What a card reads of each row of a comparison."""
 SIGNATURE = "<!-- written by draftsmith, sha256 {} -->\n"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -124,8 +130,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         rows = json_text.read(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); name the bakeoff.json of a comparison") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "drafter" in row for row in rows):
-        raise ValueError(f"{path} is not a comparison; name the bakeoff.json of one")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= ROW_KEYS for row in rows):
+        raise ValueError(f"{path} is not a comparison, or lacks parts of one; name the bakeoff.json of one")
     return rows
 
 
@@ -191,7 +197,9 @@ def _acceptance(manifest: dict[str, Any]) -> Iterator[str]:
     measured = manifest.get("measured_acceptance") or {}
     if measured:
         yield "## Measured on held-out rows of the data"
-        yield _table([("metric", "mean"), *((name, f"{value:.4g}") for name, value in measured.items())])
+        yield _table(
+            [("metric", "mean"), *((name, "" if value is None else f"{value:.4g}") for name, value in measured.items())]
+        )
 
 
 def _loading(manifest: dict[str, Any], path: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from draftsmith.artifacts.artifact import MANIFEST, family_of, local_folder, read_manifest
-from draftsmith.artifacts.files import atomic_folder, check_replaceable
+from draftsmith.artifacts.files import atomic_folder, check_folder, check_replaceable
 from draftsmith.export import custom_generate, families
 from draftsmith.export.launch import ENGINE_NAMES, LAUNCH, Launch, write_launch
 from draftsmith.export.source import ExportSource, open_source
@@ -40,6 +40,7 @@ def export(artifact: str | Path, to: str, output: str | Path, target: str | None
     write = _writer(manifest["family"], to)
     if target_name and to != "speculators":
         raise ValueError(f"target_name is {target_name!r}; only exports for speculators name the target, not for {to}")
+    check_folder(Path(output))
     path = Path(output).resolve()
     if (path / MANIFEST).exists():
         raise ValueError(f"{output} is an artifact; name another output folder")

@@ -22,7 +22,7 @@ TOLERANCE = 40
 """One accepted token in this many may differ: vLLM sums in another order than PyTorch, which can swap tokens of nearly
 equal probability."""
 TIMEOUT_S = 900
-HAS_BOTH = "from importlib.util import find_spec; raise SystemExit(not (find_spec('vllm') and find_spec('draftsmith')))"
+HAS_BOTH = "from importlib.util import find_spec; print(bool(find_spec('vllm') and find_spec('draftsmith')))"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def check_python(python: str) -> None:
         done = subprocess.run([python, "-P", "-c", HAS_BOTH], capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{python} cannot be run as a Python interpreter: {error}") from None
-    if done.returncode:
+    if done.stdout.split() != [b"True"]:
         raise ValueError(
             f"{python} lacks vLLM or draftsmith; use .venv-serving/bin/python, made by ./launch.sh serving-test"
         )

@@ -150,6 +150,7 @@ def test_card_command_adds_the_rows_of_a_comparison(tmp_path: Path, capsys: pyte
     [
         ("[", "cannot be read"),
         ("{}", "is not a comparison"),
+        ('[{"drafter": "heads", "family": "medusa"}]', "is not a comparison, or lacks parts of one"),
         (json.dumps([row(drafter="other"), row(family="lm")]), "no drafter called heads of family medusa was compared"),
     ],
 )

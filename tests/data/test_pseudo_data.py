@@ -366,6 +366,44 @@ def test_recipe_continues_after_kill_before_the_manifest(tmp_path):
     assert names == ["_pseudo_data.json", "part-00000.parquet"]
 
 
+@pytest.mark.parametrize(
+    ("num_shards", "message"),
+    [
+        ("2", "num_shards is '2', expected int"),
+        (None, "num_shards is None, expected int"),
+        (0, "num_shards is 0"),
+        (10**12, "num_shards is 1000000000000"),
+    ],
+)
+def test_read_names_a_damaged_manifest(target, tmp_path, num_shards, message):
+    write_pseudo_data(target, some_prompts(tmp_path, 2), tmp_path / "out", PseudoDataSettings(max_new_tokens=4))
+    file = tmp_path / "out" / MARKER
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_shards": num_shards}))
+    with pytest.raises(ValueError, match=f"{MARKER} is damaged: {message}"):
+        read_pseudo_data(tmp_path / "out", target)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("ids", [[3, None], [4]], "ids has values that are missing or negative"),
+        ("ids", [[3, -7], [4]], "ids has values that are missing or negative"),
+        ("ids", [[3, 9999], [4]], "ids has token 9999, and the vocabulary has"),
+        ("ids", [None, [4]], "1 rows have no ids"),
+        ("num_prompt_tokens", [-5, 1], "num_prompt_tokens has values that are missing or negative"),
+        ("key", [None, "k"], "1 rows have no key"),
+    ],
+)
+def test_read_names_a_shard_whose_columns_do_not_fit(target, tmp_path, name, values, message):
+    write_pseudo_data(target, some_prompts(tmp_path, 2), tmp_path / "out", PseudoDataSettings(max_new_tokens=4))
+    (file,) = (tmp_path / "out").glob("*.parquet")
+    table = pyarrow.parquet.read_table(file)
+    column = pyarrow.array(values, table.schema.field(name).type)
+    pyarrow.parquet.write_table(table.set_column(table.schema.get_field_index(name), name, column), file)
+    with pytest.raises(ValueError, match=rf"part-00000.parquet is damaged \({message}"):
+        read_pseudo_data(tmp_path / "out", target)
+
+
 def test_read_rejects_damaged_data_and_other_targets(target, tmp_path):
     write_pseudo_data(target, some_prompts(tmp_path, 5), tmp_path / "out", SMALL)
     with pytest.raises(ValueError, match=r"out was made by another target"):

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import recipes.teacher_store as recipe
 from data.batches import Example, collate, example
 from data.examples import open_examples, usable_rows
 from data.pseudo_data import read_pseudo_data, write_pseudo_data
+from data.shards import first_run_time
 from data.teacher import complete
-from data.teacher_store import TeacherStoreSettings, open_teacher_store, write_teacher_store
+from data.teacher_store import MARKER, TeacherStoreSettings, open_teacher_store, write_teacher_store
 from data.writers import PseudoDataSettings
 from draftsmith import Target
 from tests.support.runs import locked_by_another_run
@@ -245,6 +247,47 @@ def test_store_of_another_target_or_settings_is_rejected(target, rows, tmp_path)
     (tmp_path / "mine" / "thesis.tex").write_text("text")
     with pytest.raises(ValueError, match=r"mine contains other files"):
         write(target, rows, tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "x"}, "layers is 'x', expected list"),
+        ({"layers": [99, "x"]}, r"layers is \[99, 'x'\]"),
+        ({"top_k": None}, "top_k is None, expected int"),
+        ({"shards": [[0]]}, r"a shard has the rows \[0\], after 0"),
+        ({"shards": []}, "it names no shard"),
+        ({"tokenizer_hash": 5}, "tokenizer_hash is 5, expected str or null"),
+        ({"template_time": "noon"}, "template_time is 'noon', expected a time"),
+    ],
+    ids=str,
+)
+def test_open_names_a_damaged_manifest(target, rows, tmp_path, changes, message):
+    file = write(target, rows, tmp_path / "store") / MARKER
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=f"teacher_store.json is damaged: {message}"):
+        (first_run_time(tmp_path / "store", MARKER), open_teacher_store(tmp_path / "store", target))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tokens", None, "tokens is missing, expected I32"),
+        ("loss_mask", lambda mask: mask.float(), "loss_mask has F32 .*, expected BOOL"),
+        ("hidden.2", lambda states: states[:, :7].contiguous(), r"hidden.2 has BF16 \[\d+, 7\], expected BF16"),
+        ("offsets", lambda offsets: -offsets, "offsets are no numbers that ascend from 0"),
+        ("offsets", lambda offsets: offsets[:3].clone(), r"tokens has I32 .*, expected I32 \["),
+    ],
+    ids=str,
+)
+def test_open_names_a_shard_whose_tensors_do_not_fit(target, rows, tmp_path, name, change, message):
+    file = write(target, rows, tmp_path / "store") / "shard-00000.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        tensors, metadata = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
+    changed = {} if change is None else {name: change(tensors[name])}
+    save_file({key: one for key, one in tensors.items() if key != name} | changed, file, metadata=metadata)
+    with pytest.raises(ValueError, match=rf"00000.safetensors is damaged \({message}"):
+        open_teacher_store(tmp_path / "store", target)
 
 
 @pytest.mark.parametrize("num_bytes", [4, 100, -1])

@@ -17,7 +17,7 @@ import transformers
 from tqdm import tqdm
 
 from data.pseudo_data import read_pseudo_data
-from draftsmith.artifacts.files import storage_fault
+from draftsmith.artifacts import files
 from trainers.training.run_settings import DEFAULT_DATA, RunSettings
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -75,13 +75,18 @@ def user_errors() -> Iterator[None]:
     name = Path(sys.argv[0]).name
     try:
         yield
+        sys.stdout.flush()
     except ValueError as error:
         _exit(f"{name}: {error}", 1)
+    except BrokenPipeError:
+        files.end_quietly()
     except KeyboardInterrupt as error:
         # The last note is that of the outermost folder.
         _exit("; ".join([f"{name}: interrupted", *getattr(error, "__notes__", [])[-1:]]), 130)
+    except OSError as error:
+        _exit(f"{name}: {files.system_fault(error)}", 1)
     except Exception as error:
-        if fault := storage_fault(error):
+        if fault := files.storage_fault(error):
             _exit(f"{name}: {fault}", 1)
         raise
 
