@@ -24,7 +24,7 @@ from trainers import Metrics, Needs
 from trainers.corpora import corpus
 from trainers.parts import heads
 from trainers.parts.heads import shift_left
-from trainers.parts.losses import sum_in_chunks
+from trainers.parts.losses import map_in_chunks, sum_in_chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,20 +131,24 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     starts_NS = positions_N[:, None] - 1 - steps_S  # negative before the row's first token, where nothing is counted
     outputs_NSD = torch.stack(drafts.outputs, dim=2)[rows_N[:, None], drafts.index(rows_N[:, None], starts_NS), steps_S]
 
-    def compare(theirs_ND: Tensor, outputs_NSD: Tensor, positions_N: Tensor) -> Tensor:
+    def teach(theirs_ND: Tensor) -> Tensor:
+        """Returns the target's probabilities over the draft vocabulary, and whether its likeliest token is in it."""
         logits_NV = target.logits(theirs_ND[None])[0]
-        probs_N1W = logits_NV[:, drafter.vocabulary()].float().softmax(-1)[:, None]
-        losses_NS = -(probs_N1W * drafter.head(outputs_NSD).float().log_softmax(-1)).sum(-1)
-        counts_NS = drafter.t2d[logits_NV.argmax(-1)][:, None] & (steps_S < positions_N[:, None])
+        probs_NW = logits_NV[:, drafter.vocabulary()].float().softmax(-1)
+        return torch.cat([probs_NW, drafter.t2d[logits_NV.argmax(-1)][:, None].to(probs_NW.dtype)], dim=1)
+
+    def compare(taught_NX: Tensor, outputs_NSD: Tensor, positions_N: Tensor) -> Tensor:
+        logits_NSW = drafter.head(outputs_NSD).float()
+        with torch.autocast(logits_NSW.device.type, enabled=False):  # a product of float32, not of rounded logits
+            expected_NS = (logits_NSW @ taught_NX[:, :-1, None])[..., 0]
+        losses_NS = logits_NSW.logsumexp(-1) - expected_NS  # the probabilities sum to 1
+        counts_NS = taught_NX[:, -1:].bool() & (steps_S < positions_N[:, None])
         return torch.stack([losses_NS * counts_NS, counts_NS.float()], dim=1)
 
-    sums_2S, _ = sum_in_chunks(
-        compare,
-        batch.hidden[target.num_layers][mask_BT],
-        outputs_NSD,
-        positions_N,
-        vocab_size=target.vocab_size + settings.num_steps * len(drafter.d2t),
-    )
+    # Outside of the checkpointed chunks, the target's head runs once.
+    taught_NX = map_in_chunks(teach, batch.hidden[target.num_layers][mask_BT], vocab_size=target.vocab_size)
+    num_logits = settings.num_steps * len(drafter.d2t)
+    sums_2S, _ = sum_in_chunks(compare, taught_NX, outputs_NSD, positions_N, vocab_size=num_logits)
     losses_S, counts = sums_2S[0], sums_2S[1].tolist()
     metrics = {f"step{s}_loss": (losses_S[s].detach(), int(count)) for s, count in enumerate(counts)}
     return (settings.decay**steps_S * losses_S).sum(), metrics
