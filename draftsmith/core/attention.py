@@ -2,7 +2,7 @@
 
 With a mask, transformers' scaled-dot-product attention repeats the keys and values of a forward of several tokens for
 every query head. Here the queries that share a key head are stacked as rows of it instead, which computes the same
-numbers from the cache as it lies.
+numbers from the cache as it lies. Batch-invariant decoding lets it pad the stacked rows.
 
 Shape suffixes: B rows, R is B or 1, N new tokens, S cache slots, D head width, H query heads, K key heads, G query
 heads per key head, M = G * N stacked rows.
@@ -45,20 +45,26 @@ def stacked_attention(
         attention_mask is None
         or attention_mask.ndim != 4
         or attention_mask.shape[1] != 1
-        or num_groups == 1
         or any(others.get(name) is not None and others[name] is not False for name in HANDED_ON)
+        or (num_groups == 1 and module.stacked_masks.row_multiple == 1)
     ):
         return sdpa_attention_forward(
             module, query_BHND, key_BKSD, value_BKSD, attention_mask, dropout=dropout, scaling=scaling, **others
         )
+    masks = module.stacked_masks
+    query_BKMD = query_BHND.reshape(batch_size, -1, num_groups * num_new, width)
+    if num_dummies := masks.num_dummies(num_groups * num_new):
+        query_BKMD = nn.functional.pad(query_BKMD, (0, 0, 0, num_dummies))
     out_BKMD = nn.functional.scaled_dot_product_attention(
-        query_BHND.reshape(batch_size, -1, num_groups * num_new, width),
+        query_BKMD,
         key_BKSD,
         value_BKSD,
-        attn_mask=module.stacked_masks.get(attention_mask, num_groups, query_BHND.dtype),
+        attn_mask=masks.get(attention_mask, num_groups, query_BHND.dtype),
         dropout_p=dropout,
         scale=scaling,
     )
+    if num_dummies:
+        out_BKMD = out_BKMD[:, :, : num_groups * num_new]
     out_BHND = out_BKMD.reshape(batch_size, num_heads, num_new, value_BKSD.shape[-1])
     return out_BHND.transpose(1, 2).contiguous(), None
 
@@ -67,16 +73,28 @@ AttentionInterface.register(NAME, stacked_attention)
 
 
 class StackedMasks(threading.local):
-    """The additive masks of one forward, each repeated for the query heads of a group: made once for all layers."""
+    """The additive masks of one forward, each repeated for the query heads of a group: made once for all layers.
+
+    They also say of how many rows attention is to see a multiple.
+    """
 
     def __init__(self) -> None:
-        self._made: list[tuple[Tensor, int, Tensor]] = []
+        self.begin()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return StackedMasks, ()  # a copy begins empty, so that targets can be copied
 
+    def begin(self, *, row_multiple: int = 1) -> None:
+        """Begins a forward in which attention sees a multiple of so many stacked rows; drops the last one's masks."""
+        self._made: list[tuple[Tensor, int, Tensor]] = []
+        self.row_multiple = row_multiple
+
+    def num_dummies(self, num_rows: int) -> int:
+        """Returns how many rows are to be added to this many."""
+        return -num_rows % self.row_multiple
+
     def get(self, mask_R1NS: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
-        """Returns the mask [R, 1, G * N, S] in `dtype`; a mask of one new token serves every head as it is."""
+        """Returns the mask [R, 1, M, S] in `dtype`; a mask of one new token serves every row as it is."""
         for mask, groups, made in self._made:
             if mask is mask_R1NS and groups == num_groups and made.dtype == dtype:
                 return made
@@ -85,19 +103,17 @@ class StackedMasks(threading.local):
             made = torch.zeros_like(mask_R1NS, dtype=dtype).masked_fill_(~mask_R1NS, float("-inf"))
         if made.shape[2] > 1:
             made = made.repeat(1, 1, num_groups, 1)
+            if num_dummies := self.num_dummies(made.shape[2]):
+                made = nn.functional.pad(made, (0, 0, 0, num_dummies))
         self._made = [*self._made[-1:], (mask_R1NS, num_groups, made)]  # one for each of two kinds of layers at most
         return made
-
-    def clear(self) -> None:
-        """Drops the masks of the last forward."""
-        self._made = []
 
 
 def with_stacked_attention(stack: Any, masks: StackedMasks, list_name: str) -> Any:
     """Returns a copy of a decoder stack that shares every parameter, whose blocks call `stacked_attention`.
 
-    A block stays as it is, with transformers' function, if it has no grouped queries or another implementation than
-    "sdpa", or does not call transformers' own function for it.
+    A block stays as it is if it has another implementation than "sdpa", or does not call transformers' own function
+    for it.
     """
     configs: dict[int, Any] = {}
     blocks = [_stacked_block(block, masks, configs) for block in getattr(stack, list_name)]
@@ -118,8 +134,7 @@ def _stacked_block(block: nn.Module, masks: StackedMasks, configs: dict[int, Any
         "forward" in module.__dict__ or module._compiled_call_impl for module in (block, attention or block)
     )
     if (
-        getattr(attention, "num_key_value_groups", 1) == 1
-        or getattr(config, "_attn_implementation", None) != "sdpa"
+        getattr(config, "_attn_implementation", None) != "sdpa"
         or not isinstance(interface, AttentionInterface)
         or interface.get("sdpa") is not sdpa_attention_forward
         or own_forward

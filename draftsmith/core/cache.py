@@ -46,8 +46,9 @@ class KVCache(Cache):
     def prepare(self, num_nodes: int, device: torch.device, *, first: int = 0) -> None:
         """Prepares a forward of a tree's nodes `first` to `num_nodes - 1`; the nodes before were fed already."""
         self._first_slot = self.lengths[0] + first
-        multiple = self.shapes.slot_multiple if self.shapes is not None else 1
-        self.num_visible = -(-(max(self.lengths) + num_nodes) // multiple) * multiple
+        self.num_visible = max(self.lengths) + num_nodes
+        if self.shapes is not None:
+            self.num_visible = self.shapes.num_slots(self.num_visible)
         self._flat_slots = {}
         if self.is_ragged:
             order_N = torch.arange(first, num_nodes, device=device)

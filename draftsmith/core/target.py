@@ -122,6 +122,8 @@ class Target:
         self.num_layers = int(self._config.num_hidden_layers)
         self.is_run_whole = False
         """True if only the whole model can be run: it has logits, but no hidden layers and no parts."""
+        self.pads_queries = False
+        """True if attention's queries can be padded alone, without the nodes that they belong to."""
         self.batch_invariant = batch_invariant
         """Whether `generate` decodes batch-invariantly unless told otherwise."""
         self.batch_invariant_shapes: dict[tuple[int, int], Shapes] = {}
@@ -286,6 +288,7 @@ class Target:
             logits_BNV = self.model(input_ids=tokens_BN, position_ids=positions_BN, **arguments).logits
             return Forward(hidden_BND=logits_BNV, layers={})
         self._context.begin(positions_BN=positions_BN, wanted=layers, resume=resume_BND)
+        self._stacked_masks.begin(row_multiple=cache.shapes.query_multiple if cache.shapes is not None else 1)
         if self.is_encoder_decoder:
             arguments["past_key_values"] = both = EncoderDecoderCache(cache, cache.cross)
             both.is_updated = cache.cross_is_filled
@@ -294,7 +297,7 @@ class Target:
             arguments["position_ids"] = positions_BN
         out_BND = self._view(start, stop, skipped)(input_ids=tokens_BN, **arguments).last_hidden_state
         hidden = self._context.end()
-        self._stacked_masks.clear()
+        self._stacked_masks.begin()
         if self.num_layers in layers and stop == self.num_layers:
             hidden[self.num_layers] = out_BND
         return Forward(hidden_BND=out_BND, layers=hidden)
@@ -312,7 +315,7 @@ class Target:
         parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         padded = [ids + [0] * (longest - len(ids)) for ids in rows]
         tokens_BT = torch.tensor(padded, dtype=torch.long, device=self.device)
-        most = cache.shapes.most_nodes if cache.shapes is not None else PREFILL_CHUNK
+        most = cache.shapes.most_of_a_row(len(rows)) if cache.shapes is not None else PREFILL_CHUNK
         for begin in range(0, longest, most):
             chunk = min(most, longest - begin)
             out = self.forward(tokens_BT[:, begin : begin + chunk], chain(chunk, self.device), cache, layers=layers)
@@ -408,6 +411,7 @@ class Target:
         self._applies_windows = applies_windows(stack)
         self._head = head_view(self.model)
         self._stack = with_stacked_attention(stack, self._stacked_masks, blocks_name)
+        self.pads_queries = self._stack is not stack
 
     def _find_stack(self) -> Any:
         decoder = getattr(self.model, "get_decoder", lambda: None)()

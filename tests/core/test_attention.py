@@ -15,7 +15,6 @@ from draftsmith.core.tree import Tree, chain
 from draftsmith.core.views import ATTENTIONS
 from tests.support.models import CAUSAL, VOCAB_SIZE, prompts, tiny_model, tiny_target
 
-GROUPED = tuple(name for name in CAUSAL if name not in ("gpt2", "gpt_neox", "opt"))
 TREE = Tree.from_parents([[-1, 0, 0, 1, 3, 2, 5]])
 ROUNDING = 1e-5
 """Kernels sum in another order for other numbers of rows; outputs are about 1, logits at most 10."""
@@ -53,6 +52,22 @@ def test_stacked_attention_equals_transformers(
         assert (found - expected).abs().max() <= (ROUNDING if dtype == torch.float32 else 0.01)
 
 
+@pytest.mark.parametrize("num_key_heads", [2, 6])
+@pytest.mark.parametrize("num_new", [1, 5])
+def test_padded_rows_change_rounding_alone(num_key_heads: int, num_new: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, num_new, 16, generator=generator)
+    keys, values = torch.randn(2, 2, num_key_heads, 40, 16, generator=generator)
+    mask = torch.rand(2, 1, num_new, 40, generator=generator) < 0.5
+    mask[..., 0] = True
+    module = SimpleNamespace(num_key_value_groups=6 // num_key_heads, is_causal=True, stacked_masks=StackedMasks())
+    expected, _ = stacked_attention(module, query, keys, values, mask)
+    module.stacked_masks.begin(row_multiple=4)
+    assert module.stacked_masks.num_dummies(5) == 3
+    found, _ = stacked_attention(module, query, keys, values, mask)
+    assert found.shape == expected.shape and (found - expected).abs().max() <= ROUNDING
+
+
 def test_stacked_attention_hands_on_what_it_does_not_serve() -> None:
     query, keys = torch.randn(2, 6, 3, 16), torch.randn(2, 2, 3, 16)
     module = SimpleNamespace(num_key_value_groups=3, is_causal=True)  # no masks to look in
@@ -73,17 +88,18 @@ def test_masks_are_made_once_for_each_forward() -> None:
     assert made.tolist() == [[[[0.0, -inf], [0.0, 0.0], [0.0, -inf], [0.0, 0.0]]]]
     assert masks.get(mask, 2, torch.float32) is made and masks.get(mask.clone(), 2, torch.float32) is not made
     assert masks.get(mask, 3, torch.float32).shape[2] == 6 and masks.get(mask, 2, torch.bfloat16) is not made
-    masks.clear()
+    masks.begin()
     assert masks._made == []
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_targets_return_the_same_logits_as_without_stacking(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefill, trees on ragged rows and chains; grouped queries alone are stacked, and sdpa alone."""
+    """Prefill, trees on ragged rows and chains; sdpa alone is replaced."""
     target = tiny_target(architecture)
     plain, rows = without_stacking(target.model, monkeypatch), prompts(5)
-    is_stacked = architecture in GROUPED and target.model.config._attn_implementation == "sdpa"
+    is_stacked = target.pads_queries
+    assert is_stacked == (target.model.config._attn_implementation == "sdpa")
     found = {module.config._attn_implementation == NAME for module in attentions(target)}
     assert found == {is_stacked} and {module.config._attn_implementation for module in attentions(plain)} != {NAME}
     tokens_BN = torch.randint(0, VOCAB_SIZE, (5, 7), generator=torch.Generator().manual_seed(1))
@@ -102,7 +118,7 @@ def test_targets_return_the_same_logits_as_without_stacking(architecture: str, m
 
 def test_most_architectures_are_stacked() -> None:
     stacked = [name for name in CAUSAL if attentions(tiny_target(name))[0].config._attn_implementation == NAME]
-    assert {"llama", "mistral", "qwen2", "qwen3", "phi3"} <= set(stacked)
+    assert {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gpt_neox", "opt"} <= set(stacked)
     eager = tiny_target("llama", "eager")
     assert {module.config._attn_implementation for module in attentions(eager)} == {"eager"}
 

@@ -1,7 +1,9 @@
-"""Tests of batch-invariant decoding: the same text and bits with every drafter and with none."""
+"""Tests of batch-invariant decoding: its shapes, and the same bits with a drafter and beside other rows.
+
+tests/drafters/test_same_text.py compares the text of every family.
+"""
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
@@ -12,44 +14,13 @@ from draftsmith import Target, decoding
 from draftsmith.core.fixed_shapes.chains import likeliest_chain
 from draftsmith.core.fixed_shapes.forwards import Shapes
 from draftsmith.core.tree import Draft, Tree, Verdict
-from draftsmith.drafters import early_exit, lookup, medusa
+from draftsmith.drafters import lookup
 from draftsmith.inputs.invariance import Trial, shapes_for
-from tests.support.family import built, texts
-from tests.support.models import CAUSAL, SEQ2SEQ, padded, prompts, tiny_model
+from tests.drafters.test_same_text import invariant_target
+from tests.support.family import texts
+from tests.support.models import prompts, tiny_model
 
-DRAFTERS = (
-    (lookup, lookup.Config()),
-    (medusa, medusa.Config()),
-    (early_exit, early_exit.Config(exit_layer=1)),
-    (early_exit, early_exit.Config(exit_layer=1, width=3)),
-)
 NUM_NEW = 24
-
-
-@cache
-def invariant_target(architecture: str, dtype: torch.dtype) -> Target:
-    return Target(tiny_model(architecture).to(dtype), batch_invariant=True)
-
-
-def check_same_text(target: Target) -> None:
-    drafters = [built(*pair, target) for pair in (DRAFTERS[:1] if target.is_encoder_decoder else DRAFTERS)]
-    for num_rows, side in ((1, "right"), (3, "left")):
-        ids, mask = padded(prompts(num_rows), side=side)
-        plain = texts(draftsmith.generate(target, ids, attention_mask=mask, max_new_tokens=NUM_NEW))
-        for drafter in drafters:
-            out = draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=NUM_NEW)
-            assert texts(out) == plain, f"{type(drafter).__module__}, {num_rows} rows"
-
-
-def test_text_is_the_same_with_every_drafter() -> None:
-    check_same_text(invariant_target("llama", torch.bfloat16))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("architecture", [*CAUSAL, *SEQ2SEQ])
-def test_text_is_the_same_in_every_architecture(architecture: str, dtype: torch.dtype) -> None:
-    check_same_text(invariant_target(architecture, dtype))
 
 
 def test_committed_logits_have_the_same_bits_drafted_and_plain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +53,9 @@ def test_trial_fails_without_padding() -> None:
     target = invariant_target("llama", torch.float32)
     shapes = shapes_for(target, 1)
     trial = Trial(target, 1, num_blocks=1)
-    assert shapes.node_multiple > 1, "nothing to leave out on this machine"
-    assert trial.most_equal(replace(shapes, node_multiple=1)) < shapes.most_nodes
+    for field in ("fewest_nodes", "query_multiple"):
+        assert getattr(shapes, field) > 1, "nothing to leave out on this machine"
+        assert trial.most_equal(replace(shapes, **{field: 1})) < shapes.most_nodes, field
 
 
 def test_shapes_are_refused_if_none_is_equal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,5 +103,20 @@ def test_likeliest_chain_follows_first_children() -> None:
     assert found.draft_probs_BNV[..., 0].tolist() == [[0, 1, 3], [5, 6, 6]]
 
 
-def test_shapes_pad_to_a_multiple() -> None:
+def test_shapes_pad_nodes() -> None:
     assert [Shapes(node_multiple=4).num_dummies(number) for number in (1, 4, 5, 8)] == [3, 0, 3, 0]
+    shapes = Shapes(fewest_nodes=5, most_nodes=64)
+    assert [shapes.num_dummies(number, num_rows) for number, num_rows in ((1, 1), (7, 1), (1, 2), (1, 5))] == [
+        4,
+        0,
+        2,
+        0,
+    ]
+    assert [shapes.most_of_a_row(num_rows) for num_rows in (1, 3, 100)] == [64, 21, 1]
+    assert Shapes(node_multiple=4, most_nodes=64).most_of_a_row(3) == 20
+
+
+def test_shapes_pad_slots() -> None:
+    shapes = Shapes(slot_multiple=512, slots_of_last=(64, 384))
+    found = [shapes.num_slots(number) for number in (1, 64, 65, 385, 512, 513, 1024, 1030)]
+    assert found == [64, 64, 384, 512, 512, 576, 1024, 1088]

@@ -1,0 +1,110 @@
+"""Finds with how many rows a model's matrix products give a row the same bits.
+
+Kernels that add in different orders give most sums of ordinary numbers the same bits after rounding. The sums compared
+here are zero but for rounding error, so that nearly every other order shows.
+
+Shape suffixes: M rows, I and O a matrix's input and output widths, E experts.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+COUNTS = (*range(1, 18), 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128, 129, 255, 256, 257, 511, 512)
+MOST = (512, 128, 64)
+MOST_PADDED = 32
+"""Matrices that need more rows than this have no bits of their own."""
+LARGE_MATRIX, ROWS_OF_LARGE = 2**24, 65
+"""Matrices with this many entries, usually LM heads, are tried with fewer rows."""
+SCALE = 16.0
+
+Product = Callable[[Tensor], Tensor]
+
+
+@torch.inference_mode()
+def equal_row_counts(model: nn.Module) -> tuple[int, int] | None:
+    """Returns (fewest, most) rows between which a model's matrices give a row the same bits; None if there are none.
+
+    Experts must do so from one row on, as their numbers of rows depend on a router.
+    """
+    fewest, most = 1, MOST[0]
+    for product, weight_OI, is_of_expert in _products(model):
+        counts = _row_counts(product, _cancelling_rows(weight_OI))
+        if counts is None or (is_of_expert and counts[0] > 1):
+            return None
+        fewest, most = max(fewest, counts[0]), min(most, counts[1])
+    return (fewest, most) if fewest <= most else None
+
+
+def _row_counts(product: Product, rows_MI: Tensor) -> tuple[int, int] | None:
+    for most in MOST:
+        expected_MO = product(rows_MI[:most])
+        counts = [count for count in COUNTS if count <= len(expected_MO)]
+        unequal = [count for count in counts if not product(rows_MI[:count]).equal(expected_MO[:count])]
+        if not unequal:
+            return 1, most
+        if (fewest := min((count for count in counts if count > max(unequal)), default=most + 1)) <= MOST_PADDED:
+            return fewest, most
+    return None
+
+
+def _products(model: nn.Module) -> Iterator[tuple[Product, Tensor, bool]]:
+    """Yields a product by each kind of matrix: the function of rows [M, I], its weights, and if it is an expert's."""
+    seen: set[Any] = set()
+    for name, module in model.named_modules():
+        is_of_expert = "expert" in name.lower()
+        for kind, product, weight_OI in _products_of(module):
+            key = (type(module), kind, weight_OI.shape, weight_OI.stride(), weight_OI.dtype, is_of_expert)
+            if key not in seen:
+                seen.add(key)
+                yield product, weight_OI, is_of_expert
+
+
+def _products_of(module: nn.Module) -> Iterator[tuple[str, Product, Tensor]]:
+    """Yields a module's products and their weights [O, I]; a bias is taken as zero, as it would hide rounding error."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    zero = torch.zeros_like(bias) if isinstance(bias, Tensor) else None
+    if isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter):
+        if isinstance(module, nn.Linear):
+            yield f"bias: {zero is not None}", partial(_by_linear, weight, zero), weight
+        elif isinstance(module, Conv1D) and zero is not None:
+            yield "", partial(_by_addmm, weight, zero), weight.T
+    if "expert" in type(module).__name__.lower():
+        for name, weight_EOI in module.named_parameters(recurse=False):
+            if weight_EOI.ndim == 3:
+                # Which of the two widths is the input's depends on the model.
+                yield name, partial(_by_linear, weight_EOI[0], None), weight_EOI[0]
+                yield f"{name} transposed", partial(_by_linear, weight_EOI[0].T, None), weight_EOI[0].T
+
+
+def _by_linear(weight_OI: Tensor, bias: Tensor | None, rows_MI: Tensor) -> Tensor:
+    return linear(rows_MI[None], weight_OI, bias)[0]
+
+
+def _by_addmm(weight_IO: Tensor, bias: Tensor, rows_MI: Tensor) -> Tensor:
+    return torch.addmm(bias, rows_MI, weight_IO)
+
+
+def _cancelling_rows(weight_OI: Tensor) -> Tensor:
+    """Returns rows [M, I], each of which one of the matrix's outputs is zero for but for rounding.
+
+    Inputs are paired at random: one is the other's weight, the other minus the first one's.
+    """
+    num_outputs, width = weight_OI.shape
+    num_rows = ROWS_OF_LARGE if weight_OI.numel() >= LARGE_MATRIX else MOST[0]
+    generator = torch.Generator().manual_seed(0)
+    outputs_M = torch.randint(num_outputs, (num_rows,), generator=generator)
+    outputs_M[:2] = torch.tensor([0, num_outputs - 1])
+    order_MI = torch.rand(num_rows, width, generator=generator).argsort(dim=1).to(weight_OI.device)
+    one_MP, other_MP = order_MI[:, : width // 2], order_MI[:, width // 2 : width // 2 * 2]
+    chosen_MI = weight_OI[outputs_M.to(weight_OI.device)]
+    rows_MI = torch.zeros_like(chosen_MI)
+    rows_MI.scatter_(1, one_MP, chosen_MI.gather(1, other_MP))
+    rows_MI.scatter_(1, other_MP, -chosen_MI.gather(1, one_MP))
+    # A power of two keeps the products exact.
+    return rows_MI * (SCALE / rows_MI.abs().amax(dim=1, keepdim=True).clamp(min=1e-6)).log2().floor().exp2()
