@@ -321,7 +321,7 @@ def _decode(
         _begin(generator, texts, "draft")
         budget = max(text.limit - len(text.ids) for text in texts if text.is_running) - 1
         draft = drafter.propose(budget) if drafter is not None and budget > 0 else session.empty_draft()
-        if shapes is not None:
+        if shapes is not None or not target.takes_trees:
             draft = likeliest_chain(draft)
         if admit is not None and draft.tree.is_chain:
             # Verified deeper than its own limit, a text could depend on the limits of those beside it.

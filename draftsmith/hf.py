@@ -162,6 +162,8 @@ def _check_inputs(
     if positions is not None:
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
+        if positions.ndim == 3 and positions.eq(positions[:1]).all():
+            positions = positions[0]  # of time, height and width, which are alike without images
         if positions.ndim != 2 or (positions.ne(mask.cumsum(1) - 1) & mask.bool()).any():
             raise ValueError(
                 "position_ids are not those of the prompts, counted from 0 without padding; leave them out"

@@ -21,7 +21,7 @@ class KVCache(Cache):
 
     A forward of N new tokens writes row b's slots `lengths[b] .. lengths[b] + N - 1` without committing them; `commit`
     then keeps the accepted ones. Capacity grows geometrically. Keys and values of one shape, usually all layers',
-    lie in one tensor [L, B, H, S, D], so that a commit is one gather.
+    lie in one tensor [L, B, H, S, D], so that a commit is one gather. Modules with recurrent state keep it here too.
     """
 
     def __init__(self, *, num_layers: int, batch_size: int, shapes: Shapes | None = None) -> None:
@@ -30,12 +30,16 @@ class KVCache(Cache):
         self.lengths = [0] * batch_size
         self.capacity = 0
         self._stores: list[Tensor] = []
-        # Where the keys (0) and values (1) of a layer lie: the index of a store, and the index in it.
+        # Where the keys (0), values (1) and index keys (2) of a layer lie: the index of a store, and the index in it.
         self._places: dict[tuple[int, int], tuple[int, int]] = {}
         self._is_joined = True
         self._slots_BN: Tensor | None = None
         self._flat_slots: dict[int, Tensor] = {}
         self._first_slot = 0
+        self.first = 0  # node of the tree that the current forward begins with
+        # The states of modules that keep one instead of keys and values (draftsmith/core/architectures/recurrent.py).
+        self.recurrent: dict[str, Any] = {}
+        self._recurrent_lengths = list(self.lengths)  # of the text that recurrent state is of
         self.num_visible = 0  # slots that the current forward may attend to
         self.shapes = shapes  # of the forwards of a batch-invariant call; None leaves them as they are
         # An encoder-decoder's source, and its cross-attention cache, which the first forward fills.
@@ -45,7 +49,12 @@ class KVCache(Cache):
 
     def prepare(self, num_nodes: int, device: torch.device, *, first: int = 0) -> None:
         """Prepares a forward of a tree's nodes `first` to `num_nodes - 1`; the nodes before were fed already."""
-        self._first_slot = self.lengths[0] + first
+        if self.recurrent and self.lengths != self._recurrent_lengths:
+            raise ValueError(
+                f"the target's recurrent state is of {self._recurrent_lengths} tokens; it cannot be set back to"
+                f" {self.lengths}"
+            )
+        self.first, self._first_slot = first, self.lengths[0] + first
         self.num_visible = max(self.lengths) + num_nodes
         if self.shapes is not None:
             self.num_visible = self.shapes.num_slots(self.num_visible)
@@ -66,16 +75,20 @@ class KVCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes [B, H, N, D] at the prepared slots and returns the visible keys and values [B, H, S, D]."""
-        keys, values = self._stored(layer_idx, 0, key_states), self._stored(layer_idx, 1, value_states)
+        return self._write(layer_idx, 0, key_states), self._write(layer_idx, 1, value_states)
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """Writes the index keys [B, N, D] of sparse attention and returns the visible ones [B, S, D]."""
+        return self._write(layer_idx, 2, indexer_key_states[:, None])[:, 0]
+
+    def _write(self, layer: int, kind: int, states_BHND: Tensor) -> Tensor:
+        stored = self._stored(layer, kind, states_BHND)
         if self._slots_BN is None:
-            end = self._first_slot + key_states.shape[2]
-            keys[:, :, self._first_slot : end] = key_states
-            values[:, :, self._first_slot : end] = value_states
+            stored[:, :, self._first_slot : self._first_slot + states_BHND.shape[2]] = states_BHND
         else:
-            for stored, states in ((keys, key_states), (values, value_states)):
-                width = states.shape[3]
-                stored.view(-1, width).index_copy_(0, self._flat_index(stored), states.reshape(-1, width))
-        return keys[:, :, : self.num_visible], values[:, :, : self.num_visible]
+            width = states_BHND.shape[3]
+            stored.view(-1, width).index_copy_(0, self._flat_index(stored), states_BHND.reshape(-1, width))
+        return stored[:, :, : self.num_visible]
 
     def stored(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns a layer's keys and values [B, H, S, D] of all slots, used or not; changes to them are kept."""
@@ -83,7 +96,7 @@ class KVCache(Cache):
         return self._stores[keys[0]][keys[1]], self._stores[values[0]][values[1]]
 
     def _stored(self, layer: int, kind: int, states: Tensor) -> Tensor:
-        """Returns the layer's keys or values [B, H, S, D], making room for them at the first call."""
+        """Returns the layer's keys, values or index keys [B, H, S, D], making room for them at the first call."""
         place = self._places.get((layer, kind))
         if place is None:
             batch_size, num_heads, _, width = states.shape
@@ -125,6 +138,9 @@ class KVCache(Cache):
                 self._gather(store, paths)
         for row, path in enumerate(paths):
             self.lengths[row] += len(path)
+        for state in self.recurrent.values():
+            state.commit([len(path) for path in paths])
+        self._recurrent_lengths = list(self.lengths)
 
     def change_rows(self, origins: list[int | None], added: "KVCache | None" = None) -> None:
         """Makes row i what row `origins[i]` was, or for None the next row of `added`; the other rows are dropped."""
@@ -143,7 +159,10 @@ class KVCache(Cache):
                 longest = max(added.lengths)
                 assert added._places == self._places
                 store[:, new, :, :longest] = added._stores[index][:, :, :, :longest]
+        for name, state in self.recurrent.items():
+            state.change_rows(origins, added.recurrent.get(name) if added is not None else None)
         self.lengths = [next(added_lengths) if origin is None else self.lengths[origin] for origin in origins]
+        self._recurrent_lengths = list(self.lengths)
 
     def _gather(self, store: Tensor, paths: list[list[int]]) -> None:
         longest = max(map(len, paths))

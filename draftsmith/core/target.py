@@ -1,6 +1,6 @@
 """The target: any transformers causal LM or encoder-decoder, run over draft trees and left unchanged.
 
-Only this file and `views.py` depend on the structure of transformers' models.
+Only this file, `views.py`, `attention.py` and `architectures/` depend on the structure of transformers' models.
 Layer index: hidden 0 is the embedding output, hidden i the output of the i-th block, un-normed.
 
 Shape suffixes: B rows, T positions, N nodes of a tree, R is B or 1, S cache slots, D hidden width, V vocabulary.
@@ -8,7 +8,6 @@ Shape suffixes: B rows, T positions, N nodes of a tree, R is B or 1, S cache slo
 
 import copy
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,33 +15,42 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from draftsmith.core.architectures.adapted import adapted
+from draftsmith.core.architectures.masks import AttentionMasks
+from draftsmith.core.architectures.recurrent import cache_argument, find_recurrent_modules, with_recurrent_modules
+from draftsmith.core.architectures.self_check import Abilities, check_against_model, ordinary_tokens
+from draftsmith.core.architectures.supported import has_recurrent_layers, problem_of_config, problem_of_model
 from draftsmith.core.attention import StackedMasks, with_stacked_attention
-from draftsmith.core.cache import KVCache, visible
+from draftsmith.core.cache import KVCache
 from draftsmith.core.fixed_shapes.forwards import Shapes, fixed_shape_forward, fixed_shape_logits
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.core.views import (
     LAYER_LISTS,
     ForwardContext,
-    Outputs,
     applies_windows,
     final_norm,
     find_child,
     head_view,
-    recorded_outputs,
-    relative_bias,
+    text_model,
     unwrapped,
     view,
 )
 from draftsmith.loading import remote_code
-from draftsmith.loading.model_info import context_length, decoder_start, end_tokens, read_target_info, tokenizer_hash
+from draftsmith.loading.model_info import (
+    auto_class,
+    context_length,
+    decoder_start,
+    end_tokens,
+    media_token_ids,
+    read_target_info,
+    tokenizer_hash,
+)
 from draftsmith.loading.target_names import model_folder
 from draftsmith.loading.weights import load_model
 
-LAYER_KINDS = {"full_attention", "sliding_attention"}
-ATTENTION_KINDS = {"sdpa", "eager"}
 PREFILL_CHUNK = 512
 MAX_VIEWS = 64
 
@@ -84,10 +92,6 @@ class Forward:
     """The requested hidden layers [B, N, D]."""
 
 
-class _NoHiddenStates(ValueError):
-    """Raised where a model's hidden states have a shape of their own."""
-
-
 class Target:
     """A frozen model, run over trees, over spans of its blocks, or without some sublayers. Threads may share it.
 
@@ -105,9 +109,13 @@ class Target:
         self.tokenizer = tokenizer
         self.name = str(model.config._name_or_path) or type(model).__name__
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        self.takes_trees = not self.is_encoder_decoder  # an encoder-decoder verifies chains only
         self._architecture = type(model).__name__
         self._config = model.config.get_text_config(decoder=True)
+        if (problem := problem_of_model(model, self._config)) is not None:
+            raise ValueError(f"{self._architecture} {problem}")
+        self.is_recurrent = has_recurrent_layers(self._config)
+        """True if layers keep a state instead of keys and values: drafts are chains, the cache cannot be rewound."""
+        self.takes_trees = not self.is_encoder_decoder and not self.is_recurrent
         self.vocab_size, self.hidden_size = int(self._config.vocab_size), int(self._config.hidden_size)
         self.context_length = context_length(self._config)  # NO_LIMIT for models with relative positions only
         # transformers' own `device` searches all modules at each call. Quantised weights may be integers.
@@ -115,10 +123,7 @@ class Target:
         self._context = ForwardContext()
         self._views: dict[Any, Any] = {}
         self._stacked_masks = StackedMasks()
-        self._outputs = Outputs()
-        self._applies_windows = True
-        # Why its blocks cannot be run in parts, batches of unequal rows, and whole texts; empty if they can.
-        self._cannot_split = self._cannot_batch = self._cannot_train = ""
+        self.abilities = Abilities()
         self.num_layers = int(self._config.num_hidden_layers)
         self.is_run_whole = False
         """True if only the whole model can be run: it has logits, but no hidden layers and no parts."""
@@ -128,16 +133,22 @@ class Target:
         """Whether `generate` decodes batch-invariantly unless told otherwise."""
         self.batch_invariant_shapes: dict[tuple[int, int], Shapes] = {}
         """Shapes found for batch-invariant decoding, by batch size and number of threads."""
-        self._check_supported()
+        self._linear_head = model.get_output_embeddings()
+        self._cache_argument = cache_argument(model)  # of state space models, which take no positions, another one
+        self._masks = AttentionMasks(model, self._config, applies_windows=True, dtype=self.dtype)
+        self._recurrent: dict[str, int] = {}
+        if self.is_recurrent:
+            self._recurrent = find_recurrent_modules(model, self._config, ordinary_tokens(self.vocab_size))
+        self._whole = with_recurrent_modules(model, model, self._recurrent, self._config)
         try:
             self._find_parts()
-            self._check_against_model()
+            check_against_model(self)
         except ValueError as error:
             if self.is_encoder_decoder:
                 raise
-            self.is_run_whole, self._cannot_split = True, str(error).removeprefix(f"{self._architecture} ")
+            self.is_run_whole, self.abilities.cannot_split = True, str(error).removeprefix(f"{self._architecture} ")
             try:
-                self._check_against_model()
+                check_against_model(self)
             except ValueError:
                 raise error from None
 
@@ -155,11 +166,12 @@ class Target:
         if not isinstance(path, str | Path):
             raise ValueError(f"path is a {type(path).__name__}; it must be a folder or hub name, or call Target(model)")
         info = read_target_info(path := str(path))
-        auto = AutoModelForSeq2SeqLM if info.is_encoder_decoder else AutoModelForCausalLM
+        folder = model_folder(path)
+        auto = auto_class(_checked_config(folder))
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         trusted = remote_code.is_allowed()
         try:
-            model = load_model(auto, model_folder(path), dtype=dtype, trust_remote_code=trusted).to(device)
+            model = load_model(auto, folder, dtype=dtype, trust_remote_code=trusted).to(device)
         except Exception as error:
             raise ValueError(f"target {path} cannot be loaded: {remote_code.reason(error)}") from error
         model.config._name_or_path = path  # not the cache folder's, of a GGUF file or a named target
@@ -200,6 +212,11 @@ class Target:
     def eos_token_ids(self) -> tuple[int, ...]:
         """The end-of-sequence ids of the model's generation config; empty if it has none."""
         return end_tokens(self.model.generation_config)
+
+    @cached_property
+    def media_token_ids(self) -> dict[int, str]:
+        """The tokens that stand for images, sound or video, with their names in the config; none can be decoded."""
+        return media_token_ids(self.model.config)
 
     @cached_property
     def decoder_start_token_id(self) -> int | None:
@@ -250,8 +267,8 @@ class Target:
         the tree's nodes from there on; the nodes before were fed since the last commit. Raises ValueError for a tree
         on an encoder-decoder.
         """
-        if self.is_encoder_decoder and not tree.is_chain:
-            raise ValueError(f"{self._architecture} is an encoder-decoder: it verifies chains, not trees")
+        if not self.takes_trees and not tree.is_chain:
+            self.check_trees()
         start, stop = span or (0, self.num_layers)
         if self.is_run_whole and (layers or skipped or (start, stop) != (0, self.num_layers)):
             self.check_splits()
@@ -282,19 +299,18 @@ class Target:
         lengths_B1 = torch.tensor(cache.lengths, device=tokens_BN.device)[:, None]
         # A row close to the limit may draft past the context; those tokens are never kept.
         positions_BN = (lengths_B1 + tree.depths_RN[:, first:]).clamp(max=self.context_length - 1)
-        masks = self._masks(tree, cache, positions_BN, first)
-        arguments: dict[str, Any] = {"attention_mask": masks, "past_key_values": cache, "use_cache": True}
+        masks = self._masks.make(tree, cache, positions_BN, first=first)
+        arguments: dict[str, Any] = {"attention_mask": masks, self._cache_argument: cache, "use_cache": True}
+        if not self.is_encoder_decoder and self._cache_argument != "cache_params":
+            arguments["position_ids"] = positions_BN
         if self.is_run_whole:
-            logits_BNV = self.model(input_ids=tokens_BN, position_ids=positions_BN, **arguments).logits
-            return Forward(hidden_BND=logits_BNV, layers={})
+            return Forward(hidden_BND=self._whole(input_ids=tokens_BN, **arguments).logits, layers={})
         self._context.begin(positions_BN=positions_BN, wanted=layers, resume=resume_BND)
         self._stacked_masks.begin(row_multiple=cache.shapes.query_multiple if cache.shapes is not None else 1)
         if self.is_encoder_decoder:
             arguments["past_key_values"] = both = EncoderDecoderCache(cache, cache.cross)
             both.is_updated = cache.cross_is_filled
             arguments |= cache.source.arguments()
-        else:
-            arguments["position_ids"] = positions_BN
         out_BND = self._view(start, stop, skipped)(input_ids=tokens_BN, **arguments).last_hidden_state
         hidden = self._context.end()
         self._stacked_masks.begin()
@@ -321,16 +337,19 @@ class Target:
             out = self.forward(tokens_BT[:, begin : begin + chunk], chain(chunk, self.device), cache, layers=layers)
             for layer in layers:
                 parts[layer].append(out.layers[layer])
-            # Shorter rows are fed padding, which the line after the loop removes.
-            cache.commit([list(range(chunk)) for _ in rows])
+            # Shorter rows are fed padding, which the line after the loop removes; from a state it cannot be removed.
+            counts = [min(chunk, max(len(ids) - begin, 0)) if self.is_recurrent else chunk for ids in rows]
+            cache.commit([list(range(count)) for count in counts])
         cache.lengths = [len(ids) for ids in rows]
         return {layer: torch.cat(chunks, dim=1) for layer, chunks in parts.items() if chunks}
 
     def read(self, tokens_BT: Tensor, layers: tuple[int, ...], source: Source | None = None) -> dict[int, Tensor]:
         """Returns the requested hidden layers [B, T, D] of right-padded rows, in one causal pass without a cache."""
         self._check_has_parts()
-        if self._cannot_train:
-            raise ValueError(f"{self._architecture} reads whole texts otherwise than it decodes ({self._cannot_train})")
+        if self.abilities.cannot_train:
+            raise ValueError(
+                f"{self._architecture} reads whole texts otherwise than it decodes ({self.abilities.cannot_train})"
+            )
         positions_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         self._context.begin(positions_BN=positions_1T, wanted=layers)
         arguments = source.arguments() if source is not None else {}
@@ -339,13 +358,19 @@ class Target:
         hidden = self._context.end()
         return {layer: out_BTD if layer == self.num_layers else hidden[layer] for layer in layers}
 
+    def check_trees(self, need: str = "not trees") -> None:
+        """Raises ValueError, which ends with what is needed, if drafts must be chains."""
+        if not self.takes_trees:
+            kind = "has recurrent layers" if self.is_recurrent else "is an encoder-decoder"
+            raise ValueError(f"{self._architecture} {kind}: it verifies chains, {need}")
+
     def check_splits(self, skipped: frozenset[tuple[str, int]] = frozenset()) -> None:
         """Raises ValueError if the blocks cannot be run in parts, or without these sublayers."""
         if self.is_encoder_decoder:
             raise ValueError(f"{self._architecture} is an encoder-decoder, whose blocks cannot be run in parts")
         self._check_has_parts()
-        if self._cannot_split:
-            raise ValueError(f"the blocks of {self._architecture} cannot be run in parts ({self._cannot_split})")
+        if problem := self.abilities.cannot_split:
+            raise ValueError(f"the blocks of {self._architecture} cannot be run in parts ({problem})")
         if skipped:
             self._view(0, self.num_layers, skipped)
 
@@ -353,16 +378,16 @@ class Target:
         """Raises ValueError for a model that is run whole."""
         if self.is_run_whole:
             raise ValueError(
-                f"{self._architecture} {self._cannot_split}; it is run whole, without hidden states or parts, so take a"
-                " drafter that needs its tokens only: look-up, n-grams, a store of text or a draft LM"
+                f"{self._architecture} {self.abilities.cannot_split}; it is run whole, without hidden states or parts,"
+                " so take a drafter that needs its tokens only: look-up, n-grams, a store of text or a draft LM"
             )
 
     def check_batch(self, num_rows: int) -> None:
         """Raises ValueError if rows of unequal lengths cannot be run in one batch."""
-        if num_rows > 1 and self._cannot_batch:
+        if num_rows > 1 and (problem := self.abilities.cannot_batch):
             raise ValueError(
-                f"{self._architecture} cannot run {num_rows} rows of unequal lengths ({self._cannot_batch}); decode"
-                " them one at a time"
+                f"{self._architecture} cannot run {num_rows} rows of unequal lengths ({problem}); decode them one at a"
+                " time"
             )
 
     def norm(self, hidden_BTD: Tensor) -> Tensor:
@@ -378,7 +403,7 @@ class Target:
     def head(self, normed_BTD: Tensor) -> Tensor:
         """Returns logits [..., V] by the model's head, scaling and soft-capping included."""
         self._check_has_parts()
-        if self._head_is_linear:
+        if self.abilities.head_is_linear:
             return self._linear_head(normed_BTD)
         if normed_BTD.ndim == 2:
             return self.head(normed_BTD[None])[0]
@@ -390,7 +415,7 @@ class Target:
     @property
     def head_is_linear(self) -> bool:
         """True if logits are the product of the normed state and the head's weights, without scaling or capping."""
-        return self._head_is_linear
+        return self.abilities.head_is_linear
 
     def logits(self, hidden_BTD: Tensor, shapes: Shapes | None = None) -> Tensor:
         """Returns logits [B, T, V] from the last block's un-normed output, computed in `shapes` if there are any."""
@@ -401,168 +426,46 @@ class Target:
         return self.head(self.norm(hidden_BTD))
 
     def _find_parts(self) -> None:
-        stack = self._find_stack()
+        stack = self.find_stack()
         blocks_name = find_child(stack, LAYER_LISTS, "list of blocks")
         if getattr(stack, "project_out", None) is not None:
             raise ValueError(f"{self._architecture} projects after its final norm")
         self.num_layers = len(getattr(stack, blocks_name))
         norm_name = final_norm(stack)
         self._norm = getattr(stack, norm_name) if norm_name else nn.Identity()
-        self._applies_windows = applies_windows(stack)
-        self._head = head_view(self.model)
-        self._stack = with_stacked_attention(stack, self._stacked_masks, blocks_name)
-        self.pads_queries = self._stack is not stack
+        own_windows = applies_windows(stack)
+        self._masks = AttentionMasks(self.model, self._config, applies_windows=own_windows, dtype=self.dtype)
+        self._head = head_view(self.model, stack)
+        stack = with_recurrent_modules(stack, self.model, self._recurrent, self._config)
+        stacked = with_stacked_attention(stack, self._stacked_masks, blocks_name)
+        self.pads_queries = stacked is not stack
+        self._stack = adapted(stacked, self._context)
 
-    def _find_stack(self) -> Any:
-        decoder = getattr(self.model, "get_decoder", lambda: None)()
-        if decoder is None or decoder is self.model:
+    def find_stack(self) -> Any:
+        """Returns the model's own stack of decoder blocks; raises ValueError naming the architecture without one."""
+        model = text_model(self.model)
+        decoder = getattr(model, "get_decoder", lambda: None)()
+        if decoder is model and isinstance(getattr(model, "model", None), nn.Module):
+            decoder = model.model  # Llama 4's is not called as its base_model_prefix says
+        if decoder is None or decoder is model:
             raise ValueError(f"{self._architecture} has no decoder stack that draftsmith supports")
         return decoder.decoder if self.is_encoder_decoder and hasattr(decoder, "decoder") else decoder
-
-    def _check_supported(self) -> None:
-        kinds, problem = set(getattr(self._config, "layer_types", None) or ()) - LAYER_KINDS, None
-        if kinds:
-            problem = f"has layers of kind {', '.join(sorted(kinds))}, whose state cannot be rewound"
-        elif "local" in (getattr(self._config, "attention_layers", None) or ()):
-            problem = "windows its local attention by cache slots, which trees do not fit"
-        elif (attention := self._config._attn_implementation) not in ATTENTION_KINDS:
-            problem = f"uses attention {attention!r}, which takes no tree mask; load it with attn_implementation='sdpa'"
-        elif any(hasattr(module, "_hf_hook") for module in self.model.modules()):
-            problem = "is spread over devices by device_map; load it on one device"
-        if problem is not None:
-            raise ValueError(f"{self._architecture} {problem}")
-
-    @torch.inference_mode()
-    def _check_against_model(self) -> None:
-        """Compares a prefill and a tree with the model's own forward on eight tokens, in its own dtype."""
-        # Ordinary tokens: padding and special ones, for which weights are often untrained, have low ids.
-        lowest = min(8, self.vocab_size // 2)
-        ids = lowest + torch.arange(8, device=self.device)[None] * 7919 % (self.vocab_size - lowest)
-        self._linear_head, self._head_is_linear = self.model.get_output_embeddings(), False
-        try:
-            if self.is_encoder_decoder:
-                source = self.encode(ids, torch.ones_like(ids))
-                given = {"encoder_outputs": (source.encoded_BTD,), "attention_mask": source.mask_BT}
-                with recorded_outputs(self._find_stack()) as self._outputs:
-                    expected = self.model(decoder_input_ids=ids, **given).logits[0]
-                tree, fed, path = chain(4, self.device), ids[:, 4:], [0, 1, 2, 3]
-            else:
-                source, expected = None, self._expected_logits(ids)
-                tree = Tree.from_parents([[-1, 0, 0, 2, 3]], self.device)
-                fed, path = ids[:, [4, 0, 5, 6, 7]], [0, 2, 3, 4]
-            cache = self.new_cache(1, source=source)
-            self.prefill([ids[0, :4].tolist()], cache)
-            out = self.forward(fed, tree, cache, layers=() if self.is_run_whole else (0, 1))
-            if any(hidden.ndim != 3 for hidden in out.layers.values()):
-                raise _NoHiddenStates("its hidden states are not [batch, length, width]")
-            found = self.logits(out.hidden_BND)[0, path]
-            if (linear := self._linear_head) is not None and not self.is_run_whole:
-                normed = self.norm(out.hidden_BND)
-                self._head_is_linear = torch.equal(linear(normed), self.head(normed))
-        except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
-            kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in self.model.parameters()})
-            cause = f"; its weights are of {' and '.join(kinds)}, so cast them to one" if len(kinds) > 1 else ""
-            reason = error if isinstance(error, _NoHiddenStates) else f"it does not take their cache and mask{cause}"
-            raise ValueError(f"{self._architecture} cannot be run over draft trees: {reason}") from error
-        if (gap := self._gap(found, expected[4:])) is not None:
-            raise ValueError(
-                f"{self._architecture} returns other logits for a draft tree than in its own forward (off by"
-                f" {gap:.2g}), so draftsmith cannot verify drafts for it{self._quantised_activations()}"
-            )
-        expected_ragged = expected[[4, 5, 2, 3]]
-        self._cannot_batch = self._problem_of(lambda: self._logits_of_ragged_rows(ids[0], source), expected_ragged)
-        if self.is_run_whole:
-            return
-        self._cannot_train = self._problem_of(lambda: self._logits_of_whole_text(ids, source), expected)
-        if not self.is_encoder_decoder:
-            self._cannot_split = self._problem_of(lambda: self._hidden_in_two_spans(ids), out.hidden_BND[0, path])
-
-    def _expected_logits(self, ids_1T: Tensor) -> Tensor:
-        """Returns a causal model's own logits [T, V], and records what its blocks return."""
-        if self.is_run_whole:
-            return self.model(input_ids=ids_1T).logits[0]
-        with recorded_outputs(self._find_stack()) as self._outputs:
-            return self.model(input_ids=ids_1T).logits[0]
-
-    def _gap(self, found: Tensor, expected: Tensor) -> float | None:
-        """Returns how far two results are apart, relative to the largest value; None if no further than rounding."""
-        tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
-        gap = (found - expected).abs().max().item() / max(1.0, expected.abs().max().item())
-        return None if gap < tolerance else gap
-
-    def _problem_of(self, compute: Callable[[], Tensor], expected: Tensor) -> str:
-        """Returns why a computation fails, or how far off its result is; empty if it is right."""
-        try:
-            gap = self._gap(compute(), expected)
-        except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
-            return str(error).split("\n")[0]
-        return "" if gap is None else f"off by {gap:.2g}"
-
-    def _logits_of_ragged_rows(self, ids_T: Tensor, source: Source | None) -> Tensor:
-        """Returns the logits of tokens 4 and 5 behind four, and of tokens 2 and 3 behind two, computed in one batch."""
-        if source is not None:
-            source = self.encode(source.tokens_BT.repeat(2, 1), source.mask_BT.repeat(2, 1))
-        cache = self.new_cache(2, source=source)
-        self.prefill([ids_T[:4].tolist(), ids_T[:2].tolist()], cache)
-        out = self.forward(torch.stack([ids_T[4:6], ids_T[2:4]]), chain(2, self.device), cache)
-        return self.logits(out.hidden_BND).flatten(0, 1)
-
-    def _logits_of_whole_text(self, ids_1T: Tensor, source: Source | None) -> Tensor:
-        return self.logits(self.read(ids_1T, (self.num_layers,), source)[self.num_layers])[0]
-
-    def _hidden_in_two_spans(self, ids_1T: Tensor) -> Tensor:
-        """Returns the last block's output at tokens 4 to 7 behind four, the blocks run in two parts."""
-        cache, half = self.new_cache(1), max(self.num_layers // 2, 1)
-        self.prefill([ids_1T[0, :4].tolist()], cache)
-        below = self.forward(ids_1T[:, 4:], chain(4, self.device), cache, span=(0, half))
-        span = (half, self.num_layers)
-        out = self.forward(ids_1T[:, 4:], chain(4, self.device), cache, span=span, resume_BND=below.hidden_BND)
-        return out.hidden_BND[0]
-
-    def _quantised_activations(self) -> str:
-        kinds = {type(part).__name__ for part in self.model.modules() if "quantized.dynamic" in type(part).__module__}
-        return (
-            f": its {', '.join(kinds)} layers round activations depending on the other tokens of a forward"
-            if kinds
-            else ""
-        )
 
     def _view(self, start: int, stop: int, skipped: frozenset[tuple[str, int]]) -> Any:
         key = (start, stop, skipped)
         if (run := self._views.get(key)) is None:
             if key != (0, self.num_layers, frozenset()):
                 self.check_splits()
-            base = relative_bias(self._stack, self._context) if hasattr(self._stack, "block") else self._stack
-            run = view(base, self._context, start, stop, skipped, width=self.hidden_size, outputs=self._outputs)
+            outputs = self.abilities.outputs
+            run = view(self._stack, self._context, start, stop, skipped, width=self.hidden_size, outputs=outputs)
             # A layer search tries thousands of sets of skipped sublayers. Replacing the dictionary is safe in threads.
             self._views = dict(list(self._views.items())[-MAX_VIEWS + 1 :]) | {key: run}
         return run
 
-    def _masks(self, tree: Tree, cache: KVCache, positions_BN: Tensor, first: int) -> Any:
-        """Returns the mask [R, 1, N, S], or a mask for each kind of layer if the model has two."""
-        kinds = set(getattr(self._config, "layer_types", None) or ())
-        window = getattr(self._config, "sliding_window", None) if self._applies_windows else None
-        if not kinds:
-            kinds = {"sliding_attention"} if window else {"full_attention"}
-        full_RNS = visible(tree, cache, first=first)
-        masks = {}
-        for kind in kinds:
-            mask_RNS = full_RNS
-            if kind == "sliding_attention" and window and cache.num_visible > window:
-                slots_S = torch.arange(cache.num_visible, device=positions_BN.device)
-                lengths_B1 = torch.tensor(cache.lengths, device=positions_BN.device)[:, None]
-                node_BS = (slots_S - lengths_B1).clamp(0, tree.num_nodes - 1)
-                depths_BN = tree.depths_RN.expand(len(cache.lengths), -1)
-                keys_BS = torch.where(slots_S < lengths_B1, slots_S, lengths_B1 + depths_BN.gather(1, node_BS))
-                mask_RNS = full_RNS & (positions_BN[:, :, None] - keys_BS[:, None] < window)
-            # Attention that transformers has not brought into its common form checks the number of rows.
-            num_rows = len(mask_RNS) if self.model._supports_sdpa else len(cache.lengths)
-            masks[kind] = self._as_mask(mask_RNS.expand(num_rows, -1, -1))
-        return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _as_mask(self, visible_RNS: Tensor) -> Tensor:
-        if self._config._attn_implementation == "sdpa":
-            return visible_RNS[:, None]
-        # Eager attention adds its mask: a boolean one would have no effect.
-        lowest = torch.finfo(self.dtype).min
-        return torch.zeros_like(visible_RNS, dtype=self.dtype).masked_fill(~visible_RNS, lowest)[:, None]
+def _checked_config(folder: str) -> Any:
+    """Returns the configuration; raises ValueError, naming the architecture, if it tells that it is unsupported."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code.is_allowed())
+    if (problem := problem_of_config(config.get_text_config(decoder=True))) is not None:
+        raise ValueError(f"{(config.architectures or [config.model_type])[0]} {problem}")
+    return config

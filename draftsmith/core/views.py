@@ -61,14 +61,27 @@ class ForwardContext(threading.local):
         return hidden
 
 
-class _Layer(nn.Module):
+class Wrapper(nn.Module):
+    """A module around another one, whose attributes it shows."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+class _Layer(Wrapper):
     """One block of a view; outside the span it passes hidden states on unchanged."""
 
     def __init__(
         self, inner: nn.Module, context: ForwardContext, index: int, *, runs: bool, is_start: bool, tuple_length: int
     ) -> None:
-        super().__init__()
-        self.inner = inner
+        super().__init__(inner)
         self._context, self._index, self._runs, self._is_start = context, index, runs, is_start
         self._tuple_length = tuple_length
 
@@ -76,14 +89,9 @@ class _Layer(nn.Module):
         if self._is_start and self._context.resume is not None:
             hidden = self._context.resume
         if self._index in self._context.wanted:
-            self._context.hidden[self._index] = hidden
+            # Gemma 3n hands on several copies [C, B, T, D], of which the first is the one that its blocks compute.
+            self._context.hidden[self._index] = hidden if hidden.ndim == 3 else hidden[0]
         return self.inner(hidden, *args, **kwargs) if self._runs else _as_output(hidden, self._tuple_length)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
 
 
 class _Zero(nn.Module):
@@ -154,7 +162,21 @@ class _HiddenStateOutput(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-class _IdentityModel(nn.Module):
+class _Identity(nn.Module):
+    """Replaces a module by one that returns its input, and shows the other attributes of that module."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self._original = (original,)  # hidden from the module, whose parameters it would become
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_original"][0], name)
+
+
+class _IdentityModel(_Identity):
     """Replaces a base model or decoder: returns its input embeddings as hidden states."""
 
     def forward(
@@ -192,6 +214,17 @@ def shallow_copy(module: nn.Module) -> Any:
     copied = copy.copy(module)
     copied.__dict__["_modules"] = dict(module._modules)
     copied.__dict__.pop("_compiled_call_impl", None)  # compiled in place, it would run the original's children
+    return copied
+
+
+def replaced(module: nn.Module, new: dict[str, nn.Module]) -> Any:
+    """Returns a copy that shares parameters, in which the modules at these names, "layers.0.mixer" say, are others."""
+    copied, below = shallow_copy(module), dict[str, dict[str, nn.Module]]()
+    for name, other in new.items():
+        child, _, rest = name.partition(".")
+        below.setdefault(child, {})[rest] = other
+    for child, others in below.items():
+        copied._modules[child] = others[""] if "" in others else replaced(module.get_submodule(child), others)
     return copied
 
 
@@ -265,7 +298,7 @@ def view(
         layers.append(_Layer(inner, context, index, runs=runs, is_start=is_start, tuple_length=tuple_length))
     copied._modules[list_name] = nn.ModuleList(layers)
     if norm_name is not None:
-        copied._modules[norm_name] = nn.Identity()
+        copied._modules[norm_name] = _Identity(getattr(stack, norm_name))
     if isinstance(getattr(stack, "embed_positions", None), nn.Module):
         copied._modules["embed_positions"] = _Positions(stack.embed_positions, context)
     return copied
@@ -298,36 +331,21 @@ def _without(layer: nn.Module, index: int, kinds: set[str], width: int, outputs:
     return copied
 
 
-def head_view(model: Any) -> Any:
+def text_model(model: Any) -> Any:
+    """Returns the model of text, with its head, inside a model of text and images; itself if it has the head."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    has_head = decoder not in (None, model) and getattr(decoder, "get_output_embeddings", lambda: None)() is not None
+    return decoder if has_head else model
+
+
+def head_view(model: Any, stack: nn.Module) -> Any:
     """Returns a view of the model that applies its head, scaling and soft-capping to normed hidden states."""
+    model = text_model(model)
     copied = shallow_copy(model)
-    name = model.base_model_prefix if model.base_model_prefix in model._modules else "decoder"
-    if name not in model._modules:
+    children = ((name, child) for name, child in model._modules.items() if child is not None)
+    holders = [name for name, child in children if any(part is stack for part in child.modules())]
+    if not holders:
         raise ValueError(f"{type(model).__name__} has no base model that draftsmith supports")
-    copied._modules[name] = _IdentityModel()
-    return copied
-
-
-def relative_bias(stack: Any, context: ForwardContext) -> Any:
-    """Returns a copy of a T5 stack whose position bias follows each row's own positions instead of slot numbers."""
-    copied, block = shallow_copy(stack), shallow_copy(stack.block[0])
-    sublayer = shallow_copy(block.layer[0])
-    attention = shallow_copy(sublayer.SelfAttention)
-
-    def compute_bias(query_length: int, key_length: int, **_: Any) -> Tensor:
-        assert context.positions is not None
-        keys_S = torch.arange(key_length, device=context.positions.device)
-        # The slots of a chain are its positions, so that distances in slots are distances in the text.
-        bucket_BNS = attention._relative_position_bucket(
-            keys_S - context.positions[:, :, None],
-            bidirectional=False,
-            num_buckets=attention.relative_attention_num_buckets,
-            max_distance=attention.relative_attention_max_distance,
-        )
-        return attention.relative_attention_bias(bucket_BNS).permute(0, 3, 1, 2)
-
-    attention.compute_bias = compute_bias
-    sublayer._modules["SelfAttention"] = attention
-    block._modules["layer"] = nn.ModuleList([sublayer, *block.layer[1:]])
-    copied._modules["block"] = nn.ModuleList([block, *stack.block[1:]])
+    name = holders[0]
+    copied._modules[name] = _IdentityModel(model._modules[name])
     return copied

@@ -61,7 +61,7 @@ class Drafter(nn.Module, drafter.Drafter):
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
-        check_exit_layer(config.exit_layer, target)
+        check_exit_layer(config.exit_layer, target, width=config.width)
         self.config = config
         object.__setattr__(self, "target", target)
         self.hidden_layers = (config.exit_layer,)

@@ -85,6 +85,10 @@ class Drafter(drafter.Drafter):
         self.policy = policies.make("fixed" if config.width else config.length)
         self.skipped = sublayers(config.attention, config.mlp)
         target.check_splits(self.skipped)
+        if config.width:
+            target.check_trees(f"and width is {config.width}, for trees")
+        if config.online and target.is_recurrent:
+            raise ValueError(f"{target.name} has recurrent layers, whose cache the online search cannot set back")
 
     def start(self, session: Session) -> None:
         self._session = session

@@ -93,6 +93,8 @@ class Drafter(KeepsPrecision, drafter.Drafter):
         object.__setattr__(self, "target", target)
         # `Target` runs the draft model too.
         object.__setattr__(self, "draft_model", Target(self.model))
+        if config.tree or config.width:
+            self.draft_model.check_trees("so leave out tree and width")
         if not self.shortlist.is_whole:
             self._check_shortlist()
 
@@ -142,7 +144,9 @@ class Drafter(KeepsPrecision, drafter.Drafter):
         self._cache.commit(self._progress.accepted(step, self._cache.lengths))
 
     def rewind(self, lengths: list[int]) -> bool:
-        """Drops each row's keys and values past its first `lengths` tokens."""
+        """Drops each row's keys and values past its first `lengths` tokens; False if it has recurrent layers."""
+        if self.draft_model.is_recurrent:
+            return False
         self._progress.reset()
         self._cache.lengths = [min(pair) for pair in zip(self._cache.lengths, lengths, strict=True)]
         return True

@@ -47,8 +47,7 @@ class Drafter(drafter.Drafter):
     """Drafts guesses and the window of each row, which moves on in every step in which the target processed it."""
 
     def __init__(self, config: Config, target: Target) -> None:
-        if target.is_encoder_decoder:
-            raise ValueError(f"{target.name} is an encoder-decoder: it verifies chains, and lookahead needs trees")
+        target.check_trees("and lookahead needs trees")
         self.config = config
         self.target = target
 

@@ -130,7 +130,7 @@ class Drafter(drafter.Drafter):
         self._trees = [list(trees) for trees in zip(*map(part_trees, drafts), strict=True)]
         accuracies = estimate_accuracies(self._counts_PDR2).tolist()
         rows = [self._merge(trees, accuracies) for trees in self._trees]
-        if self.target.is_encoder_decoder:
+        if not self.target.takes_trees:
             rows = [heaviest_path(tree) for tree in rows]
         return to_draft(self._session, rows)
 

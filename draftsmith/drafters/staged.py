@@ -207,4 +207,6 @@ def draft_model_of(part: Part) -> Target:
     draft_model = part.drafter.draft_model
     if draft_model is None:
         raise ValueError(f"{part.name} has no draft model; the first part must be a drafter with a draft model")
+    if draft_model.is_recurrent:
+        raise ValueError(f"the draft model of {part.name} has recurrent layers, whose state cannot be set back")
     return draft_model

@@ -37,6 +37,12 @@ def check_prompts(target: Target, input_ids: Any, attention_mask: Any = None, *,
         if min(prompt) < 0 or max(prompt) >= target.vocab_size:
             wrong = next(token for token in prompt if not 0 <= token < target.vocab_size)
             raise ValueError(f"prompt {row} holds token {wrong}; the target's vocabulary has {target.vocab_size}")
+        if media := target.media_token_ids.keys() & set(prompt):
+            token = min(media)
+            raise ValueError(
+                f"prompt {row} holds token {token}, the target's {target.media_token_ids[token]}; draftsmith decodes"
+                " text alone, so leave images, video and sound out"
+            )
     return prompts
 
 

@@ -47,6 +47,10 @@ def shapes_for(target: Target, batch_size: int) -> Shapes:
         raise ValueError(
             f"batch_invariant: {target.name} can only be run as a whole, so no self-test can be made; leave it out"
         )
+    if target.is_recurrent:
+        raise ValueError(
+            f"batch_invariant: {target.name} has recurrent layers, of which no self-test is made; leave it out"
+        )
     found, threads = target.batch_invariant_shapes, torch.get_num_threads()
     if (1, threads) not in found:
         found[1, threads] = find_shapes(target)

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from draftsmith.loading import remote_code
 from draftsmith.loading.target_names import model_folder, nearest_name
@@ -96,6 +106,27 @@ def _tokenizer(path: str) -> Any:
             return None
         files, reason = ", ".join(found), remote_code.reason(error)
         raise ValueError(f"the tokenizer of target {path!r} cannot be read ({files}): {reason}") from None
+
+
+def auto_class(config: Any) -> Any:
+    """Returns the class of transformers that loads a folder's own kind of model, one of text and images say."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    own = (config.architectures or [None])[0]
+    multimodal = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and (
+        own in ((multimodal,) if isinstance(multimodal, str) else multimodal or ())
+        or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
+
+
+def media_token_ids(config: Any) -> dict[int, str]:
+    """Returns the tokens that stand for images, sound or video in prompts, with their names in the configuration."""
+    names = [f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")]
+    found = {name: getattr(config, name, None) for name in names}
+    return {token: name for name, token in found.items() if isinstance(token, int)}
 
 
 def decoder_start(config: Any, generation_config: Any) -> int | None:

@@ -130,7 +130,7 @@ def check(
         "layerskip": lambda _: _drafter("layerskip", target, **skips, length="fixed"),
     }
     for name, make in ways.items():
-        if not only or name in only:
+        if (not only or name in only) and (target.takes_trees or name != "early exit tree"):
             outcomes[name] = checks.decode(make, texts)
     for name, run in (("training pass", checks.training_pass), ("folder", checks.folder)):
         if not only or name in only:
@@ -139,8 +139,7 @@ def check(
 
 
 def _tree_drafter(target: Target, texts: list[list[int]]) -> Drafter:
-    if not target.takes_trees:
-        raise ValueError("an encoder-decoder verifies chains")
+    target.check_trees()
     return PartlyRight(target, texts, trees=True)
 
 
@@ -179,6 +178,7 @@ class _Checks:
         """Decodes every batch with the drafter that `make` returns for its texts."""
         for index, rows in enumerate(self._batches):
             try:
+                self._target.check_batch(len(rows))
                 drafter = make(texts[index] if texts else [])
             except ValueError as error:
                 return Outcome(verdict=REFUSED, detail=str(error))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     GenerationConfig,
     PreTrainedConfig,
@@ -19,7 +20,11 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCAB_SIZE, CONTEXT, WINDOW = 160, 256, 24
-_TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | {
+    f"{kind}_token_{what}": VOCAB_SIZE - number
+    for number, kind in enumerate(("image", "video", "audio", "vision_start", "vision_end"), start=1)
+    for what in ("id", "index")
+}
 
 _WIDTHS = dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embedding_size"), 32)
 _DEPTHS = dict.fromkeys(
@@ -93,7 +98,8 @@ _EXPERTS = (
     )
     | {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1}
 )
-_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16}
+# With few index heads many scores would be 0, and ties are broken by chance.
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "index_topk": 16, "index_n_heads": 8, "index_head_dim": 16}
 _RECURRENT = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -149,12 +155,18 @@ CHANGES: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 6,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "kimi_linear": {"kda_head_dim": 8},
+    "bailing_hybrid": {"layer_types": _HYBRID, "n_group": 1, "num_group": 1, "topk_group": 1},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": _HYBRID},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "kimi_linear": {"kda_head_dim": 8, "layer_types": _HYBRID},
+    "nemotron_h": {"n_groups": 1, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
-    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "reformer": {"is_decoder": True},
-    "qwen4_exp_text": {},
-    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
@@ -239,6 +251,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+WRAPPERS = ("gemma3", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
+"""Architectures of text with images that are decoded from their wrapper's folder too; others have no model of text."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """An architecture, one of its kinds of model and a switch of its configuration."""
@@ -248,10 +264,12 @@ class Variant:
     switch: str = ""
     is_both: bool = False
     """True if the architecture has a causal model and an encoder-decoder."""
+    is_wrapper: bool = False
+    """True for a model of text with images, sound or video, of which the text is decoded."""
 
     @property
     def name(self) -> str:
-        kind = "@seq2seq" if self.is_seq2seq and self.is_both else ""
+        kind = "@wrapper" if self.is_wrapper else "@seq2seq" if self.is_seq2seq and self.is_both else ""
         return f"{self.model_type}{kind}" + (f"+{self.switch}" if self.switch else "")
 
 
@@ -267,6 +285,7 @@ def variants() -> list[Variant]:
             found += [
                 Variant(model_type=name, is_seq2seq=is_seq2seq, switch=switch, is_both=is_both) for switch in switches
             ]
+    found += [Variant(model_type=name, is_seq2seq=False, is_wrapper=True) for name in WRAPPERS]
     return sorted(found, key=lambda one: one.name)
 
 
@@ -296,7 +315,10 @@ def tiny_model(variant: Variant, *, seed: int = 0) -> Any:
     """
     config = tiny_config(variant)
     auto = AutoModelForSeq2SeqLM if variant.is_seq2seq else AutoModelForCausalLM
-    model = auto.from_config(config, dtype=torch.float32).eval()
+    auto = AutoModelForMultimodalLM if variant.is_wrapper else auto
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # some models draw norms, biases or decays
+        model = auto.from_config(config, dtype=torch.float32).eval()
     _randomise(model, seed=seed)
     start = 2 if config.is_encoder_decoder else None  # not padding, which some models count no position for
     model.generation_config = GenerationConfig(pad_token_id=0, decoder_start_token_id=start)

@@ -322,8 +322,10 @@ def rejection(architecture: str, **changes: Any) -> str:
 
 def test_unsupported_architectures_are_rejected_by_name() -> None:
     small = {"hidden_size": WIDTH, "num_hidden_layers": 2}
-    assert "MambaForCausalLM" in rejection("mamba", **small, state_size=4)
-    assert "BloomForCausalLM" in rejection("bloom", hidden_size=WIDTH, n_layer=2, n_head=4)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+    problem = "MiniMaxForCausalLM keeps the state of its lightning attention in a cache of its own kind"
+    assert rejection("minimax", **small, **heads, num_local_experts=2) == problem
+    assert "MptModel" in rejection("mpt", d_model=WIDTH, n_layers=2, n_heads=4)
 
 
 def test_attention_without_tree_masks_is_rejected() -> None:
@@ -352,8 +354,8 @@ def test_attention_windows_in_cache_slots_are_rejected() -> None:
     assert "GPTNeoForCausalLM" in rejection("gpt_neo", hidden_size=WIDTH, num_layers=2, num_heads=4, **local)
 
 
-def test_hidden_states_of_several_copies_are_not_read() -> None:
-    """Gemma 3n's hidden layers are [copies, B, T, D], which drafters cannot read: it is run whole."""
+def test_the_active_copy_of_several_hidden_states_is_read() -> None:
+    """Gemma 3n's hidden layers are [copies, B, T, D]; a forward from the middle lacks the other copies."""
     model = tiny_model(
         "gemma3n_text",
         hidden_size=WIDTH,
@@ -371,8 +373,11 @@ def test_hidden_states_of_several_copies_are_not_read() -> None:
         activation_sparsity_pattern=[0.0, 0.0],
     )
     target = Target(model)
-    assert target.is_run_whole
-    with pytest.raises(ValueError, match="its hidden states are not \\[batch, length, width\\]; it is run whole"):
+    hidden = target.read(torch.tensor([[5, 6, 7]]), (0, 1, 2))
+    assert {states.shape for states in hidden.values()} == {(1, 3, WIDTH)}
+    expected = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert (target.logits(hidden[2]) - expected).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="the blocks of Gemma3nForCausalLM cannot be run in parts"):
         target.check_splits()
 
 
@@ -519,3 +524,26 @@ def test_activations_quantised_dynamically_are_named() -> None:
     model = torch.ao.quantization.quantize_dynamic(tiny_model("llama"), {nn.Linear}, torch.qint8)
     with pytest.raises(ValueError, match="Linear layers round activations depending on the other tokens of a forward"):
         Target(model)
+
+
+def test_llama4_scales_queries_by_each_rows_own_position() -> None:
+    """Its layers without rotary embedding count positions in the cache, where rows of a batch are of equal length."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size_mlp": 48}
+    model = tiny_model(
+        "llama4_text",
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        num_local_experts=2,
+        no_rope_layers=[0, 1],
+        floor_scale=2,
+        attn_scale=2.0,
+        **heads,
+    )
+    target, rows = Target(model), [[5, 6, 7, 8, 9], [10, 11]]
+    cache = target.new_cache(2)
+    target.prefill(rows, cache)
+    out = target.forward(torch.tensor([[12, 13], [14, 15]]), chain(2), cache)
+    for row, more in enumerate([[12, 13], [14, 15]]):
+        expected = model(input_ids=torch.tensor([rows[row] + more]), use_cache=False).logits[0, -2:]
+        assert (target.logits(out.hidden_BND)[row] - expected).abs().max() < 1e-4

@@ -116,6 +116,9 @@ class Drafter(KeepsPrecision, drafter.Drafter):
         object.__setattr__(self, "target", target)
         # Hidden from the module, which would register the weights twice.
         object.__setattr__(self, "draft_model", Target(self.model))
+        if self.draft_model.is_recurrent:
+            kind = type(self.model).__name__
+            raise ValueError(f"the draft model, {kind}, has recurrent layers, whose state cannot be set back")
 
     def save_state(self, folder: Path) -> None:
         """Writes the draft model's tokenizer, if it has one."""

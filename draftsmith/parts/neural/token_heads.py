@@ -88,10 +88,15 @@ def check_tree(paths: Paths, num_heads: int) -> None:
 
 
 class StaticTree:
-    """A tree of fixed shape: node (0, 2) is head 1's third most likely token, after head 0's most likely one."""
+    """A tree of fixed shape: node (0, 2) is head 1's third most likely token, after head 0's most likely one.
+
+    Of a target that verifies chains it is the path of likeliest tokens.
+    """
 
     def __init__(self, paths: Paths, target: Target) -> None:
-        ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+        # Where chains are verified, the likeliest path of the tree is drafted.
+        taken = [tuple(path) for path in paths if target.takes_trees or not any(path)]
+        ordered = sorted(taken, key=lambda path: (len(path), path))
         self.depth = max(map(len, ordered))
         self.num_ranks = 1 + max(map(max, ordered))
         if self.num_ranks > target.vocab_size:
@@ -101,11 +106,6 @@ class StaticTree:
             )
         if target.is_run_whole:
             target.check_splits()
-        if not target.takes_trees and len(ordered) > self.depth:
-            raise ValueError(
-                f"{target.name} is an encoder-decoder, which verifies chains, and the tree has {len(ordered)} nodes on"
-                f" {self.depth} levels; give one node to a level, as in ((0,), (0, 0))"
-            )
         self._trees = [tree for tree, _ in autoregressive.levels(tuple(ordered), target.device)]
         flat = [(len(path) - 1) * self.num_ranks + path[-1] for path in ordered]
         self._flat_index = torch.tensor(flat, dtype=torch.long, device=target.device)

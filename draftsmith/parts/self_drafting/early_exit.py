@@ -24,9 +24,11 @@ CachedLayers = Callable[[Tensor, Tensor, Tensor, KVCache], Tensor]
 """Maps (x_BMD, positions_BM, mask_R1MS, cache) to [B, M, D] and writes its layers' keys and values to the cache."""
 
 
-def check_exit_layer(exit_layer: int, target: Target) -> None:
-    """Raises ValueError unless the target's blocks can be run up to this layer and resumed there."""
+def check_exit_layer(exit_layer: int, target: Target, *, width: int = 0) -> None:
+    """Raises ValueError unless the target's blocks can be run up to this layer and resumed there, for trees too."""
     target.check_splits()
+    if width:
+        target.check_trees(f"and width is {width}, for trees")
     if exit_layer > target.num_layers:
         raise ValueError(f"exit_layer is {exit_layer}; {target.name} has {target.num_layers} blocks")
 

@@ -24,8 +24,11 @@ WHOLLY_SUPPORTED = (
     "gemma4_text",  # two widths of heads
     "minimax_m2",  # a window in its config that it does not apply
     "xglm",  # computed positions
+    "llama4_text",  # attention in chunks, a base model by another name
+    "deepseek_v32",  # keys of its own by which attention is sparse
 )
-RUN_WHOLE = ("gemma3n_text", "nanochat", "modernbert-decoder", "opt+350m")
+RUN_WHOLE = ("nanochat", "modernbert-decoder", "opt+350m")
+RECURRENT = ("qwen3_next", "lfm2_moe", "mamba2", "jamba", "falcon_h1")
 ENCODER_DECODERS = ("marian@seq2seq", "pegasus_x", "m2m_100")
 
 
@@ -35,7 +38,19 @@ def outcomes(name: str) -> dict[str, str]:
     return {way: one.verdict for way, one in found.items()}
 
 
-SLOW = ("llama", "biogpt", "falcon", "granitemoe", "xglm", "pegasus_x", "modernbert-decoder")
+SLOW = (
+    "llama4_text",
+    "llama",
+    "biogpt",
+    "falcon",
+    "granitemoe",
+    "xglm",
+    "pegasus_x",
+    "modernbert-decoder",
+    "mamba2",
+    "falcon_h1",
+    "qwen3_next",
+)
 
 
 def some(names: tuple[str, ...]) -> list[Any]:
@@ -61,7 +76,14 @@ def test_encoder_decoders_verify_chains_in_ragged_batches(name: str) -> None:
     assert [found[way] for way in ("tree", "early exit", "layerskip")] == [REFUSED] * 3
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "bloom"])
+@pytest.mark.parametrize("name", some(RECURRENT))
+def test_models_with_recurrent_state_verify_chains(name: str) -> None:
+    found = outcomes(name)
+    assert [found[way] for way in ("plain", "chain", "early exit", "training pass")] == [IDENTICAL] * 4
+    assert found["tree"] == REFUSED
+
+
+@pytest.mark.parametrize("name", ["recurrent_gemma", "deepseek_v4", "bert"])
 def test_unsupported_models_get_one_sentence(name: str) -> None:
     (found,) = check(tiny_model(VARIANTS[name])).values()
     assert found.verdict == UNSUPPORTED and "\n" not in found.detail and len(found.detail) < 300
@@ -83,3 +105,21 @@ def test_a_wrong_text_is_found() -> None:
     target._norm = torch.nn.Identity()
     found = check(model, QUICK, only=("chain",), target=target)
     assert found["plain"].verdict == WRONG
+
+
+WRAPPED = ("gemma3", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
+
+
+@pytest.mark.parametrize(
+    "model_type", [name if name == "qwen3_vl" else pytest.param(name, marks=pytest.mark.slow) for name in WRAPPED]
+)
+def test_the_text_of_a_wrapper_is_decoded_from_its_folder(model_type: str) -> None:
+    model = tiny_model(VARIANTS[f"{model_type}@wrapper"])
+    found = check(model, QUICK, only=("lookup", "medusa", "folder"))
+    assert {one.verdict for one in found.values()} == {IDENTICAL}
+    target = Target(model)
+    image = model.config.image_token_id
+    with pytest.raises(
+        ValueError, match=f"prompt 1 holds token {image}, the target's image_token_.*; draftsmith decodes"
+    ):
+        draftsmith.generate(target, [[3, 4], [5, image]], max_new_tokens=2)
