@@ -52,7 +52,7 @@ def test_training_run_on_encoder_decoder(tmp_path: Path) -> None:
     ("architecture", "copy"),
     [
         ("t5", True),
-        ("bart", False),
+        pytest.param("bart", False, marks=pytest.mark.slow),
         pytest.param("t5", False, marks=pytest.mark.slow),
         pytest.param("bart", True, marks=pytest.mark.slow),
     ],

@@ -38,8 +38,15 @@ NUM_NEW, ENDS = 20, (10, 11, 12)
     [
         (PLAIN | {"siblings": "deterministic"}, "gemma2", trainer_settings(trainer, num_heads=3)),
         (PLUS, "llama", trainer_settings(trainer, num_heads=3, num_blocks=4, own_head=True, prefix_attention=True)),
-        (DYNAMIC, "gpt2", trainer_settings(trainer, num_heads=3, width=3, loss="ce")),
-        (PLAIN | {"shortlist": 7}, "llama", trainer_settings(trainer, num_heads=3, shortlist=7)),
+        pytest.param(
+            DYNAMIC, "gpt2", trainer_settings(trainer, num_heads=3, width=3, loss="ce"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            PLAIN | {"shortlist": 7},
+            "llama",
+            trainer_settings(trainer, num_heads=3, shortlist=7),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["plain", "plus", "dynamic", "shortlist"],
 )

@@ -25,7 +25,14 @@ EXAMPLE = Config(attention=(1,), mlp=(0,), num_draft=4, length="fixed")
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"length": "adaptive=0.1"}, {"width": 2, "num_nodes": 5}, {"online": True, "window": 2}]
+    "changes",
+    [
+        {"length": "adaptive=0.1"},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in ({}, {"width": 2, "num_nodes": 5}, {"online": True, "window": 2})
+        ),
+    ],
 )
 def test_family(tmp_path: Path, changes: dict[str, Any]) -> None:
     architectures = ("gemma2",) if changes else ("llama",)

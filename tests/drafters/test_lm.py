@@ -60,7 +60,7 @@ def test_family_tied_to_the_target(tmp_path: Path) -> None:
     ("architecture", "changes"),
     [
         ("t5", {"hidden_size": 16, "num_heads": 2, "rank": 8}),
-        ("bart", {"encoder_layers": 1}),
+        pytest.param("bart", {"encoder_layers": 1}, marks=pytest.mark.slow),
         pytest.param("bart", {"hidden_size": 16, "num_heads": 2, "shortlist": 6}, marks=pytest.mark.slow),
         pytest.param("t5", {"encoder_layers": 2, "rank": 8, "shortlist": 6}, marks=pytest.mark.slow),
         pytest.param("t5", {"start": "layers", "num_layers": 2}, marks=pytest.mark.slow),

@@ -26,7 +26,7 @@ SMALL = {"num_heads": 3, "rank": 4, "alpha": 1.0}
 EXAMPLE = Config(num_heads=3, rank=4, alpha=1.0, tree=TREE)
 
 
-@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("own_head", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_family(tmp_path: Path, own_head: bool) -> None:
     config = Config(**SMALL, own_head=own_head, tree=TREE)
     settings = trainer_settings(trainer, **SMALL, own_head=own_head, method="two_stage", head_steps=0)

@@ -57,7 +57,7 @@ def family_with(learnt: list[list[int]], folder: Path) -> Any:
     return SimpleNamespace(Drafter=make)
 
 
-@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize("sampled", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_family(tmp_path: Path, sampled: bool) -> None:
     own = [text for name in ("llama", "gemma2", "gpt2") for text in greedy_by_transformers(name, 5, 20)]
     config = Config(order=3, num_draft=4, sampled=sampled, length="confidence=0.1")

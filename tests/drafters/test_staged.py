@@ -137,7 +137,9 @@ def sampled_tokens(drafter: Drafter, num_rows: int, seed: int) -> Tensor:
     return drafter.propose(NUM_TOKENS + 1).tokens_BN[:, 1 : NUM_TOKENS + 1]
 
 
-@pytest.mark.parametrize("small", ["lookup", "lm", "lm trees", "itself"])
+@pytest.mark.parametrize(
+    "small", ["lm", *(pytest.param(one, marks=pytest.mark.slow) for one in ("lookup", "lm trees", "itself"))]
+)
 @torch.no_grad()
 def test_sampled_drafts_follow_the_draft_models_distribution(small: str) -> None:
     """Compares 4,000 samples of three tokens with the exact distribution; the small drafter is often wrong."""
@@ -151,7 +153,7 @@ def test_sampled_drafts_follow_the_draft_models_distribution(small: str) -> None
     )
 
 
-@pytest.mark.parametrize("length", ["fixed", "confidence=0.2"])
+@pytest.mark.parametrize("length", [pytest.param("fixed", marks=pytest.mark.slow), "confidence=0.2"])
 def test_sampled_text_follows_the_target_distribution(length: str) -> None:
     """With early stopping at tokens some of which were verified together with the next ones."""
     check_distribution(

@@ -186,9 +186,9 @@ BIASED = [
     ("lm", reuse_one_uniform),
     ("lm", no_residual_after_a_rejection),
     ("lm", same_uniforms_in_all_rows),
-    ("lm", flattened_draft_probs),
-    ("lookup", same_uniforms_in_all_rows),
-    ("lookup", accept_by_target_probability),
+    pytest.param("lm", flattened_draft_probs, marks=pytest.mark.slow),
+    pytest.param("lookup", same_uniforms_in_all_rows, marks=pytest.mark.slow),
+    pytest.param("lookup", accept_by_target_probability, marks=pytest.mark.slow),
     ("medusa", sample_for_each_child),
 ]
 
@@ -231,7 +231,7 @@ def test_certify_fails_on_a_token_of_zero_probability(
         assert (test["p_value"], test["verdict"]) == (0.0, "failed")
 
 
-@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("statistics", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_certify_coupled_compares_sampled_text_with_plain_decoding(
     artifacts: dict[str, Path], statistics: bool
 ) -> None:

@@ -206,7 +206,9 @@ def small() -> Any:
     return built(lm, lm.Config(model=SAMPLED_SMALL, num_draft=3, length="fixed"), distribution_target())
 
 
-@pytest.mark.parametrize("length", WITH_CONFIDENCE)
+@pytest.mark.parametrize(
+    "length", [*(pytest.param(one, marks=pytest.mark.slow) for one in WITH_CONFIDENCE[:-1]), WITH_CONFIDENCE[-1]]
+)
 def test_sampling_with_early_stop_is_lossless(length: str) -> None:
     """One policy object for all calls, so that its state and measured times matter."""
     drafter = Lengths(small())
@@ -218,7 +220,9 @@ def test_sampling_with_early_stop_is_lossless(length: str) -> None:
     assert len(drafter.found) > 1 or length == "fixed=2"
 
 
-@pytest.mark.parametrize("length", WITHOUT_CONFIDENCE)
+@pytest.mark.parametrize(
+    "length", [*(pytest.param(one, marks=pytest.mark.slow) for one in WITHOUT_CONFIDENCE[:-1]), "expected_gain"]
+)
 @pytest.mark.parametrize("family", ["medusa", "lookup"])
 def test_sampling_without_confidences_is_lossless(family: str, length: str) -> None:
     drafter: Any = lookup.Drafter(lookup.Config(num_draft=3), distribution_target())

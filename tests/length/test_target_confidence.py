@@ -165,7 +165,15 @@ class CountsSkips(TargetConfidenceThreshold):
         )
 
 
-@pytest.mark.parametrize(("name", "settings"), [("lm", {}), ("lm", {"top_k": 5}), ("lookup", {}), ("medusa", {})])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("lm", {"top_k": 5}),
+        pytest.param("lm", {}, marks=pytest.mark.slow),
+        pytest.param("lookup", {}, marks=pytest.mark.slow),
+        ("medusa", {}),
+    ],
+)
 def test_sampling_is_lossless(name: str, settings: dict[str, Any]) -> None:
     inner: Any = lookup.Drafter(lookup.Config(), distribution_target()) if name == "lookup" else sampled_drafter(name)
     if name == "medusa":
