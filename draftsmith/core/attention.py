@@ -137,6 +137,7 @@ def _stacked_block(block: nn.Module, masks: StackedMasks, configs: dict[int, Any
         getattr(config, "_attn_implementation", None) != "sdpa"
         or not isinstance(interface, AttentionInterface)
         or interface.get("sdpa") is not sdpa_attention_forward
+        or hasattr(attention, "indexer")  # sparse attention asks for the name "sdpa" before it masks what is not chosen
         or own_forward
     ):
         return block

@@ -444,7 +444,7 @@ class Target:
     def find_stack(self) -> Any:
         """Returns the model's own stack of decoder blocks; raises ValueError naming the architecture without one."""
         model = text_model(self.model)
-        decoder = getattr(model, "get_decoder", lambda: None)()
+        decoder: Any = getattr(model, "get_decoder", lambda: None)()
         if decoder is model and isinstance(getattr(model, "model", None), nn.Module):
             decoder = model.model  # Llama 4's is not called as its base_model_prefix says
         if decoder is None or decoder is model:
