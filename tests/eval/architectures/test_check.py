@@ -7,6 +7,7 @@ import torch
 
 import draftsmith
 from draftsmith import Target
+from eval.architectures.__main__ import DOCUMENT, document, outcomes_of
 from eval.architectures.check import CRASH, IDENTICAL, QUICK, QUICK_WAYS, REFUSED, UNSUPPORTED, WRONG, check
 from eval.architectures.models import Variant, tiny_model, variants
 
@@ -123,3 +124,10 @@ def test_the_text_of_a_wrapper_is_decoded_from_its_folder(model_type: str) -> No
         ValueError, match=f"prompt 1 holds token {image}, the target's image_token_.*; draftsmith decodes"
     ):
         draftsmith.generate(target, [[3, 4], [5, image]], max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_the_committed_table_is_what_the_script_gives() -> None:
+    """A quarter of an hour; `python -m eval.architectures --quick` writes the table anew."""
+    found = {name: outcomes_of(variant, is_quick=True) for name, variant in VARIANTS.items()}
+    assert document(found, is_quick=True) == DOCUMENT.read_text()
