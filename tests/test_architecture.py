@@ -26,6 +26,7 @@ OPTIONAL_NEEDS = {
     "draftsmith/parts/neural/quantised.py": "torchao",
     "draftsmith/loading/gguf_files.py": "gguf",
     "draftsmith/loading/target_names.py": "yaml",
+    "draftsmith/loading/text_files.py": "yaml",
 }
 """Further packages that single files may import: numba, torchao and gguf are imported when a drafter or target needs
 them, the hub's client and yaml come with transformers."""

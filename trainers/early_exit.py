@@ -58,7 +58,7 @@ def build(settings: Settings, target: Target) -> nn.ModuleList:
 
 def prepare(drafters: nn.ModuleList, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
     """Fills the shortlist of each exit."""
-    for drafter in drafters:
+    for drafter in _exits(drafters):
         corpus.fill_shortlist(drafter.shared_head.shortlist, rows)
 
 

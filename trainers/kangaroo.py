@@ -55,7 +55,7 @@ def build(settings: Settings, target: Target) -> nn.ModuleList:
     return nn.ModuleList(Drafter(config, target).float() for config in configs)
 
 
-def prepare(drafters: nn.ModuleList, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
+def prepare(drafters: Sequence[Drafter], settings: Settings, target: Target, rows: Sequence[Example]) -> None:
     """Fills the shortlist of each exit."""
     for drafter in drafters:
         corpus.fill_shortlist(drafter.head.shortlist, rows)

@@ -67,8 +67,9 @@ class NodeGain:
         for row, is_running in zip(parents, running, strict=True):
             probs = self.node_probs(row) if is_running else [1.0]
             # A child is at most as likely as its parent, and comes after it.
-            ordered.append(sorted(range(1, len(probs)), key=lambda node, probs=probs: (-probs[node], node)))
-            gains = list(accumulate((probs[node] for node in ordered[-1]), initial=0.0))
+            likeliest = sorted((-prob, node) for node, prob in enumerate(probs) if node)
+            ordered.append([node for _, node in likeliest])
+            gains = list(accumulate((-negated for negated, _ in likeliest), initial=0.0))
             longest = max(len(totals), len(gains))
             totals = [
                 totals[min(number, len(totals) - 1)] + gains[min(number, len(gains) - 1)] for number in range(longest)
