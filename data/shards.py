@@ -151,9 +151,12 @@ def check_complete(folder: Path, names: list[str], marker: str) -> None:
 
 def check_origin(folder: Path, manifest: dict[str, Any], target: Target | TargetInfo) -> None:
     """Raises ValueError if `folder` was made with another tokenizer or, where both are known, another target."""
-    if manifest["tokenizer_hash"] != target.tokenizer_hash:
+    if manifest.get("tokenizer_hash") != target.tokenizer_hash:
         raise ValueError(f"{folder} was made with another tokenizer than that of {target.name}")
-    if None not in (made_by := manifest["target_fingerprint"], target.fingerprint) and made_by != target.fingerprint:
+    if (
+        None not in (made_by := manifest.get("target_fingerprint"), target.fingerprint)
+        and made_by != target.fingerprint
+    ):
         raise ValueError(f"{folder} was made by another target ({manifest['target']}), not by {target.name}")
 
 

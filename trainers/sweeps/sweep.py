@@ -70,7 +70,10 @@ def read_sweep(path: Path, fixed: sampler.Values) -> Sweep:
 
     Raises ValueError, with all faults in one sentence, for a file that is invalid or that only wandb's server can run.
     """
-    config = read_yaml(path)
+    try:
+        config = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"sweep {path} cannot be read: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("parameters"), dict):
         raise ValueError(f"sweep {path} has no parameters; see recipes/sweeps for examples")
     config["parameters"] |= {name: {"value": value} for name, value in fixed.items()}
