@@ -59,6 +59,11 @@ class Generation:
     lengths: Tensor
     """[B]: number of ids in each row without padding."""
     stats: GenerationStats
+    scores: tuple[Tensor, ...] | None = None
+    """With `output_scores`: for each new token the logits [B, V] that it was drawn from, after processors, temperature
+    and cutoffs, as `model.generate` returns them; NaN for rows that had ended."""
+    logits: tuple[Tensor, ...] | None = None
+    """With `output_logits`: the same before processors."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,6 +101,8 @@ def generate(
     length: str | Policy | NodeGain = "auto",
     streamer: Any = None,
     batch_invariant: bool | None = None,
+    output_scores: bool = False,
+    output_logits: bool = False,
 ) -> Generation:
     """Continues `input_ids` [B, T] with tokens of the target's distribution, faster with a drafter than without.
 
@@ -144,6 +151,8 @@ def generate(
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
         stop_strings=stop_strings,
+        output_scores=output_scores,
+        output_logits=output_logits,
     )
     identities = row_identities(seed, len(rows), is_coupled=verifier == "coupled")
     generator = torch.Generator().manual_seed(identities[0][0])
@@ -164,7 +173,8 @@ def generate(
     # Tensors made in inference mode cannot be used in training.
     with torch.inference_mode(False):
         sequences, lengths = pack(target, rows)
-    return Generation(sequences=sequences, lengths=lengths, stats=stats)
+        scores, logits = rules.scores.steps() if rules.scores is not None else (None, None)
+    return Generation(sequences=sequences, lengths=lengths, stats=stats, scores=scores, logits=logits)
 
 
 def generate_stream(
@@ -329,9 +339,11 @@ def _decode(
         stats.draft_ms += (draft_ms := watch.lap_ms())
 
         out = target.forward_draft(draft, cache, layers=wanted)
-        logits_BNV = target.logits(out.hidden_BND, shapes)
+        logits_BNV = raw_BNV = target.logits(out.hidden_BND, shapes)
         if rules.processors is not None:
             logits_BNV = rules.processors(logits_BNV, draft, rows, [text.is_running for text in texts])
+        if rules.scores is not None:
+            rules.scores.begin(raw_BNV, logits_BNV)
         _begin(generator, texts, "verify")
         verdict = verify_draft(logits_BNV, draft, rules.sampling, verifier, generator, noise)
         paths, next_tokens = verdict.to_host()
@@ -345,7 +357,7 @@ def _decode(
                 continue
             new = [*(tokens[row][node] for node in path[1:]), next_tokens[row]]
             new = until_end(new, text.limit - len(text.ids), eos)
-            kept, is_stopped = rules.cut(row, text.ids, path, new)
+            kept, is_stopped = rules.cut(row, text, path, new)
             stats.count(draft, row, num_accepted=len(path) - 1, num_kept=len(kept))
             text.ids += kept
             text.is_running = len(text.ids) < text.limit and kept[-1] not in eos and not is_stopped

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.generation import stopping_criteria as criteria
 
 from draftsmith.core.drafter import Drafter
 from draftsmith.core.target import Target
-from draftsmith.decoding import generate
+from draftsmith.decoding import Generation, generate
 from draftsmith.inputs.arguments import check_drafter, prompt_rows, token_ids
-from draftsmith.inputs.generation_config import check_mode
-from draftsmith.inputs.processors import NodeProcessors, check_processors, for_rows, split_sampling
+from draftsmith.inputs.generation_config import check_mode, check_outputs
+from draftsmith.inputs.processors import NodeProcessors, check_processors, for_rows, is_normalised, split_sampling
 from draftsmith.inputs.stopping import check_stop_strings
 from draftsmith.length.policies import Policy
 
@@ -45,13 +46,14 @@ def custom_generate(
     inputs_tensor: Tensor | None = None,
     batch_invariant: bool | None = None,
     **model_kwargs: Any,
-) -> Tensor:
-    """Returns the sequences of `model.generate`, decoded speculatively with `drafter`; transformers calls it.
+) -> Any:
+    """Returns the output of `model.generate`, decoded speculatively with `drafter`; transformers calls it.
 
     Logits processors and stopping criteria apply as in `model.generate`, each processor to the prefix of every drafted
     token; lengths that they count include a batch's padding, tokens that they read do not. A streamer must be passed as
     `stream_to`, and the tokenizer of `stop_strings`, unless the drafter's target has one, as `stop_tokenizer`, because
-    transformers does not hand `streamer` and `tokenizer` to functions. Raises ValueError for processors that cannot be
+    transformers does not hand `streamer` and `tokenizer` to functions. With `return_dict_in_generate` the output holds
+    `scores` and `logits` as there, but NaN for rows that have ended. Raises ValueError for processors that cannot be
     applied to drafted tokens, for other decoding modes, such as beam search, for inputs other than token ids with their
     mask, and for a drafter of another model.
     """
@@ -64,7 +66,8 @@ def custom_generate(
             " drafter.target.model.generate if it fine-tunes its target"
         )
     check_mode(generation_config)
-    _check_outputs(generation_config)
+    if generation_config.return_dict_in_generate:
+        check_outputs(generation_config)
     _check_dropped(inspect.currentframe())
     _check_inputs(input_ids, inputs_tensor, target, model_kwargs)
     stops, max_length, ends = _stops(stopping_criteria or [], generation_config.max_length)
@@ -77,9 +80,10 @@ def custom_generate(
     mask = model_kwargs.get("attention_mask")
     own = prompt_rows(prompts, mask)
     num_prompt = [1] * len(own) if target.is_encoder_decoder else list(map(len, own))
-    processors, sampling = split_sampling(
-        check_processors(logits_processor), is_sampling=bool(generation_config.do_sample)
-    )
+    found = check_processors(logits_processor)
+    processors, sampling = split_sampling(found, is_sampling=bool(generation_config.do_sample))
+    has_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
+    settings = {"renormalize_logits": has_scores and is_normalised(found)}
     paddings = [input_ids.shape[1] - num for num in num_prompt]
     out = generate(
         target,
@@ -93,13 +97,15 @@ def custom_generate(
         verifier=verifier,
         length=length,
         seed=seed,
-        generation_config=sampling.as_settings() | {"do_sample": not sampling.is_greedy},
+        generation_config=sampling.as_settings() | {"do_sample": not sampling.is_greedy} | settings,
         logits_processor=NodeProcessors(for_rows(processors, paddings, own, are_lengths_padded=True)),
         stopping_criteria=stops,
         batch_invariant=batch_invariant,
+        output_scores=has_scores,
+        output_logits=bool(generation_config.return_dict_in_generate and generation_config.output_logits),
     )
     if target.is_encoder_decoder:
-        return out.sequences
+        return _output(target, out, out.sequences, generation_config)
     # transformers returns prompts as given, padding included.
     longest = max(int(end) - prompt for end, prompt in zip(out.lengths, num_prompt, strict=True))
     pad = generation_config.pad_token_id
@@ -107,15 +113,15 @@ def custom_generate(
     new = torch.full((len(input_ids), longest), fill, device=input_ids.device)
     for row, (end, prompt) in enumerate(zip(out.lengths.tolist(), num_prompt, strict=True)):
         new[row, : end - prompt] = out.sequences[row, prompt:end]
-    return torch.cat([input_ids, new], dim=1)
+    return _output(target, out, torch.cat([input_ids, new], dim=1), generation_config)
 
 
-def _check_outputs(generation_config: Any) -> None:
-    if generation_config.return_dict_in_generate:
-        raise ValueError(
-            "return_dict_in_generate is not supported: only sequences are returned; leave it out, or call"
-            " draftsmith.generate"
-        )
+def _output(target: Target, out: Generation, sequences: Tensor, generation_config: Any) -> Any:
+    """Returns what `model.generate` returns: the sequences, or an object with them and with scores and logits."""
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    kind = GenerateEncoderDecoderOutput if target.is_encoder_decoder else GenerateDecoderOnlyOutput
+    return kind(sequences=sequences, scores=out.scores, logits=out.logits)
 
 
 def _stops(stopping_criteria: Any, max_length: int) -> tuple[list[Any], int, list[int]]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from data.prompts import Prompt
 from draftsmith import Target
+from draftsmith.inputs.generation_config import described, parse_config
 from draftsmith.length.costs import num_threads
 from eval import hardware
 from eval.bakeoff import forecast
@@ -63,7 +64,8 @@ def compare(
             _add_first_token_acceptance(rows, prompts, competing, settings)
             _add_forecasts(rows, prompts, competing, results, settings)
             drafters = {one.method.name: one.drafter for one in competing if one.family and not one.is_ablation}
-            texts = record_texts(target, prompts, drafters, settings.max_new_tokens)
+            config = parse_config(settings.generation_config)
+            texts = record_texts(target, prompts, drafters, settings.max_new_tokens, config)
             markdown = "\n".join(
                 [header(rows, "markdown"), *table(rows, "markdown"), "", "![speed-up](bakeoff.png)", ""]
             )
@@ -85,6 +87,7 @@ def _conditions(target: Target, prompts: Sequence[Prompt], settings: BakeoffSett
         "num_prompts": len(prompts),
         "max_new_tokens": settings.max_new_tokens,
         "rounds": settings.rounds,
+        "generation_config": described(target, parse_config(settings.generation_config)),
     }
 
 
@@ -165,7 +168,7 @@ def _measure(
     if num_done:
         print(f"{results.path.parent}: continuing; {len(cells) - len(missing)} of {len(cells)} parts are measured")
     total = sum(num_rows.values())
-    gaps_of = GapReader(_targets(target, competing))
+    gaps_of = GapReader(_targets(target, competing), parse_config(settings.generation_config))
     is_warm = set[tuple[float, int]]()
     options = {"desc": "bake-off", "unit": "prompt", "smoothing": 0, "mininterval": _interval()}
     with tqdm(total=total, initial=num_done, **options) as bar:
@@ -221,8 +224,9 @@ def _rounding(
                     request = DecodingRequest(
                         prompts=ids, temperature=0.0, max_new_tokens=settings.max_new_tokens, seed=settings.seed
                     )
-                    texts = draftsmith_method(own_target)(request).rows
-                    changes.append(measured_rounding(own_target, ids, texts, widths))
+                    config = parse_config(settings.generation_config)
+                    texts = draftsmith_method(own_target, config=config)(request).rows
+                    changes.append(measured_rounding(own_target, ids, texts, widths, config))
             found[reference, size] = max(changes)
     return found
 
@@ -274,7 +278,8 @@ def _add_first_token_acceptance(
     """Adds the acceptance rate of first tokens and its optimal-transport bound, measured untimed."""
     ids = [prompt.ids for prompt in prompts[: max(8, *settings.batch_sizes)]]
     sampled = [temperature for temperature in settings.temperatures if temperature > 0]
-    options = {"max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
+    options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
+    options["generation_config"] = parse_config(settings.generation_config)
     rates = {
         (one.method.name, temperature): first_token_acceptance(
             one.drafter, ids, verifier=one.verifier, temperature=temperature, **options
@@ -297,6 +302,8 @@ def _add_forecasts(
 ) -> None:
     """Adds predicted speed-ups and the batch size from which each drafter is predicted to slow decoding down."""
     sizes = {*settings.batch_sizes, *settings.forecast_sizes} if settings.forecast_sizes else set()
+    if settings.generation_config:
+        sizes = set()  # forecasts do not know what logits processors cost
     with_drafter = [contender for contender in competing if sizes and contender.drafter is not None]
     totals = {
         (temperature, size): _totals(_tallies(by_category(prompts, size), temperature, size, results, settings))

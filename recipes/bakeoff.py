@@ -104,6 +104,9 @@ class BakeoffRunSettings:
     """Also time transformers' own speculative decoding: with each draft LM among the drafters, and prompt look-up."""
     forecast_sizes: str = "1,2,4,8,16"
     """Batch sizes, separated by commas, for which speed-ups are predicted beside the measured ones; may be empty."""
+    generation_config: str = ""
+    """'model' applies the target's own generation config in every row, such as its repetition penalty; or JSON such as
+    {"min_p": 0.1}, or a JSON file. Its temperature and lengths are not read; speed-ups are not predicted with it."""
     confidence_thresholds: str = ""
     """Target-confidence thresholds, separated by commas, each in an extra row; drafting is skipped below them."""
     seed: int = 0
@@ -131,6 +134,7 @@ class BakeoffRunSettings:
             confidence_thresholds=tuple(_numbers("confidence_thresholds", self.confidence_thresholds, float))
             if self.confidence_thresholds
             else (),
+            generation_config=self.generation_config,
             assisted=self.assisted,
             rounds=self.rounds,
             max_new_tokens=self.max_new_tokens,

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.generation import logits_process as hf
 
 import draftsmith
 from draftsmith import Target
@@ -125,11 +126,54 @@ def test_unsupported_settings_are_rejected(settings: dict[str, Any], message: st
     assert "\n" not in str(error.value)
 
 
-def test_return_dict_in_generate_is_rejected() -> None:
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"repetition_penalty": 1.3, "suppress_tokens": [4, 7], "renormalize_logits": True},
+        {"do_sample": True, "temperature": 0.5, "top_k": 1, "repetition_penalty": 1.3},
+    ],
+    ids=lambda settings: "+".join(settings) or "plain",
+)
+def test_scores_and_logits_are_those_of_transformers(architecture: str, settings: dict[str, Any]) -> None:
+    target = tiny_target(architecture)
+    ids, mask = padded(prompts(5), side="right" if target.is_encoder_decoder else "left")
+    given = {
+        "do_sample": False,
+        "attention_mask": mask,
+        "max_new_tokens": 8,
+        "return_dict_in_generate": True,
+    } | settings
+    given |= {"output_scores": True, "output_logits": True}
+    end = int(target.model.generate(ids, **given).sequences[0, -4])
+    own = target.model.generate(ids, **given, eos_token_id=end)
+    given |= {"custom_generate": draftsmith.custom_generate, "drafter": drafter_for(target)}
+    ours = target.model.generate(ids, **given, eos_token_id=end)
+    assert type(ours) is type(own) and ours.sequences.equal(own.sequences)
+    num_ended = 0
+    for name in ("scores", "logits"):
+        assert len(ours[name]) == len(own[name])
+        for step, (found_BV, expected_BV) in enumerate(zip(ours[name], own[name], strict=True)):
+            begin = own.sequences.shape[1] - len(own.scores)
+            is_ended_B = (own.sequences[:, begin : begin + step] == end).any(1)
+            num_ended += int(is_ended_B.sum())
+            assert found_BV[is_ended_B].isnan().all()
+            # Rounding: drafted tokens are read several at a time.
+            torch.testing.assert_close(found_BV[~is_ended_B], expected_BV[~is_ended_B], rtol=1e-4, atol=1e-4)
+    assert num_ended > 0 or target.is_encoder_decoder, "the tiny T5 writes the same in all rows"
+
+
+def test_outputs_of_the_forward_are_rejected() -> None:
     target = tiny_target("llama")
-    settings = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 4}
-    with pytest.raises(ValueError, match="return_dict_in_generate"):
+    settings = {"return_dict_in_generate": True, "output_hidden_states": True, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match="output_hidden_states is not supported"):
         target.model.generate(torch.tensor(prompts(1)), custom_generate=draftsmith.custom_generate, **settings)
+    with pytest.raises(ValueError, match="output_attentions is not supported"):
+        draftsmith.generate(target, prompts(1), max_new_tokens=4, generation_config={"output_attentions": True})
+    processors = [hf.LogitNormalization(), hf.TopKLogitsWarper(3)]
+    with pytest.raises(ValueError, match="not supported with LogitNormalization before other processors"):
+        draftsmith.generate(target, prompts(1), max_new_tokens=4, logits_processor=processors, output_scores=True)
 
 
 def test_a_drafter_of_another_model_is_rejected() -> None:

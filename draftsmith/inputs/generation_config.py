@@ -13,10 +13,12 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode, LogitsProcessorList
 from transformers.generation import stopping_criteria as criteria
 
+from draftsmith.core.rows import Text
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.target import Target
 from draftsmith.inputs.arguments import real_number, shown, whole_number
-from draftsmith.inputs.processors import NodeProcessors, check_processors, for_rows, split_sampling
+from draftsmith.inputs.processors import NodeProcessors, check_processors, for_rows, is_normalised, split_sampling
+from draftsmith.inputs.scores import KeptScores
 from draftsmith.inputs.stopping import StopConditions, check_stop_strings
 
 MODEL = "model"
@@ -57,16 +59,19 @@ class Rules:
     sampling: Sampling
     processors: NodeProcessors | None = None
     stops: StopConditions | None = None
+    scores: KeptScores | None = None
 
-    def cut(self, row: int, ids: list[int], path: list[int], new: list[int]) -> tuple[list[int], bool]:
-        """Returns a row's `new` tokens up to the first at which it stops, and whether one does.
+    def cut(self, row: int, text: Text, path: list[int], new: list[int]) -> tuple[list[int], bool]:
+        """Returns the `new` tokens of a row's text up to the first at which it stops, and whether one does.
 
-        `ids` are the tokens before and `path` the nodes that the new ones follow. Raises ValueError if the processors
-        left no token at one of them.
+        `path` are the nodes that the new tokens follow. Raises ValueError if the processors left no token at one of
+        them.
         """
-        kept, is_stopped = (new, False) if self.stops is None else self.stops.cut(ids, new)
+        kept, is_stopped = (new, False) if self.stops is None else self.stops.cut(text.ids, new)
         if self.processors is not None:
-            self.processors.check(row, path[: len(kept)], len(ids))
+            self.processors.check(row, path[: len(kept)], len(text.ids))
+        if self.scores is not None:
+            self.scores.keep(text.index, row, path[: len(kept)])
         return kept, is_stopped
 
     def is_out_of_time(self) -> bool:
@@ -88,6 +93,13 @@ def check_mode(config: Any) -> None:
             f"the generation config asks for {mode.value.replace('_', ' ')} ({given}), which draftsmith does not do; it"
             " decodes greedily or by sampling"
         )
+
+
+def check_outputs(config: Any) -> None:
+    """Rejects outputs that draftsmith does not have."""
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            raise ValueError(f"{name} is not supported: verification runs on drafts, parts of which are rejected")
 
 
 def check_names(settings: Mapping[str, Any]) -> None:
@@ -190,6 +202,8 @@ def make_rules(
     logits_processor: Any = None,
     stopping_criteria: Any = None,
     stop_strings: Any = None,
+    output_scores: bool = False,
+    output_logits: bool = False,
 ) -> Rules:
     """Returns the rules for continuing `rows`; `prompts` are the same ids, or an encoder-decoder's sources.
 
@@ -201,10 +215,15 @@ def make_rules(
     found = own = [] if is_ready else check_processors(logits_processor)
     if config is not None:
         check_mode(config)
-        found, sampling = split_sampling(
-            check_processors(_built(target, config, prompts, rows, max_new_tokens, eos, own)),
-            is_sampling=not sampling.is_greedy,
+        check_outputs(config)
+        output_scores, output_logits = (
+            output_scores or bool(config.output_scores),
+            output_logits or bool(config.output_logits),
         )
+        found = check_processors(_built(target, config, prompts, rows, max_new_tokens, eos, own))
+    is_normal = output_scores and is_normalised(found)
+    if config is not None:
+        found, sampling = split_sampling(found, is_sampling=not sampling.is_greedy)
     paddings = [max(map(len, rows)) - len(row) for row in rows]
     per_row = for_rows(found, paddings, prompts, unpadded=own, are_lengths_padded=False) if found else None
     processors = logits_processor if is_ready else NodeProcessors(per_row or [])
@@ -213,6 +232,9 @@ def make_rules(
         sampling=sampling,
         processors=processors if processors else None,
         stops=StopConditions(stops, len(rows), target.device) if stops else None,
+        scores=KeptScores(len(rows), sampling, scores=output_scores, logits=output_logits, normalise=is_normal)
+        if output_scores or output_logits
+        else None,
     )
 
 

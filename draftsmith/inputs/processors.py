@@ -111,6 +111,23 @@ def split_sampling(processors: Sequence[Any], *, is_sampling: bool) -> tuple[lis
     return rest, Sampling(**settings)  # type: ignore[arg-type]
 
 
+def warpers_of(sampling: Sampling) -> list[Any]:
+    """Returns transformers' processors that apply the settings of sampling to scores, in their order."""
+    values = {kind: getattr(sampling, name) for kind, (name, _) in CUTOFFS.items()}
+    return [kind(value) for kind, value in values.items() if value != getattr(Sampling, CUTOFFS[kind][0])]
+
+
+def is_normalised(processors: Sequence[Any]) -> bool:
+    """Returns whether the processors end with transformers' normalisation of scores.
+
+    Raises ValueError if it comes earlier, as it does not change the distribution and is left out.
+    """
+    *before, last = [None, *(isinstance(one, hf.LogitNormalization) for one in processors)]
+    if any(before):
+        raise ValueError("output_scores is not supported with LogitNormalization before other processors; put it last")
+    return bool(last)
+
+
 def for_rows(
     processors: Sequence[Any],
     paddings: Sequence[int],

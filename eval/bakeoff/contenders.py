@@ -12,6 +12,7 @@ from data.prompts import Prompt
 from data.shards import hash_files
 from draftsmith import Target, verify
 from draftsmith.artifacts.artifact import own_files, read_manifest
+from draftsmith.inputs.generation_config import parse_config
 from draftsmith.length.target_confidence import TargetConfidenceThreshold
 from eval.bakeoff.measure import DecodingMethod, draftsmith_method, transformers_method, warm_up
 from eval.bakeoff.settings import BakeoffSettings
@@ -69,13 +70,14 @@ def contenders(
 
     Raises ValueError for an artifact that does not fit the target, or for two artifacts of the same name.
     """
+    config = parse_config(settings.generation_config)
     found = [
-        Contender(method=DecodingMethod(name=PLAIN, decode=draftsmith_method(target))),
-        Contender(method=DecodingMethod(name=TRANSFORMERS, decode=transformers_method(target))),
+        Contender(method=DecodingMethod(name=PLAIN, decode=draftsmith_method(target, config=config))),
+        Contender(method=DecodingMethod(name=TRANSFORMERS, decode=transformers_method(target, config=config))),
         *_coupled_baseline(target, PLAIN, settings),
     ]
     if settings.assisted and not target.is_encoder_decoder:
-        decode = transformers_method(target, prompt_lookup=LOOKUP_TOKENS)
+        decode = transformers_method(target, prompt_lookup=LOOKUP_TOKENS, config=config)
         found.append(Contender(method=DecodingMethod(name=PROMPT_LOOKUP, decode=decode), max_batch_size=1))
     for name, path in zip(_names(artifacts), artifacts, strict=True):
         manifest = read_manifest(path)
@@ -93,16 +95,15 @@ def contenders(
         if columns["is_fine_tuned"]:
             # The fine-tuned target writes other text than the original one, so it needs its own baseline.
             reference = f"{name} ({PLAIN})"
-            decode = draftsmith_method(drafter.target)
+            decode = draftsmith_method(drafter.target, config=config)
             found.append(Contender(method=DecodingMethod(name=reference, decode=decode), is_fine_tuned=True))
             found += _coupled_baseline(drafter.target, reference, settings, is_fine_tuned=True)
-        method = DecodingMethod(
-            name=name, decode=draftsmith_method(drafter.target, drafter), reference=reference, drafter=drafter
-        )
+        decode = draftsmith_method(drafter.target, drafter, config=config)
+        method = DecodingMethod(name=name, decode=decode, reference=reference, drafter=drafter)
         found.append(Contender(method=method, **columns))
         assistant = assistant_of(drafter) if settings.assisted else None
         if assistant is not None:
-            decode = transformers_method(target, assistant)
+            decode = transformers_method(target, assistant, config=config)
             assisted = DecodingMethod(name=f"{TRANSFORMERS}: {name}", decode=decode)
             found.append(Contender(method=assisted, max_batch_size=1))
         for ablation in _ablations(method, drafter, columns, settings):
@@ -120,7 +121,8 @@ def _coupled_baseline(
     """Yields plain decoding by the verifier "coupled", if drafters are compared with it: their text must equal its."""
     if COUPLED in settings.verifiers:
         name = f"{plain} ({COUPLED})"
-        method = DecodingMethod(name=name, decode=draftsmith_method(target, verifier=COUPLED), reference=name)
+        decode = draftsmith_method(target, verifier=COUPLED, config=parse_config(settings.generation_config))
+        method = DecodingMethod(name=name, decode=decode, reference=name)
         yield Contender(method=method, verifier=COUPLED, is_fine_tuned=is_fine_tuned)
 
 
@@ -130,7 +132,7 @@ def _ablations(
     """Yields the drafter of `own` with each other verifier, draft-length policy and confidence threshold."""
 
     def changed(label: str, **options: Any) -> DecodingMethod:
-        options = {"drafter": drafter} | options
+        options = {"drafter": drafter, "config": parse_config(settings.generation_config)} | options
         return replace(own, name=f"{own.name} ({label})", decode=draftsmith_method(drafter.target, **options))
 
     for verifier in settings.verifiers:

@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
@@ -16,6 +17,8 @@ from transformers import GenerationConfig
 import draftsmith
 from draftsmith import Target
 from draftsmith.core.stats import GenerationStats
+from draftsmith.inputs.batching import eos_ids
+from draftsmith.inputs.generation_config import read_config, with_sampling
 from draftsmith.length.controller import make_control
 
 Rows = list[list[int]]
@@ -131,19 +134,24 @@ def merge_forwards(parts: Iterable[Iterable[Sequence[int]]]) -> list[list[int]]:
 
 
 def draftsmith_method(
-    target: Target, drafter: Any = None, *, verifier: str = "auto", policy: str = "auto"
+    target: Target,
+    drafter: Any = None,
+    *,
+    verifier: str = "auto",
+    policy: str = "auto",
+    config: str | dict[str, Any] | None = None,
 ) -> Callable[[DecodingRequest], DecodingResult]:
     """Returns a function that decodes with `draftsmith.generate`; without a drafter that is plain decoding.
 
-    A draft-length `policy` other than "auto" keeps its state from call to call, as on a server; each temperature and
-    batch size has its own instance.
+    `config` is a generation config, as `parse_config` returns it. A draft-length `policy` other than "auto" keeps its
+    state from call to call, as on a server; each temperature and batch size has its own instance.
     """
     policy_of = cache(lambda temperature, num_rows: "auto" if policy == "auto" else make_control(policy))
-    return partial(_draftsmith_decode, target, drafter, verifier, policy_of)
+    return partial(_draftsmith_decode, target, drafter, verifier, policy_of, config)
 
 
 def _draftsmith_decode(
-    target: Target, drafter: Any, verifier: str, policy_of: Callable[..., Any], request: DecodingRequest
+    target: Target, drafter: Any, verifier: str, policy_of: Callable[..., Any], config: Any, request: DecodingRequest
 ) -> DecodingResult:
     tokens_BT, mask_BT = pad(request.prompts, target.device, side="right")
     out = draftsmith.generate(
@@ -153,6 +161,7 @@ def _draftsmith_decode(
         attention_mask=mask_BT,
         max_new_tokens=request.max_new_tokens,
         temperature=request.temperature,
+        generation_config=config,
         seed=request.seed,
         verifier=verifier,
         length=policy_of(request.temperature, len(request.prompts)),
@@ -163,37 +172,50 @@ def _draftsmith_decode(
 
 
 def transformers_method(
-    target: Target, assistant: Any = None, *, prompt_lookup: int = 0
+    target: Target, assistant: Any = None, *, prompt_lookup: int = 0, config: str | dict[str, Any] | None = None
 ) -> Callable[[DecodingRequest], DecodingResult]:
     """Returns a function that decodes with transformers' `generate`.
 
     It drafts with an assistant model if one is given, or by its prompt look-up of `prompt_lookup` tokens if that is not
-    0; both take one prompt at a time.
+    0; both take one prompt at a time. `config` is that of `draftsmith_method`.
     """
-    return partial(_transformers_decode, target, assistant, prompt_lookup)
+    return partial(_transformers_decode, target, assistant, prompt_lookup, config)
 
 
 def _transformers_decode(
-    target: Target, assistant: Any, prompt_lookup: int, request: DecodingRequest
+    target: Target, assistant: Any, prompt_lookup: int, given: Any, request: DecodingRequest
 ) -> DecodingResult:
     tokens_BT, mask_BT = pad(request.prompts, target.device, side="right" if target.is_encoder_decoder else "left")
-    is_sampling = request.temperature > 0
-    config = GenerationConfig(
-        do_sample=is_sampling,
-        **({"temperature": request.temperature, "top_k": 0, "top_p": 1.0} if is_sampling else {}),
-        num_beams=1,
-        repetition_penalty=1.0,
-        **({"prompt_lookup_num_tokens": prompt_lookup} if prompt_lookup else {}),
+    config = read_config(target, given if given is not None else {})
+    assert config is not None
+    with_sampling(config, request.temperature, None, None)
+    config.top_k = config.top_k or 0  # else transformers keeps 50 tokens
+    eos = eos_ids(target, config.eos_token_id)
+    config.update(
         max_new_tokens=request.max_new_tokens,
+        max_length=None,
         pad_token_id=_pad_token_id(target),
+        eos_token_id=sorted(eos) or None,
+        **({"prompt_lookup_num_tokens": prompt_lookup} if prompt_lookup else {}),
     )
     # transformers samples from the global generator, whose state is restored afterwards.
-    with torch.random.fork_rng(), torch.inference_mode():
+    with _without_own_config(target.model), torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(request.seed)
         options = {} if assistant is None else {"assistant_model": assistant}
         out = target.model.generate(tokens_BT, attention_mask=mask_BT, generation_config=config, **options)
     start = 1 if target.is_encoder_decoder else tokens_BT.shape[1]
-    return DecodingResult(rows=[_cut_after_eos(row[start:], target.eos_token_ids) for row in out.tolist()])
+    return DecodingResult(rows=[_cut_after_eos(row[start:], eos) for row in out.tolist()])
+
+
+@contextmanager
+def _without_own_config(model: Any) -> Iterator[None]:
+    """Keeps transformers from filling what a generation config leaves unset from the model's own one."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(decoder_start_token_id=own.decoder_start_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def warm_up(method: DecodingMethod, prompts: Rows, temperature: float) -> None:
@@ -259,6 +281,6 @@ def _pad_token_id(target: Target) -> int:
     return pad if pad is not None else (target.eos_token_ids or (0,))[0]
 
 
-def _cut_after_eos(row: list[int], eos: tuple[int, ...]) -> list[int]:
+def _cut_after_eos(row: list[int], eos: Collection[int]) -> list[int]:
     end = next((index for index, token in enumerate(row) if token in eos), len(row))
     return row[: end + 1]

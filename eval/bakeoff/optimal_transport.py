@@ -13,6 +13,8 @@ import draftsmith
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft
+from draftsmith.inputs.batching import eos_ids
+from draftsmith.inputs.generation_config import make_rules, read_config, with_sampling
 
 MIN_DRAFTS, MAX_REPEATS = 1000, 8
 
@@ -67,7 +69,12 @@ def first_token_acceptance(
     differ by 0.03 by chance. `settings` go to `draftsmith.generate`. Returns None if first tokens are not sampled.
     """
     rows = [torch.tensor(prompt, device=drafter.target.device) for prompt in prompts]
-    recorder = FirstTokenRecorder(drafter, Sampling(temperature=settings["temperature"]))
+    config = read_config(drafter.target, settings.get("generation_config"))
+    sampling = with_sampling(config, settings["temperature"], None, None)
+    if config is not None:
+        ids, eos = [[0]], eos_ids(drafter.target, config.eos_token_id)
+        sampling = make_rules(drafter.target, config, sampling, ids, ids, max_new_tokens=1, eos=eos).sampling
+    recorder = FirstTokenRecorder(drafter, sampling)
     for number in range(MAX_REPEATS):
         draftsmith.generate(
             drafter.target,

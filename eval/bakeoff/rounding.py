@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from draftsmith import Target
-from draftsmith.core.tree import chain
+from draftsmith.core.tree import Draft, chain
+from draftsmith.inputs.batching import eos_ids
+from draftsmith.inputs.generation_config import make_rules, read_config, with_sampling
+from draftsmith.inputs.processors import NodeProcessors
 from eval.bakeoff.measure import Rows, pad
 
 NUM_LIKELIEST = 16
@@ -29,8 +32,8 @@ class GapReader:
     It decodes the plain text again, untimed, with forwards of one token; gaps once read are kept.
     """
 
-    def __init__(self, targets: dict[str, Target]) -> None:
-        self._targets = targets
+    def __init__(self, targets: dict[str, Target], config: Any = None) -> None:
+        self._targets, self._config = targets, config
         self._known: dict[tuple[Any, ...], float] = {}
 
     def __call__(self, reference: str, prompts: Rows, plain: Rows, others: Rows) -> list[float]:
@@ -62,7 +65,7 @@ class GapReader:
                         logits_V = logits_BNV[row, 0].float()
                         self._known[keys[row]] = float(logits_V[plain[row][position]] - logits_V[token])
 
-            _replay(self._targets[reference], prompts, [text[: last + 1] for text in plain], 1, read)
+            _replay(self._targets[reference], prompts, [text[: last + 1] for text in plain], 1, read, self._config)
         return [abs(self._known[keys[row]]) if row in keys else math.inf for row in first]
 
 
@@ -74,11 +77,12 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
     return next((position for position, (own, other) in pairs if own != other), min(len(ours), len(theirs)))
 
 
-def measured_rounding(target: Target, prompts: Rows, texts: Rows, widths: Iterable[int]) -> float:
+def measured_rounding(target: Target, prompts: Rows, texts: Rows, widths: Iterable[int], config: Any = None) -> float:
     """Returns the largest change of a lead between forwards of one token and of several, at the same positions.
 
     A lead is the logit of a position's likeliest token minus that of another of its `NUM_LIKELIEST`. `texts` are plain
-    decoding's; they are read again in forwards of each of `widths` tokens, and at once by the model's own forward.
+    decoding's; they are read again in forwards of each of `widths` tokens, and at once by the model's own forward. The
+    logits are those after the logits processors of the generation config `config`.
     """
     found: list[tuple[Tensor, Tensor]] = []
 
@@ -86,7 +90,7 @@ def measured_rounding(target: Target, prompts: Rows, texts: Rows, widths: Iterab
         top_BK = logits_BNV[:, 0].float().topk(min(NUM_LIKELIEST, logits_BNV.shape[-1]), dim=-1)
         found.append((top_BK.indices, top_BK.values))
 
-    _replay(target, prompts, texts, 1, keep)
+    _replay(target, prompts, texts, 1, keep, config)
     ids_BTK, plain_BTK = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
     is_text_BT = torch.zeros(ids_BTK.shape[:2], dtype=torch.bool, device=ids_BTK.device)
     for row, text in enumerate(texts):
@@ -97,23 +101,33 @@ def measured_rounding(target: Target, prompts: Rows, texts: Rows, widths: Iterab
         end = min(begin + logits_BNV.shape[1], ids_BTK.shape[1])
         wide_BNK = logits_BNV[:, : end - begin].float().gather(-1, ids_BTK[:, begin:end])
         change_BNK = wide_BNK - plain_BTK[:, begin:end]
-        lead_BNK = (change_BNK[..., :1] - change_BNK).abs()
+        lead_BNK = (change_BNK[..., :1] - change_BNK).abs().nan_to_num(0.0)  # of tokens that processors exclude
         changes.append(float(lead_BNK[is_text_BT[:, begin:end]].max()))
 
     for width in widths:
-        _replay(target, prompts, texts, width, compare)
+        _replay(target, prompts, texts, width, compare, config)
     if not target.is_encoder_decoder:
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             ids_1T = torch.tensor([prompt + text[:-1]], device=target.device)
             with torch.inference_mode():
                 logits_NV = target.model(input_ids=ids_1T, use_cache=False).logits[0, len(prompt) - 1 :].float()
+                if (processors := _processors(target, [prompt], config)) is not None:
+                    draft = Draft(tokens_BN=ids_1T[:, len(prompt) - 1 :], tree=chain(len(text), target.device))
+                    logits_NV = processors(logits_NV[None], draft, [prompt], [True])[0]
             change_NK = logits_NV.gather(-1, ids_BTK[row, : len(text)]) - plain_BTK[row, : len(text)]
-            changes.append(float((change_NK[:, :1] - change_NK).abs().max()))
+            changes.append(float((change_NK[:, :1] - change_NK).abs().nan_to_num(0.0).max()))
     return max(changes)
 
 
 @torch.inference_mode()
-def _replay(target: Target, prompts: Rows, texts: Rows, width: int, on_logits: Callable[[int, Tensor], None]) -> None:
+def _replay(
+    target: Target,
+    prompts: Rows,
+    texts: Rows,
+    width: int,
+    on_logits: Callable[[int, Tensor], None],
+    config: Any = None,
+) -> None:
     """Reads the texts after their prompts in forwards of `width` tokens, as the decoding loop does.
 
     Calls `on_logits(position, logits [B, N, V])` for each forward; logits n are those of the token `position` + n of
@@ -128,10 +142,25 @@ def _replay(target: Target, prompts: Rows, texts: Rows, width: int, on_logits: C
     cache = target.new_cache(len(prompts), source=source)
     if max(map(len, starts)) > 1:
         target.prefill([start[:-1] for start in starts], cache)
-    longest = max(map(len, texts))
+    longest, processors = max(map(len, texts)), _processors(target, prompts, config)
     rows = [[start[-1], *text, *[0] * (longest - len(text))] for start, text in zip(starts, texts, strict=True)]
     for begin in range(0, longest, width):
         read_BN = torch.tensor([row[begin : min(begin + width, longest)] for row in rows], device=target.device)
         out = target.forward(read_BN, chain(read_BN.shape[1], target.device), cache)
         cache.commit([list(range(read_BN.shape[1])) for _ in rows])
-        on_logits(begin, target.logits(out.hidden_BND))
+        logits_BNV = target.logits(out.hidden_BND)
+        if processors is not None:
+            draft = Draft(tokens_BN=read_BN, tree=chain(read_BN.shape[1], target.device))
+            before = [start[:-1] + row[: begin + 1] for start, row in zip(starts, rows, strict=True)]
+            logits_BNV = processors(logits_BNV, draft, before, [True] * len(rows))
+        on_logits(begin, logits_BNV)
+
+
+def _processors(target: Target, prompts: Rows, given: Any) -> NodeProcessors | None:
+    """Returns the logits processors of greedy decoding with a generation config, None if it has none."""
+    if (config := read_config(target, given)) is None:
+        return None
+    starts = [[target.decoder_start_token_id or 0] for _ in prompts] if target.is_encoder_decoder else prompts
+    room = target.context_length - max(map(len, starts))
+    sampling, eos = with_sampling(config, 0.0, None, None), eos_ids(target, config.eos_token_id)
+    return make_rules(target, config, sampling, prompts, starts, max_new_tokens=room, eos=eos).processors

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from draftsmith import verify
+from draftsmith.inputs.generation_config import parse_config
 from draftsmith.length.controller import make_control
 
 
@@ -28,12 +29,16 @@ class BakeoffSettings:
     """Batch sizes for which speed-ups are predicted, beside the measured ones; empty for no predictions."""
     assisted: bool = False
     """Also time transformers' own speculative decoding: with each draft LM among the artifacts, and prompt look-up."""
+    generation_config: str = ""
+    """'model' applies the target's own generation config in every row, such as its repetition penalty; or JSON such as
+    {"min_p": 0.1}, or a JSON file. Its temperature and lengths are not read: they are settings of their own."""
     seed: int = 0
     """Random seed of sampling."""
     threads: int = 1
     """CPU threads; 0 uses torch's default. A small target is fastest and most stable on one."""
 
     def __post_init__(self) -> None:
+        parse_config(self.generation_config)
         for name in ("rounds", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -73,11 +73,11 @@ class DecodingStep:
 
 
 def record_texts(
-    target: Target, prompts: Sequence[Prompt], drafters: Mapping[str, Any], max_new_tokens: int
+    target: Target, prompts: Sequence[Prompt], drafters: Mapping[str, Any], max_new_tokens: int, config: Any = None
 ) -> dict[str, Any]:
     """Returns, as JSON data, the decoding steps of greedy texts after some of the prompts, and draft-tree statistics.
 
-    Prompts are those of `select_prompts`; each text has at most `NUM_TOKENS` tokens.
+    Prompts are those of `select_prompts`; each text has at most `NUM_TOKENS` tokens. `config` is a generation config.
     """
     texts: list[dict[str, Any]] = []
     steps: dict[str, list[DecodingStep]] = {name: [] for name in drafters}
@@ -86,7 +86,7 @@ def record_texts(
         for prompt in selected:
             by_drafter = {}
             for name, drafter in drafters.items():
-                found = greedy_steps(drafter, prompt.ids, min(max_new_tokens, NUM_TOKENS))
+                found = greedy_steps(drafter, prompt.ids, min(max_new_tokens, NUM_TOKENS), config=config)
                 by_drafter[name] = _as_text(drafter.target, prompt.ids, found)
                 steps[name] += found
                 bar.update()
@@ -104,12 +104,18 @@ def select_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [*ahead, *(prompt for prompt in prompts if prompt not in ahead)][:NUM_TEXTS]
 
 
-def greedy_steps(drafter: Any, prompt: list[int], max_new_tokens: int, *, length: str = "auto") -> list[DecodingStep]:
-    """Returns the steps of greedy decoding after one prompt; `length` is that of `draftsmith.generate`."""
+def greedy_steps(
+    drafter: Any, prompt: list[int], max_new_tokens: int, *, length: str = "auto", config: Any = None
+) -> list[DecodingStep]:
+    """Returns the steps of greedy decoding after one prompt.
+
+    `length` and `config` are `length` and `generation_config` of `draftsmith.generate`.
+    """
     drafter.forget()
     recorder = DraftRecorder(with_length_control(drafter, length))
     ids = torch.tensor([prompt], device=drafter.target.device)
-    out = draftsmith.generate(drafter.target, ids, recorder, max_new_tokens=max_new_tokens, length="fixed")
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "length": "fixed"}
+    out = draftsmith.generate(drafter.target, ids, recorder, generation_config=config, **settings)
     text = out.sequences[0, : out.lengths[0]].tolist()
     ends = [length for length, _ in recorder.drafts[1:]] + [len(text)]
     steps = []

@@ -34,9 +34,15 @@ def header(rows: Sequence[Row], style: Style) -> str:
     text = (
         f"{row['target']} ({row['dtype']}) on {row['hardware']}, {row['threads']} thread(s);"
         f" {row['num_prompts']} prompts{_turns(row)}, {row['max_new_tokens']} new tokens each, {row['rounds']} rounds;"
+        f"{_generation_config(row)}"
         f" commit {row['commit'] or 'unknown'}, torch {row['torch']}, transformers {row['transformers_version']}"
     )
     return f"# Bake-off\n\n{text}" if style == "markdown" else textwrap.fill(text, WIDTH)
+
+
+def _generation_config(row: Row) -> str:
+    settings = row.get("generation_config") or {}  # rows of earlier versions have none
+    return f" generation config {json.dumps(settings)};" if settings else ""
 
 
 def table(rows: Sequence[Row], style: Style) -> list[str]:

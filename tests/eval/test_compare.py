@@ -1,5 +1,6 @@
 """Tests of the bake-off: rows, tables and files, continuation, and invalid input."""
 
+import contextlib
 import csv
 import json
 from dataclasses import replace
@@ -25,7 +26,7 @@ from eval.compare import by_category, compare
 from eval.report.table import header, output_of, ranked, table, to_csv
 from recipes.bakeoff import BakeoffRunSettings
 from tests.support.family import built
-from tests.support.models import prompts, tiny_target
+from tests.support.models import prompts, tiny_model, tiny_target
 from tests.support.runs import locked_by_another_run
 
 KEYS = {
@@ -448,3 +449,24 @@ def test_names_of_artifacts_are_unique(tmp_path: Path) -> None:
     assert contenders._names(names) == ["one/heads", "two/heads", f"{tmp_path.name}/plain"]
     with pytest.raises(ValueError, match="two artifacts are called"):
         contenders._names([tmp_path / "heads", tmp_path / "heads"])
+
+
+@pytest.mark.parametrize("is_own", [True, False], ids=["model", "json"])
+def test_compare_under_a_generation_config_is_identical(tmp_path: Path, is_own: bool) -> None:
+    """Plain decoding, transformers and drafters decode under the same processors, also where text differs by them."""
+    settings = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
+    target = Target(tiny_model("llama"))
+    # What the target's own config sets is not applied unless asked.
+    target.model.generation_config.update(**(settings if is_own else {"repetition_penalty": 9.0}))
+    artifacts = make_artifacts(target, tmp_path / "artifacts")
+    found = {}
+    for name, config in (("with", "model" if is_own else json.dumps(settings)), ("without", "")):
+        run = replace(SMALL, rounds=1, temperatures=(0.0,), verifiers=(), generation_config=config, assisted=True)
+        with pytest.warns(UserWarning, match="repetition_penalty") if not config else contextlib.nullcontext():
+            rows = compare(target, some_prompts(), artifacts, tmp_path / name, run)
+        assert {row["drafter"] for row in rows if row["identical"]} == {row["drafter"] for row in rows}
+        found[name] = json.loads((tmp_path / name / "bakeoff.texts.json").read_text())["texts"]
+        assert rows[0]["generation_config"].get("no_repeat_ngram_size") == (2 if config else None)
+        drafted = next(row for row in rows if row["family"] == "medusa")
+        assert (drafted["predicted_speedup"] is None) == bool(config)
+    assert found["with"] != found["without"]

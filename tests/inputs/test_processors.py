@@ -15,7 +15,7 @@ from draftsmith import Target
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.inputs.processors import NodeProcessors, check_processors, for_rows, split_sampling
-from tests.support.drafters import Scripted
+from tests.support.drafters import Scripted, tiny_drafter
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
 
 ENDS = [2, 40]
@@ -295,3 +295,34 @@ def test_targets_of_low_precision_are_processed_in_float32() -> None:
     settings = {"repetition_penalty": 1.05, "eos_token_id": ENDS}
     out = draftsmith.generate(target, prompts(1), max_new_tokens=NUM_NEW, generation_config=settings)
     assert out.sequences[0, 9:].tolist() == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_coupled_text_under_processors_is_the_same_for_every_drafter_and_streamed(temperature: float) -> None:
+    """By seed alone, whether drafted or not, and in batches or row by row with a streamer."""
+
+    class Streamed:
+        def __init__(self) -> None:
+            self.ids: list[int] = []
+
+        def put(self, tokens: torch.Tensor) -> None:
+            self.ids += tokens.tolist()
+
+        def end(self) -> None:
+            pass
+
+    target, rows = tiny_target("llama"), prompts(3)
+    settings: dict[str, Any] = {"verifier": "coupled", "temperature": temperature, "max_new_tokens": NUM_NEW}
+    settings["generation_config"] = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_p": 0.05}
+    settings["logits_processor"] = by_lengths
+    plain, *drafted = (
+        draftsmith.generate(target, rows, drafter, seed=[1, 2, 3], **settings)
+        for drafter in (None, tiny_drafter("lookup", "llama"), tiny_drafter("copy", "llama"))
+    )
+    assert all(one.sequences.equal(plain.sequences) for one in drafted)
+    for row, prompt in enumerate(rows):
+        streamer = Streamed()
+        out = draftsmith.generate(
+            target, [prompt], tiny_drafter("copy", "llama"), seed=[row + 1], streamer=streamer, **settings
+        )
+        assert streamer.ids == out.sequences[0].tolist() == plain.sequences[row, : plain.lengths[row]].tolist()

@@ -47,3 +47,16 @@ def test_measured_rounding_is_small_in_float32_and_larger_in_bfloat16() -> None:
         texts = draftsmith_method(target)(DecodingRequest(prompts=ids, temperature=0.0, max_new_tokens=16, seed=0)).rows
         found.append(measured_rounding(target, ids, texts, [2, 8]))
     assert 0 <= found[0] < 1e-3 < found[1] < 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_gaps_and_rounding_are_read_after_logits_processors(architecture: str) -> None:
+    """A suppressed token is infinitely far away; in float32 processed logits differ by rounding alone."""
+    target, ids = tiny_target(architecture), prompts(3)
+    request = DecodingRequest(prompts=ids, temperature=0.0, max_new_tokens=6, seed=0)
+    likeliest = draftsmith_method(target)(request).rows[0][0]
+    config = {"suppress_tokens": [likeliest], "repetition_penalty": 1.5}
+    plain = draftsmith_method(target, config=config)(request).rows
+    others = [[likeliest, *plain[0][1:]], *plain[1:]]
+    assert GapReader({"plain": target}, config)("plain", ids, plain, others) == [math.inf]
+    assert 0 <= measured_rounding(target, ids, plain, [2, 4], config) < 1e-3
