@@ -23,7 +23,7 @@ from draftsmith import Target
 from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.tree import Draft, chain
-from draftsmith.inputs.invariance import shapes_for
+from draftsmith.inputs.invariance.self_test import shapes_for
 from draftsmith.length.costs import num_threads
 from eval import hardware
 from trainers.training.settings import parse_settings

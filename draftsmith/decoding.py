@@ -40,7 +40,7 @@ from draftsmith.inputs.batching import (
     until_end,
 )
 from draftsmith.inputs.generation_config import Rules, make_rules, num_copies, read_config, with_sampling
-from draftsmith.inputs.invariance import shapes_for
+from draftsmith.inputs.invariance.self_test import shapes_for
 from draftsmith.inputs.locks import exclusive, with_parts
 from draftsmith.length.controller import cut, with_length_control
 from draftsmith.length.costs import Stopwatch

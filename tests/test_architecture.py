@@ -33,8 +33,16 @@ them, the hub's client and yaml come with transformers."""
 NOT_IN_SERVERS = ("deepspeed", "wandb", "datasets", "peft", "matplotlib", "numba")
 MAX_FLAT = 9
 """Most modules that lie flat in one package, `__init__.py` not counted."""
-LISTS = {"draftsmith/drafters", "draftsmith/export/families", "trainers", "recipes", "tests/drafters", "tests/trainers"}
-"""Packages that are lists, of families, trainers or recipes, and as long as there are members."""
+LISTS = {
+    "benchmarks",
+    "draftsmith/drafters",
+    "draftsmith/export/families",
+    "trainers",
+    "recipes",
+    "tests/drafters",
+    "tests/trainers",
+}
+"""Packages that are lists, of families, trainers, recipes or benchmarks, and as long as there are members."""
 CORE = ("draftsmith/core", "draftsmith/verify", "draftsmith/decoding.py")
 RESEARCH = ("draftsmith/verify/research", "draftsmith/verify/lossy", "draftsmith/core/fixed_shapes")
 MAX_CORE_LINES = 3_600

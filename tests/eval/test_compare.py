@@ -146,7 +146,7 @@ def test_compare_reads_the_gap_of_differing_rows(
     """One row of transformers gets another token; the gap is that of plain decoding's logits there."""
     target, changed = tiny_target("llama"), 3
 
-    def transformers_with_another_token(target: Target) -> Any:
+    def transformers_with_another_token(target: Target, **_: Any) -> Any:
         def decode(request: DecodingRequest) -> DecodingResult:
             rows = draftsmith_method(target)(request).rows
             if request.prompts[0] == some_prompts(1)[0].ids:

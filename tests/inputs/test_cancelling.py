@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.inputs import cancelling
-from draftsmith.inputs.cancelling import equal_row_counts
+from draftsmith.inputs.invariance.cancelling import equal_row_counts
 
 
 @pytest.fixture

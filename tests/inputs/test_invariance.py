@@ -15,7 +15,7 @@ from draftsmith.core.fixed_shapes.chains import likeliest_chain
 from draftsmith.core.fixed_shapes.forwards import Shapes
 from draftsmith.core.tree import Draft, Tree, Verdict
 from draftsmith.drafters import lookup
-from draftsmith.inputs.invariance import Trial, shapes_for
+from draftsmith.inputs.invariance.self_test import Trial, shapes_for
 from tests.drafters.test_same_text import invariant_target
 from tests.support.family import texts
 from tests.support.models import prompts, tiny_model

@@ -421,7 +421,7 @@ def test_check_numbers_of_weights_that_are_too_large(faulty_folder: Path) -> Non
     save_file({name: torch.full_like(tensor, 1e38) for name, tensor in load_file(weights).items()}, weights)
     status, report = examine(faulty_folder, "medusa", num_prompts=2)
     assert status == 1
-    assert "the drafter's module blocks.0.0 puts out NaN or infinite numbers" in faults(report)["numbers"]
+    assert "the drafter's module outputs.0 puts out NaN or infinite numbers" in faults(report)["numbers"]
 
 
 def test_checks_of_missing_records_are_unknown(faulty_folder: Path) -> None:

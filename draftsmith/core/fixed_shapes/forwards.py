@@ -2,8 +2,8 @@
 
 Kernels are chosen by shape, and each rounds in its own way: matrix products of one or a few rows add in another order
 than those of more, and attention gives other bits for another number of queries or of key slots, masked ones included.
-"Batch-invariant" is the term of inference engines. `draftsmith/inputs/invariance.py` finds which shapes give the same
-bits.
+"Batch-invariant" is the term of inference engines. `draftsmith/inputs/invariance/self_test.py` finds which shapes give
+the same bits.
 
 Shape suffixes: B rows, N nodes of a tree, M nodes of a part of it, D hidden width, V vocabulary.
 """

@@ -16,7 +16,7 @@ from draftsmith.core.cache import KVCache
 from draftsmith.core.fixed_shapes.forwards import MOST_LOGITS, Shapes
 from draftsmith.core.target import Target
 from draftsmith.core.tree import chain
-from draftsmith.inputs.cancelling import equal_row_counts
+from draftsmith.inputs.invariance.cancelling import equal_row_counts
 
 QUERY_MULTIPLES = (1, 4, 8, 16, 32)
 NODE_MULTIPLES = (1, 2, 4, 8, 16, 32)
