@@ -4,7 +4,7 @@
 
 Drafts are the text that plain decoding in the same mode has written: in the mode every token of them is accepted,
 without it nearly every one. The modes take turns on every prompt in one process; the ratio is the median over prompts,
-of wall-clock time and of CPU time, which other work on the machine changes less. docs/invariance.md has the figures.
+of wall-clock time and of CPU time, which other work on the machine changes less. docs/same-text.md has the figures.
 """
 
 import statistics

@@ -103,6 +103,8 @@ def write_pseudo_data(
         manifest["generation_config"] = config
     if settings.verifier == "auto":
         del manifest["verifier"]  # folders made before there was a choice have none
+    if not settings.batch_invariant:
+        del manifest["batch_invariant"]
     if (num_planned := num_turns(prompts)) > len(prompts):
         manifest["num_turns"] = num_planned
     if chat_template_kwargs:

@@ -133,7 +133,8 @@ def generate(
         None if top_k is None else whole_number("top_k", top_k),
     )
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
-    prompts, rows, source = start_rows(target, input_ids, attention_mask, num_copies(config, sampling))
+    is_invariant = target.batch_invariant if batch_invariant is None else batch_invariant
+    prompts, rows = start_rows(target, input_ids, attention_mask, num_copies(config, sampling))
     check_lengths(target, rows, max_new_tokens)
     target.check_batch(len(rows))
     if streamer is not None and len(rows) > 1:
@@ -161,8 +162,8 @@ def generate(
         Text(index=index, ids=row, limit=limit, identity=identity)
         for index, (row, limit, identity) in enumerate(zip(rows, limits, identities, strict=True))
     ]
-    is_invariant = target.batch_invariant if batch_invariant is None else batch_invariant
     shapes = shapes_for(target, len(rows)) if is_invariant else None
+    source = encode_sources(target, prompts, shapes) if target.is_encoder_decoder else None
     length_control = () if isinstance(length, str) else (length,)
     with exclusive(*(with_parts(drafter) if drafter is not None else ()), *length_control):
         controlled = with_length_control(drafter, length) if drafter is not None else None
@@ -192,15 +193,17 @@ def generate_stream(
     verifier: str = "auto",
     length: str | Policy | NodeGain = "auto",
     stats: GenerationStats | None = None,
+    batch_invariant: bool | None = None,
 ) -> Iterator[StreamedText]:
     """Continues any number of prompts, `batch_size` at a time, and yields each text as it ends (continuous batching).
 
     Each prompt is a list, array or tensor of ids without padding. Where a text ends, the next prompt takes its place:
     it is prefilled between two steps, and the other rows wait for that alone. Prompts of an iterator are taken as
     places become free. Every text has its own seed: the entry of `seed`, or one derived from a single `seed` and the
-    prompt's number, so that a text does not depend on those beside it, up to rounding. A drafter that does not follow
-    rows that come and go (`Drafter.change_rows`) starts again with each change. Counts are added to `stats`. Other
-    arguments are those of `generate`. Raises ValueError for invalid settings or prompts.
+    prompt's number, so that a text does not depend on those beside it, up to rounding, and bit for bit with
+    `batch_invariant`. A drafter that does not follow rows that come and go (`Drafter.change_rows`) starts again with
+    each change. Counts are added to `stats`. Other arguments are those of `generate`. Raises ValueError for invalid
+    settings or prompts.
     """
     check_objects(target, drafter, verifier=verifier, length=length)
     if not isinstance(prompts, Iterable) or not isinstance(stats, GenerationStats | None):
@@ -244,16 +247,18 @@ def generate_stream(
             text_of(index, prompt)
     waiting = (text_of(index, prompt) for index, prompt in enumerate(prompts))
     stats = GenerationStats(num_rows=0) if stats is None else stats
+    is_invariant = target.batch_invariant if batch_invariant is None else batch_invariant
+    shapes = shapes_for(target, batch_size) if is_invariant else None
 
     def admit(number: int) -> tuple[list[Text], Source | None]:
         found = list(islice(waiting, number))
         stats.num_rows += len(found)
-        source = encode_sources(target, [ids for _, ids in found]) if found and target.is_encoder_decoder else None
+        ids_of_prompts = [ids for _, ids in found]
+        source = encode_sources(target, ids_of_prompts, shapes) if found and target.is_encoder_decoder else None
         return [text for text, _ in found], source
 
-    return _stream(
-        target, admit, batch_size, max_new_tokens, eos, drafter, length, Rules(sampling=sampling), verifier, stats
-    )
+    rules = Rules(sampling=sampling)
+    return _stream(target, admit, batch_size, max_new_tokens, eos, drafter, length, rules, verifier, stats, shapes)
 
 
 @torch.inference_mode()
@@ -268,6 +273,7 @@ def _stream(
     rules: Rules,
     verifier: str,
     stats: GenerationStats,
+    shapes: Shapes | None,
 ) -> Iterator[StreamedText]:
     texts, source = admit(batch_size)
     if not texts:
@@ -276,7 +282,9 @@ def _stream(
     with exclusive(*(with_parts(drafter) if drafter is not None else ()), *length_control):
         controlled = with_length_control(drafter, length) if drafter is not None else None
         generator = RowGenerators()
-        for text in _decode(target, texts, source, eos, controlled, rules, verifier, generator, stats, admit=admit):
+        for text in _decode(
+            target, texts, source, eos, controlled, rules, verifier, generator, stats, admit=admit, shapes=shapes
+        ):
             start = text.limit - max_new_tokens
             yield StreamedText(
                 index=text.index, prompt_ids=text.ids[:start], new_ids=text.ids[start:], ended=text.ids[-1] in eos
@@ -393,7 +401,7 @@ def _decode(
             rows[:] = [text.ids for text in texts]
             if noise is not None:
                 noise.identities[:] = [text.identity for text in texts]
-            added = target.new_cache(len(new), source=source) if new else None
+            added = target.new_cache(len(new), source=source, shapes=shapes) if new else None
             hidden = _prefill(target, [text.ids for text in new], added, wanted) if added is not None else {}
             target.change_rows(cache, origins, added)
             if history is not None:

@@ -49,10 +49,18 @@ def compare(
     target, too few prompts for a batch, or a folder that contains other files or that another run uses.
     """
     settings.check_prompts(len(prompts))
+    if settings.batch_invariant != target.batch_invariant:
+        raise ValueError(
+            f"batch_invariant is {settings.batch_invariant} in the settings and {target.batch_invariant} in the target;"
+            " set target.batch_invariant alike"
+        )
     with num_threads(settings.threads):
         competing = contenders(target, prompts, artifacts, settings)
         conditions = _conditions(target, prompts, settings)
-        identity = conditions | asdict(settings) | {"artifacts": [fingerprint(path) for path in artifacts]}
+        own_settings = asdict(settings)
+        if not settings.batch_invariant:
+            del own_settings["batch_invariant"]  # comparisons begun before there was a choice go on
+        identity = conditions | own_settings | {"artifacts": [fingerprint(path) for path in artifacts]}
         identity |= {"prompts": [prompt.key for prompt in prompts], "fingerprint": target.fingerprint}
         with claimed(output):
             results = Results(output, identity)
@@ -88,6 +96,7 @@ def _conditions(target: Target, prompts: Sequence[Prompt], settings: BakeoffSett
         "max_new_tokens": settings.max_new_tokens,
         "rounds": settings.rounds,
         "generation_config": described(target, parse_config(settings.generation_config)),
+        **({"batch_invariant": True} if settings.batch_invariant else {}),
     }
 
 
@@ -282,7 +291,7 @@ def _add_first_token_acceptance(
     options["generation_config"] = parse_config(settings.generation_config)
     rates = {
         (one.method.name, temperature): first_token_acceptance(
-            one.drafter, ids, verifier=one.verifier, temperature=temperature, **options
+            one.drafter, ids, verifier=one.used_verifier, temperature=temperature, **options
         )
         for one in competing
         for temperature in sampled

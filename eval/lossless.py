@@ -9,6 +9,9 @@ after the first difference are not compared.
 Sampled identity, with `--verifier coupled`: above temperature 0 too every row equals plain decoding by that verifier
 with the same seed (eval/certificate/sampled_identity.py), in place of the tests below unless `--statistics` is given.
 
+With `--batch-invariant` these two are exact: no difference between draftsmith's texts is a numeric tie, and the bits of
+the logits by which their tokens were chosen must be equal too (eval/certificate/same_text.py), in any dtype.
+
 Sampled distribution: a few prompts are continued many times (eval/certificate/sampled.py). The tokens are tested
 against exact distributions, computed with transformers' own forward and warpers (eval/certificate/reference.py), with
 three groupings (eval/certificate/chi_square.py). By prefix: rows with the same tokens so far are a group, whose next
@@ -296,7 +299,7 @@ def _differences(test: dict[str, Any]) -> list[str]:
     """Returns a line for each numeric tie and each error of a greedy test."""
     found = []
     for difference in (*test.get("ties", ()), *test.get("errors", ())):
-        gap = "one text ends earlier"
+        gap = "other bits of logits" if difference.get("is_of_bits") else "one text ends earlier"
         if difference["gap"] is not None:
             gap = "gap {gap:.2g} ({gap_float64:.2g} in float64), tolerance {tolerance:.2g}".format(**difference)
         found.append(

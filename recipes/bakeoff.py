@@ -6,6 +6,7 @@
     ./launch.sh bakeoff --drafts runs/medusa runs/distill           # existing artifacts only, into runs/bakeoff
     ./launch.sh bakeoff --target T --data prompts.jsonl --drafts runs/mine --num-prompts 64 --max-new-tokens 256
     ./launch.sh bakeoff --drafts runs/medusa --temperatures 0,0.7 --batch-sizes 1,4,16 --verifiers typical
+    ./launch.sh bakeoff --target T --drafts runs/medusa --dtype bfloat16 --batch-invariant   # the same text, to the bit
     ./launch.sh bakeoff --drafts runs/distill --lengths fixed=4,heuristic,expected_gain --confidence-thresholds 0.5
 
 In every round, plain decoding, transformers and all drafters decode the same prompts in turn; speed-ups are medians
@@ -109,6 +110,9 @@ class BakeoffRunSettings:
     {"min_p": 0.1}, or a JSON file. Its temperature and lengths are not read; speed-ups are not predicted with it."""
     confidence_thresholds: str = ""
     """Target-confidence thresholds, separated by commas, each in an extra row; drafting is skipped below them."""
+    batch_invariant: bool = False
+    """Decode batch-invariantly, and sample by the verifier coupled: each drafter's text is then plain decoding's, token
+    for token, in any dtype."""
     seed: int = 0
     """Random seed of the choice of prompts and of sampling."""
     threads: int = 1
@@ -138,6 +142,7 @@ class BakeoffRunSettings:
             assisted=self.assisted,
             rounds=self.rounds,
             max_new_tokens=self.max_new_tokens,
+            batch_invariant=self.batch_invariant,
             seed=self.seed,
             threads=self.threads,
         )
@@ -187,6 +192,7 @@ def main(run: BakeoffRunSettings) -> None:
             artifacts, left_out = _train(line_up, target, target_info, run, now)
             left_out |= lineup.unused_trainers(Path(run.line_up))
         notes = {"left_out": left_out, "data": run.data, "num_conversations": num_conversations}
+        target.batch_invariant = run.batch_invariant
         rows = compare(target, prompts, artifacts, output, settings, notes=notes | {"all_turns": run.all_turns})
     if run.report_to == "wandb":
         to_wandb(rows, output, run.wandb_project)

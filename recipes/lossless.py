@@ -3,6 +3,7 @@
     ./launch.sh lossless --draft runs/medusa                        # pocket target, held-out source, into runs/lossless
     ./launch.sh lossless --target T --data prompts.jsonl --draft runs/mine runs/other --num-rows 8000
     ./launch.sh lossless --draft runs/medusa --verifier coupled      # sampled text equals plain decoding's, by seed
+    ./launch.sh lossless --draft runs/medusa --verifier coupled --batch-invariant --dtypes bfloat16    # to the bit
     ./launch.sh lossless --draft runs/distill --verifier typical    # a lossy verifier: tested, but not certified
 
 eval/lossless.py says what is tested and which biases are detected; `python -m eval.lossless` is the same command. The
@@ -48,6 +49,8 @@ class LosslessSettings:
     """Length of prompts cut from source code or plain text, in tokens."""
     long_prompts: LongPrompts = "auto"
     """Treatment of prompts too long for the target; auto truncates an encoder's input, and raises for others."""
+    batch_invariant: bool = False
+    """Decode batch-invariantly: texts and the bits of their logits must be plain decoding's, also in bfloat16."""
     device: str = "auto"
     """Device of the target."""
 
@@ -82,7 +85,9 @@ def main(run: LosslessSettings, settings: SampledTestSettings, greedy: GreedySet
     )
     greedy.check_prompts(len(prompts))
     certificate = certify(
-        lambda dtype: Target.from_pretrained(run.target, dtype=dtype, device=run.device),
+        lambda dtype: Target.from_pretrained(
+            run.target, dtype=dtype, device=run.device, batch_invariant=run.batch_invariant
+        ),
         [Path(draft) for draft in run.draft],
         prompts,
         settings,

@@ -68,6 +68,8 @@ def main(run: PseudoDataRunSettings, settings: PseudoDataSettings) -> None:
         raise ValueError("--draft has no effect with --server; give one of them")
     if run.server and settings.verifier != "auto":
         raise ValueError(f"--verifier {settings.verifier} has no effect with --server, which samples; omit it")
+    if run.server and settings.batch_invariant:
+        raise ValueError("--batch-invariant has no effect with --server, which decodes in its own way; omit it")
     check_replaceable(Path(run.output), marker=MARKER)
     target_info = read_target_info(run.target)
     if run.server and target_info.is_encoder_decoder:

@@ -39,7 +39,10 @@ class PseudoDataSettings:
     seed: int = 0
     """Seed from which each batch's own seed is derived."""
     verifier: Literal["auto", "coupled"] = "auto"
-    """With coupled the sampled text of a prompt depends on `seed` and the prompt alone, not on drafter or batches."""
+    """With coupled the sampled text of a prompt depends on `seed` and the prompt alone, not on drafter or batches, up
+    to rounding."""
+    batch_invariant: bool = False
+    """Decode batch-invariantly: the text depends on drafter and batches not even by rounding, in any dtype."""
 
     def __post_init__(self) -> None:
         try:
@@ -175,6 +178,7 @@ class LocalWriter:
                 top_k=settings.top_k,
                 seed=[seed for batch in batches for seed in _row_seeds(batch, settings)],
                 verifier=settings.verifier,
+                batch_invariant=settings.batch_invariant or None,
             ):
                 batch, row = rows[text.index]
                 found[batch.index, row] = Completion(ids=text.new_ids, ended=text.ended)
@@ -197,6 +201,7 @@ class LocalWriter:
                 generation_config=parse_config(settings.generation_config),
                 seed=_row_seeds(batch, settings) if settings.verifier == "coupled" else batch.seed,
                 verifier=settings.verifier,
+                batch_invariant=settings.batch_invariant or None,
             )
             starts = [1 if self.target.is_encoder_decoder else len(prompt.ids) for prompt in batch.prompts]
             found = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)

@@ -71,15 +71,21 @@ class Source:
         """Returns the source whose row i is row `origins[i]` of this one, or for None the next row of `added`."""
         sources = [self] if added is None else [self, added]
         longest = max(source.tokens_BT.shape[1] for source in sources)
+        sources = [source.padded(longest) for source in sources]
         new = iter(range(len(self.tokens_BT), len(self.tokens_BT) + origins.count(None)))
         rows = [next(new) if origin is None else origin for origin in origins]
-        padded = []
-        for source in sources:
-            pad = (0, longest - source.tokens_BT.shape[1])
-            encoded_BTD = nn.functional.pad(source.encoded_BTD, (0, 0, *pad))
-            padded.append([nn.functional.pad(ids, pad) for ids in (source.tokens_BT, source.mask_BT)] + [encoded_BTD])
-        tokens_BT, mask_BT, encoded_BTD = (torch.cat(parts)[rows] for parts in zip(*padded, strict=True))
+        parts = [(source.tokens_BT, source.mask_BT, source.encoded_BTD) for source in sources]
+        tokens_BT, mask_BT, encoded_BTD = (torch.cat(part)[rows] for part in zip(*parts, strict=True))
         return Source(tokens_BT=tokens_BT, mask_BT=mask_BT, encoded_BTD=encoded_BTD)
+
+    def padded(self, length: int) -> "Source":
+        """Returns the source padded on the right to this length."""
+        if (missing := length - self.tokens_BT.shape[1]) == 0:
+            return self
+        tokens_BT, mask_BT = (nn.functional.pad(ids_BT, (0, missing)) for ids_BT in (self.tokens_BT, self.mask_BT))
+        return Source(
+            tokens_BT=tokens_BT, mask_BT=mask_BT, encoded_BTD=nn.functional.pad(self.encoded_BTD, (0, 0, 0, missing))
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,11 +3,13 @@
 Shape suffixes: B rows, T positions.
 """
 
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from draftsmith.core.fixed_shapes.forwards import Shapes
 from draftsmith.core.target import Source, Target
 from draftsmith.inputs.arguments import prompt_rows, token_ids
 from draftsmith.loading.model_info import TargetInfo
@@ -15,17 +17,17 @@ from draftsmith.loading.model_info import TargetInfo
 
 def start_rows(
     target: Target, input_ids: Any, attention_mask: Any, num_copies: int = 1
-) -> tuple[list[list[int]], list[list[int]], Source | None]:
-    """Returns (prompts, rows to continue, source): each prompt's ids without padding, `num_copies` times.
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Returns (prompts, rows to continue): each prompt's ids without padding, `num_copies` times.
 
-    The rows of an encoder-decoder are its decoder start ids, and the source is encoded.
+    The rows of an encoder-decoder are its decoder start ids.
     """
     found = check_prompts(target, input_ids, attention_mask)
     prompts = [prompt for prompt in found for _ in range(num_copies)]
     if not target.is_encoder_decoder:
-        return prompts, [list(prompt) for prompt in prompts], None
+        return prompts, [list(prompt) for prompt in prompts]
     start = start_token(target)
-    return prompts, [[start] for _ in prompts], encode_sources(target, prompts)
+    return prompts, [[start] for _ in prompts]
 
 
 def check_prompts(target: Target, input_ids: Any, attention_mask: Any = None, *, first: int = 0) -> list[list[int]]:
@@ -54,8 +56,16 @@ def start_token(target: Target) -> int:
     return start
 
 
-def encode_sources(target: Target, prompts: list[list[int]]) -> Source:
-    """Returns the encoded sources of an encoder-decoder."""
+def encode_sources(target: Target, prompts: list[list[int]], shapes: Shapes | None = None) -> Source:
+    """Returns the encoded sources of an encoder-decoder.
+
+    For batch-invariant decoding, in `shapes`, each is encoded alone, and padded as the keys of a text are.
+    """
+    if shapes is not None:
+        alone = [encode_sources(target, [prompt]) for prompt in prompts]
+        numbers = range(len(prompts))
+        joined = reduce(lambda one, other: one.change_rows([*numbers[: len(one.tokens_BT)], None], other), alone)
+        return joined.padded(shapes.num_slots(joined.tokens_BT.shape[1]))
     device, longest = target.device, max(map(len, prompts))
     tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)

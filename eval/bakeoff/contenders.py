@@ -33,6 +33,8 @@ class Contender:
     """Family of its drafter, None without a drafter."""
     drafter: Any = None
     verifier: str = "auto"
+    default_verifier: str = "auto"
+    """What `verifier` "auto" stands for: "coupled" in batch-invariant comparisons."""
     length: str = "auto"
     confidence_threshold: float | None = None
     """Threshold on the target's confidence below which drafting is skipped; None without one."""
@@ -50,6 +52,11 @@ class Contender:
     def reference(self) -> str:
         """Returns the name of the method that it is compared with."""
         return self.method.reference or PLAIN
+
+    @property
+    def used_verifier(self) -> str:
+        """Returns the verifier that it decodes with."""
+        return self.default_verifier if self.verifier == "auto" else self.verifier
 
     def competes_at(self, temperature: float, batch_size: int) -> bool:
         """Returns False for batches beyond its largest, and for other verifiers at temperature 0, where all agree."""
@@ -71,8 +78,10 @@ def contenders(
     Raises ValueError for an artifact that does not fit the target, or for two artifacts of the same name.
     """
     config = parse_config(settings.generation_config)
+    default = COUPLED if settings.batch_invariant else "auto"
+    plain = DecodingMethod(name=PLAIN, decode=draftsmith_method(target, verifier=default, config=config))
     found = [
-        Contender(method=DecodingMethod(name=PLAIN, decode=draftsmith_method(target, config=config))),
+        Contender(method=plain, default_verifier=default),
         Contender(method=DecodingMethod(name=TRANSFORMERS, decode=transformers_method(target, config=config))),
         *_coupled_baseline(target, PLAIN, settings),
     ]
@@ -86,6 +95,7 @@ def contenders(
         columns: dict[str, Any] = {
             "family": manifest["family"],
             "drafter": drafter,
+            "default_verifier": default,
             "is_fine_tuned": drafter.target is not target,
             "num_parameters": sum(parameter.numel() for parameter in parameters),
             "artifact_mb": sum(file.stat().st_size for file in own_files(path)) / 1e6,
@@ -95,10 +105,11 @@ def contenders(
         if columns["is_fine_tuned"]:
             # The fine-tuned target writes other text than the original one, so it needs its own baseline.
             reference = f"{name} ({PLAIN})"
-            decode = draftsmith_method(drafter.target, config=config)
-            found.append(Contender(method=DecodingMethod(name=reference, decode=decode), is_fine_tuned=True))
+            decode = draftsmith_method(drafter.target, verifier=default, config=config)
+            alone = DecodingMethod(name=reference, decode=decode)
+            found.append(Contender(method=alone, default_verifier=default, is_fine_tuned=True))
             found += _coupled_baseline(drafter.target, reference, settings, is_fine_tuned=True)
-        decode = draftsmith_method(drafter.target, drafter, config=config)
+        decode = draftsmith_method(drafter.target, drafter, verifier=default, config=config)
         method = DecodingMethod(name=name, decode=decode, reference=reference, drafter=drafter)
         found.append(Contender(method=method, **columns))
         assistant = assistant_of(drafter) if settings.assisted else None
@@ -132,7 +143,8 @@ def _ablations(
     """Yields the drafter of `own` with each other verifier, draft-length policy and confidence threshold."""
 
     def changed(label: str, **options: Any) -> DecodingMethod:
-        options = {"drafter": drafter, "config": parse_config(settings.generation_config)} | options
+        given = {"verifier": columns["default_verifier"], "config": parse_config(settings.generation_config)}
+        options = {"drafter": drafter} | given | options
         return replace(own, name=f"{own.name} ({label})", decode=draftsmith_method(drafter.target, **options))
 
     for verifier in settings.verifiers:

@@ -48,7 +48,7 @@ def row_of(
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
     total = sum_tallies(tallies)
     gap = total.largest_gap if temperature == 0 else None
-    is_compared = temperature == 0 or contender.verifier == COUPLED
+    is_compared = temperature == 0 or contender.used_verifier == COUPLED
 
     def per_step(name: str) -> float | None:
         """Returns the median milliseconds per step and row, None for methods that count no steps."""

@@ -32,6 +32,9 @@ class BakeoffSettings:
     generation_config: str = ""
     """'model' applies the target's own generation config in every row, such as its repetition penalty; or JSON such as
     {"min_p": 0.1}, or a JSON file. Its temperature and lengths are not read: they are settings of their own."""
+    batch_invariant: bool = False
+    """Decode batch-invariantly, and sample by the verifier coupled: every drafter's text is plain decoding's. The
+    target must have been made so."""
     seed: int = 0
     """Random seed of sampling."""
     threads: int = 1

@@ -12,10 +12,18 @@ from data.prompts import Prompt
 from draftsmith import Target
 from eval.bakeoff.measure import DecodingRequest, DecodingResult, draftsmith_method, transformers_method
 from eval.certificate.reference import reference_logits, rounding_error
+from eval.certificate.same_text import BitsRecorder, first_difference
 
 KIND = "greedy identity"
 PLAIN, TRANSFORMERS = "plain decoding", "transformers"
 PASSED, FAILED = "passed", "failed"
+OTHER_BITS = {
+    "is_tie": False,
+    "is_of_bits": True,
+    "num_not_compared": 0,
+    **dict.fromkeys(("gap", "gap_float64", "tolerance")),
+}
+"""A difference of the bits of logits where the tokens are the same."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -66,8 +74,11 @@ def compare_greedy(
     references' names.
     """
     plain, transformers = PLAIN + fine_tuned_by, TRANSFORMERS + fine_tuned_by
-    decoders = {plain: draftsmith_method(target), transformers: transformers_method(target)}
-    decoders |= {name: draftsmith_method(target, drafter, verifier=verifier) for name, drafter in drafters.items()}
+    used: dict[str, Any] = {plain: None, **drafters}
+    recorders = {name: BitsRecorder(target, one) for name, one in used.items()} if target.batch_invariant else {}
+    used |= recorders
+    decoders = {plain: draftsmith_method(target, used[plain]), transformers: transformers_method(target)}
+    decoders |= {name: draftsmith_method(target, used[name], verifier=verifier) for name in drafters}
 
     def explain_row(request: DecodingRequest, row: int, found: list[int], expected: list[int]) -> dict[str, Any]:
         prompt, tolerance = request.prompts[row], settings.tie_tolerance
@@ -85,6 +96,7 @@ def compare_greedy(
             "verifier": "greedy" if verifier == "auto" else verifier,
             "dtype": str(target.dtype).removeprefix("torch."),
         },
+        recorders=recorders,
         on_progress=on_progress,
     )
 
@@ -97,13 +109,15 @@ def compare_texts(
     explain_row: Callable[[DecodingRequest, int, list[int], list[int]], dict[str, Any]],
     *,
     conditions: dict[str, Any],
+    recorders: Mapping[str, BitsRecorder],
     on_progress: Callable[[int], Any],
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Returns a test for each batch size and each of `pairs` of decoders, whose texts must be equal.
 
-    `explain_row` gets a request, a row of it, and that row's two texts where they differ.
+    `explain_row` gets a request, a row of it, and that row's two texts where they differ. Between two decoders that
+    have `recorders`, no difference is a numeric tie, and the bits of the tokens' logits must be equal too.
     """
     rows = [prompt.ids for prompt in prompts]
     if len(set(map(len, rows))) == 1:
@@ -112,6 +126,7 @@ def compare_texts(
     tests = []
     for batch_size in settings.batch_sizes:
         texts: dict[str, list[list[int]]] = {name: [] for name in decoders}
+        hashes: dict[str, list[list[str]]] = {name: [] for name in recorders}
         requests = [
             DecodingRequest(
                 prompts=rows[begin : begin + batch_size],
@@ -124,6 +139,8 @@ def compare_texts(
         for request in requests:
             for name, decode in decoders.items():
                 texts[name] += decode(request).rows
+                if name in recorders:
+                    hashes[name] += recorders[name].hashes
                 on_progress(len(request.prompts) * settings.max_new_tokens)
         for name, reference in pairs:
             differences: list[dict[str, Any]] = [
@@ -132,6 +149,14 @@ def compare_texts(
                 for number, (ours, theirs) in enumerate(zip(texts[name], texts[reference], strict=True))
                 if ours != theirs
             ]
+            if name in recorders and reference in recorders:
+                differences = [difference | {"is_tie": False} for difference in differences] + [
+                    {"prompt": prompts[number].key, "num_prompt_tokens": len(rows[number])}
+                    | {"position": position, "tokens": [texts[name][number][position]] * 2, **OTHER_BITS}
+                    for number, pair in enumerate(zip(hashes[name], hashes[reference], strict=True))
+                    if texts[name][number] == texts[reference][number]
+                    and (position := first_difference(*pair)) is not None
+                ]
             ties = [difference for difference in differences if difference["is_tie"]]
             errors = [difference for difference in differences if not difference["is_tie"]]
             num_not_compared = sum(difference["num_not_compared"] for difference in differences)

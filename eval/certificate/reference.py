@@ -22,16 +22,16 @@ FORWARD_ROWS = 16
 
 def reference_logits(target: Target, prompt: list[int], texts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """Yields for each text the logits [T + 1, V] in float64: after `prompt`, and after each of the text's T tokens."""
-    _, rows, source = start_rows(target, torch.tensor([prompt], device=target.device), None)
+    prompts_1T = torch.tensor([prompt], device=target.device)
+    _, rows = start_rows(target, prompts_1T, None)
     for begin in range(0, len(texts), FORWARD_ROWS):
         part = texts[begin : begin + FORWARD_ROWS]
         longest = max(map(len, part))
         # Padding after a shorter text does not change the logits before it.
         padded = [[*rows[0], *text, *[0] * (longest - len(text))] for text in part]
         inputs: dict[str, Any] = {"input_ids": torch.tensor(padded, device=target.device)}
-        if source is not None:
-            prompts_GT = source.tokens_BT.expand(len(part), -1)
-            inputs = {"input_ids": prompts_GT, "decoder_input_ids": inputs["input_ids"]}
+        if target.is_encoder_decoder:
+            inputs = {"input_ids": prompts_1T.expand(len(part), -1), "decoder_input_ids": inputs["input_ids"]}
         with torch.inference_mode():
             logits_GTV = target.model(**inputs, use_cache=False).logits[:, len(rows[0]) - 1 :]
         for text, logits_TV in zip(part, logits_GTV, strict=True):

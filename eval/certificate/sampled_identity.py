@@ -17,6 +17,7 @@ from draftsmith.verify.research.position_noise import exponentials
 from eval.bakeoff.measure import DecodingRequest, DecodingResult, pad
 from eval.certificate.identity import PLAIN, GreedySettings, compare_texts
 from eval.certificate.reference import reference_logits, reference_probs, rounding_error
+from eval.certificate.same_text import BitsRecorder
 
 KIND, COUPLED = "sampled identity", "coupled"
 LEAST_PROBABILITY = 1e-30
@@ -40,7 +41,9 @@ def compare_sampled(
     Arguments are those of `compare_greedy`; row r of the batch that begins at prompt b is sampled under `seed` + b.
     """
     plain = PLAIN + fine_tuned_by
-    decoders = {name: partial(_decode, target, used, sampling) for name, used in {plain: None, **drafters}.items()}
+    used = {plain: None, **drafters}
+    recorders = {name: BitsRecorder(target, one) for name, one in used.items()} if target.batch_invariant else {}
+    decoders = {name: partial(_decode, target, recorders.get(name, one), sampling) for name, one in used.items()}
     explain = partial(explain_sampled, target, sampling, exact=exact, tie_tolerance=settings.tie_tolerance)
     return compare_texts(
         decoders,
@@ -56,6 +59,7 @@ def compare_sampled(
             **asdict(sampling),
             "seed": seed,
         },
+        recorders=recorders,
         on_progress=on_progress,
         temperature=sampling.temperature,
         seed=seed,

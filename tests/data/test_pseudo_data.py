@@ -160,6 +160,19 @@ def test_drafter_does_not_change_greedy_text(target, tmp_path):
     assert sampled == found != {row["key"]: row["ids"] for row in rows_of(tmp_path / "plain")}
 
 
+def test_batch_invariant_text_is_the_same_in_other_batches(target, tmp_path):
+    prompts = some_prompts(tmp_path, 4)
+    settings = replace(SMALL, batch_invariant=True)
+    write_pseudo_data(target, prompts, tmp_path / "first", settings)
+    write_pseudo_data(target, prompts, tmp_path / "second", replace(settings, batch_size=3))
+    first, second = (
+        {row["key"]: row["ids"] for row in read_pseudo_data(tmp_path / name).table.to_pylist()}
+        for name in ("first", "second")
+    )
+    assert first == second
+    assert json.loads((tmp_path / "first" / MARKER).read_text())["batch_invariant"] is True
+
+
 # --- Encoder-decoders --------------------------------------------------------------------------------------------
 
 

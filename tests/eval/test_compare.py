@@ -121,6 +121,21 @@ def test_compare_first_token_acceptance_and_bound(tmp_path: Path) -> None:
     assert f"{other['first_accepted']:.2f}, {other['first_optimum']:.2f}" in text and "- first token, bound:" in text
 
 
+def test_compare_batch_invariant_output_is_identical(tmp_path: Path) -> None:
+    """In bfloat16, sampled too: by the verifier coupled, plain decoding included."""
+    target, family = Target(tiny_model("llama").to(torch.bfloat16)), find("lookup")
+    draftsmith.save(family.Drafter(family.Config(), target), tmp_path / "lookup", target=target)
+    settings = BakeoffSettings(rounds=1, max_new_tokens=12, batch_sizes=(2,), forecast_sizes=(), batch_invariant=True)
+    with pytest.raises(ValueError, match="True in the settings and False in the target"):
+        compare(target, some_prompts(2), [tmp_path / "lookup"], tmp_path / "out", settings)
+    target.batch_invariant = True
+    rows = compare(target, some_prompts(2), [tmp_path / "lookup"], tmp_path / "out", settings)
+    found = {(row["drafter"], row["temperature"]): row for row in rows}
+    assert all(found[name, temperature]["identical"] for name in ("plain", "lookup") for temperature in (0, 1))
+    assert found["transformers", 1]["identical"] is None
+    assert "; decoded batch-invariantly;" in (tmp_path / "out" / "bakeoff.md").read_text()
+
+
 def test_compare_transformers_assisted_generation(tmp_path: Path) -> None:
     """It stands in the table of batch 1 with the same draft LM, with the same greedy output."""
     target, family = tiny_target("llama"), find("lm")

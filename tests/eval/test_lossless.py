@@ -21,6 +21,7 @@ import draftsmith
 from data.prompts import Prompt
 from draftsmith import Target, verify
 from draftsmith.artifacts.families import find
+from draftsmith.core.fixed_shapes.forwards import Shapes
 from draftsmith.core.sampling import Sampling, draw
 from draftsmith.core.tree import Draft, Verdict
 from draftsmith.drafters import lm, lookup, medusa, medusa2
@@ -263,6 +264,24 @@ def test_certify_coupled_detects_noise_in_the_order_of_calls(
     (test,) = (test for test in result["tests"] if test["kind"] == "sampled identity")
     assert test["verdict"] == "failed"
     assert any("ERROR" in line and "gap" in line for line in lines(result, "terminal"))
+
+
+@pytest.mark.parametrize("is_padded", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_certify_compares_bits_of_batch_invariant_text(
+    artifacts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, is_padded: bool
+) -> None:
+    if not is_padded:
+        monkeypatch.setattr("draftsmith.decoding.shapes_for", lambda *_: Shapes())
+    model, settings = distribution_target().model, GreedySettings(dtypes=("float32",), batch_sizes=(3,))
+    result = certify(
+        lambda dtype: Target(copy.deepcopy(model).to(getattr(torch, dtype)), batch_invariant=True),
+        [artifacts["lookup"]],
+        some_prompts(),
+        replace(STRICT, verifier="coupled"),
+        settings,
+    )
+    assert result["verdict"] == (LOSSLESS if is_padded else NOT_LOSSLESS)
+    assert is_padded or any("other bits of logits" in line for line in lines(result, "terminal"))
 
 
 def test_certify_lossy_verifier_gets_no_certificate(artifacts: dict[str, Path]) -> None:

@@ -1,6 +1,6 @@
 """Tests of batch-invariant decoding: its shapes, and the same bits with a drafter and beside other rows.
 
-tests/drafters/test_same_text.py compares the text of every family.
+tests.drafters.test_batch_invariant.py compares the text of every family.
 """
 
 from dataclasses import replace
@@ -16,9 +16,9 @@ from draftsmith.core.fixed_shapes.forwards import Shapes
 from draftsmith.core.tree import Draft, Tree, Verdict
 from draftsmith.drafters import lookup
 from draftsmith.inputs.invariance.self_test import Trial, shapes_for
-from tests.drafters.test_same_text import invariant_target
+from tests.drafters.test_batch_invariant import invariant_target
 from tests.support.family import texts
-from tests.support.models import prompts, tiny_model
+from tests.support.models import CAUSAL, SEQ2SEQ, prompts, tiny_model
 
 NUM_NEW = 24
 
@@ -47,6 +47,33 @@ def test_text_of_a_row_does_not_depend_on_the_batch() -> None:
     rows = prompts(3)
     together = draftsmith.generate(target, rows, max_new_tokens=NUM_NEW)
     assert texts(together) == [texts(draftsmith.generate(target, [row], max_new_tokens=NUM_NEW))[0] for row in rows]
+
+
+def check_stream(target: Target, drafter: Any) -> None:
+    """Asserts that in a stream each text is what it is alone, by greedy decoding and by the verifier coupled."""
+    rows, seeds = prompts(5), [3, 4, 5, 6, 7]
+    for settings in ({}, {"temperature": 1.0, "verifier": "coupled", "seed": seeds}):
+        given = {"max_new_tokens": NUM_NEW} | settings
+        found = {text.index: text for text in draftsmith.generate_stream(target, rows, drafter, batch_size=2, **given)}
+        for index, row in enumerate(rows):
+            alone = draftsmith.generate(target, [row], **given | ({"seed": seeds[index]} if settings else {}))
+            assert found[index].prompt_ids + found[index].new_ids == texts(alone)[0], index
+
+
+def test_stream_gives_each_text_that_it_has_alone() -> None:
+    target = invariant_target("llama", torch.float32)
+    check_stream(target, lookup.Drafter(lookup.Config(), target))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("architecture", [*CAUSAL, *SEQ2SEQ])
+def test_stream_gives_each_text_that_it_has_alone_everywhere(
+    architecture: str, dtype: torch.dtype, drafts: bool
+) -> None:
+    target = invariant_target(architecture, dtype)
+    check_stream(target, lookup.Drafter(lookup.Config(), target) if drafts else None)
 
 
 def test_trial_fails_without_padding() -> None:
