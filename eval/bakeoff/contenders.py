@@ -143,7 +143,8 @@ def _ablations(
     """Yields the drafter of `own` with each other verifier, draft-length policy and confidence threshold."""
 
     def changed(label: str, **options: Any) -> DecodingMethod:
-        given = {"verifier": columns["default_verifier"], "config": parse_config(settings.generation_config)}
+        default = COUPLED if settings.batch_invariant else "auto"
+        given = {"verifier": default, "config": parse_config(settings.generation_config)}
         options = {"drafter": drafter} | given | options
         return replace(own, name=f"{own.name} ({label})", decode=draftsmith_method(drafter.target, **options))
 

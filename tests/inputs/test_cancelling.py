@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from draftsmith.inputs import cancelling
+from draftsmith.inputs.invariance import cancelling
 from draftsmith.inputs.invariance.cancelling import equal_row_counts
 
 
