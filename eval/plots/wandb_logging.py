@@ -21,6 +21,7 @@ def to_wandb(rows: Sequence[dict[str, Any]], output: Path, project: str) -> None
             f"{row['drafter']}/{metric}_t{row['temperature']:g}_b{row['batch_size']}": row[metric]
             for row in rows
             for metric in METRICS
+            if row[metric] is not None
         }
         logged["bakeoff"] = wandb.Table(columns=columns, data=[[_cell(row[name]) for name in columns] for row in rows])
         # A name of its own: bakeoff.png is logged beside the table "bakeoff".

@@ -231,7 +231,7 @@ def _cells(row: Row, max_depths: int) -> list[str]:
     speedup = f"{row['speedup']:.2f}x" + " slower" * is_slower(row["speedup"])
     return [
         _name(row),
-        f"{row['tau']:.2f}",
+        _number(row["tau"], 2),
         f"{row['tokens_per_s']:,.0f}",
         speedup,
         f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}",

@@ -278,7 +278,7 @@ def test_open_names_a_damaged_manifest(target, rows, tmp_path, changes, message)
         ("offsets", lambda offsets: -offsets, "offsets are no numbers that ascend from 0"),
         ("offsets", lambda offsets: offsets[:3].clone(), r"tokens has I32 .*, expected I32 \["),
     ],
-    ids=str,
+    ids=["missing", "dtype", "width", "descending", "short"],
 )
 def test_open_names_a_shard_whose_tensors_do_not_fit(target, rows, tmp_path, name, change, message):
     file = write(target, rows, tmp_path / "store") / "shard-00000.safetensors"

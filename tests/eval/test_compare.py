@@ -150,6 +150,7 @@ def test_compare_transformers_assisted_generation(tmp_path: Path) -> None:
         found = [row for row in rows if row["batch_size"] == size and row["drafter"].startswith("transformers:")]
         assert sorted({row["drafter"] for row in found}) == expected
         assert all(row["identical"] for row in found if row["temperature"] == 0)
+        assert all(row["tau"] is None for row in found), "transformers does not tell its forwards"
     text = (tmp_path / "out" / "bakeoff.md").read_text()
     assert "x (y); transformers' assisted generation at batch 2 (it takes one prompt at a time)" in text
 
