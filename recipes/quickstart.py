@@ -10,6 +10,7 @@ and quickstart-plain.yaml for others. The same command continues an interrupted 
 """
 
 import dataclasses
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ NEXT = """
 The report is {output}/bakeoff.html, the plot bakeoff.png, and the table bakeoff.md, .csv and .json. Next steps:
 
   # generate text and mark the drafted tokens that are accepted
-  {draftsmith} generate --draft {drafter} --show-drafts 'def main('
+  {draftsmith} generate --target {target} --draft {drafter} --show-drafts 'def main('
   # show the drafter's manifest
   {draftsmith} inspect {drafter}
   # sampled text, batches and further drafters: ./launch.sh bakeoff --help
@@ -232,7 +233,8 @@ def _run(
     clock.stop("comparison")
     print("\n".join(["", header(rows, "terminal"), *table(rows, "terminal")]))
     best = max((row for row in rows if row["family"] is not None), key=lambda row: row["speedup"])
-    print(NEXT.format(output=output, drafter=output / best["drafter"], draftsmith=command_path()))
+    names = {"target": shlex.quote(run.target), "drafter": shlex.quote(str(output / best["drafter"]))}
+    print(NEXT.format(output=output, draftsmith=command_path(), **names))
     print(f"Seconds, and processor seconds in brackets: {clock}")
 
 

@@ -1,6 +1,7 @@
 """Tests of the quickstart: text, drafters, table and plot from one command, and nothing trained twice."""
 
 import json
+import shlex
 from datetime import datetime
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import yaml
 
 from data import POCKET
+from draftsmith import cli
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.loading.cache_folder import HOME
 from draftsmith.loading.model_info import read_target_info
@@ -63,6 +65,10 @@ def test_quickstart_and_its_continuation(tiny: QuickstartSettings, capsys: pytes
     assert all(row["identical"] for row in rows if row["temperature"] == 0)
     assert "temperature 1, batch 8" in text
     assert f"The report is {output}/bakeoff.html" in text
+    # The command that is printed runs as it stands.
+    (line,) = [line for line in text.splitlines() if " generate --target " in line]
+    words = shlex.split(line)
+    cli.main([*words[1:], "--max-new-tokens", "4"])
     assert read_manifest(output / "lookup")["config"]["num_draft"] == 5
     made = {name: (output / name / "draft_config.json").read_bytes() for name in PLAIN}
 
