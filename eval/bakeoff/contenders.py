@@ -41,6 +41,8 @@ class Contender:
     is_fine_tuned: bool = False
     """True if it decodes with a target that its drafter fine-tuned."""
     is_lossless: bool = True
+    counts_forwards: bool = True
+    """False if it drafts inside transformers, which does not tell how often it runs the target."""
     max_batch_size: int | None = None
     """Largest batch that the method decodes, None for any; transformers drafts for one row at a time."""
     num_parameters: int = 0
@@ -87,7 +89,9 @@ def contenders(
     ]
     if settings.assisted and not target.is_encoder_decoder:
         decode = transformers_method(target, prompt_lookup=LOOKUP_TOKENS, config=config)
-        found.append(Contender(method=DecodingMethod(name=PROMPT_LOOKUP, decode=decode), max_batch_size=1))
+        found.append(
+            Contender(method=DecodingMethod(name=PROMPT_LOOKUP, decode=decode), max_batch_size=1, counts_forwards=False)
+        )
     for name, path in zip(_names(artifacts), artifacts, strict=True):
         manifest = read_manifest(path)
         drafter = draftsmith.load(path, target)
@@ -116,7 +120,7 @@ def contenders(
         if assistant is not None:
             decode = transformers_method(target, assistant, config=config)
             assisted = DecodingMethod(name=f"{TRANSFORMERS}: {name}", decode=decode)
-            found.append(Contender(method=assisted, max_batch_size=1))
+            found.append(Contender(method=assisted, max_batch_size=1, counts_forwards=False))
         for ablation in _ablations(method, drafter, columns, settings):
             try:
                 warm_up(ablation.method, [prompts[0].ids], temperature=1.0)

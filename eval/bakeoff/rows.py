@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.bakeoff.contenders import COUPLED, TRANSFORMERS, Contender
+from eval.bakeoff.contenders import COUPLED, Contender
 from eval.bakeoff.measure import Tally, largest, merge_forwards, sum_counts
 
 
@@ -47,8 +47,6 @@ def row_of(
     ratios = [speed / (base.tokens / base.seconds) for speed, base in zip(speeds, baselines, strict=True)]
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
     total = sum_tallies(tallies)
-    # transformers does not tell how often it ran the target while it drafted.
-    is_assisted = contender.method.name.startswith(f"{TRANSFORMERS}: ")
     gap = total.largest_gap if temperature == 0 else None
     is_compared = temperature == 0 or contender.used_verifier == COUPLED
 
@@ -60,7 +58,7 @@ def row_of(
         "drafter": contender.method.name,
         "temperature": temperature,
         "batch_size": batch_size,
-        "tau": total.tokens / total.steps if total.steps else None if is_assisted else 1.0,
+        "tau": total.tokens / total.steps if total.steps else 1.0 if contender.counts_forwards else None,
         "tokens_per_s": float(np.median(speeds)),
         "speedup": middle,
         "speedup_low": low,
