@@ -119,7 +119,8 @@ def test_likeliest_chain_follows_first_children() -> None:
         tokens_BN=torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24]]),
         tree=Tree.from_parents([[-1, 0, 0, 1, 1]]),
         num_nodes=[5, 3],
-        draft_probs_BNV=torch.arange(10.0).view(2, 5, 1),
+        # Nodes behind the last one with children have no distribution.
+        draft_probs_BNV=torch.arange(4.0).view(2, 2, 1),
         sampling_scheme="without_replacement",
     )
     found = likeliest_chain(draft)
@@ -127,7 +128,7 @@ def test_likeliest_chain_follows_first_children() -> None:
     assert found.num_nodes == [3, 2] and found.tree.is_chain
     assert found.sampling_scheme == "independent"
     assert found.draft_probs_BNV is not None
-    assert found.draft_probs_BNV[..., 0].tolist() == [[0, 1, 3], [5, 6, 6]]
+    assert found.draft_probs_BNV[..., 0].tolist() == [[0, 1], [2, 3]]
 
 
 def test_shapes_pad_nodes() -> None:

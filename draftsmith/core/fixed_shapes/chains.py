@@ -31,7 +31,9 @@ def likeliest_chain(draft: Draft) -> Draft:
     probs_BNV, scheme = draft.draft_probs_BNV, draft.sampling_scheme
     chosen_BMV = None
     if probs_BNV is not None and scheme in ("independent", "without_replacement"):
-        chosen_BMV = probs_BNV[torch.arange(num_rows, device=device)[:, None], index_BM]
+        # Nodes behind the last one with children have no distribution; a chain's last node needs none.
+        drawn_from_BM = index_BM[:, :-1].clamp(max=probs_BNV.shape[1] - 1)
+        chosen_BMV = probs_BNV[torch.arange(num_rows, device=device)[:, None], drawn_from_BM]
     return Draft(
         tokens_BN=draft.tokens_BN.gather(1, index_BM),
         tree=chain(longest, device),
