@@ -21,9 +21,12 @@ MOST_PADDED = 32
 """Matrices that need more rows than this have no bits of their own."""
 LARGE_MATRIX, ROWS_OF_LARGE = 2**24, 65
 """Matrices with this many entries, usually LM heads, are tried with fewer rows."""
+MOST_RANDOM, ENTRIES_OF_RANDOM = 16, 2**18
+"""Small matrices, whose short sums hide some orders, are also tried with random weights: this many, and entries."""
 SCALE = 16.0
 
-Product = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
+"""Maps weights [O, I] and rows [M, I] to [M, O]."""
 
 
 @torch.inference_mode()
@@ -34,14 +37,23 @@ def equal_row_counts(model: nn.Module) -> tuple[int, int] | None:
     """
     fewest, most = 1, MOST[0]
     for product, weight_OI, is_of_expert in _products(model):
-        counts = _row_counts(product, _cancelling_rows(weight_OI))
-        if counts is None or (is_of_expert and counts[0] > 1):
-            return None
-        fewest, most = max(fewest, counts[0]), min(most, counts[1])
+        for weights_OI in (weight_OI, *_random_like(weight_OI)):
+            counts = _row_counts(partial(product, weights_OI), _cancelling_rows(weights_OI))
+            if counts is None or (is_of_expert and counts[0] > 1):
+                return None
+            fewest, most = max(fewest, counts[0]), min(most, counts[1])
     return (fewest, most) if fewest <= most else None
 
 
-def _row_counts(product: Product, rows_MI: Tensor) -> tuple[int, int] | None:
+def _random_like(weight_OI: Tensor) -> Iterator[Tensor]:
+    """Yields random weights of the same shape, strides and dtype, if the matrix is small."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(min(MOST_RANDOM, ENTRIES_OF_RANDOM // weight_OI.numel())):
+        # A copy keeps the strides, on which the choice of the kernel depends.
+        yield torch.empty_like(weight_OI).copy_(torch.randn(weight_OI.shape, generator=generator))
+
+
+def _row_counts(product: Callable[[Tensor], Tensor], rows_MI: Tensor) -> tuple[int, int] | None:
     for most in MOST:
         expected_MO = product(rows_MI[:most])
         counts = [count for count in COUNTS if count <= len(expected_MO)]
@@ -71,23 +83,23 @@ def _products_of(module: nn.Module) -> Iterator[tuple[str, Product, Tensor]]:
     zero = torch.zeros_like(bias) if isinstance(bias, Tensor) else None
     if isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter):
         if isinstance(module, nn.Linear):
-            yield f"bias: {zero is not None}", partial(_by_linear, weight, zero), weight
+            yield f"bias: {zero is not None}", partial(_by_linear, zero), weight
         elif isinstance(module, Conv1D) and zero is not None:
-            yield "", partial(_by_addmm, weight, zero), weight.T
+            yield "", partial(_by_addmm, zero), weight.T
     if "expert" in type(module).__name__.lower():
         for name, weight_EOI in module.named_parameters(recurse=False):
             if weight_EOI.ndim == 3:
                 # Which of the two widths is the input's depends on the model.
-                yield name, partial(_by_linear, weight_EOI[0], None), weight_EOI[0]
-                yield f"{name} transposed", partial(_by_linear, weight_EOI[0].T, None), weight_EOI[0].T
+                yield name, partial(_by_linear, None), weight_EOI[0]
+                yield f"{name} transposed", partial(_by_linear, None), weight_EOI[0].T
 
 
-def _by_linear(weight_OI: Tensor, bias: Tensor | None, rows_MI: Tensor) -> Tensor:
+def _by_linear(bias: Tensor | None, weight_OI: Tensor, rows_MI: Tensor) -> Tensor:
     return linear(rows_MI[None], weight_OI, bias)[0]
 
 
-def _by_addmm(weight_IO: Tensor, bias: Tensor, rows_MI: Tensor) -> Tensor:
-    return torch.addmm(bias, rows_MI, weight_IO)
+def _by_addmm(bias: Tensor, weight_OI: Tensor, rows_MI: Tensor) -> Tensor:
+    return torch.addmm(bias, rows_MI, weight_OI.T)
 
 
 def _cancelling_rows(weight_OI: Tensor) -> Tensor:
