@@ -159,7 +159,7 @@ def finish(drafter: Drafter, settings: Settings, target: Target, held_out: list[
     def draft_ms(tree: autoregressive.Paths) -> float:
         return quickest_ms(
             lambda: autoregressive.draft_static_tree(
-                drafter.logits, session, tree, "deterministic", drafter.config.num_heads
+                drafter.logits, session, tree, "deterministic", drafter.config.num_heads, drafter.vocabulary
             )
         )
 

@@ -25,6 +25,7 @@ from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_each, check_positive
 from draftsmith.parts.draft_progress import DraftProgress
 from draftsmith.parts.neural.layers import Attention, FeedForward, gather_path, prepare_cache
+from draftsmith.parts.neural.shortlist import Shortlist
 
 FUSION_NORMS = ("none", "each", "whole")
 
@@ -198,6 +199,9 @@ class Drafter(nn.Module, drafter.Drafter):
 
     def start(self, session: Session) -> None:
         self._session = session
+        self._shortlist = Shortlist(self.config.draft_vocab, len(self.t2d)).to(self.d2t.device)
+        if not self._shortlist.is_whole:
+            self._shortlist.set_tokens(self.vocabulary())
         self._cache = KVCache(num_layers=1, batch_size=len(session.rows))
         self._progress = DraftProgress(session)
         # The target's joined hidden layers of each row's uncached positions [T, E], up to the pending token's.
@@ -211,7 +215,7 @@ class Drafter(nn.Module, drafter.Drafter):
         # Rows of one token have no feature yet; if all rows are such, the step is a plain one.
         if not any(map(len, self._unread)):
             return self._session.empty_draft()
-        return autoregressive.draft(self._logits, self._session, self.config, budget)
+        return autoregressive.draft(self._logits, self._session, self.config, budget, self._shortlist)
 
     def observe(self, step: Step) -> None:
         joined_BPE = gather_path(self.join(step.hidden), step.verdict)
@@ -225,14 +229,15 @@ class Drafter(nn.Module, drafter.Drafter):
             self._unread[row] = unread_TE[: len(ids) - 1 - self._cache.lengths[row]]
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
+        """Returns the logits [B, M, W] of the draft vocabulary after the nodes from `first` on."""
         if first == 0:
             self._features_BND, normed_BMD = self._read()
-            return self.logits(normed_BMD)
+            return self.head(normed_BMD)
         parents_BM1 = tree.parents_RN[:, first:, None].expand(len(tokens_BN), -1, -1)
         above_BMD = self._features_BND.gather(1, parents_BM1.expand(-1, -1, self._features_BND.shape[-1]))
         new_BMD, normed_BMD = self._run(tokens_BN[:, first:], above_BMD, tree, first)
         self._features_BND = torch.cat([self._features_BND[:, :first], new_BMD], dim=1)
-        return self.logits(normed_BMD)
+        return self.head(normed_BMD)
 
     def _read(self) -> tuple[Tensor, Tensor]:
         """Reads each row's unread positions; returns the output of `forward` at the last one [B, 1, D], node 0.

@@ -165,7 +165,11 @@ class Drafter(nn.Module, drafter.Drafter):
         """Returns logits [B, T, V]."""
         if self.config.own_head:
             return self.output(normed_BTD)
-        return self.target.head(normed_BTD) if self.config.tunes else self.shared_head(normed_BTD)
+        return self.shared_head(normed_BTD) if self._shares_head else self.target.head(normed_BTD)
+
+    @property
+    def _shares_head(self) -> bool:
+        return not self.config.own_head and not self.config.tunes
 
     def start(self, session: Session) -> None:
         config, lengths = self.config, [len(row) for row in session.rows]
@@ -184,7 +188,8 @@ class Drafter(nn.Module, drafter.Drafter):
             self._cache.read(x_BTD, [length - 1 for length in lengths])
 
     def propose(self, budget: int) -> Draft:
-        draft = autoregressive.draft(self._logits, self._session, self.config, budget)
+        vocabulary = self.shared_head.shortlist if self._shares_head else None
+        draft = autoregressive.draft(self._logits, self._session, self.config, budget, vocabulary)
         return self._exit.with_resume_point(draft, is_reordered=bool(self.config.width))
 
     def observe(self, step: Step) -> None:
@@ -196,11 +201,12 @@ class Drafter(nn.Module, drafter.Drafter):
             self._recycled_B1D = last_accepted_hidden(step, self.target.num_layers)[:, None]
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
-        """Returns the logits [B, M, V] after the nodes from `first` on."""
+        """Returns the logits [B, M, W] after the nodes from `first` on."""
         x_BMD = self.block_input(self._exit.run(tokens_BN, tree, first), self._recycled_B1D)
         if self.config.num_blocks:
             x_BMD = self._cache.run(x_BMD, tree, first)
-        return self.head(self._normed(x_BMD))
+        normed_BMD = self._normed(x_BMD)
+        return self.shared_head.listed(normed_BMD) if self._shares_head else self.head(normed_BMD)
 
     def _cached_layers(self, x_BMD: Tensor, positions_BM: Tensor, mask_R1MS: Tensor, cache: KVCache) -> Tensor:
         for layer, block in enumerate(self.blocks):

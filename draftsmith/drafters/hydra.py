@@ -19,7 +19,7 @@ from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least
 from draftsmith.parts.neural.layers import Block, gather_path, prepare_cache
-from draftsmith.parts.neural.shortlist import SharedHead
+from draftsmith.parts.neural.shortlist import SharedHead, Shortlist
 from draftsmith.parts.neural.token_heads import ResidualHead, untied_lm_heads
 from draftsmith.verify.paths import values_at
 
@@ -145,13 +145,19 @@ class Drafter(nn.Module, drafter.Drafter):
         """Returns head k's logits [B, M, V]."""
         return self.outputs[k](z_BMD) if self.config.own_head else self.shared_head(z_BMD)
 
+    @property
+    def vocabulary(self) -> Shortlist | None:
+        """The tokens that `logits` are of; None if of all."""
+        return None if self.config.own_head else self.shared_head.shortlist
+
     def logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
-        """Returns the logits [B, M, V] after the nodes from `first` on, all of depth `tree.depth`."""
+        """Returns the logits [B, M, W] after the nodes from `first` on, all of depth `tree.depth`."""
         assert self._state_B1D is not None
         path_RMI = paths_to(tree, first)
         rows_B11 = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None, None]
         state_BMD = self._state_B1D.expand(-1, path_RMI.shape[1], -1)
-        return self.head(tree.depth, self.features(state_BMD, tokens_BN[rows_B11, path_RMI]))
+        z_BMD = self.features(state_BMD, tokens_BN[rows_B11, path_RMI])
+        return self.outputs[tree.depth](z_BMD) if self.config.own_head else self.shared_head.listed(z_BMD)
 
     def start(self, session: Session) -> None:
         self._session = session
@@ -166,9 +172,9 @@ class Drafter(nn.Module, drafter.Drafter):
         if self._state_B1D is None:
             return self._session.empty_draft()
         if config.width:
-            return autoregressive.draft(self.logits, self._session, config, budget)
-        siblings = config.siblings
-        return autoregressive.draft_static_tree(self.logits, self._session, config.tree, siblings, budget)
+            return autoregressive.draft(self.logits, self._session, config, budget, self.vocabulary)
+        siblings, vocabulary = config.siblings, self.vocabulary
+        return autoregressive.draft_static_tree(self.logits, self._session, config.tree, siblings, budget, vocabulary)
 
     def observe(self, step: Step) -> None:
         counts = [len(path) for path in step.paths]

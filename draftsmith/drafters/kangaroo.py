@@ -86,7 +86,7 @@ class Drafter(nn.Module, drafter.Drafter):
             self._cache.read(session.hidden[layer], lengths)
 
     def propose(self, budget: int) -> Draft:
-        draft = autoregressive.draft(self._logits, self._session, self.config, budget)
+        draft = autoregressive.draft(self._logits, self._session, self.config, budget, self.head.shortlist)
         return self._exit.with_resume_point(draft, is_reordered=bool(self.config.width))
 
     def observe(self, step: Step) -> None:
@@ -94,9 +94,9 @@ class Drafter(nn.Module, drafter.Drafter):
         self._cache.keep(hidden_BPD, step.paths, self._exit.accepted(step))
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
-        """Returns the logits [B, M, V] after the nodes from `first` on."""
+        """Returns the logits [B, M, W] of the shortlist after the nodes from `first` on."""
         hidden_BMD = self._exit.run(tokens_BN, tree, first)
-        return self.head(self._cache.run(hidden_BMD, tree, first))
+        return self.head.listed(self._cache.run(hidden_BMD, tree, first))
 
     def _cached_layers(self, hidden_BMD: Tensor, positions_BM: Tensor, mask_R1MS: Tensor, cache: KVCache) -> Tensor:
         return self(hidden_BMD, positions_BM, mask_R1NS=mask_R1MS, cache=cache)

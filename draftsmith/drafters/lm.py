@@ -122,6 +122,8 @@ class Drafter(KeepsPrecision, drafter.Drafter):
 
     def start(self, session: Session) -> None:
         self._session = session
+        # A draft model that is run whole gives logits of all tokens.
+        self._vocabulary = None if self.shortlist.is_whole or self.draft_model.is_run_whole else self.shortlist
         source = None if session.source is None else self.read(session.source)
         self._cache: KVCache = self.draft_model.new_cache(len(session.rows), source=source)
         self._progress = DraftProgress(session)
@@ -134,9 +136,11 @@ class Drafter(KeepsPrecision, drafter.Drafter):
         budget = min(budget, self.draft_model.context_length - max(map(len, session.rows)))
         if config.tree and budget > 0:
             depth = min(budget, config.num_draft)
-            draft = autoregressive.draft_static_tree(self._logits, session, config.tree, config.siblings, depth)
+            draft = autoregressive.draft_static_tree(
+                self._logits, session, config.tree, config.siblings, depth, self._vocabulary
+            )
         else:
-            draft = autoregressive.draft(self._logits, session, config, budget)
+            draft = autoregressive.draft(self._logits, session, config, budget, self._vocabulary)
         self._progress.drafted(draft, self._progress.num_processed, is_reordered=bool(config.width))
         return draft
 
@@ -159,11 +163,11 @@ class Drafter(KeepsPrecision, drafter.Drafter):
             raise ValueError(f"{type(self.model).__name__} scales or caps its logits, so it supports no shortlist")
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
-        """Returns the logits [B, M, V] after the nodes from `first` on."""
+        """Returns the logits [B, M, W] after the nodes from `first` on."""
         self._progress.num_processed = tree.num_nodes
         if first > 0:
             out = self.draft_model.forward(tokens_BN[:, first:], tree, self._cache, first=first)
-            return self.draft_model.logits(out.hidden_BND)
+            return self._listed(out.hidden_BND)
         # The pending token follows the committed tokens not yet read: none, the last one, or a tree's path.
         unread = [row[length:] for row, length in zip(self._session.rows, self._cache.lengths, strict=True)]
         longest, device = max(map(len, unread)), self.draft_model.device
@@ -171,7 +175,13 @@ class Drafter(KeepsPrecision, drafter.Drafter):
         out = self.draft_model.forward(unread_BT, chain(longest, device), self._cache)
         self._cache.commit([list(range(len(ids) - 1)) for ids in unread])
         last_B = torch.tensor([len(ids) - 1 for ids in unread], device=device)
-        return self.draft_model.logits(values_at(out.hidden_BND, last_B)[:, None])
+        return self._listed(values_at(out.hidden_BND, last_B)[:, None])
+
+    def _listed(self, hidden_BMD: Tensor) -> Tensor:
+        if self._vocabulary is None:
+            return self.draft_model.logits(hidden_BMD)
+        head, normed_BMD = self.model.get_output_embeddings(), self.draft_model.norm(hidden_BMD)
+        return head.folded(normed_BMD) if isinstance(head, TiedHead) else head.listed(normed_BMD)
 
 
 def _model(config: Config, target: Target) -> Any:

@@ -145,7 +145,14 @@ class Drafter(nn.Module, drafter.Drafter):
         out_BND = self.output(z_BNE)
         if self.config.own_head:
             return self.outputs[0](out_BND)
-        return self.target.head(out_BND) if self.config.joint else self.shared_head(out_BND)
+        return self.shared_head(out_BND) if self._shares_head else self.target.head(out_BND)
+
+    @property
+    def _shares_head(self) -> bool:
+        return not self.config.own_head and not self.config.joint
+
+    def _listed(self, z_BNE: Tensor) -> Tensor:
+        return self.shared_head.listed(self.output(z_BNE)) if self._shares_head else self.head(z_BNE)
 
     def start(self, session: Session) -> None:
         self._session = session
@@ -158,7 +165,8 @@ class Drafter(nn.Module, drafter.Drafter):
         self._states_BSD = _at(hidden_BTD, positions_BS.clamp(min=0))
 
     def propose(self, budget: int) -> Draft:
-        return autoregressive.draft(self._logits, self._session, self.config, budget)
+        vocabulary = self.shared_head.shortlist if self._shares_head else None
+        return autoregressive.draft(self._logits, self._session, self.config, budget, vocabulary)
 
     def observe(self, step: Step) -> None:
         path_BPD = gather_path(step.hidden[self.hidden_layers[0]], step.verdict)
@@ -168,9 +176,9 @@ class Drafter(nn.Module, drafter.Drafter):
         self._states_BSD = _at(known_BND, num_new_B1 + order_S)
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
-        """Returns the logits [B, M, V] after the nodes from `first` on; node 0 begins a new window."""
+        """Returns the logits [B, M, W] after the nodes from `first` on; node 0 begins a new window."""
         if first > 0:
-            return self.head(self._read(self.embed(tokens_BN[:, first:]), tree, first))
+            return self._listed(self._read(self.embed(tokens_BN[:, first:]), tree, first))
         num_states, rows, device = self.config.num_states, self._session.rows, self.target.device
         tokens_BS = torch.tensor([[0] * (num_states - len(row)) + row[-num_states:] for row in rows], device=device)
         pending_B = torch.tensor([len(row) - 1 for row in rows], device=device)
@@ -181,7 +189,7 @@ class Drafter(nn.Module, drafter.Drafter):
         z_BWE = self._read(x_BWE, chain(2 * num_states, device), 0)
         # The pending token is node 0 of the draft; the slots before it are committed.
         self._cache.commit([list(range(2 * num_states - 1)) for _ in rows])
-        return self.head(z_BWE[:, -1:])
+        return self._listed(z_BWE[:, -1:])
 
     def _read(self, x_BME: Tensor, tree: Tree, first: int) -> Tensor:
         positions_BM, mask_R1MW = prepare_cache(tree, self._cache, first=first)

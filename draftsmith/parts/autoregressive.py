@@ -1,9 +1,11 @@
 """Autoregressive drafting with one forward of the draft model per level: chains, static trees and dynamic trees.
 
 The draft model is a function of the draft so far: its tokens [B, N], its tree, and the first node that the model has
-not processed yet; earlier nodes are unchanged. It returns logits [B, M, V] at the M new nodes.
+not processed yet; earlier nodes are unchanged. It returns logits [B, M, W] at the M new nodes, of the tokens of its
+`DraftVocabulary`, or of all tokens.
 
-Shape suffixes: B rows, N nodes, M new nodes, F nodes that get children, C children of each, V vocabulary.
+Shape suffixes: B rows, N nodes, M new nodes, F nodes that get children, C children of each, V vocabulary, W tokens of
+the draft vocabulary.
 """
 
 from collections.abc import Callable
@@ -22,6 +24,21 @@ Paths = tuple[tuple[int, ...], ...]
 """A tree's nodes, each as the ranks among siblings along its path; node 0 is left out."""
 Model = Callable[[Tensor, Tree, int], Tensor]
 SIBLINGS = ("without_replacement", "independent", "top_and_drawn", "deterministic")
+
+
+class DraftVocabulary(Protocol):
+    """The tokens that a draft model computes logits for, such as a `Shortlist`.
+
+    The likeliest tokens are found among its logits; only where tokens are sampled are these spread over the vocabulary.
+    """
+
+    def __len__(self) -> int: ...
+
+    def tokens(self, indices: Tensor) -> Tensor:
+        """Returns the tokens at these indices."""
+
+    def spread(self, logits_W: Tensor) -> Tensor:
+        """Returns logits [..., V], so low for all other tokens that their probability is 0."""
 
 
 class Shape(Protocol):
@@ -46,17 +63,34 @@ def check_shape(shape: Shape) -> None:
     check_at_least(shape, 0, "width", most=MAX_NODES)
 
 
-def draft(model: Model, session: Session, shape: Shape, budget: int) -> Draft:
+def top(logits_W: Tensor, count: int, vocabulary: DraftVocabulary | None = None) -> tuple[Tensor, Tensor]:
+    """Returns the `count` largest logits [..., count] and their tokens, of a model that drafts this vocabulary."""
+    if vocabulary is not None and count > len(vocabulary):
+        logits_W, vocabulary = vocabulary.spread(logits_W), None
+    # For one token `max` is several times as fast as `topk`, and as `argmax` in bfloat16 on a CPU.
+    values, indices = logits_W.max(-1, keepdim=True) if count == 1 else logits_W.topk(count, dim=-1)
+    return values, indices if vocabulary is None else vocabulary.tokens(indices)
+
+
+def _spread(logits_W: Tensor, vocabulary: DraftVocabulary | None) -> Tensor:
+    return logits_W if vocabulary is None else vocabulary.spread(logits_W)
+
+
+def draft(
+    model: Model, session: Session, shape: Shape, budget: int, vocabulary: DraftVocabulary | None = None
+) -> Draft:
     """Drafts a chain or, if `shape.width` is not 0, a dynamic tree, no deeper than `budget`."""
     depth = min(budget, shape.num_draft)
     if depth < 1:
         return session.empty_draft()
     if shape.width:
-        return draft_dynamic_tree(model, session, width=shape.width, num_nodes=shape.num_nodes, depth=depth)
-    return draft_chain(model, session, depth)
+        return draft_dynamic_tree(
+            model, session, width=shape.width, num_nodes=shape.num_nodes, depth=depth, vocabulary=vocabulary
+        )
+    return draft_chain(model, session, depth, vocabulary)
 
 
-def draft_chain(model: Model, session: Session, num_draft: int) -> Draft:
+def draft_chain(model: Model, session: Session, num_draft: int, vocabulary: DraftVocabulary | None = None) -> Draft:
     """Drafts a chain, each token sampled from the model's distribution after those before it (2211.17192; 2302.01318).
 
     A row stops early when `session.should_continue` returns False after a token.
@@ -66,13 +100,16 @@ def draft_chain(model: Model, session: Session, num_draft: int) -> Draft:
     num_nodes, is_drafting = [1] * len(session.rows), [True] * len(session.rows)
     while tokens_BN.shape[1] <= num_draft and any(is_drafting):
         length = tokens_BN.shape[1]
-        logits_BV = model(tokens_BN, chain(length, device), length - 1)[:, -1]
+        logits_BW = model(tokens_BN, chain(length, device), length - 1)[:, -1]
         if sampling.is_greedy:
-            token_B = logits_BV.argmax(-1)
+            best_B1, token_B1 = top(logits_BW, 1, vocabulary)
+            token_B, logit_B = token_B1[:, 0], best_B1[:, 0].float()
         else:
-            probs.append(sampling.probs(logits_BV))
+            logits_BW = _spread(logits_BW, vocabulary)
+            probs.append(sampling.probs(logits_BW))
             token_B = session.draw(probs[-1], length - 1)
-        confidences = logits_BV.float().softmax(-1).gather(1, token_B[:, None])[:, 0].tolist()
+            logit_B = logits_BW.gather(1, token_B[:, None])[:, 0].float()
+        confidences = (logit_B - logits_BW.float().logsumexp(-1)).exp().tolist()
         tokens_BN = torch.cat([tokens_BN, token_B[:, None]], dim=1)
         for row, is_row_drafting in enumerate(is_drafting):
             num_nodes[row] += is_row_drafting
@@ -127,7 +164,12 @@ def levels(paths: Paths, device: torch.device) -> list[tuple[Tree, dict[int, lis
 
 
 def draft_static_tree(
-    model: Model, session: Session, paths: Paths, sampling_scheme: SamplingScheme, depth: int
+    model: Model,
+    session: Session,
+    paths: Paths,
+    sampling_scheme: SamplingScheme,
+    depth: int,
+    vocabulary: DraftVocabulary | None = None,
 ) -> Draft:
     """Drafts a tree of a fixed shape, cut to `depth` levels.
 
@@ -142,9 +184,9 @@ def draft_static_tree(
     for level in range(min(depth, len(plan) - 1)):
         tree, by_count = plan[level]
         first = int((tree.depths_RN[0] < level).sum())
-        logits_BMV = model(tokens_BN, tree, first)
+        logits_BMW = model(tokens_BN, tree, first)
         if is_drawn:
-            probs.append(sampling.probs(logits_BMV))
+            probs.append(sampling.probs(_spread(logits_BMW, vocabulary)))
         children: dict[int, Tensor] = {}
         for count, nodes in by_count.items():
             new = [node - first for node in nodes]
@@ -156,7 +198,7 @@ def draft_static_tree(
                 else:
                     drawn_BFC = draw_siblings(probs_BFV, count, sampling_scheme, session.generator)
             else:
-                drawn_BFC = logits_BMV[:, new].topk(count, dim=-1).indices
+                drawn_BFC = top(logits_BMW[:, new], count, vocabulary)[1]
             children |= dict(zip(nodes, drawn_BFC.unbind(1), strict=True))
         tokens_BN = torch.cat([tokens_BN, *(children[node] for node in sorted(children))], dim=1)
     tree = plan[min(depth, len(plan) - 1)][0]
@@ -188,7 +230,15 @@ def draw_siblings(probs_BFV: Tensor, count: int, sampling_scheme: SamplingScheme
     return torch.stack([draw(probs_BFV, uniforms(generator, *shape).to(device)) for _ in range(count)], dim=-1)
 
 
-def draft_dynamic_tree(model: Model, session: Session, *, width: int, num_nodes: int, depth: int) -> Draft:
+def draft_dynamic_tree(
+    model: Model,
+    session: Session,
+    *,
+    width: int,
+    num_nodes: int,
+    depth: int,
+    vocabulary: DraftVocabulary | None = None,
+) -> Draft:
     """Drafts, for each row, the tree of the `num_nodes` nodes likeliest under the draft model (EAGLE-2, 2406.16858).
 
     Each level expands its `width` best nodes by their `width` best children, scored by the product of probabilities
@@ -207,9 +257,9 @@ def draft_dynamic_tree(model: Model, session: Session, *, width: int, num_nodes:
         )
         fed_BN = torch.tensor([[tokens[row][node] for node in fed[row]] for row in range(num_rows)], device=device)
         num_expanded = 1 if level == 0 else width
-        log_probs_BFV = model(fed_BN, shape, len(fed[0]) - num_expanded).float().log_softmax(-1)
-        best = log_probs_BFV.topk(width, dim=-1)
-        for row, (logs, ids) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+        log_probs_BFW = model(fed_BN, shape, len(fed[0]) - num_expanded).float().log_softmax(-1)
+        best_BFC, token_BFC = top(log_probs_BFW, width, vocabulary)
+        for row, (logs, ids) in enumerate(zip(best_BFC.tolist(), token_BFC.tolist(), strict=True)):
             expanded = fed[row][-num_expanded:]
             new = []
             for node, node_logs, node_ids in zip(expanded, logs, ids, strict=True):

@@ -19,6 +19,7 @@ from draftsmith.core.tree import Draft, Tree
 from draftsmith.drafters import eagle3
 from draftsmith.drafters.eagle3 import Config, Drafter
 from draftsmith.length.target_confidence import TargetConfidenceThreshold
+from draftsmith.parts.neural.shortlist import OUTSIDE
 from tests.parts.neural.test_layers import naive_attention
 from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, built, check_family
@@ -157,7 +158,9 @@ class CheckedDrafts(Watched):
         self._logits, inner._logits = inner._logits, self._checked  # type: ignore[method-assign]
 
     def _checked(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
-        found_BMV = self._logits(tokens_BN, tree, first)
+        logits_BMW = self._logits(tokens_BN, tree, first)
+        whole_BMV = self.inner._shortlist.spread(logits_BMW)
+        found_BMV = whole_BMV.masked_fill(whole_BMV == OUTSIDE, -torch.inf)
         for row, ids in enumerate(self._session.rows):
             ancestors_NN = tree.ancestors_RNN[row % len(tree.ancestors_RNN)]
             for node in range(first, tree.num_nodes) if len(ids) > 1 else ():
@@ -165,7 +168,7 @@ class CheckedDrafts(Watched):
                 _, expected_V = naive_path(self.inner, tuple(ids), tuple(drafted))
                 torch.testing.assert_close(found_BMV[row, node - first], expected_V, atol=1e-4, rtol=1e-4)
                 self.num_compared += 1
-        return found_BMV
+        return logits_BMW
 
     def propose(self, budget: int) -> Draft:
         draft = super().propose(budget)

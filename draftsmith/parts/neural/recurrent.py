@@ -2,9 +2,11 @@
 
 A state is a tuple of tensors [B, ...] that are never written to, so that rewinding means returning to an earlier state.
 
-Shape suffixes: B rows, T tokens not yet read, N nodes, M nodes of one level, D width of the features, V vocabulary.
+Shape suffixes: B rows, T tokens not yet read, N nodes, M nodes of one level, D width of the features, V vocabulary,
+W tokens of the draft vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,9 +14,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from draftsmith.core.drafter import Session, Step
+from draftsmith.core.target import Source
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.parts import autoregressive
 from draftsmith.parts.draft_progress import DraftProgress
+from draftsmith.parts.neural.cross_attention import CrossAttention
+from draftsmith.parts.neural.shortlist import Shortlist
+from draftsmith.parts.neural.tied_heads import TiedHead
 
 State = tuple[Tensor, ...]
 MAX_SNAPSHOTS = 16
@@ -22,6 +28,11 @@ MAX_SNAPSHOTS = 16
 
 class RecurrentNetwork(Protocol):
     """The interface of the network."""
+
+    @property
+    def vocabulary(self) -> Shortlist | None:
+        """The tokens that `logits` are of; None if of all."""
+        ...
 
     def read(self, tokens_BT: Tensor, lengths: list[int]) -> State:
         """Returns the state after the first `lengths` tokens of each row, of which there may be none."""
@@ -32,8 +43,18 @@ class RecurrentNetwork(Protocol):
         ...
 
     def logits(self, features_BD: Tensor) -> Tensor:
-        """Returns the next-token logits [B, V]."""
+        """Returns the next-token logits [B, W]."""
         ...
+
+
+def drafting_head(
+    tied_head: TiedHead, folded: Callable[[Tensor], Tensor], cross_attention: CrossAttention, source: Source | None
+) -> tuple[Callable[[Tensor], Tensor], Shortlist | None]:
+    """Returns a network's map from features to logits, `folded` or its mixture with copies, and the tokens of these."""
+    if cross_attention.gate is None:
+        return folded, tied_head.shortlist
+    # Any token can be copied.
+    return cross_attention.copy_head(lambda features: tied_head.shortlist.spread(folded(features)), source), None
 
 
 class RecurrentDraftState:
@@ -50,7 +71,7 @@ class RecurrentDraftState:
         self._snapshots = [(list(self._num_read), self._state)]
 
     def propose(self, budget: int) -> Draft:
-        draft = autoregressive.draft(self._logits, self._session, self._shape, budget)
+        draft = autoregressive.draft(self._logits, self._session, self._shape, budget, self._network.vocabulary)
         self._progress.drafted(draft, len(self._levels), is_reordered=bool(self._shape.width))
         return draft
 
@@ -77,7 +98,7 @@ class RecurrentDraftState:
         self._state, self._num_read, self._levels = _select(states, indices), num_read, []
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
-        """Returns the logits [B, M, V] after the nodes from `first` on, whose parents are on the level before."""
+        """Returns the logits [B, M, W] after the nodes from `first` on, whose parents are on the level before."""
         if first == 0:
             return self._network.logits(self._catch_up())[:, None]
         state = self._levels[-1]

@@ -58,6 +58,10 @@ class Shortlist(nn.Module):
             return logits_W
         return logits_W.new_full((*logits_W.shape[:-1], self.vocab_size), OUTSIDE).index_copy(-1, self.ids_W, logits_W)
 
+    def tokens(self, indices: Tensor) -> Tensor:
+        """Returns the tokens at these indices on the shortlist."""
+        return indices if self.is_whole else self.ids_W[indices]
+
     def indices(self, tokens: Tensor) -> Tensor:
         """Returns the index on the shortlist of each token, all of which it contains."""
         return tokens if self.is_whole else torch.searchsorted(self.ids_W, tokens)

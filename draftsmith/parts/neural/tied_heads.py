@@ -62,6 +62,10 @@ class TiedHead(nn.Module):
         """Returns logits [..., V] of features [..., H], as a model's LM head does."""
         if torch.is_grad_enabled() or self.training:
             return self.head(features)
+        return self.shortlist.spread(self.folded(features))
+
+    def folded(self, features: Tensor) -> Tensor:
+        """Returns what `listed` does, by matrices that are multiplied together once."""
         return self._cached_head()(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -87,12 +91,12 @@ class TiedHead(nn.Module):
         return lambda tokens_B: table_VG.index_select(0, tokens_B)
 
     def folded_head(self) -> Callable[[Tensor], Tensor]:
-        """Returns the map features [B, H] -> logits [B, V], its matrices multiplied together unless too large."""
+        """Returns the map `listed` from features [B, H], its matrices multiplied together unless too large."""
         if self.widen is None and len(self.shortlist) * self.narrow.out_features > MAX_TABLE:
-            return self.head
+            return self.listed
         # Products with one row are faster with the matrix stored by columns.
         narrow_HR, outputs_RW = self.narrow.weight.T.contiguous(), self._folded_outputs().T.contiguous()
-        return lambda features_BH: self.shortlist.spread(torch.addmm(self.bias, features_BH @ narrow_HR, outputs_RW))
+        return lambda features_BH: torch.addmm(self.bias, features_BH @ narrow_HR, outputs_RW)
 
     def _folded_outputs(self) -> Tensor:
         """Returns O P [W, R]."""

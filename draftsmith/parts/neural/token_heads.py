@@ -3,7 +3,7 @@
 Shape suffixes: B rows, N tokens or nodes, D hidden width, V vocabulary, K token heads, R ranks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.parts import autoregressive
+from draftsmith.parts.neural.shortlist import SharedHead
 from draftsmith.verify.paths import pick, values_at
 
 Paths = tuple[tuple[int, ...], ...]
@@ -110,10 +111,12 @@ class StaticTree:
         flat = [(len(path) - 1) * self.num_ranks + path[-1] for path in ordered]
         self._flat_index = torch.tensor(flat, dtype=torch.long, device=target.device)
 
-    def draft(self, pending_B: Tensor, logits_BKV: Tensor) -> Draft:
+    def draft(
+        self, pending_B: Tensor, logits_BKW: Tensor, vocabulary: autoregressive.DraftVocabulary | None = None
+    ) -> Draft:
         """Returns the tree cut to K levels, its nodes filled with each head's most likely tokens."""
-        tree = self._trees[logits_BKV.shape[1]]
-        top_BKR = logits_BKV.topk(self.num_ranks, dim=-1).indices
+        tree = self._trees[logits_BKW.shape[1]]
+        _, top_BKR = autoregressive.top(logits_BKW, self.num_ranks, vocabulary)
         drafted_BN = top_BKR.flatten(1)[:, self._flat_index[: tree.num_nodes - 1]]
         return Draft(tokens_BN=torch.cat([pending_B[:, None], drafted_BN], dim=1), tree=tree)
 
@@ -127,10 +130,10 @@ class TokenHeadsState:
         tree: StaticTree,
         heads: Iterable[nn.Module],
         lm_heads: nn.ModuleList | None,
-        shared: Callable[[Tensor], Tensor] | None = None,
+        shared: SharedHead | None = None,
     ) -> None:
         self._session, self._tree, self._lm_heads = session, tree, lm_heads
-        self._shared = shared or session.target.head
+        self._shared = shared or SharedHead(session.target, 0)
         self._layer = session.target.num_layers
         self._fused_heads = FusedHeads(heads)
         # Rows of one token have no hidden state yet; if all rows are such, the first step is a plain one.
@@ -142,12 +145,11 @@ class TokenHeadsState:
             return self._session.empty_draft()
         target = self._session.target
         features_BKD = self._fused_heads(target.norm(self._last_BD), min(budget, self._tree.depth))
+        pending_B = self._session.pending()
         if self._lm_heads is None:
-            logits_BKV = self._shared(features_BKD)
-        else:
-            pairs = zip(self._lm_heads, features_BKD.unbind(1), strict=False)
-            logits_BKV = torch.stack([lm_head(z_BD) for lm_head, z_BD in pairs], dim=1)
-        return self._tree.draft(self._session.pending(), logits_BKV)
+            return self._tree.draft(pending_B, self._shared.listed(features_BKD), self._shared.shortlist)
+        pairs = zip(self._lm_heads, features_BKD.unbind(1), strict=False)
+        return self._tree.draft(pending_B, torch.stack([lm_head(z_BD) for lm_head, z_BD in pairs], dim=1))
 
     def observe(self, step: Step) -> None:
         """Stores the hidden state at the end of each row's accepted path."""
