@@ -58,8 +58,9 @@ def compare(
         competing = contenders(target, prompts, artifacts, settings)
         conditions = _conditions(target, prompts, settings)
         own_settings = asdict(settings)
-        if not settings.batch_invariant:
-            del own_settings["batch_invariant"]  # comparisons begun before there was a choice go on
+        for choice in ("batch_invariant", "continuous_batching"):
+            if not own_settings[choice]:
+                del own_settings[choice]  # comparisons begun before there was a choice go on
         identity = conditions | own_settings | {"artifacts": [fingerprint(path) for path in artifacts]}
         identity |= {"prompts": [prompt.key for prompt in prompts], "fingerprint": target.fingerprint}
         with claimed(output):
@@ -97,18 +98,22 @@ def _conditions(target: Target, prompts: Sequence[Prompt], settings: BakeoffSett
         "rounds": settings.rounds,
         "generation_config": described(target, parse_config(settings.generation_config)),
         **({"batch_invariant": True} if settings.batch_invariant else {}),
+        **({"continuous_batching": True} if settings.continuous_batching else {}),
     }
 
 
 def _left_out(target: Target, settings: BakeoffSettings) -> dict[str, str]:
-    """Returns why transformers' assisted generation is missing from some tables."""
-    if not settings.assisted:
-        return {}
-    if target.is_encoder_decoder:
-        return {"transformers' assisted generation": "timed for causal targets only"}
+    """Returns why transformers' loop and assisted generation are missing from some tables."""
     larger = [size for size in settings.batch_sizes if size > 1]
-    sizes = " and ".join(map(str, larger))
-    return {f"transformers' assisted generation at batch {sizes}": "it takes one prompt at a time"} if larger else {}
+    at_batch = f"at batch {' and '.join(map(str, larger))}"
+    found = {}
+    if larger and settings.continuous_batching:
+        found[f"transformers' loop {at_batch}"] = "the rows of its batches begin together"
+    if settings.assisted and target.is_encoder_decoder:
+        found["transformers' assisted generation"] = "timed for causal targets only"
+    elif settings.assisted and larger:
+        found[f"transformers' assisted generation {at_batch}"] = "it takes one prompt at a time"
+    return found
 
 
 def _interval() -> float:
@@ -131,6 +136,11 @@ def by_category(prompts: Sequence[Prompt], batch_size: int) -> dict[str, list[Pr
     return large | ({OTHERS: rest} if len(rest) >= batch_size else {})
 
 
+def _groups(prompts: Sequence[Prompt], batch_size: int, settings: BakeoffSettings) -> dict[str, list[Prompt]]:
+    """Returns the prompts that are decoded one after the other: by category, or all if batches are kept full."""
+    return {"": list(prompts)} if settings.is_stream(batch_size) else by_category(prompts, batch_size)
+
+
 def _cells(prompts: Sequence[Prompt], settings: BakeoffSettings) -> list[Cell]:
     """Returns the cells (round, temperature, batch size, category) in the order of measurement."""
     return [
@@ -138,22 +148,25 @@ def _cells(prompts: Sequence[Prompt], settings: BakeoffSettings) -> list[Cell]:
         for number in range(settings.rounds)
         for temperature in settings.temperatures
         for size in settings.batch_sizes
-        for category in by_category(prompts, size)
+        for category in _groups(prompts, size, settings)
     ]
 
 
 def _requests(prompts: Sequence[Prompt], cell: Cell, settings: BakeoffSettings) -> list[DecodingRequest]:
     """Returns a cell's full batches."""
     number, temperature, batch_size, category = cell
-    ids = [prompt.ids for prompt in by_category(prompts, batch_size)[category]]
+    ids = [prompt.ids for prompt in _groups(prompts, batch_size, settings)[category]]
+    is_stream = settings.is_stream(batch_size)
+    num_together = len(ids) if is_stream else batch_size
     return [
         DecodingRequest(
-            prompts=ids[begin : begin + batch_size],
+            prompts=ids[begin : begin + num_together],
             temperature=temperature,
             max_new_tokens=settings.max_new_tokens,
             seed=settings.seed + number * len(prompts) + begin,
+            stream_size=batch_size if is_stream else 0,
         )
-        for begin in range(0, len(ids) - batch_size + 1, batch_size)
+        for begin in range(0, len(ids) - num_together + 1, num_together)
     ]
 
 
@@ -167,8 +180,7 @@ def _measure(
     """Measures the cells that have no results yet."""
     cells = _cells(prompts, settings)
     num_rows = {
-        cell: cell[2]
-        * len(_requests(prompts, cell, settings))
+        cell: sum(len(request.prompts) for request in _requests(prompts, cell, settings))
         * sum(one.competes_at(cell[1], cell[2]) for one in competing)
         for cell in cells
     }
@@ -213,7 +225,7 @@ def _rounding(
     """
     found: dict[tuple[str, int], float] = {}
     for size in settings.batch_sizes if 0 in settings.temperatures else ():
-        groups = by_category(prompts, size)
+        groups = _groups(prompts, size, settings)
         for reference, own_target in _targets(target, competing).items():
             names = [one.method.name for one in competing if one.reference == reference and one.competes_at(0, size)]
             tallies = [
@@ -265,7 +277,7 @@ def _rows(
     """Returns the rows of the table, without forecasts."""
     rows = []
     for temperature, size in product(settings.temperatures, settings.batch_sizes):
-        groups = by_category(prompts, size)
+        groups = _groups(prompts, size, settings)
         tallies = _tallies(groups, temperature, size, results, settings)
         totals = _totals(tallies)
         for contender in competing:
@@ -315,7 +327,7 @@ def _add_forecasts(
         sizes = set()  # forecasts do not know what logits processors cost
     with_drafter = [contender for contender in competing if sizes and contender.drafter is not None]
     totals = {
-        (temperature, size): _totals(_tallies(by_category(prompts, size), temperature, size, results, settings))
+        (temperature, size): _totals(_tallies(_groups(prompts, size, settings), temperature, size, results, settings))
         for temperature, size in product(settings.temperatures, settings.batch_sizes)
     }
     costs = {

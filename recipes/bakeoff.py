@@ -110,6 +110,8 @@ class BakeoffRunSettings:
     {"min_p": 0.1}, or a JSON file. Its temperature and lengths are not read; speed-ups are not predicted with it."""
     confidence_thresholds: str = ""
     """Target-confidence thresholds, separated by commas, each in an extra row; drafting is skipped below them."""
+    continuous_batching: bool = False
+    """Keep batches of more than one row full, as servers do: where a text ends, the next prompt takes its place."""
     batch_invariant: bool = False
     """Decode batch-invariantly, and sample by the verifier coupled: each drafter's text is then plain decoding's, token
     for token, in any dtype."""
@@ -142,6 +144,7 @@ class BakeoffRunSettings:
             assisted=self.assisted,
             rounds=self.rounds,
             max_new_tokens=self.max_new_tokens,
+            continuous_batching=self.continuous_batching,
             batch_invariant=self.batch_invariant,
             seed=self.seed,
             threads=self.threads,

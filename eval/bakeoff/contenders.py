@@ -84,7 +84,10 @@ def contenders(
     plain = DecodingMethod(name=PLAIN, decode=draftsmith_method(target, verifier=default, config=config))
     found = [
         Contender(method=plain, default_verifier=default),
-        Contender(method=DecodingMethod(name=TRANSFORMERS, decode=transformers_method(target, config=config))),
+        Contender(
+            method=DecodingMethod(name=TRANSFORMERS, decode=transformers_method(target, config=config)),
+            max_batch_size=1 if settings.continuous_batching else None,
+        ),
         *_coupled_baseline(target, PLAIN, settings),
     ]
     if settings.assisted and not target.is_encoder_decoder:

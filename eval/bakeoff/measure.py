@@ -26,13 +26,21 @@ Rows = list[list[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingRequest:
-    """A batch of prompts to decode."""
+    """Prompts to decode."""
 
     prompts: Rows
     """Token ids."""
     temperature: float
     max_new_tokens: int
     seed: int
+    stream_size: int = 0
+    """If not 0, this many rows are decoded at a time, and where a text ends the next prompt takes its place; else all
+    prompts are one batch."""
+
+    @property
+    def num_batches(self) -> float:
+        """Returns the number of full batches that the prompts are."""
+        return len(self.prompts) / self.stream_size if self.stream_size else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,7 @@ class DecodingResult:
 
     rows: Rows
     """New tokens after each prompt, including an end-of-sequence token."""
+    num_batches: float = 1
     stats: GenerationStats | None = None
     """None for transformers' `generate`, which keeps no statistics."""
 
@@ -65,7 +74,7 @@ class Tally:
     """Wall-clock time."""
     tokens: int = 0
     """New tokens."""
-    calls: int = 0
+    calls: float = 0
     """Batches decoded by draftsmith."""
     rounds: int = 0
     """Target forwards, each over all rows of a batch."""
@@ -102,7 +111,7 @@ class Tally:
         stats = result.stats
         if stats is None:
             return
-        self.calls += 1
+        self.calls += result.num_batches
         self.rounds += stats.rounds
         self.steps += stats.steps
         self.verified = merge_forwards([self.verified, ([*kind, rounds] for kind, rounds in stats.verified.items())])
@@ -153,19 +162,26 @@ def draftsmith_method(
 def _draftsmith_decode(
     target: Target, drafter: Any, verifier: str, policy_of: Callable[..., Any], config: Any, request: DecodingRequest
 ) -> DecodingResult:
+    options: dict[str, Any] = {
+        "max_new_tokens": request.max_new_tokens,
+        "temperature": request.temperature,
+        "seed": request.seed,
+        "verifier": verifier,
+        "length": policy_of(request.temperature, request.stream_size or len(request.prompts)),
+    }
+    if request.stream_size:
+        stats = GenerationStats(num_rows=0)
+        texts = draftsmith.generate_stream(
+            target, request.prompts, drafter, batch_size=request.stream_size, stats=stats, **options
+        )
+        new_ids = {text.index: text.new_ids for text in texts}
+        return DecodingResult(
+            rows=[new_ids[index] for index in range(len(request.prompts))],
+            stats=stats,
+            num_batches=request.num_batches,
+        )
     tokens_BT, mask_BT = pad(request.prompts, target.device, side="right")
-    out = draftsmith.generate(
-        target,
-        tokens_BT,
-        drafter,
-        attention_mask=mask_BT,
-        max_new_tokens=request.max_new_tokens,
-        temperature=request.temperature,
-        generation_config=config,
-        seed=request.seed,
-        verifier=verifier,
-        length=policy_of(request.temperature, len(request.prompts)),
-    )
+    out = draftsmith.generate(target, tokens_BT, drafter, attention_mask=mask_BT, generation_config=config, **options)
     starts = [1 if target.is_encoder_decoder else len(prompt) for prompt in request.prompts]
     rows = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)
     return DecodingResult(rows=[row[start:length] for row, start, length in rows], stats=out.stats)

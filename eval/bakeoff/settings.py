@@ -32,6 +32,9 @@ class BakeoffSettings:
     generation_config: str = ""
     """'model' applies the target's own generation config in every row, such as its repetition penalty; or JSON such as
     {"min_p": 0.1}, or a JSON file. Its temperature and lengths are not read: they are settings of their own."""
+    continuous_batching: bool = False
+    """Keep batches of more than one row full, as servers do: where a text ends, the next prompt takes its place. Else
+    the rows of a batch begin together, and the batch runs until the last one ends."""
     batch_invariant: bool = False
     """Decode batch-invariantly, and sample by the verifier coupled: every drafter's text is plain decoding's. The
     target must have been made so."""
@@ -41,7 +44,8 @@ class BakeoffSettings:
     """CPU threads; 0 uses torch's default. A small target is fastest and most stable on one."""
 
     def __post_init__(self) -> None:
-        parse_config(self.generation_config)
+        if parse_config(self.generation_config) is not None and self.continuous_batching:
+            raise ValueError("continuous_batching takes no generation_config; leave one of them out")
         for name in ("rounds", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -62,6 +66,10 @@ class BakeoffSettings:
                 raise ValueError(
                     f"confidence_thresholds are {list(self.confidence_thresholds)}; each must lie between 0 and 1"
                 )
+
+    def is_stream(self, batch_size: int) -> bool:
+        """Returns whether batches of this size are kept full."""
+        return self.continuous_batching and batch_size > 1
 
     def check_prompts(self, num_prompts: int) -> None:
         """Raises ValueError if there are too few prompts to fill the largest batch."""

@@ -34,6 +34,7 @@ def header(rows: Sequence[Row], style: Style) -> str:
     text = (
         f"{row['target']} ({row['dtype']}) on {row['hardware']}, {row['threads']} thread(s);"
         f"{' decoded batch-invariantly;' if row.get('batch_invariant') else ''}"
+        f"{' batches above 1 kept full (continuous batching);' if row.get('continuous_batching') else ''}"
         f" {row['num_prompts']} prompts{_turns(row)}, {row['max_new_tokens']} new tokens each, {row['rounds']} rounds;"
         f"{_generation_config(row)}"
         f" commit {row['commit'] or 'unknown'}, torch {row['torch']}, transformers {row['transformers_version']}"

@@ -155,6 +155,28 @@ def test_compare_transformers_assisted_generation(tmp_path: Path) -> None:
     assert "x (y); transformers' assisted generation at batch 2 (it takes one prompt at a time)" in text
 
 
+def test_compare_keeps_batches_full(tmp_path: Path) -> None:
+    target = tiny_target("llama")
+    drafter = built(find("lookup"), find("lookup").Config(), target)
+    draftsmith.save(drafter, tmp_path / "lookup", target=target)
+    settings = BakeoffSettings(
+        rounds=1,
+        max_new_tokens=6,
+        batch_sizes=(1, 2),
+        temperatures=(0.0,),
+        forecast_sizes=(2,),
+        continuous_batching=True,
+    )
+    rows = compare(target, some_prompts(5), [tmp_path / "lookup"], tmp_path / "out", settings)
+    found = {row["drafter"]: row for row in rows if row["batch_size"] == 2}
+    assert sorted(found) == ["lookup", "plain"], "transformers has no such batches here"
+    # Batches that begin together would leave the fifth prompt out.
+    assert all(row["identical"] and row["num_decoded"] == 5 for row in found.values())
+    assert found["lookup"]["predicted_speedup"] > 0
+    text = (tmp_path / "out" / "bakeoff.md").read_text()
+    assert "batches above 1 kept full" in text and "transformers' loop at batch 2" in text
+
+
 @pytest.mark.parametrize(("rounding", "word"), [(10.0, "ties"), (0.0, "DIFFERS")])
 def test_compare_reads_the_gap_of_differing_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: float, word: str

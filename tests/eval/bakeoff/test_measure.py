@@ -1,5 +1,7 @@
 """Tests of timed decoding: methods take turns, states are reset, results hold new tokens only."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -70,8 +72,10 @@ def test_decoding_methods_return_new_tokens_only(architecture: str, temperature:
     assert torch.equal(before, torch.get_rng_state())
     ours = draftsmith_method(target)(request)
     assert [len(row) for row in ours.rows] == [len(row) for row in theirs.rows] == [5, 5, 5]
+    stream = draftsmith_method(target)(replace(request, stream_size=2))
+    assert stream.num_batches == 1.5 and [len(row) for row in stream.rows] == [5, 5, 5]
     if temperature == 0:
-        assert ours.rows == theirs.rows
+        assert ours.rows == theirs.rows == stream.rows
 
 
 def test_compare_pair_reports_speeds_and_ratio() -> None:
