@@ -1,4 +1,4 @@
-"""The command line `draftsmith`: generates text with a drafter; inspects, exports, describes or uploads an artifact."""
+"""The command line `draftsmith`: generates text with a drafter, plans draft lengths, inspects, exports, pushes."""
 
 import argparse
 import difflib
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from draftsmith.artifacts import files
 from draftsmith.loading import remote_code
+from draftsmith.planning import command as planning
 
 CHECKOUT_TARGET = Path(__file__).parent.parent / "data" / "pocket"
 TARGET_HELP = "a transformers folder, GGUF file, named target such as smollm2, or hub name"
@@ -60,7 +61,7 @@ def _fail(message: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="draftsmith", description="Speculative decoding with drafters made by draftsmith.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,inspect,export,card,push}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,plan,inspect,export,card,push}")
     generate = commands.add_parser("generate", help="continue a prompt and stream the text", allow_abbrev=False)
     generate.add_argument("prompt", help="the text to continue; - reads standard input")
     generate.add_argument("--target", help=f"{TARGET_HELP} (default: the pocket target)")
@@ -109,6 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if available)")
     generate.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     generate.set_defaults(run=_generate)
+    plan = commands.add_parser(
+        "plan", help="measure which draft lengths pay at which load, and write engines' tables", allow_abbrev=False
+    )
+    planning.add_arguments(plan, TARGET_HELP, TRUST_HELP)
     inspect = commands.add_parser("inspect", help="show an artifact's manifest and sizes", allow_abbrev=False)
     inspect.add_argument("artifact", help="a drafter's folder, or owner/name on the hub")
     inspect.set_defaults(run=_inspect)
