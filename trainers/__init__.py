@@ -43,6 +43,7 @@ Built without gradient, in place of these:
                                  builds the drafter; keeps in `output` what an interrupted run needs to continue
     prior_train_s(settings) -> seconds
                                  optional; training time of the artifacts that the drafter is composed of
+    NOTHING_TO_ESTIMATE          optional; why `--dry-run` cannot estimate the run from its rows
 
 Metrics are (sum, count) pairs, added over micro-batches and ranks and divided once, when they are logged.
 """

@@ -18,6 +18,8 @@ from draftsmith.parts.checks import MAX_NODES, check_at_least
 from trainers import Metrics, Needs, eagle3
 from trainers.training.run_settings import RunSettings
 
+NOTHING_TO_ESTIMATE = "nothing is trained: it converts a published head"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

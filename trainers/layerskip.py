@@ -35,6 +35,8 @@ from trainers.layer_search.sublayer_costs import (
 from trainers.training.logs import make_logger
 from trainers.training.run_settings import RunSettings
 
+NOTHING_TO_ESTIMATE = "its time is that of --max-trials searches, whatever the data"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

@@ -10,6 +10,8 @@ from draftsmith.drafters.lookahead import Config, Drafter
 from trainers.corpora import evaluation
 from trainers.training.run_settings import RunSettings
 
+NOTHING_TO_ESTIMATE = "nothing is trained: it drafts with the target itself"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

@@ -17,6 +17,8 @@ from trainers.corpora import evaluation
 from trainers.parts import composites
 from trainers.training.run_settings import RunSettings
 
+NOTHING_TO_ESTIMATE = "it decodes --num-texts rows with drafters that exist, and trains nothing"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

@@ -15,6 +15,8 @@ from trainers.corpora import evaluation
 from trainers.parts import composites
 from trainers.training.run_settings import RunSettings
 
+NOTHING_TO_ESTIMATE = "nothing is trained: it combines drafters that exist"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

@@ -5,7 +5,7 @@ divided by their number; so neither the number of ranks nor gradient accumulatio
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,9 +84,10 @@ class DraftTrainer(Trainer):
         output: Path,
         facts: dict[str, Any],
         earlier_s: float,
+        observers: Sequence[TrainerCallback] = (),
         **options: Any,
     ) -> None:
-        callbacks = [ProgressCallback(), JsonlCallback(output / LOG), CheckpointSchedule(), GradientCheck()]
+        callbacks = [ProgressCallback(), JsonlCallback(output / LOG), CheckpointSchedule(), GradientCheck(), *observers]
         super().__init__(module, arguments, callbacks=callbacks, **options)
         self.remove_callback(PrinterCallback)
         self._module, self._target, self._needs, self._held_out = module, target, module.needs, held_out

@@ -1,5 +1,6 @@
 """Entry point of all trainers: `train` runs any family under any launcher and writes an artifact."""
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Subset
+from transformers import TrainerCallback
 
 import draftsmith
 from data.batches import Batch, Example, collate, split, truncate
@@ -27,6 +29,8 @@ from draftsmith.artifacts.families import find
 from draftsmith.length.costs import num_threads
 from draftsmith.loading.model_info import TargetInfo, read_target_info
 from trainers.training import checkpoints, evaluation, launchers, logs
+from trainers.training.estimates import dry_run
+from trainers.training.estimates.trial import Trial, TrialResult, TrialRun
 from trainers.training.evaluation import ACCEPTANCE
 from trainers.training.gradient import DraftTrainer, LossModule, training_arguments
 from trainers.training.run_settings import RunSettings
@@ -42,8 +46,13 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     started, command = time.perf_counter(), shlex.join(sys.argv)
     name = family.__name__.rpartition(".")[2]
     output = run.folder(name).resolve()
+    dry_run.check(run, launchers.num_ranks())
+    if run.dry_run and hasattr(family, "NOTHING_TO_ESTIMATE"):
+        print(f"{name}: {family.NOTHING_TO_ESTIMATE}, so there is nothing to estimate")
+        return output
     deepspeed = launchers.begin(run)
-    launchers.write_default_data(run)
+    if not run.dry_run:
+        launchers.write_default_data(run)
     target_info = read_target_info(run.target)
     if hasattr(family, "check"):
         family.check(settings, target_info)
@@ -52,6 +61,9 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     examples = open_examples(run.data, target_info, settings=run.text, now=now)
     max_length = min(run.max_length, target_info.context_length)
     usable = usable_rows(examples, run.data, max_length=max_length, max_left_out=run.text.max_left_out)
+    if run.dry_run:
+        _dry_run(family, settings, run, examples, usable, max_length, output, started)
+        return output
     identity = {"family": name, **flat(settings), **run.identity()}
     if hasattr(family, "fit"):
         identity["data_fingerprint"] = examples.fingerprint
@@ -103,6 +115,49 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     return output
 
 
+def _dry_run(
+    family: ModuleType,
+    settings: Any,
+    run: RunSettings,
+    examples: Examples,
+    usable: list[int],
+    max_length: int,
+    output: Path,
+    started: float,
+) -> None:
+    """Estimates the run from short ones in temporary folders; `started` is the clock's time when it began."""
+    target = Target.from_pretrained(run.target, dtype="bfloat16" if run.bf16 else "float32", device=launchers.device())
+    target.model.requires_grad_(False)
+    check_target(examples, run.data, target)
+    train_rows, held_out = _split(examples, usable, run, max_length)
+    facts = {"data_fingerprint": examples.fingerprint, "target_fingerprint": target.fingerprint}
+
+    def train_briefly(one: TrialRun) -> TrialResult:
+        costs = dict[str, float]()
+        if hasattr(family, "fit"):
+            drafter = family.fit(settings, target, one.rows, one.run, one.folder)
+        else:
+            drafter, _, costs = _train_by_gradient(
+                family, settings, one.run, target, one.rows, list(held_out), one.folder, None, facts, one.callbacks
+            )
+        began = time.perf_counter()
+        drafter, _ = _finish_and_evaluate(drafter, family, settings, one.run, target, held_out, costs)
+        draftsmith.save(drafter, one.folder / "artifact", target=target, record={})
+        return TrialResult(drafter=drafter, finish_s=time.perf_counter() - began)
+
+    trial = Trial(
+        name=family.__name__.rpartition(".")[2],
+        run=dataclasses.replace(run, report_to="jsonl"),
+        target=target,
+        rows=train_rows,
+        held_out=held_out,
+        output=output,
+        is_by_gradient=not hasattr(family, "fit"),
+        train=train_briefly,
+    )
+    dry_run.dry_run(trial, max_length, time.perf_counter() - started)
+
+
 def _finish_and_evaluate(
     drafter: Any,
     family: ModuleType,
@@ -134,6 +189,7 @@ def _train_by_gradient(
     output: Path,
     deepspeed: str | None,
     facts: dict[str, Any],
+    observers: Sequence[TrainerCallback] = (),
 ) -> tuple[Any, float, dict[str, float]]:
     """Trains by gradient; returns the drafter at its best checkpoint, the seconds of training before this session and
     the costs measured before the first step.
@@ -165,6 +221,7 @@ def _train_by_gradient(
             output=output,
             facts={**facts, "costs": saved["costs"]},
             earlier_s=saved["spent_s"],
+            observers=observers,
             train_dataset=train_rows,
             eval_dataset=held_out,
             data_collator=_Collator(min(run.max_length, target.context_length)),

@@ -13,7 +13,7 @@ from draftsmith.parts.checks import check_at_least
 
 DEFAULT_DATA = "runs/pseudo-data"
 MAX_THREADS = 4096
-REPORTS_ONLY = ("output", "log_steps", "report_to", "wandb_project")
+REPORTS_ONLY = ("output", "log_steps", "report_to", "wandb_project", "dry_run", "pilot")
 """Settings that do not affect the artifact, so an unfinished run may continue with other values."""
 
 
@@ -72,6 +72,11 @@ class RunSettings:
     """wandb project."""
     decode_threads: int = 1
     """CPU threads used for decoding, on which the best tree size depends; 0 for torch's default."""
+    dry_run: bool = False
+    """Print what the run reads and what it would take in time, memory and disk, from a few measured steps, and stop;
+    nothing is written."""
+    pilot: bool = False
+    """With dry_run, also train on 1, 2 and 4 % of the rows, and extrapolate the mean accepted length of all of them."""
     deepspeed: str = ""
     """DeepSpeed config: a path, or zero0, zero1, zero2 or zero3; plain data parallelism if empty."""
 

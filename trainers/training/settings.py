@@ -30,6 +30,8 @@ NO_DEFAULT = dataclasses.MISSING
 RESERVED = ("config", "local_rank", "trust_remote_code")
 """Flags that are not settings: the preset, the rank that launchers add, which is ignored, and the permission for models
 to run code of their own."""
+ESTIMATES = ("dry_run", "pilot")
+"""Settings of every recipe that trains a drafter, which others explain that they lack."""
 T = typing.TypeVar("T")
 
 
@@ -259,6 +261,8 @@ def _read_preset(path: Path, settings: dict[str, _Setting], faults: list[str]) -
 
 
 def _unknown(key: str, settings: dict[str, _Setting], where: str) -> str:
+    if key.lstrip("-").replace("-", "_") in ESTIMATES:
+        return f"{key}: this recipe trains no drafter of one family, so there is no run to estimate; remove it"
     near = difflib.get_close_matches(key.lstrip("-").replace("-", "_"), settings, n=1, cutoff=0.5)
     hint = f"did you mean {_flag(near[0]) if key.startswith('-') else near[0]}?" if near else "see --help"
     return f"unknown setting {key!r} {where}; {hint}"

@@ -1,0 +1,1 @@
+"""What a training run would cost and reach, before it starts: `--dry-run` and `--pilot`."""
