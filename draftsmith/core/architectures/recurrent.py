@@ -1,11 +1,13 @@
 """Layers that keep one state instead of every token's keys and values: linear attention, state spaces, convolutions.
 
 After a verified draft their state must be the one after the accepted tokens, which a forward of the whole draft has
-passed over. So states are kept between forwards, and the inputs of each such module since the last commit; a state in
-between is computed, when it is asked for, by running that module alone over the inputs that follow a kept state.
-Attention, MLPs and experts are not run again.
+passed over. So states are kept between forwards, and the inputs of each such module since the last commit. Where the
+state after the accepted tokens was not kept, the next forward feeds the module their inputs again before its own; rows
+that accepted different numbers get their states by a forward of the module alone. Attention, MLPs and experts are not
+run again.
 
-Shape suffixes: B rows, T tokens since the oldest kept state, N new tokens, D width of the module's input.
+Shape suffixes: B rows, T tokens since the oldest kept state, N new tokens, R tokens fed again, D width of the module's
+input.
 """
 
 import inspect
@@ -25,6 +27,10 @@ Run = Callable[[Tensor, State], tuple[Any, list[State]]]
 """Runs a module over inputs [B, N, D] from a state; returns its output, and the states after equal parts of them."""
 
 
+MAX_FED_AGAIN = 16
+"""Most tokens that are fed again with new ones. Kernels work in chunks of 64: fewer cost about as much as one."""
+
+
 class RecurrentState:
     """The states of one module in one cache: after the committed tokens, and after those fed since."""
 
@@ -34,9 +40,22 @@ class RecurrentState:
         self._num_committed = [0] * num_rows  # of each row's stored inputs
         self._run: Run | None = None
 
-    def begin(self, first: int) -> State:
-        """Returns the state after the committed tokens and `first` more, and forgets what was fed after those."""
+    def begin(self, first: int) -> tuple[State, Tensor | None]:
+        """Returns a state and the inputs [B, R, D] to feed again from there, to get to `first` tokens past the commit.
+
+        What was fed after those is forgotten.
+        """
         counts = [number + first for number in self._num_committed]
+        origin = max(kept for kept in self._kept if kept <= min(counts))
+        if first == 0 and len(set(counts)) == 1 and 0 < counts[0] - origin <= MAX_FED_AGAIN:
+            again_BRD = self._stored()[:, origin : counts[0]]
+            self._kept, self._inputs_BTD = {0: self._kept[origin]}, None
+            self._num_committed = [again_BRD.shape[1]] * len(counts)
+            return self._kept[0], again_BRD
+        return self._state_at(first, counts), None
+
+    def _state_at(self, first: int, counts: list[int]) -> State:
+        """Returns the state after this many stored inputs, `first` of them uncommitted, and forgets later ones."""
         state = self._after(counts)
         if first == 0:
             self._kept, self._inputs_BTD, self._num_committed = {0: state}, None, [0] * len(counts)
@@ -67,7 +86,8 @@ class RecurrentState:
         """Makes row i what row `origins[i]` was, or for None the next row of `added`."""
         num_old, num_new = len(self._num_committed), origins.count(None)
         old, new = list(range(num_old)), list(range(num_old, num_old + num_new))
-        joined = _joined([(old, self.begin(0)), (new, added.begin(0) if added is not None else {})], num_old + num_new)
+        added_state = added._state_at(0, added._num_committed) if added is not None else {}
+        joined = _joined([(old, self._state_at(0, self._num_committed)), (new, added_state)], num_old + num_new)
         next_new = iter(new)
         rows = [next(next_new) if origin is None else origin for origin in origins]
         self._kept, self._num_committed = {0: _rows_of(joined, rows)}, [0] * len(origins)
@@ -159,9 +179,12 @@ class RecurrentModule(Wrapper):
         if self._name not in cache.recurrent:
             cache.recurrent[self._name] = RecurrentState(len(cache.lengths))
         held: RecurrentState = cache.recurrent[self._name]
-        output, states = run(inputs_BND, held.begin(cache.first))
+        state, again_BRD = held.begin(cache.first)
+        if again_BRD is not None:
+            inputs_BND = torch.cat([again_BRD, inputs_BND], dim=1)
+        output, states = run(inputs_BND, state)
         held.extend(inputs_BND, states, run)
-        return output
+        return output if again_BRD is None else _without_first(output, again_BRD.shape[1])
 
     def _run(self, run_once: Callable[..., Any], inputs_BND: Tensor, state: State) -> tuple[Any, list[State]]:
         """Runs the module over its inputs, in one call if that reads the state; returns the states in between."""
@@ -199,6 +222,13 @@ def _concatenated(outputs: list[Any]) -> Any:
     if isinstance(outputs[0], Tensor):
         return torch.cat(outputs, dim=1)
     return tuple(None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
+
+
+def _without_first(output: Any, number: int) -> Any:
+    """Returns an output of several tokens, a tensor [B, N, ...] or a tuple of such, without those of the first ones."""
+    if isinstance(output, Tensor):
+        return output[:, number:]
+    return tuple(None if part is None else part[:, number:] for part in output)
 
 
 class _Recorder(DynamicCache):
