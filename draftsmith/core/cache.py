@@ -189,8 +189,11 @@ class KVCache(Cache):
         self.capacity = capacity
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Returns the longest row's length; models take positions from `position_ids` instead."""
-        return max(self.lengths)
+        """Returns the number of tokens before the current forward's, of the longest row.
+
+        Models whose code takes positions from here instead of `position_ids` run rows of one length only.
+        """
+        return max(self.lengths) + self.first
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.num_visible, 0

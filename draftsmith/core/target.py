@@ -8,6 +8,7 @@ Shape suffixes: B rows, T positions, N nodes of a tree, R is B or 1, S cache slo
 
 import copy
 import hashlib
+import inspect
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import AutoConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from draftsmith.core.architectures.adapted import adapted
-from draftsmith.core.architectures.masks import AttentionMasks
+from draftsmith.core.architectures.masks import AttentionMasks, key_positions
 from draftsmith.core.architectures.recurrent import cache_argument, find_recurrent_modules, with_recurrent_modules
 from draftsmith.core.architectures.self_check import Abilities, check_against_model, ordinary_tokens
 from draftsmith.core.architectures.supported import has_recurrent_layers, problem_of_config, problem_of_model
@@ -30,6 +31,7 @@ from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.core.views import (
     LAYER_LISTS,
     ForwardContext,
+    HiddenStateOutput,
     applies_windows,
     final_norm,
     find_child,
@@ -141,6 +143,7 @@ class Target:
         """Shapes found for batch-invariant decoding, by batch size and number of threads."""
         self._linear_head = model.get_output_embeddings()
         self._cache_argument = cache_argument(model)  # of state space models, which take no positions, another one
+        self._takes_positions = not self.is_encoder_decoder and self._cache_argument != "cache_params"
         self._masks = AttentionMasks(model, self._config, applies_windows=True, dtype=self.dtype)
         self._recurrent: dict[str, int] = {}
         if self.is_recurrent:
@@ -152,7 +155,7 @@ class Target:
         except ValueError as error:
             if self.is_encoder_decoder:
                 raise
-            self.is_run_whole, self.abilities.cannot_split = True, str(error).removeprefix(f"{self._architecture} ")
+            self.is_run_whole, self.abilities.cannot_split = True, str(error).replace(self._architecture, "it", 1)
             try:
                 check_against_model(self)
             except ValueError:
@@ -247,7 +250,8 @@ class Target:
 
     def _set_source(self, cache: KVCache, source: Source | None) -> None:
         cache.source, cache.cross_is_filled = source, {}
-        cache.cross = DynamicCache(config=self.model.config) if self.is_encoder_decoder else None
+        # Of no config: cross-attention sees the whole source, also in decoders whose own attention has windows.
+        cache.cross = DynamicCache() if self.is_encoder_decoder else None
 
     def encode(self, tokens_BT: Tensor, mask_BT: Tensor) -> Source:
         """Runs an encoder-decoder's encoder over right-padded sources."""
@@ -307,11 +311,12 @@ class Target:
         positions_BN = (lengths_B1 + tree.depths_RN[:, first:]).clamp(max=self.context_length - 1)
         masks = self._masks.make(tree, cache, positions_BN, first=first)
         arguments: dict[str, Any] = {"attention_mask": masks, self._cache_argument: cache, "use_cache": True}
-        if not self.is_encoder_decoder and self._cache_argument != "cache_params":
+        if self._takes_positions:
             arguments["position_ids"] = positions_BN
         if self.is_run_whole:
             return Forward(hidden_BND=self._whole(input_ids=tokens_BN, **arguments).logits, layers={})
-        self._context.begin(positions_BN=positions_BN, wanted=layers, resume=resume_BND)
+        keys = partial(key_positions, tree, cache)
+        self._context.begin(positions_BN=positions_BN, key_positions=keys, wanted=layers, resume=resume_BND)
         self._stacked_masks.begin(row_multiple=cache.shapes.query_multiple if cache.shapes is not None else 1)
         if self.is_encoder_decoder:
             arguments["past_key_values"] = both = EncoderDecoderCache(cache, cache.cross)
@@ -357,7 +362,7 @@ class Target:
                 f"{self._architecture} reads whole texts otherwise than it decodes ({self.abilities.cannot_train})"
             )
         positions_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        self._context.begin(positions_BN=positions_1T, wanted=layers)
+        self._context.begin(positions_BN=positions_1T, key_positions=lambda: positions_1T, wanted=layers)
         arguments = source.arguments() if source is not None else {}
         run = self._view(0, self.num_layers, frozenset())
         out_BTD = run(input_ids=tokens_BT, use_cache=False, **arguments).last_hidden_state
@@ -384,8 +389,9 @@ class Target:
         """Raises ValueError for a model that is run whole."""
         if self.is_run_whole:
             raise ValueError(
-                f"{self._architecture} {self.abilities.cannot_split}; it is run whole, without hidden states or parts,"
-                " so take a drafter that needs its tokens only: look-up, n-grams, a store of text or a draft LM"
+                f"{self._architecture} is run whole, without hidden states or parts, since"
+                f" {self.abilities.cannot_split}: take a drafter that needs its tokens only, such as look-up, n-grams,"
+                " a store of text or a draft LM"
             )
 
     def check_batch(self, num_rows: int) -> None:
@@ -414,7 +420,7 @@ class Target:
         if normed_BTD.ndim == 2:
             return self.head(normed_BTD[None])[0]
         if self.is_encoder_decoder:
-            dummy = (normed_BTD[:, :1],)
+            dummy = HiddenStateOutput(last_hidden_state=normed_BTD[:, :1])
             return self._head(encoder_outputs=dummy, decoder_inputs_embeds=normed_BTD, use_cache=False).logits
         return self._head(inputs_embeds=normed_BTD, use_cache=False).logits
 
@@ -446,6 +452,8 @@ class Target:
         stacked = with_stacked_attention(stack, self._stacked_masks, blocks_name)
         self.pads_queries = stacked is not stack
         self._stack = adapted(stacked, self._context)
+        if self.is_encoder_decoder:  # decoders with rotary positions take them, others embed the context's
+            self._takes_positions = "position_ids" in inspect.signature(stack.forward).parameters
 
     def find_stack(self) -> Any:
         """Returns the model's own stack of decoder blocks; raises ValueError naming the architecture without one."""

@@ -8,7 +8,7 @@ import copy
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-LAYER_LISTS = ("layers", "h", "block")
+LAYER_LISTS = ("layers", "h", "block", "blocks")
 FINAL_NORMS = (
     "norm",
     "ln_f",
@@ -29,7 +29,7 @@ FINAL_NORMS = (
     "layernorm",
 )
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
-MLPS = ("mlp", "fc2", "feed_forward", "block_sparse_moe", "shared_mlp")
+MLPS = ("mlp", "fc2", "feed_forward", "block_sparse_moe", "shared_mlp", "ffn")
 
 
 @dataclass(kw_only=True)
@@ -50,14 +50,27 @@ class ForwardContext(threading.local):
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return ForwardContext, ()  # a copy begins empty, so that targets can be copied
 
-    def begin(self, *, positions_BN: Tensor | None, wanted: tuple[int, ...] = (), resume: Tensor | None = None) -> None:
-        """Sets the positions, the hidden layers to record and the hidden states to resume from."""
-        self.positions, self.wanted, self.resume = positions_BN, frozenset(wanted), resume
+    def begin(
+        self,
+        *,
+        positions_BN: Tensor | None,
+        key_positions: Callable[[], Tensor] | None = None,
+        wanted: tuple[int, ...] = (),
+        resume: Tensor | None = None,
+    ) -> None:
+        """Sets the positions of queries and keys, the hidden layers to record and the hidden states to resume from."""
+        self.positions, self._key_positions, self.resume = positions_BN, key_positions, resume
+        self.wanted, self.is_past_embedding = frozenset(wanted), False
         self.hidden: dict[int, Tensor] = {}
+
+    def key_positions(self) -> Tensor:
+        """Returns the positions [B, S] of the keys: of the cache's slots, or of the text that is read without one."""
+        assert self._key_positions is not None
+        return self._key_positions()
 
     def end(self) -> dict[int, Tensor]:
         """Returns the recorded hidden layers and drops all references to them."""
-        hidden, self.hidden, self.resume = self.hidden, {}, None
+        hidden, self.hidden, self.resume, self._key_positions = self.hidden, {}, None, None
         return hidden
 
 
@@ -86,6 +99,8 @@ class _Layer(Wrapper):
         self._tuple_length = tuple_length
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._index == 0:
+            self._context.is_past_embedding = True
         if self._is_start and self._context.resume is not None:
             hidden = self._context.resume
         if self._index in self._context.wanted:
@@ -94,14 +109,30 @@ class _Layer(Wrapper):
         return self.inner(hidden, *args, **kwargs) if self._runs else _as_output(hidden, self._tuple_length)
 
 
+class _FinalNorm(Wrapper):
+    """Replaces the final norm, which a view leaves out; NanoChat norms embeddings by the same module."""
+
+    def __init__(self, inner: nn.Module, context: ForwardContext) -> None:
+        super().__init__(inner)
+        self._context = context
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden if self._context.is_past_embedding else self.inner(hidden)
+
+
 class _Zero(nn.Module):
     """Replaces a skipped sublayer: adds nothing to the residual stream."""
 
-    def __init__(self, *, tuple_length: int, width: int) -> None:
+    def __init__(self, original: nn.Module, *, tuple_length: int, width: int) -> None:
         super().__init__()
         self._tuple_length, self._width = tuple_length, width
+        self._adds_residual = list(inspect.signature(original.forward).parameters)[1:2] == ["residual"]
 
-    def forward(self, hidden: Tensor | None = None, *_: Any, hidden_states: Tensor | None = None, **__: Any) -> Any:
+    def forward(
+        self, hidden: Tensor | None = None, *others: Any, hidden_states: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if self._adds_residual:  # BLOOM's and MPT's sublayers are handed the residual stream, and return the sum
+            return _as_output(others[0] if others else kwargs["residual"], self._tuple_length)
         given = hidden if hidden is not None else hidden_states
         assert given is not None
         return _as_output(given.new_zeros(*given.shape[:-1], self._width), self._tuple_length)
@@ -154,7 +185,7 @@ class _Positions(nn.Module):
         return table.reshape(length, table.shape[-1])
 
 
-class _HiddenStateOutput(BaseModelOutputWithPast):
+class HiddenStateOutput(BaseModelOutputWithPast):
     """A model output that holds the last hidden state, and None for any other attribute that a head may read."""
 
     def __getattr__(self, name: str) -> None:
@@ -162,28 +193,21 @@ class _HiddenStateOutput(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-class _Identity(nn.Module):
-    """Replaces a module by one that returns its input, and shows the other attributes of that module."""
+class _IdentityModel(nn.Module):
+    """Replaces a base model or decoder: returns its input embeddings as hidden states, and shows its attributes."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self._original = (original,)  # hidden from the module, whose parameters it would become
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_original"][0], name)
-
-
-class _IdentityModel(_Identity):
-    """Replaces a base model or decoder: returns its input embeddings as hidden states."""
 
     def forward(
         self, *_: Any, inputs_embeds: Tensor | None = None, decoder_inputs_embeds: Tensor | None = None, **__: Any
     ) -> BaseModelOutputWithPast:
         given = inputs_embeds if inputs_embeds is not None else decoder_inputs_embeds
-        return _HiddenStateOutput(last_hidden_state=given)
+        return HiddenStateOutput(last_hidden_state=given)
 
     @property
     def decoder(self) -> "_IdentityModel":
@@ -298,7 +322,7 @@ def view(
         layers.append(_Layer(inner, context, index, runs=runs, is_start=is_start, tuple_length=tuple_length))
     copied._modules[list_name] = nn.ModuleList(layers)
     if norm_name is not None:
-        copied._modules[norm_name] = _Identity(getattr(stack, norm_name))
+        copied._modules[norm_name] = _FinalNorm(getattr(stack, norm_name), context)
     if isinstance(getattr(stack, "embed_positions", None), nn.Module):
         copied._modules["embed_positions"] = _Positions(stack.embed_positions, context)
     return copied
@@ -327,7 +351,8 @@ def _without(layer: nn.Module, index: int, kinds: set[str], width: int, outputs:
             name = find_child(layer, names, what)
             if isinstance(layer._modules[name], nn.ModuleList):
                 raise ValueError(f"{type(layer).__name__} has several sublayers of a kind, so none can be skipped")
-            copied._modules[name] = _Zero(tuple_length=outputs.sublayers.get((kind, index), 0), width=width)
+            tuple_length = outputs.sublayers.get((kind, index), 0)
+            copied._modules[name] = _Zero(layer._modules[name], tuple_length=tuple_length, width=width)
     return copied
 
 

@@ -164,9 +164,13 @@ def context_length(config: Any) -> int:
     """
     limit = int(getattr(config, "max_position_embeddings", None) or NO_LIMIT)
     rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    if rope.get("rope_type") in ("longrope", "dynamic") and original:
-        limit = min(limit, int(original))
+    by_kind_of_layer = [part for part in rope.values() if isinstance(part, dict)]
+    for part in by_kind_of_layer or [rope]:
+        original = part.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        if part.get("rope_type") in ("longrope", "dynamic") and original:
+            limit = min(limit, int(original))
     return limit
 
 

@@ -29,8 +29,9 @@ class AttentionMasks:
 
     def __init__(self, model: Any, config: Any, *, applies_windows: bool, dtype: torch.dtype) -> None:
         self._is_boolean = config._attn_implementation == "sdpa"
-        # Attention that transformers has not brought into its common form checks the number of rows.
-        self._shares_rows = bool(model._supports_sdpa)
+        # Attention that transformers has not brought into its common form checks the number of rows, and T5Gemma 2
+        # joins the mask with the source's.
+        self._shares_rows = bool(model._supports_sdpa) and not model.config.is_encoder_decoder
         self._dtype = dtype
         self._window = getattr(config, "sliding_window", None) if applies_windows else None
         self._chunk = getattr(config, "attention_chunk_size", None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.tree import Tree, chain
-from draftsmith.core.views import Outputs, recorded_outputs
+from draftsmith.core.views import HiddenStateOutput, Outputs, recorded_outputs
 
 NUM_TOKENS, NUM_PREFILLED = 8, 4
 ERRORS = (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError)
@@ -60,6 +60,9 @@ class _SelfCheck:
         target, abilities = self._target, self._target.abilities
         try:
             expected_TV = self._expected_logits()
+        except ERRORS as error:
+            raise ValueError(f"{self._name} fails in its own forward of a text ({_first_line(error)})") from error
+        try:
             found_NV, hidden_ND = self._draft()
         except ERRORS as error:
             kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in self._model.parameters()})
@@ -83,7 +86,7 @@ class _SelfCheck:
         target, given = self._target, {"input_ids": self._ids_1T}
         if target.is_encoder_decoder:
             self._source = target.encode(self._ids_1T, torch.ones_like(self._ids_1T))
-            encoded = (self._source.encoded_BTD,)
+            encoded = HiddenStateOutput(last_hidden_state=self._source.encoded_BTD)
             given = {"decoder_input_ids": self._ids_1T, "attention_mask": self._source.mask_BT}
             with recorded_outputs(target.find_stack()) as target.abilities.outputs:
                 return self._model(encoder_outputs=encoded, **given).logits[0]
@@ -133,13 +136,17 @@ class _SelfCheck:
         return self._target.logits(self._target.read(self._ids_1T, (last,), self._source)[last])[0]
 
     def _hidden_in_two_spans(self) -> Tensor:
-        """Returns the last block's output at tokens 4 to 7 behind four, the blocks run in two parts."""
+        """Returns the last block's output at tokens 4 to 7 behind four, the blocks run in two parts.
+
+        The lower one is fed two tokens at a time, as drafters do that run the target's first blocks.
+        """
         target, ids_1T = self._target, self._ids_1T
         cache, half, tree = target.new_cache(1), max(target.num_layers // 2, 1), chain(4, target.device)
         target.prefill([ids_1T[0, :4].tolist()], cache)
-        below = target.forward(ids_1T[:, 4:], tree, cache, span=(0, half))
-        span = (half, target.num_layers)
-        out = target.forward(ids_1T[:, 4:], tree, cache, span=span, resume_BND=below.hidden_BND)
+        first_1ND = target.forward(ids_1T[:, 4:6], chain(2, target.device), cache, span=(0, half)).hidden_BND
+        second_1ND = target.forward(ids_1T[:, 6:], tree, cache, span=(0, half), first=2).hidden_BND
+        span, below_1ND = (half, target.num_layers), torch.cat([first_1ND, second_1ND], dim=1)
+        out = target.forward(ids_1T[:, 4:], tree, cache, span=span, resume_BND=below_1ND)
         return out.hidden_BND[0]
 
     def _gap(self, found: Tensor, expected: Tensor) -> float | None:
@@ -153,7 +160,7 @@ class _SelfCheck:
         try:
             gap = self._gap(compute(), expected)
         except ERRORS as error:
-            return str(error).split("\n")[0]
+            return _first_line(error)
         return "" if gap is None else f"off by {gap:.2g}"
 
     def _quantised_activations(self) -> str:
@@ -163,3 +170,7 @@ class _SelfCheck:
             if kinds
             else ""
         )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]

@@ -14,12 +14,53 @@ UNSUPPORTED_LAYERS = {
     "heavily_compressed_attention": "compresses keys and values of several tokens into one, which cannot be taken back",
 }
 UNSUPPORTED_MODELS = {
+    "cpmant": "reads every text behind trained tokens of its own",
+    "fsmt": "has a decoder that takes a mask and a cache of its own kind",
     "minimax": "keeps the state of its lightning attention in a cache of its own kind",
+    "openai-gpt": "keeps no keys and values between tokens",
+    "prophetnet": "predicts several tokens at once, with a mask and a cache of its own kind",
+    "reformer": "sorts tokens into buckets, which it keeps in a cache of its own kind",
+    "seamless_m4t": "has decoders of text and of speech, between which draftsmith cannot choose",
+    "seamless_m4t_v2": "has decoders of text and of speech, between which draftsmith cannot choose",
+    "voxtral_realtime": "reads sound along with every token",
+    "xlm": "keeps its keys and values in a dictionary of its own instead of a cache",
+    "xlnet": "reads text in permuted order, with a cache of its own kind",
+    "qwen4_exp_text": "compresses index keys of several tokens into one, in a cache of its own kind",
     "recurrent_gemma": "keeps its recurrent state in the model instead of a cache",
+    "roformer": "takes rotary positions from the length of its cache, which is not a draft's",
     "rwkv": "keeps its recurrent state in a list of its own instead of a cache",
     "xlstm": "keeps its recurrent state in a cache of its own kind",
 }
-"""By model type, where a whole architecture is left out; MiniMax with attention alone is of the same type."""
+"""By model type, where a whole architecture is left out."""
+ENCODERS = {
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+"""Model types that write text only if their configuration has `is_decoder`."""
+NUMBERED_FROM_PADDING = {
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+"""Those whose first position is not 0."""
 
 
 def layer_kinds(config: Any) -> set[str]:
@@ -34,14 +75,18 @@ def has_recurrent_layers(config: Any) -> bool:
 def problem_of_config(config: Any) -> str | None:
     """Returns why a model of this text configuration cannot be a target, None if nothing is known against it."""
     kinds = layer_kinds(config)
-    if (reason := UNSUPPORTED_MODELS.get(config.model_type)) is not None and (kinds & RECURRENT or not kinds):
+    if (reason := UNSUPPORTED_MODELS.get(config.model_type)) is not None:
         return reason
+    if config.model_type in ENCODERS and not config.is_decoder:
+        return "reads text in both directions, since is_decoder is false in its config"
+    if config.model_type in NUMBERED_FROM_PADDING:
+        return "numbers positions from its padding token's id on, and keeps no list of blocks that can be run in parts"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return "reads text in both directions, since use_bidirectional_attention is true in its config"
     if known := sorted(kinds & UNSUPPORTED_LAYERS.keys()):
         return UNSUPPORTED_LAYERS[known[0]]
     if unknown := sorted(kinds - ATTENTION - RECURRENT - STATELESS):
         return f"has layers of kind {', '.join(unknown)}, whose state cannot be rewound"
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        return "windows its local attention by cache slots, which trees do not fit"
     return None
 
 
