@@ -36,8 +36,8 @@ INTRODUCTION = """# Architectures
 
 Every causal and encoder-decoder architecture of transformers {version}, built tiny with random weights and decoded by
 `python -m eval.architectures{flags}`. `yes`: the text is the model's own, for one prompt and for prompts of unequal
-lengths in a batch; `-`: refused in a sentence. A `+name` is a switch of the architecture's configuration. What is not
-supported is named with its reason below the table.
+lengths in a batch; `alone`: for one prompt at a time; `-`: refused in a sentence. A `+name` is a switch of the
+architecture's configuration. What is not supported is named with its reason below the table.
 
 {summary}
 """
@@ -77,9 +77,10 @@ def document(found: dict[str, dict[str, Outcome]], *, is_quick: bool) -> str:
             continue
         cells = []
         for ways in WAYS.values():
-            verdicts = {outcomes[way].verdict for way in ways if way in outcomes}
+            verdicts = {outcomes[way].verdict for way in ways if way in outcomes} or {outcomes["plain"].verdict}
             worst = next(verdict for verdict in ORDER if verdict in verdicts)
-            cells.append({IDENTICAL: "yes", REFUSED: "-"}.get(worst, worst))
+            yes = "alone" if "ragged" in outcomes else "yes"
+            cells.append({IDENTICAL: yes, REFUSED: "-"}.get(worst, worst))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", "## Not supported or not built", "", *rest, ""])
 

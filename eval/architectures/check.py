@@ -117,7 +117,11 @@ def check(
         return {"target": Outcome(verdict=CRASH, detail=_brief(error))}
     checks = _Checks(model, target, amount)
     outcomes = {"plain": checks.decode(lambda _: None)}
+    if outcomes["plain"].verdict == CRASH:
+        return outcomes  # there is no text to draft from
     texts = checks.texts
+    if problem := target.abilities.cannot_batch:
+        outcomes["ragged"] = Outcome(verdict=REFUSED, detail=f"unequal rows: {problem}")
     exits, skips = {"exit_layer": 2, "num_draft": 3}, {"attention": (1,), "mlp": (2,), "num_draft": 3}
     ways: dict[str, Callable[[list[list[int]]], Drafter | None]] = {
         "lookup": lambda _: _drafter("lookup", target),
@@ -167,7 +171,8 @@ class _Checks:
 
     def __init__(self, model: Any, target: Target, amount: Amount) -> None:
         self._model, self._target, self._num_new = model, target, amount.num_new
-        self._batches = [prompts(lengths, target.vocab_size, seed=seed) for seed, lengths in enumerate(amount.batches)]
+        batches = [prompts(lengths, target.vocab_size, seed=seed) for seed, lengths in enumerate(amount.batches)]
+        self._batches = [rows for rows in batches if len(rows) == 1 or not target.abilities.cannot_batch]
         self._right: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         self.texts: list[list[list[int]]] = []
         """The plain texts of each batch."""
@@ -178,7 +183,6 @@ class _Checks:
         """Decodes every batch with the drafter that `make` returns for its texts."""
         for index, rows in enumerate(self._batches):
             try:
-                self._target.check_batch(len(rows))
                 drafter = make(texts[index] if texts else [])
             except ValueError as error:
                 return Outcome(verdict=REFUSED, detail=str(error))

@@ -19,6 +19,8 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from draftsmith.core.architectures.supported import ENCODERS
+
 VOCAB_SIZE, CONTEXT, WINDOW = 160, 256, 24
 _TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | {
     f"{kind}_token_{what}": VOCAB_SIZE - number
@@ -145,7 +147,16 @@ _MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_atte
 _HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 # What an architecture needs beside the sizes above.
 CHANGES: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"layer_types": _MIXED},
+    "cohere_compass_text": {
+        "layer_types": _MIXED,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]} for kind in _MIXED
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon": {"new_decoder_architecture": False, "multi_query": True},
     "gemma3n_text": {
@@ -155,6 +166,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 6,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    **{name: {"is_decoder": True} for name in ENCODERS},
+    "big_bird": {"is_decoder": True, "attention_type": "original_full"},
     "bailing_hybrid": {"layer_types": _HYBRID, "n_group": 1, "num_group": 1, "topk_group": 1},
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": _HYBRID},
@@ -164,14 +177,33 @@ CHANGES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"n_groups": 1, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
-    "reformer": {"is_decoder": True},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention", "indexed_attention"],
+        "indexer_n_heads": 8,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "hc_lowrank": 8,
+        "output_gate_type": "sigmoid",
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "hidden_size": 256},
     "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+}
 # Switches of a configuration that change how text is read.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "axk1": {"equalwidth": {"v_head_dim": 16}},
+    "big_bird": {"sparse": {"attention_type": "block_sparse", "block_size": 8, "num_random_blocks": 1}},
     "bloom": {"postln": {"apply_residual_connection_post_layernorm": True}},
     "cohere": {"qknorm": {"use_qk_norm": True}},
     "deepseek_v2": {
@@ -193,15 +225,21 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "gemma3_text": {"bidirectional": {"use_bidirectional_attention": True}},
     "gemma4_text": {
         "kv": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        "moe": {"enable_moe_block": True},
         "samedim": {"global_head_dim": 8},
-        "shared": {"num_kv_shared_layers": 2},
+        "shared": {"layer_types": _MIXED, "num_kv_shared_layers": 2},
+        "sharedsamedim": {"layer_types": _MIXED, "num_kv_shared_layers": 2, "global_head_dim": 8},
     },
     "glm4_moe_lite": {"equalwidth": {"v_head_dim": 16}},
     "glm_moe_dsa": {"equalwidth": {"v_head_dim": 16}},
-    "gpt2": {"inverse": {"scale_attn_by_inverse_layer_idx": True}},
+    "gpt2": {
+        "inverse": {"scale_attn_by_inverse_layer_idx": True},
+        "crossinverse": {"scale_attn_by_inverse_layer_idx": True, "add_cross_attention": True},
+    },
     "gpt_bigcode": {"mha": {"multi_query": False}},
     "gpt_neox": {"sequential": {"use_parallel_residual": False}},
     "granite": {"scaled": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}},
+    "granitemoe": {"scaled": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}},
     "granitemoehybrid": {"attention": {"layer_types": ["attention"] * 4}},
     "hunyuan_v1_dense": {
         "dynamic": {"rope_parameters": {"rope_type": "dynamic", "alpha": 4.0, "factor": 1.0, "rope_theta": 10000.0}}
@@ -232,13 +270,26 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "mimo_v2_flash": {"equalwidth": {"v_head_dim": 8}},
     "minicpm3": {"equalwidth": {"v_head_dim": 16}},
     "minimax": {"attention": {"layer_types": ["full_attention"] * 4}},
+    "minimax_m2": {"window": {"sliding_window": WINDOW}},
     "mistral": {"nowindow": {"sliding_window": None}},
     "mixtral": {"window": {"sliding_window": WINDOW}},
     "mpt": {"noalibi": {"attn_config": {"alibi": False}}},
     "nemotron_h": {"attention": {"layer_types": ["full_attention", "mlp"] * 2}},
+    "olmo": {"clip": {"clip_qkv": 0.5}},
     "opt": {"postnorm": {"do_layer_norm_before": False}, "350m": {"word_embed_proj_dim": 16}},
+    "pegasus_x": {"local": {"stagger_local_blocks": False, "block_size": 8}},
     "persimmon": {"qk": {"qk_layernorm": True}},
-    "phi3": {"partial": {"partial_rotary_factor": 0.5}},
+    "phi3": {
+        "partial": {"partial_rotary_factor": 0.5},
+        "longrope": {"original_max_position_embeddings": 128, "rope_parameters": _LONGROPE},
+    },
+    "phi4_multimodal": {"longrope": {"original_max_position_embeddings": 128, "rope_parameters": _LONGROPE}},
+    "phimoe": {
+        "longrope": {
+            "original_max_position_embeddings": 128,
+            "rope_parameters": _LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.2},
+        }
+    },
     "qwen2": {"window": {"use_sliding_window": True, "max_window_layers": 2}},
     "qwen2_moe": {"window": {"use_sliding_window": True, "max_window_layers": 2}},
     "qwen3": {"window": {"use_sliding_window": True, "max_window_layers": 2}, "yarn": {"rope_parameters": _YARN}},
@@ -247,6 +298,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "stablelm": {"parallel": {"use_parallel_residual": True}},
     "starcoder2": {"window": {"sliding_window": WINDOW}},
     "t5": {"gated": {"feed_forward_proj": "gated-gelu"}},
+    "xglm": {"odd": {"d_model": 33, "attention_heads": 3}},
     "youtu": {"equalwidth": {"v_head_dim": 16}},
 }
 

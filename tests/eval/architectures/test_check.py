@@ -1,5 +1,6 @@
 """Tests of architectures: representative ones are decoded in every way, and what is refused gets a sentence."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import draftsmith
 from draftsmith import Target
 from eval.architectures.__main__ import DOCUMENT, document, outcomes_of
 from eval.architectures.check import CRASH, IDENTICAL, QUICK, QUICK_WAYS, REFUSED, UNSUPPORTED, WRONG, check
-from eval.architectures.models import Variant, tiny_model, variants
+from eval.architectures.models import Variant, tiny_config, tiny_model, variants
 
 VARIANTS = {variant.name: variant for variant in variants()}
 # Each stands for a kind: names of norms, blocks that return tuples, widths that differ, positions, windows.
@@ -27,10 +28,15 @@ WHOLLY_SUPPORTED = (
     "xglm",  # computed positions
     "llama4_text",  # attention in chunks, a base model by another name
     "deepseek_v32",  # keys of its own by which attention is sparse
+    "nanochat",  # a norm that is used twice
+    "bloom",  # biases by position
+    "falcon+alibi",
+    "mpt",
+    "gpt_neo",  # windows by position in some blocks
 )
-RUN_WHOLE = ("nanochat", "modernbert-decoder", "opt+350m")
-RECURRENT = ("qwen3_next", "lfm2_moe", "mamba2", "jamba", "falcon_h1")
-ENCODER_DECODERS = ("marian@seq2seq", "pegasus_x", "m2m_100")
+RUN_WHOLE = ("bert", "modernbert-decoder", "opt+350m")
+RECURRENT = ("qwen3_next", "lfm2_moe", "mamba2", "jamba", "falcon_h1", "zamba2")
+ENCODER_DECODERS = ("marian@seq2seq", "pegasus_x", "m2m_100", "umt5", "t5gemma", "t5gemma2", "nllb-moe")
 
 
 def outcomes(name: str) -> dict[str, str]:
@@ -51,6 +57,11 @@ SLOW = (
     "mamba2",
     "falcon_h1",
     "qwen3_next",
+    "falcon+alibi",
+    "mpt",
+    "opt+350m",
+    "t5gemma",
+    "nllb-moe",
 )
 
 
@@ -84,15 +95,36 @@ def test_models_with_recurrent_state_verify_chains(name: str) -> None:
     assert found["tree"] == REFUSED
 
 
-@pytest.mark.parametrize("name", ["recurrent_gemma", "deepseek_v4", "bert"])
+def test_models_that_count_positions_in_the_cache_decode_one_prompt_at_a_time() -> None:
+    """Inkling's biases of attention are of one row's positions."""
+    found = outcomes("inkling_text")
+    assert [found[way] for way in ("plain", "chain", "early exit", "training pass")] == [IDENTICAL] * 4
+    assert found["ragged"] == REFUSED
+    target = Target(tiny_model(VARIANTS["inkling_text"]))
+    with pytest.raises(ValueError, match="cannot run 2 rows of unequal lengths .*; decode them one at a time"):
+        draftsmith.generate(target, [[3, 4], [5]], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["recurrent_gemma", "deepseek_v4", "openai-gpt", "minimax"])
 def test_unsupported_models_get_one_sentence(name: str) -> None:
     (found,) = check(tiny_model(VARIANTS[name])).values()
     assert found.verdict == UNSUPPORTED and "\n" not in found.detail and len(found.detail) < 300
 
 
+def test_a_config_that_tells_is_refused_before_weights_load(tmp_path: Path) -> None:
+    config = tiny_config(VARIANTS["bert"])
+    config.is_decoder, config.architectures = False, ["BertLMHeadModel"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^BertLMHeadModel reads text in both directions, since is_decoder is false"):
+        Target.from_pretrained(tmp_path)
+
+
 def test_drafters_of_hidden_states_are_refused_by_a_target_that_is_run_whole() -> None:
-    target = Target(tiny_model(VARIANTS["nanochat"]))
-    with pytest.raises(ValueError, match="it is run whole, without hidden states or parts, so take a drafter"):
+    target = Target(tiny_model(VARIANTS["opt+350m"]))
+    with pytest.raises(
+        ValueError,
+        match="is run whole, without hidden states or parts, since it projects after its final norm: take a drafter",
+    ):
         target.read(torch.tensor([[3, 4, 5]]), (1,))
     out = draftsmith.generate(target, [[3, 4, 5], [6, 7]], max_new_tokens=3)
     assert out.lengths.tolist() == [6, 5]
