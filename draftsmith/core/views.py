@@ -352,7 +352,7 @@ def _without(layer: nn.Module, index: int, kinds: set[str], width: int, outputs:
             if isinstance(layer._modules[name], nn.ModuleList):
                 raise ValueError(f"{type(layer).__name__} has several sublayers of a kind, so none can be skipped")
             tuple_length = outputs.sublayers.get((kind, index), 0)
-            copied._modules[name] = _Zero(layer._modules[name], tuple_length=tuple_length, width=width)
+            copied._modules[name] = _Zero(layer.get_submodule(name), tuple_length=tuple_length, width=width)
     return copied
 
 

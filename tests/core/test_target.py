@@ -325,7 +325,13 @@ def test_unsupported_architectures_are_rejected_by_name() -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
     problem = "MiniMaxForCausalLM keeps the state of its lightning attention in a cache of its own kind"
     assert rejection("minimax", **small, **heads, num_local_experts=2) == problem
-    assert "MptModel" in rejection("mpt", d_model=WIDTH, n_layers=2, n_heads=4)
+
+
+def test_a_model_that_fails_in_its_own_forward_is_rejected() -> None:
+    broken = tiny_model("ctrl", n_embd=WIDTH, n_layer=2, n_head=4, dff=48)
+    del broken.transformer.layernorm
+    with pytest.raises(ValueError, match="CTRLLMHeadModel fails in its own forward of a text"):
+        Target(broken)
 
 
 def test_attention_without_tree_masks_is_rejected() -> None:
@@ -346,12 +352,6 @@ def test_post_norm_blocks_cannot_be_skipped() -> None:
     target = Target(tiny_model("opt", do_layer_norm_before=False))
     with pytest.raises(ValueError, match="OPTDecoderLayer normalises after its sublayers"):
         target.forward(random_tokens(1, 2), chain(2), target.new_cache(1), skipped=frozenset({("mlp", 0)}))
-
-
-def test_attention_windows_in_cache_slots_are_rejected() -> None:
-    """GPT-Neo counts its window in cache slots, which are not positions in a tree or a ragged batch."""
-    local = {"attention_types": [[["global", "local"], 1]], "window_size": 16}
-    assert "GPTNeoForCausalLM" in rejection("gpt_neo", hidden_size=WIDTH, num_layers=2, num_heads=4, **local)
 
 
 def test_the_active_copy_of_several_hidden_states_is_read() -> None:

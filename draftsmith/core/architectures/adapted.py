@@ -147,17 +147,16 @@ def _with_falcon_bias(stack: Any, context: ForwardContext) -> Any:
     """Falcon with ALiBi: biases follow each row's own positions."""
     if not stack.use_alibi:
         return stack
-    own = sys.modules[type(stack).__module__].build_alibi_tensor  # type: ignore[attr-defined]
+    own = sys.modules[type(stack).__module__].build_alibi_tensor
 
     def make(longest: int, *, num_heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return own(torch.ones(1, longest, dtype=torch.long, device=device), num_heads, dtype)
 
     biases = _BiasByPosition(context, make)
-    blocks = enumerate(stack.h)
-    attentions = {
-        f"h.{index}.self_attention": _FalconAttention(block.self_attention, biases) for index, block in blocks
-    }
-    copied = replaced(stack, attentions)
+    new: dict[str, nn.Module] = {}
+    for index, block in enumerate(stack.h):
+        new[f"h.{index}.self_attention"] = _FalconAttention(block.self_attention, biases)
+    copied = replaced(stack, new)
     copied.use_alibi = False  # by the decoder itself, which would join the biases by slot
     return copied
 
