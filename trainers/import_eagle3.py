@@ -1,4 +1,4 @@
-"""Makes an artifact of a published EAGLE-3 head, read by draftsmith/artifacts/published_eagle3.py."""
+"""Makes an artifact of a published EAGLE-3 head, read by draftsmith/artifacts/published/eagle3.py."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batches import Batch, Example
 from draftsmith import Target
-from draftsmith.artifacts.published_eagle3 import add_vocabulary, read_shape, read_weights
+from draftsmith.artifacts.published.eagle3 import add_vocabulary, read_shape, read_weights
 from draftsmith.drafters.eagle3 import Config, Drafter
 from draftsmith.length import policies
 from draftsmith.loading.model_info import TargetInfo

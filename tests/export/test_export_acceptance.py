@@ -78,13 +78,13 @@ def rows_of(num_rows: int) -> list[list[int]]:
     return rows
 
 
-def accepted_here(drafter: Any, rows: list[list[int]], **sampling: Any) -> list[list[int]]:
+def accepted_here(drafter: Any, rows: list[list[int]], *, num_new: int = NUM_NEW, **sampling: Any) -> list[list[int]]:
     """Returns the number of tokens accepted in each round, for each row."""
     found = []
     for row in rows:
         sizes = StepSizes()
         draftsmith.generate(
-            drafter.target, [row], drafter, max_new_tokens=NUM_NEW, eos_token_id=[], streamer=sizes, **sampling
+            drafter.target, [row], drafter, max_new_tokens=num_new, eos_token_id=[], streamer=sizes, **sampling
         )
         found.append([size - 1 for size in sizes.sizes[1:]])
     return found

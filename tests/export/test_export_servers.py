@@ -362,7 +362,9 @@ def test_vllm_runs_token_only_families_with_the_proposer(target: Target, tmp_pat
 
 def test_other_families_of_vllm_do_not_use_the_proposer() -> None:
     served = {name for name in names() if "vllm" in writers(name)}
-    assert served == TOKEN_FAMILIES.keys() | {"lm", "medusa", "eagle3", "early_exit", "layerskip", "lookup"}
+    assert served == TOKEN_FAMILIES.keys() | {
+        *("lm", "medusa", "eagle3", "dflash", "early_exit", "layerskip", "lookup")
+    }
 
 
 @pytest.mark.parametrize("family", [rest, suffix])

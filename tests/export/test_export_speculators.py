@@ -5,6 +5,7 @@ Run by ./launch.sh serving-test, which installs the library.
 Shape suffixes: N positions, D hidden width, E widths of the fused layers together, W draft vocabulary.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -16,11 +17,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 import draftsmith
+from data.batches import collate, example
 from draftsmith import Target
-from draftsmith.drafters import eagle3
+from draftsmith.drafters import dflash, eagle3
 from draftsmith.export import export
 from eval.doctor.checks import check_verifier
+from tests.export.test_export_dflash import drafter_of
 from tests.support.models import VOCAB_SIZE, WIDTH, scramble, tiny_model
+from trainers import dflash as dflash_trainer
 
 speculators = pytest.importorskip("speculators")
 
@@ -105,3 +109,57 @@ def test_speculators_model_has_the_same_logits(
     _, normed_1ND = drafter(tokens_1N, features_1ND, lambda x_1NE: drafter.attention(x_1NE, positions_1N))
     logits_1NW = drafter.head(normed_1ND)
     assert (outputs[0] - logits_1NW).abs().max() < 1e-4 * logits_1NW.abs().max()
+
+
+# --- DFlash --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[{}, {"shortlist": 40, "stretch": (8.0, 1.0, 4.0, 16.0)}], ids=["usual", "shortlist"])
+def block_pair(request: pytest.FixtureRequest, target: Target, tmp_path: Path) -> tuple[dflash.Drafter, Path]:
+    """Returns a DFlash drafter with random weights and its export."""
+    drafter = drafter_of(target, **request.param)
+    draftsmith.save(drafter, tmp_path / "artifact", target)
+    return drafter, export(tmp_path / "artifact", "speculators", tmp_path / "out")
+
+
+def test_speculators_reads_a_dflash_configuration(block_pair: tuple[dflash.Drafter, Path]) -> None:
+    drafter, out = block_pair
+    read = speculators.SpeculatorModelConfig.from_pretrained(out)
+    assert type(read).__name__ == "DFlashSpeculatorConfig"
+    assert read.aux_hidden_state_layer_ids == list(drafter.config.layers)
+    assert (read.block_size, read.mask_token_id) == (drafter.config.block_size, drafter.config.mask_token)
+    assert read.draft_vocab_size == len(drafter.shared_head.shortlist) and not read.sample_from_anchor
+    assert read.speculators_config.proposal_methods[0].speculative_tokens == drafter.config.num_draft
+    written = json.loads((out / "config.json").read_text())
+    assert not written.keys() - read.to_dict().keys()
+    assert not written["transformer_layer_config"].keys() - read.transformer_layer_config.to_dict().keys()
+
+
+@torch.no_grad()
+def test_speculators_dflash_model_has_the_same_logits(
+    block_pair: tuple[dflash.Drafter, Path], target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded with its verifier, without a missing tensor, its blocks have the drafter's logits at random anchors."""
+    drafter, out = block_pair
+    assert check_verifier(out).verdict == "ok"
+    monkeypatch.chdir(out)
+    config = speculators.SpeculatorModelConfig.from_pretrained(out)
+    config.transformer_layer_config._attn_implementation = "eager"
+    model = speculators.SpeculatorModel.from_pretrained(out, config=config).eval()
+    num_positions, num_anchors = 24, 3
+    generator = torch.Generator().manual_seed(0)
+    tokens_1N = torch.randint(VOCAB_SIZE, (1, num_positions), generator=generator)
+    hidden = target.read(tokens_1N, (*drafter.hidden_layers, target.num_layers))
+    _, logits_1QW, _, _, indices_Q = model._backbone_forward(
+        drafter.join(hidden),
+        tokens_1N,
+        torch.ones(1, num_positions),
+        hidden[target.num_layers],
+        torch.zeros(1, num_positions, dtype=torch.long),
+        max_anchors=num_anchors,
+    )
+    anchors_1M = indices_Q[:: drafter.config.block_size][None]
+    batch = dataclasses.replace(collate([example(tokens_1N[0].tolist(), None, "row")]), hidden=hidden)
+    normed_1MLD = dflash_trainer.run_blocks(drafter, batch, anchors_1M)
+    expected_1QW = drafter.shared_head.listed(normed_1MLD.flatten(1, 2))
+    assert (logits_1QW - expected_1QW).abs().max() < 1e-4 * expected_1QW.abs().max()

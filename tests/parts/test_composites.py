@@ -12,7 +12,19 @@ import draftsmith
 from draftsmith.artifacts.families import find
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft
-from draftsmith.drafters import eagle3, early_exit, hydra, kangaroo, layerskip, lm, lookup, medusa, medusa2, prophet
+from draftsmith.drafters import (
+    dflash,
+    eagle3,
+    early_exit,
+    hydra,
+    kangaroo,
+    layerskip,
+    lm,
+    lookup,
+    medusa,
+    medusa2,
+    prophet,
+)
 from draftsmith.length.controller import LengthControlled
 from draftsmith.length.policies import ExpectedGain
 from draftsmith.parts import composites
@@ -25,6 +37,8 @@ TARGET = tiny_target("llama")
 NUM_NEW = 24
 SMALL = tiny_config("llama", num_hidden_layers=1).to_dict()
 HEAD = {"layers": (1, 2), "num_heads": 4, "num_kv_heads": 2, "head_width": 8, "inner_width": 48, "num_draft": 3}
+BLOCK = {"layers": (1, 2), "mask_token": 63, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "head_width": 8}
+BLOCK |= {"inner_width": 48, "block_size": 4}
 DRAFTERS: dict[str, tuple[Any, Any]] = {
     "lm chains": (lm, lm.Config(model=SMALL, num_draft=4, length="fixed")),
     "lm fixed tree": (lm, lm.Config(model=SMALL, tree=((0,), (1,), (0, 0), (1, 0)))),
@@ -33,6 +47,8 @@ DRAFTERS: dict[str, tuple[Any, Any]] = {
     "hydra": (hydra, hydra.Config(prefix_heads=4, prefix_width=48)),
     "eagle3 chains": (eagle3, eagle3.Config(**HEAD, width=0)),
     "eagle3 trees": (eagle3, eagle3.Config(**HEAD, width=2, num_nodes=5)),
+    "dflash": (dflash, dflash.Config(**BLOCK)),
+    "dflash trees": (dflash, dflash.Config(**BLOCK, num_nodes=6)),
     "kangaroo": (kangaroo, kangaroo.Config(exit_layer=2, num_draft=4, length="fixed")),
     "kangaroo trees": (kangaroo, kangaroo.Config(exit_layer=2, num_draft=3, width=2, num_nodes=6)),
     "early exit": (early_exit, early_exit.Config(exit_layer=1, num_blocks=2, num_draft=4, length="fixed")),

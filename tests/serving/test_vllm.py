@@ -31,6 +31,7 @@ from draftsmith.export.models import reduced_model
 from eval.doctor.checks import check_export
 from eval.doctor.serving import ServingCounts, agrees, run_draftsmith, run_vllm
 from recipes import doctor
+from tests.support.drafters import overfitted_dflash
 from trainers.corpora import kneser_ney
 
 pytest.importorskip("vllm")
@@ -178,6 +179,12 @@ def eagle3_head(target: Target, texts: list[list[int]], folder: Path) -> Any:
     return train_drafter(drafter, loss, texts, 24)
 
 
+def dflash_blocks(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    """Returns layers trained on half of the texts."""
+    shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_width": 64, "inner_width": 256}
+    return overfitted_dflash(target, texts[::2], num_steps=40, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape)
+
+
 MAKERS = {
     "draft_model": reduced_target,
     "first_blocks": first_blocks,
@@ -186,6 +193,7 @@ MAKERS = {
     "lstm": lstm_model,
     "medusa": medusa_heads,
     "head": eagle3_head,
+    "block": dflash_blocks,
 }
 
 
@@ -203,7 +211,9 @@ def test_plain_decoding_gives_the_same_text(
     assert plain.texts == [text[len(row) : len(row) + NUM_NEW] for row, text in zip(rows, texts, strict=True)]
 
 
-@pytest.mark.parametrize(("name", "to"), [*((name, "vllm") for name in MAKERS), ("head", "speculators")])
+@pytest.mark.parametrize(
+    ("name", "to"), [*((name, "vllm") for name in MAKERS), ("head", "speculators"), ("block", "speculators")]
+)
 def test_vllm_and_draftsmith_accept_the_same_number_of_tokens(
     target: Target,
     rows: list[list[int]],

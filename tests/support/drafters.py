@@ -10,20 +10,40 @@ from typing import Any
 import torch
 
 import draftsmith
+from data.batches import collate, example
+from data.teacher import complete
 from draftsmith import Target
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft, Tree, chain
-from draftsmith.drafters import lm, lookup, medusa
+from draftsmith.drafters import dflash, lm, lookup, medusa
 from tests.support.distributions import VOCAB_SIZE as SAMPLED_VOCAB_SIZE
 from tests.support.distributions import distribution_target
 from tests.support.family import built
 from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_config, tiny_target
+from trainers import dflash as dflash_trainer
 
 NUM_NEW = 20
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
 HEADS = medusa.Config(num_heads=3, tree=TREE)
 SMALL = lm.Config(model=tiny_config("llama", num_hidden_layers=1).to_dict(), num_draft=4, length="refit=0.1")
 SAMPLED_SMALL = tiny_config("llama", vocab_size=SAMPLED_VOCAB_SIZE, num_hidden_layers=1).to_dict()
+
+
+def overfitted_dflash(target: Target, texts: list[list[int]], *, num_steps: int, **shape: Any) -> dflash.Drafter:
+    """Returns a DFlash drafter trained for a few steps on all tokens of the texts, so that it drafts a part of them."""
+    torch.manual_seed(0)
+    config = dflash.Config(**{"mask_token": target.vocab_size - 1} | shape)
+    settings = dflash_trainer.Settings(num_anchors=16)
+    drafter = dflash.Drafter(config, target).float().train().requires_grad_(True)
+    rows = [example(text, None, str(number)) for number, text in enumerate(texts)]
+    batch = complete(collate(rows), target, config.layers)
+    optimiser = torch.optim.Adam(drafter.parameters(), lr=5e-3)
+    for step in range(num_steps):
+        dflash_trainer.begin_step(drafter, settings, step, num_steps)
+        optimiser.zero_grad()
+        dflash_trainer.loss(drafter, batch, settings, target)[0].backward()
+        optimiser.step()
+    return drafter.eval().requires_grad_(False)
 
 
 class Scripted(Drafter):

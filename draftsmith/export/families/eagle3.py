@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.artifacts import json_text
-from draftsmith.artifacts.published_eagle3 import LAYER_IDS, NAMES, OUTER
+from draftsmith.artifacts.published.eagle3 import LAYER_IDS, NAMES, OUTER
 from draftsmith.export.launch import SAMPLES_DRAFTS, Launch, sglang_launch, vllm_launch
 from draftsmith.export.source import ExportSource
 from draftsmith.export.tensors import Specs, write_tensors

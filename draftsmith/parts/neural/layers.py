@@ -35,7 +35,10 @@ def rotate(x_BHND: Tensor, positions_RN: Tensor, theta: float, rope_scaling: tup
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention without biases, with rotary position embedding."""
+    """Grouped-query self-attention without biases, with rotary position embedding.
+
+    With `head_norm_eps`, each head's queries and keys are normed before they are rotated (Qwen3, 2505.09388).
+    """
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class Attention(nn.Module):
         input_width: int | None = None,
         theta: float = 10_000.0,
         rope_scaling: tuple[float, ...] = (),
+        head_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
@@ -63,6 +67,9 @@ class Attention(nn.Module):
         self.key = nn.Linear(input_width, num_kv_heads * head_width, bias=False)
         self.value = nn.Linear(input_width, num_kv_heads * head_width, bias=False)
         self.output = nn.Linear(num_heads * head_width, width, bias=False)
+        has_norms = head_norm_eps is not None
+        self.query_norm = nn.RMSNorm(head_width, eps=head_norm_eps) if has_norms else nn.Identity()
+        self.key_norm = nn.RMSNorm(head_width, eps=head_norm_eps) if has_norms else nn.Identity()
 
     def forward(
         self,
@@ -93,12 +100,13 @@ class Attention(nn.Module):
 
     def queries(self, x_BNE: Tensor, positions_RN: Tensor) -> Tensor:
         """Returns the rotated queries [B, H, N, D]."""
-        return rotate(self._split(self.query(x_BNE)), positions_RN, self.theta, self.rope_scaling)
+        query_BHND = self.query_norm(self._split(self.query(x_BNE)))
+        return rotate(query_BHND, positions_RN, self.theta, self.rope_scaling)
 
     def keys_and_values(self, x_BNE: Tensor, positions_RN: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the rotated keys and the values, both [B, H, N, D]."""
-        key_BHND = rotate(self._split(self.key(x_BNE)), positions_RN, self.theta, self.rope_scaling)
-        return key_BHND, self._split(self.value(x_BNE))
+        key_BHND = self.key_norm(self._split(self.key(x_BNE)))
+        return rotate(key_BHND, positions_RN, self.theta, self.rope_scaling), self._split(self.value(x_BNE))
 
     def _split(self, joined_BNE: Tensor) -> Tensor:
         """Returns the heads' parts [B, H, N, D]."""

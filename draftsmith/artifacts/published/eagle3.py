@@ -62,7 +62,7 @@ def read_shape(folder: Path, target: Any) -> dict[str, Any]:
         )
     if layer.get("sliding_window") and layer.get("use_sliding_window", True):
         raise ValueError(f"{folder}: sliding_window is {layer['sliding_window']}; only full attention is supported")
-    theta, stretch = _rotary(layer, folder)
+    theta, stretch = read_rotary(layer, folder)
     num_heads = layer["num_attention_heads"]
     draft_vocab = config.get("draft_vocab_size") or target.vocab_size
     return {
@@ -84,7 +84,7 @@ def read_shape(folder: Path, target: Any) -> dict[str, Any]:
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Returns the head's tensors by the drafter's names; raises ValueError for a tensor that no EAGLE-3 head has."""
     tensors = {}
-    for name, tensor in _read_tensors(folder).items():
+    for name, tensor in read_tensors(folder).items():
         inner = name.removesuffix(".weight").removeprefix("midlayer.").removeprefix("layers.0.")
         if name in ("d2t", "t2d"):
             tensors[name] = tensor.long() if name == "d2t" else tensor.bool()
@@ -145,7 +145,7 @@ def _layers(config: dict[str, Any], folder: Path, num_layers: int) -> tuple[int,
     return layers
 
 
-def _rotary(layer: dict[str, Any], folder: Path) -> tuple[float, tuple[float, ...]]:
+def read_rotary(layer: dict[str, Any], folder: Path) -> tuple[float, tuple[float, ...]]:
     """Returns (theta, stretch) of the rotary positions, from the keys of either transformers 4 or 5."""
     rope = (layer.get("rope_scaling") or {}) | (layer.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -158,7 +158,7 @@ def _rotary(layer: dict[str, Any], folder: Path) -> tuple[float, tuple[float, ..
     return theta, tuple(float(rope[key]) for key in keys)
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Returns all tensors of the folder's safetensors files, or of its pytorch_model.bin, unpickled as weights only."""
     files = sorted(folder.glob("*.safetensors"))
     pickled = folder / "pytorch_model.bin"

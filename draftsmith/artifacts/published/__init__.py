@@ -1,0 +1,1 @@
+"""Drafters that others published: the names of their tensors, and their configurations."""

@@ -1,0 +1,244 @@
+"""Exports DFlash drafters: one folder that both vLLM and SGLang load, and the folders of speculators and transformers.
+
+The fused hidden layers are listed by the index of the block whose output they are, one less than draftsmith's numbers,
+and in a folder of speculators by draftsmith's numbers.
+
+Shape suffixes: W tokens of the shortlist.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftsmith.artifacts import json_text
+from draftsmith.artifacts.published.dflash import TRANSFORMERS_TYPE, published_name
+from draftsmith.export.launch import SAMPLES_DRAFTS, Launch, python_launch, sglang_launch, vllm_launch
+from draftsmith.export.models import CHAINS, FIXED
+from draftsmith.export.source import ExportSource
+from draftsmith.export.tensors import Specs, write_tensors
+from draftsmith.loading.model_info import NO_LIMIT
+
+BATCH_OF_ONE = (
+    "transformers drafts for a batch of one only, and only from the second token on: the first step decodes plainly."
+)
+WHOLE_VOCABULARY = "transformers drafts from the whole vocabulary, whereas draftsmith drafts from the shortlist."
+
+
+def transformers(source: ExportSource, folder: Path) -> Launch:
+    """Writes a model that `generate(assistant_model=..., speculation_type="dflash")` drafts with."""
+    _check_layers(source, "transformers")
+    config = {"architectures": ["MuseGlimmerAssistantModel"], **_layer(source), **_block(source)}
+    config |= {"model_type": TRANSFORMERS_TYPE, "target_layer_ids": _block_ids(source)}
+    # In place of transformers' own defaults, which are of another vocabulary.
+    config |= {
+        name: getattr(source.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    # Unused by layers that see the whole text, and read nevertheless.
+    config |= {"sliding_window": config.get("max_position_embeddings", 2**20)}
+    _write(source, folder, config, in_transformers=True)
+    notes = (BATCH_OF_ONE, *((WHOLE_VOCABULARY,) if source.config.shortlist else ()), *_notes(source))
+    return python_launch(
+        source,
+        "from transformers import AutoModel",
+        f"assistant = AutoModel.from_pretrained({str(source.output)!r}, dtype=model.dtype)",
+        'model.generate(**inputs, assistant_model=assistant, speculation_type="dflash", max_new_tokens=64,'
+        " do_sample=False)",
+        notes=notes,
+        assistant_model=str(source.output),
+        speculation_type="dflash",
+    )
+
+
+def vllm(source: ExportSource, folder: Path) -> Launch:
+    """Writes the folder that vLLM and SGLang load."""
+    _check_layers(source, "vLLM", allows_last=True)
+    _write(source, folder, flat_config(source))
+    return vllm_launch(source, _vllm_settings(source), notes=_notes(source))
+
+
+def sglang(source: ExportSource, folder: Path) -> Launch:
+    """Writes the same folder, for a drafter of the whole vocabulary."""
+    if source.config.shortlist:
+        raise ValueError(
+            "SGLang drafts from the whole vocabulary, and this drafter has a shortlist; export it --to vllm"
+        )
+    _check_layers(source, "SGLang")
+    _write(source, folder, flat_config(source))
+    settings = {"algorithm": "DFLASH", "draft-model-path": str(source.output)}
+    return sglang_launch(source, settings | {"num-draft-tokens": source.config.block_size}, notes=_notes(source))
+
+
+def speculators(source: ExportSource, folder: Path) -> Launch:
+    """Writes a folder of the speculators library, for further training and for vLLM."""
+    _check_layers(source, "speculators", allows_last=True)
+    _write(source, folder, nested_config(source))
+    notes = _notes(source)
+    if source.verifier_name != source.target_name:
+        notes += (
+            f"config.json names the verifier {source.verifier_name!r}, relative to this folder: run speculators in this"
+            " folder, or export with --target-name and the folder or hub name where the verifier is then.",
+        )
+    return vllm_launch(source, _vllm_settings(source), notes=notes)
+
+
+def flat_config(source: ExportSource) -> dict[str, Any]:
+    """Returns the configuration that vLLM and SGLang read, with every flag explicit."""
+    own = {"mask_token_id": source.config.mask_token, "target_layer_ids": _block_ids(source)}
+    return {
+        "architectures": ["DFlashDraftModel"],
+        **_layer(source),
+        "draft_vocab_size": source.config.shortlist or source.target_info.vocab_size,
+        "block_size": source.config.block_size,
+        "num_target_layers": source.target_info.num_layers,
+        "target_hidden_size": source.target_info.hidden_size,
+        "is_causal": False,
+        "dflash_config": own | {"causal": False, "use_swa": False, "sample_from_anchor": False},
+    }
+
+
+def nested_config(source: ExportSource) -> dict[str, Any]:
+    """Returns the configuration of the speculators library."""
+    proposal = {"proposal_type": "greedy", "speculative_tokens": source.config.num_draft}
+    return {
+        "speculators_model_type": "dflash",
+        "speculators_version": "0.9.0",
+        "architectures": ["DFlashDraftModel"],
+        **_block(source),
+        "draft_vocab_size": source.config.shortlist or source.target_info.vocab_size,
+        "target_hidden_size": None,
+        "aux_hidden_state_layer_ids": list(source.config.layers),
+        # Without it vLLM lets a block's tokens see the ones before them only, whatever the kind of layer.
+        "sliding_window_non_causal": True,
+        "sample_from_anchor": False,
+        "dtype": str(source.drafter.target.dtype).removeprefix("torch."),
+        "speculators_config": {
+            "algorithm": "dflash",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
+            "verifier": {"name_or_path": source.verifier_name, "architectures": source.target_config.architectures},
+        },
+        "transformer_layer_config": _layer(source),
+    }
+
+
+def tensor_specs(config: dict[str, Any], dtype: torch.dtype, *, in_transformers: bool = False) -> Specs:
+    """Returns the tensors that loaders expect for a drafter with this config.json, derived from that alone."""
+    inner = config.get("transformer_layer_config", config)
+    width, ffn_width, head_width = inner["hidden_size"], inner["intermediate_size"], inner["head_dim"]
+    queries, keys = (inner[name] * head_width for name in ("num_attention_heads", "num_key_value_heads"))
+    ids = config.get("aux_hidden_state_layer_ids") or {**config, **config.get("dflash_config", {})}["target_layer_ids"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.fc" if in_transformers else "fc": (width, len(ids) * width),
+        "encoder.output_norm_enc" if in_transformers else "hidden_norm": (width,),
+        "norm": (width,),
+    }
+    for number in range(inner["num_hidden_layers"]):
+        layer = {
+            "input_layernorm": (width,),
+            "post_attention_layernorm": (width,),
+            "self_attn.q_proj": (queries, width),
+            "self_attn.k_proj": (keys, width),
+            "self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, queries),
+            "self_attn.q_norm": (head_width,),
+            "self_attn.k_norm": (head_width,),
+            "mlp.gate_proj": (ffn_width, width),
+            "mlp.up_proj": (ffn_width, width),
+            "mlp.down_proj": (width, ffn_width),
+        }
+        shapes |= {f"layers.{number}.{name}": shape for name, shape in layer.items()}
+    num_tokens, vocab_size = config.get("draft_vocab_size", inner["vocab_size"]), inner["vocab_size"]
+    if num_tokens < vocab_size:
+        shapes["lm_head"] = (num_tokens, width)
+    specs = {f"{name}.weight": (shape, dtype) for name, shape in shapes.items()}
+    if num_tokens < vocab_size:
+        specs |= {"d2t": ((num_tokens,), torch.int64), "t2d": ((vocab_size,), torch.bool)}
+    return specs
+
+
+def _write(source: ExportSource, folder: Path, config: dict[str, Any], *, in_transformers: bool = False) -> None:
+    drafter, dtype = source.drafter, source.drafter.target.dtype
+    tensors = {
+        published_name(name, in_transformers=in_transformers): tensor
+        for name, tensor in drafter.state_dict().items()
+        if name.endswith(".weight")
+    }
+    if source.config.shortlist and not in_transformers:
+        tensors |= _vocabulary(drafter)
+    write_tensors(folder, tensors, tensor_specs(config, dtype, in_transformers=in_transformers))
+    (folder / "config.json").write_text(json_text.text_of(config, indent=1) + "\n")
+
+
+def _vocabulary(drafter: Any) -> dict[str, Tensor]:
+    """Returns the head's rows for the shortlist, and both maps between it and the vocabulary."""
+    ids_W = drafter.shared_head.shortlist.ids_W
+    is_listed_V = torch.zeros(drafter.target.vocab_size, dtype=torch.bool, device=ids_W.device)
+    return {
+        "lm_head.weight": drafter.target.model.get_output_embeddings().weight[ids_W],
+        "d2t": ids_W - torch.arange(len(ids_W), device=ids_W.device),
+        "t2d": is_listed_V.index_fill(0, ids_W, True),
+    }
+
+
+def _layer(source: ExportSource) -> dict[str, Any]:
+    """Returns the configuration of a Qwen3 of these layers, with the target's vocabulary."""
+    config, target_info = source.config, source.target_info
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.theta}
+    if config.stretch:
+        factor, low, high, length = config.stretch
+        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+        rope |= {"original_max_position_embeddings": int(length)}
+    context = {"max_position_embeddings": target_info.context_length} if target_info.context_length < NO_LIMIT else {}
+    return context | {
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "hidden_size": target_info.hidden_size,
+        "intermediate_size": config.inner_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width,
+        "vocab_size": target_info.vocab_size,
+        "rms_norm_eps": config.eps,
+        "rope_parameters": rope,
+        "layer_types": ["full_attention"] * config.num_layers,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "dtype": str(source.drafter.target.dtype).removeprefix("torch."),
+    }
+
+
+def _block(source: ExportSource) -> dict[str, Any]:
+    return {"block_size": source.config.block_size, "mask_token_id": source.config.mask_token}
+
+
+def _block_ids(source: ExportSource) -> list[int]:
+    """Returns the indices of the blocks whose outputs are fused."""
+    return [layer - 1 for layer in source.config.layers]
+
+
+def _vllm_settings(source: ExportSource) -> dict[str, Any]:
+    settings: dict[str, Any] = {"method": "dflash", "model": str(source.output)}
+    return settings | {"num_speculative_tokens": source.config.num_draft} | SAMPLES_DRAFTS
+
+
+def _check_layers(source: ExportSource, engine: str, *, allows_last: bool = False) -> None:
+    """Raises ValueError for the embedding's output, and for that of the last block, which some engines norm."""
+    layers, num_layers = source.config.layers, source.target_info.num_layers
+    if layers[0] == 0 or (layers[-1] == num_layers and not allows_last):
+        most = "blocks" if allows_last else "blocks but the last"
+        raise ValueError(
+            f"{engine} supports the outputs of all {most}, and this drafter reads hidden layers {list(layers)} of"
+            f" {num_layers}; train one on others (--layers)"
+        )
+
+
+def _notes(source: ExportSource) -> tuple[str, ...]:
+    if source.config.num_nodes:
+        return (CHAINS,)
+    return (FIXED,) if source.config.length != "fixed" else ()
+
+
+WRITERS = {"transformers": transformers, "vllm": vllm, "sglang": sglang, "speculators": speculators}

@@ -1,0 +1,121 @@
+"""Drafts from one forward that gives a distribution for each of the next positions: chains, and best-first trees.
+
+The distributions depend on the committed text alone and not on the tokens drafted before them, so each is known exactly
+and the lossless verifiers apply at any temperature.
+
+Shape suffixes: B rows, K positions drafted, R likeliest tokens of each, N nodes, V vocabulary, W tokens of
+the draft vocabulary.
+"""
+
+import heapq
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from draftsmith.core.drafter import Session
+from draftsmith.core.tree import Draft, Tree, chain
+from draftsmith.parts import autoregressive
+from draftsmith.parts.checks import MAX_NODES, check_at_least
+
+
+class Shape(Protocol):
+    """The settings of a drafter's configuration that select chains or trees."""
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of a tree; 0 for chains."""
+
+
+def check_shape(shape: Shape) -> None:
+    """Raises ValueError if the number of nodes is out of range."""
+    check_at_least(shape, 0, "num_nodes", most=MAX_NODES)
+
+
+def draft(
+    logits_BKW: Tensor, session: Session, shape: Shape, vocabulary: autoregressive.DraftVocabulary | None = None
+) -> Draft:
+    """Drafts a chain, or a tree if `shape.num_nodes` is not 0 and the target verifies trees.
+
+    The logits are of the tokens of `vocabulary`, or of all tokens.
+    """
+    if shape.num_nodes and session.target.takes_trees:
+        return draft_tree(logits_BKW, session, shape.num_nodes, vocabulary)
+    return draft_chain(logits_BKW, session, vocabulary)
+
+
+def draft_chain(
+    logits_BKW: Tensor, session: Session, vocabulary: autoregressive.DraftVocabulary | None = None
+) -> Draft:
+    """Drafts a chain, token k drawn from the k-th distribution; greedily its likeliest token.
+
+    A row stops early when `session.should_continue` returns False after a token.
+    """
+    sampling, num_rows = session.sampling, len(session.rows)
+    if sampling.is_greedy:
+        probs_BKV = None
+        best_BK1, token_BK1 = autoregressive.top(logits_BKW, 1, vocabulary)
+        logit_BK, tokens_BK = best_BK1[..., 0], token_BK1[..., 0]
+    else:
+        logits_BKW = logits_BKW if vocabulary is None else vocabulary.spread(logits_BKW)
+        probs_BKV = sampling.probs(logits_BKW)
+        tokens_BK = torch.stack([session.draw(one, depth) for depth, one in enumerate(probs_BKV.unbind(1))], dim=1)
+        logit_BK = logits_BKW.gather(-1, tokens_BK[..., None])[..., 0]
+    confidences_BK = (logit_BK.float() - logits_BKW.float().logsumexp(-1)).exp().tolist()
+    num_nodes, is_drafting = [1] * num_rows, [True] * num_rows
+    for depth in range(logits_BKW.shape[1]):
+        for row in range(num_rows):
+            if is_drafting[row]:
+                num_nodes[row] += 1
+                is_drafting[row] = session.should_continue(row, confidences_BK[row][depth])
+    longest = max(num_nodes)
+    return Draft(
+        tokens_BN=torch.cat([session.pending()[:, None], tokens_BK[:, : longest - 1]], dim=1),
+        tree=chain(longest, session.target.device),
+        num_nodes=num_nodes if min(num_nodes) < longest else None,
+        draft_probs_BNV=None if probs_BKV is None else probs_BKV[:, : longest - 1],
+        sampling_scheme="deterministic" if probs_BKV is None else "independent",
+    )
+
+
+def draft_tree(
+    logits_BKW: Tensor, session: Session, num_nodes: int, vocabulary: autoregressive.DraftVocabulary | None = None
+) -> Draft:
+    """Drafts, for each row, the tree of the `num_nodes` paths with the largest products of probabilities.
+
+    The products are those of the positions' distributions, as in DDTree (2604.12989). No token is sampled, so the draft
+    is deterministic.
+    """
+    device = session.target.device
+    count = min(num_nodes, logits_BKW.shape[-1])
+    log_BKR, token_BKR = autoregressive.top(logits_BKW.float().log_softmax(-1), count, vocabulary)
+    tokens, parents = [], []
+    for row, logs, ids in zip(session.rows, log_BKR.tolist(), token_BKR.tolist(), strict=True):
+        nodes = best_paths(logs, num_nodes)
+        tokens.append([row[-1]] + [ids[depth][rank] for _, depth, rank in nodes])
+        parents.append([-1] + [parent for parent, _, _ in nodes])
+    return Draft(tokens_BN=torch.tensor(tokens, device=device), tree=Tree.from_parents(parents, device))
+
+
+def best_paths(log_probs: list[list[float]], num_nodes: int) -> list[tuple[int, int, int]]:
+    """Returns the (parent, depth, rank) of the nodes 1, 2, ... of the best tree, parents before children.
+
+    `log_probs[depth][rank]` is that of a depth's token of a rank, in descending order. A path's score is the sum along
+    it. A path is taken after its parent and its better sibling, whose scores are no smaller, so the nodes are the
+    `num_nodes` best paths of all; there are fewer if the tree has no more.
+    """
+    found: list[tuple[int, int, int]] = []
+    # Minus the score, a number that breaks ties, the score of the parent, and the node.
+    heap = [(-log_probs[0][0], 0, 0.0, (0, 0, 0))]
+    number = 1
+    while heap and len(found) < num_nodes:
+        minus_score, _, above, (parent, depth, rank) = heapq.heappop(heap)
+        found.append((parent, depth, rank))
+        if rank + 1 < len(log_probs[depth]):
+            heapq.heappush(heap, (-above - log_probs[depth][rank + 1], number, above, (parent, depth, rank + 1)))
+            number += 1
+        if depth + 1 < len(log_probs):
+            child = (len(found), depth + 1, 0)
+            heapq.heappush(heap, (minus_score - log_probs[depth + 1][0], number, -minus_score, child))
+            number += 1
+    return found
