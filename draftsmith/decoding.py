@@ -16,37 +16,36 @@ from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.fixed_shapes.chains import likeliest_chain
 from draftsmith.core.fixed_shapes.forwards import Shapes
 from draftsmith.core.rows import HiddenHistory, Text, replace_ended
-from draftsmith.core.sampling import RowGenerators, Sampling, hashed_seed
+from draftsmith.core.sampling import RowGenerators, hashed_seed
 from draftsmith.core.stats import GenerationStats
 from draftsmith.core.target import Source, Target
-from draftsmith.inputs.arguments import (
-    check_objects,
-    plain,
-    real_number,
-    row_identities,
-    shown,
-    torch_seed,
-    warn_of_unapplied_settings,
-    whole_number,
-)
+from draftsmith.inputs.arguments import check_objects, plain, row_identities, shown, torch_seed, whole_number
 from draftsmith.inputs.batching import (
     check_lengths,
-    check_prompts,
+    check_stream_prompt,
+    check_stream_prompts,
     encode_sources,
-    eos_ids,
     pack,
     start_rows,
     start_token,
     until_end,
 )
-from draftsmith.inputs.generation_config import Rules, make_rules, num_copies, read_config, with_sampling
+from draftsmith.inputs.generation_config import (
+    CallSettings,
+    Rules,
+    make_rules,
+    num_copies,
+    read_settings,
+    stream_rules,
+)
 from draftsmith.inputs.invariance.self_test import shapes_for
 from draftsmith.inputs.locks import exclusive, with_parts
-from draftsmith.length.controller import cut, with_length_control
+from draftsmith.inputs.processors import NodeProcessors
+from draftsmith.length.controller import cut, make_control, with_length_control
 from draftsmith.length.costs import Stopwatch
 from draftsmith.length.node_gain import NodeGain
 from draftsmith.length.policies import Policy
-from draftsmith.verify import verify_draft
+from draftsmith.verify import find, verify_draft
 from draftsmith.verify.research.position_noise import PositionNoise
 
 
@@ -77,7 +76,7 @@ class StreamedText:
     new_ids: list[int]
     """The new tokens, the end-of-sequence included."""
     ended: bool
-    """True if it ended by an end-of-sequence, False if by `max_new_tokens`."""
+    """True if it ended by an end-of-sequence, False if by `max_new_tokens` or a stopping criterion."""
 
 
 @torch.inference_mode()
@@ -124,27 +123,28 @@ def generate(
     own setting. Raises ValueError for invalid settings or prompts, and if the target cannot be run so.
     """
     check_objects(target, drafter, verifier=verifier, length=length, streamer=streamer, batch_invariant=batch_invariant)
-    if (config := read_config(target, generation_config)) is None:
-        warn_of_unapplied_settings(target)
-    sampling = with_sampling(
-        config,
-        None if temperature is None else real_number("temperature", temperature),
-        None if top_p is None else real_number("top_p", top_p),
-        None if top_k is None else whole_number("top_k", top_k),
+    _check_method(drafter, verifier, length)
+    settings = read_settings(
+        target,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        eos_token_id=eos_token_id,
+        generation_config=generation_config,
+        batch_invariant=batch_invariant,
     )
-    max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
-    is_invariant = target.batch_invariant if batch_invariant is None else batch_invariant
-    prompts, rows = start_rows(target, input_ids, attention_mask, num_copies(config, sampling))
+    max_new_tokens, eos = settings.max_new_tokens, settings.eos
+    prompts, rows = start_rows(target, input_ids, attention_mask, num_copies(settings.config, settings.sampling))
     check_lengths(target, rows, max_new_tokens)
     target.check_batch(len(rows))
     if streamer is not None and len(rows) > 1:
         raise ValueError(f"a streamer prints one row, but there are {len(rows)}; stream with batch size 1")
     limits = [len(row) + max_new_tokens for row in rows]
-    eos = eos_ids(target, eos_token_id if eos_token_id is not None or config is None else config.eos_token_id)
     rules = make_rules(
         target,
-        config,
-        sampling,
+        settings.config,
+        settings.sampling,
         prompts,
         rows,
         max_new_tokens=max_new_tokens,
@@ -162,7 +162,7 @@ def generate(
         Text(index=index, ids=row, limit=limit, identity=identity)
         for index, (row, limit, identity) in enumerate(zip(rows, limits, identities, strict=True))
     ]
-    shapes = shapes_for(target, len(rows)) if is_invariant else None
+    shapes = shapes_for(target, len(rows)) if settings.batch_invariant else None
     source = encode_sources(target, prompts, shapes) if target.is_encoder_decoder else None
     length_control = () if isinstance(length, str) else (length,)
     with exclusive(*(with_parts(drafter) if drafter is not None else ()), *length_control):
@@ -185,11 +185,15 @@ def generate_stream(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
     seed: int | Sequence[int] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
+    generation_config: Any = None,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    stop_strings: str | Sequence[str] | None = None,
     verifier: str = "auto",
     length: str | Policy | NodeGain = "auto",
     stats: GenerationStats | None = None,
@@ -197,30 +201,44 @@ def generate_stream(
 ) -> Iterator[StreamedText]:
     """Continues any number of prompts, `batch_size` at a time, and yields each text as it ends (continuous batching).
 
-    Each prompt is a list, array or tensor of ids without padding. Where a text ends, the next prompt takes its place:
-    it is prefilled between two steps, and the other rows wait for that alone. Prompts of an iterator are taken as
-    places become free. Every text has its own seed: the entry of `seed`, or one derived from a single `seed` and the
-    prompt's number, so that a text does not depend on those beside it, up to rounding, and bit for bit with
-    `batch_invariant`. A drafter that does not follow rows that come and go (`Drafter.change_rows`) starts again with
-    each change. Counts are added to `stats`. Other arguments are those of `generate`. Raises ValueError for invalid
-    settings or prompts.
+    Each prompt is a list, array or tensor of ids without padding; a tokenizer's batch is unpadded. Where a text ends,
+    the next prompt takes its place: it is prefilled between two steps, and the other rows wait for that alone. Prompts
+    of an iterator are taken as places become free. Every text has its own seed: the entry of `seed`, or one derived
+    from a single `seed` and the prompt's number, so that a text does not depend on those beside it, up to rounding, and
+    bit for bit with `batch_invariant`. A drafter that does not follow rows that come and go (`Drafter.change_rows`)
+    starts again with each change. Counts are added to `stats`. Other arguments are those of `generate`; logits
+    processors of your own are called with the prefixes of all texts, so each must depend on the prefix alone.
+    `max_time` counts from the call: it ends the texts being written, and begins no others. An open stream keeps its
+    drafter until it is exhausted, closed by its method `close()`, or dropped. Raises ValueError for invalid settings or
+    prompts.
     """
-    check_objects(target, drafter, verifier=verifier, length=length)
-    if not isinstance(prompts, Iterable) or not isinstance(stats, GenerationStats | None):
-        raise ValueError(
-            f"prompts is {shown(prompts)} and stats {shown(stats)}; pass prompts, and GenerationStats or None"
-        )
-    warn_of_unapplied_settings(target)
-    sampling = Sampling(
-        temperature=real_number("temperature", temperature),
-        top_p=real_number("top_p", top_p),
-        top_k=whole_number("top_k", top_k),
+    check_objects(target, drafter, verifier=verifier, length=length, batch_invariant=batch_invariant)
+    _check_method(drafter, verifier, length)
+    prompts = check_stream_prompts(prompts)
+    if not isinstance(stats, GenerationStats | None):
+        raise ValueError(f"stats is {shown(stats)}; it must be GenerationStats or None")
+    settings = read_settings(
+        target,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        eos_token_id=eos_token_id,
+        generation_config=generation_config,
+        batch_invariant=batch_invariant,
     )
-    batch_size, max_new_tokens = whole_number("batch_size", batch_size), whole_number("max_new_tokens", max_new_tokens)
+    batch_size = whole_number("batch_size", batch_size)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     target.check_batch(batch_size)
-    eos = eos_ids(target, eos_token_id)
+    rules, processors_of = stream_rules(
+        target,
+        settings,
+        batch_size,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        stop_strings=stop_strings,
+    )
     seeds: list[int] | None
     if isinstance(seed := plain(seed), list):
         seeds, whole = [torch_seed(one) for one in seed], 0
@@ -232,23 +250,28 @@ def generate_stream(
         seeds, whole = None, int(torch.randint(2**62, ())) if seed is None else torch_seed(seed)
 
     def text_of(index: int, prompt: Any) -> tuple[Text, list[int]]:
-        (ids,) = check_prompts(target, [prompt], first=index)
+        ids = check_stream_prompt(target, prompt, index)
         row = ids if not target.is_encoder_decoder else [start_token(target)]
-        check_lengths(target, [row], max_new_tokens, first=index)
+        check_lengths(target, [row], settings.max_new_tokens, first=index)
         if seeds is not None and index >= len(seeds):
             raise ValueError(
                 f"seed has {len(seeds)} numbers, and there are more prompts; pass one for each, or a single one"
             )
-        own_seed = hashed_seed(f"{whole}:{index}") if seeds is None else seeds[index]
-        return Text(index=index, ids=list(row), limit=len(row) + max_new_tokens, identity=(own_seed, 0)), ids
+        text = Text(
+            index=index,
+            ids=list(row),
+            limit=len(row) + settings.max_new_tokens,
+            identity=(hashed_seed(f"{whole}:{index}") if seeds is None else seeds[index], 0),
+            processors=processors_of(index, row, ids),
+        )
+        return text, ids
 
     if isinstance(prompts, Sequence):
         for index, prompt in enumerate(prompts):
             text_of(index, prompt)
     waiting = (text_of(index, prompt) for index, prompt in enumerate(prompts))
     stats = GenerationStats(num_rows=0) if stats is None else stats
-    is_invariant = target.batch_invariant if batch_invariant is None else batch_invariant
-    shapes = shapes_for(target, batch_size) if is_invariant else None
+    shapes = shapes_for(target, batch_size) if settings.batch_invariant else None
 
     def admit(number: int) -> tuple[list[Text], Source | None]:
         found = list(islice(waiting, number))
@@ -257,8 +280,7 @@ def generate_stream(
         source = encode_sources(target, ids_of_prompts, shapes) if found and target.is_encoder_decoder else None
         return [text for text, _ in found], source
 
-    rules = Rules(sampling=sampling)
-    return _stream(target, admit, batch_size, max_new_tokens, eos, drafter, length, rules, verifier, stats, shapes)
+    return _stream(target, admit, batch_size, settings, drafter, length, rules, verifier, stats, shapes)
 
 
 @torch.inference_mode()
@@ -266,8 +288,7 @@ def _stream(
     target: Target,
     admit: Callable[[int], tuple[list[Text], Source | None]],
     batch_size: int,
-    max_new_tokens: int,
-    eos: frozenset[int],
+    settings: CallSettings,
     drafter: Drafter | None,
     length: str | Policy | NodeGain,
     rules: Rules,
@@ -278,17 +299,20 @@ def _stream(
     texts, source = admit(batch_size)
     if not texts:
         return
-    length_control = () if isinstance(length, str) else (length,)
-    with exclusive(*(with_parts(drafter) if drafter is not None else ()), *length_control):
+    if processors := NodeProcessors([text.processors for text in texts]):
+        rules = replace(rules, processors=processors)
+    length_control, eos = () if isinstance(length, str) else (length,), settings.eos
+    with exclusive(*(with_parts(drafter) if drafter is not None else ()), *length_control) as use:
         controlled = with_length_control(drafter, length) if drafter is not None else None
         generator = RowGenerators()
         for text in _decode(
             target, texts, source, eos, controlled, rules, verifier, generator, stats, admit=admit, shapes=shapes
         ):
-            start = text.limit - max_new_tokens
-            yield StreamedText(
-                index=text.index, prompt_ids=text.ids[:start], new_ids=text.ids[start:], ended=text.ids[-1] in eos
-            )
+            start = text.limit - settings.max_new_tokens
+            with use.paused():
+                yield StreamedText(
+                    index=text.index, prompt_ids=text.ids[:start], new_ids=text.ids[start:], ended=text.ids[-1] in eos
+                )
 
 
 def _decode(
@@ -373,8 +397,9 @@ def _decode(
                 ended.append(text)
             if streamer is not None:
                 streamer.put(torch.tensor(kept))
-        if rules.is_out_of_time():
-            for text in texts:
+        if is_out_of_time := rules.is_out_of_time():
+            ended += [text for text in texts if text.is_running]
+            for text in ended:
                 text.is_running = False
         cache.commit(paths)
         if history is not None:
@@ -392,8 +417,10 @@ def _decode(
         stats.commit_ms += watch.lap_ms()
         yield from ended
         watch.lap_ms()  # without the caller's time
-        # In a call of one batch, a drafter and processors know rows by their places: those that ended stay.
-        if ended and (admit is not None or (drafter is None and rules.processors is None)):
+        if is_out_of_time:
+            break
+        # In a call of one batch, a drafter knows rows by their places: those that ended stay.
+        if ended and (admit is not None or drafter is None):
             new, source = admit(len(ended)) if admit is not None else ([], None)
             origins = replace_ended(texts, new)
             if not texts:
@@ -401,6 +428,8 @@ def _decode(
             rows[:] = [text.ids for text in texts]
             if noise is not None:
                 noise.identities[:] = [text.identity for text in texts]
+            if rules.processors is not None:
+                rules.processors.change_rows(origins, [text.processors for text in new])
             added = target.new_cache(len(new), source=source, shapes=shapes) if new else None
             hidden = _prefill(target, [text.ids for text in new], added, wanted) if added is not None else {}
             target.change_rows(cache, origins, added)
@@ -413,6 +442,16 @@ def _decode(
             stats.prefill_ms += watch.lap_ms()
     if streamer is not None:
         streamer.end()
+
+
+def _check_method(drafter: Drafter | None, verifier: str, length: str | Policy | NodeGain) -> None:
+    """Raises ValueError for an unknown verifier, and a draft-length policy that is unknown or not for this drafter."""
+    if verifier != "auto":
+        find(verifier)
+    if drafter is not None:
+        with_length_control(drafter, length)
+    elif isinstance(length, str) and length != "auto":
+        make_control(length)
 
 
 def _prefill(target: Target, rows: list[list[int]], cache: KVCache, layers: tuple[int, ...]) -> dict[int, Tensor]:

@@ -5,6 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation.logits_process import (
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 import draftsmith
 from draftsmith import Target
@@ -12,8 +17,18 @@ from draftsmith.core.drafter import Session
 from draftsmith.core.rows import Text, replace_ended
 from draftsmith.core.stats import GenerationStats
 from draftsmith.drafters import lookup
-from tests.support.drafters import tiny_drafter
-from tests.support.models import VOCAB_SIZE, prompts, tiny_model, tiny_target
+from tests.inputs.test_stopping import syllables
+from tests.support.distributions import (
+    FALSE_ALARM,
+    NUM_TOKENS,
+    PROMPT,
+    cells,
+    distribution_target,
+    exact_distribution,
+    p_value,
+)
+from tests.support.drafters import sampled_drafter, tiny_drafter
+from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
 
 NUM_NEW, NUM_PROMPTS = 16, 11
 EOS = tuple(range(3, VOCAB_SIZE, 9))
@@ -61,6 +76,110 @@ def test_drafters_with_state_start_again_as_rows_change(drafter: str) -> None:
     """A draft model with a cache, heads that read the last hidden states, and one that reads several layers."""
     target = tiny_target("llama")
     assert [text.new_ids for text in stream(target, tiny_drafter(drafter, "llama"))] == greedy(target)
+
+
+ROWS = [*prompts(6, seed=4), [7]]
+"""Prompts of different lengths; transformers counts a single token differently."""
+PENALTIES: dict[str, Any] = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5}
+FORCED: dict[str, Any] = {
+    "begin_suppress_tokens": list(range(20)),
+    "exponential_decay_length_penalty": (3, 1.9),
+    "forced_bos_token_id": 12,
+    "forced_eos_token_id": 9,
+    "sequence_bias": {(5,): 3.0, (28, 8): 6.0, (9, 9, 9): -4.0},
+}
+OF_PROMPTS: dict[str, Any] = {"encoder_repetition_penalty": 2.0, "encoder_no_repeat_ngram_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "drafter", "given"),
+    [
+        ("llama", "copy", PENALTIES),
+        ("llama", "lookup", FORCED),
+        ("llama", "none", OF_PROMPTS | {"min_length": 12}),
+        ("t5", "lookup", OF_PROMPTS | PENALTIES),
+    ],
+    ids=["penalties", "forced", "prompts", "t5"],
+)
+def test_each_text_has_the_logits_processors_of_its_own_prompt(
+    architecture: str, drafter: str, given: dict[str, Any]
+) -> None:
+    """As `model.generate` has them for this prompt alone."""
+    target = tiny_target(architecture)
+    expected = []
+    for prompt in ROWS:
+        options = {"max_new_tokens": NUM_NEW, "pad_token_id": 0, "eos_token_id": list(EOS), **given}
+        out = target.model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
+        expected.append(out[0, 1 if target.is_encoder_decoder else len(prompt) :].tolist())
+    drafting = tiny_drafter(drafter, architecture) if drafter != "none" else None
+    config = {"eos_token_id": list(EOS), **given}
+    options = {"batch_size": 3, "max_new_tokens": NUM_NEW, "generation_config": config}
+    texts = sorted(draftsmith.generate_stream(target, iter(ROWS), drafting, **options), key=lambda text: text.index)
+    assert [text.new_ids for text in texts] == expected
+    assert len({len(new) for new in expected}) > 2, "rows must end at different times"
+    plain = [text.new_ids for text in draftsmith.generate_stream(target, ROWS, max_new_tokens=NUM_NEW)]
+    assert sum(own[: len(other)] != other for own, other in zip(expected, plain, strict=True)) > 3
+
+
+def test_prefix_constraints_are_told_the_number_of_the_prompt() -> None:
+    def allowed(number: int, prefix: torch.Tensor) -> list[int]:
+        return [4 * number + (int(prefix[-1]) + 1) % 4]
+
+    processor = PrefixConstrainedLogitsProcessor(allowed, 1)
+    target, drafter = tiny_target("llama"), tiny_drafter("copy", "llama")
+    settings = {"max_new_tokens": 5, "eos_token_id": (), "batch_size": 2, "logits_processor": processor}
+    for text in draftsmith.generate_stream(target, prompts(5), drafter, **settings):
+        last, expected = text.prompt_ids[-1], []
+        for _ in range(5):
+            last = 4 * text.index + (last + 1) % 4
+            expected.append(last)
+        assert text.new_ids == expected
+
+
+@pytest.mark.parametrize("verifier", ["auto", "coupled"])
+def test_sampled_texts_under_processors_do_not_depend_on_those_beside_them(verifier: str) -> None:
+    target, drafter = tiny_target("llama"), tiny_drafter("copy", "llama")
+    config = PENALTIES | {"min_p": 0.05, "temperature": 0.9, "eos_token_id": list(EOS)}
+    settings = {"generation_config": config, "eos_token_id": None, "seed": 7, "verifier": verifier, "length": "fixed=3"}
+    alone, together = ([t.new_ids for t in stream(target, drafter, batch_size=size, **settings)] for size in (1, 4))
+    assert alone == together
+    plain = [text.new_ids for text in stream(target, None, **settings)]
+    assert (plain == alone) == (verifier == "coupled")
+
+
+def test_sampled_streams_under_processors_follow_the_target_distribution() -> None:
+    """2,500 texts, of which 250 are written at a time; drafts of unequal lengths, so that rows change at every step."""
+    target, drafter = distribution_target(), sampled_drafter("lm")
+    processors = [RepetitionPenaltyLogitsProcessor(1.7), NoRepeatNGramLogitsProcessor(3)]
+    probs_C = exact_distribution(target, temperature=1.2, logits_processor=processors)
+    texts = draftsmith.generate_stream(
+        target,
+        [PROMPT] * 2_500,
+        drafter,
+        batch_size=250,
+        max_new_tokens=NUM_TOKENS + 2,
+        temperature=1.2,
+        seed=0,
+        eos_token_id=(),
+        logits_processor=processors,
+    )
+    new_BT = torch.tensor([text.new_ids[:NUM_TOKENS] for text in texts])
+    assert p_value(torch.bincount(cells(new_BT), minlength=len(probs_C)), probs_C) > FALSE_ALARM
+
+
+def test_stop_strings_end_texts() -> None:
+    target = Target(tiny_target("llama").model, syllables())
+    plain = stream(target, eos_token_id=())
+    words = target.tokenizer.convert_ids_to_tokens(plain[0].new_ids)
+    found = stream(target, lookup.Drafter(lookup.Config(), target), eos_token_id=(), stop_strings=["".join(words[4:7])])
+    assert len(found[0].new_ids) == 7 and not found[0].ended
+    assert all(own.new_ids[: len(new.new_ids)] == new.new_ids for own, new in zip(plain, found, strict=True))
+
+
+def test_max_time_ends_the_texts_being_written_and_begins_no_others() -> None:
+    options = {"batch_size": 2, "max_new_tokens": NUM_NEW, "generation_config": {"max_time": 1e-6}}
+    texts = list(draftsmith.generate_stream(tiny_target("llama"), prompts(6), **options))
+    assert [(text.index, len(text.new_ids)) for text in texts] == [(0, 1), (1, 1)]
 
 
 class Following(lookup.Drafter):
@@ -162,12 +281,60 @@ def test_replace_ended_fills_places_and_closes_gaps() -> None:
         ({"prompts": [[3], [4] * 60]}, "prompt 1 has 60 tokens, and with max_new_tokens=16"),
         ({"seed": [1, 2, 3]}, "seed has 3 numbers for 2 prompts"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"prompts": "text"}, "prompts is 'text'; it must be a list or iterator of prompts"),
+        ({"prompts": 5}, "prompts is 5; it must be a list or iterator of prompts"),
+        ({"prompts": [3, 4, 5]}, "prompt 0 is 3; each prompt must be a list of token ids"),
+        ({"prompts": [[3], "text"]}, "prompt 1 is 'text'; each prompt must be a list of token ids"),
+        ({"prompts": [torch.tensor([3]), {"input_ids": [[3], [4]]}]}, "prompt 1 holds 2 rows; pass each as a prompt"),
+        ({"length": "node_gain=3"}, "length is 'node_gain=3'; node_gain takes no number"),
+        ({"length": "gain"}, "unknown length policy 'gain'; choose one of fixed, .* expected_gain, node_gain"),
+        ({"length": "fixed="}, "length fixed=: '' is not a number"),
+        ({"verifier": "nope"}, "unknown verifier 'nope'"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(changed: dict[str, Any], message: str) -> None:
     given = {"prompts": [[3], [4, 5]], "max_new_tokens": NUM_NEW} | changed
     with pytest.raises(ValueError, match=message):
         draftsmith.generate_stream(tiny_target("llama"), given.pop("prompts"), **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"generation_config": {"num_return_sequences": 2, "temperature": 1.0}}, "num_return_sequences is 2; a stream"),
+        ({"generation_config": {"output_scores": True}}, "output_scores is not supported in streams"),
+        ({"generation_config": {"guidance_scale": 2.0}}, "UnbatchedClassifierFreeGuidance.* runs the model on another"),
+        ({"generation_config": {"num_beams": 2}}, "num_beams is 2"),
+        ({"generation_config": {"min_q": 2}}, "has no setting 'min_q'; did you mean 'min_p'"),
+        ({"logits_processor": 3}, "logits_processor is 3; it must be a logits processor or a list"),
+        ({"stop_strings": "x"}, "the target has no tokenizer"),
+        ({"stopping_criteria": [lambda ids, scores: False]}, "not supported for 32 rows"),
+        ({"batch_invariant": "yes"}, "batch_invariant is 'yes'; it must be True, False or None"),
+    ],
+)
+def test_settings_that_streams_do_not_have_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draftsmith.generate_stream(tiny_target("llama"), [[3], [4, 5]], **given)
+
+
+def test_a_text_without_any_token_left_is_named() -> None:
+    def all_but_prompt_5(prefix_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        return scores_BV.masked_fill((prefix_BT[:, :1] == 5), -torch.inf)
+
+    options = {"batch_size": 2, "max_new_tokens": 4, "logits_processor": all_but_prompt_5}
+    texts = draftsmith.generate_stream(tiny_target("llama"), [[3], [4], [6], [5]], **options)
+    with pytest.raises(ValueError, match=r"\(all_but_prompt_5\) leave no token after the first 1 of text 3"):
+        list(texts)
+
+
+def test_batches_of_a_tokenizer_are_taken_without_their_padding() -> None:
+    target, rows = tiny_target("llama"), prompts(3)
+    ids, mask = padded(rows, side="left")
+    expected = [text.new_ids for text in draftsmith.generate_stream(target, rows, max_new_tokens=4)]
+    kinds = [{"input_ids": ids, "attention_mask": mask}, [{"input_ids": row} for row in rows], map(torch.tensor, rows)]
+    for given in kinds:
+        texts = draftsmith.generate_stream(target, given, max_new_tokens=4)
+        assert [text.new_ids for text in texts] == expected
 
 
 def test_no_prompts_give_no_texts() -> None:

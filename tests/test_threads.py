@@ -13,6 +13,7 @@ import torch
 import draftsmith
 from draftsmith import Target
 from draftsmith.drafters import cascade, early_exit, lookup
+from draftsmith.inputs import locks
 from draftsmith.length.policies import Heuristic
 from tests.support.drafters import tiny_drafter
 from tests.support.family import built, part_config, texts
@@ -138,6 +139,82 @@ def test_a_nested_call_with_the_same_drafter_is_rejected() -> None:
         with pytest.raises(ValueError, match="in the middle of another call of generate in the same thread"):
             draftsmith.generate(target, [[4]], drafter, max_new_tokens=2, streamer=Nested(drafter))
     assert draftsmith.generate(target, [[4]], drafter, max_new_tokens=2).lengths.tolist() == [3]
+
+
+def opened(drafter: Any, **settings: Any) -> Iterator[Any]:
+    """Returns a stream of which one text was read."""
+    stream = draftsmith.generate_stream(drafter.target, prompts(3), drafter, batch_size=1, max_new_tokens=2, **settings)
+    next(stream)
+    return stream
+
+
+def generate_two(drafter: Any, **settings: Any) -> list[int]:
+    return draftsmith.generate(drafter.target, [[4]], drafter, max_new_tokens=2, **settings).lengths.tolist()
+
+
+def test_an_open_stream_of_the_same_thread_is_named_and_can_be_closed() -> None:
+    drafter = tiny_drafter("lookup", "llama")
+    stream = opened(drafter)
+    with pytest.raises(ValueError, match=r"an open stream .* last read by this thread; read the stream .* close\(\)"):
+        generate_two(drafter)
+    stream.close()  # type: ignore[attr-defined]
+    assert generate_two(drafter) == [3]
+
+
+def test_dropped_streams_release_their_drafter() -> None:
+    drafter = tiny_drafter("lookup", "llama")
+    opened(drafter)
+    assert generate_two(drafter) == [3]
+    cycle: list[Any] = [opened(drafter)]
+    cycle.append(cycle)
+    del cycle
+    assert generate_two(drafter) == [3]
+    policy = Heuristic()
+    stream = opened(drafter, length=policy)
+    with pytest.raises(ValueError, match="an open stream"):
+        generate_two(lookup.Drafter(lookup.Config(), drafter.target), length=policy)
+    del stream
+    assert generate_two(drafter, length=policy) == [3]
+
+
+def test_a_stream_whose_thread_has_ended_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.01)
+    drafter = tiny_drafter("lookup", "llama")
+    streams: list[Iterator[Any]] = []
+    reader = threading.Thread(target=lambda: streams.append(opened(drafter)), name="reader")
+    reader.start()
+    reader.join()
+    with pytest.raises(ValueError, match="last read by thread 'reader', which has ended; read the stream"):
+        generate_two(drafter)
+    assert len(list(streams[0])) == 2, "it can still be read, and by another thread"
+    assert generate_two(drafter) == [3]
+
+
+def test_a_call_waits_for_a_stream_that_another_thread_may_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.01)
+    drafter = tiny_drafter("lookup", "llama")
+    is_open, goes_on = threading.Event(), threading.Event()
+    found: list[int] = []
+
+    def read() -> None:
+        stream = opened(drafter)
+        is_open.set()
+        assert goes_on.wait(600)
+        found.append(len(list(stream)))
+
+    def warn(message: str, **_: Any) -> None:
+        messages.append(message)
+        goes_on.set()
+
+    messages: list[str] = []
+    monkeypatch.setattr(locks.warnings, "warn", warn)
+    reader = threading.Thread(target=read, name="reader")
+    reader.start()
+    assert is_open.wait(600)
+    assert generate_two(drafter) == [3]
+    reader.join()
+    assert found == [2]
+    assert len(messages) == 1 and "waiting: this drafter is in use by an open stream" in messages[0]
 
 
 def test_a_drafter_can_be_copied_with_its_target() -> None:

@@ -146,8 +146,13 @@ class LocalWriter:
         )
 
     def recorded_config(self, settings: PseudoDataSettings) -> dict[str, Any]:
-        """Returns the settings of the generation config; raises ValueError for several rows a prompt."""
+        """Returns the settings of the generation config; raises ValueError for those it cannot have."""
         found = described(self.target, parse_config(settings.generation_config))
+        if found.get("max_time") is not None:
+            raise ValueError(
+                f"max_time is {found['max_time']}; pseudo-data has no time limit, so that its text does not depend on"
+                " the machine"
+            )
         if (found.get("num_return_sequences") or 1) != 1:
             raise ValueError(
                 f"num_return_sequences is {found['num_return_sequences']}; pseudo-data has one row a prompt"
@@ -155,13 +160,7 @@ class LocalWriter:
         return {name: value for name, value in found.items() if name not in OWN_SETTINGS}
 
     def write(self, shard: Sequence[GenerationBatch], settings: PseudoDataSettings) -> Iterator[list[Completion]]:
-        """Yields the completions of each batch in turn; prompts of the whole shard take the places of rows that end.
-
-        A generation config, whose processors belong to the rows of a batch, is applied batch by batch.
-        """
-        if settings.generation_config:
-            yield from self._write_batches(shard, settings)
-            return
+        """Yields the completions of each batch in turn; prompts of the whole shard take the places of rows that end."""
         found: dict[tuple[int, int], Completion] = {}
         waiting = list(shard)
         for temperature in dict.fromkeys(batch.temperature for batch in shard):
@@ -176,6 +175,7 @@ class LocalWriter:
                 temperature=temperature,
                 top_p=settings.top_p,
                 top_k=settings.top_k,
+                generation_config=parse_config(settings.generation_config),
                 seed=[seed for batch in batches for seed in _row_seeds(batch, settings)],
                 verifier=settings.verifier,
                 batch_invariant=settings.batch_invariant or None,
@@ -185,28 +185,6 @@ class LocalWriter:
                 while waiting and all((waiting[0].index, row) in found for row in range(len(waiting[0].prompts))):
                     batch = waiting.pop(0)
                     yield [found.pop((batch.index, row)) for row in range(len(batch.prompts))]
-
-    def _write_batches(
-        self, shard: Sequence[GenerationBatch], settings: PseudoDataSettings
-    ) -> Iterator[list[Completion]]:
-        for batch in shard:
-            out = draftsmith.generate(
-                self.target,
-                [prompt.ids for prompt in batch.prompts],
-                self.drafter,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=batch.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                generation_config=parse_config(settings.generation_config),
-                seed=_row_seeds(batch, settings) if settings.verifier == "coupled" else batch.seed,
-                verifier=settings.verifier,
-                batch_invariant=settings.batch_invariant or None,
-            )
-            starts = [1 if self.target.is_encoder_decoder else len(prompt.ids) for prompt in batch.prompts]
-            found = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)
-            written = [row[start:length] for row, start, length in found]
-            yield [Completion(ids=ids, ended=ids[-1] in self.target.eos_token_ids) for ids in written]
 
 
 def _row_seeds(batch: GenerationBatch, settings: PseudoDataSettings) -> list[int]:

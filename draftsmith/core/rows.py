@@ -3,7 +3,9 @@
 Shape suffixes: B rows, T positions, N nodes of a draft, D hidden width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ class Text:
     """Most tokens that it may have."""
     identity: tuple[int, int] = (0, 0)
     """Its seed, and its index among the rows with this seed."""
+    processors: Sequence[Any] = ()
+    """Logits processors of a text that comes to a batch, of the same kinds as those of the others."""
     is_running: bool = True
 
 

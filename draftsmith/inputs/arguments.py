@@ -87,7 +87,7 @@ def check_objects(
         raise ValueError(f"streamer is {shown(streamer)}; it must have the methods put(tokens) and end()")
 
 
-def warn_of_unapplied_settings(target: Any) -> None:
+def warn_of_unapplied_settings(target: Any, *, stacklevel: int) -> None:
     """Warns of settings in the target's generation config that change its distribution, but not here."""
     config = target.model.generation_config
     values = {name: getattr(config, name, None) for name in UNAPPLIED}
@@ -96,7 +96,7 @@ def warn_of_unapplied_settings(target: Any) -> None:
         warnings.warn(
             f"the generation config of target {target.name} sets {given}, which are not applied: the text follows"
             " the distribution of the model without them; pass generation_config='model' to apply them",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T positions.
 """
 
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from draftsmith.core.fixed_shapes.forwards import Shapes
 from draftsmith.core.target import Source, Target
-from draftsmith.inputs.arguments import prompt_rows, token_ids
+from draftsmith.inputs.arguments import plain, prompt_rows, shown, token_ids
 from draftsmith.loading.model_info import TargetInfo
 
 
@@ -46,6 +47,33 @@ def check_prompts(target: Target, input_ids: Any, attention_mask: Any = None, *,
                 " text alone, so leave images, video and sound out"
             )
     return prompts
+
+
+def check_stream_prompts(prompts: Any) -> Iterable[Any]:
+    """Returns the prompts of a stream, those of a tokenizer's batch without padding; an iterator stays as it is.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise ValueError(
+            f"prompts is {shown(prompts)}; it must be a list or iterator of prompts, each a list of token ids"
+        )
+    if isinstance(prompts, Mapping) or getattr(prompts, "ndim", 1) != 1:
+        return prompt_rows(prompts, None)
+    return prompts
+
+
+def check_stream_prompt(target: Target, prompt: Any, index: int) -> list[int]:
+    """Returns the ids of one prompt of a stream; raises ValueError, with its number, for anything else."""
+    if isinstance(prompt, Mapping):
+        found = check_prompts(target, prompt, first=index)
+    elif isinstance(found := plain(prompt), list | tuple):
+        found = check_prompts(target, [found], first=index)
+    else:
+        raise ValueError(f"prompt {index} is {shown(prompt)}; each prompt must be a list of token ids")
+    if len(found) != 1:
+        raise ValueError(f"prompt {index} holds {len(found)} rows; pass each as a prompt of its own")
+    return found[0]
 
 
 def start_token(target: Target) -> int:

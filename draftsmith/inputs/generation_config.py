@@ -3,7 +3,7 @@
 import copy
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,16 @@ from transformers.generation import stopping_criteria as criteria
 from draftsmith.core.rows import Text
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.target import Target
-from draftsmith.inputs.arguments import real_number, shown, whole_number
-from draftsmith.inputs.processors import NodeProcessors, check_processors, for_rows, is_normalised, split_sampling
+from draftsmith.inputs.arguments import real_number, shown, token_ids, warn_of_unapplied_settings, whole_number
+from draftsmith.inputs.batching import eos_ids
+from draftsmith.inputs.processors import (
+    NodeProcessors,
+    RowProcessors,
+    check_processors,
+    for_rows,
+    is_normalised,
+    split_sampling,
+)
 from draftsmith.inputs.scores import KeptScores
 from draftsmith.inputs.stopping import StopConditions, check_stop_strings
 
@@ -48,6 +56,10 @@ SWITCHES = (
     *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
 )
 """Settings of the generation config that are read, by the kind of their values; transformers checks few of them."""
+SHARES, CUTOFFS = ("top_p", "top_h", "min_p", "typical_p"), ("epsilon_cutoff", "eta_cutoff")
+"""Settings that are at most 1, and below 1; transformers ignores some that are larger."""
+TOKENS = ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")
+"""Settings that are token ids, which transformers does not compare with the vocabulary."""
 MAX_COPIES = 65_536
 """Most rows of one prompt in a call."""
 
@@ -69,7 +81,7 @@ class Rules:
         """
         kept, is_stopped = (new, False) if self.stops is None else self.stops.cut(text.ids, new)
         if self.processors is not None:
-            self.processors.check(row, path[: len(kept)], len(text.ids))
+            self.processors.check(row, path[: len(kept)], text)
         if self.scores is not None:
             self.scores.keep(text.index, row, path[: len(kept)])
         return kept, is_stopped
@@ -79,9 +91,54 @@ class Rules:
         return self.stops is not None and self.stops.is_out_of_time()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CallSettings:
+    """The settings that `generate` and `generate_stream` have in common, checked."""
+
+    config: GenerationConfig | None
+    sampling: Sampling
+    max_new_tokens: int
+    eos: frozenset[int]
+    batch_invariant: bool
+
+
+def read_settings(
+    target: Target,
+    *,
+    max_new_tokens: Any,
+    temperature: Any,
+    top_p: Any,
+    top_k: Any,
+    eos_token_id: Any,
+    generation_config: Any,
+    batch_invariant: bool | None,
+) -> CallSettings:
+    """Returns the settings of a call from its arguments; raises ValueError for invalid ones.
+
+    Warns of settings of the model's own generation config where none is asked for.
+    """
+    if (config := read_config(target, generation_config)) is None:
+        warn_of_unapplied_settings(target, stacklevel=4)
+    elif config.token_healing:
+        raise ValueError("token_healing is not supported: it changes the prompt; leave it out")
+    sampling = with_sampling(
+        config,
+        None if temperature is None else real_number("temperature", temperature),
+        None if top_p is None else real_number("top_p", top_p),
+        None if top_k is None else whole_number("top_k", top_k),
+    )
+    return CallSettings(
+        config=config,
+        sampling=sampling,
+        max_new_tokens=whole_number("max_new_tokens", max_new_tokens),
+        eos=eos_ids(target, eos_token_id if eos_token_id is not None or config is None else config.eos_token_id),
+        batch_invariant=target.batch_invariant if batch_invariant is None else batch_invariant,
+    )
+
+
 def check_mode(config: Any) -> None:
     """Rejects decoding modes that draftsmith does not have."""
-    if (config.num_beams or 1) > 1:
+    if config.num_beams not in (None, 1):
         raise ValueError(
             f"num_beams is {config.num_beams}; draftsmith decodes greedily or by sampling, so it must be 1"
         )
@@ -124,6 +181,8 @@ def check_values(settings: Mapping[str, Any]) -> None:
             number = real_number(name, value) if name in REAL_NUMBERS else whole_number(name, value)
             if number < 0:
                 raise ValueError(f"{name} is {number}; it must not be negative")
+            if (name in SHARES and number > 1) or (name in CUTOFFS and number >= 1):
+                raise ValueError(f"{name} is {number}; it must be {'at most' if name in SHARES else 'below'} 1")
 
 
 def parse_config(text: str) -> str | dict[str, Any] | None:
@@ -136,8 +195,9 @@ def parse_config(text: str) -> str | dict[str, Any] | None:
     try:
         found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
     except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"generation config {shown(text)} cannot be read ({error}); it must be 'model', JSON such as"
+            f"generation config {shown(text)} cannot be read ({reason}); it must be 'model', JSON such as"
             ' {"repetition_penalty": 1.1}, or a file of it'
         ) from error
     if not isinstance(found, dict):
@@ -168,6 +228,10 @@ def read_config(target: Target, given: Any) -> GenerationConfig | None:
     if isinstance(given, Mapping):
         check_names(given)
         check_values(given)
+        for name in TOKENS:
+            ids = token_ids(name, given[name]) if given.get(name) is not None else []
+            if wrong := [token for token in ids if not 0 <= token < target.vocab_size]:
+                raise ValueError(f"{name} holds {wrong[0]}; the target's vocabulary has {target.vocab_size}")
         # A temperature means sampling, unless the dictionary says otherwise.
         is_sampling = isinstance(found := given.get("temperature"), int | float) and found > 0
         try:
@@ -238,6 +302,48 @@ def make_rules(
     )
 
 
+def stream_rules(
+    target: Target,
+    settings: CallSettings,
+    batch_size: int,
+    *,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    stop_strings: Any = None,
+) -> tuple[Rules, Callable[[int, list[int], list[int]], list[Any]]]:
+    """Returns the rules of a stream, without processors, and a function that returns the processors of one text.
+
+    It takes the number of the text's prompt, the ids it starts with, and the prompt. Raises ValueError for what cannot
+    be done with drafts or in streams.
+    """
+    own, config, sampling = check_processors(logits_processor), settings.config, settings.sampling
+    # By the length of a start, up to 2: transformers counts one token differently from more.
+    made = dict.fromkeys((1, 2), RowProcessors(own, unpadded=own, are_lengths_padded=False))
+    if config is not None:
+        check_mode(config)
+        check_outputs(config)
+        if num_copies(config, sampling) > 1:
+            raise ValueError(
+                f"num_return_sequences is {config.num_return_sequences}; a stream has one text for each prompt, so pass"
+                " the prompt several times"
+            )
+        if scores := [name for name in ("output_scores", "output_logits") if getattr(config, name, None)]:
+            raise ValueError(f"{scores[0]} is not supported in streams, whose texts have no scores; leave it out")
+        for length in made:
+            start = [[0] * length]
+            built = _built(target, config, start, start, settings.max_new_tokens, settings.eos, own)
+            found, sampling = split_sampling(check_processors(built), is_sampling=not settings.sampling.is_greedy)
+            made[length] = RowProcessors(found, unpadded=own, are_lengths_padded=False)
+
+    def processors_of(index: int, start: list[int], prompt: list[int]) -> list[Any]:
+        length = min(len(start), 2)
+        return made[length].for_row(index, length - len(start), prompt)
+
+    stops = _stops(target, config, stopping_criteria, stop_strings)
+    conditions = StopConditions(stops, batch_size, target.device) if stops else None
+    return Rules(sampling=sampling, stops=conditions), processors_of
+
+
 def with_sampling(
     config: GenerationConfig | None, temperature: float | None, top_p: float | None, top_k: int | None
 ) -> Sampling:
@@ -258,7 +364,8 @@ def with_sampling(
 
 def num_copies(config: GenerationConfig | None, sampling: Sampling) -> int:
     """Returns the number of rows for each prompt; raises ValueError for several equal ones."""
-    number = whole_number("num_return_sequences", getattr(config, "num_return_sequences", None) or 1)
+    given = getattr(config, "num_return_sequences", None)
+    number = whole_number("num_return_sequences", 1 if given is None else given)
     if not 1 <= number <= (1 if sampling.is_greedy else MAX_COPIES):
         raise ValueError(
             f"num_return_sequences is {number}; it must be 1, or at temperatures above 0 up to {MAX_COPIES:,}"
@@ -280,6 +387,8 @@ def _built(
     config = copy.deepcopy(config)
     config.max_length = longest + max_new_tokens
     config._eos_token_tensor = torch.tensor(sorted(eos), device=device) if eos else None
+    if config.exponential_decay_length_penalty is not None and not eos:
+        raise ValueError("exponential_decay_length_penalty needs an end-of-sequence token, and there is none")
     sources = [prompt + [0] * (max(map(len, prompts)) - len(prompt)) for prompt in prompts]
     try:
         return list(
@@ -292,7 +401,7 @@ def _built(
                 model_kwargs={},
             )
         )
-    except (ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # of any kind, for values of another form: transformers checks few of them
         raise ValueError(f"the generation config cannot be used: {error}") from error
 
 

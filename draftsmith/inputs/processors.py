@@ -10,13 +10,14 @@ rows.
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
+from draftsmith.core.rows import Text
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft
 from draftsmith.inputs.arguments import shown
@@ -141,37 +142,61 @@ def for_rows(
     `paddings` are the rows' numbers of padding tokens and `sources` their prompts, or an encoder-decoder's sources.
     Those in `unpadded` stay as they are; `are_lengths_padded` says whether a `min_length` counts padding.
     """
-    copies: dict[Any, Any] = {}
+    made = RowProcessors(processors, unpadded=unpadded, are_lengths_padded=are_lengths_padded)
+    return [made.for_row(row, *given) for row, given in enumerate(zip(paddings, sources, strict=True))]
 
-    def for_row(processor: Any, row: int) -> Any:
-        padding, kind = paddings[row], type(processor)
-        if kind in LENGTHS and (are_lengths_padded or kind is not hf.MinLengthLogitsProcessor):
-            if not padding or any(processor is one for one in unpadded):
-                return processor
-            if (key := (id(processor), padding)) not in copies:
-                copies[key] = copy.copy(processor)
-                setattr(copies[key], LENGTHS[kind], max(getattr(processor, LENGTHS[kind]) - padding, 0))
-            return copies[key]
-        if kind is hf.RepetitionPenaltyLogitsProcessor and processor.prompt_ignore_length is not None:
-            ignored = processor.prompt_ignore_length
-            ignored = max((int(ignored[row]) if isinstance(ignored, Tensor) else ignored) - padding, 0)
-            return kept(processor, ignored, hf.RepetitionPenaltyLogitsProcessor, processor.penalty, ignored or None)
+
+class RowProcessors:
+    """Makes the processors of single rows from those of a padded batch; rows share what is the same for them.
+
+    The arguments are those of `for_rows`.
+    """
+
+    def __init__(self, processors: Sequence[Any], *, unpadded: Sequence[Any] = (), are_lengths_padded: bool) -> None:
+        self._processors = processors
+        self._unpadded = {id(one) for one in unpadded}
+        self._are_lengths_padded = are_lengths_padded
+        self._copies: dict[tuple[int, int], Any] = {}
+
+    def for_row(self, row: int, padding: int, source: list[int]) -> list[Any]:
+        """Returns the processors of a row with `padding` padding tokens, negative if it is longer than the batch."""
+        return [self._for_row(processor, row, padding, source) for processor in self._processors]
+
+    def _for_row(self, processor: Any, row: int, padding: int, source: list[int]) -> Any:
+        kind = type(processor)
         if kind is hf.EncoderRepetitionPenaltyLogitsProcessor:
-            source = torch.tensor([sources[row]], device=processor.encoder_input_ids.device)
-            return kept(processor, row, kind, 1 / processor.penalty, source)
+            return kind(1 / processor.penalty, torch.tensor([source], device=processor.encoder_input_ids.device))
         if kind is hf.EncoderNoRepeatNGramLogitsProcessor:
-            return kept(processor, row, kind, processor.ngram_size, torch.tensor([sources[row]]))
+            return kind(processor.ngram_size, torch.tensor([source]))
         if kind is hf.PrefixConstrainedLogitsProcessor:
             allowed = processor._prefix_allowed_tokens_fn
-            return kept(processor, row, kind, lambda _, prefix: allowed(row, prefix), 1)
+            return kind(lambda _, prefix: allowed(row, prefix), 1)
+        if id(processor) in self._unpadded:
+            padding = 0
+        if kind is hf.RepetitionPenaltyLogitsProcessor and processor.prompt_ignore_length is not None:
+            given = processor.prompt_ignore_length
+            if isinstance(given, Tensor) and row >= len(given):
+                raise ValueError(
+                    f"prompt_ignore_length of RepetitionPenaltyLogitsProcessor has an entry for {len(given)} rows, none"
+                    f" for row {row}; pass one for each, or a number"
+                )
+            ignored = max((int(given[row]) if isinstance(given, Tensor) else given) - padding, 0)
+            return self._copy(processor, ignored, lambda: kind(processor.penalty, ignored or None))
+        if padding and kind in LENGTHS and (self._are_lengths_padded or kind is not hf.MinLengthLogitsProcessor):
+            return self._copy(processor, padding, lambda: _shifted(processor, padding))
         return processor
 
-    def kept(processor: Any, key: int, kind: Any, *arguments: Any) -> Any:
-        if (id(processor), key) not in copies:
-            copies[id(processor), key] = kind(*arguments)
-        return copies[id(processor), key]
+    def _copy(self, processor: Any, key: int, make: Callable[[], Any]) -> Any:
+        if (id(processor), key) not in self._copies:
+            self._copies[id(processor), key] = make()
+        return self._copies[id(processor), key]
 
-    return [[for_row(processor, row) for processor in processors] for row in range(len(paddings))]
+
+def _shifted(processor: Any, padding: int) -> Any:
+    """Returns a copy of a processor whose length counts `padding` tokens fewer."""
+    made, name = copy.copy(processor), LENGTHS[type(processor)]
+    setattr(made, name, max(getattr(processor, name) - padding, 0))
+    return made
 
 
 class NodeProcessors:
@@ -184,6 +209,11 @@ class NodeProcessors:
 
     def __bool__(self) -> bool:
         return any(self._of_rows)
+
+    def change_rows(self, origins: Sequence[int | None], new: Sequence[Sequence[Any]]) -> None:
+        """Follows a batch whose rows come and go: row i is now what row `origins[i]` was, or for None the next new."""
+        added = iter(new)
+        self._of_rows = [next(added) if origin is None else self._of_rows[origin] for origin in origins]
 
     def __call__(
         self, logits_BNV: Tensor, draft: Draft, rows: Sequence[list[int]], is_running: Sequence[bool]
@@ -218,7 +248,13 @@ class NodeProcessors:
                     continue
                 index_X = torch.tensor(members, device=device)
                 scores_XV[index_X] = self._call(processor, prefixes_XW[index_X, -length:], scores_XV[index_X])
-        is_dead_X = scores_XV.amax(-1).isneginf() & ~raw_XV.amax(-1).isneginf()
+        largest_X, largest_raw_X = scores_XV.amax(-1), raw_XV.amax(-1)
+        if bool(((largest_X.isnan() | largest_X.isposinf()) & largest_raw_X.isfinite()).any()):
+            names = ", ".join(dict.fromkeys(map(_name, self._of_rows[0])))
+            raise ValueError(
+                f"the logits processors ({names}) return scores that are NaN or infinite; check their settings"
+            )
+        is_dead_X = largest_X.isneginf() & ~largest_raw_X.isneginf()
         self._dead = None
         if bool(is_dead_X.any()):
             scores_XV = torch.where(is_dead_X[:, None], raw_XV, scores_XV)
@@ -231,17 +267,15 @@ class NodeProcessors:
         out_BNV[live_B] = scores_XV.view(len(live), num_nodes, -1)
         return out_BNV
 
-    def check(self, row: int, path: Sequence[int], length: int) -> None:
-        """Raises ValueError if one of the nodes that committed tokens follow has no token left.
-
-        `path` are these nodes and `length` the number of tokens before the first of them.
-        """
+    def check(self, row: int, path: Sequence[int], text: Text) -> None:
+        """Raises ValueError if one of the nodes in `path`, which committed tokens of a row's text follow, has no token
+        left."""
         dead = [at for at, node in enumerate(path) if self._dead is not None and self._dead[row][node]]
         if dead:
-            names = ", ".join(dict.fromkeys(type(one).__name__ for one in self._of_rows[row]))
+            names = ", ".join(dict.fromkeys(map(_name, self._of_rows[row])))
             raise ValueError(
-                f"the logits processors ({names}) leave no token after the first {length + dead[0]} of row {row}; relax"
-                " them or generate fewer tokens"
+                f"the logits processors ({names}) leave no token after the first {len(text.ids) + dead[0]} of text"
+                f" {text.index}; relax them or generate fewer tokens"
             )
 
     def _call(self, processor: Any, prefixes_XW: Tensor, scores_XV: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.stats import drafted_depth
 from draftsmith.core.tree import Draft
 from draftsmith.length.node_gain import NODE_GAIN, NodeControlled, NodeGain
-from draftsmith.length.policies import Fixed, Outcome, Policy, make
+from draftsmith.length.policies import POLICIES, Fixed, Outcome, Policy, make
 
 DEFAULT_NUM_DRAFT = 16
 """Longest draft of a drafter whose configuration has no `num_draft`, such as one of a fixed tree."""
@@ -109,7 +109,14 @@ class LengthControlled(Drafter):
 
 def make_control(length: str) -> Policy | NodeGain:
     """Returns a new policy: "node_gain" or one of draftsmith/length/policies.py; raises ValueError for other names."""
-    return NodeGain() if length == NODE_GAIN else make(length)
+    name, equals, _ = length.partition("=")
+    if name == NODE_GAIN:
+        if equals:
+            raise ValueError(f"length is {length!r}; node_gain takes no number")
+        return NodeGain()
+    if name not in POLICIES:
+        raise ValueError(f"unknown length policy {name!r}; choose one of {', '.join([*POLICIES, NODE_GAIN])}")
+    return make(length)
 
 
 def cut(draft: Draft, depths: list[int]) -> Draft:

@@ -294,10 +294,10 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 
 def make(text: str) -> Policy:
     """Returns a new policy by "name" or "name=number"; raises ValueError for an unknown name or invalid number."""
-    name, _, number = text.partition("=")
+    name, equals, number = text.partition("=")
     if name not in POLICIES:
         raise ValueError(f"unknown length policy {name!r}; choose one of {', '.join(POLICIES)}")
-    if not number:
+    if not equals:
         return POLICIES[name]()
     try:
         parameter = float(number)

@@ -62,12 +62,12 @@ class Verifier:
 
 def find(name: str) -> tuple[ModuleType, float | None]:
     """Returns the module and the number of the verifier "name" or "name=number"; raises ValueError if there is none."""
-    name, _, number = name.partition("=")
+    name, equals, number = name.partition("=")
     name = ALIASES.get(name, name)
     if name not in VERIFIERS:
         raise ValueError(f"unknown verifier {name!r}; choose one of auto, {', '.join(VERIFIERS)}")
     module = importlib.import_module(f"{__name__}.{VERIFIERS[name]}")
-    if not number:
+    if not equals:
         return module, None
     if not hasattr(module, "PARAMETER"):
         raise ValueError(f"verifier {name!r} takes no number, but {number!r} was given; leave it out")

@@ -80,6 +80,13 @@ def test_ends_of_the_config_are_used() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"typical_p": 2}, "typical_p is 2; it must be at most 1"),
+        ({"epsilon_cutoff": 1, "temperature": 1.0}, "epsilon_cutoff is 1; it must be below 1"),
+        ({"suppress_tokens": [5, 99_999]}, "suppress_tokens holds 99999; the target's vocabulary has"),
+        ({"forced_eos_token_id": "2"}, "forced_eos_token_id is '2'; it must be a token id"),
+        ({"num_beams": 0}, "num_beams is 0; .* it must be 1"),
+        ({"token_healing": True}, "token_healing is not supported: it changes the prompt"),
+        ({"exponential_decay_length_penalty": (1, 1.5), "eos_token_id": []}, "needs an end-of-sequence token"),
         ("models", "generation_config is 'models'; it must be 'model' for the target's own"),
         (4, "generation_config is 4; it must be 'model'"),
         ({"repetition_penalti": 1.2}, "no setting 'repetition_penalti'; did you mean 'repetition_penalty'?"),

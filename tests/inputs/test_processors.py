@@ -217,6 +217,14 @@ def failing(prefix_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
             "leave no token after the first 9",
         ),
         ({"generation_config": {"repetition_penalty": -1.0}}, "repetition_penalty is -1.0; it must not be negative"),
+        (
+            {"logits_processor": lambda ids, scores: scores * torch.nan},
+            r"\(<lambda>\) return scores that are NaN or inf",
+        ),
+        (
+            {"generation_config": {"sequence_bias": {(5,): torch.inf}}},
+            "SequenceBias.* return scores that are NaN or inf",
+        ),
         ({"generation_config": {"bad_words_ids": [[70]]}}, "failed on a prefix.*vocabulary size is 64"),
     ],
 )
@@ -246,7 +254,7 @@ def test_no_token_left_is_an_error_only_where_text_arrives() -> None:
         drafter = Scripted(target, [prompt + [7] * 20], trees=False)
         out = draftsmith.generate(target, [prompt], drafter, max_new_tokens=4, temperature=temperature, **settings)
         assert out.sequences[0, len(prompt) :].tolist() == [7] * 4
-        with pytest.raises(ValueError, match=r"\(function\) leave no token after the first 13 of row 0; relax"):
+        with pytest.raises(ValueError, match=r"\(process\) leave no token after the first 13 of text 0; relax"):
             draftsmith.generate(target, [prompt], drafter, max_new_tokens=5, temperature=temperature, **settings)
 
 
@@ -279,6 +287,15 @@ def test_for_rows_shares_processors_that_are_the_same_for_all_rows() -> None:
     assert [row[0] for row in rows] == [shared] * 3
     assert rows[0][1] is minimum and rows[1][1] is rows[2][1]
     assert [row[1].prompt_length_to_skip for row in rows] == [9, 3, 3] and minimum.prompt_length_to_skip == 9
+
+
+def test_for_rows_leaves_lengths_of_users_own_processors() -> None:
+    own, built = (hf.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=4) for _ in range(2))
+    rows = for_rows([own, built], [0, 3], [[1]] * 2, unpadded=[own], are_lengths_padded=False)
+    assert [[one.prompt_ignore_length for one in row] for row in rows] == [[4, 4], [4, 1]]
+    too_short = hf.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=torch.tensor([4]))
+    with pytest.raises(ValueError, match="has an entry for 1 rows, none for row 1"):
+        for_rows([too_short], [0, 0], [[1]] * 2, are_lengths_padded=False)
 
 
 def test_check_processors_takes_one_or_several() -> None:
