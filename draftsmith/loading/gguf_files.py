@@ -121,14 +121,17 @@ def convert_info(path: Path, folder: Path) -> None:
     header = read_header(path)
     check_installed(path)
     file: dict[str, Any] = {"gguf_file": path.name}
+    config, fault = None, ""
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False, **file)
     except Exception as error:  # of any kind, for metadata that is missing or wrong
+        fault = remote_code.reason(error)
+    if config is None:  # raised here, as the caught error would keep transformers' map of the file open
         raise ValueError(
-            f"{path}: transformers cannot read GGUF files of architecture {header.architecture!r}"
-            f" ({remote_code.reason(error)}); name a transformers folder of this model"
-        ) from None
+            f"{path}: transformers cannot read GGUF files of architecture {header.architecture!r} ({fault}); name a"
+            " transformers folder of this model"
+        )
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if type(config) not in auto._model_mapping:
         raise ValueError(f"{path} holds a model of architecture {header.architecture!r}, which generates no text")
@@ -154,11 +157,14 @@ def convert_weights(path: Path, info: Path, folder: Path) -> None:
     config = AutoConfig.from_pretrained(info)  # given, so that the file is not read once more for it
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = {"gguf_file": path.name, "dtype": header.dtype, "trust_remote_code": False}
+    model, fault = None, ""
     try:
         with _quiet():
             model = load_model(auto, str(path.parent), config=config, **options)
     except NotImplementedError as error:
-        raise ValueError(f"{path} has weights of a type that cannot be de-quantised: {error}") from None
+        fault = str(error)
+    if model is None:
+        raise ValueError(f"{path} has weights of a type that cannot be de-quantised: {fault}")
     _forget_quantisation(model)
     with _quiet():
         # One file, so that moving it makes the folder complete.
@@ -187,16 +193,19 @@ def _forget_quantisation(model: Any) -> None:
 
 
 def _convert_tokenizer(path: Path, folder: Path, header: GgufHeader) -> None:
+    tokenizer, fault = None, ""
     try:
         with _quiet():
             # Not AutoTokenizer, which reads the whole file again to learn the architecture.
             tokenizer = FastTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the tokenizers library raises Exception itself
+        fault = remote_code.reason(error)
+    if tokenizer is None:
         kind = header.metadata["tokenizer.ggml.model"]
         raise ValueError(
-            f"{path}: its tokenizer, of type {kind!r}, cannot be read ({remote_code.reason(error)}); name a"
-            " transformers folder of this model"
-        ) from None
+            f"{path}: its tokenizer, of type {kind!r}, cannot be read ({fault}); name a transformers folder of this"
+            " model"
+        )
     tokenizer.save_pretrained(folder)
     if header.metadata.get("tokenizer.ggml.pre") in SINGLE_DIGITS:
         file = folder / "tokenizer.json"

@@ -147,6 +147,21 @@ def test_unsuitable_gguf_files_are_named_in_one_sentence(damage: Any, message: s
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="lists the maps of a process as Linux does")
+@pytest.mark.parametrize("fault", ["type", "architecture"])
+def test_a_file_that_transformers_cannot_read_is_closed_while_the_error_lives(fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, **({"architecture": "nosuch"} if fault == "architecture" else {}))
+    if fault == "type":
+        name = b"token_embd.weight"
+        after_shape = path.read_bytes().index(name) + len(name) + 4 + 2 * 8
+        changed(path, after_shape, struct.pack("<I", Type.I32))
+    with pytest.raises(ValueError, match="weights of a type that cannot be de-quantised|cannot read GGUF") as error:
+        Target.from_pretrained(path)
+    assert error.value.__context__ is None
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
 def test_a_missing_package_is_named_before_anything_is_converted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
