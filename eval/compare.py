@@ -18,7 +18,7 @@ from draftsmith.inputs.generation_config import described, parse_config
 from draftsmith.length.costs import num_threads
 from eval import hardware
 from eval.bakeoff import forecast
-from eval.bakeoff.contenders import PLAIN, Contender, contenders, fingerprint
+from eval.bakeoff.contenders import PLAIN, Contender, contenders, fingerprint, left_out
 from eval.bakeoff.measure import DecodingRequest, Tally, draftsmith_method, measure, warm_up
 from eval.bakeoff.optimal_transport import first_token_acceptance
 from eval.bakeoff.results import Cell, Results, claimed, publish
@@ -45,8 +45,9 @@ def compare(
     """Returns one row per contender, temperature and batch size, and writes them as `bakeoff.*` into `output`.
 
     `notes` are further conditions that every row repeats; `left_out` among them says why a drafter is not compared.
-    An interrupted comparison continues from its measured parts. Raises ValueError for an artifact that does not fit the
-    target, too few prompts for a batch, or a folder that contains other files or that another run uses.
+    A drafter that cannot draft at a temperature is left out there, with its reason. An interrupted comparison continues
+    from its measured parts. Raises ValueError for an artifact that does not fit the target, too few prompts for a
+    batch, or a folder that contains other files or that another run uses, and if no artifact can draft.
     """
     settings.check_prompts(len(prompts))
     if settings.batch_invariant != target.batch_invariant:
@@ -68,11 +69,19 @@ def compare(
             _measure(target, prompts, competing, results, settings)
             rounding = _rounding(target, prompts, competing, results, settings)
             described = conditions | dict(notes or {})
-            described["left_out"] = described.get("left_out", {}) | _left_out(target, settings)
+            described["left_out"] = {
+                **described.get("left_out", {}),
+                **_left_out(target, settings),
+                **left_out(competing, settings),
+            }
             rows = [row | described for row in _rows(prompts, competing, results, settings, rounding)]
             _add_first_token_acceptance(rows, prompts, competing, settings)
             _add_forecasts(rows, prompts, competing, results, settings)
-            drafters = {one.method.name: one.drafter for one in competing if one.family and not one.is_ablation}
+            drafters = {
+                one.method.name: one.drafter
+                for one in competing
+                if one.family and not one.is_ablation and 0 not in one.left_out_at
+            }
             config = parse_config(settings.generation_config)
             texts = record_texts(target, prompts, drafters, settings.max_new_tokens, config)
             markdown = "\n".join(
@@ -308,6 +317,7 @@ def _add_first_token_acceptance(
         for one in competing
         for temperature in sampled
         if one.drafter is not None and one.is_lossless and one.length == "auto" and one.confidence_threshold is None
+        if one.competes_at(temperature, 1)
     }
     for row in rows:
         rate, bound = rates.get((row["drafter"], row["temperature"])) or (None, None)

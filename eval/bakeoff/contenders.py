@@ -1,7 +1,7 @@
 """The methods of a bake-off: plain decoding, transformers' `generate`, and each drafter with its ablations."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class Contender:
     artifact_mb: float = 0.0
     train_s: float | None = 0.0
     """Training time in seconds, None if the manifest does not record it."""
+    left_out_at: Mapping[float, str] = field(default_factory=dict)
+    """By temperature at which it cannot decode, the reason."""
 
     @property
     def reference(self) -> str:
@@ -61,8 +63,11 @@ class Contender:
         return self.default_verifier if self.verifier == "auto" else self.verifier
 
     def competes_at(self, temperature: float, batch_size: int) -> bool:
-        """Returns False for batches beyond its largest, and for other verifiers at temperature 0, where all agree."""
-        if self.max_batch_size is not None and batch_size > self.max_batch_size:
+        """Returns False for batches beyond its largest, and for other verifiers at temperature 0, where all agree.
+
+        So it does for temperatures at which it cannot decode.
+        """
+        if (self.max_batch_size is not None and batch_size > self.max_batch_size) or temperature in self.left_out_at:
             return False
         return temperature > 0 or self.verifier == "auto"
 
@@ -75,9 +80,10 @@ class Contender:
 def contenders(
     target: Target, prompts: Sequence[Prompt], artifacts: Sequence[Path], settings: BakeoffSettings
 ) -> list[Contender]:
-    """Returns all contenders, plain decoding first.
+    """Returns all contenders, plain decoding first; says which of them cannot decode at which temperatures.
 
-    Raises ValueError for an artifact that does not fit the target, or for two artifacts of the same name.
+    Raises ValueError for an artifact that does not fit the target, for two artifacts of the same name, and if no
+    artifact can draft at any temperature.
     """
     config = parse_config(settings.generation_config)
     default = COUPLED if settings.batch_invariant else "auto"
@@ -118,19 +124,52 @@ def contenders(
             found += _coupled_baseline(drafter.target, reference, settings, is_fine_tuned=True)
         decode = draftsmith_method(drafter.target, drafter, verifier=default, config=config)
         method = DecodingMethod(name=name, decode=decode, reference=reference, drafter=drafter)
-        found.append(Contender(method=method, **columns))
+        own = _tried(Contender(method=method, **columns), prompts[0], settings)
+        found.append(own)
         assistant = assistant_of(drafter) if settings.assisted else None
         if assistant is not None:
             decode = transformers_method(target, assistant, config=config)
             assisted = DecodingMethod(name=f"{TRANSFORMERS}: {name}", decode=decode)
             found.append(Contender(method=assisted, max_batch_size=1, counts_forwards=False))
-        for ablation in _ablations(method, drafter, columns, settings):
-            try:
-                warm_up(ablation.method, [prompts[0].ids], temperature=1.0)
-                found.append(ablation)
-            except ValueError as error:
-                print(f"{ablation.method.name} is left out: {error}")
+        if _competes(own, settings):
+            ablations = (_tried(one, prompts[0], settings) for one in _ablations(method, drafter, columns, settings))
+            found += [one for one in ablations if _competes(one, settings)]
+    drafting = [one for one in found if one.drafter is not None and not one.is_ablation]
+    if drafting and not any(_competes(one, settings) for one in drafting):
+        reasons = {one.method.name: next(iter(one.left_out_at.values())) for one in drafting}
+        raise ValueError("no artifact can draft: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
     return found
+
+
+def left_out(competing: Sequence[Contender], settings: BakeoffSettings) -> dict[str, str]:
+    """Returns why drafters are missing from the table, by name, or from parts of it, by name and temperature."""
+    return {
+        f"{one.method.name}{'' if not _competes(one, settings) else f' at temperature {temperature:g}'}": reason
+        for one in competing
+        for temperature, reason in one.left_out_at.items()
+        if not one.is_ablation
+    }
+
+
+def _tried(contender: Contender, prompt: Prompt, settings: BakeoffSettings) -> Contender:
+    """Returns the contender with the temperatures at which it cannot decode, found by trying, which it prints."""
+    reasons = {}
+    for temperature in settings.temperatures:
+        if contender.competes_at(temperature, 1):
+            try:
+                warm_up(contender.method, [prompt.ids], temperature)
+            except ValueError as error:
+                reasons[temperature] = str(error)
+    found = replace(contender, left_out_at=reasons)
+    for temperature, reason in reasons.items():
+        where = f" at temperature {temperature:g}" if _competes(found, settings) else ""
+        print(f"{contender.method.name} is left out{where}: {reason}")
+    return found
+
+
+def _competes(contender: Contender, settings: BakeoffSettings) -> bool:
+    """Returns whether a contender is in any part of the table."""
+    return any(contender.competes_at(temperature, 1) for temperature in settings.temperatures)
 
 
 def _coupled_baseline(

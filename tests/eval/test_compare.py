@@ -25,7 +25,7 @@ from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import by_category, compare
 from eval.report.table import header, output_of, ranked, table, to_csv
 from recipes.bakeoff import BakeoffRunSettings
-from tests.support.family import built
+from tests.support.family import built, part_config
 from tests.support.models import prompts, tiny_model, tiny_target
 from tests.support.runs import locked_by_another_run
 
@@ -240,6 +240,33 @@ def test_compare_fine_tuned_target_is_its_own_baseline(tmp_path: Path) -> None:
     assert sorted(outputs[3:7]) == ["fine-tuned*", "lossless*", "lossless*", "lossy"]
     assert "*: compared with plain decoding of the target as fine-tuned by this drafter" in text
     assert max(map(len, table(rows, "terminal"))) <= 120
+
+
+def test_compare_leaves_a_drafter_out_where_it_cannot_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A part of a merge that samples siblings can be merged at temperature 0 alone."""
+    target, family = tiny_target("llama"), find("merge")
+    sampling = part_config("hydra", find("hydra").Config(num_heads=2, tree=((0,), (1,), (0, 0))))
+    config = family.Config(parts=(part_config("lookup", find("lookup").Config()), sampling))
+    draftsmith.save(built(family, config, target), tmp_path / "merged", target=target)
+    artifacts = [tmp_path / "merged", make_artifacts(target, tmp_path)[1]]
+    given: dict[str, Any] = {"rounds": 1, "max_new_tokens": 6, "batch_sizes": (1,), "forecast_sizes": (1,)}
+    settings = BakeoffSettings(temperatures=(0.0, 1.0), lengths=("fixed=1",), **given)
+    rows = compare(target, some_prompts(2), artifacts, tmp_path / "out", settings)
+    everywhere = ["plain", "transformers", "lookup", "lookup (fixed=1)"]
+    for temperature, expected in (
+        (0, [*everywhere[:2], "merged", "merged (fixed=1)", *everywhere[2:]]),
+        (1, everywhere),
+    ):
+        assert [row["drafter"] for row in rows if row["temperature"] == temperature] == expected
+    reason = "hydra samples its drafts, and only deterministic trees can be merged"
+    assert list(rows[0]["left_out"]) == ["merged at temperature 1"]
+    assert reason in rows[0]["left_out"]["merged at temperature 1"]
+    assert "not in the table: merged at temperature 1 (" in " ".join(" ".join(table(rows, "terminal")).split())
+    assert f"merged is left out at temperature 1: {reason}" in " ".join(capsys.readouterr().out.split())
+    only_above = BakeoffSettings(temperatures=(1.0,), **given)
+    with pytest.raises(ValueError, match=f"no artifact can draft: merged: .*{reason}"):
+        compare(target, some_prompts(2), artifacts[:1], tmp_path / "none", only_above)
+    assert not (tmp_path / "none").exists()
 
 
 def test_compare_files_contain_the_rows(compared: tuple[list[dict[str, Any]], Path]) -> None:
