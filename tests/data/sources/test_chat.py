@@ -210,6 +210,9 @@ def test_tools_and_calls_are_rendered_by_the_template(tmp_path: Path, capsys: py
         ValueError, match=r"rows.jsonl:1: the chat template leaves out the tool call or result of turn 2"
     ):
         answers(tmp_path, row, tokenizer_for(GEMMA))
+    called = {"role": "assistant", "content": "Hm.", "tool_calls": 5}
+    with pytest.raises(ValueError, match="`tool_calls` should be a list of calls, found 5"):
+        load(tmp_path, {"messages": [TALK[0], called]}, tokenizer)
     capsys.readouterr()
     load(tmp_path, row | {"messages": TALK}, tokenizer_for(GEMMA))
     assert "text that is not used: tools (1 rows)" in capsys.readouterr().out

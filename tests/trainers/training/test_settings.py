@@ -143,6 +143,7 @@ def test_several_dataclasses_share_the_command_line() -> None:
         ("stray", "unexpected argument 'stray'; settings are written --key value"),
         ("--max-steps 3 4", "unexpected argument '4'; settings are written --key value"),
         ("--max-steps abc", "--max-steps takes a whole number, not 'abc'"),
+        ("--max-steps -1", "--max-steps takes a whole number of at least 0, not '-1'"),
         ("--max-steps 1.5", "--max-steps takes a whole number, not '1.5'"),
         ("--learning-rate fast", "--learning-rate takes a number, not 'fast'"),
         ("--layers 1 two", "--layers takes a whole number, not 'two'"),
