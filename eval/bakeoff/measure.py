@@ -167,6 +167,7 @@ def _draftsmith_decode(
         "temperature": request.temperature,
         "seed": request.seed,
         "verifier": verifier,
+        "generation_config": config,
         "length": policy_of(request.temperature, request.stream_size or len(request.prompts)),
     }
     if request.stream_size:
@@ -176,12 +177,12 @@ def _draftsmith_decode(
         )
         new_ids = {text.index: text.new_ids for text in texts}
         return DecodingResult(
-            rows=[new_ids[index] for index in range(len(request.prompts))],
+            rows=[new_ids.get(index, []) for index in range(len(request.prompts))],  # a max_time begins no others
             stats=stats,
             num_batches=request.num_batches,
         )
     tokens_BT, mask_BT = pad(request.prompts, target.device, side="right")
-    out = draftsmith.generate(target, tokens_BT, drafter, attention_mask=mask_BT, generation_config=config, **options)
+    out = draftsmith.generate(target, tokens_BT, drafter, attention_mask=mask_BT, **options)
     starts = [1 if target.is_encoder_decoder else len(prompt) for prompt in request.prompts]
     rows = zip(out.sequences.tolist(), starts, out.lengths.tolist(), strict=True)
     return DecodingResult(rows=[row[start:length] for row, start, length in rows], stats=out.stats)

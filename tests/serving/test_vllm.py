@@ -244,7 +244,7 @@ def test_vllm_and_draftsmith_accept_the_same_number_of_tokens(
 def test_doctor_checks_an_export_in_vllm(target: Target, texts: list[list[int]], tmp_path: Path) -> None:
     draftsmith.save(reduced_target(target, texts, tmp_path), tmp_path / "artifact", target)
     arguments = {"data": "python-source", "num_prompts": 3, "max_new_tokens": 24, "num_positions": 24, "depth": 4}
-    run = doctor.RunSettings(
+    run = doctor.DoctorSettings(
         draft=str(tmp_path / "artifact"), output=str(tmp_path / "out"), vllm_python=sys.executable, **arguments
     )
     doctor.main(run)

@@ -76,6 +76,8 @@ def test_decoding_methods_return_new_tokens_only(architecture: str, temperature:
     assert stream.num_batches == 1.5 and [len(row) for row in stream.rows] == [5, 5, 5]
     if temperature == 0:
         assert ours.rows == theirs.rows == stream.rows
+        penalised = draftsmith_method(target, config={"suppress_tokens": ours.rows[0][:1]})
+        assert ours.rows != penalised(request).rows == penalised(replace(request, stream_size=2)).rows
 
 
 def test_compare_pair_reports_speeds_and_ratio() -> None:
