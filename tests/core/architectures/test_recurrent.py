@@ -11,7 +11,7 @@ from torch import Tensor
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.core.architectures.recurrent import RecurrentModule
+from draftsmith.core.architectures.recurrent import MAX_FED_AGAIN, RecurrentModule
 from draftsmith.core.cache import KVCache
 from draftsmith.core.tree import Tree, chain
 from draftsmith.drafters import lm
@@ -64,6 +64,20 @@ def test_rows_that_accept_different_numbers_keep_the_state_of_their_own_text(tar
     found = fed(target, cache, [[50, 51]] * 3)
     for row, text in enumerate(texts):
         assert_same(found[row], own_logits(target, [*text, 50, 51])[len(text) :])
+
+
+def test_tokens_that_are_fed_again_for_many_drafts_become_a_state(target: Target) -> None:
+    """Five drafts in a row are accepted in part, which is more tokens than are fed again."""
+    text, cache = prompts((9,), target.vocab_size)[0], target.new_cache(1)
+    with torch.inference_mode():
+        target.prefill([text], cache)
+    for number in range(5):
+        draft = [20 + 6 * number + node for node in range(6)]
+        found = fed(target, cache, [draft])
+        assert_same(found[0], own_logits(target, [*text, *draft])[len(text) :])
+        cache.commit([[0, 1, 2, 3]])
+        text = [*text, *draft[:4]]
+    assert MAX_FED_AGAIN < 5 * 4
 
 
 def test_a_row_that_keeps_nothing_has_the_state_from_before(target: Target) -> None:
