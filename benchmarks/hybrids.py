@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/hybrids.py
 
 A random Qwen3-Next of 8 layers, 6 of them with linear attention. The steps take turns in one process; each figure is
-the median of their CPU time, which other work on the machine changes little. A partly accepted draft costs its forward
-and, at the next step, that of the recurrent modules over the accepted tokens; one that is accepted whole no more.
+the median of their CPU time, which other work on the machine changes little. After a partly accepted draft the next
+step's forward feeds the recurrent modules the accepted tokens again, before its own; after a whole one it need not.
 """
 
 import statistics

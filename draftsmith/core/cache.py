@@ -86,8 +86,9 @@ class KVCache(Cache):
         if self._slots_BN is None:
             stored[:, :, self._first_slot : self._first_slot + states_BHND.shape[2]] = states_BHND
         else:
-            width = states_BHND.shape[3]
-            stored.view(-1, width).index_copy_(0, self._flat_index(stored), states_BHND.reshape(-1, width))
+            # A width may be 0: sparse attention without positions keeps no part for them.
+            num_slots, width = stored.shape[:3].numel(), states_BHND.shape[3]
+            stored.view(num_slots, width).index_copy_(0, self._flat_index(stored), states_BHND.flatten(0, 2))
         return stored[:, :, : self.num_visible]
 
     def stored(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -187,6 +187,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "hc_lowrank": 8,
         "output_gate_type": "sigmoid",
     },
+    "mistral4": {"head_dim": 16},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "hidden_size": 256},
     "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
@@ -303,7 +304,19 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-WRAPPERS = ("gemma3", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
+WRAPPERS = (
+    "gemma3",
+    "gemma4",
+    "kimi_k25",
+    "llama4",
+    "mistral3",
+    "mistral4",
+    "mistral_large4",
+    "qwen2_5_vl",
+    "qwen3_5",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+)
 """Architectures of text with images that are decoded from their wrapper's folder too; others have no model of text."""
 
 

@@ -140,7 +140,18 @@ def test_a_wrong_text_is_found() -> None:
     assert found["plain"].verdict == WRONG
 
 
-WRAPPED = ("gemma3", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
+WRAPPED = (
+    "gemma3",
+    "gemma4",
+    "kimi_k25",
+    "llama4",
+    "mistral3",
+    "mistral_large4",
+    "qwen2_5_vl",
+    "qwen3_5",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +162,7 @@ def test_the_text_of_a_wrapper_is_decoded_from_its_folder(model_type: str) -> No
     found = check(model, QUICK, only=("lookup", "medusa", "folder"))
     assert {one.verdict for one in found.values()} == {IDENTICAL}
     target = Target(model)
-    image = model.config.image_token_id
+    image = next(token for token, name in target.media_token_ids.items() if name.startswith("image_token_"))
     with pytest.raises(
         ValueError, match=f"prompt 1 holds token {image}, the target's image_token_.*; draftsmith decodes"
     ):
