@@ -157,7 +157,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "dots3_note_text": {"num_key_value_heads": 4, "n_routed_experts": 4, "moe_intermediate_size": 24},
     "falcon": {"new_decoder_architecture": False, "multi_query": True},
     "gemma3n_text": {
         "num_hidden_layers": 6,
@@ -190,6 +191,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mistral4": {"head_dim": 16},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "hidden_size": 256},
     "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
+    "xlm": {"emb_dim": 32},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -14,6 +14,7 @@ UNSUPPORTED_LAYERS = {
     "heavily_compressed_attention": "compresses keys and values of several tokens into one, which cannot be taken back",
 }
 UNSUPPORTED_MODELS = {
+    "blt": "reads bytes in patches, whose borders depend on bytes to come",
     "cpmant": "reads every text behind trained tokens of its own",
     "fsmt": "has a decoder that takes a mask and a cache of its own kind",
     "minimax": "keeps the state of its lightning attention in a cache of its own kind",
@@ -22,7 +23,7 @@ UNSUPPORTED_MODELS = {
     "reformer": "sorts tokens into buckets, which it keeps in a cache of its own kind",
     "seamless_m4t": "has decoders of text and of speech, between which draftsmith cannot choose",
     "seamless_m4t_v2": "has decoders of text and of speech, between which draftsmith cannot choose",
-    "voxtral_realtime": "reads sound along with every token",
+    "voxtral_realtime_text": "reads sound along with every token",
     "xlm": "keeps its keys and values in a dictionary of its own instead of a cache",
     "xlnet": "reads text in permuted order, with a cache of its own kind",
     "qwen4_exp_text": "compresses index keys of several tokens into one, in a cache of its own kind",
@@ -63,6 +64,10 @@ NUMBERED_FROM_PADDING = {
 """Those whose first position is not 0."""
 
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+"""What every target's configuration has, by these names or as aliases of its own."""
+
+
 def layer_kinds(config: Any) -> set[str]:
     """Returns the kinds of a text configuration's layers, empty if it does not name them."""
     return set(getattr(config, "layer_types", None) or ())
@@ -83,6 +88,8 @@ def problem_of_config(config: Any) -> str | None:
         return "numbers positions from its padding token's id on, and keeps no list of blocks that can be run in parts"
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "reads text in both directions, since use_bidirectional_attention is true in its config"
+    if missing := [name for name in SIZES if getattr(config, name, None) is None]:
+        return f"has no {' and '.join(missing)} in its config"
     if known := sorted(kinds & UNSUPPORTED_LAYERS.keys()):
         return UNSUPPORTED_LAYERS[known[0]]
     if unknown := sorted(kinds - ATTENTION - RECURRENT - STATELESS):
