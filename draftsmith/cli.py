@@ -119,13 +119,28 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     export = commands.add_parser("export", help="write an artifact in a server's format", allow_abbrev=False)
     export.add_argument("artifact", help="a drafter's folder")
-    export.add_argument("--to", required=True, metavar="ENGINE", help="transformers, vllm, sglang or speculators")
+    export.add_argument(
+        "--to", required=True, metavar="ENGINE", help="transformers, vllm, sglang, speculators or llama.cpp"
+    )
     export.add_argument("--target", help=f"{TARGET_HELP} (default: the artifact's target)")
     export.add_argument(
         "--target-name",
         default="",
         metavar="NAME",
-        help="the target's folder or hub name where speculators will run (default: the hub name, or relative to OUT)",
+        help="the target where speculators will run: its folder or hub name (default: the hub name, or relative to"
+        " OUT); for llama.cpp, a GGUF file of the target to use as it is",
+    )
+    export.add_argument(
+        "--quantise",
+        default="",
+        metavar="TYPE",
+        help="ggml's type of the drafter's matrices for llama.cpp: q8_0, q4_0, ... (default: the target's dtype)",
+    )
+    export.add_argument(
+        "--quantise-target",
+        default="",
+        metavar="TYPE",
+        help="write the target in this type for llama.cpp (default: the GGUF file that it is from, or its dtype)",
     )
     export.add_argument("output", metavar="OUT", help="the folder to write")
     export.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
@@ -310,9 +325,19 @@ def _export(arguments: argparse.Namespace) -> None:
     from draftsmith.export import export
     from draftsmith.export.launch import read_launch
 
-    folder = export(arguments.artifact, arguments.to, arguments.output, arguments.target, arguments.target_name)
+    folder = export(
+        arguments.artifact,
+        arguments.to,
+        arguments.output,
+        arguments.target,
+        arguments.target_name,
+        quantise=arguments.quantise,
+        quantise_target=arguments.quantise_target,
+    )
     launch = read_launch(folder)
     print(f"{folder}: {launch['artifact']['family']} for {launch['checked_with']}")
     for note in launch["notes"]:
         print(f"  {note}")
     print(f"\n{launch['command']}")
+    if "python" in launch:
+        print(f"\nThe same in Python:\n\n{launch['python']}")

@@ -25,6 +25,7 @@ OPTIONAL_NEEDS = {
     "draftsmith/artifacts/model_card.py": "huggingface_hub",
     "draftsmith/parts/neural/quantised.py": "torchao",
     "draftsmith/loading/gguf_files.py": "gguf",
+    "draftsmith/loading/gguf_contents.py": "gguf",
     "draftsmith/loading/target_names.py": "yaml",
     "draftsmith/loading/text_files.py": "yaml",
 }

@@ -100,7 +100,7 @@ class Drafter(nn.Module, drafter.Drafter):
     With a fine-tuned target, `target` is that one once weights are loaded, and `base` the user's.
     """
 
-    serving_engines = ("vllm", "sglang")
+    serving_engines = ("vllm", "sglang", "llama.cpp")
     base: Target
     _tuned_model: Any
 

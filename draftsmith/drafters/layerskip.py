@@ -72,7 +72,7 @@ class Config:
 class Drafter(drafter.Drafter):
     """The target without the sublayers in `skipped`."""
 
-    serving_engines = ("vllm", "sglang")
+    serving_engines = ("vllm", "sglang", "llama.cpp")
 
     def __init__(self, config: Config, target: Target) -> None:
         last = max((*config.attention, *config.mlp), default=0)

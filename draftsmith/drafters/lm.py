@@ -80,7 +80,7 @@ class Config:
 class Drafter(KeepsPrecision, drafter.Drafter):
     """The draft model with a KV cache of its own, in which rows advance at different rates."""
 
-    serving_engines = ("vllm", "sglang")
+    serving_engines = ("vllm", "sglang", "llama.cpp")
     draft_model: Target
 
     def __init__(self, config: Config, target: Target) -> None:

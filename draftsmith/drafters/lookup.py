@@ -39,7 +39,7 @@ class Config:
 class Drafter(drafter.Drafter):
     """Indexes each row's n-grams by the positions after them, so that look-ups and updates take constant time."""
 
-    serving_engines = ("vllm", "sglang")
+    serving_engines = ("vllm", "sglang", "llama.cpp")
 
     def __init__(self, config: Config, target: Target) -> None:
         self.config = config

@@ -21,14 +21,24 @@ ENGINES = tuple(ENGINE_NAMES)
 Writer = Callable[[ExportSource, Path], Launch]
 
 
-def export(artifact: str | Path, to: str, output: str | Path, target: str | None = None, target_name: str = "") -> Path:
+def export(
+    artifact: str | Path,
+    to: str,
+    output: str | Path,
+    target: str | None = None,
+    target_name: str = "",
+    *,
+    quantise: str = "",
+    quantise_target: str = "",
+) -> Path:
     """Exports an artifact for the engine `to` into the folder `output`, with the launch command in `launch.json`.
 
     `artifact` is a folder or owner/name on the hub, `target` a transformers folder or hub name, by default the target
-    that the artifact was made for. `target_name` is the target's folder or hub name where the export will be used,
-    which an export for speculators names; by default the hub name, or the folder relative to `output`. A previous
-    export at `output` is replaced. Raises ValueError if the engine does not support the drafter, the artifact was made
-    for another target, or `output` contains other files; nothing is written then.
+    that the artifact was made for. `target_name` is the target where the export will be used: its folder or hub name,
+    which an export for speculators names (by default the hub name, or the folder relative to `output`), or a GGUF file
+    of it for llama.cpp. `quantise` and `quantise_target` are ggml's types, such as q8_0, of the matrices that an export
+    for llama.cpp writes. A previous export at `output` is replaced. Raises ValueError if the engine does not support
+    the drafter, the artifact was made for another target, or `output` contains other files; nothing is written then.
     """
     if to not in ENGINES:
         near = difflib.get_close_matches(to, ENGINES, n=1)
@@ -38,14 +48,28 @@ def export(artifact: str | Path, to: str, output: str | Path, target: str | None
     manifest = read_manifest(artifact_folder)
     family_of(manifest, artifact_folder)
     write = _writer(manifest["family"], to)
-    if target_name and to != "speculators":
-        raise ValueError(f"target_name is {target_name!r}; only exports for speculators name the target, not for {to}")
+    if target_name and to not in ("speculators", "llama.cpp"):
+        raise ValueError(
+            f"target_name is {target_name!r}; only exports for speculators and llama.cpp name the target, not for {to}"
+        )
+    if (quantise or quantise_target) and to != "llama.cpp":
+        raise ValueError(
+            f"quantise is {quantise or quantise_target!r}; only exports for llama.cpp are quantised, not for {to}"
+        )
     check_folder(Path(output))
     path = Path(output).resolve()
     if (path / MANIFEST).exists():
         raise ValueError(f"{output} is an artifact; name another output folder")
     check_replaceable(path, marker=LAUNCH)
-    source = open_source(artifact_folder.resolve(), manifest, path, target, target_name)
+    source = open_source(
+        artifact_folder.resolve(),
+        manifest,
+        path,
+        target,
+        target_name,
+        quantise=quantise,
+        quantise_target=quantise_target,
+    )
     if source.target_info.is_encoder_decoder and write is not custom_generate.write:
         if to != "transformers":
             raise ValueError(

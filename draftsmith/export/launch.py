@@ -11,13 +11,20 @@ from draftsmith.artifacts import json_text
 from draftsmith.export.source import ExportSource
 
 LAUNCH = "launch.json"
-ENGINE_NAMES = {"transformers": "transformers", "vllm": "vLLM", "sglang": "SGLang", "speculators": "speculators"}
+ENGINE_NAMES = {
+    "transformers": "transformers",
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "speculators": "speculators",
+    "llama.cpp": "llama.cpp",
+}
 """Engines and the names to print."""
 CHECKED_WITH = {
     "transformers": "transformers 5.23.0",
     "vllm": "vLLM 0.32.0 on a CPU (./launch.sh serving-test); the code of 0.33.0 was read and not run",
     "sglang": "SGLang 0.5.23, whose code was read and not run",
     "speculators": "speculators 0.9.0",
+    "llama.cpp": "llama.cpp of October 2026 (xllamacpp 2026.10.11549, a CPU; ./launch.sh serving-test)",
 }
 MISLEADING_PATH = re.compile("eagle[-3]|dflash|dspark", re.IGNORECASE)
 """Parts of a path that make vLLM treat a draft model as another kind of drafter, whatever `method` says."""
@@ -48,6 +55,8 @@ class Launch:
     """Versions it was checked with, if other than `CHECKED_WITH`."""
     notes: tuple[str, ...] = ()
     """Differences from the drafter as draftsmith runs it."""
+    python: str = ""
+    """The same in Python, for an engine whose command is a server's."""
 
 
 def write_launch(folder: Path, source: ExportSource, engine: str, launch: Launch) -> None:
@@ -61,6 +70,8 @@ def write_launch(folder: Path, source: ExportSource, engine: str, launch: Launch
         "target": launch.target,
         "artifact": source.manifest,
     }
+    if launch.python:
+        record["python"] = launch.python
     (folder / LAUNCH).write_text(json_text.text_of(record, indent=1) + "\n")
 
 

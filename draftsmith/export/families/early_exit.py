@@ -9,6 +9,7 @@ from typing import Any
 
 from draftsmith.export import custom_generate
 from draftsmith.export.launch import Launch, python_launch
+from draftsmith.export.llama_cpp.draft_models import draft_model_writer
 from draftsmith.export.models import (
     ASSISTED,
     SCIKIT_LEARN,
@@ -74,4 +75,5 @@ WRITERS = {
     "transformers": for_transformers,
     "vllm": vllm_draft_model_writer(draft_model),
     "sglang": sglang_draft_model_writer(draft_model),
+    "llama.cpp": draft_model_writer(draft_model),
 }

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from draftsmith.export.llama_cpp.draft_models import draft_model_writer
 from draftsmith.export.models import reduced_model, sglang_draft_model_writer, vllm_draft_model_writer
 from draftsmith.export.source import ExportSource
 
@@ -28,4 +29,5 @@ def draft_model(source: ExportSource) -> Any:
 WRITERS = {
     "vllm": vllm_draft_model_writer(draft_model, OWN_CACHE),
     "sglang": sglang_draft_model_writer(draft_model, OWN_CACHE),
+    "llama.cpp": draft_model_writer(draft_model, OWN_CACHE),
 }

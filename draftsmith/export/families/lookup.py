@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from draftsmith.export.launch import Launch, python_launch, sglang_launch, vllm_launch
+from draftsmith.export.llama_cpp.launch import llama_cpp_launch
+from draftsmith.export.llama_cpp.targets import served_target
 from draftsmith.export.source import ExportSource
 
 
@@ -42,6 +44,20 @@ def sglang(source: ExportSource, folder: Path) -> Launch:
     return sglang_launch(source, settings)
 
 
+def llama_cpp(source: ExportSource, folder: Path) -> Launch:
+    """Returns the settings of llama.cpp's look-up of the latest match, beside the target's file."""
+    if source.quantise:
+        raise ValueError(f"--quantise is {source.quantise!r}, and a look-up has no weights; drop it")
+    config, served = source.config, served_target(source)
+    served.write(folder)
+    settings = {"spec-ngram-simple-size-n": config.max_ngram, "spec-ngram-simple-size-m": config.num_draft}
+    notes = (
+        f"llama.cpp looks up the last {config.max_ngram} tokens only, and drafts nothing where fewer match; it does not"
+        " draft from a match that ends within as many tokens of the end of the text.",
+    )
+    return llama_cpp_launch(served, "ngram-simple", settings, notes=notes)
+
+
 def _notes(source: ExportSource, engine: str) -> tuple[str, ...]:
     if source.config.earliest:
         return ()
@@ -51,4 +67,4 @@ def _notes(source: ExportSource, engine: str) -> tuple[str, ...]:
     )
 
 
-WRITERS = {"transformers": for_transformers, "vllm": vllm, "sglang": sglang}
+WRITERS = {"transformers": for_transformers, "vllm": vllm, "sglang": sglang, "llama.cpp": llama_cpp}
