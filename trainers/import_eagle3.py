@@ -1,4 +1,4 @@
-"""Makes an artifact of a published EAGLE-3 head, read by draftsmith/artifacts/published/eagle3.py."""
+"""Makes an artifact of a published EAGLE-3 head, a folder or a GGUF file, read by draftsmith/artifacts/published/."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from data.batches import Batch, Example
 from draftsmith import Target
-from draftsmith.artifacts.published.eagle3 import add_vocabulary, read_shape, read_weights
+from draftsmith.artifacts.published import eagle3 as folders
+from draftsmith.artifacts.published import eagle3_gguf as gguf_heads
 from draftsmith.drafters.eagle3 import Config, Drafter
 from draftsmith.length import policies
 from draftsmith.loading.model_info import TargetInfo
@@ -26,7 +27,7 @@ class Settings:
     """The published head and the shape of the drafts made with it."""
 
     head: str
-    """Folder with the head's config.json and weights."""
+    """Folder with the head's config.json and weights, or a GGUF file of llama.cpp's architecture eagle3."""
     num_draft: int = 5
     """Number of tokens drafted in sequence, at most."""
     width: int = 4
@@ -43,7 +44,7 @@ class Settings:
 
 
 def check(settings: Settings, target: TargetInfo) -> None:
-    """Raises ValueError, from config.json alone, for another kind of head or a head for another target."""
+    """Raises ValueError, before the target's weights load, for another kind of head or one for another target."""
     config_of(settings, target)
 
 
@@ -57,8 +58,9 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
 
 def config_of(settings: Settings, target: TargetInfo | Target) -> Config:
     """Returns the drafter's configuration; raises ValueError for anything but an EAGLE-3 head for this target."""
+    reader = gguf_heads if _is_gguf(settings.head) else folders
     return Config(
-        **read_shape(Path(settings.head), target),
+        **reader.read_shape(Path(settings.head), target),
         num_draft=settings.num_draft,
         width=settings.width,
         num_nodes=settings.tree_nodes,
@@ -69,25 +71,29 @@ def config_of(settings: Settings, target: TargetInfo | Target) -> Config:
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
     """Returns the head as a drafter; raises ValueError for tensors that are missing, unknown or of another shape."""
     config, folder = config_of(settings, target), Path(settings.head)
-    tensors = read_weights(folder)
+    tensors = gguf_heads.read_weights(folder, target) if _is_gguf(settings.head) else folders.read_weights(folder)
     embedding = tensors.get("embedding.weight")
     if embedding is not None and _is_target_embedding(embedding, target):
         del tensors["embedding.weight"]
         embedding = None
     drafter = Drafter(dataclasses.replace(config, own_embedding=embedding is not None), target)
-    add_vocabulary(tensors, folder, num_tokens=len(drafter.d2t), vocab_size=len(drafter.t2d))
+    folders.add_vocabulary(tensors, folder, num_tokens=len(drafter.d2t), vocab_size=len(drafter.t2d))
     expected = drafter.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
-        fault = "is missing" if name in expected else "is not part of the head that config.json describes"
+        fault = "is missing" if name in expected else "is not part of the head that its configuration describes"
         raise ValueError(f"{folder}: tensor {name!r} (draftsmith's name) {fault}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
-                f"{folder}: tensor {name!r} (draftsmith's name) has shape {tuple(tensor.shape)}; config.json describes"
-                f" {tuple(expected[name].shape)}"
+                f"{folder}: tensor {name!r} (draftsmith's name) has shape {tuple(tensor.shape)}; its configuration"
+                f" describes {tuple(expected[name].shape)}"
             )
     drafter.load_state_dict(tensors)
     return drafter.eval()
+
+
+def _is_gguf(head: str) -> bool:
+    return Path(head).suffix.lower() == ".gguf" and Path(head).is_file()
 
 
 def _is_target_embedding(embedding: Tensor, target: Target) -> bool:

@@ -56,7 +56,7 @@ def test_config_rejects_numbers_beyond_its_range(family: str) -> None:
 @pytest.mark.parametrize("trainer", [*TRAINERS, "run"])
 def test_settings_reject_numbers_beyond_their_range(trainer: str) -> None:
     kind = RunSettings if trainer == "run" else importlib.import_module(f"trainers.{trainer}").Settings
-    required = {"head": "x"} if trainer.startswith("import_") else {}
+    required = {"init" if trainer == "import_lm" else "head": "x"} if trainer.startswith("import_") else {}
     settings = kind(**required)
     for name, value in numbers_beyond_range(settings):
         with pytest.raises(ValueError, match="must|multiple|fraction|at least|list hidden|apply to"):

@@ -222,7 +222,7 @@ def test_fit_rejects_unsupported_configurations(tmp_path: Path, changes: dict[st
         ({"fc.weight": torch.zeros(WIDTH, WIDTH)}, r"'fusion.weight' .* has shape \(32, 32\)"),
         ({"d2t": torch.arange(40)[None].flip(1)[0]}, "must map to ascending token ids below 64"),
         ({"t2d": torch.zeros(VOCAB_SIZE, dtype=torch.bool)}, "contain different tokens"),
-        ({"fc_norm.0.weight": torch.ones(WIDTH)}, "is not part of the head that config.json describes"),
+        ({"fc_norm.0.weight": torch.ones(WIDTH)}, "is not part of the head that its configuration describes"),
     ],
 )
 def test_fit_rejects_unexpected_tensors(tmp_path: Path, changes: dict[str, Tensor | None], message: str) -> None:
