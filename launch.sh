@@ -15,7 +15,8 @@ usage: ./launch.sh setup | test | serving-test | docs | <recipe> [--key value ..
 
   setup                makes the environment in .venv; every other command does so when there is none
   test                 ruff, mypy and pytest in up to four processes (-n 0: one); further arguments go to pytest
-  serving-test         exports run by vLLM and speculators, in an environment of their own, .venv-serving (4 GB)
+  serving-test         exports run by vLLM and speculators, in an environment of their own, .venv-serving (4 GB);
+                       --engine llama.cpp: by llama.cpp, in .venv-llamacpp (0.1 GB); further arguments go to pytest
   docs                 builds the documentation into site/, strictly; further arguments go to mkdocs build
 
 recipes; each has its own --help:
@@ -135,7 +136,20 @@ install_serving() {
     uv_install --no-deps --editable .
 }
 
+install_llama_cpp() { uv_install --requirements "$pins"; }
+
 install_docs() { uv_install --constraints constraints.txt --group docs; }
+
+# Makes the environment .venv-NAME by the function INSTALL from requirements-NAME.txt, and goes to the root.
+use_environment() {
+    venv=$root/.venv-$1
+    python=$venv/bin/python
+    pins=requirements-$1.txt
+    install=$2
+    takes=$3
+    ensure_environment
+    cd "$root"
+}
 
 # Where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would otherwise compile torch again.
 write_bytecode() {
@@ -219,14 +233,34 @@ case ${1:-} in
         NO_MKDOCS_2_WARNING=1 exec "$python" -m mkdocs build --strict "${@:2}"
         ;;
     serving-test)
-        venv=$root/.venv-serving
-        python=$venv/bin/python
-        pins=requirements-serving.txt
-        install=install_serving
-        takes='some minutes and 4 GB'
-        ensure_environment
-        cd "$root"
-        exec "$python" -m pytest -q -m "not slow" tests/serving tests/export/test_export_speculators.py "${@:2}"
+        shift
+        engine=vllm
+        case ${1:-} in
+            --engine)
+                (($# > 1)) || fail "--engine needs a value: vllm or llama.cpp"
+                engine=$2
+                shift 2
+                ;;
+            --engine=*)
+                engine=${1#*=}
+                shift
+                ;;
+        esac
+        case $engine in
+            vllm)
+                use_environment serving install_serving 'some minutes and 4 GB'
+                exec "$python" -m pytest -q -m "not slow" tests/serving tests/export/test_export_speculators.py "$@"
+                ;;
+            llama.cpp)
+                # llama.cpp needs nothing of draftsmith's: the tests run here, and start its Python for each export.
+                ensure_environment
+                tester=$python
+                use_environment llamacpp install_llama_cpp 'half a minute and 0.1 GB'
+                export DRAFTSMITH_LLAMA_CPP_PYTHON=$python
+                exec "$tester" -m pytest -q -n 0 -m serving tests/serving/test_llama_cpp.py "$@"
+                ;;
+            *) fail "--engine is vllm or llama.cpp, not '$engine'" ;;
+        esac
         ;;
     *)
         name=${1//-/_}

