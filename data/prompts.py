@@ -58,7 +58,11 @@ class TextSettings:
                     " each row; leave it out"
                 )
         kwargs = self.chat_template_kwargs
-        if json_text.parse(json_text.text_of(kwargs)) != kwargs:
+        try:
+            is_json = json_text.parse(json_text.text_of(kwargs)) == kwargs
+        except ValueError:
+            is_json = False
+        if not is_json:
             raise ValueError(f"chat_template_kwargs is {kwargs!r:.80}; names must be text, and values what JSON has")
 
 

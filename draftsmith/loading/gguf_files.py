@@ -34,6 +34,8 @@ FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """Types of tensors that are stored as plain numbers."""
 PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 """How llama.cpp names the files of a model that is split."""
+BLOCK = re.compile(r"(?:^|\.)blk\.(\d+)\.")
+"""The number of the block that a tensor's name belongs to."""
 SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 """Values of `tokenizer.ggml.pre` for which llama.cpp splits numbers into digits before it splits as GPT-2 does.
 
@@ -108,6 +110,13 @@ def read_header(path: Path) -> GgufHeader:
         raise ValueError(f"{path} is damaged: general.architecture is no text; download it again")
     if not header.tensor_types:
         raise ValueError(f"{path} has no weights, only a vocabulary; name the GGUF file of the model")
+    key = f"{header.architecture}.block_count"
+    blocks = {int(found[1]) for name in header.tensor_types if (found := BLOCK.search(name))}
+    if blocks and _count(path, header.metadata, key, len(blocks)) > max(blocks) + 1:
+        raise ValueError(
+            f"{path} is damaged: its {key} is {header.metadata[key]}, and it has weights of {max(blocks) + 1} blocks;"
+            " download it again"
+        )
     if end > size:
         raise ValueError(f"{path} is cut off: it has {size:,} bytes of {end:,}; download it again")
     return header
@@ -162,9 +171,11 @@ def convert_weights(path: Path, info: Path, folder: Path) -> None:
         with _quiet():
             model = load_model(auto, str(path.parent), config=config, **options)
     except NotImplementedError as error:
-        fault = str(error)
+        fault = f"has weights of a type that cannot be de-quantised: {error}"
+    except (RuntimeError, MemoryError, TypeError, LookupError, ArithmeticError) as error:  # for damaged metadata
+        fault = f"cannot be converted ({remote_code.reason(error)}); download it again"
     if model is None:
-        raise ValueError(f"{path} has weights of a type that cannot be de-quantised: {fault}")
+        raise ValueError(f"{path} {fault}")
     _forget_quantisation(model)
     with _quiet():
         # One file, so that moving it makes the folder complete.

@@ -435,6 +435,9 @@ def test_folders_without_a_model_are_rejected(tmp_path: Any, monkeypatch: pytest
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(ValueError, match="cannot be loaded|config.json"):
         Target.from_pretrained(str(tmp_path))
+    tiny_config("llama", num_hidden_layers=0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no blocks: num_hidden_layers is 0 in its config"):
+        Target.from_pretrained(str(tmp_path))
     tiny_config("llama").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"truncated")
     with pytest.raises(ValueError, match="cannot be loaded"):

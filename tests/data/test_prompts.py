@@ -52,8 +52,8 @@ def test_rows_of_text_are_used_unchanged(tmp_path):
         ({"add_generation_prompt": False}, "holds 'add_generation_prompt', which is no argument"),
         ({"messages": []}, "holds 'messages', which is no"),
         ({"tools": []}, "holds 'tools', which is no"),
-        ({"a": float("nan")}, "not JSON compliant"),
-        ({"a": date(2026, 1, 1)}, "cannot be written as JSON"),
+        ({"a": float("nan")}, "names must be text, and values what JSON has"),
+        ({"a": date(2026, 1, 1)}, "and values what JSON has"),
         ({1: 2}, "names must be text, and values what JSON has"),
     ],
 )

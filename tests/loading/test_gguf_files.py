@@ -1,5 +1,6 @@
 """GGUF files as targets: the converted model is the file's, and unsuitable files are rejected before weights load."""
 
+import resource
 import struct
 import sys
 from pathlib import Path
@@ -113,6 +114,11 @@ def changed(path: Path, position: int, value: bytes) -> None:
     path.write_bytes(content)
 
 
+def set_number(path: Path, key: str, value: int) -> None:
+    """Changes a whole number of 32 bits in a GGUF file's metadata."""
+    changed(path, path.read_bytes().index(key.encode()) + len(key) + 4, struct.pack("<I", value))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -135,6 +141,8 @@ def changed(path: Path, position: int, value: bytes) -> None:
         ),
         (lambda path: write_header(path, "a", 9, struct.pack("<IQ", 9, 1) * 5000), "cut off or damaged"),
         (lambda path: write_header(path, "a", 9, struct.pack("<IQ", 4, 2**62)), "cut off or damaged"),
+        (lambda path: set_number(path, "llama.block_count", 0), "block_count is 0, expected a whole number"),
+        (lambda path: set_number(path, "llama.block_count", 2**31), "block_count is 2147483648, and it has weights of"),
         (lambda path: write_gguf(path, architecture="nosuch"), "cannot read GGUF files of architecture 'nosuch'"),
     ],
 )
@@ -145,6 +153,19 @@ def test_unsuitable_gguf_files_are_named_in_one_sentence(damage: Any, message: s
         with pytest.raises(ValueError, match=message) as error:
             read(str(tmp_path / "given"))
         assert "\n" not in str(error.value)
+
+
+def test_a_file_whose_model_does_not_fit_into_memory_is_named(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf")
+    set_number(tmp_path / "model.gguf", "llama.feed_forward_length", 2**31 - 1)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**36, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"model.gguf cannot be converted \(.*allocate memory") as error:
+            Target.from_pretrained(tmp_path / "model.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="lists the maps of a process as Linux does")

@@ -82,6 +82,8 @@ def problem_of_config(config: Any) -> str | None:
     kinds = layer_kinds(config)
     if (reason := UNSUPPORTED_MODELS.get(config.model_type)) is not None:
         return reason
+    if getattr(config, "num_hidden_layers", 1) == 0:
+        return "has no blocks: num_hidden_layers is 0 in its config"
     if config.model_type in ENCODERS and not config.is_decoder:
         return "reads text in both directions, since is_decoder is false in its config"
     if config.model_type in NUMBERED_FROM_PADDING:
