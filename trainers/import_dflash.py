@@ -18,6 +18,8 @@ from draftsmith.parts.checks import MAX_NODES, check_at_least
 from trainers import Metrics, Needs, dflash
 from trainers.training.run_settings import RunSettings
 
+NOTHING_TO_ESTIMATE = "nothing is trained: it converts a published drafter"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

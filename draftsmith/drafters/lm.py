@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from draftsmith.core import drafter
 from draftsmith.core.cache import KVCache
@@ -25,8 +24,8 @@ from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_WIDTH, check_at_least, check_model
 from draftsmith.parts.draft_progress import DraftProgress
 from draftsmith.parts.neural import quantised
-from draftsmith.parts.neural.shortlist import OUTSIDE, Shortlist, ShortlistHead
-from draftsmith.parts.neural.tied_heads import TargetEncoder, TiedEmbedding, TiedHead
+from draftsmith.parts.neural.draft_models import draft_model, listed_logits, listed_tokens, shortlist_of
+from draftsmith.parts.neural.shortlist import OUTSIDE, Shortlist
 from draftsmith.verify.paths import values_at
 
 
@@ -88,7 +87,7 @@ class Drafter(KeepsPrecision, drafter.Drafter):
         self.config = config
         if target.is_encoder_decoder and (config.tree or config.width):
             raise ValueError(f"{target.name} is an encoder-decoder: it verifies chains, not trees")
-        self.model = _model(config, target)
+        self.model = draft_model(config, target, target_encoder=config.target_encoder)
         self.to(device=target.device, dtype=target.dtype).eval()
         object.__setattr__(self, "target", target)
         # `Target` runs the draft model too.
@@ -101,8 +100,7 @@ class Drafter(KeepsPrecision, drafter.Drafter):
     @property
     def shortlist(self) -> Shortlist:
         """The tokens that it can draft."""
-        head = self.model.get_output_embeddings()
-        return head.shortlist if hasattr(head, "shortlist") else Shortlist(0, self.target.vocab_size)
+        return shortlist_of(self.model, self.target)
 
     def read(self, source: Source) -> Source | None:
         """Returns the source as the draft model reads it, cut to its encoder's context; None if it reads none."""
@@ -122,8 +120,7 @@ class Drafter(KeepsPrecision, drafter.Drafter):
 
     def start(self, session: Session) -> None:
         self._session = session
-        # A draft model that is run whole gives logits of all tokens.
-        self._vocabulary = None if self.shortlist.is_whole or self.draft_model.is_run_whole else self.shortlist
+        self._vocabulary = listed_tokens(self.draft_model)
         source = None if session.source is None else self.read(session.source)
         self._cache: KVCache = self.draft_model.new_cache(len(session.rows), source=source)
         self._progress = DraftProgress(session)
@@ -178,35 +175,4 @@ class Drafter(KeepsPrecision, drafter.Drafter):
         return self._listed(values_at(out.hidden_BND, last_B)[:, None])
 
     def _listed(self, hidden_BMD: Tensor) -> Tensor:
-        if self._vocabulary is None:
-            return self.draft_model.logits(hidden_BMD)
-        head, normed_BMD = self.model.get_output_embeddings(), self.draft_model.norm(hidden_BMD)
-        return head.folded(normed_BMD) if isinstance(head, TiedHead) else head.listed(normed_BMD)
-
-
-def _model(config: Config, target: Target) -> Any:
-    """Returns the draft model with random weights, tied to the target's modules as the configuration says."""
-    settings = {key: value for key, value in config.model.items() if key != "model_type"}
-    if "model_type" not in config.model:
-        raise ValueError("the draft model's configuration names no model_type")
-    if settings.get("vocab_size") != target.vocab_size:
-        raise ValueError(
-            f"the draft model's vocabulary has {settings.get('vocab_size')} tokens and the target's"
-            f" {target.vocab_size}; they must be the same"
-        )
-    made = AutoConfig.for_model(config.model["model_type"], **settings)
-    if made.is_encoder_decoder and not target.is_encoder_decoder:
-        raise ValueError(f"the draft model is an encoder-decoder and target {target.name} is not")
-    model = (AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM).from_config(
-        made, dtype=target.dtype, trust_remote_code=False
-    )
-    width = made.get_text_config(decoder=True).hidden_size
-    if config.rank:
-        head = TiedHead(target, width, config.rank, shortlist=config.shortlist)
-        model.set_input_embeddings(TiedEmbedding(head, width))
-        model.set_output_embeddings(head)
-    elif config.shortlist:
-        model.set_output_embeddings(ShortlistHead(model.get_output_embeddings(), config.shortlist))
-    if made.is_encoder_decoder and config.target_encoder:
-        model.set_encoder(TargetEncoder(target, width))
-    return model
+        return listed_logits(self.draft_model, hidden_BMD, self._vocabulary)

@@ -95,14 +95,16 @@ def assistant_writer(make_model: ModelFactory) -> Callable[[ExportSource, Path],
     return write
 
 
-def vllm_draft_model_writer(make_model: ModelFactory, *notes: str) -> Callable[[ExportSource, Path], Launch]:
-    """Returns a writer of `make_model`'s model as a draft model of vLLM."""
+def vllm_draft_model_writer(
+    make_model: ModelFactory, *notes: str, **options: Any
+) -> Callable[[ExportSource, Path], Launch]:
+    """Returns a writer of `make_model`'s model as a draft model of vLLM, with further settings of vLLM in `options`."""
 
     def write(source: ExportSource, folder: Path) -> Launch:
         check_path(source)
         write_model(source, folder, make_model(source))
         settings: dict[str, Any] = {"method": "draft_model", "model": str(source.output)}
-        settings |= {"num_speculative_tokens": source.config.num_draft} | SAMPLES_DRAFTS
+        settings |= {"num_speculative_tokens": source.config.num_draft} | SAMPLES_DRAFTS | options
         return vllm_launch(source, settings, notes=(*notes, *_notes(source)))
 
     return write
@@ -193,5 +195,6 @@ def _target_name(name: str, blocks: str, kept: Sequence[int]) -> str:
 
 def _notes(source: ExportSource) -> tuple[str, ...]:
     config = source.config
-    trees = (CHAINS,) if getattr(config, "tree", ()) or config.width else ()
-    return (*trees, FIXED) if config.supports_early_stop and config.length != "fixed" else trees
+    if not config.supports_early_stop:
+        return (CHAINS,)
+    return (FIXED,) if config.length != "fixed" else ()

@@ -23,6 +23,7 @@ from draftsmith.drafters import (
     lookup,
     medusa,
     medusa2,
+    pard,
     prophet,
 )
 from draftsmith.length.controller import LengthControlled
@@ -48,6 +49,7 @@ DRAFTERS: dict[str, tuple[Any, Any]] = {
     "eagle3 chains": (eagle3, eagle3.Config(**HEAD, width=0)),
     "eagle3 trees": (eagle3, eagle3.Config(**HEAD, width=2, num_nodes=5)),
     "dflash": (dflash, dflash.Config(**BLOCK)),
+    "pard": (pard, pard.Config(model=SMALL, mask_token=63, num_draft=4)),
     "dflash trees": (dflash, dflash.Config(**BLOCK, num_nodes=6)),
     "kangaroo": (kangaroo, kangaroo.Config(exit_layer=2, num_draft=4, length="fixed")),
     "kangaroo trees": (kangaroo, kangaroo.Config(exit_layer=2, num_draft=3, width=2, num_nodes=6)),
