@@ -41,7 +41,7 @@ from draftsmith.inputs.generation_config import (
 from draftsmith.inputs.invariance.self_test import shapes_for
 from draftsmith.inputs.locks import exclusive, with_parts
 from draftsmith.inputs.processors import NodeProcessors
-from draftsmith.length.controller import cut, make_control, with_length_control
+from draftsmith.length.controller import OWN, cut, default_control, make_control, with_length_control
 from draftsmith.length.costs import Stopwatch
 from draftsmith.length.node_gain import NodeGain
 from draftsmith.length.policies import Policy
@@ -206,11 +206,13 @@ def generate_stream(
     of an iterator are taken as places become free. Every text has its own seed: the entry of `seed`, or one derived
     from a single `seed` and the prompt's number, so that a text does not depend on those beside it, up to rounding, and
     bit for bit with `batch_invariant`. A drafter that does not follow rows that come and go (`Drafter.change_rows`)
-    starts again with each change. Counts are added to `stats`. Other arguments are those of `generate`; logits
-    processors of your own are called with the prefixes of all texts, so each must depend on the prefix alone.
-    `max_time` counts from the call: it ends the texts being written, and begins no others. An open stream keeps its
-    drafter until it is exhausted, closed by its method `close()`, or dropped. Raises ValueError for invalid settings or
-    prompts.
+    starts again with each change. `length` "auto" is the policy "node_gain" for several rows whose text does not depend
+    on drafts, at temperature 0 or by the verifier coupled: where drafting does not pay at this batch size, nothing is
+    drafted. It is kept as long as the drafter; "own" is the drafter's own policy. Counts are added to `stats`. Other
+    arguments are those of `generate`; logits processors of your own are called with the prefixes of all texts, so each
+    must depend on the prefix alone. `max_time` counts from the call: it ends the texts being written, and begins no
+    others. An open stream keeps its drafter until it is exhausted, closed by its method `close()`, or dropped. Raises
+    ValueError for invalid settings or prompts.
     """
     check_objects(target, drafter, verifier=verifier, length=length, batch_invariant=batch_invariant)
     _check_method(drafter, verifier, length)
@@ -303,7 +305,7 @@ def _stream(
         rules = replace(rules, processors=processors)
     length_control, eos = () if isinstance(length, str) else (length,), settings.eos
     with exclusive(*(with_parts(drafter) if drafter is not None else ()), *length_control) as use:
-        controlled = with_length_control(drafter, length) if drafter is not None else None
+        controlled = _controlled(drafter, length, rules, verifier) if drafter is not None else None
         generator = RowGenerators()
         for text in _decode(
             target, texts, source, eos, controlled, rules, verifier, generator, stats, admit=admit, shapes=shapes
@@ -450,8 +452,15 @@ def _check_method(drafter: Drafter | None, verifier: str, length: str | Policy |
         find(verifier)
     if drafter is not None:
         with_length_control(drafter, length)
-    elif isinstance(length, str) and length != "auto":
+    elif isinstance(length, str) and length not in ("auto", OWN):
         make_control(length)
+
+
+def _controlled(drafter: Drafter, length: str | Policy | NodeGain, rules: Rules, verifier: str) -> Drafter:
+    """Returns the drafter under the draft-length policy."""
+    if length != "auto":
+        return with_length_control(drafter, length)
+    return default_control(drafter, keeps_text=rules.sampling.is_greedy or verifier == "coupled")
 
 
 def _prefill(target: Target, rows: list[list[int]], cache: KVCache, layers: tuple[int, ...]) -> dict[int, Tensor]:

@@ -95,6 +95,10 @@ class Step:
         """Returns whether the verified draft is this one, whole or cut."""
         return draft is not None and self.draft.tokens_BN is draft.tokens_BN
 
+    def is_of(self, draft: Draft | None) -> bool:
+        """Returns whether the verified draft is this one, whole or cut, or some of its nodes."""
+        return self.is_for(draft) or (draft is not None and self.draft.kept_of_BN is draft.tokens_BN)
+
 
 class Drafter(ABC):
     """The interface of a drafter, which every family's drafter inherits.

@@ -115,6 +115,9 @@ class Draft:
     resume_point: ResumePoint | None = None
     """The partial forward to resume from, if the drafter ran the target's first blocks over these nodes."""
 
+    kept_of_BN: Tensor | None = None
+    """The tokens of the draft that its nodes are some of; None if it was proposed so."""
+
     def valid_BN(self) -> Tensor | None:
         """Returns the mask [B, N] of the nodes used, or None if all are."""
         if self.num_nodes is None:

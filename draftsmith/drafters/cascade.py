@@ -101,7 +101,7 @@ class Drafter(drafter.Drafter):
         self._is_running = [len(path) > 0 for path in step.paths]
         for estimate in self._estimates:
             estimate.num_since += 1
-        if step.is_for(self._draft) and (step.draft.tree.depth > 0 or self._choice == len(self.parts)):
+        if step.is_of(self._draft) and (step.draft.tree.depth > 0 or self._choice == len(self.parts)):
             tokens = sum(map(len, step.paths)) / max(sum(self._is_running), 1)
             self._estimates[self._choice].add(tokens, step.cost_ms)
         self._draft = None

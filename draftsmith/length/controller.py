@@ -4,6 +4,7 @@ Shape suffixes: B rows, N nodes; R is B, or 1 when all rows share the shape.
 """
 
 import dataclasses
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -17,23 +18,65 @@ DEFAULT_NUM_DRAFT = 16
 """Longest draft of a drafter whose configuration has no `num_draft`, such as one of a fixed tree."""
 
 
-def with_length_control(drafter: Drafter, length: str | Policy | NodeGain) -> Drafter:
-    """Returns the drafter with its draft length controlled by the policy `length`, "auto" being the drafter's default.
+OWN = "own"
+"""Name of the drafter's own policy, also for batches."""
+_NODE_GAINS: WeakKeyDictionary[Drafter, NodeGain] = WeakKeyDictionary()
+"""What is known of costs and acceptance of each drafter that has decoded batches; kept as long as the drafter."""
 
-    Raises ValueError for an unknown policy, one that needs draft confidences if the drafter does not report any, and
-    one that chooses nodes of a whole draft if the drafter drafts token by token.
+
+def default_control(drafter: Drafter, *, keeps_text: bool) -> Drafter:
+    """Returns the drafter as `generate_stream` controls it without a policy.
+
+    Batches are decoded by the policy "node_gain", which measures what drafting costs at their size, if the text does
+    not depend on drafts (`keeps_text`). Single rows, and drafters that keep a policy or whose configuration asks for a
+    fixed length, are decoded by the drafter's own.
+    """
+    own = with_length_control(drafter, "auto")
+    is_fixed = str(getattr(drafter.config, "length", "")).startswith("fixed") and getattr(
+        drafter.config, "supports_early_stop", False
+    )
+    if not keeps_text or is_fixed or drafter.policy is not None:
+        return own
+    return ByBatchSize(own, NodeControlled(drafter, _NODE_GAINS.setdefault(drafter, NodeGain())))
+
+
+class ByBatchSize(Drafter):
+    """A drafter under one control for a call that begins with a single row, and under another for several."""
+
+    def __init__(self, single: Drafter, several: Drafter) -> None:
+        self.config, self.target, self.hidden_layers = single.config, single.target, single.hidden_layers
+        self._single, self._several = single, several
+        self._used: Drafter | None = None
+
+    def start(self, session: Session) -> None:
+        if self._used is None:
+            self._used = self._single if len(session.rows) == 1 else self._several
+        self._used.start(session)
+
+    def change_rows(self, origins: list[int | None]) -> bool:
+        assert self._used is not None
+        return self._used.change_rows(origins)
+
+    def propose(self, budget: int) -> Draft:
+        assert self._used is not None
+        return self._used.propose(budget)
+
+    def observe(self, step: Step) -> None:
+        assert self._used is not None
+        self._used.observe(step)
+
+
+def with_length_control(drafter: Drafter, length: str | Policy | NodeGain) -> Drafter:
+    """Returns the drafter with its draft length controlled by `length`, "auto" and "own" being the drafter's default.
+
+    Raises ValueError for an unknown policy, and one that needs draft confidences if the drafter does not report any.
     """
     supports_early_stop = getattr(drafter.config, "supports_early_stop", False)
-    if length == "auto":
+    if length in ("auto", OWN):
         # A drafter may keep a policy from call to call.
         length = drafter.policy or (drafter.config.length if supports_early_stop else "fixed")
     policy = make_control(length) if isinstance(length, str) else length
     if isinstance(policy, NodeGain):
-        if supports_early_stop:
-            raise ValueError(
-                "length 'node_gain' chooses nodes of a whole draft, and this drafter drafts token by token; use"
-                " 'expected_gain'"
-            )
         return NodeControlled(drafter, policy)
     if policy.needs_confidence and not supports_early_stop:
         name = type(policy).__name__.lower()

@@ -1,15 +1,20 @@
-"""Keeps the nodes of a draft tree that are worth their verification, at the cost measured for this batch.
+"""Verifies the nodes of a draft that are worth their time, at the cost measured for this batch; none where none is.
 
-A tree of n nodes in each of B rows yields (B + sum over all nodes of their probability of being accepted) / ms(n)
-tokens per millisecond. A node's probability is the product along its path of the acceptance rates of nodes of that
-depth and rank among siblings (EAGLE-2, 2406.16858, section 4.2, with rates in place of the draft model's confidences);
-ms(n) is a line through the quickest rounds of each n, or for n = 0 the quickest plain step. The n that maximises the
-quotient is verified; where that is 0, the drafter is not run.
+Verifying n nodes in each of B rows yields (B + sum over these nodes of their probability of being accepted) /
+(d + v(n)) tokens per millisecond. A node's probability is the product along its path of the acceptance rates of nodes
+of that depth and rank among siblings (EAGLE-2, 2406.16858, section 4.2, with rates in place of the draft model's
+confidences), each multiplied by how much more or less than that its row has accepted lately. v(n) is a line through the
+quickest verifications of each n, or for n = 0 the quickest plain step; d is the drafter's time. The n that maximises
+the quotient is verified: the same in all rows, since a batch is as wide as its widest row, and 0 if too few rows have
+found a draft. Where drafting as a whole yields less than plain steps, the drafter is not run; it is tried again after
+32 rounds, and after twice as many each time that it still does not pay.
 
 Only drafts whose tokens were not sampled are cut, and only by their shape and by earlier rounds, so that decoding stays
-lossless. Sampled drafts are proposed whole or not at all.
+lossless. Drafters that draft token by token, and chains that are sampled, are told n before they draft. Sampled trees
+are proposed whole or not at all.
 """
 
+import copy
 import dataclasses
 import math
 from collections import defaultdict, deque
@@ -22,6 +27,7 @@ import torch
 
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.tree import Draft, Tree
+from draftsmith.length.costs import Stopwatch
 
 NODE_GAIN = "node_gain"
 """Name of the policy."""
@@ -29,6 +35,12 @@ RATE_PRIOR = 8
 """Number of nodes at their rank's acceptance rate added to those of each depth and rank."""
 RANK_PRIOR = 2
 """Number of nodes at the rate 1 / (2 + rank) added to those of each rank."""
+ROW_PRIOR, ROW_MEMORY = 4.0, 0.9
+"""Accepted and expected nodes added to those of a row, and the share of them kept from round to round."""
+ROW_FACTORS = (0.25, 2.0)
+"""Least and largest factor of a row."""
+DEFAULT_DEPTH = 16
+"""Longest chain of a drafter that does not say how many tokens it drafts."""
 
 
 class NodeGain:
@@ -37,9 +49,14 @@ class NodeGain:
     It is kept from call to call, and learns costs for each number of rows.
     """
 
-    TRIALS = (1.0, 0.0, 0.5, 1.0, 0.25)
-    """Shares of the drafter's nodes tried in turn, at the beginning and then at intervals."""
-    NUM_FIRST, TRIAL_EVERY, NUM_RECENT, MOMENTUM = 10, 32, 9, 0.9
+    FIRST, LEAST_FIRST = (1.0, 1.0, 1.0, 1.0, 0.25, 0.0, 0.25, 0.0, 0.5), 6
+    """Shares of the drafter's nodes tried at the beginning, and how many of them even if drafting does not pay."""
+    WHILE_ON, WHILE_OFF = (0.0, 1.0, 0.5, 0.25), (0.25, 1.0)
+    """Shares tried in turn later, while drafting pays and while it does not."""
+    TRIAL_EVERY, FIRST_PAUSE, LONGEST_PAUSE = 32, 32, 512
+    """Rounds between trials; while drafting does not pay, the pause doubles from the first to the longest."""
+    NUM_RECENT, NUM_DRAFTS = 9, 6
+    """Latest times of each number of nodes, and latest drafts, that decisions are made from."""
     needs_confidence = False
 
     def __init__(self) -> None:
@@ -50,56 +67,100 @@ class NodeGain:
 
     def start(self, num_rows: int) -> None:
         """Begins a call with this number of rows."""
+        self._rows = [[0.0, 0.0] for _ in range(num_rows)]
+        self._use_batch(num_rows)
+
+    def change_rows(self, origins: Sequence[int | None]) -> None:
+        """Follows rows as `Drafter.change_rows` does."""
+        self._rows = [[0.0, 0.0] if origin is None else self._rows[origin] for origin in origins]
+        self._use_batch(len(origins))
+
+    def _use_batch(self, num_rows: int) -> None:
+        """Uses what is known of this number of rows; at first the costs of nearly as many."""
+        near = [size for size in self._batches if 2 * abs(size - num_rows) <= num_rows]
+        if num_rows not in self._batches and near:
+            closest = min(near, key=lambda size: abs(size - num_rows))
+            self._batches[num_rows] = copy.deepcopy(self._batches[closest])
         self._batch = self._batches[num_rows]
 
     def will_draft(self) -> bool:
-        """Returns whether the drafter is to be run in the next round."""
-        share = self._batch.trial(self)
-        return share > 0 if share is not None else self._batch.best() > 0
+        """Returns whether the drafter is to be run in the next round, which begins with this call."""
+        return self._batch.begin_round(self)
 
-    def select(self, parents: Sequence[Sequence[int]], running: Sequence[bool]) -> list[list[int]]:
+    def select(
+        self, parents: Sequence[Sequence[int]], running: Sequence[bool], *, is_whole: bool = False
+    ) -> list[list[int]]:
         """Returns the nodes to keep of each row's tree, node 0 always, the same number in all running rows if they can.
 
-        `parents` are those of `Tree.parents_RN`, without padding.
+        `parents` are those of `Tree.parents_RN`, without padding. With `is_whole` all nodes are kept, or none.
         """
         ordered: list[list[int]] = []
-        totals: list[float] = [0.0]
-        for row, is_running in zip(parents, running, strict=True):
-            probs = self.node_probs(row) if is_running else [1.0]
+        gains: list[list[float]] = []
+        for row, (nodes, is_running) in enumerate(zip(parents, running, strict=True)):
+            probs = self.node_probs(nodes, row) if is_running else [1.0]
             # A child is at most as likely as its parent, and comes after it.
             likeliest = sorted((-prob, node) for node, prob in enumerate(probs) if node)
             ordered.append([node for _, node in likeliest])
-            gains = list(accumulate((-negated for negated, _ in likeliest), initial=0.0))
-            longest = max(len(totals), len(gains))
-            totals = [
-                totals[min(number, len(totals) - 1)] + gains[min(number, len(gains) - 1)] for number in range(longest)
-            ]
-        tokens = [1 + total / max(sum(running), 1) for total in totals]
-        share = self._batch.trial(self)
-        number = math.ceil(share * (len(tokens) - 1)) if share is not None else self._batch.best(tokens)
-        self._batch.remember(tokens, self.MOMENTUM)
+            gains.append(list(accumulate((-negated for negated, _ in likeliest), initial=0.0)))
+        number = self._batch.choose(mean_tokens(gains, sum(running), is_whole=is_whole))
+        if is_whole and number:
+            number = max(map(len, ordered))
+        drafted = [nodes for nodes, is_running in zip(parents, running, strict=True) if is_running]
+        self._batch.drafted = (drafted, is_whole)
         return [[0, *sorted(nodes[:number])] for nodes in ordered]
 
-    def learn(self, parents: Sequence[Sequence[int]], paths: Sequence[Sequence[int]], cost_ms: float | None) -> None:
+    def select_depth(self, depth: int, running: Sequence[bool]) -> int:
+        """Returns the length of the chains to draft, of at most `depth` tokens."""
+        chain = range(-1, depth)
+        gains = [
+            list(accumulate(self.node_probs(chain, row)[1:], initial=0.0))
+            for row, is_running in enumerate(running)
+            if is_running
+        ]
+        self._batch.drafted = ([chain] * sum(running), False)
+        return self._batch.choose(mean_tokens(gains, sum(running)))
+
+    def learn(
+        self,
+        parents: Sequence[Sequence[int]],
+        paths: Sequence[Sequence[int]],
+        verify_ms: float | None,
+        draft_ms: float = 0.0,
+    ) -> None:
         """Updates rates and costs after a round of these trees and accepted paths, empty for rows that had ended.
 
-        Without `cost_ms` the round does not count as one of the policy.
+        Without `verify_ms` the round does not count as one of the policy.
         """
-        for row, path in zip(parents, paths, strict=True):
+        for row, (nodes, path) in enumerate(zip(parents, paths, strict=True)):
             accepted = set(path)
-            for node, (parent, (depth, rank)) in enumerate(zip(row, _depths_and_ranks(row), strict=True)):
+            own = self._rows[row] if path and len(nodes) > 1 else [0.0, 0.0]
+            own[:] = (ROW_MEMORY * one for one in own)
+            for node, (parent, kind) in enumerate(zip(nodes, _depths_and_ranks(nodes), strict=True)):
                 if node and parent in accepted:
-                    for counts in (self._rates[depth, rank], self._rank_rates[rank]):
+                    own[0] += node in accepted
+                    own[1] += self._rate(kind)
+                    for counts in (self._rates[kind], self._rank_rates[kind[1]]):
                         counts[0] += node in accepted
                         counts[1] += 1
-        if cost_ms is not None:
-            self._batch.count(self, max(map(len, parents)) - 1, cost_ms)
+        if verify_ms is not None:
+            self._batch.end_round(self, max(map(len, parents)) - 1, verify_ms, draft_ms)
 
-    def node_probs(self, parents: Sequence[int]) -> list[float]:
-        """Returns the estimated probability that each node of a tree is accepted, 1 for node 0."""
+    def tokens_of(self, drafted: "Drafted") -> list[float]:
+        """Returns the mean tokens of a row with the best 0, 1, 2 ... nodes of a draft, by what is known now."""
+        parents, is_whole = drafted
+        gains = [list(accumulate(sorted(self.node_probs(nodes)[1:], reverse=True), initial=0.0)) for nodes in parents]
+        return mean_tokens(gains, len(parents), is_whole=is_whole)
+
+    def node_probs(self, parents: Sequence[int], row: int | None = None) -> list[float]:
+        """Returns the estimated probability that each node of a tree, in one row, is accepted, 1 for node 0."""
+        factor = 1.0
+        if row is not None:
+            accepted, expected = self._rows[row]
+            factor = (accepted + ROW_PRIOR) / (expected + ROW_PRIOR)
+            factor = min(max(factor, ROW_FACTORS[0]), ROW_FACTORS[1])
         probs = [1.0]
         for parent, kind in list(zip(parents, _depths_and_ranks(parents), strict=True))[1:]:
-            probs.append(probs[parent] * self._rate(kind))
+            probs.append(probs[parent] * min(1.0, factor * self._rate(kind)))
         return probs
 
     def _rate(self, kind: tuple[int, int]) -> float:
@@ -109,49 +170,102 @@ class NodeGain:
         return (accepted + RATE_PRIOR * rank_rate) / (total + RATE_PRIOR)
 
 
+Drafted = tuple[Sequence[Sequence[int]], bool]
+"""The trees of the rows that are running, and whether all of their nodes are verified or none."""
+
+
+def mean_tokens(gains: Sequence[Sequence[float]], num_running: int, *, is_whole: bool = False) -> list[float]:
+    """Returns the mean tokens of a row with its best 0, 1, 2 ... nodes; `gains` are rows' sums of probabilities."""
+    longest = max(map(len, gains), default=1)
+    totals = (sum(one[min(number, len(one) - 1)] for one in gains) for number in range(longest))
+    tokens = [1 + total / max(num_running, 1) for total in totals]
+    return [1.0] * (len(tokens) - 1) + tokens[-1:] if is_whole else tokens
+
+
 class _Batch:
-    """What is known of batches of one size: milliseconds by number of nodes, and mean tokens of the best n nodes."""
+    """What is known of batches of one size: milliseconds by number of nodes, and what drafting yields."""
 
     def __init__(self) -> None:
         self._recent_ms: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=NodeGain.NUM_RECENT))
-        self._tokens: list[float] = [1.0]
-        self._num_trials, self._num_since = 0, 0
+        self._recent_draft_ms: deque[float] = deque(maxlen=NodeGain.NUM_RECENT)
+        self._base, self._slope, self._plain_ms, self._draft_ms = 1.0, 0.0, 1.0, 0.0
+        self._drafts: deque[Sequence[float]] = deque(maxlen=NodeGain.NUM_DRAFTS)
+        """The mean tokens of a row with 0, 1, 2 ... nodes of the latest drafts."""
+        self.drafted: Drafted | None = None
+        """What was drafted in this round, if anything."""
+        self._tried: list[Drafted] = []
+        """Those of the first trials, whose acceptance was guessed when they were drafted."""
+        self._num_trials, self._num_since, self._pause = 0, 0, NodeGain.FIRST_PAUSE
+        self._is_on = True
+        self._share: float | None = None
+        """The share of nodes that this round tries, None if it is no trial."""
 
-    def trial(self, policy: NodeGain) -> float | None:
-        """Returns the share of nodes that the next round tries, None if it is no trial."""
-        # While drafting does not pay, only trials can show that it has begun to.
-        pause = policy.TRIAL_EVERY if self.best() else policy.TRIAL_EVERY // 2
-        is_trial = self._num_trials < policy.NUM_FIRST or self._num_since >= pause
-        return policy.TRIALS[self._num_trials % len(policy.TRIALS)] if is_trial else None
+    def _yields_more(self) -> bool:
+        """Returns whether rounds with a draft yield more tokens per millisecond than plain steps."""
+        chosen = [(tokens, self._best(tokens)) for tokens in self._drafts]
+        if not chosen:
+            return True
+        yielded = sum(tokens[number] for tokens, number in chosen)
+        return yielded * self._plain_ms > sum(self._draft_ms + self._verify_ms(number) for _, number in chosen)
 
-    def count(self, policy: NodeGain, number: int, cost_ms: float) -> None:
+    def begin_round(self, policy: NodeGain) -> bool:
+        """Returns whether to draft, and decides whether the round is a trial."""
+        is_on = self._is_on = self._yields_more()
+        self.drafted = None
+        self._share = None
+        if self._num_trials < len(policy.FIRST):
+            self._share = policy.FIRST[self._num_trials]
+        elif self._num_since >= (policy.TRIAL_EVERY if is_on else self._pause):
+            shares = policy.WHILE_ON if is_on else policy.WHILE_OFF
+            self._share = shares[(self._num_trials - len(policy.FIRST)) % len(shares)]
+        return is_on if self._share is None else self._share > 0
+
+    def choose(self, tokens: Sequence[float]) -> int:
+        """Returns the number of nodes with the most tokens per millisecond, or those of the trial."""
+        if not self._is_on and self._num_trials >= len(NodeGain.FIRST):
+            self._drafts.clear()  # what did not pay then says little about this draft
+        self._drafts.append(tokens)
+        return self._best(tokens) if self._share is None else math.ceil(self._share * (len(tokens) - 1))
+
+    def _best(self, tokens: Sequence[float]) -> int:
+        return max(range(len(tokens)), key=lambda number: tokens[number] / (self._draft_ms + self._verify_ms(number)))
+
+    def end_round(self, policy: NodeGain, number: int, verify_ms: float, draft_ms: float) -> None:
+        """Counts a round in which `number` nodes were verified."""
+        was_trial = self._share is not None
         # A round is no trial if the drafter found nothing to draft.
-        share = self.trial(policy)
-        is_tried = share is not None and (share > 0) == (number > 0)
-        self._recent_ms[number].append(cost_ms)
-        self._num_trials, self._num_since = self._num_trials + is_tried, 0 if is_tried else self._num_since + 1
+        is_tried = self._share is not None and (self._share > 0) == (number > 0)
+        self._recent_ms[number].append(verify_ms)
+        if draft_ms:
+            self._recent_draft_ms.append(draft_ms)
+        self._fit()
+        if is_tried and self._num_trials >= len(policy.FIRST):
+            self._pause = policy.FIRST_PAUSE if self._is_on else min(2 * self._pause, policy.LONGEST_PAUSE)
+        self._num_trials += is_tried
+        if self.drafted is not None and self._num_trials <= len(policy.FIRST):
+            self._tried.append(self.drafted)
+            self._drafts.clear()
+            self._drafts.extend(map(policy.tokens_of, self._tried[-policy.NUM_DRAFTS :]))
+        if policy.LEAST_FIRST <= self._num_trials < len(policy.FIRST) and not self._yields_more():
+            self._num_trials = len(policy.FIRST)
+        # Where nothing was found and drafting does not pay, the next trial waits as well.
+        self._num_since = 0 if is_tried or (was_trial and not self._is_on) else self._num_since + 1
 
-    def remember(self, tokens: Sequence[float], momentum: float) -> None:
-        longest = max(len(tokens), len(self._tokens))
-        old, new = ([one[min(at, len(one) - 1)] for at in range(longest)] for one in (self._tokens, tokens))
-        weight = 1.0 if len(self._tokens) == 1 else 1 - momentum
-        self._tokens = [before + weight * (after - before) for before, after in zip(old, new, strict=True)]
-
-    def best(self, tokens: Sequence[float] | None = None) -> int:
-        """Returns the number of nodes with the most tokens per millisecond, of the trees before if none is given.
-
-        A draft already made is verified with at least one of its nodes.
-        """
-        first = 0 if tokens is None else min(1, len(tokens) - 1)
-        tokens = self._tokens if tokens is None else tokens
+    def _fit(self) -> None:
         quickest = {number: min(times) for number, times in sorted(self._recent_ms.items())}
         points = [(number, ms) for number, ms in quickest.items() if number > 0]
-        slope, base = 0.0, points[0][1] if points else 1.0
+        if points:
+            self._slope, self._base = 0.0, points[0][1]
         if len(points) > 1:
             slope, base = linear_regression(*zip(*points, strict=True))
-        line = [max(base, 1e-3) + max(slope, 0.0) * number for number in range(len(tokens))]
-        line[0] = quickest.get(0, line[0])
-        return max(range(first, len(tokens)), key=lambda number: tokens[number] / line[number])
+            self._slope, self._base = max(slope, 0.0), max(base, 1e-3)
+        self._plain_ms = quickest.get(0, self._base)
+        # Unlike verification, drafting takes as long as what it finds.
+        recent = sorted(self._recent_draft_ms)
+        self._draft_ms = recent[len(recent) // 2] if recent else 0.0
+
+    def _verify_ms(self, number: int) -> float:
+        return self._base + self._slope * number if number else self._plain_ms
 
 
 class NodeControlled(Drafter):
@@ -160,26 +274,42 @@ class NodeControlled(Drafter):
     def __init__(self, drafter: Drafter, policy: NodeGain) -> None:
         self.config, self.target, self.hidden_layers = drafter.config, drafter.target, drafter.hidden_layers
         self._drafter, self._policy = drafter, policy
+        self._num_draft = getattr(drafter.config, "num_draft", DEFAULT_DEPTH)
+        self._is_told = bool(getattr(drafter.config, "supports_early_stop", False))
 
     def start(self, session: Session) -> None:
         self._session, self._is_running = session, [True] * len(session.rows)
-        self._draft: Draft | None = None
         self._policy.start(len(session.rows))
         self._drafter.start(session)
 
+    def change_rows(self, origins: list[int | None]) -> bool:
+        if not self._drafter.change_rows(origins):
+            return False
+        self._is_running = [True] * len(origins)
+        self._policy.change_rows(origins)
+        return True
+
     def propose(self, budget: int) -> Draft:
+        self._draft_ms = 0.0
         if not self._policy.will_draft():
-            self._draft = self._session.empty_draft()
-            return self._draft
+            return self._session.empty_draft()
+        if self._is_told:
+            depth = self._policy.select_depth(min(budget, self._num_draft), self._is_running)
+            return self._drafter.propose(depth) if depth else self._session.empty_draft()
+        watch = Stopwatch(self.target.device)
         draft = self._drafter.propose(budget)
+        self._draft_ms = watch.lap_ms()
+        # The next ones are told their length before they are sampled.
+        self._is_told = draft.draft_probs_BNV is not None and draft.tree.is_chain and draft.resume_point is None
         if draft.sampling_scheme == "deterministic" and draft.resume_point is None:
             draft = keep_nodes(draft, self._policy.select(_used_parents(draft), self._is_running))
-        self._draft = draft
+        elif max(map(len, self._policy.select(_used_parents(draft), self._is_running, is_whole=True))) == 1:
+            draft = self._session.empty_draft()
         return draft
 
     def observe(self, step: Step) -> None:
-        cost_ms = step.cost_ms if step.is_for(self._draft) else None
-        self._policy.learn(_used_parents(step.draft), step.paths, cost_ms)
+        verify_ms = step.cost_ms - self._draft_ms
+        self._policy.learn(_used_parents(step.draft), step.paths, verify_ms, self._draft_ms)
         self._is_running = [len(path) > 0 for path in step.paths]
         self._drafter.observe(step)
 
@@ -204,6 +334,7 @@ def keep_nodes(draft: Draft, kept: Sequence[Sequence[int]]) -> Draft:
         tokens_BN=draft.tokens_BN.gather(1, index_BN),
         tree=_tree(shapes, draft.tokens_BN.device),
         num_nodes=counts if min(counts) < longest else None,
+        kept_of_BN=draft.tokens_BN if draft.kept_of_BN is None else draft.kept_of_BN,
     )
 
 

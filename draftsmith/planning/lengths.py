@@ -119,6 +119,12 @@ class Plan:
                 found[size, context] = choices
         return found
 
+    def accepted_by_depth(self, context: int) -> list[float]:
+        """Returns the shares of positions after such a context whose draft is accepted to depth 1, 2 ..."""
+        positions = [one for text in self.measured.texts[context] for one in text]
+        depths = range(1, self.grid.lengths[-1] + 1)
+        return [sum(one.num_accepted >= depth for one in positions) / max(len(positions), 1) for depth in depths]
+
     def best(self, batch_size: int, context: int) -> Choice:
         """Returns the choice for one batch size and context."""
         choices = self.expected[batch_size, context]

@@ -30,6 +30,7 @@ def write(plan: Plan, tables: list[Table], folder: Path, facts: dict[str, Any]) 
     """
     record = facts | {
         "draft_length_by_batch_size": plan.by_batch_size(),
+        "accepted_by_depth": {context: plan.accepted_by_depth(context) for context in plan.grid.contexts},
         "cells": [_record(plan, size, context) for context in plan.grid.contexts for size in plan.grid.batch_sizes],
         "engines": {one.engine: {"file": one.file, "notes": list(one.notes)} for one in tables},
     }

@@ -19,7 +19,7 @@ from draftsmith import Target
 from draftsmith.core.stats import GenerationStats
 from draftsmith.inputs.batching import eos_ids
 from draftsmith.inputs.generation_config import read_config, with_sampling
-from draftsmith.length.controller import make_control
+from draftsmith.length.controller import OWN, make_control
 
 Rows = list[list[int]]
 
@@ -152,10 +152,11 @@ def draftsmith_method(
 ) -> Callable[[DecodingRequest], DecodingResult]:
     """Returns a function that decodes with `draftsmith.generate`; without a drafter that is plain decoding.
 
-    `config` is a generation config, as `parse_config` returns it. A draft-length `policy` other than "auto" keeps its
-    state from call to call, as on a server; each temperature and batch size has its own instance.
+    `config` is a generation config, as `parse_config` returns it. A draft-length `policy` other than "auto" and
+    "own" keeps its state from call to call, as on a server; each temperature and batch size has its own instance.
     """
-    policy_of = cache(lambda temperature, num_rows: "auto" if policy == "auto" else make_control(policy))
+    by_drafter = policy in ("auto", OWN)
+    policy_of = cache(lambda temperature, num_rows: policy if by_drafter else make_control(policy))
     return partial(_draftsmith_decode, target, drafter, verifier, policy_of, config)
 
 

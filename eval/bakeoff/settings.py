@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from draftsmith import verify
 from draftsmith.inputs.generation_config import parse_config
-from draftsmith.length.controller import make_control
+from draftsmith.length.controller import OWN, make_control
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,8 @@ class BakeoffSettings:
         for name in self.verifiers:
             verify.find(name)
         for name in self.lengths:
-            make_control(name)
+            if name != OWN:
+                make_control(name)
         for threshold in self.confidence_thresholds:
             if not 0 < threshold < 1:
                 raise ValueError(

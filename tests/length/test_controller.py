@@ -1,5 +1,6 @@
 """Length control: budgets per row, early stop per token, and lossless output for every policy."""
 
+import dataclasses
 import json
 from functools import cache
 from pathlib import Path
@@ -15,12 +16,13 @@ from draftsmith.core.sampling import Sampling
 from draftsmith.core.stats import GenerationStats
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.drafters import lm, lookup, medusa
+from draftsmith.length import controller
 from draftsmith.length.controller import LengthControlled, cut, with_length_control
 from draftsmith.length.policies import POLICIES, Confidence, Outcome, make
 from tests.support.distributions import FALSE_ALARM, check_distribution, distribution_p_value, distribution_target
-from tests.support.drafters import SAMPLED_SMALL, TREE, generate_rows, tiny_drafter
+from tests.support.drafters import SAMPLED_SMALL, SMALL, TREE, generate_rows, tiny_drafter
 from tests.support.family import Watched, built, texts
-from tests.support.models import greedy_by_transformers, tiny_config, tiny_target
+from tests.support.models import greedy_by_transformers, prompts, tiny_config, tiny_target
 
 NUM_NEW = 20
 NUM_SAMPLES = 5_000
@@ -233,6 +235,41 @@ def test_sampling_without_confidences_is_lossless(family: str, length: str) -> N
         distribution_target(),
         num_samples=NUM_SAMPLES,
     )
+
+
+def stream(drafter: Drafter, num_rows: int, **settings: Any) -> GenerationStats:
+    """Returns the counts of a stream of `num_rows` rows at a time, after comparing its greedy text."""
+    stats = GenerationStats(num_rows=0)
+    given = {"max_new_tokens": NUM_NEW, "batch_size": num_rows, "stats": stats} | settings
+    found = sorted(
+        draftsmith.generate_stream(tiny_target("llama"), prompts(5), drafter, **given), key=lambda t: t.index
+    )
+    if "temperature" not in settings:
+        assert [text.prompt_ids + text.new_ids for text in found] == greedy_by_transformers("llama", 5, NUM_NEW)
+    return stats
+
+
+def test_several_rows_whose_text_does_not_depend_on_drafts_are_decoded_by_node_gain() -> None:
+    drafter = lookup.Drafter(lookup.Config(), tiny_target("llama"))
+    stream(drafter, 3, length="own")
+    stream(drafter, 3, temperature=1.0, seed=0)
+    assert drafter not in controller._NODE_GAINS
+    stream(drafter, 1)
+    assert not controller._NODE_GAINS[drafter]._batches.keys() - {1}
+    policy = controller._NODE_GAINS[drafter]
+    stream(drafter, 3)
+    stream(drafter, 4, temperature=1.0, seed=0, verifier="coupled")
+    assert policy._batches.keys() >= {3, 4} and controller._NODE_GAINS[drafter] is policy, "it is kept between calls"
+
+
+def test_drafters_with_a_fixed_length_or_a_policy_keep_it_in_streams() -> None:
+    target = tiny_target("llama")
+    drafters: list[Any] = [built(lm, dataclasses.replace(SMALL, length="fixed"), target)]
+    drafters.append(lookup.Drafter(lookup.Config(), target))
+    drafters[1].policy = make("fixed=2")
+    for drafter, longest in zip(drafters, (4, 2), strict=True):
+        assert max(nodes for _, nodes in stream(drafter, 3).verified) == longest
+        assert drafter not in controller._NODE_GAINS
 
 
 class Withholds(LengthControlled):

@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 import torch
 
+from draftsmith.artifacts.families import find
 from draftsmith.core.tree import Draft, Tree, chain
-from draftsmith.drafters import lookup, medusa
+from draftsmith.drafters import lm, lookup, medusa
 from draftsmith.length.controller import make_control, with_length_control
 from draftsmith.length.node_gain import NodeControlled, NodeGain, keep_nodes
+from draftsmith.parts.composites import Part, part_config
 from tests.support.distributions import check_distribution, distribution_target
-from tests.support.drafters import TREE, generate_rows, tiny_drafter
+from tests.support.drafters import SAMPLED_SMALL, TREE, generate_rows, tiny_drafter
 from tests.support.family import built, texts
 from tests.support.models import greedy_by_transformers, tiny_target
 
@@ -37,7 +39,7 @@ def test_a_nodes_probability_is_the_product_of_rates_along_its_path() -> None:
     assert NodeGain().node_probs([-1, 0, 0]) == pytest.approx([1, 1 / 2, 1 / 3])
 
 
-def run(policy: NodeGain, cost_ms: Any, rounds: int = 60) -> list[int]:
+def run(policy: NodeGain, cost_ms: Any, rounds: int = 120) -> list[int]:
     """Returns the number of nodes verified in each round at the cost `cost_ms(nodes)`; node 1 is always accepted."""
     found = []
     for _ in range(rounds):
@@ -51,13 +53,55 @@ def run(policy: NodeGain, cost_ms: Any, rounds: int = 60) -> list[int]:
 
 
 def test_the_number_of_nodes_follows_their_cost() -> None:
-    trials = [5, 0, 3, 5, 2] * 2
+    trials = [5, 5, 5, 5, 2, 0, 2, 0, 3]
     cheap, dear = run(NodeGain(), lambda nodes: 10 + 0.01 * nodes), run(NodeGain(), lambda nodes: 10 + 4 * nodes)
-    assert cheap[:10] == dear[:10] == trials
+    assert cheap[:9] == dear[:9] == trials
     # One more token for 4 ms of 10 pays, and a second node at 4 ms more does not.
-    assert set(dear[10:42]) == {1}
-    never = run(NodeGain(), lambda nodes: 10 + (nodes > 0) * 15 + nodes)
-    assert set(never[10:26]) == {0} and never[26] > 0, "drafting is tried again after 16 rounds without"
+    assert set(dear[9:41]) == {1}
+
+
+def test_drafting_that_does_not_pay_is_tried_ever_less_often() -> None:
+    never = run(NodeGain(), lambda nodes: 10 + (nodes > 0) * 15 + nodes, rounds=6 + 33 + 65 + 129 + 100)
+    assert [at for at, nodes in enumerate(never) if nodes] == [*range(5), 6 + 32, 6 + 33 + 64, 6 + 33 + 65 + 128]
+
+
+def test_a_draft_that_few_rows_have_found_is_not_verified() -> None:
+    policy = NodeGain()
+    policy.start(4)
+    several, one = [[-1, 0]] * 4, [[-1, 0], [-1], [-1], [-1]]
+    sizes = []
+    for number in range(60):
+        trees = one if number % 2 else several
+        drafts = policy.will_draft()
+        kept = policy.select(trees, [True] * 4) if drafts else [[0]] * 4
+        nodes = max(map(len, kept)) - 1
+        policy.learn([[-1, 0][: len(row)] for row in kept], kept, 10 + 6.0 * nodes, 0.1)
+        sizes.append((trees is one, drafts, nodes))
+    # Every drafted token is accepted: for 6 ms of 10, four tokens pay and one of four rows does not.
+    assert [nodes for few, drafts, nodes in sizes[20:] if drafts and not few].count(1) >= 18
+    assert [nodes for few, drafts, nodes in sizes[20:] if drafts and few].count(1) <= 2
+
+
+def test_a_draft_that_cannot_be_cut_is_kept_whole_or_not_at_all() -> None:
+    policy = NodeGain()
+    policy.start(1)
+    sizes = []
+    for _ in range(40):
+        kept = policy.select([PARENTS], [True], is_whole=True)[0] if policy.will_draft() else [0]
+        policy.learn([PARENTS[: len(kept)]], [kept[:2]], 10 + 4 * (len(kept) - 1))
+        sizes.append(len(kept) - 1)
+    # One token of five is accepted, which pays for one node but not for five.
+    assert set(sizes) == {0, 5} and set(sizes[6:38]) == {0}
+
+
+def test_a_row_that_accepts_less_than_others_is_expected_to() -> None:
+    policy = NodeGain()
+    policy.start(2)
+    for _ in range(40):
+        policy.learn([[-1, 0]] * 2, [[0, 1], [0]], None)
+    assert policy.node_probs([-1, 0], 0)[1] > 0.7 and policy.node_probs([-1, 0], 1)[1] < 0.3
+    policy.start(2)
+    assert policy.node_probs([-1, 0], 0) == policy.node_probs([-1, 0], 1)
 
 
 def test_each_batch_size_has_its_own_costs() -> None:
@@ -67,6 +111,16 @@ def test_each_batch_size_has_its_own_costs() -> None:
     assert run(policy, lambda nodes: 10 + 30 * nodes)[-1] == 0
     policy.start(1)
     assert run(policy, lambda nodes: 10 + 4 * nodes, rounds=1) == [1]
+
+
+def test_a_batch_of_nearly_as_many_rows_begins_with_known_costs() -> None:
+    policy = NodeGain()
+    policy.start(8)
+    run(policy, lambda nodes: 10 + 30 * nodes, rounds=20)
+    policy.start(7)
+    assert not policy.will_draft()
+    policy.start(4)
+    assert policy.will_draft()
 
 
 def test_kept_nodes_keep_their_tokens_and_parents() -> None:
@@ -80,10 +134,10 @@ def test_kept_nodes_keep_their_tokens_and_parents() -> None:
     assert keep_nodes(Draft(tokens_BN=tokens_BN, tree=chain(6)), [[0, 1], [0]]).num_nodes == [2, 1]
 
 
-@pytest.mark.parametrize("name", ["medusa", "lookup"])
+@pytest.mark.parametrize("name", ["medusa", "lookup", "copy", "merge", "cascade"])
 def test_greedy_output_equals_the_target(name: str) -> None:
     target, policy = tiny_target("llama"), NodeGain()
-    drafter = tiny_drafter(name, "llama")
+    drafter = composite(name) if name in ("merge", "cascade") else tiny_drafter(name, "llama")
     sizes = set()
     for num_rows, side in ((1, "right"), (5, "left"), (5, "right")):
         out = generate_rows(target, num_rows, drafter, side=side, length=policy)
@@ -92,16 +146,38 @@ def test_greedy_output_equals_the_target(name: str) -> None:
     assert len(sizes) > 1
 
 
-@pytest.mark.parametrize("family", ["medusa", "lookup"])
+def composite(name: str) -> Any:
+    """Returns a composite of a look-up and heads."""
+    parts = [Part(tiny_drafter(one, "llama")) for one in ("lookup", "medusa")]
+    configs = tuple(part_config(one.drafter) for one in parts)
+    return find(name).Drafter(find(name).Config(parts=configs), tiny_target("llama"), parts)
+
+
+def test_a_cascade_learns_from_drafts_that_were_cut() -> None:
+    target, drafter = tiny_target("llama"), composite("cascade")
+    generate_rows(target, 3, drafter, length=NodeGain())
+    (estimates,) = drafter._estimates_by_call.values()
+    assert estimates[0].tokens_per_ms() < float("inf")
+
+
+@pytest.mark.parametrize("family", ["medusa", "lookup", "lm"])
 def test_sampling_is_lossless(family: str) -> None:
     drafter: Any = lookup.Drafter(lookup.Config(num_draft=3), distribution_target())
     if family == "medusa":
         drafter = built(medusa, medusa.Config(num_heads=3, tree=TREE), distribution_target())
+    if family == "lm":
+        drafter = built(lm, lm.Config(model=SAMPLED_SMALL, num_draft=3), distribution_target())
     check_distribution(NodeControlled(drafter, NodeGain()), distribution_target(), num_samples=5_000)
 
 
-def test_drafters_that_draft_token_by_token_are_refused() -> None:
-    with pytest.raises(ValueError, match="this drafter drafts token by token; use 'expected_gain'"):
-        with_length_control(tiny_drafter("copy", "llama"), "node_gain")
+def test_drafters_that_draft_token_by_token_are_told_the_length() -> None:
+    policy = NodeGain()
+    drafter = with_length_control(tiny_drafter("copy", "llama"), policy)
+    out = generate_rows(tiny_target("llama"), 3, drafter, length="fixed")
+    # Whole drafts, of five tokens, are tried first, then none.
+    assert {nodes for _, nodes in out.stats.verified} >= {5, 0}
+
+
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown length policy 'node_gains'"):
         make_control("node_gains")

@@ -64,6 +64,12 @@ def test_the_length_with_most_tokens_per_second_is_chosen() -> None:
     assert plan_of({0: 10.0, 1: 19.9, 2: 40.0, 4: 60.0}).by_batch_size() == {1: 0}
 
 
+def test_acceptance_is_given_by_depth() -> None:
+    plan = plan_of({0: 10.0, 1: 10.0, 2: 10.0, 4: 10.0})
+    plan.measured.texts[8] = [text(2, 1), text(0, 4)]
+    assert plan.accepted_by_depth(8) == [0.75, 0.5, 0.25, 0.25]
+
+
 def test_lengths_beyond_the_longest_draft_are_left_out() -> None:
     plan = plan_of({0: 10.0, 1: 10.0, 2: 10.0, 4: 10.0})
     plan.measured.texts = {context: [text(1, 1, drafted=1)] for context in (8, 16)}

@@ -13,6 +13,7 @@ WARM_UP_STEPS, TIMED_STEPS = 3, 9
 SHARES = (0.02, 0.06)
 """Shares of the rows that drafters without gradient are built from, to extrapolate to all."""
 MIN_ROWS = 16
+"""Rows of the first build at least, and a third of those of the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def without_gradient(trial: Trial, folder: Path, earlier_s: float) -> Cost:
     """Returns the cost of a drafter that is built from the rows, on the line through two builds from few of them."""
     points = []
     for index, share in enumerate(SHARES):
-        rows = trial.share_of_rows(share, least=MIN_ROWS)
+        rows = trial.share_of_rows(share, least=MIN_ROWS * 3**index)
         place = folder / str(index)
         place.mkdir()
         began = time.perf_counter()
