@@ -1,4 +1,4 @@
-"""Exports DFlash drafters: one folder that both vLLM and SGLang load, and the folders of speculators and transformers.
+"""Exports DFlash drafters: a folder that vLLM and SGLang load, those of speculators and transformers, or GGUF files.
 
 The fused hidden layers are listed by the index of the block whose output they are, one less than draftsmith's numbers,
 and in a folder of speculators by draftsmith's numbers.
@@ -15,9 +15,15 @@ from torch import Tensor
 from draftsmith.artifacts import json_text
 from draftsmith.artifacts.published.dflash import TRANSFORMERS_TYPE, published_name
 from draftsmith.export.launch import SAMPLES_DRAFTS, Launch, python_launch, sglang_launch, vllm_launch
+from draftsmith.export.llama_cpp.draft_models import DRAFT_FILE
+from draftsmith.export.llama_cpp.heads import check_hidden, is_plain_embedding
+from draftsmith.export.llama_cpp.launch import llama_cpp_launch
+from draftsmith.export.llama_cpp.models import INNER, layer_values, stretch_divisors
+from draftsmith.export.llama_cpp.targets import drafter_kind, name_values, served_target
 from draftsmith.export.models import CHAINS, FIXED
 from draftsmith.export.source import ExportSource
 from draftsmith.export.tensors import Specs, write_tensors
+from draftsmith.loading.gguf_contents import array, boolean, u32, write_gguf
 from draftsmith.loading.model_info import NO_LIMIT
 
 BATCH_OF_ONE = (
@@ -81,6 +87,67 @@ def speculators(source: ExportSource, folder: Path) -> Launch:
             " folder, or export with --target-name and the folder or hub name where the verifier is then.",
         )
     return vllm_launch(source, _vllm_settings(source), notes=notes)
+
+
+def llama_cpp(source: ExportSource, folder: Path) -> Launch:
+    """Writes the layers as a GGUF file beside the target's.
+
+    llama.cpp numbers hidden layers as draftsmith does, and rotates the halves of a head as transformers does.
+    """
+    config, target_info, name = source.config, source.target_info, "dflash"
+    served = served_target(source)
+    check_hidden(served, config.layers, target_info.num_layers)
+    drafter = source.drafter
+    embedding = drafter.target.model.get_input_embeddings()
+    if not is_plain_embedding(embedding):
+        raise ValueError(
+            f"{source.target_name} scales its embedding, and llama.cpp's DFlash layers read it without; export it --to"
+            " vllm"
+        )
+    tensors = {
+        _llama_cpp_name(published_name(ours, in_transformers=False)): tensor
+        for ours, tensor in drafter.state_dict().items()
+        if ours.endswith(".weight")
+    }
+    if config.shortlist:
+        ids_W = drafter.shared_head.shortlist.ids_W
+        tensors |= {"output.weight": drafter.target.model.get_output_embeddings().weight[ids_W], "d2t": ids_W}
+    if config.stretch:
+        tensors["rope_freqs.weight"] = stretch_divisors(config.head_width, config.theta, config.stretch)
+    values = {
+        **name_values(str(source.artifact)),
+        **layer_values(
+            name,
+            context=target_info.context_length,
+            width=target_info.hidden_size,
+            num_blocks=config.num_layers,
+            inner_width=config.inner_width,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_width=config.head_width,
+            theta=config.theta,
+            eps=config.eps,
+        ),
+        f"{name}.target_layers": array(list(config.layers), "INT32"),
+        f"{name}.block_size": u32(config.block_size),
+        f"{name}.attention.causal": boolean(False),
+        **served.tokenizer,
+        "tokenizer.ggml.mask_token_id": u32(config.mask_token),
+    }
+    write_gguf(folder / DRAFT_FILE, name, values, tensors, drafter_kind(source, drafter.target.dtype))
+    served.write(folder)
+    # A lower limit would shorten the block, whose tokens attend to those after them.
+    settings = {"spec-draft-model": str(source.output / DRAFT_FILE), "spec-draft-n-max": config.block_size - 1}
+    likeliest = "llama.cpp drafts the likeliest token of each position at every temperature, and the whole block."
+    return llama_cpp_launch(served, "draft-dflash", settings, notes=(*_notes(source), likeliest))
+
+
+def _llama_cpp_name(published: str) -> str:
+    """Returns llama.cpp's name of a weight, given that of a folder for vLLM."""
+    outer = {"fc": "fc", "hidden_norm": "enc.output_norm", "norm": "output_norm"}
+    module = published.removesuffix(".weight")
+    number, _, inner = module.removeprefix("layers.").partition(".")
+    return f"blk.{number}.{INNER[inner]}.weight" if module.startswith("layers.") else f"{outer[module]}.weight"
 
 
 def flat_config(source: ExportSource) -> dict[str, Any]:
@@ -241,4 +308,10 @@ def _notes(source: ExportSource) -> tuple[str, ...]:
     return (FIXED,) if source.config.length != "fixed" else ()
 
 
-WRITERS = {"transformers": transformers, "vllm": vllm, "sglang": sglang, "speculators": speculators}
+WRITERS = {
+    "transformers": transformers,
+    "vllm": vllm,
+    "sglang": sglang,
+    "speculators": speculators,
+    "llama.cpp": llama_cpp,
+}
