@@ -1,16 +1,19 @@
 """Target-generated training data: `write_pseudo_data`, `read_pseudo_data`.
 
 A folder of Parquet shards, each written atomically. Batches and their seeds depend on the prompts and the settings
-alone, so that a run that was killed and continued writes the same data as an uninterrupted one. Every turn of a
-conversation is a row of its own (data/turns.py), in the shard of its first turn.
+alone, so that a run that was killed and continued, by any number of processes, writes the same data as an uninterrupted
+one. Every turn of a conversation is a row of its own (data/turns.py), in the shard of its first turn.
 """
 
 import functools
 import hashlib
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -27,16 +30,19 @@ from data.prompts import Prompt
 from data.shards import (
     MAX_SHARDS,
     ORIGIN_TYPES,
+    Share,
     check_complete,
     check_origin,
     hash_files,
     missing_shards,
     open_folder,
     read_manifest,
+    shards_to_write,
     write_atomically,
 )
 from data.turns import TurnsLeftOut, complete_turns, num_turns
 from data.writers import Completion, GenerationBatch, LocalWriter, PseudoDataSettings, Writer, derive_seed
+from data.writers.teacher_outputs import StoreOfText
 from draftsmith import Target
 from draftsmith.artifacts.provenance import template_hash
 from draftsmith.loading.model_info import TargetInfo
@@ -77,12 +83,16 @@ def write_pseudo_data(
     folder: Path,
     settings: PseudoDataSettings,
     *,
+    store: StoreOfText | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     now: datetime | None = None,
+    share: Share = Share(),  # noqa: B008 - frozen
 ) -> None:
     """Writes a completion of every prompt, and of its later turns, to `folder`, generating only the missing shards.
 
-    `chat_template_kwargs` and the time `now`, with which the prompts were rendered, are recorded in the manifest.
+    With a `store` the target's outputs are written with the text. Processes that write to the same folder each have a
+    `share`; all return when no shard is missing. `chat_template_kwargs` and the time `now`, with which the prompts were
+    rendered, are recorded in the manifest.
 
     Raises ValueError if the folder was made with other settings, contains other files, or another run is writing to it.
     """
@@ -90,12 +100,73 @@ def write_pseudo_data(
     plan = plan_batches(prompts, settings)
     shards = [plan[begin : begin + settings.shard_batches] for begin in range(0, len(plan), settings.shard_batches)]
     names = _shard_names(len(shards))
-    keys = hashlib.sha256("".join(prompt.key for prompt in prompts).encode()).hexdigest()[:32]
-    recorded = writer.origin.recorded()
-    notes = {"target": recorded.pop("target"), "command": shlex.join(sys.argv)}
+    manifest = _manifest(writer, prompts, settings, len(shards), chat_template_kwargs)
+    notes: dict[str, Any] = {"target": writer.origin.target, "command": shlex.join(sys.argv)}
     notes["template_hash"] = template_hash(writer.tokenizer)
     notes |= {"template_time": now.isoformat()} if now else {}
-    manifest = {"format": FORMAT, "num_shards": len(shards), "num_prompts": len(prompts), "prompts": keys}
+    num_planned = num_turns(prompts)
+
+    def num_done() -> int:
+        missing = missing_shards(folder, names)
+        return num_planned - sum(num_turns(batch.prompts) for index in missing for batch in shards[index])
+
+    def kept() -> str:
+        return f"{len(names) - len(missing_shards(folder, names))} of {len(names)} shards"
+
+    with ExitStack() as stack:
+        if share.writes:
+            stack.enter_context(locked(folder, kept=kept, is_shared=share.is_shared))
+        if (folder / MARKER).is_file() and read_manifest(folder, MARKER).get("format") == 1:
+            manifest["format"] = 1
+            if missing_shards(folder, names) and any(settings.temperatures):
+                print(f"{folder}: begun by an earlier version; rows sampled from now on have a seed each")
+        if share.writes:
+            open_folder(folder, MARKER, manifest, notes=notes, is_shared=share.is_shared)
+        if store is not None and share.writes:
+            stack.enter_context(locked(store.folder, kept=kept, is_shared=share.is_shared))
+            times = {"template_time": notes["template_time"]} if now else {}
+            has_text = len(missing_shards(folder, names)) < len(names)
+            store.begin(_target_of(writer), manifest, times, has_text=has_text, share=share)
+        if num_existing := num_done():
+            print(f"{folder}: {num_existing} of {num_planned} rows exist already")
+        options = {"initial": num_existing, "unit": "row", "disable": share.rank > 0}
+        with tqdm(total=num_planned, desc="pseudo-data", **options) as bar:
+            progress, has_failed = _Progress(bar, num_planned, num_done), threading.Event()
+
+            def write(part: Share) -> None:
+                for index in shards_to_write(folder, names, part):
+                    if has_failed.is_set():
+                        return
+                    kept_store = store if share.writes else None
+                    rows = _write_shard(writer, shards[index], index, settings, kept_store, progress, len(plan))
+                    if not share.writes:
+                        continue
+                    table = pyarrow.Table.from_pylist(rows, schema=_schema(manifest))
+                    write_atomically(folder / names[index], functools.partial(pyarrow.parquet.write_table, table))
+                    progress.end_shard()
+
+            num_threads = min(writer.num_shards_at_once, len(names))
+            if num_threads == 1:
+                write(share)
+            else:
+                _in_threads(write, share, num_threads, writer, has_failed)
+        progress.left_out.report(str(folder), num_planned)
+        if store is not None and share.writes:
+            store.finish([pyarrow.parquet.read_metadata(folder / name).num_rows for name in names], folder)
+
+
+def _manifest(
+    writer: Writer,
+    prompts: Sequence[Prompt],
+    settings: PseudoDataSettings,
+    num_shards: int,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Returns the entries that must be the same for a run to be continued."""
+    keys = hashlib.sha256("".join(prompt.key for prompt in prompts).encode()).hexdigest()[:32]
+    recorded = writer.origin.recorded()
+    del recorded["target"]
+    manifest = {"format": FORMAT, "num_shards": num_shards, "num_prompts": len(prompts), "prompts": keys}
     manifest |= recorded | asdict(settings) | {"temperature": settings.temperatures}
     # Left out where there is none: folders made before go on.
     manifest.pop("generation_config")
@@ -109,31 +180,77 @@ def write_pseudo_data(
         manifest["num_turns"] = num_planned
     if chat_template_kwargs:
         manifest["chat_template_kwargs"] = dict(chat_template_kwargs)
-    with locked(folder, kept=lambda: f"{len(names) - len(missing_shards(folder, names))} of {len(names)} shards"):
-        if (folder / MARKER).is_file() and read_manifest(folder, MARKER).get("format") == 1:
-            manifest["format"] = 1
-            if missing_shards(folder, names) and any(settings.temperatures):
-                print(f"{folder}: begun by an earlier version; rows sampled from now on have a seed each")
-        open_folder(folder, MARKER, manifest, notes=notes)
-        missing = missing_shards(folder, names)
-        num_left = sum(num_turns(batch.prompts) for index in missing for batch in shards[index])
-        if num_left < num_planned:
-            print(f"{folder}: {num_planned - num_left} of {num_planned} rows exist already")
-        num_tokens, started, left_out = 0, time.perf_counter(), TurnsLeftOut()
-        with tqdm(total=num_planned, initial=num_planned - num_left, desc="pseudo-data", unit="row") as bar:
-            for index in missing:
-                rows: list[dict[str, Any]] = []
-                for batch, completions in complete_turns(
-                    writer, shards[index], settings, left_out, num_batches=len(plan)
-                ):
-                    rows += _rows(batch, completions, writer, settings)
-                    num_tokens += sum(len(completion.ids) for completion in completions)
-                    bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - started):,.0f} tokens/s")
-                    bar.total = num_planned - left_out.num_turns
-                    bar.update(len(completions))
-                table = pyarrow.Table.from_pylist(rows, schema=_schema(manifest))
-                write_atomically(folder / names[index], functools.partial(pyarrow.parquet.write_table, table))
-        left_out.report(str(folder), num_planned)
+    return manifest
+
+
+class _Progress:
+    """The progress bar of a run, whose shards threads and other processes write too."""
+
+    def __init__(self, bar: tqdm, num_planned: int, num_done: Callable[[], int]) -> None:
+        self.left_out = TurnsLeftOut()
+        self._bar, self._num_planned, self._num_done = bar, num_planned, num_done
+        self._num_tokens, self._started, self._lock = 0, time.perf_counter(), threading.Lock()
+
+    def add(self, completions: Sequence[Completion]) -> None:
+        """Adds the rows of a batch."""
+        with self._lock:
+            self._num_tokens += sum(len(completion.ids) for completion in completions)
+            rate = self._num_tokens / (time.perf_counter() - self._started)
+            self._bar.set_postfix_str(f"{rate:,.0f} tokens/s")
+            self._bar.total = self._num_planned - self.left_out.num_turns
+            self._bar.update(len(completions))
+
+    def end_shard(self) -> None:
+        """Counts the rows of other processes too."""
+        with self._lock:
+            self._bar.n = max(self._bar.n, self._num_done() - self.left_out.num_turns)
+
+
+def _write_shard(
+    writer: Writer,
+    batches: Sequence[GenerationBatch],
+    index: int,
+    settings: PseudoDataSettings,
+    store: StoreOfText | None,
+    progress: _Progress,
+    num_batches: int,
+) -> list[dict[str, Any]]:
+    """Returns the rows of a shard; the store's files are written."""
+    rows: list[dict[str, Any]] = []
+    stored = store.shard(index, _target_of(writer)) if store is not None else None
+    for batch, completions in complete_turns(writer, batches, settings, progress.left_out, num_batches=num_batches):
+        new = _rows(batch, completions, writer, settings)
+        for row, completion in zip(new, completions, strict=True):
+            if stored is not None:
+                assert completion.outputs is not None
+                stored.add(row, completion.outputs)
+        rows += new
+        progress.add(completions)
+    if stored is not None:
+        stored.flush()
+    return rows
+
+
+def _in_threads(
+    write: Callable[[Share], None], share: Share, num_threads: int, writer: Writer, has_failed: threading.Event
+) -> None:
+    """Calls `write` from several threads with parts of this process's share; after an error all give up."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        tasks = [pool.submit(write, share.part(index, num_threads)) for index in range(num_threads)]
+        try:
+            for task in as_completed(tasks):
+                task.result()
+        except BaseException:
+            has_failed.set()
+            writer.close()
+            raise
+
+
+def _target_of(writer: Writer) -> Target:
+    """Returns the target of a writer; raises ValueError if it is not run in this process."""
+    if not isinstance(writer, LocalWriter):
+        raise ValueError("a server gives no hidden states; write the store afterwards with recipes/teacher_store.py")
+    return writer.target
 
 
 def plan_batches(prompts: Sequence[Prompt], settings: PseudoDataSettings) -> list[GenerationBatch]:

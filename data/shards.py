@@ -8,12 +8,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import torch
+
+from data.folder_lock import CLAIM, claimed
 from draftsmith import Target
 from draftsmith.artifacts import json_text
 from draftsmith.artifacts.files import LOCK, check_replaceable, inside
@@ -21,6 +28,8 @@ from draftsmith.loading.model_info import TargetInfo
 
 ORIGIN_TYPES = {"target": (str,), "tokenizer_hash": (str, NoneType), "target_fingerprint": (str, NoneType)}
 """Types of the entries of a manifest that `check_origin` reads."""
+WAIT_S = 0.2
+"""Seconds between looks at shards that other processes are writing."""
 MAX_SHARDS = 1_000_000
 """More shards than this are a damaged manifest."""
 
@@ -32,15 +41,18 @@ def open_folder(
     *,
     notes: dict[str, Any],
     disposable: Collection[str] = (),
+    is_shared: bool = False,
 ) -> None:
     """Creates `folder` with `manifest` in its file `marker`, or checks that an existing one has the same manifest.
 
     `notes` are written in addition to the manifest's keys and not compared. The caller holds the folder's lock
-    (`data.folder_lock.locked`). Raises ValueError as `check_folder` does; a folder of another manifest that it accepts
-    starts over, without the files named in `disposable`.
+    (`data.folder_lock.locked`); if other processes share it, what a killed run left incomplete stays for now. Raises
+    ValueError as `check_folder` does; a folder of another manifest that it accepts starts over, without the files named
+    in `disposable`.
     """
     check_folder(folder, marker, manifest, notes=notes, disposable=disposable)
-    _clear_leftovers(folder, "*")
+    if not is_shared:
+        _clear_leftovers(folder, "*")
     if (folder / marker).exists():
         if not _differences(folder, marker, manifest, notes):
             return
@@ -73,14 +85,18 @@ def check_folder(
         raise ValueError(f"{folder} was made with other settings ({'; '.join(faults)}); name another folder")
 
 
-def first_run_time(folder: Path, marker: str) -> datetime:
+def first_run_time(folder: Path, marker: str, *, is_shared: bool = False) -> datetime:
     """Returns the time that the folder's manifest notes as `template_time`, the current time without one.
 
     Chat templates may write the date: prompts stay the same in a continued run if they are rendered at this time.
+    Processes that share a folder take midnight instead of the current time, so that they agree.
     """
     noted = read_manifest(folder, marker).get("template_time") if (folder / marker).is_file() else None
     try:
-        return datetime.fromisoformat(noted) if noted else datetime.now().replace(microsecond=0)
+        if noted:
+            return datetime.fromisoformat(noted)
+        now = datetime.now().replace(microsecond=0)
+        return now.replace(hour=0, minute=0, second=0) if is_shared else now
     except (TypeError, ValueError):
         raise ValueError(f"{folder / marker} is damaged: template_time is {noted!r:.40}, expected a time") from None
 
@@ -113,7 +129,7 @@ def read_manifest(folder: Path, marker: str, types: Mapping[str, tuple[type, ...
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls `write` with a temporary path and renames that file to `path` once it is on disk."""
-    staging = path.with_name(f".{path.name}.part-{os.getpid()}")
+    staging = path.with_name(f".{path.name}.part-{_writer_name()}")
     try:
         write(staging)
         staging.chmod(0o644)  # safetensors writes files that only their owner can read
@@ -132,6 +148,62 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _writer_name() -> str:
+    return f"{os.getpid()}-{threading.get_ident()}-{socket.gethostname()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The part that this process has in a run of several, on one machine or on several with a common file system."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    is_lockstep: bool = False
+    """True if all processes run one model together (tensor parallelism): each makes every shard, and rank 0 writes."""
+
+    @property
+    def is_shared(self) -> bool:
+        return self.num_ranks > 1 and not self.is_lockstep
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes to the folder."""
+        return self.rank == 0 or not self.is_lockstep
+
+    def part(self, index: int, num_parts: int) -> "Share":
+        """Returns the share of one of `num_parts` threads of this process."""
+        return Share(rank=self.rank * num_parts + index, num_ranks=self.num_ranks * num_parts)
+
+
+def shards_to_write(folder: Path, names: list[str], share: Share) -> Iterator[int]:
+    """Yields the index of each missing shard that this process is to write, until none is missing.
+
+    Every process begins with each `num_ranks`-th shard, then takes those that no other is writing. It waits for the
+    last ones of others, and takes them if their process ends. The file must be written before the next is asked for.
+    """
+    if not share.is_shared:
+        missing = missing_shards(folder, names)
+        if share.is_lockstep:
+            agreed = [missing]
+            torch.distributed.broadcast_object_list(agreed)
+            (missing,) = agreed
+        yield from missing
+        return
+    order = sorted(range(len(names)), key=lambda index: ((index - share.rank) % share.num_ranks != 0, index))
+    while missing := [index for index in order if not (folder / names[index]).exists()]:
+        num_written = 0
+        for index in missing:
+            if (path := folder / names[index]).exists():
+                continue
+            with claimed(path) as is_own:
+                if is_own and not path.exists():
+                    _clear_leftovers(folder, names[index])
+                    yield index
+                    num_written += 1
+        if not num_written:
+            time.sleep(WAIT_S)
 
 
 def missing_shards(folder: Path, names: list[str]) -> list[int]:
@@ -173,7 +245,8 @@ def hash_files(paths: Iterable[Path]) -> str:
 def _clear_leftovers(folder: Path, name: str) -> None:
     """Removes the incomplete files of a killed run."""
     for leftover in folder.glob(f".{name}.part-*"):
-        leftover.unlink()
+        if name == "*" or leftover.name != CLAIM.format(name):
+            leftover.unlink(missing_ok=True)
 
 
 def _short(value: Any) -> str:

@@ -7,12 +7,12 @@ V vocabulary.
 import dataclasses
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from data.batches import Batch, check_batch, check_layers
 from draftsmith import Target
-
-TOKENS_AT_ONCE = 2048
+from draftsmith.inputs.outputs import top_logits
 
 
 def complete(batch: Batch, target: Target, layers: tuple[int, ...] = (), top_k: int = 0) -> Batch:
@@ -64,7 +64,10 @@ def _encode(batch: Batch, target: Target) -> Batch:
 def _run(batch: Batch, target: Target, layers: tuple[int, ...], top_k: int) -> Batch:
     last = target.num_layers
     wanted = (*layers, last) if top_k and last not in layers else layers
-    found = target.read(batch.tokens_BT, wanted, batch.source)
+    if target.ranks_differ:
+        found = _read_in_turn(target, batch.tokens_BT, wanted)
+    else:
+        found = target.read(batch.tokens_BT, wanted, batch.source)
     hidden = batch.hidden | {layer: found[layer] for layer in layers}
     if not top_k:
         return dataclasses.replace(batch, hidden=hidden)
@@ -78,19 +81,18 @@ def _run(batch: Batch, target: Target, layers: tuple[int, ...], top_k: int) -> B
     )
 
 
-def top_logits(target: Target, hidden_BTD: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (logits [B, T, K], ids [B, T, K], log-normaliser [B, T]) from the last block's output, in float32.
-
-    The head runs on a few positions at a time, so that no [B, T, V] tensor is allocated. Raises ValueError if `top_k`
-    exceeds the vocabulary.
-    """
-    if top_k > target.vocab_size:
-        raise ValueError(f"top_k is {top_k}; {target.name} has a vocabulary of {target.vocab_size}")
-    parts = []
-    for hidden_1ND in hidden_BTD.flatten(0, 1)[None].split(TOKENS_AT_ONCE, dim=1):
-        logits_NV = target.head(target.norm(hidden_1ND))[0].float()
-        top_NK = logits_NV.topk(top_k, dim=-1)
-        parts.append((top_NK.values, top_NK.indices, logits_NV.logsumexp(-1)))
-    values_NK, ids_NK, normaliser_N = (torch.cat(column) for column in zip(*parts, strict=True))
-    shape = hidden_BTD.shape[:2]
-    return values_NK.view(*shape, top_k), ids_NK.view(*shape, top_k), normaliser_N.view(shape)
+def _read_in_turn(target: Target, tokens_BT: Tensor, layers: tuple[int, ...]) -> dict[int, Tensor]:
+    """Returns hidden layers of this rank's rows; all ranks run the target on the rows of one rank after the other."""
+    own, shapes = torch.distributed.get_rank(), [tokens_BT.shape] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shapes, tokens_BT.shape)
+    kept: dict[int, Tensor] = {}
+    target.ranks_differ = False
+    try:
+        for rank, shape in enumerate(shapes):
+            read_BT = tokens_BT.contiguous() if rank == own else tokens_BT.new_empty(shape)
+            torch.distributed.broadcast(read_BT, src=rank)
+            found = target.read(read_BT, layers)
+            kept = found if rank == own else kept
+    finally:
+        target.ranks_differ = True
+    return kept

@@ -4,7 +4,8 @@ A folder of safetensors shards with concatenated rows: `tokens` [N], `loss_mask`
 optionally `hidden.<layer>` [N, D] (bf16), `top_log_probs` [N, K] (fp16), `top_ids` [N, K] and `log_normaliser` [N].
 Log-probabilities are stored rather than logits, because fp16 is most precise near 0, where most of the probability mass
 is; the tail mass is 1 minus the sum of their exponentials. Layer 0 is the embedding output, layer i the output of the
-i-th block, un-normed.
+i-th block, un-normed. Stores are made of existing rows here, and with the target's text in
+data/writers/teacher_outputs.py.
 
 Shape suffixes: T positions, N tokens of a shard, D hidden width, K largest logits kept.
 """
@@ -16,7 +17,8 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -33,11 +35,13 @@ from data.batches import Example, check_batch, check_layers, collate
 from data.folder_lock import locked
 from data.shards import (
     ORIGIN_TYPES,
+    Share,
     check_complete,
     check_origin,
     missing_shards,
     open_folder,
     read_manifest,
+    shards_to_write,
     write_atomically,
 )
 from data.teacher import complete
@@ -71,6 +75,12 @@ class TeacherStoreSettings:
     shard_mb: int = 256
     """Size of a shard in MB, the most that a killed run loses."""
 
+    def described(self, target: Target | TargetInfo) -> str:
+        """Returns what is stored of each token, for messages."""
+        layers = " ".join(map(str, self.layers))
+        hidden = f", hidden layers {layers} of width {target.hidden_size} in bf16" if layers else ""
+        return hidden + (f", top {self.top_k} logits" if self.top_k else "")
+
 
 def write_teacher_store(
     target: Target,
@@ -80,8 +90,9 @@ def write_teacher_store(
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     now: datetime | None = None,
+    share: Share = Share(),  # noqa: B008 - frozen
 ) -> None:
-    """Runs the target over `rows` and writes the shards of the store that are missing.
+    """Runs the target over `rows` and writes the shards of the store that are missing, or this process's share of them.
 
     `chat_template_kwargs` and the time `now`, with which the rows were rendered, are recorded in the manifest.
     Prints the size first. Raises ValueError as `plan_teacher_store` does, and if the folder is another store or
@@ -90,26 +101,14 @@ def write_teacher_store(
     shards = plan_teacher_store(target, rows, folder, settings)
     names = _shard_names(len(shards))
     lengths = [len(row.tokens_T) for row in rows]
-    layers = " ".join(map(str, settings.layers))
-    hidden = f", hidden layers {layers} of width {target.hidden_size} in bf16" if layers else ""
-    top = f", top {settings.top_k} logits" if settings.top_k else ""
     print(
-        f"{folder}: {len(rows):,} rows, {sum(lengths):,} tokens{hidden}{top}: "
-        f"{sum(lengths) * _bytes_per_token(target, settings) / 1e9:.3g} GB in {len(shards)} shard(s)",
+        f"{folder}: {len(rows):,} rows, {sum(lengths):,} tokens{settings.described(target)}: "
+        f"{sum(lengths) * bytes_per_token(target, settings) / 1e9:.3g} GB in {len(shards)} shard(s)",
         flush=True,
     )
-    manifest = {
-        "format": FORMAT,
-        "target_fingerprint": target.fingerprint,
-        "tokenizer_hash": target.tokenizer_hash,
-        "vocab_size": target.vocab_size,
-        "hidden_size": target.hidden_size,
-        "layer_index": LAYER_INDEX,
-        "layers": list(settings.layers),
-        "top_k": settings.top_k,
+    manifest = store_identity(target, settings) | {
         "batch_size": settings.batch_size,
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "data": _hash_rows(rows),
+        "data": hash_rows(rows),
         "num_tokens": sum(lengths),
         "num_learnt": int(sum(row.loss_mask_T.sum() for row in rows)),
         "shards": [[shard.start, shard.stop] for shard in shards],
@@ -118,19 +117,42 @@ def write_teacher_store(
         manifest["chat_template_kwargs"] = dict(chat_template_kwargs)
     notes = {"target": target.name, "command": shlex.join(sys.argv)}
     notes |= {"template_time": now.isoformat()} if now else {}
-    with locked(folder, kept=lambda: f"{len(names) - len(missing_shards(folder, names))} of {len(names)} shards"):
-        open_folder(folder, MARKER, manifest, notes=notes)
+
+    def num_done() -> int:
         missing = missing_shards(folder, names)
-        if len(missing) < len(shards):
-            print(f"{folder}: {len(shards) - len(missing)} of {len(shards)} shards exist already")
-        num_done = sum(lengths) - sum(lengths[row] for index in missing for row in shards[index])
-        with tqdm(total=sum(lengths), initial=num_done, desc="teacher store", unit="token", unit_scale=True) as bar:
-            for index in missing:
+        return sum(lengths) - sum(lengths[row] for index in missing for row in shards[index])
+
+    def kept() -> str:
+        return f"{len(names) - len(missing_shards(folder, names))} of {len(names)} shards"
+
+    with locked(folder, kept=kept, is_shared=share.is_shared) if share.writes else nullcontext():
+        if share.writes:
+            open_folder(folder, MARKER, manifest, notes=notes, is_shared=share.is_shared)
+        if (num_missing := len(missing_shards(folder, names))) < len(shards):
+            print(f"{folder}: {len(shards) - num_missing} of {len(shards)} shards exist already")
+        options = {"unit": "token", "unit_scale": True, "disable": share.rank > 0}
+        with tqdm(total=sum(lengths), initial=num_done(), desc="teacher store", **options) as bar:
+            for index in shards_to_write(folder, names, share):
                 found = [rows[row] for row in shards[index]]
-                tensors = _read_shard(target, found, settings, bar)
-                # One entry, as safetensors writes several in random order.
-                metadata = {"rows": json.dumps([[row.key, row.where] for row in found])}
-                write_atomically(folder / names[index], functools.partial(save_file, tensors, metadata=metadata))
+                outputs = _read_shard(target, found, settings, bar)
+                if share.writes:
+                    save_rows(folder / names[index], found, outputs)
+                bar.n = num_done()  # other processes write shards too
+
+
+def store_identity(target: Target, settings: TeacherStoreSettings) -> dict[str, Any]:
+    """Returns the entries of a manifest that say whose outputs a store holds, and which."""
+    return {
+        "format": FORMAT,
+        "target_fingerprint": target.fingerprint,
+        "tokenizer_hash": target.tokenizer_hash,
+        "vocab_size": target.vocab_size,
+        "hidden_size": target.hidden_size,
+        "layer_index": LAYER_INDEX,
+        "layers": list(settings.layers),
+        "top_k": settings.top_k,
+        "dtype": str(target.dtype).removeprefix("torch."),
+    }
 
 
 def plan_teacher_store(
@@ -144,21 +166,32 @@ def plan_teacher_store(
     _check(target, rows, settings)
     check_replaceable(folder, marker=MARKER)
     lengths = [len(row.tokens_T) for row in rows]
-    bytes_per_token = _bytes_per_token(target, settings)
-    shards = _split_rows(lengths, max(1, settings.shard_mb * MEGABYTE // bytes_per_token))
-    num_bytes = sum(lengths) * bytes_per_token
+    token_bytes = bytes_per_token(target, settings)
+    shards = _split_rows(lengths, max(1, settings.shard_mb * MEGABYTE // token_bytes))
+    missing = missing_shards(folder, _shard_names(len(shards)))
+    num_left = sum(lengths[row] for index in missing for row in shards[index])
+    check_space(folder, settings, num_bytes=sum(lengths) * token_bytes, num_left_bytes=num_left * token_bytes)
+    return shards
+
+
+def check_space(
+    folder: Path, settings: TeacherStoreSettings, *, num_bytes: int, num_left_bytes: int, is_most: bool = False
+) -> None:
+    """Raises ValueError if a store of `num_bytes` exceeds the limit, or what is left of it to write the free space.
+
+    `is_most` says that the store may become smaller.
+    """
     if num_bytes > settings.limit_gb * 1e9:
         raise ValueError(
-            f"the store would take {num_bytes / 1e9:.3g} GB, over the limit of {settings.limit_gb:g} GB; "
-            "store fewer layers, a smaller top_k or fewer rows, or raise --limit-gb"
+            f"the store {'may' if is_most else 'would'} take {num_bytes / 1e9:.3g} GB, over the limit of"
+            f" {settings.limit_gb:g} GB; store fewer layers, a smaller top_k or fewer rows, or raise --limit-gb"
         )
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    missing = missing_shards(folder, _shard_names(len(shards)))
-    left_bytes = bytes_per_token * sum(lengths[row] for index in missing for row in shards[index])
-    if left_bytes > free:
-        raise ValueError(f"{left_bytes / 1e9:.3g} GB are still to be written; {existing} has {free / 1e9:.3g} GB free")
-    return shards
+    if num_left_bytes > (free := shutil.disk_usage(existing).free):
+        raise ValueError(
+            f"{'up to ' * is_most}{num_left_bytes / 1e9:.3g} GB are still to be written; {existing} has"
+            f" {free / 1e9:.3g} GB free"
+        )
 
 
 class TeacherStore(Sequence[Example]):
@@ -172,7 +205,7 @@ class TeacherStore(Sequence[Example]):
         self._sources: list[str] = []
         self._slices: list[tuple[int, int, int]] = []
         self._shards = []
-        paths = [folder / name for name in _shard_names(len(manifest["shards"]))]
+        paths = [folder / name for name in _files(manifest)]
         for index, (path, (first, last)) in enumerate(zip(paths, manifest["shards"], strict=True)):
             try:
                 shard = safe_open(path, framework="pt")
@@ -234,15 +267,19 @@ def open_teacher_store(folder: Path | str, target: Target | TargetInfo) -> Teach
     """Returns the rows of a finished store; raises ValueError if it is unfinished, damaged, or of another target."""
     folder = Path(folder)
     manifest = read_manifest(folder, MARKER, ORIGIN_TYPES | ENTRY_TYPES)
+    if manifest.get("is_unfinished"):
+        raise ValueError(f"{folder} is unfinished; run the same recipes/pseudo_data.py command again to finish it")
     _check_manifest(folder / MARKER, manifest)
-    check_complete(folder, _shard_names(len(manifest["shards"])), MARKER)
+    check_complete(folder, _files(manifest), MARKER)
     check_origin(folder, manifest, target)
     return TeacherStore(folder, manifest)
 
 
 @torch.inference_mode()
-def _read_shard(target: Target, rows: list[Example], settings: TeacherStoreSettings, bar: tqdm) -> dict[str, Tensor]:
-    """Returns a shard's tensors; rows of similar length share a batch."""
+def _read_shard(
+    target: Target, rows: list[Example], settings: TeacherStoreSettings, bar: tqdm
+) -> list[dict[str, Tensor]]:
+    """Returns the outputs of each row of a shard; rows of similar length share a batch."""
     features: dict[int, dict[str, Tensor]] = {}
     by_length = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens_T))
     for begin in range(0, len(rows), settings.batch_size):
@@ -250,28 +287,57 @@ def _read_shard(target: Target, rows: list[Example], settings: TeacherStoreSetti
         batch = collate([rows[index] for index in chosen])
         if settings.layers or settings.top_k:
             batch = complete(batch, target, settings.layers, settings.top_k)
-        padded: dict[str, Tensor] = {f"hidden.{layer}": batch.hidden[layer].bfloat16() for layer in settings.layers}
-        if settings.top_k:
-            assert batch.top_logits_BTK is not None
-            assert batch.top_ids_BTK is not None
-            assert batch.log_normaliser_BT is not None
-            padded["top_log_probs"] = (batch.top_logits_BTK - batch.log_normaliser_BT[..., None]).half()
-            padded["top_ids"] = batch.top_ids_BTK.int()
-            padded["log_normaliser"] = batch.log_normaliser_BT
-        padded = {name: tensor.cpu() for name, tensor in padded.items()}
+        hidden = {layer: batch.hidden[layer] for layer in settings.layers}
+        logits = batch.top_logits_BTK if settings.top_k else None
+        stored = stored_outputs(hidden, logits, batch.top_ids_BTK, batch.log_normaliser_BT)
+        padded = {name: tensor.cpu() for name, tensor in stored.items()}
         for row, index in enumerate(chosen):
             length = len(rows[index].tokens_T)
             features[index] = {name: tensor[row, :length] for name, tensor in padded.items()}
             bar.update(length)
+    return [features[index] for index in range(len(rows))]
+
+
+def stored_outputs(
+    hidden: dict[int, Tensor], top_logits: Tensor | None, top_ids: Tensor | None, log_normaliser: Tensor | None
+) -> dict[str, Tensor]:
+    """Returns the target's outputs [..., T, D], [..., T, K] and [..., T] under the names and dtypes of a shard."""
+    stored = {f"hidden.{layer}": states.bfloat16() for layer, states in hidden.items()}
+    if top_logits is not None and top_ids is not None and log_normaliser is not None:
+        stored["top_log_probs"] = (top_logits - log_normaliser[..., None]).half()
+        stored["top_ids"] = top_ids.int()
+        stored["log_normaliser"] = log_normaliser
+    return stored
+
+
+def save_rows(path: Path, rows: Sequence[Example], outputs: Sequence[dict[str, Tensor]]) -> None:
+    """Writes a shard of `rows` with each row's `stored_outputs`."""
     lengths = torch.tensor([0, *(len(row.tokens_T) for row in rows)])
     tensors = {
         "tokens": torch.cat([row.tokens_T.int() for row in rows]),
         "loss_mask": torch.cat([row.loss_mask_T for row in rows]),
         "offsets": lengths.cumsum(0),
     }
-    for name in features[0]:
-        tensors[name] = torch.cat([features[index][name] for index in range(len(rows))])
-    return tensors
+    tensors |= {name: torch.cat([of_row[name] for of_row in outputs]) for name in outputs[0]}
+    # One entry, as safetensors writes several in random order.
+    metadata = {"rows": json.dumps([[row.key, row.where] for row in rows])}
+    write_atomically(path, functools.partial(save_file, tensors, metadata=metadata))
+
+
+def read_rows(path: Path) -> Iterator[Example]:
+    """Yields the rows of a shard without the target's outputs; raises ValueError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            names, tokens, mask = (
+                _row_names(shard.metadata()),
+                shard.get_tensor("tokens"),
+                shard.get_tensor("loss_mask"),
+            )
+            offsets = shard.get_tensor("offsets").tolist()
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run the command again") from None
+    for (key, source), (begin, end) in zip(names, itertools.pairwise(offsets), strict=True):
+        yield Example(tokens_T=tokens[begin:end].long(), loss_mask_T=mask[begin:end], key=key, where=source)
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
@@ -290,6 +356,14 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
         ends.append(shard[1])
     if not shards:
         raise ValueError(f"{file} is damaged: it names no shard; make it again")
+    files = manifest.get("files", _shard_names(len(shards)))
+    if not isinstance(files, list) or len(files) != len(shards):
+        raise ValueError(f"{file} is damaged: files is {files!r:.40}, expected {len(shards)} names; make it again")
+
+
+def _files(manifest: dict[str, Any]) -> list[str]:
+    """Returns the names of a store's shards; a store that was written with its text names them."""
+    return manifest.get("files") or _shard_names(len(manifest["shards"]))
 
 
 def _offsets(shard: Any, layers: Sequence[int], top_k: int, hidden_size: int) -> list[int]:
@@ -321,7 +395,7 @@ def _split_rows(lengths: list[int], tokens_per_shard: int) -> list[range]:
     return [*shards, range(first, len(lengths))]
 
 
-def _bytes_per_token(target: Target | TargetInfo, settings: TeacherStoreSettings) -> int:
+def bytes_per_token(target: Target | TargetInfo, settings: TeacherStoreSettings) -> int:
     """Returns the size of one token across all tensors, without the small headers and offsets."""
     token_and_mask, bf16, fp16_and_int32, normaliser = 4 + 1, 2, 2 + 4, 4
     hidden = bf16 * target.hidden_size * len(settings.layers)
@@ -329,10 +403,17 @@ def _bytes_per_token(target: Target | TargetInfo, settings: TeacherStoreSettings
 
 
 def _check(target: Target | TargetInfo, rows: Sequence[Example], settings: TeacherStoreSettings) -> None:
-    if target.is_encoder_decoder:
-        raise ValueError(f"target {target.name} is an encoder-decoder; the teacher store is for causal targets")
+    check_settings(target, settings)
     if not len(rows):
         raise ValueError("there are no rows to store")
+    for row in rows:
+        check_batch(collate([row]), target)
+
+
+def check_settings(target: Target | TargetInfo, settings: TeacherStoreSettings) -> None:
+    """Raises ValueError for settings that do not fit the target."""
+    if target.is_encoder_decoder:
+        raise ValueError(f"target {target.name} is an encoder-decoder; the teacher store is for causal targets")
     check_layers(settings.layers, target)
     if len(set(settings.layers)) < len(settings.layers):
         raise ValueError(f"hidden layers {' '.join(map(str, settings.layers))}: a layer is repeated")
@@ -341,8 +422,6 @@ def _check(target: Target | TargetInfo, rows: Sequence[Example], settings: Teach
     for name in ("batch_size", "shard_mb"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1")
-    for row in rows:
-        check_batch(collate([row]), target)
 
 
 def _row_names(metadata: dict[str, str]) -> list[tuple[str, str]]:
@@ -352,7 +431,8 @@ def _row_names(metadata: dict[str, str]) -> list[tuple[str, str]]:
     return [(key, source) for key, source in json.loads(metadata["rows"])]
 
 
-def _hash_rows(rows: Sequence[Example]) -> str:
+def hash_rows(rows: Iterable[Example]) -> str:
+    """Returns a hash of the rows' keys, tokens and masks."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.key.encode())

@@ -9,6 +9,7 @@ An answer enters the history as its text without special tokens, as a chat clien
 template rejects, is left out with those after it.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -19,15 +20,17 @@ from draftsmith import Target
 
 
 class TurnsLeftOut:
-    """Counts the turns that are left out, with the reason of the first."""
+    """Counts the turns that are left out, with the reason of the first; threads may share it."""
 
     def __init__(self) -> None:
         self.num_turns = 0
         self.reason = ""
+        self._lock = threading.Lock()
 
     def add(self, num_turns: int, reason: str) -> None:
-        self.num_turns += num_turns
-        self.reason = self.reason or reason
+        with self._lock:
+            self.num_turns += num_turns
+            self.reason = self.reason or reason
 
     def report(self, name: str, num_planned: int) -> None:
         """Prints how many of `num_planned` turns are left out, if any."""

@@ -2,8 +2,9 @@
 
 from draftsmith.artifacts.artifact import load, save
 from draftsmith.core.target import Target
-from draftsmith.decoding import Generation, StreamedText, generate, generate_stream
+from draftsmith.decoding import Generation, generate, generate_stream
 from draftsmith.hf import custom_generate
+from draftsmith.inputs.outputs import StreamedText
 
 __version__ = "0.1.0"
 __all__ = [

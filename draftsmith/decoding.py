@@ -15,7 +15,7 @@ from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.fixed_shapes.chains import likeliest_chain
 from draftsmith.core.fixed_shapes.forwards import Shapes
-from draftsmith.core.rows import HiddenHistory, Text, replace_ended
+from draftsmith.core.rows import Text, replace_ended
 from draftsmith.core.sampling import RowGenerators, hashed_seed
 from draftsmith.core.stats import GenerationStats
 from draftsmith.core.target import Source, Target
@@ -40,6 +40,7 @@ from draftsmith.inputs.generation_config import (
 )
 from draftsmith.inputs.invariance.self_test import shapes_for
 from draftsmith.inputs.locks import exclusive, with_parts
+from draftsmith.inputs.outputs import HiddenHistory, OutputRecorder, StreamedText
 from draftsmith.inputs.processors import NodeProcessors
 from draftsmith.length.controller import OWN, cut, default_control, make_control, with_length_control
 from draftsmith.length.costs import Stopwatch
@@ -63,20 +64,6 @@ class Generation:
     and cutoffs, as `model.generate` returns them; NaN for rows that had ended."""
     logits: tuple[Tensor, ...] | None = None
     """With `output_logits`: the same before processors."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StreamedText:
-    """One text of `generate_stream`, complete."""
-
-    index: int
-    """Number of its prompt, from 0."""
-    prompt_ids: list[int]
-    """The prompt (causal) or the decoder start (encoder-decoder)."""
-    new_ids: list[int]
-    """The new tokens, the end-of-sequence included."""
-    ended: bool
-    """True if it ended by an end-of-sequence, False if by `max_new_tokens` or a stopping criterion."""
 
 
 @torch.inference_mode()
@@ -198,6 +185,8 @@ def generate_stream(
     length: str | Policy | NodeGain = "auto",
     stats: GenerationStats | None = None,
     batch_invariant: bool | None = None,
+    output_layers: Sequence[int] = (),
+    output_top_logits: int = 0,
 ) -> Iterator[StreamedText]:
     """Continues any number of prompts, `batch_size` at a time, and yields each text as it ends (continuous batching).
 
@@ -208,11 +197,13 @@ def generate_stream(
     bit for bit with `batch_invariant`. A drafter that does not follow rows that come and go (`Drafter.change_rows`)
     starts again with each change. `length` "auto" is the policy "node_gain" for several rows whose text does not depend
     on drafts, at temperature 0 or by the verifier coupled: where drafting does not pay at this batch size, nothing is
-    drafted. It is kept as long as the drafter; "own" is the drafter's own policy. Counts are added to `stats`. Other
-    arguments are those of `generate`; logits processors of your own are called with the prefixes of all texts, so each
-    must depend on the prefix alone. `max_time` counts from the call: it ends the texts being written, and begins no
-    others. An open stream keeps its drafter until it is exhausted, closed by its method `close()`, or dropped. Raises
-    ValueError for invalid settings or prompts.
+    drafted. It is kept as long as the drafter; "own" is the drafter's own policy. Counts are added to `stats`.
+    `output_layers` (0: embedding output, i: output of the i-th block) and `output_top_logits` keep the target's outputs
+    at every token, from the forwards that write the text, before processors. Other arguments are those of `generate`;
+    logits processors of your own are called with the prefixes of all texts, so each must depend on the prefix alone.
+    `max_time` counts from the call: it ends the texts being written, and begins no others. An open stream keeps its
+    drafter until it is exhausted, closed by its method `close()`, or dropped. Raises ValueError for invalid settings or
+    prompts.
     """
     check_objects(target, drafter, verifier=verifier, length=length, batch_invariant=batch_invariant)
     _check_method(drafter, verifier, length)
@@ -282,7 +273,8 @@ def generate_stream(
         source = encode_sources(target, ids_of_prompts, shapes) if found and target.is_encoder_decoder else None
         return [text for text, _ in found], source
 
-    return _stream(target, admit, batch_size, settings, drafter, length, rules, verifier, stats, shapes)
+    recorder = OutputRecorder(target, output_layers, output_top_logits) if output_layers or output_top_logits else None
+    return _stream(target, admit, batch_size, settings, drafter, length, rules, verifier, stats, shapes, recorder)
 
 
 @torch.inference_mode()
@@ -297,6 +289,7 @@ def _stream(
     verifier: str,
     stats: GenerationStats,
     shapes: Shapes | None,
+    recorder: OutputRecorder | None,
 ) -> Iterator[StreamedText]:
     texts, source = admit(batch_size)
     if not texts:
@@ -307,13 +300,16 @@ def _stream(
     with exclusive(*(with_parts(drafter) if drafter is not None else ()), *length_control) as use:
         controlled = _controlled(drafter, length, rules, verifier) if drafter is not None else None
         generator = RowGenerators()
-        for text in _decode(
-            target, texts, source, eos, controlled, rules, verifier, generator, stats, admit=admit, shapes=shapes
-        ):
+        options: dict[str, Any] = {"admit": admit, "shapes": shapes, "recorder": recorder}
+        for text in _decode(target, texts, source, eos, controlled, rules, verifier, generator, stats, **options):
             start = text.limit - settings.max_new_tokens
             with use.paused():
                 yield StreamedText(
-                    index=text.index, prompt_ids=text.ids[:start], new_ids=text.ids[start:], ended=text.ids[-1] in eos
+                    index=text.index,
+                    prompt_ids=text.ids[:start],
+                    new_ids=text.ids[start:],
+                    ended=text.ids[-1] in eos,
+                    outputs=text.outputs,
                 )
 
 
@@ -330,6 +326,7 @@ def _decode(
     streamer: Any = None,
     admit: Callable[[int], tuple[list[Text], Source | None]] | None = None,
     shapes: Shapes | None = None,
+    recorder: OutputRecorder | None = None,
 ) -> Iterator[Text]:
     """Appends new tokens to each text until its limit or an end-of-sequence; yields texts as they end.
 
@@ -342,8 +339,11 @@ def _decode(
         streamer.put(torch.tensor(rows[0]))
     cache = target.new_cache(len(rows), source=source, shapes=shapes)
     wanted = drafter.hidden_layers if drafter is not None else ()
-    hidden = _prefill(target, rows, cache, wanted)
-    history = HiddenHistory(rows, hidden) if admit is not None and wanted else None
+    layers = tuple(sorted({*wanted, *recorder.layers})) if recorder is not None else wanted
+    hidden = _prefill(target, rows, cache, layers)
+    history = HiddenHistory(rows, hidden, wanted) if admit is not None and wanted else None
+    if recorder is not None:
+        recorder.start(rows, hidden)
     noise = None
     if verifier == "coupled" and not rules.sampling.is_greedy:
         noise = PositionNoise([text.identity for text in texts], rows)
@@ -372,10 +372,13 @@ def _decode(
             draft = cut(draft, [max(text.limit - len(text.ids) - 1, 0) for text in texts])
         stats.draft_ms += (draft_ms := watch.lap_ms())
 
-        out = target.forward_draft(draft, cache, layers=wanted)
+        if recorder is not None and recorder.runs_whole(draft):
+            draft = replace(draft, resume_point=None)
+        out = target.forward_draft(draft, cache, layers=layers)
         logits_BNV = raw_BNV = target.logits(out.hidden_BND, shapes)
         if rules.processors is not None:
-            logits_BNV = rules.processors(logits_BNV, draft, rows, [text.is_running for text in texts])
+            live = [text.is_running and not text.is_written for text in texts]
+            logits_BNV = rules.processors(logits_BNV, draft, rows, live)
         if rules.scores is not None:
             rules.scores.begin(raw_BNV, logits_BNV)
         _begin(generator, texts, "verify")
@@ -389,14 +392,22 @@ def _decode(
             if not text.is_running:
                 path.clear()  # a finished row stays unchanged while others run
                 continue
+            if text.is_written:
+                del path[1:]  # its last token was fed for the recorder alone
+                text.is_running = False
+                ended.append(text)
+                continue
             new = [*(tokens[row][node] for node in path[1:]), next_tokens[row]]
             new = until_end(new, text.limit - len(text.ids), eos)
             kept, is_stopped = rules.cut(row, text, path, new)
             stats.count(draft, row, num_accepted=len(path) - 1, num_kept=len(kept))
             text.ids += kept
-            text.is_running = len(text.ids) < text.limit and kept[-1] not in eos and not is_stopped
+            text.is_written = len(text.ids) >= text.limit or kept[-1] in eos or is_stopped
+            text.is_running = not text.is_written or recorder is not None
             if not text.is_running:
                 ended.append(text)
+            elif text.is_written:
+                del path[len(kept) :]  # tokens after the last are not fed
             if streamer is not None:
                 streamer.put(torch.tensor(kept))
         if is_out_of_time := rules.is_out_of_time():
@@ -406,6 +417,10 @@ def _decode(
         cache.commit(paths)
         if history is not None:
             history.extend(out.layers, paths)
+        if recorder is not None:
+            recorder.extend(out.layers, raw_BNV, paths)
+            for row, text in enumerate(texts):
+                text.outputs = recorder.outputs_of(row) if text.is_written and not text.is_running else None
         if drafter is not None and (admit is not None or any(text.is_running for text in texts)):
             step = Step(
                 draft=draft,
@@ -433,10 +448,11 @@ def _decode(
             if rules.processors is not None:
                 rules.processors.change_rows(origins, [text.processors for text in new])
             added = target.new_cache(len(new), source=source, shapes=shapes) if new else None
-            hidden = _prefill(target, [text.ids for text in new], added, wanted) if added is not None else {}
+            hidden = _prefill(target, [text.ids for text in new], added, layers) if added is not None else {}
             target.change_rows(cache, origins, added)
-            if history is not None:
-                history.change_rows(origins, [text.ids for text in new], hidden)
+            for kept_outputs in (history, recorder):
+                if kept_outputs is not None:
+                    kept_outputs.change_rows(origins, [text.ids for text in new], hidden)
             if drafter is not None and not drafter.change_rows(origins):
                 drafter.start(
                     replace(session, hidden=history.padded() if history is not None else {}, source=cache.source)

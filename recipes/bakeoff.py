@@ -28,6 +28,7 @@ from data.pseudo_data import write_pseudo_data
 from data.sources import default_source
 from data.turns import expand_turns
 from data.writers import LocalWriter, PseudoDataSettings
+from data.writers.teacher_outputs import store_of_text
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.length.costs import num_threads
@@ -218,6 +219,7 @@ def _train(
         options["bf16"] = target.dtype == torch.bfloat16
     if run.train_steps:
         options["max_steps"] = run.train_steps
+    stored = _stored_outputs(line_up, target) if run.teacher_store else None
     with num_threads(min(MAX_TRAINING_THREADS, torch.get_num_threads())):
         if not any((data / marker).exists() for marker in (pseudo_data.MARKER, teacher_store.MARKER)):
             data = output / "pseudo-data"
@@ -238,9 +240,15 @@ def _train(
             settings = PseudoDataSettings(
                 max_new_tokens=run.text_tokens, batch_size=run.text_batch, shard_batches=1, seed=run.seed
             )
-            write_pseudo_data(LocalWriter(target), training_prompts, data, settings, now=now)
-        if run.teacher_store and not (data / teacher_store.MARKER).exists():
-            data = _store_teacher(line_up, target, data, output / "teacher-store", run, now)
+            store = store_of_text(output / "teacher-store", stored, data) if stored is not None else None
+            if store is not None:
+                store.check(target, training_prompts, run.text_tokens)
+            writer = LocalWriter(target, store=store.settings if store is not None else None)
+            write_pseudo_data(writer, training_prompts, data, settings, store=store, now=now)
+            if store is not None:
+                data = store.folder
+        if stored is not None and not (data / teacher_store.MARKER).exists():
+            data = _store_teacher(stored, target, data, output / "teacher-store", run, now)
         print(f"Training {len(line_up)} drafters; the log of each is in {output / 'logs'}", flush=True)
         results = lineup.train_all(line_up, output, is_quiet=True, data=str(data), **options)
         artifacts, skipped = lineup.report(results, len(line_up))
@@ -249,16 +257,25 @@ def _train(
     return artifacts, skipped
 
 
-def _store_teacher(
-    line_up: list[lineup.DrafterSpec], target: Target, data: Path, folder: Path, run: BakeoffRunSettings, now: datetime
-) -> Path:
-    """Stores what the drafters of the line-up read of the target on the rows of `data`; returns the store's folder."""
+def _stored_outputs(line_up: list[lineup.DrafterSpec], target: Target) -> teacher_store.TeacherStoreSettings:
+    """Returns what a store holds for the drafters of the line-up."""
     if target.is_encoder_decoder:
         raise ValueError(f"{target.name} is an encoder-decoder, which has no teacher store; set --teacher-store false")
+    needs = lineup.needs(line_up, target)
+    return teacher_store.TeacherStoreSettings(layers=needs.layers, top_k=needs.top_k)
+
+
+def _store_teacher(
+    settings: teacher_store.TeacherStoreSettings,
+    target: Target,
+    data: Path,
+    folder: Path,
+    run: BakeoffRunSettings,
+    now: datetime,
+) -> Path:
+    """Stores outputs of the target on the rows of `data`; returns the store's folder."""
     examples = open_examples(str(data), target, settings=run.text, now=now)
     usable = usable_rows(examples, str(data), max_length=target.context_length, max_left_out=run.text.max_left_out)
-    needs = lineup.needs(line_up, target)
-    settings = teacher_store.TeacherStoreSettings(layers=needs.layers, top_k=needs.top_k)
     teacher_store.write_teacher_store(target, [examples[index] for index in usable], folder, settings, now=now)
     return folder
 

@@ -27,6 +27,7 @@ from data.prompts import Prompt, TextSettings, load_prompts
 from data.pseudo_data import write_pseudo_data
 from data.teacher_store import TeacherStoreSettings, write_teacher_store
 from data.writers import LocalWriter, PseudoDataSettings
+from data.writers.teacher_outputs import store_of_text
 from draftsmith import Target
 from draftsmith.length.costs import num_threads
 from draftsmith.loading.model_info import TargetInfo, read_target_info
@@ -36,7 +37,6 @@ from eval.bakeoff.results import claimed
 from eval.bakeoff.settings import BakeoffSettings
 from eval.compare import compare
 from eval.report.table import header, table
-from trainers import Needs
 from trainers.sweeps import lineup
 from trainers.training import launchers
 from trainers.training.settings import parse_settings
@@ -211,13 +211,20 @@ def _run(
         data_settings = PseudoDataSettings(
             max_new_tokens=run.text_tokens, batch_size=defaults.text_batch, shard_batches=1, seed=run.seed
         )
-        data = output / "pseudo-data"
-        kwargs = run.text.chat_template_kwargs
-        write_pseudo_data(LocalWriter(target), training, data, data_settings, chat_template_kwargs=kwargs, now=now)
-        clock.stop("text")
+        data, store = output / "pseudo-data", None
         if defaults.stores_hidden_states:
+            needs = lineup.needs(line_up, target)
+            stored = TeacherStoreSettings(layers=needs.layers, top_k=needs.top_k)
+            store = store_of_text(output / "teacher-store", stored, data)
+        writer = LocalWriter(target, store=store.settings if store is not None else None)
+        kwargs = run.text.chat_template_kwargs
+        write_pseudo_data(writer, training, data, data_settings, store=store, chat_template_kwargs=kwargs, now=now)
+        clock.stop("text" if store is None else "text and hidden states")
+        if store is not None:
+            data = store.folder
+        elif defaults.stores_hidden_states:
             _say("Storing the target's hidden states and logits for all drafters")
-            data = _store(target, data, output / "teacher-store", lineup.needs(line_up, target), now)
+            data = _store(target, data, output / "teacher-store", stored, now)
             clock.stop("hidden states")
         options: dict[str, Any] = {"target": run.target, "seed": run.seed, "bf16": target.dtype == torch.bfloat16}
         options |= {"max_steps": run.max_steps} if run.max_steps else {}
@@ -302,11 +309,10 @@ def _prompts(
     return prompts[run.num_prompts :], prompts[: run.num_prompts]
 
 
-def _store(target: Target, data: Path, folder: Path, needs: Needs, now: datetime) -> Path:
+def _store(target: Target, data: Path, folder: Path, settings: TeacherStoreSettings, now: datetime) -> Path:
     """Stores what the trainers read of the target on the rows of `data`; returns the store's folder."""
     examples = open_examples(str(data), target, now=now)
     usable = usable_rows(examples, str(data), max_length=target.context_length, max_left_out=1.0)
-    settings = TeacherStoreSettings(layers=needs.layers, top_k=needs.top_k)
     write_teacher_store(target, [examples[index] for index in usable], folder, settings, now=now)
     return folder
 

@@ -12,6 +12,7 @@ A family's trainer is a module with the names below; the loop finds them by name
                                  metrics on held-out rows; "acceptance" is required, larger is better
     summarise(means, costs) -> means
                                  optional; further metrics computed from the means of `evaluate` and the measured costs
+    RUNS_BLOCKS                  optional; True if training runs or tunes the target's own blocks
     BEST_METRIC                  optional; metric that selects the best checkpoint, "acceptance" by default
     finish(drafter, settings, target, held_out) -> drafter
                                  optional; final step after training, such as choosing the draft tree

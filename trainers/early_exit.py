@@ -23,6 +23,8 @@ from trainers.corpora import corpus
 from trainers.parts import exits
 from trainers.parts.losses import DIVERGENCES, Teacher, cross_entropy, divergence, sum_in_chunks
 
+RUNS_BLOCKS = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

@@ -28,6 +28,8 @@ from trainers.parts.losses import cross_entropy, sum_in_chunks
 
 ROTATIONAL, GRADUAL, ALL = "rotational", "gradual", "all"
 
+RUNS_BLOCKS = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

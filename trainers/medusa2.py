@@ -27,6 +27,8 @@ HEADS_WEIGHT = {SELF_DISTILLED: 0.01, TWO_STAGE: 0.2}
 ADAPTER_WARMUP_STEPS = 100
 TOKENS_AT_ONCE = 1024
 
+RUNS_BLOCKS = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

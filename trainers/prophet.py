@@ -29,6 +29,8 @@ from trainers.parts.losses import (
     sum_in_chunks,
 )
 
+RUNS_BLOCKS = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

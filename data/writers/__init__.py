@@ -9,9 +9,11 @@ from typing import Any, Literal, Protocol
 import draftsmith
 from data.prompts import Prompt
 from data.shards import hash_files
+from data.teacher_store import TeacherStoreSettings
 from draftsmith import Target
 from draftsmith.core.sampling import Sampling
 from draftsmith.inputs.generation_config import described, parse_config
+from draftsmith.inputs.outputs import TextOutputs
 
 OWN_SETTINGS = ("do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens")
 """Settings of a generation config that pseudo-data has itself."""
@@ -87,6 +89,8 @@ class Completion:
     """True if the target generated an end-of-text token."""
     is_retokenized: bool = False
     """True if the ids were obtained by tokenizing a server's text."""
+    outputs: TextOutputs | None = None
+    """The target's outputs at every token of the prompt and the completion, if the writer keeps them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,8 @@ class Writer(Protocol):
 
     origin: Origin
     tokenizer: Any
+    num_shards_at_once: int
+    """Number of shards whose batches it can write at once, each from a thread of its own."""
 
     def recorded_config(self, settings: PseudoDataSettings) -> dict[str, Any]:
         """Returns the settings of the generation config, as recorded in the manifest; raises ValueError for others."""
@@ -125,17 +131,25 @@ class Writer(Protocol):
 
     def write(self, shard: Sequence[GenerationBatch], settings: PseudoDataSettings) -> Iterator[list[Completion]]: ...
 
+    def close(self) -> None:
+        """Gives up what is not written yet, after an error in another thread."""
+        ...
+
 
 class LocalWriter:
     """Generates with draftsmith's own loop, optionally sped up by the drafter in the folder `draft`, losslessly.
 
-    Raises ValueError for a target without a tokenizer and for a drafter of another target.
+    With a `store` completions have the target's outputs that it holds. Raises ValueError for a target without a
+    tokenizer and for a drafter of another target.
     """
 
-    def __init__(self, target: Target, *, draft: str = "") -> None:
+    num_shards_at_once = 1
+
+    def __init__(self, target: Target, *, draft: str = "", store: TeacherStoreSettings | None = None) -> None:
         if target.tokenizer is None:
             raise ValueError(f"target {target.name} has no tokenizer, which pseudo-data requires")
         self.target, self.tokenizer = target, target.tokenizer
+        self.store = store
         self.drafter = draftsmith.load(draft, target) if draft else None
         self.origin = Origin(
             target=target.name,
@@ -179,12 +193,17 @@ class LocalWriter:
                 seed=[seed for batch in batches for seed in _row_seeds(batch, settings)],
                 verifier=settings.verifier,
                 batch_invariant=settings.batch_invariant or None,
+                output_layers=self.store.layers if self.store is not None else (),
+                output_top_logits=self.store.top_k if self.store is not None else 0,
             ):
                 batch, row = rows[text.index]
-                found[batch.index, row] = Completion(ids=text.new_ids, ended=text.ended)
+                found[batch.index, row] = Completion(ids=text.new_ids, ended=text.ended, outputs=text.outputs)
                 while waiting and all((waiting[0].index, row) in found for row in range(len(waiting[0].prompts))):
                     batch = waiting.pop(0)
                     yield [found.pop((batch.index, row)) for row in range(len(batch.prompts))]
+
+    def close(self) -> None:
+        """Does nothing: it writes in the caller's thread."""
 
 
 def _row_seeds(batch: GenerationBatch, settings: PseudoDataSettings) -> list[int]:

@@ -1,11 +1,6 @@
-"""Generates pseudo-data with an OpenAI-compatible server (vLLM, SGLang, ...) through /v1/completions."""
+"""Generates pseudo-data with OpenAI-compatible servers (vLLM, SGLang, ...) through /v1/completions."""
 
-import http.client
 import json
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,12 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from data.sources.chat import ChatFormat
 from data.writers import OWN_SETTINGS, Completion, GenerationBatch, Origin, PseudoDataSettings, derive_seed
+from data.writers.server_pool import ServerPool
 from draftsmith.inputs.generation_config import parse_config
 from draftsmith.loading.model_info import tokenizer_hash
 
-RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
-TIMEOUT_S = 600.0
-FIRST_WAIT_S = 0.5
 SERVER_NAMES = {
     "repetition_penalty": "repetition_penalty",
     "min_p": "min_p",
@@ -30,13 +23,16 @@ SERVER_NAMES = {
 
 
 class ServerWriter:
-    """Requests completions over HTTP, `num_in_flight` at a time, each tried up to `attempts` times.
+    """Requests completions over HTTP from servers of one model, `num_in_flight` at a time from each.
+
+    `url` is an address, or several separated by commas; a server that gives no valid answer `attempts` times in a row
+    is left out, and the others take its requests.
 
     Prompts are sent as token ids, or as text if `as_text`. Completions come back as token ids if the server supports
     `return_token_ids` (vLLM, SGLang); otherwise their text is tokenized again, which may give other tokens than those
     sampled. An end token that they lack is added: the one that the server names (`stop_reason` of vLLM, `matched_stop`
     of SGLang), or that of `end_ids`, the generation config's, with which the chat template ends an answer. The API key
-    is $DRAFTSMITH_SERVER_KEY. Raises ValueError if no server answers at `url`.
+    is $DRAFTSMITH_SERVER_KEY. Raises ValueError if a server does not answer, or serves another model.
     """
 
     def __init__(
@@ -50,14 +46,14 @@ class ServerWriter:
         end_ids: Sequence[int] = (),
         attempts: int = 7,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"--server {url}: expected an address like http://localhost:8000")
-        self.url = url.rstrip("/").removesuffix("/v1")
+        urls = [one.strip() for one in url.split(",") if one.strip()]
+        self.pool = ServerPool(urls, num_in_flight=num_in_flight, attempts=attempts)
+        self.num_shards_at_once = len(urls) + 1  # the requests of a shard that ends do not keep all servers busy
         self.tokenizer = tokenizer
-        self.num_in_flight = num_in_flight
         self.as_text = as_text
-        self.attempts = attempts
+        self._requests = ThreadPoolExecutor(num_in_flight * len(urls))
         self._chat = ChatFormat(tokenizer=tokenizer, end_ids=frozenset(end_ids))
+        self.name = " or ".join(self.pool.urls)
         self.model = model or self._only_model()
         self.origin = Origin(
             target=self.model,
@@ -84,18 +80,17 @@ class ServerWriter:
         return found
 
     def write(self, shard: Sequence[GenerationBatch], settings: PseudoDataSettings) -> Iterator[list[Completion]]:
-        """Yields the completions of each batch in turn; the requests of the whole shard run concurrently."""
-        with ThreadPoolExecutor(self.num_in_flight) as pool:
-            requests = [
-                [pool.submit(self._complete, batch, row, settings) for row in range(len(batch.prompts))]
-                for batch in shard
-            ]
-            try:
-                for batch_requests in requests:
-                    yield [request.result() for request in batch_requests]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        """Yields the completions of each batch in turn; requests run concurrently, those of earlier calls first."""
+        requests = [
+            [self._requests.submit(self._complete, batch, row, settings) for row in range(len(batch.prompts))]
+            for batch in shard
+        ]
+        for batch_requests in requests:
+            yield [request.result() for request in batch_requests]
+
+    def close(self) -> None:
+        """Sends no more requests."""
+        self._requests.shutdown(wait=False, cancel_futures=True)
 
     def _complete(self, batch: GenerationBatch, row: int, settings: PseudoDataSettings) -> Completion:
         prompt = batch.prompts[row]
@@ -111,7 +106,7 @@ class ServerWriter:
         if settings.top_k:
             request["top_k"] = settings.top_k
         request |= {SERVER_NAMES[name]: value for name, value in self.recorded_config(settings).items()}
-        answer = self._request("/v1/completions", request)
+        answer = self.pool.post("/v1/completions", request)
         try:
             choice = answer["choices"][0]
             end = self._end_token(choice) if choice["finish_reason"] == "stop" else None
@@ -122,9 +117,9 @@ class ServerWriter:
             if end is not None and ids[-1:] != [end]:
                 ids = [*ids, end]
         except (KeyError, IndexError, TypeError):
-            raise ValueError(f"the answer of {self.url} is not a completion: {json.dumps(answer):.200}") from None
+            raise ValueError(f"the answer of {self.name} is not a completion: {json.dumps(answer):.200}") from None
         if not ids:
-            raise ValueError(f"{self.url} returned an empty completion for the prompt {prompt.source}")
+            raise ValueError(f"{self.name} returned an empty completion for the prompt {prompt.source}")
         return Completion(ids=list(ids), ended=end is not None, is_retokenized=is_retokenized)
 
     def _end_token(self, choice: dict[str, Any]) -> int | None:
@@ -146,35 +141,17 @@ class ServerWriter:
         return self.tokenizer.decode(ids)
 
     def _only_model(self) -> str:
-        models = self._request("/v1/models", None, attempts=1).get("data") or []
-        if len(models) != 1:
-            names = ", ".join(str(model.get("id")) for model in models) or "none"
-            raise ValueError(f"{self.url} serves these models: {names}; name one with --server-model")
-        return str(models[0]["id"])
-
-    def _request(self, path: str, body: dict[str, Any] | None, *, attempts: int | None = None) -> dict[str, Any]:
-        """Returns the server's JSON answer, retrying temporary errors with doubling waits.
-
-        Raises ValueError if the server rejects the request or all attempts fail.
-        """
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("DRAFTSMITH_SERVER_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        attempts = attempts or self.attempts
-        reason = ""
-        for attempt in range(attempts):
-            if attempt:
-                time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
-            try:
-                request = urllib.request.Request(self.url + path, data=data, headers=headers)
-                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                    return json.loads(response.read())
-            except urllib.error.HTTPError as error:
-                reason = f"{error.code} {' '.join(error.read().decode(errors='replace').split()):.300}"
-                if error.code not in RETRIED_STATUS:
-                    raise ValueError(f"{self.url}{path} rejected the request: {reason}") from None
-            except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, or it was cut short
-                reason = str(error)
-        tries = f" after {attempts} attempts" if attempts > 1 else ""
-        raise ValueError(f"no valid answer from {self.url}{path}{tries}: {reason}")
+        found = []
+        for url, answer in zip(self.pool.urls, self.pool.ask_each("/v1/models"), strict=True):
+            models = [str(model.get("id")) for model in answer.get("data") or []]
+            if len(models) != 1:
+                raise ValueError(
+                    f"{url} serves these models: {', '.join(models) or 'none'}; name one with --server-model"
+                )
+            found.append(models[0])
+        if len(set(found)) > 1:
+            served = ", ".join(f"{url} {model}" for url, model in zip(self.pool.urls, found, strict=True))
+            raise ValueError(
+                f"the servers must serve the same model, and serve: {served}; name one with --server-model"
+            )
+        return found[0]

@@ -34,7 +34,7 @@ class KVCache(Cache):
         self._places: dict[tuple[int, int], tuple[int, int]] = {}
         self._is_joined = True
         self._slots_BN: Tensor | None = None
-        self._flat_slots: dict[int, Tensor] = {}
+        self._flat_slots: dict[tuple[int, torch.device], Tensor] = {}
         self._first_slot = 0
         self.first = 0  # node of the tree that the current forward begins with
         # The states of modules that keep one instead of keys and values (draftsmith/core/architectures/recurrent.py).
@@ -108,19 +108,20 @@ class KVCache(Cache):
 
     def _flat_index(self, stored: Tensor) -> Tensor:
         """Returns the indices [B * H * N] of the slots to write among all those of [B, H, S, D]."""
-        num_heads = stored.shape[1]
-        if (index := self._flat_slots.get(num_heads)) is None:
+        num_heads, device = stored.shape[1], stored.device
+        if (index := self._flat_slots.get((num_heads, device))) is None:
             assert self._slots_BN is not None
-            heads_BH = torch.arange(len(self.lengths) * num_heads, device=stored.device).view(-1, num_heads)
-            index = (heads_BH[:, :, None] * self.capacity + self._slots_BN[:, None]).flatten()
-            self._flat_slots[num_heads] = index
+            heads_BH = torch.arange(len(self.lengths) * num_heads, device=device).view(-1, num_heads)
+            index = (heads_BH[:, :, None] * self.capacity + self._slots_BN[:, None].to(device)).flatten()
+            self._flat_slots[num_heads, device] = index
         return index
 
     def _join_stores(self) -> None:
-        """Joins stores of one shape and dtype (autocast gives keys and values different ones), once all are written."""
-        by_shape: dict[tuple[torch.Size, torch.dtype], list[tuple[int, int]]] = {}
+        """Joins stores of one shape, dtype (autocast gives keys and values different ones) and device, when written."""
+        by_shape: dict[tuple[torch.Size, torch.dtype, torch.device], list[tuple[int, int]]] = {}
         for key, (store, _) in sorted(self._places.items(), key=lambda item: item[1]):
-            by_shape.setdefault((self._stores[store].shape[1:], self._stores[store].dtype), []).append(key)
+            stored = self._stores[store]
+            by_shape.setdefault((stored.shape[1:], stored.dtype, stored.device), []).append(key)
         joined = []
         for keys in by_shape.values():
             stores = dict.fromkeys(self._places[key][0] for key in keys)  # in order, each once

@@ -1,15 +1,8 @@
-"""Rows of a batch that come and go: the texts being written, and the hidden states that a drafter starts again from.
-
-Shape suffixes: B rows, T positions, N nodes of a draft, D hidden width.
-"""
+"""Rows of a batch that come and go: the texts being written."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(kw_only=True, eq=False)
@@ -27,6 +20,10 @@ class Text:
     processors: Sequence[Any] = ()
     """Logits processors of a text that comes to a batch, of the same kinds as those of the others."""
     is_running: bool = True
+    is_written: bool = False
+    """True once it has all its tokens; where outputs are recorded, it runs until the last of them is fed."""
+    outputs: Any = None
+    """The recorded outputs of a text that ended."""
 
 
 def replace_ended(texts: list[Text], new: list[Text]) -> list[int | None]:
@@ -43,41 +40,3 @@ def replace_ended(texts: list[Text], new: list[Text]) -> list[int | None]:
         if row < len(texts):
             texts[row], origins[row] = last, origin
     return origins
-
-
-class HiddenHistory:
-    """Hidden states of every token that a row has fed, for drafters that must start again as the batch changes."""
-
-    def __init__(self, rows: list[list[int]], hidden: dict[int, Tensor]) -> None:
-        self._rows = self._of_prompts(rows, hidden)
-
-    def extend(self, layers: dict[int, Tensor], paths: list[list[int]]) -> None:
-        """Appends the states [B, N, D] of each row's committed nodes."""
-        for row, (parts, path) in enumerate(zip(self._rows, paths, strict=True)):
-            if path:
-                parts.append({layer: states_BND[row, path] for layer, states_BND in layers.items()})
-
-    def change_rows(self, origins: list[int | None], new_rows: list[list[int]], hidden: dict[int, Tensor]) -> None:
-        """Follows a batch as `KVCache.change_rows` does; `hidden` [B, T, D] are those of the new rows' prompts."""
-        new = iter(self._of_prompts(new_rows, hidden))
-        self._rows = [next(new) if origin is None else self._rows[origin] for origin in origins]
-
-    def padded(self) -> dict[int, Tensor]:
-        """Returns, by layer, the states [B, T, D] of all rows, right-padded, as a prefill of their texts returns."""
-        first = next((parts[0] for parts in self._rows if parts), {})
-        return {
-            layer: pad_sequence(
-                [torch.cat([part[layer] for part in parts]) if parts else states_TD[:0] for parts in self._rows],
-                batch_first=True,
-            )
-            for layer, states_TD in first.items()
-        }
-
-    @staticmethod
-    def _of_prompts(rows: list[list[int]], hidden: dict[int, Tensor]) -> list[list[dict[int, Tensor]]]:
-        return [
-            [{layer: states_BTD[row, : len(ids) - 1].clone() for layer, states_BTD in hidden.items()}]
-            if hidden and len(ids) > 1
-            else []
-            for row, ids in enumerate(rows)
-        ]

@@ -51,6 +51,7 @@ from draftsmith.loading.model_info import (
     tokenizer_hash,
 )
 from draftsmith.loading.precision import checked_device, checked_dtype
+from draftsmith.loading.spread import input_device, loading_options, whole_parameters
 from draftsmith.loading.target_names import model_folder
 from draftsmith.loading.weights import load_model
 
@@ -129,6 +130,9 @@ class Target:
         self.context_length = context_length(self._config)  # NO_LIMIT for models with relative positions only
         # transformers' own `device` searches all modules at each call. Quantised weights may be integers.
         self._parameter = max(model.parameters(), key=Tensor.is_floating_point)
+        self._input_device = input_device(model)
+        self.ranks_differ = False
+        """True while the ranks that share it by tensor parallelism have rows of their own, so that none can run it."""
         self._context = ForwardContext()
         self._views: dict[Any, Any] = {}
         self._stacked_masks = StackedMasks()
@@ -164,11 +168,19 @@ class Target:
 
     @staticmethod
     def from_pretrained(
-        path: str | Path, *, dtype: Any = "auto", device: Any = "auto", batch_invariant: bool = False
+        path: str | Path,
+        *,
+        dtype: Any = "auto",
+        device: Any = "auto",
+        device_map: str | dict[str, Any] | None = None,
+        tensor_parallel: bool = False,
+        batch_invariant: bool = False,
     ) -> "Target":
         """Loads a transformers folder, GGUF file, named target or hub name with its tokenizer.
 
-        `dtype="auto"` is the dtype of the weights, and bfloat16 for a GGUF file that is quantised.
+        `device_map` spreads it over devices as transformers does, `tensor_parallel` over the processes of torchrun,
+        which must then run it on the same tokens at the same time. `dtype="auto"` is the dtype of the weights, and
+        bfloat16 for a GGUF file that is quantised.
         `$DRAFTSMITH_OFFLINE=1` forbids the hub, and fetching a named target.
         Raises ValueError for weights that are missing, unexpected, of another shape or not finite. Code in the folder
         is not run, unless `draftsmith.loading.remote_code.allow()` was called.
@@ -178,10 +190,12 @@ class Target:
         dtype, placed = checked_dtype(dtype), checked_device(device)
         info = read_target_info(path := str(path))
         folder = model_folder(path)
-        auto = auto_class(_checked_config(folder))
+        auto = auto_class(config := _checked_config(folder))
+        options = loading_options(auto, config, device_map, tensor_parallel=tensor_parallel)
         trusted = remote_code.is_allowed()
         try:
-            model = load_model(auto, folder, dtype=dtype, trust_remote_code=trusted).to(placed)
+            model = load_model(auto, folder, dtype=dtype, trust_remote_code=trusted, **options)
+            model = model if options else model.to(placed)
         except Exception as error:
             raise ValueError(f"target {path} cannot be loaded: {remote_code.reason(error)}") from error
         model.config._name_or_path = path  # not the cache folder's, of a GGUF file or a named target
@@ -194,7 +208,7 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        return self._parameter.device
+        return self._input_device or self._parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -204,9 +218,9 @@ class Target:
     def fingerprint(self) -> str:
         """A hash of every weight's name, shape and 64 values in bf16, the same for any dtype of loading."""
         digest = hashlib.sha256()
-        for name, weight in sorted(self.model.named_parameters()):
+        for name, weight in whole_parameters(self.model):
             digest.update(f"{name}{tuple(weight.shape)}".encode())
-            flat = weight.detach().flatten()
+            flat = weight.flatten()
             num_sampled = min(64, len(flat))
             # Integer arithmetic: a linspace in float32 may round differently on another device.
             index = torch.arange(num_sampled, device=flat.device) * (len(flat) - 1) // max(num_sampled - 1, 1)
@@ -328,7 +342,7 @@ class Target:
         self._stacked_masks.begin()
         if self.num_layers in layers and stop == self.num_layers:
             hidden[self.num_layers] = out_BND
-        return Forward(hidden_BND=out_BND, layers=hidden)
+        return Forward(hidden_BND=self._here(out_BND), layers={key: self._here(one) for key, one in hidden.items()})
 
     def forward_draft(self, draft: Draft, cache: KVCache, *, layers: tuple[int, ...] = ()) -> Forward:
         """Runs a draft's nodes, from its resume point if the drafter ran the target's first blocks."""
@@ -368,7 +382,11 @@ class Target:
         run = self._view(0, self.num_layers, frozenset())
         out_BTD = run(input_ids=tokens_BT, use_cache=False, **arguments).last_hidden_state
         hidden = self._context.end()
-        return {layer: out_BTD if layer == self.num_layers else hidden[layer] for layer in layers}
+        return {layer: self._here(out_BTD if layer == self.num_layers else hidden[layer]) for layer in layers}
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """Returns an output of a model spread by `device_map` on the device that takes tokens."""
+        return tensor if self._input_device is None else tensor.to(self._input_device)
 
     def check_trees(self, need: str = "not trees") -> None:
         """Raises ValueError, which ends with what is needed, if drafts must be chains."""
@@ -417,13 +435,13 @@ class Target:
         """Returns logits [..., V] by the model's head, scaling and soft-capping included."""
         self._check_has_parts()
         if self.abilities.head_is_linear:
-            return self._linear_head(normed_BTD)
+            return self._here(self._linear_head(normed_BTD))
         if normed_BTD.ndim == 2:
             return self.head(normed_BTD[None])[0]
         if self.is_encoder_decoder:
             dummy = HiddenStateOutput(last_hidden_state=normed_BTD[:, :1])
             return self._head(encoder_outputs=dummy, decoder_inputs_embeds=normed_BTD, use_cache=False).logits
-        return self._head(inputs_embeds=normed_BTD, use_cache=False).logits
+        return self._here(self._head(inputs_embeds=normed_BTD, use_cache=False).logits)
 
     @property
     def head_is_linear(self) -> bool:
@@ -467,6 +485,11 @@ class Target:
         return decoder.decoder if self.is_encoder_decoder and hasattr(decoder, "decoder") else decoder
 
     def _view(self, start: int, stop: int, skipped: frozenset[tuple[str, int]]) -> Any:
+        if self.ranks_differ:
+            raise ValueError(
+                f"{self.name} is spread by tensor parallelism, so blocks cannot be run on rows of one rank; train this"
+                " drafter without --tensor-parallel"
+            )
         key = (start, stop, skipped)
         if (run := self._views.get(key)) is None:
             if key != (0, self.num_layers, frozenset()):

@@ -238,6 +238,9 @@ def shallow_copy(module: nn.Module) -> Any:
     copied = copy.copy(module)
     copied.__dict__["_modules"] = dict(module._modules)
     copied.__dict__.pop("_compiled_call_impl", None)  # compiled in place, it would run the original's children
+    if "_hf_hook" in copied.__dict__:  # a forward that accelerate has put before the module's own, which does the same
+        for name in ("_hf_hook", "_old_forward", "forward"):
+            copied.__dict__.pop(name, None)
     return copied
 
 
@@ -343,6 +346,8 @@ def final_norm(stack: nn.Module) -> str | None:
 def _without(layer: nn.Module, index: int, kinds: set[str], width: int, outputs: Outputs) -> nn.Module:
     if not kinds:
         return layer
+    if "_hf_hook" in layer.__dict__:
+        raise ValueError(f"{type(layer).__name__} is spread over devices by device_map, so no sublayer can be skipped")
     if getattr(layer, "do_layer_norm_before", True) is False:
         raise ValueError(f"{type(layer).__name__} normalises after its sublayers, so none can be skipped")
     copied = shallow_copy(layer)

@@ -40,6 +40,8 @@ def check_finite(source: object, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Returns whether all of a tensor's values are finite; True for tensors of integers."""
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()  # under tensor parallelism each process looks at its own part
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
         return True
     if tensor.dtype.itemsize == 1:  # 8-bit floats have no aminmax

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import data.shards
-import data.writers.server
+import data.writers.server_pool
 import draftsmith
 import recipes.pseudo_data as recipe
 from data.prompts import load_prompts
@@ -559,7 +559,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(target, monkeypatch) -> Iterator[OpenAIServer]:
-    monkeypatch.setattr(data.writers.server, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(data.writers.server_pool, "FIRST_WAIT_S", 0.01)
     running = OpenAIServer(target)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield running

@@ -18,6 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from data.batches import Batch
 from data.teacher import complete
 from draftsmith import Target
+from draftsmith.length.costs import Stopwatch
 from draftsmith.loading.weights import check_finite
 from trainers import Needs
 from trainers.training import checkpoints, evaluation
@@ -92,7 +93,8 @@ class DraftTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self._module, self._target, self._needs, self._held_out = module, target, module.needs, held_out
         self._output, self._facts = output, facts
-        self._sums, self._num_tokens = MetricSums(), 0
+        self._sums, self._num_tokens, self._num_supervised = MetricSums(), 0, 0
+        self._teacher_ms = 0.0
         self._started = self._logged = time.perf_counter()
         self._earlier_s = earlier_s
 
@@ -130,7 +132,9 @@ class DraftTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
+        watch = Stopwatch(self._target.device)
         batch = complete(inputs["batch"], self._target, self._needs.layers, self._needs.top_k)
+        self._teacher_ms += watch.lap_ms()
         self._module.begin_step(self.state.global_step, self.state.max_steps)
         total, metrics = model(batch)
         if not torch.isfinite(total):
@@ -140,12 +144,23 @@ class DraftTrainer(Trainer):
             )
         self._sums.add({"loss": (total, _num_supervised(batch)), **metrics})
         self._num_tokens += int(batch.lengths_B.sum())
+        self._num_supervised += _num_supervised(batch)
         # The gradients of ranks are averaged, and their sum is needed.
         return total * self.accelerator.num_processes / num_items_in_batch
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
         """Lets the family change the batches of an optimiser step before their tokens are counted."""
-        return super().get_batch_samples(map(self._transformed, epoch_iterator), num_batches, device)
+        return super().get_batch_samples(map(self._transformed, self._timed(epoch_iterator)), num_batches, device)
+
+    def _timed(self, batches: Iterator) -> Iterator:
+        """Yields the batches, of which a teacher store is part, and counts the time until they are read."""
+        while True:
+            watch = Stopwatch(self._target.device)
+            batch = next(batches, None)
+            self._teacher_ms += watch.lap_ms()
+            if batch is None:
+                return
+            yield batch
 
     def _transformed(self, inputs: dict[str, Batch]) -> dict[str, Batch]:
         with self.compute_loss_context_manager():
@@ -161,10 +176,17 @@ class DraftTrainer(Trainer):
             return
         if "loss" in logs:
             now = time.perf_counter()
-            num_tokens = self._reduce(torch.tensor(float(self._num_tokens), device=self.args.device)).item()
-            logs |= self._sums.means(self._reduce) | {"tokens_per_s": num_tokens / (now - self._logged)}
+            counts = [float(self._num_tokens), float(self._num_supervised), self._teacher_ms / 1e3]
+            totals = self._reduce(torch.tensor(counts, device=self.args.device)) / (now - self._logged)
+            tokens_per_s, supervised_per_s, teachers = totals.tolist()
+            logs |= self._sums.means(self._reduce) | {
+                "tokens_per_s": tokens_per_s,
+                "supervised_tokens_per_s": supervised_per_s,
+                "teacher_share": teachers / self.accelerator.num_processes,
+            }
             logs["seconds"] = self._earlier_s + now - self._started
-            self._sums, self._num_tokens, self._logged = MetricSums(), 0, now
+            self._sums, self._num_tokens, self._num_supervised = MetricSums(), 0, 0
+            self._teacher_ms, self._logged = 0.0, now
         super().log(logs, start_time)
 
     @torch.no_grad()

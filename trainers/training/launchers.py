@@ -17,6 +17,7 @@ import transformers
 from tqdm import tqdm
 
 from data.pseudo_data import read_pseudo_data
+from data.shards import Share
 from draftsmith.artifacts import files
 from trainers.training.run_settings import DEFAULT_DATA, RunSettings
 
@@ -37,6 +38,13 @@ def device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
+def begin_share(*, is_lockstep: bool = False) -> Share:
+    """Prepares this process of a run whose processes share its shards, and returns its share; only rank 0 prints."""
+    if rank() != 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+    return Share(rank=rank(), num_ranks=num_ranks(), is_lockstep=is_lockstep)
+
+
 def broadcast_from_rank_0(values: dict[str, float]) -> dict[str, float]:
     """Returns the values of rank 0 on every rank, since measured values differ between ranks."""
     shared = [values]
@@ -53,8 +61,7 @@ def begin(run: RunSettings) -> str | None:
     transformers.logging.set_verbosity_error()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where installed, warns otherwise
-    if rank() != 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+    begin_share()
     require(run.report_to == "wandb", "wandb", "--report-to wandb")
     require(bool(run.deepspeed), "deepspeed", "--deepspeed")
     if run.report_to == "wandb":
@@ -108,11 +115,14 @@ def write_default_data(run: RunSettings) -> None:
     """Generates the default data with the target if the run reads it and it is missing or unfinished."""
     if run.data != DEFAULT_DATA:
         return
+    if run.tensor_parallel and not _is_readable(Path(run.data)):
+        raise ValueError(f"there is no {run.data} yet; write it first: ./launch.sh pseudo_data --tensor-parallel ...")
     while not _is_readable(Path(run.data)):
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(1)
             continue
         command = [sys.executable, str(RECIPES / "pseudo_data.py"), "--target", run.target, "--output", run.data]
+        command += ["--device-map", run.device_map] if run.device_map else []
         print(f"{run.data} does not exist yet; generating it with the target: {shlex.join(command)}", flush=True)
         if subprocess.run(command).returncode != 0:
             raise ValueError(f"{run.data} could not be generated; see the messages above")

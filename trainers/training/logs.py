@@ -1,6 +1,7 @@
 """Logs of a run: a progress bar on rank 0, `log.jsonl` in its folder and optionally wandb.
 
-Metrics have the same names for every family. Training by gradient logs `loss`, `tokens_per_s` and `seconds`;
+Metrics have the same names for every family. Training by gradient logs `loss`, `tokens_per_s` (prompts included),
+`supervised_tokens_per_s`, `teacher_share` (of the time, for the target's outputs or reading them) and `seconds`;
 evaluation logs `eval_acceptance` and the family's other metrics; the last line of every run has `eval_acceptance` and
 `seconds` of the finished artifact. wandb shows them, as transformers does, as `train/loss` and `eval/acceptance`.
 """
@@ -44,7 +45,9 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if "loss" in logs:
-            self._bar.set_postfix_str(f"loss {logs['loss']:.3f}, {logs['tokens_per_s']:,.0f} tokens/s", refresh=False)
+            rates = f"{logs['tokens_per_s']:,.0f} tokens/s, {logs['supervised_tokens_per_s']:,.0f} supervised"
+            shown = f"loss {logs['loss']:.3f}, {rates}, {logs['teacher_share']:.0%} on the teacher"
+            self._bar.set_postfix_str(shown, refresh=False)
         else:
             values = [f"{name.removeprefix(HELD_OUT)} {value:.3f}" for name, value in logs.items() if name != "epoch"]
             self._bar.write(f"step {state.global_step}, held out: {', '.join(values)}", file=sys.stderr)

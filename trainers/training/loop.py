@@ -28,6 +28,7 @@ from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.families import find
 from draftsmith.length.costs import num_threads
 from draftsmith.loading.model_info import TargetInfo, read_target_info
+from draftsmith.loading.spread import check_spread
 from trainers.training import checkpoints, evaluation, launchers, logs
 from trainers.training.estimates import dry_run
 from trainers.training.estimates.trial import Trial, TrialResult, TrialRun
@@ -51,9 +52,11 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
         print(f"{name}: {family.NOTHING_TO_ESTIMATE}, so there is nothing to estimate")
         return output
     deepspeed = launchers.begin(run)
+    check_spread(run.device_map, tensor_parallel=run.tensor_parallel)
     if not run.dry_run:
         launchers.write_default_data(run)
     target_info = read_target_info(run.target)
+    _check_tensor_parallel(run, family, target_info)
     if hasattr(family, "check"):
         family.check(settings, target_info)
     _check_start(run, family, target_info)
@@ -78,9 +81,9 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
             checkpoints.clear(output)
             print(f"{output}: this run is finished; nothing to do")
             return output
-        dtype = "bfloat16" if run.bf16 else "float32"
-        target = Target.from_pretrained(run.target, dtype=dtype, device=launchers.device())
-        target.model.requires_grad_(False)
+        target = _load_target(run)
+        if run.tensor_parallel:
+            _ = target.fingerprint  # which all ranks compute together
         check_target(examples, run.data, target)
         train_rows, held_out = _split(examples, usable, run, max_length)
         if is_first:
@@ -95,8 +98,9 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
             drafter, earlier_s, costs = _train_by_gradient(
                 family, settings, run, target, train_rows, list(held_out), output, deepspeed, facts
             )
-        if is_first:
+        if is_first or run.tensor_parallel:
             drafter, acceptance = _finish_and_evaluate(drafter, family, settings, run, target, held_out, costs)
+        if is_first:
             train_s = round(earlier_s + time.perf_counter() - started, 1)
             record: dict[str, Any] = {
                 "command": command,
@@ -126,8 +130,7 @@ def _dry_run(
     started: float,
 ) -> None:
     """Estimates the run from short ones in temporary folders; `started` is the clock's time when it began."""
-    target = Target.from_pretrained(run.target, dtype="bfloat16" if run.bf16 else "float32", device=launchers.device())
-    target.model.requires_grad_(False)
+    target = _load_target(run)
     check_target(examples, run.data, target)
     train_rows, held_out = _split(examples, usable, run, max_length)
     facts = {"data_fingerprint": examples.fingerprint, "target_fingerprint": target.fingerprint}
@@ -156,6 +159,18 @@ def _dry_run(
         train=train_briefly,
     )
     dry_run.dry_run(trial, max_length, time.perf_counter() - started)
+
+
+def _load_target(run: RunSettings) -> Target:
+    target = Target.from_pretrained(
+        run.target,
+        dtype="bfloat16" if run.bf16 else "float32",
+        device=launchers.device(),
+        device_map=run.device_map,
+        tensor_parallel=run.tensor_parallel,
+    )
+    target.model.requires_grad_(False)
+    return target
 
 
 def _finish_and_evaluate(
@@ -228,7 +243,9 @@ def _train_by_gradient(
         )
         if resumed:
             print(f"{output}: continuing at step {step} of {run.max_steps}")
+        target.ranks_differ = run.tensor_parallel
         trainer.train(resume_from_checkpoint=str(checkpoints.folder(output, step)) if resumed else None)
+        target.ranks_differ = False
         saved = {**saved, "best_step": trainer.state.best_global_step}
     if deepspeed:
         launchers.disable_sharded_init()
@@ -238,6 +255,26 @@ def _train_by_gradient(
     weights = load_file(checkpoints.best_undamaged(output, saved["best_step"]) / checkpoints.WEIGHTS)
     drafter.load_state_dict({name.removeprefix("drafter."): weight for name, weight in weights.items()})
     return drafter, saved["spent_s"], saved["costs"]
+
+
+def _check_tensor_parallel(run: RunSettings, family: ModuleType, target: TargetInfo) -> None:
+    """Raises ValueError if a family, a target or DeepSpeed cannot be combined with a target spread over the ranks."""
+    if not run.tensor_parallel:
+        return
+    name = family.__name__.rpartition(".")[2]
+    if hasattr(family, "fit"):
+        raise ValueError(f"{name} is built without gradient, by one process; omit --tensor-parallel")
+    if getattr(family, "RUNS_BLOCKS", False):
+        raise ValueError(
+            f"{name} runs or tunes the target's own blocks while it trains, which cannot be combined with"
+            " --tensor-parallel; train it without"
+        )
+    if target.is_encoder_decoder:
+        raise ValueError(
+            f"{target.name} is an encoder-decoder, for which there is no --tensor-parallel training; omit it"
+        )
+    if run.deepspeed:
+        raise ValueError("--deepspeed and --tensor-parallel cannot be combined; give one of them")
 
 
 def _check_start(run: RunSettings, family: ModuleType, target: TargetInfo) -> None:

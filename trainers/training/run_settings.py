@@ -16,6 +16,9 @@ MAX_THREADS = 4096
 REPORTS_ONLY = ("output", "log_steps", "report_to", "wandb_project", "dry_run", "pilot")
 """Settings that do not affect the artifact, so an unfinished run may continue with other values."""
 
+SPREAD = ("device_map", "tensor_parallel")
+"""Settings that say where the target lies."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -77,6 +80,10 @@ class RunSettings:
     nothing is written."""
     pilot: bool = False
     """With dry_run, also train on 1, 2 and 4 % of the rows, and extrapolate the mean accepted length of all of them."""
+    device_map: str = ""
+    """Spread the target over devices as transformers does: auto, balanced, sequential, or modules and their devices."""
+    tensor_parallel: bool = False
+    """Spread the target over the processes of the run; the drafter is on each of them, and learns its own rows."""
     deepspeed: str = ""
     """DeepSpeed config: a path, or zero0, zero1, zero2 or zero3; plain data parallelism if empty."""
 
@@ -101,7 +108,8 @@ class RunSettings:
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings that must be the same for a run to be continued, with local paths resolved."""
-        values = {key: value for key, value in asdict(self).items() if key not in (*REPORTS_ONLY, "text")}
+        left_out = (*REPORTS_ONLY, *SPREAD, "text")
+        values = {key: value for key, value in asdict(self).items() if key not in left_out}
         if self.text.chat_template_kwargs:
             values["chat_template_kwargs"] = self.text.chat_template_kwargs
         for key in ("target", "data", "start_from", "deepspeed"):

@@ -105,6 +105,4 @@ def problem_of_model(model: Any, config: Any) -> str | None:
         return problem
     if (attention := config._attn_implementation) not in MASKS:
         return f"uses attention {attention!r}, which takes no tree mask; load it with attn_implementation='sdpa'"
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return "is spread over devices by device_map; load it on one device"
     return None

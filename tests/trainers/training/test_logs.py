@@ -52,6 +52,7 @@ def test_last_line_has_acceptance_and_training_time(folder: Path, family: Module
     if family is medusa:
         for line in (line for line in earlier if "loss" in line):
             assert {"step", "loss", "tokens_per_s", "seconds", "learning_rate"} <= line.keys()
+            assert 0 < line["supervised_tokens_per_s"] < line["tokens_per_s"] and 0 < line["teacher_share"] < 1
             assert 0 < line["seconds"] <= last["seconds"] + 0.1
     if family is layerskip:
         assert [line["step"] for line in earlier] == [1, 2] and all("score" in line for line in earlier)
