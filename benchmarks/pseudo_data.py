@@ -1,12 +1,15 @@
-"""Measures how fast pseudo-data is written by this checkout and by an earlier commit, side by side.
+r"""Measures how fast pseudo-data is written by this checkout and by an earlier commit, side by side.
 
-    .venv/bin/python benchmarks/pseudo_data.py --target smollm2 --data prompts.jsonl
+    .venv/bin/python benchmarks/pseudo_data.py --target smollm2 --dtype bfloat16 --data prompts.jsonl \
+        --vllm-python .venv-serving/bin/python
 
 Each version writes the same prompts with its own recipes/pseudo_data.py, in turn, `repeats` times. The rate is that of
 generated tokens between the manifest and the last shard, so that loading the target does not count; memory is the
-process's largest resident set.
+process's largest resident set. With `--vllm-python` vLLM alone writes the prompts of the same rows, too; its engine's
+start does not count either.
 """
 
+import json
 import os
 import statistics
 import subprocess
@@ -50,6 +53,8 @@ class BenchmarkSettings:
     """Threads of each process."""
     repeats: int = 3
     """Runs of each version."""
+    vllm_python: str = ""
+    """Python of an environment with vLLM, as `./launch.sh serving-test` makes it."""
 
 
 def checkout(commit: str, folder: Path) -> Path:
@@ -83,9 +88,38 @@ def measure(root: Path, output: Path, settings: BenchmarkSettings) -> tuple[floa
     shards = sorted(output.glob("*.parquet"))
     (manifest,) = output.glob("_*.json")
     seconds = max(shard.stat().st_mtime for shard in shards) - manifest.stat().st_mtime
+    prompts, num_tokens = read_rows(output)
+    return (num_tokens - sum(map(len, prompts))) / seconds, usage.ru_maxrss / 1024, len(prompts)
+
+
+def read_rows(output: Path) -> tuple[list[list[int]], int]:
+    """Returns the prompts of the rows written, and the number of tokens with their texts."""
     table = pyarrow.parquet.read_table(output, columns=["ids", "num_prompt_tokens"])
-    num_tokens = sum(map(len, table["ids"].to_pylist())) - sum(table["num_prompt_tokens"].to_pylist())
-    return num_tokens / seconds, usage.ru_maxrss / 1024, len(table)
+    rows = table["ids"].to_pylist()
+    prompts = [ids[:count] for ids, count in zip(rows, table["num_prompt_tokens"].to_pylist(), strict=True)]
+    return prompts, sum(map(len, rows))
+
+
+def measure_vllm(prompts: list[list[int]], folder: Path, settings: BenchmarkSettings) -> tuple[float, float, int]:
+    """Writes the same rows with vLLM; returns what `measure` does."""
+    folder.mkdir()
+    request = {
+        "target": str(Path(model_folder(settings.target)).resolve()),
+        "dtype": settings.dtype,
+        "prompts": prompts,
+        "max_new_tokens": settings.max_new_tokens,
+        "max_tokens": max(map(len, prompts)) + settings.max_new_tokens,
+        "batch_size": settings.batch_size,
+        "temperature": float(settings.temperature),
+    }
+    (folder / "request.json").write_text(json.dumps(request))
+    command = [settings.vllm_python, str(ROOT / "benchmarks" / "vllm_text.py"), str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(settings.num_threads)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise ValueError(f"{settings.vllm_python}: {run.stderr.strip().splitlines()[-1]}")
+    rate, peak, num_rows = json.loads((folder / "response.json").read_text())
+    return rate, peak, num_rows
 
 
 def main(settings: BenchmarkSettings) -> None:
@@ -95,10 +129,17 @@ def main(settings: BenchmarkSettings) -> None:
         for turn in range(settings.repeats):
             for name, root in roots.items():
                 found[name].append(measure(root, Path(folder) / f"{root.name}-{turn}", settings))
-                rate, peak, num_rows = found[name][-1]
-                print(f"{name}: {rate:,.0f} tokens/s, {peak:,.0f} MiB, {num_rows} rows", flush=True)
+                print_line(name, found[name][-1])
+            if settings.vllm_python:
+                prompts, _ = read_rows(Path(folder) / f"{ROOT.name}-{turn}")
+                print_line("vLLM", measure_vllm(prompts, Path(folder) / f"vllm-{turn}", settings))
     rates, peaks = ([statistics.median(run[index] for run in runs) for runs in found.values()] for index in range(2))
     print(f"medians: {rates[1] / rates[0]:.2f} times the tokens/s, {peaks[1] / peaks[0]:.2f} times the memory")
+
+
+def print_line(name: str, measured: tuple[float, float, int]) -> None:
+    rate, peak, num_rows = measured
+    print(f"{name}: {rate:,.0f} tokens/s, {peak:,.0f} MiB, {num_rows} rows", flush=True)
 
 
 if __name__ == "__main__":
