@@ -249,7 +249,8 @@ case ${1:-} in
         case $engine in
             vllm)
                 use_environment serving install_serving 'some minutes and 4 GB'
-                exec "$python" -m pytest -q -m "not slow" tests/serving tests/export/test_export_speculators.py "$@"
+                exec "$python" -m pytest -q -m "not slow" --ignore tests/serving/test_llama_cpp.py \
+                    tests/serving tests/export/test_export_speculators.py "$@"
                 ;;
             llama.cpp)
                 # llama.cpp needs nothing of draftsmith's: the tests run here, and start its Python for each export.
