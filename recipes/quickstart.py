@@ -216,6 +216,8 @@ def _run(
             needs = lineup.needs(line_up, target)
             stored = TeacherStoreSettings(layers=needs.layers, top_k=needs.top_k)
             store = store_of_text(output / "teacher-store", stored, data)
+            if store is not None:
+                store.check(target, training, run.text_tokens)
         writer = LocalWriter(target, store=store.settings if store is not None else None)
         kwargs = run.text.chat_template_kwargs
         write_pseudo_data(writer, training, data, data_settings, store=store, chat_template_kwargs=kwargs, now=now)

@@ -99,7 +99,7 @@ def test_a_target_with_a_chat_template_gets_drafters_of_its_own_and_one_pass_of_
     assert {row["batch_size"] for row in rows} == {1}, "as Defaults say"
     names = ["plain", "transformers", *CHAT]
     assert [row["drafter"] for row in rows if row["temperature"] == 0] == names
-    assert "24 rows" in text and "hidden layers 3" in text, "the store of the hidden states"
+    assert "teacher-store: at most" in text and "hidden layers 3" in text, "the store of the hidden states"
     manifest = read_manifest(Path(tiny.output) / "medusa")
     is_emulated = hardware.emulates(torch.device("cpu"), torch.bfloat16)
     assert ("instructions" in text, manifest["settings"]["bf16"]) == (is_emulated, not is_emulated)
