@@ -61,13 +61,12 @@ class _SelfCheck:
         try:
             expected_TV = self._expected_logits()
         except ERRORS as error:
-            raise ValueError(f"{self._name} fails in its own forward of a text ({_first_line(error)})") from error
+            reason = f"({_first_line(error)}){self._several_dtypes()}"
+            raise ValueError(f"{self._name} fails in its own forward of a text {reason}") from error
         try:
             found_NV, hidden_ND = self._draft()
         except ERRORS as error:
-            kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in self._model.parameters()})
-            cause = f"; its weights are of {' and '.join(kinds)}, so cast them to one" if len(kinds) > 1 else ""
-            reason = f"it does not take their cache and mask{cause}"
+            reason = f"it does not take their cache and mask{self._several_dtypes()}"
             raise ValueError(f"{self._name} cannot be run over draft trees: {reason}") from error
         if (gap := self._gap(found_NV, expected_TV[NUM_PREFILLED:])) is not None:
             raise ValueError(
@@ -80,6 +79,10 @@ class _SelfCheck:
         abilities.cannot_train = self._problem_of(self._logits_of_whole_text, expected_TV)
         if not target.is_encoder_decoder:
             abilities.cannot_split = self._problem_of(self._hidden_in_two_spans, hidden_ND)
+
+    def _several_dtypes(self) -> str:
+        kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in self._model.parameters()})
+        return f"; its weights are of {' and '.join(kinds)}, so cast them to one" if len(kinds) > 1 else ""
 
     def _expected_logits(self) -> Tensor:
         """Returns the model's own logits [T, V], and records what its blocks return."""
