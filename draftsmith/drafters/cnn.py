@@ -24,8 +24,8 @@ from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_each
 from draftsmith.parts.neural.cross_attention import CrossAttention, ProjectedSource
 from draftsmith.parts.neural.former_names import accept_former_names
-from draftsmith.parts.neural.recurrent import RecurrentDraftState, State, drafting_head
-from draftsmith.parts.neural.shortlist import WeightCache
+from draftsmith.parts.neural.recurrent import RecurrentDraftState, State
+from draftsmith.parts.neural.shortlist import Shortlist, WeightCache
 from draftsmith.parts.neural.tied_heads import TiedHead
 
 
@@ -108,7 +108,7 @@ class Drafter(nn.Module, drafter.Drafter):
     def start(self, session: Session) -> None:
         self._folded()
         self._source = self.cross_attention.project(session.source)
-        self._logits, self.vocabulary = drafting_head(self.tied_head, self._head, self.cross_attention, session.source)
+        self._logits = self.cross_attention.copy_head(self._head, session.source)
         self._state = RecurrentDraftState(self, session, self.config)
 
     def propose(self, budget: int) -> Draft:
@@ -123,6 +123,10 @@ class Drafter(nn.Module, drafter.Drafter):
         return True
 
     # RecurrentNetwork
+
+    @property
+    def vocabulary(self) -> Shortlist:
+        return self.tied_head.shortlist
 
     def read(self, tokens_BT: Tensor, lengths: list[int]) -> State:
         if not any(lengths):

@@ -103,6 +103,7 @@ class Drafter(nn.Module, drafter.Drafter):
     serving_engines = ("vllm", "sglang", "speculators", "llama.cpp")
     d2t: Tensor
     """Offset from each draft token's id to the target's id [W]."""
+    _shortlist: Shortlist
     t2d: Tensor
     """True for tokens of the draft vocabulary [V]."""
 
@@ -199,9 +200,11 @@ class Drafter(nn.Module, drafter.Drafter):
 
     def start(self, session: Session) -> None:
         self._session = session
-        self._shortlist = Shortlist(self.config.draft_vocab, len(self.t2d)).to(self.d2t.device)
-        if not self._shortlist.is_whole:
-            self._shortlist.set_tokens(self.vocabulary())
+        shortlist = Shortlist(self.config.draft_vocab, len(self.t2d)).to(self.d2t.device)
+        if not shortlist.is_whole:
+            shortlist.set_tokens(self.vocabulary())
+        # Were it a submodule, it would be among the weights.
+        object.__setattr__(self, "_shortlist", shortlist)
         self._cache = KVCache(num_layers=1, batch_size=len(session.rows))
         self._progress = DraftProgress(session)
         # The target's joined hidden layers of each row's uncached positions [T, E], up to the pending token's.

@@ -90,11 +90,14 @@ class Drafter(KeepsPrecision, drafter.Drafter):
 
     def start(self, session: Session) -> None:
         self._session = session
-        self._vocabulary = listed_tokens(self.draft_model)
         self._cache: KVCache = self.draft_model.new_cache(len(session.rows))
         prompts = [row[:-1] for row in session.rows]
         if max(map(len, prompts)) > 0:
             self.draft_model.prefill(prompts, self._cache)
+
+    @property
+    def _vocabulary(self) -> Shortlist | None:
+        return listed_tokens(self.draft_model)
 
     def propose(self, budget: int) -> Draft:
         session = self._session

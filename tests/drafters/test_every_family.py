@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import draftsmith
 from draftsmith import Target
@@ -35,6 +36,7 @@ def example_of(family: str) -> Any:
 def check(family: str, architecture: str, dtype: torch.dtype, *batches: tuple[int, str]) -> None:
     target = tiny_target(architecture, dtype=dtype)
     drafter = built(find(family), example_of(family), target)
+    modules = module_names(drafter)
     for num_rows, side in batches:
         ids, mask = padded(prompts(num_rows), side=side)
         watched = Watched(drafter)
@@ -45,6 +47,11 @@ def check(family: str, architecture: str, dtype: torch.dtype, *batches: tuple[in
             expected = greedy_by_model(drafter.target.model, num_rows, NUM_NEW)
         assert texts(out) == expected, (num_rows, side)
         assert watched.num_drafted > 0, "nothing was drafted"
+        assert module_names(drafter) == modules, "what a call keeps must not be among the weights"
+
+
+def module_names(drafter: Any) -> list[str]:
+    return [name for name, _ in drafter.named_modules()] if isinstance(drafter, nn.Module) else []
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)

@@ -6,7 +6,6 @@ Shape suffixes: B rows, T tokens not yet read, N nodes, M nodes of one level, D 
 W tokens of the draft vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,13 +13,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from draftsmith.core.drafter import Session, Step
-from draftsmith.core.target import Source
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.parts import autoregressive
 from draftsmith.parts.draft_progress import DraftProgress
-from draftsmith.parts.neural.cross_attention import CrossAttention
 from draftsmith.parts.neural.shortlist import Shortlist
-from draftsmith.parts.neural.tied_heads import TiedHead
 
 State = tuple[Tensor, ...]
 MAX_SNAPSHOTS = 16
@@ -30,8 +26,8 @@ class RecurrentNetwork(Protocol):
     """The interface of the network."""
 
     @property
-    def vocabulary(self) -> Shortlist | None:
-        """The tokens that `logits` are of; None if of all."""
+    def vocabulary(self) -> Shortlist:
+        """The tokens that `logits` are of."""
         ...
 
     def read(self, tokens_BT: Tensor, lengths: list[int]) -> State:
@@ -45,16 +41,6 @@ class RecurrentNetwork(Protocol):
     def logits(self, features_BD: Tensor) -> Tensor:
         """Returns the next-token logits [B, W]."""
         ...
-
-
-def drafting_head(
-    tied_head: TiedHead, folded: Callable[[Tensor], Tensor], cross_attention: CrossAttention, source: Source | None
-) -> tuple[Callable[[Tensor], Tensor], Shortlist | None]:
-    """Returns a network's map from features to logits, `folded` or its mixture with copies, and the tokens of these."""
-    if cross_attention.gate is None:
-        return folded, tied_head.shortlist
-    # Any token can be copied.
-    return cross_attention.copy_head(lambda features: tied_head.shortlist.spread(folded(features)), source), None
 
 
 class RecurrentDraftState:

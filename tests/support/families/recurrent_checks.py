@@ -108,9 +108,7 @@ def check_steps(drafter: Any) -> None:
             at_B = torch.tensor(lengths) + step
             rows_B = torch.arange(4)
             features_BD, state = drafter.step(tokens_BT[rows_B, at_B], state)
-            logits_BV = drafter.logits(features_BD)
-            if drafter.vocabulary is not None:
-                logits_BV = drafter.vocabulary.spread(logits_BV)
+            logits_BV = drafter.vocabulary.spread(drafter.logits(features_BD))
             for found, whole in ((features_BD, features_BTD), (logits_BV, logits_BTV)):
                 torch.testing.assert_close(found, whole[rows_B, at_B], rtol=0, atol=1e-5 * float(whole.abs().max()))
 
