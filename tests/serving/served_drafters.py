@@ -149,9 +149,9 @@ def eagle3_head(target: Target, texts: list[list[int]], folder: Path) -> Any:
 
 
 def dflash_blocks(target: Target, texts: list[list[int]], folder: Path) -> Any:
-    """Returns layers trained on half of the texts."""
+    """Returns layers trained on the texts."""
     shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_width": 64, "inner_width": 256}
-    return overfitted_dflash(target, texts[::2], num_steps=40, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape)
+    return overfitted_dflash(target, texts, num_steps=300, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape)
 
 
 MAKERS = {
