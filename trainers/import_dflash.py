@@ -11,6 +11,7 @@ from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.artifacts.published import dflash as published_dflash
 from draftsmith.artifacts.published.eagle3 import add_vocabulary
+from draftsmith.artifacts.published.folders import load_tensors
 from draftsmith.drafters.dflash import Config, Drafter
 from draftsmith.length import policies
 from draftsmith.loading.model_info import TargetInfo
@@ -76,17 +77,7 @@ def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSet
     if "embed_tokens" in tensors:
         _check_copy(tensors["embed_tokens"], target.model.get_input_embeddings().weight, "embed_tokens", folder)
     own = {name: tensor for name, tensor in tensors.items() if "." in name}
-    expected = drafter.state_dict()
-    for name in sorted(expected.keys() ^ own.keys()):
-        fault = "is missing" if name in expected else "is not part of the drafter that config.json describes"
-        raise ValueError(f"{folder}: tensor {name!r} (draftsmith's name) {fault}")
-    for name, tensor in own.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{folder}: tensor {name!r} (draftsmith's name) has shape {tuple(tensor.shape)}; config.json describes"
-                f" {tuple(expected[name].shape)}"
-            )
-    drafter.load_state_dict(own)
+    load_tensors(drafter, own, folder, kind="drafter", described_by="config.json")
     return drafter.eval()
 
 

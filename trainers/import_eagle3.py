@@ -10,8 +10,9 @@ from torch import Tensor
 
 from data.batches import Batch, Example
 from draftsmith import Target
-from draftsmith.artifacts.published import eagle3 as folders
+from draftsmith.artifacts.published import eagle3 as head_folders
 from draftsmith.artifacts.published import eagle3_gguf as gguf_heads
+from draftsmith.artifacts.published.folders import load_tensors
 from draftsmith.drafters.eagle3 import Config, Drafter
 from draftsmith.length import policies
 from draftsmith.loading.model_info import TargetInfo
@@ -58,7 +59,7 @@ def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target)
 
 def config_of(settings: Settings, target: TargetInfo | Target) -> Config:
     """Returns the drafter's configuration; raises ValueError for anything but an EAGLE-3 head for this target."""
-    reader = gguf_heads if _is_gguf(settings.head) else folders
+    reader = gguf_heads if _is_gguf(settings.head) else head_folders
     return Config(
         **reader.read_shape(Path(settings.head), target),
         num_draft=settings.num_draft,
@@ -71,24 +72,14 @@ def config_of(settings: Settings, target: TargetInfo | Target) -> Config:
 def fit(settings: Settings, target: Target, rows: Sequence[Example], run: RunSettings, output: Path) -> Drafter:
     """Returns the head as a drafter; raises ValueError for tensors that are missing, unknown or of another shape."""
     config, folder = config_of(settings, target), Path(settings.head)
-    tensors = gguf_heads.read_weights(folder, target) if _is_gguf(settings.head) else folders.read_weights(folder)
+    tensors = gguf_heads.read_weights(folder, target) if _is_gguf(settings.head) else head_folders.read_weights(folder)
     embedding = tensors.get("embedding.weight")
     if embedding is not None and _is_target_embedding(embedding, target):
         del tensors["embedding.weight"]
         embedding = None
     drafter = Drafter(dataclasses.replace(config, own_embedding=embedding is not None), target)
-    folders.add_vocabulary(tensors, folder, num_tokens=len(drafter.d2t), vocab_size=len(drafter.t2d))
-    expected = drafter.state_dict()
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        fault = "is missing" if name in expected else "is not part of the head that its configuration describes"
-        raise ValueError(f"{folder}: tensor {name!r} (draftsmith's name) {fault}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{folder}: tensor {name!r} (draftsmith's name) has shape {tuple(tensor.shape)}; its configuration"
-                f" describes {tuple(expected[name].shape)}"
-            )
-    drafter.load_state_dict(tensors)
+    head_folders.add_vocabulary(tensors, folder, num_tokens=len(drafter.d2t), vocab_size=len(drafter.t2d))
+    load_tensors(drafter, tensors, folder, kind="head", described_by="its configuration")
     return drafter.eval()
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from draftsmith.artifacts import json_text
 from draftsmith.artifacts.published.eagle3 import read_rotary, read_tensors
+from draftsmith.artifacts.published.folders import read_config
 
 TRANSFORMERS_TYPE = "muse_glimmer_assistant"
 """The model type of the one class of transformers 5.23 that DFlash drafters load as."""
@@ -129,22 +129,12 @@ def _inverse(names: dict[str, str]) -> dict[str, str]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} has no config.json; name the folder of a published drafter")
-    try:
-        config = json_text.read(file)
-    except ValueError as error:
-        raise ValueError(f"{error}; download the drafter again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} is not a JSON object; name the folder of a published drafter")
-    if (kind := config.get("speculators_model_type", "dflash")) != "dflash":
-        raise ValueError(f"{folder} is a speculator of type {kind!r}; expected 'dflash'")
+    config = read_config(folder, kind="drafter", speculator="dflash")
     layouts = ("speculators_model_type" in config, "dflash_config" in config, "target_layer_ids" in config)
     if not any(layouts):
         raise ValueError(
-            f"{file} is of no DFlash drafter: it has neither dflash_config, nor speculators_model_type, nor"
-            " target_layer_ids"
+            f"{folder}/config.json is of no DFlash drafter: it has neither dflash_config, nor"
+            " speculators_model_type, nor target_layer_ids"
         )
     return config
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from draftsmith.artifacts import json_text
+from draftsmith.artifacts.published.folders import read_config
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 NAMES = {
@@ -114,21 +114,12 @@ def add_vocabulary(tensors: dict[str, Tensor], folder: Path, *, num_tokens: int,
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} has no config.json; name the folder of a published head")
-    try:
-        config = json_text.read(file)
-    except ValueError as error:
-        raise ValueError(f"{error}; download the head again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} is not a JSON object; name the folder of a published head")
-    kind = config.get("speculators_model_type", "eagle3")
-    if kind != "eagle3":
-        raise ValueError(f"{folder} is a speculator of type {kind!r}; expected 'eagle3'")
+    config = read_config(folder, kind="head", speculator="eagle3")
     if "speculators_model_type" in config and "norm_before_residual" not in config:
         # vLLM's default is true and that of the speculators library false.
-        raise ValueError(f"{file} lacks norm_before_residual, whose default differs between its readers; add it")
+        raise ValueError(
+            f"{folder}/config.json lacks norm_before_residual, whose default differs between its readers; add it"
+        )
     return config
 
 

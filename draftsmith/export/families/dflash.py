@@ -14,6 +14,7 @@ from torch import Tensor
 
 from draftsmith.artifacts import json_text
 from draftsmith.artifacts.published.dflash import TRANSFORMERS_TYPE, published_name
+from draftsmith.export.decoder_config import decoder_config
 from draftsmith.export.launch import SAMPLES_DRAFTS, Launch, python_launch, sglang_launch, vllm_launch
 from draftsmith.export.llama_cpp.draft_models import DRAFT_FILE
 from draftsmith.export.llama_cpp.heads import check_hidden, is_plain_embedding
@@ -24,7 +25,6 @@ from draftsmith.export.models import CHAINS, FIXED
 from draftsmith.export.source import ExportSource
 from draftsmith.export.tensors import Specs, write_tensors
 from draftsmith.loading.gguf_contents import array, boolean, u32, write_gguf
-from draftsmith.loading.model_info import NO_LIMIT
 
 BATCH_OF_ONE = (
     "transformers drafts for a batch of one only, and only from the second token on: the first step decodes plainly."
@@ -251,30 +251,9 @@ def _vocabulary(drafter: Any) -> dict[str, Tensor]:
 
 def _layer(source: ExportSource) -> dict[str, Any]:
     """Returns the configuration of a Qwen3 of these layers, with the target's vocabulary."""
-    config, target_info = source.config, source.target_info
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.theta}
-    if config.stretch:
-        factor, low, high, length = config.stretch
-        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
-        rope |= {"original_max_position_embeddings": int(length)}
-    context = {"max_position_embeddings": target_info.context_length} if target_info.context_length < NO_LIMIT else {}
-    return context | {
-        "model_type": "qwen3",
-        "hidden_act": "silu",
-        "hidden_size": target_info.hidden_size,
-        "intermediate_size": config.inner_width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_width,
-        "vocab_size": target_info.vocab_size,
-        "rms_norm_eps": config.eps,
-        "rope_parameters": rope,
-        "layer_types": ["full_attention"] * config.num_layers,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "dtype": str(source.drafter.target.dtype).removeprefix("torch."),
-    }
+    num_layers = source.config.num_layers
+    layer_types = ["full_attention"] * num_layers
+    return decoder_config(source, model_type="qwen3", num_layers=num_layers) | {"layer_types": layer_types}
 
 
 def _block(source: ExportSource) -> dict[str, Any]:

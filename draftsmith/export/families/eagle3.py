@@ -15,6 +15,7 @@ from torch import Tensor
 from draftsmith.artifacts import json_text
 from draftsmith.artifacts.published.eagle3 import LAYER_IDS, NAMES, OUTER
 from draftsmith.artifacts.published.eagle3_gguf import NAMES as LLAMA_CPP_NAMES
+from draftsmith.export.decoder_config import decoder_config
 from draftsmith.export.launch import SAMPLES_DRAFTS, Launch, sglang_launch, vllm_launch
 from draftsmith.export.llama_cpp.draft_models import DRAFT_FILE, draft_settings
 from draftsmith.export.llama_cpp.heads import check_hidden, is_plain_embedding
@@ -24,7 +25,6 @@ from draftsmith.export.llama_cpp.targets import drafter_kind, name_values, serve
 from draftsmith.export.source import ExportSource
 from draftsmith.export.tensors import Specs, write_tensors
 from draftsmith.loading.gguf_contents import array, boolean, interleave, u32, write_gguf
-from draftsmith.loading.model_info import NO_LIMIT
 
 OTHER_NUMBERING = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gpt_oss")
 """Types of target models for which SGLang numbers the layers differently."""
@@ -273,30 +273,7 @@ def _flags(source: ExportSource) -> dict[str, Any]:
 
 def _layer(source: ExportSource) -> dict[str, Any]:
     """Returns the configuration of a Llama of one layer."""
-    config, target_info = source.config, source.target_info
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.theta}
-    if config.stretch:
-        factor, low, high, length = config.stretch
-        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
-        rope |= {"original_max_position_embeddings": int(length)}
-    context = {"max_position_embeddings": target_info.context_length} if target_info.context_length < NO_LIMIT else {}
-    return context | {
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": target_info.hidden_size,
-        "intermediate_size": config.inner_width,
-        "num_hidden_layers": 1,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_width,
-        "vocab_size": target_info.vocab_size,
-        "rms_norm_eps": config.eps,
-        "rope_parameters": rope,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "dtype": str(source.drafter.target.dtype).removeprefix("torch."),
-    }
+    return decoder_config(source, model_type="llama", num_layers=1) | {"mlp_bias": False}
 
 
 def _default_layers(source: ExportSource) -> tuple[int, ...]:
