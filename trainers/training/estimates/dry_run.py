@@ -66,7 +66,7 @@ def counted(trial: Trial, counts: RowCounts) -> list[str]:
 
 def costs(trial: Trial, found: Cost) -> list[str]:
     """Returns the lines on time, memory and disk."""
-    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in found.parts.items() if seconds >= 0.05)
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in found.parts.items())
     device = "accelerator" if trial.target.device.type == "cuda" else "machine"
     free = clock.free_bytes(trial.output)
     lines = [
