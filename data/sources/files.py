@@ -1,5 +1,6 @@
 """Reads data files: JSON, JSON lines, CSV, TSV and Parquet as rows, others as text; compressed ones too."""
 
+import codecs
 import csv
 import io
 import json
@@ -19,6 +20,13 @@ TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 ROW_SUFFIXES = (*LINE_SUFFIXES, ".json", ".parquet", *TABLE_SUFFIXES)
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2")
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Encodings by the first bytes of a file. That of UTF-32 begins with that of UTF-16, and comes first."""
 
 
 def data_suffix(path: Path) -> str:
@@ -66,9 +74,23 @@ def _read_bytes(path: Path) -> bytes:
         raise ValueError(f"{path} is not a complete {path.suffix} file: {reason}") from None
 
 
+def _read_utf8(path: Path) -> bytes:
+    """Returns the bytes of a text file in UTF-8 without its mark, from the encoding that the mark tells."""
+    content = _read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), None)
+    if encoding is None and b"\0" in content[:4]:
+        raise ValueError(f"{path} begins with zero bytes, as UTF-16 text without a mark does: save it as UTF-8")
+    if encoding is None:
+        return content
+    try:
+        return content.decode(encoding).encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not {encoding} text, as its first bytes say (byte {error.start})") from None
+
+
 def _read_text(path: Path) -> str:
     try:
-        return _read_bytes(path).decode("utf-8-sig")
+        return _read_utf8(path).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
 
@@ -91,7 +113,7 @@ def _read_rows(path: Path) -> list[Row]:
         return _table_rows(path, table)
     if suffix in TABLE_SUFFIXES:
         return _read_table(path, TABLE_SUFFIXES[suffix])
-    return _read_json(path) if suffix == ".json" else _read_lines(path, _read_bytes(path))
+    return _read_json(path) if suffix == ".json" else _read_lines(path, _read_utf8(path))
 
 
 def _table_rows(path: Path, table: pyarrow.Table) -> list[Row]:
@@ -112,9 +134,9 @@ def _table_row(where: str, table: pyarrow.Table) -> Row:
 
 
 def _read_json(path: Path) -> list[Row]:
-    content = _read_bytes(path)
+    content = _read_utf8(path)
     try:
-        values = json.loads(content)
+        values = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         rows = _read_lines(path, content)
         if any(not row.fault for row in rows):
@@ -129,11 +151,11 @@ def _read_json(path: Path) -> list[Row]:
 
 def _read_lines(path: Path, content: bytes) -> list[Row]:
     rows = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = json.loads(line.decode())  # bytes with zeros would be taken for UTF-16
         except (ValueError, RecursionError) as error:
             rows.append(Row(where=f"{path}:{number}", fields={}, fault=f"{path}:{number}: not valid JSON: {error}"))
         else:

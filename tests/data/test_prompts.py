@@ -259,7 +259,7 @@ def test_load_prompts_rejects_missing_and_empty_sources(tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\x01")
     (tmp_path / "nothing").mkdir()
     for source, message in {
         "nowhere.jsonl": "no such file or folder: 'nowhere.jsonl'",

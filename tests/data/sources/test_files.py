@@ -1,6 +1,7 @@
 """Data files: compressed ones, tables, JSON lines under other names, and rows that cannot be read."""
 
 import bz2
+import codecs
 import gzip
 import json
 import struct
@@ -33,6 +34,14 @@ def zstd(content: bytes) -> bytes:
         ("rows.json", LINES),
         ("rows.json.gz", gzip.compress(json.dumps(ROWS).encode())),
         ("rows.jsonl", b"\xef\xbb\xbf" + LINES),
+        ("rows.jsonl", LINES.decode().encode("utf-16")),
+        ("rows.json", codecs.BOM_UTF16_BE + json.dumps(ROWS).encode("utf-16-be")),
+        (
+            "rows.csv",
+            ("instruction,input,output\n" + "".join(f"Translate to French.,sea {n},mer\n" for n in range(3))).encode(
+                "utf-32"
+            ),
+        ),
         (
             "rows.csv",
             b"instruction,input,output\n" + b"".join(b"Translate to French.,sea %d,mer\n" % n for n in range(3)),
@@ -116,6 +125,12 @@ def test_read_source_names_a_truncated_archive(tmp_path: Path) -> None:
         ("a.csv", b"prompt,prompt\na,b\n", "a.csv has 2 columns called 'prompt'; rename them"),
         ("a.json", b"[" * 100_000, "a.json is not valid JSON: maximum recursion depth"),
         ("a.txt", b"PK\3\4\0\0", "a.txt is not text: it has zero bytes"),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n{"prompt": "b"}'.encode("utf-16-le"),
+            "a.jsonl begins with zero bytes, as UTF-16",
+        ),
+        ("a.json", b'\xff\xfe{"a', "a.json is not utf-16 text, as its first bytes say"),
         ("x" * 300, b"", "cannot be the name of a file or folder: File name too long"),
     ],
 )
