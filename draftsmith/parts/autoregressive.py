@@ -8,6 +8,7 @@ Shape suffixes: B rows, N nodes, M new nodes, F nodes that get children, C child
 the draft vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Protocol
@@ -150,15 +151,15 @@ def levels(paths: Paths, device: torch.device) -> list[tuple[Tree, dict[int, lis
     """Returns, for each level from node 0 on, the tree down to it and its nodes by their number of children."""
     ordered = [(), *sorted(paths, key=lambda path: (len(path), path))]
     number = {path: node for node, path in enumerate(ordered)}
+    num_children = Counter(path[:-1] for path in ordered[1:])
     found = []
     for level in range(max(map(len, ordered)) + 1):
         kept = [path for path in ordered if len(path) <= level]
         tree = Tree.from_parents([[-1] + [number[path[:-1]] for path in kept[1:]]], device)
-        counts = {path: sum(child[:-1] == path for child in ordered[1:]) for path in kept if len(path) == level}
         by_count: dict[int, list[int]] = {}
-        for path, count in counts.items():
-            if count:
-                by_count.setdefault(count, []).append(number[path])
+        for path in kept:
+            if len(path) == level and num_children[path]:
+                by_count.setdefault(num_children[path], []).append(number[path])
         found.append((tree, by_count))
     return found
 
