@@ -15,7 +15,6 @@ from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Drafter, Session, Step
 from draftsmith.core.fixed_shapes.chains import likeliest_chain
 from draftsmith.core.fixed_shapes.forwards import Shapes
-from draftsmith.core.rows import Text, replace_ended
 from draftsmith.core.sampling import RowGenerators, hashed_seed
 from draftsmith.core.stats import GenerationStats
 from draftsmith.core.target import Source, Target
@@ -42,6 +41,7 @@ from draftsmith.inputs.invariance.self_test import shapes_for
 from draftsmith.inputs.locks import exclusive, with_parts
 from draftsmith.inputs.outputs import HiddenHistory, OutputRecorder, StreamedText
 from draftsmith.inputs.processors import NodeProcessors
+from draftsmith.inputs.texts import Text, replace_ended
 from draftsmith.length.controller import OWN, cut, default_control, make_control, with_length_control
 from draftsmith.length.costs import Stopwatch
 from draftsmith.length.node_gain import NodeGain
@@ -453,7 +453,10 @@ def _decode(
             for kept_outputs in (history, recorder):
                 if kept_outputs is not None:
                     kept_outputs.change_rows(origins, [text.ids for text in new], hidden)
-            if drafter is not None and not drafter.change_rows(origins):
+            alone = None
+            if added is not None:
+                alone = replace(session, rows=[text.ids for text in new], cache=added, hidden=hidden, source=source)
+            if drafter is not None and not drafter.change_rows(origins, alone):
                 drafter.start(
                     replace(session, hidden=history.padded() if history is not None else {}, source=cache.source)
                 )

@@ -14,9 +14,9 @@ from transformers.generation.logits_process import (
 import draftsmith
 from draftsmith import Target
 from draftsmith.core.drafter import Session
-from draftsmith.core.rows import Text, replace_ended
 from draftsmith.core.stats import GenerationStats
 from draftsmith.drafters import lookup
+from draftsmith.inputs.texts import Text, replace_ended
 from tests.inputs.test_stopping import syllables
 from tests.support.distributions import (
     FALSE_ALARM,
@@ -72,7 +72,7 @@ def test_greedy_streams_equal_each_prompt_alone(architecture: str, drafter: str)
 
 
 @pytest.mark.parametrize("drafter", ["copy", "medusa", "eagle3"])
-def test_drafters_with_state_start_again_as_rows_change(drafter: str) -> None:
+def test_drafters_with_state_follow_rows(drafter: str) -> None:
     """A draft model with a cache, heads that read the last hidden states, and one that reads several layers."""
     target = tiny_target("llama")
     assert [text.new_ids for text in stream(target, tiny_drafter(drafter, "llama"))] == greedy(target)
@@ -192,8 +192,9 @@ class Following(lookup.Drafter):
         self._live = session
         super().start(session)
 
-    def change_rows(self, origins: list[int | None]) -> bool:
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
         assert len(origins) == len(self._live.rows) == len(self._live.cache.lengths)
+        assert origins.count(None) == (len(new.rows) if new is not None else 0)
         super().start(self._live)
         return True
 

@@ -149,6 +149,10 @@ class KVCache(Cache):
         moves = [(row, origin) for row, origin in enumerate(origins) if origin is not None and origin != row]
         new = [row for row, origin in enumerate(origins) if origin is None]
         added_lengths = iter(added.lengths if added is not None else ())
+        if added is not None and not self._stores:
+            # Nothing was fed to this cache: its rows are empty, and take the place of keys and values from the other.
+            self._stores = [store.new_zeros(len(store), len(self.lengths), *store.shape[2:]) for store in added._stores]
+            self._places, self._is_joined, self.capacity = dict(added._places), added._is_joined, added.capacity
         if added is not None and added.capacity > self.capacity:
             self._grow(added.capacity)
         for index, store in enumerate(self._stores):

@@ -4,6 +4,7 @@ A drafter with weights is an `nn.Module` that hides the target from its state di
 that drafts.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.cache import KVCache
+from draftsmith.core.rows import followed
 from draftsmith.core.sampling import Sampling, draw, uniforms
 from draftsmith.core.target import Source, Target
 from draftsmith.core.tree import Draft, Verdict, chain
@@ -119,6 +121,8 @@ class Drafter(ABC):
     """The drafters that it combines, each the `drafter` of an entry."""
     policy: Any = None
     """A draft-length policy (draftsmith/length/policies.py) kept between calls; None if each call has its own."""
+    row_state: tuple[str, ...] = ()
+    """Names of the attributes that hold the state of the call's rows, each as `followed` takes it."""
     keeps_state_between_calls: bool = False
     """True if earlier calls change its drafts until `forget` is called."""
 
@@ -150,13 +154,23 @@ class Drafter(ABC):
         """
         return False
 
-    def change_rows(self, origins: list[int | None]) -> bool:
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
         """Follows a batch whose rows come and go: row i is now what row `origins[i]` was, or for None a new text.
 
-        Rows without a place in `origins` have ended. `session.rows` and `session.cache` hold the new batch already.
-        Returns False, the default, if it cannot: the loop then calls `start` with the rows' texts as prompts.
+        Rows without a place in `origins` have ended. `session.rows` and `session.cache` hold the new batch already;
+        `new` is the session of the new texts alone, None if there are none. The default takes the new rows' `row_state`
+        from a copy of the drafter that is started on them. Returns False if it cannot follow, as where `row_state`
+        names nothing: the loop then calls `start` with the rows' texts as prompts.
         """
-        return False
+        other = copy.copy(self) if new is not None else None
+        if other is not None and new is not None:
+            other.start(new)
+        states = {name: (getattr(self, name), getattr(other, name, None)) for name in self.row_state}
+        if any(kept is None and fresh is not None for kept, fresh in states.values()):
+            return False
+        for name, (kept, fresh) in states.items():
+            object.__setattr__(self, name, followed(origins, kept, fresh) if kept is not None else None)
+        return bool(states)
 
     def forget(self) -> None:  # noqa: B027 (a default, not abstract)
         """Drops the state that earlier calls have left, so that it drafts as when it was made or loaded."""

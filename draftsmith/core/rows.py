@@ -1,42 +1,27 @@
-"""Rows of a batch that come and go: the texts being written."""
+"""The state of a batch's rows, which come and go: `followed`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 
-@dataclass(kw_only=True, eq=False)
-class Text:
-    """One row of a batch."""
-
-    index: int
-    """Number of its prompt in the call."""
-    ids: list[int]
-    """Its prompt and the new tokens so far; the last one is pending."""
-    limit: int
-    """Most tokens that it may have."""
-    identity: tuple[int, int] = (0, 0)
-    """Its seed, and its index among the rows with this seed."""
-    processors: Sequence[Any] = ()
-    """Logits processors of a text that comes to a batch, of the same kinds as those of the others."""
-    is_running: bool = True
-    is_written: bool = False
-    """True once it has all its tokens; where outputs are recorded, it runs until the last of them is fed."""
-    outputs: Any = None
-    """The recorded outputs of a text that ended."""
+Origins = Sequence[int | None]
+"""For each row of a changed batch, the row that it was before; None for a new text."""
 
 
-def replace_ended(texts: list[Text], new: list[Text]) -> list[int | None]:
-    """Puts `new` in place of texts that ended, then running ones from the end of the list; drops the ended ones.
+def followed(origins: Origins, kept: Any, new: Any = None) -> Any:
+    """Returns the state of a changed batch's rows: of those that stay from `kept`, of new ones, in order, from `new`.
 
-    Returns for each entry the index of its text in the former list, None for a new one.
+    It is a list, or a tensor, with an entry for each row, or an object with a method `change_rows` of these arguments.
+    A tensor's new rows are zero if `new` is None.
     """
-    origins: list[int | None] = list(range(len(texts)))
-    ended = [row for row, text in enumerate(texts) if not text.is_running]
-    for row, text in zip(ended, new, strict=False):
-        texts[row], origins[row] = text, None
-    for row in reversed(ended[len(new) :]):
-        last, origin = texts.pop(), origins.pop()
-        if row < len(texts):
-            texts[row], origins[row] = last, origin
-    return origins
+    if not isinstance(kept, list | Tensor):
+        kept.change_rows(origins, new)
+        return kept
+    following = iter(range(len(kept), len(kept) + len(origins)))
+    index = [next(following) if origin is None else origin for origin in origins]
+    if isinstance(kept, list):
+        return [(kept + (new or []))[at] for at in index]
+    new = kept.new_zeros(origins.count(None), *kept.shape[1:]) if new is None else new
+    return torch.cat([kept, new])[torch.tensor(index, device=kept.device)]

@@ -79,13 +79,20 @@ class Drafter(drafter.Drafter):
 
     def start(self, session: Session) -> None:
         self._session = session
-        self._is_running = [True] * len(session.rows)
-        self._draft: Draft | None = None
-        # Estimates hold for calls of this batch size and sampling; the last one is that of plain steps.
-        key = (len(session.rows), session.sampling)
-        self._estimates = self._estimates_by_call.setdefault(key, [Estimate() for _ in range(len(self.parts) + 1)])
+        self._begin(len(session.rows))
         for part in self.parts:
             part.start(session)
+
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
+        self._begin(len(origins))
+        return all(part.change_rows(origins, new) for part in self.parts)
+
+    def _begin(self, num_rows: int) -> None:
+        self._is_running = [True] * num_rows
+        self._draft: Draft | None = None
+        # Estimates hold for this batch size and sampling; the last one is that of plain steps.
+        key = (num_rows, self._session.sampling)
+        self._estimates = self._estimates_by_call.setdefault(key, [Estimate() for _ in range(len(self.parts) + 1)])
 
     def propose(self, budget: int) -> Draft:
         for choice in self._order():

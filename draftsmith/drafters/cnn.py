@@ -75,6 +75,7 @@ class Config:
 class Drafter(nn.Module, drafter.Drafter):
     """The network; its state is each layer's past inputs [B, S, C], zeros before the text begins."""
 
+    row_state = ("_state",)
     serving_engines = ("vllm",)
 
     def __init__(self, config: Config, target: Target) -> None:
@@ -110,6 +111,10 @@ class Drafter(nn.Module, drafter.Drafter):
         self._source = self.cross_attention.project(session.source)
         self._logits = self.cross_attention.copy_head(self._head, session.source)
         self._state = RecurrentDraftState(self, session, self.config)
+
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
+        # An encoder-decoder's projected sources are of the rows before.
+        return not self.target.is_encoder_decoder and super().change_rows(origins, new)
 
     def propose(self, budget: int) -> Draft:
         return self._state.propose(budget)

@@ -116,6 +116,7 @@ class Drafter(nn.Module, drafter.Drafter):
     The cache keeps the keys and values of the target's hidden states alone; those of a block are overwritten.
     """
 
+    row_state = ("_cache",)
     serving_engines = ("vllm", "sglang", "speculators", "llama.cpp")
     step_salt: str = ""
     """What a training step draws its blocks by, beside the rows' keys (trainers/dflash.py)."""

@@ -100,6 +100,7 @@ class Drafter(nn.Module, drafter.Drafter):
     each draft, because the target's features of the same tokens are more accurate (EAGLE-2, 2406.16858).
     """
 
+    row_state = ("_cache", "_unread")
     serving_engines = ("vllm", "sglang", "speculators", "llama.cpp")
     d2t: Tensor
     """Offset from each draft token's id to the target's id [W]."""

@@ -100,6 +100,7 @@ class Drafter(nn.Module, drafter.Drafter):
     With a fine-tuned target, `target` is that one once weights are loaded, and `base` the user's.
     """
 
+    row_state = ("_cache", "_recycled_B1D")
     serving_engines = ("vllm", "sglang", "llama.cpp")
     base: Target
     _tuned_model: Any

@@ -100,6 +100,8 @@ class Head(nn.Module):
 class Drafter(nn.Module, drafter.Drafter):
     """K heads on a state of the text so far and the embeddings of the drafted tokens after it on a path of the tree."""
 
+    row_state = ("_cache", "_state_B1D")
+
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
         self.config = config

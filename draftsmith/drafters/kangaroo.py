@@ -59,6 +59,8 @@ class Drafter(nn.Module, drafter.Drafter):
     The last norm is initialised from the target's final one.
     """
 
+    row_state = ("_cache",)
+
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
         check_exit_layer(config.exit_layer, target, width=config.width)

@@ -72,6 +72,7 @@ class Config:
 class Drafter(drafter.Drafter):
     """The target without the sublayers in `skipped`."""
 
+    row_state = ("_prompt_lengths", "_is_running")
     serving_engines = ("vllm", "sglang", "llama.cpp")
 
     def __init__(self, config: Config, target: Target) -> None:
@@ -95,6 +96,10 @@ class Drafter(drafter.Drafter):
         self._prompt_lengths = [len(row) for row in session.rows]
         self._is_running = [True] * len(session.rows)
         self._online_search: _OnlineSearch | None = None
+
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
+        self._online_search = None
+        return super().change_rows(origins, new)
 
     def propose(self, budget: int) -> Draft:
         if self.config.online:

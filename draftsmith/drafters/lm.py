@@ -79,6 +79,7 @@ class Config:
 class Drafter(KeepsPrecision, drafter.Drafter):
     """The draft model with a KV cache of its own, in which rows advance at different rates."""
 
+    row_state = ("_cache",)
     serving_engines = ("vllm", "sglang", "llama.cpp")
     draft_model: Target
 
@@ -126,6 +127,10 @@ class Drafter(KeepsPrecision, drafter.Drafter):
         prompts = [row[:-1] for row in session.rows]
         if max(map(len, prompts)) > 0:
             self.draft_model.prefill(prompts, self._cache)
+
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
+        # An encoder-decoder's encoded sources are of the rows before.
+        return not self.draft_model.is_encoder_decoder and super().change_rows(origins, new)
 
     @property
     def _vocabulary(self) -> Shortlist | None:

@@ -46,6 +46,8 @@ class Config:
 class Drafter(drafter.Drafter):
     """Drafts guesses and the window of each row, which moves on in every step in which the target processed it."""
 
+    row_state = ("_windows",)
+
     def __init__(self, config: Config, target: Target) -> None:
         target.check_trees("and lookahead needs trees")
         self.config = config

@@ -39,6 +39,7 @@ class Config:
 class Drafter(drafter.Drafter):
     """Indexes each row's n-grams by the positions after them, so that look-ups and updates take constant time."""
 
+    row_state = ("_rows",)
     serving_engines = ("vllm", "sglang", "llama.cpp")
 
     def __init__(self, config: Config, target: Target) -> None:

@@ -81,6 +81,7 @@ class _LSTM(nn.LSTM):
 class Drafter(nn.Module, drafter.Drafter):
     """The network; its state is (h, c) of each layer, each [B, H]."""
 
+    row_state = ("_state",)
     serving_engines = ("vllm",)
 
     def __init__(self, config: Config, target: Target) -> None:
@@ -127,6 +128,10 @@ class Drafter(nn.Module, drafter.Drafter):
         self._source = self.cross_attention.project(session.source)
         self._logits = self.cross_attention.copy_head(self._head, session.source)
         self._state = RecurrentDraftState(self, session, self.config)
+
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
+        # An encoder-decoder's projected sources are of the rows before.
+        return not self.target.is_encoder_decoder and super().change_rows(origins, new)
 
     def propose(self, budget: int) -> Draft:
         return self._state.propose(budget)

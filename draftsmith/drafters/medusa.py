@@ -48,6 +48,7 @@ class Config:
 class Drafter(nn.Module, drafter.Drafter):
     """K heads: z = h + SiLU(W h + b) per block, then an LM head; h is the last hidden state after the final norm."""
 
+    row_state = ("_state",)
     serving_engines = ("vllm",)
 
     def __init__(self, config: Config, target: Target) -> None:

@@ -57,6 +57,7 @@ class Drafter(nn.Module, drafter.Drafter):
     Once weights are loaded, `target` is the fine-tuned target and `base` the user's.
     """
 
+    row_state = ("_state",)
     base: Target
 
     def __init__(self, config: Config, target: Target) -> None:

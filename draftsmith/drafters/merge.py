@@ -122,6 +122,9 @@ class Drafter(drafter.Drafter):
         for part in self.parts:
             part.start(session)
 
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
+        return all(part.change_rows(origins, new) for part in self.parts)
+
     def propose(self, budget: int) -> Draft:
         drafts = [part.propose(budget) for part in self.parts]
         for part, draft in zip(self.parts, drafts, strict=True):

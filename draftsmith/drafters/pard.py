@@ -61,6 +61,7 @@ class Config:
 class Drafter(KeepsPrecision, drafter.Drafter):
     """The draft model with a KV cache of its own, which keeps the text's keys and values and none of masks."""
 
+    row_state = ("_cache",)
     serving_engines = ("vllm", "sglang")
     draft_model: Target
     step_salt: str = ""

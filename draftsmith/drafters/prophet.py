@@ -86,6 +86,7 @@ class Drafter(nn.Module, drafter.Drafter):
     With a fine-tuned target, `target` is that one once weights are loaded, and `base` the user's.
     """
 
+    row_state = ("_states_BSD",)
     base: Target
     tuned_model: Any
 

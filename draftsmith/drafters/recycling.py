@@ -67,6 +67,7 @@ class Config:
 class Drafter(nn.Module, drafter.Drafter):
     """Fills trees from the matrix level by level; for an encoder-decoder only the chain of first successors."""
 
+    row_state = ("_own_BVK",)
     serving_engines = ("vllm",)
     keeps_state_between_calls = True
     successors: Tensor
@@ -119,13 +120,17 @@ class Drafter(nn.Module, drafter.Drafter):
         self._session = session
         # A single row writes to the matrix of later calls directly.
         num_rows = len(session.rows)
-        self._own_BVK = self.successors[None] if num_rows == 1 else self.successors.repeat(num_rows, 1, 1)
+        self._is_shared = num_rows == 1
+        self._own_BVK = self.successors[None] if self._is_shared else self.successors.repeat(num_rows, 1, 1)
         for row, ids in enumerate(session.rows if session.hidden else ()):
             tokens_T = torch.tensor(ids[:-1], dtype=torch.long, device=self.target.device)
             hidden_TD = session.hidden[self.target.num_layers][row, : len(tokens_T)]
             for part_X, hidden_XD in zip(tokens_T.split(AT_ONCE), hidden_TD.split(AT_ONCE), strict=True):
                 logits_XV = self.target.head(self.target.norm(hidden_XD[None]))[0]
                 self._learn(torch.full_like(part_X, row), part_X, self._likeliest(logits_XV))
+
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
+        return not self._is_shared and super().change_rows(origins, new)
 
     def propose(self, budget: int) -> Draft:
         num_tokens, num_successors = self.successors.shape
@@ -170,7 +175,7 @@ class Drafter(nn.Module, drafter.Drafter):
     def _learn(self, rows_X: Tensor, tokens_X: Tensor, top_XK: Tensor) -> None:
         """Stores the successors of tokens for their rows and for later calls; of a repeated token the last ones."""
         _write(self._own_BVK.flatten(0, 1), rows_X * len(self.successors) + tokens_X, top_XK)
-        if len(self._own_BVK) > 1:
+        if not self._is_shared:
             _write(self.successors, tokens_X, top_XK)
 
     def _known_nodes(self, tokens: list[int], parents: list[int]) -> TokenTree:

@@ -50,6 +50,7 @@ class Config:
 class Drafter(drafter.Drafter):
     """Looks up each row's last tokens in every shard of the datastore; no state is kept between steps."""
 
+    row_state = ("_is_running",)
     serving_engines = ("vllm", "sglang", "llama.cpp")
 
     def __init__(self, config: Config, target: Target, shards: tuple[SuffixArray, ...] = ()) -> None:

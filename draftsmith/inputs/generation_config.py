@@ -13,7 +13,6 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode, LogitsProcessorList
 from transformers.generation import stopping_criteria as criteria
 
-from draftsmith.core.rows import Text
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.target import Target
 from draftsmith.inputs.arguments import real_number, shown, token_ids, warn_of_unapplied_settings, whole_number
@@ -28,6 +27,7 @@ from draftsmith.inputs.processors import (
 )
 from draftsmith.inputs.scores import KeptScores
 from draftsmith.inputs.stopping import StopConditions, check_stop_strings
+from draftsmith.inputs.texts import Text
 
 MODEL = "model"
 """The name of the target's own generation config."""

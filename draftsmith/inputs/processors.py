@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
-from draftsmith.core.rows import Text
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft
 from draftsmith.inputs.arguments import shown
+from draftsmith.inputs.texts import Text
 
 REFUSED = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "runs the model on another prompt for each token",

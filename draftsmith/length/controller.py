@@ -53,9 +53,9 @@ class ByBatchSize(Drafter):
             self._used = self._single if len(session.rows) == 1 else self._several
         self._used.start(session)
 
-    def change_rows(self, origins: list[int | None]) -> bool:
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
         assert self._used is not None
-        return self._used.change_rows(origins)
+        return self._used.change_rows(origins, new)
 
     def propose(self, budget: int) -> Draft:
         assert self._used is not None
@@ -102,7 +102,14 @@ class LengthControlled(Drafter):
         self._is_running = [True] * len(session.rows)
         self._draft: Draft | None = None
         self._policy.start(len(session.rows), self._num_draft)
-        self._drafter.start(dataclasses.replace(session, should_continue=self._should_continue))
+        self._drafter.start(self._asking(session))
+
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
+        if not self._drafter.change_rows(origins, self._asking(new) if new is not None else None):
+            return False
+        self._is_running = [True] * len(origins)
+        self._policy.start(len(origins), self._num_draft)
+        return True
 
     def propose(self, budget: int) -> Draft:
         self._confidences: list[list[float]] = [[] for _ in self._session.rows]
@@ -133,6 +140,10 @@ class LengthControlled(Drafter):
     def reactivate(self) -> None:
         """Marks all rows as running again, after tokens were removed from them."""
         self._is_running = [True] * len(self._is_running)
+
+    def _asking(self, session: Session) -> Session:
+        """Returns the session in which the policy is asked after each token."""
+        return dataclasses.replace(session, should_continue=self._should_continue)
 
     def _limit(self, row: int, most: int) -> int:
         """Returns the row's draft length, or with early stop, which decides on each token later, `most` or 0."""

@@ -282,8 +282,8 @@ class NodeControlled(Drafter):
         self._policy.start(len(session.rows))
         self._drafter.start(session)
 
-    def change_rows(self, origins: list[int | None]) -> bool:
-        if not self._drafter.change_rows(origins):
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
+        if not self._drafter.change_rows(origins, new):
             return False
         self._is_running = [True] * len(origins)
         self._policy.change_rows(origins)

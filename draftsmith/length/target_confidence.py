@@ -10,6 +10,7 @@ Shape suffixes: B rows, N nodes, V vocabulary.
 import torch
 
 from draftsmith.core.drafter import Drafter, Session, Step
+from draftsmith.core.rows import followed
 from draftsmith.core.tree import Draft
 from draftsmith.length.controller import cut
 from draftsmith.verify.paths import pick, values_at
@@ -33,6 +34,10 @@ class TargetConfidenceThreshold(Drafter):
         self._session = session
         self._is_skipping = [False] * len(session.rows)
         self._drafter.start(session)
+
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
+        self._is_skipping = followed(origins, self._is_skipping, [False] * len(origins))
+        return self._drafter.change_rows(origins, new)
 
     def propose(self, budget: int) -> Draft:
         if all(self._is_skipping):

@@ -38,9 +38,13 @@ class Part:
 
     def start(self, session: Session) -> None:
         # The composite's own draft-length policy does not apply to its parts.
-        self._session = replace(session, hidden=self._own_layers(session.hidden), should_continue=always_continue)
+        self._session = self._own(session)
         self._controlled = with_length_control(self.drafter, "auto")
         self._controlled.start(self._session)
+
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
+        """Follows rows as `Drafter.change_rows` does."""
+        return self._controlled.change_rows(origins, self._own(new) if new is not None else None)
 
     def rewind(self, lengths: list[int]) -> None:
         """Continues after the tokens of each row past its first `lengths` were taken back and perhaps replaced.
@@ -57,6 +61,9 @@ class Part:
 
     def observe(self, step: Step) -> None:
         self._controlled.observe(replace(step, hidden=self._own_layers(step.hidden)))
+
+    def _own(self, session: Session) -> Session:
+        return replace(session, hidden=self._own_layers(session.hidden), should_continue=always_continue)
 
     def _own_layers(self, hidden: dict[int, Tensor]) -> dict[int, Tensor]:
         return {layer: hidden[layer] for layer in self.hidden_layers if layer in hidden}

@@ -13,10 +13,12 @@ from torch import nn
 import draftsmith
 from draftsmith import Target
 from draftsmith.artifacts.families import find, names
+from draftsmith.core.drafter import Session
 from tests.support.distributions import check_distribution, distribution_target
 from tests.support.family import Watched, built, texts
 from tests.support.models import (
     CAUSAL,
+    VOCAB_SIZE,
     greedy_by_model,
     greedy_by_transformers,
     padded,
@@ -58,6 +60,46 @@ def module_names(drafter: Any) -> list[str]:
 @pytest.mark.parametrize("family", names())
 def test_greedy_output_equals_transformers(family: str, architecture: str) -> None:
     check(family, architecture, torch.float32, (1, "right"), (5, "left"))
+
+
+ENDS = tuple(range(3, VOCAB_SIZE, 9))
+DEPEND_ON_MORE = {"cascade", "early_exit", "lookahead", "merge", "recycling", "suffix"}
+"""Families whose drafts for a text depend on earlier texts, on time, or on where in it they started."""
+RESTART = {"staged"}
+"""Families that start again when rows come or go."""
+
+
+class Changing(Watched):
+    """Notes whether changes of rows are followed; with `restarts` none is."""
+
+    def __init__(self, drafter: Any, *, restarts: bool) -> None:
+        super().__init__(drafter)
+        self._restarts = restarts
+        self.followed: list[bool] = []
+
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
+        self.followed.append(not self._restarts and self.inner.change_rows(origins, new))
+        return self.followed[-1]
+
+
+@pytest.mark.parametrize("family", names())
+def test_rows_that_come_and_go_are_followed(family: str) -> None:
+    """The text is that of plain decoding, and the drafts are those of a drafter that starts again with each change."""
+    found = []
+    for restarts in (False, True):
+        target = tiny_target("llama", dtype=torch.float64)
+        torch.manual_seed(0)
+        drafter = built(find(family), example_of(family), target)
+        changing = Changing(drafter, restarts=restarts)
+        settings: dict[str, Any] = {"batch_size": 3, "max_new_tokens": NUM_NEW, "eos_token_id": ENDS}
+        stream = draftsmith.generate_stream(drafter.target, prompts(9), changing, length="fixed", **settings)
+        written = {text.index: text.new_ids for text in stream}
+        plain = draftsmith.generate_stream(drafter.target, prompts(9), **settings)
+        assert written == {text.index: text.new_ids for text in plain}
+        assert len(changing.followed) > 4
+        assert restarts or all(changing.followed) == (family not in RESTART)
+        found.append(changing.drafts)
+    assert found[0] == found[1] or family in DEPEND_ON_MORE
 
 
 @pytest.mark.slow

@@ -218,7 +218,7 @@ def test_source_of_an_encoder_decoder_is_searched(architecture: str) -> None:
         drafter = Watched(Drafter(config, target))
         out = draftsmith.generate(target, ids, drafter, attention_mask=mask, max_new_tokens=20)
         assert texts(out) == plain and drafter.num_drafted > 0
-        assert drafter.inner._own[1].tokens[:12] == [*text[1:12], target.vocab_size]
+        assert drafter.inner._rows[1].own.tokens[:12] == [*text[1:12], target.vocab_size]
 
 
 # --- Texts of earlier calls ----------------------------------------------------------------------------------------
@@ -382,4 +382,4 @@ def test_finished_rows_are_not_looked_up() -> None:
         target, ids, Recorder(drafter), attention_mask=mask, max_new_tokens=20, eos_token_id=first
     )
     assert matches and all(matches) and out.lengths[0] < out.lengths[1]
-    assert len(drafter._own[0].tokens) <= len(prompts(2)[0]) + 1
+    assert len(drafter._rows[0].own.tokens) <= len(prompts(2)[0]) + 1

@@ -59,6 +59,7 @@ class Drafter(drafter.Drafter):
     is used.
     """
 
+    row_state = ("_caches",)
     serving_engines = ("vllm", "llama.cpp")
 
     def __init__(self, config: Config, target: Target, model: KneserNey | None = None) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
+from draftsmith.core.rows import followed
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.drafters.suffix.growing_text import GrowingText
@@ -75,6 +76,19 @@ class _Candidate:
     tree: TokenTree = field(default_factory=TokenTree)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Row:
+    """One text of the call."""
+
+    ids: list[int]
+    """Its tokens, which the loop appends to."""
+    num_given: int
+    """Number of those of its prompt."""
+    num_before: int
+    """Number of tokens in `own` before them: of the source and a separator."""
+    own: GrowingText
+
+
 class Drafter(drafter.Drafter):
     """Searches each row's text, the texts of earlier calls and the datastore."""
 
@@ -96,21 +110,23 @@ class Drafter(drafter.Drafter):
 
     def start(self, session: Session) -> None:
         self._keep_last_call()
-        sources = [[*ids, self.target.vocab_size] if ids else [] for ids in source_tokens(session)]
-        self._session, self._num_given = session, [len(row) for row in session.rows]
-        self._is_running, self._num_before = [True] * len(session.rows), [len(source) for source in sources]
-        self._own = [
-            GrowingText(self.config.max_match, self.target.vocab_size, source + row)
-            for source, row in zip(sources, session.rows, strict=True)
-        ]
+        self._session, self._is_running = session, [True] * len(session.rows)
+        self._rows = self._rows_of(session)
+
+    def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
+        assert self._session is not None
+        self._keep([row for number, row in enumerate(self._rows) if number not in origins])
+        self._rows = followed(origins, self._rows, self._rows_of(new) if new is not None else [])
+        self._is_running = [True] * len(origins)
+        return True
 
     def propose(self, budget: int) -> Draft:
         assert self._session is not None
-        drafted = [TokenTree() for _ in self._own]
-        for number, (row, own) in enumerate(zip(self._session.rows, self._own, strict=True)):
+        drafted = [TokenTree() for _ in self._rows]
+        for number, row in enumerate(self._rows):
             if self._is_running[number]:
-                own.extend(row[len(own.tokens) - self._num_before[number] :])
-                drafted[number] = self._best(row, own, budget)
+                row.own.extend(row.ids[len(row.own.tokens) - row.num_before :])
+                drafted[number] = self._best(row.ids, row.own, budget)
         return to_draft(self._session, drafted)
 
     def observe(self, step: Step) -> None:
@@ -119,8 +135,8 @@ class Drafter(drafter.Drafter):
 
     def rewind(self, lengths: list[int]) -> bool:
         self._is_running = [True] * len(lengths)
-        for own, num_before, length in zip(self._own, self._num_before, lengths, strict=True):
-            own.truncate(num_before + length)
+        for row, length in zip(self._rows, lengths, strict=True):
+            row.own.truncate(row.num_before + length)
         return True
 
     def _best(self, row: list[int], own: GrowingText, budget: int) -> TokenTree:
@@ -158,12 +174,23 @@ class Drafter(drafter.Drafter):
 
     def _keep_last_call(self) -> None:
         """Adds each row of the last call, with as much of its prompt as a match can cover, to the recent texts."""
-        if self._session is None or not self.config.recent_tokens:
-            return
-        for row, given in zip(self._session.rows, self._num_given, strict=True):
-            self.recent.extend([*row[max(given - self.config.max_match, 0) :], self.target.vocab_size])
-        self.recent.keep_last(self.config.recent_tokens)
+        if self._session is not None:
+            self._keep(self._rows)
         self._session = None
+
+    def _keep(self, rows: list["_Row"]) -> None:
+        if self.config.recent_tokens:
+            for row in rows:
+                self.recent.extend([*row.ids[max(row.num_given - self.config.max_match, 0) :], self.target.vocab_size])
+            self.recent.keep_last(self.config.recent_tokens)
+
+    def _rows_of(self, session: Session) -> list["_Row"]:
+        size, rows = self.target.vocab_size, []
+        for ids, source in zip(session.rows, source_tokens(session), strict=True):
+            before = [*source, size] if source else []
+            own = GrowingText(self.config.max_match, size, before + ids)
+            rows.append(_Row(ids=ids, num_given=len(ids), num_before=len(before), own=own))
+        return rows
 
     def save_state(self, folder: Path) -> None:
         """Writes the datastore and the recent texts, including those of the last call."""

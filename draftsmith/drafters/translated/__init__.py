@@ -98,6 +98,7 @@ def _special_ids(model: dict[str, Any]) -> dict[int, str]:
 class Drafter(KeepsPrecision, drafter.Drafter):
     """The draft model with a cache of its own, which is rewound to where the translated text changes."""
 
+    row_state = ("_cache", "_num_known", "_draft_ids", "_processed")
     draft_model: Target
     counterparts_U: Tensor
     """The target's id of each token of the draft model, -1 for none."""

@@ -70,6 +70,7 @@ class Config:
 class Drafter(drafter.Drafter):
     """Searches the table, with an overlay for each row of a call."""
 
+    row_state = ("_overlays", "_is_running")
     serving_engines = ("vllm", "llama.cpp")
 
     def __init__(self, config: Config, target: Target, table: Sequence[np.ndarray] = ()) -> None:

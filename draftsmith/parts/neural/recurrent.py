@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from draftsmith.core.drafter import Session, Step
+from draftsmith.core.rows import followed
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.parts import autoregressive
 from draftsmith.parts.draft_progress import DraftProgress
@@ -67,6 +68,19 @@ class RecurrentDraftState:
         self._continue_from(states, kept, [read + count for read, count in zip(self._num_read, kept, strict=True)])
         self._snapshots.append((list(self._num_read), self._state))
         del self._snapshots[1 : 1 - MAX_SNAPSHOTS]
+
+    def change_rows(self, origins: list[int | None], added: "RecurrentDraftState | None") -> None:
+        """Follows rows as `Drafter.change_rows` does; a new row's snapshots are all of its prompt."""
+        read, new = (added._num_read, added._state) if added is not None else (None, [None] * len(self._state))
+
+        def changed(num_read: list[int], state: State) -> tuple[list[int], State]:
+            parts = zip(state, new, strict=True)
+            return followed(origins, num_read, read), tuple(followed(origins, kept, other) for kept, other in parts)
+
+        self._snapshots = [changed(num_read, state) for num_read, state in self._snapshots]
+        self._num_read, self._state = changed(self._num_read, self._state)
+        self._levels = []
+        self._progress.reset()
 
     def rewind(self, lengths: list[int]) -> None:
         """Drops each row's state past its first `lengths` tokens."""

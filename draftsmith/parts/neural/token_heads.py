@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.core.drafter import Session, Step
+from draftsmith.core.rows import followed
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.parts import autoregressive
@@ -138,6 +139,11 @@ class TokenHeadsState:
         self._fused_heads = FusedHeads(heads)
         # Rows of one token have no hidden state yet; if all rows are such, the first step is a plain one.
         self._last_BD = last_prompt_hidden(session, self._layer)
+
+    def change_rows(self, origins: list[int | None], added: "TokenHeadsState | None") -> None:
+        """Follows rows as `Drafter.change_rows` does."""
+        assert self._last_BD is not None, "rows have a hidden state after their first step"
+        self._last_BD = followed(origins, self._last_BD, added._last_BD if added is not None else None)
 
     def propose(self, budget: int) -> Draft:
         """Returns the static tree, at most `budget` levels deep, from the heads' own LM heads or the shared one."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Session, Step
+from draftsmith.core.rows import followed
 from draftsmith.core.target import PREFILL_CHUNK, Target
 from draftsmith.core.tree import Draft, ResumePoint, Tree, chain
 from draftsmith.parts.draft_progress import DraftProgress
@@ -82,6 +83,11 @@ class DrafterCache:
             # Shorter rows are padded to the same slots, and cut back below.
             self.cache.commit([list(range(chunk)) for _ in lengths])
         self.cache.lengths = list(lengths)
+
+    def change_rows(self, origins: list[int | None], added: "DrafterCache | None") -> None:
+        """Follows rows as `Drafter.change_rows` does."""
+        self.cache.change_rows(origins, added.cache if added is not None else None)
+        self._unread = followed(origins, self._unread, added._unread if added is not None else [])
 
     def run(self, x_BMD: Tensor, tree: Tree, first: int) -> Tensor:
         """Returns the layers' output [B, M, D] at the nodes from `first` on; unread inputs are read before node 0."""
