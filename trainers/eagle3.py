@@ -8,7 +8,7 @@ E width of the layer's input, V vocabulary, W draft vocabulary.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,9 +22,9 @@ from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_
 from draftsmith.parts.neural.layers import Attention, ffn_width
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
-from trainers.parts import heads
 from trainers.parts.heads import shift_left
 from trainers.parts.losses import map_in_chunks, sum_in_chunks
+from trainers.parts.recursive.drafts import Drafts, draft_starts, step_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,54 +155,13 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    """Returns each step's top-1 accuracy and, as acceptance, the number of correct steps before the first wrong one.
-
-    Each step reads the text's tokens, which equal the draft's up to the first wrong one; with greedy text this is the
-    number of accepted tokens in greedy decoding.
-    """
-    return step_metrics(drafter, batch, settings.num_steps)
+    """Returns the metrics of `trainers.parts.recursive.drafts.step_metrics`."""
+    return metrics_of(drafter, batch, settings.num_steps)
 
 
-def step_metrics(drafter: Drafter, batch: Batch, num_steps: int) -> Metrics:
+def metrics_of(drafter: Drafter, batch: Batch, num_steps: int) -> Metrics:
     """Returns the metrics of `evaluate` for `num_steps` steps."""
-
-    def steps() -> Iterator[heads.HeadOutputs]:
-        drafts = unroll(drafter, batch, num_steps)
-        for s, output_BMD in enumerate(drafts.outputs):
-            mask_BT = shift_left(batch.loss_mask_BT, 2 + s)
-            labels_N = shift_left(batch.tokens_BT, 2 + s)[mask_BT]
-            rows_N, starts_N = mask_BT.nonzero(as_tuple=True)
-            z_ND = output_BMD[rows_N, drafts.index(rows_N, starts_N)]
-            yield heads.HeadOutputs(z_ND=z_ND, labels_N=labels_N, mask_BT=mask_BT)
-
-    return heads.accuracy_metrics(heads.label_ranks(steps(), lambda _, normed: drafter.logits(normed), batch))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Drafts:
-    """The outputs of the drafts of a batch, which begin at the positions `starts_BM` of each row."""
-
-    starts_BM: Tensor
-    """Positions in ascending order; rows with fewer drafts repeat position 0 at the end."""
-    index_BT: Tensor
-    """The place in `starts_BM` of each position that has a draft, 0 elsewhere."""
-    outputs: list[Tensor]
-    """The normed outputs [B, M, D] of each step."""
-
-    def index(self, rows: Tensor, starts: Tensor) -> Tensor:
-        """Returns the places of the drafts that begin at `starts`; those of negative starts mean nothing."""
-        return self.index_BT[rows, starts.clamp(min=0)]
-
-
-def draft_starts(batch: Batch, num_steps: int) -> tuple[Tensor, Tensor]:
-    """Returns (starts_BM, index_BT) of the drafts of which at least one step is supervised."""
-    is_needed_BT = torch.stack([shift_left(batch.loss_mask_BT, 2 + step) for step in range(num_steps)]).any(0)
-    index_BT = (is_needed_BT.cumsum(1) - 1).clamp(min=0) * is_needed_BT
-    rows_N, positions_N = is_needed_BT.nonzero(as_tuple=True)
-    most = max(int(is_needed_BT.sum(1).max()), 1)
-    starts_BM = torch.zeros(len(is_needed_BT), most, dtype=torch.long, device=is_needed_BT.device)
-    starts_BM[rows_N, index_BT[rows_N, positions_N]] = positions_N
-    return starts_BM, index_BT
+    return step_metrics(unroll(drafter, batch, num_steps), batch, lambda _, normed: drafter.logits(normed))
 
 
 def unroll(drafter: Drafter, batch: Batch, num_steps: int) -> Drafts:

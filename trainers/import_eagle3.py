@@ -54,7 +54,7 @@ def needs(settings: Settings, target: Target) -> Needs:
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
-    return eagle3.step_metrics(drafter, batch, drafter.config.num_draft)
+    return eagle3.metrics_of(drafter, batch, drafter.config.num_draft)
 
 
 def config_of(settings: Settings, target: TargetInfo | Target) -> Config:

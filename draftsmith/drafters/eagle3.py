@@ -4,8 +4,8 @@ Position t of the layer holds token t + 1 and the feature of position t, and pre
 committed positions are fused from several hidden layers of the target; those of draft positions are the layer's own
 output at the position before.
 
-Shape suffixes: B rows, T positions not yet read, N nodes, M new nodes, P length of the longest accepted path, D hidden
-width, E widths of the fused layers together, V vocabulary, W draft vocabulary.
+Shape suffixes: B rows, T positions, N nodes, M new nodes, D hidden width, E widths of the fused layers together,
+V vocabulary, W draft vocabulary.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,17 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from draftsmith.core import drafter
 from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Session, Step
-from draftsmith.core.target import PREFILL_CHUNK, Target
-from draftsmith.core.tree import Draft, Tree, chain
+from draftsmith.core.target import Target
+from draftsmith.core.tree import Draft, Tree
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_each, check_positive
-from draftsmith.parts.draft_progress import DraftProgress
-from draftsmith.parts.neural.layers import Attention, FeedForward, gather_path, prepare_cache
+from draftsmith.parts.feature_drafting import FeatureState
+from draftsmith.parts.neural.layers import Attention, FeedForward, prepare_cache
 from draftsmith.parts.neural.shortlist import Shortlist
 
 FUSION_NORMS = ("none", "each", "whole")
@@ -94,11 +93,7 @@ class Config:
 
 
 class Drafter(nn.Module, drafter.Drafter):
-    """The fusion, the decoder layer with a KV cache of its own, and an LM head over the draft vocabulary.
-
-    The cache keeps only the keys and values computed from the target's features; those of draft nodes are dropped after
-    each draft, because the target's features of the same tokens are more accurate (EAGLE-2, 2406.16858).
-    """
+    """The fusion, the decoder layer with a KV cache of its own, and an LM head over the draft vocabulary."""
 
     row_state = ("_cache", "_unread")
     serving_engines = ("vllm", "sglang", "speculators", "llama.cpp")
@@ -206,72 +201,27 @@ class Drafter(nn.Module, drafter.Drafter):
             shortlist.set_tokens(self.vocabulary())
         # Were it a submodule, it would be among the weights.
         object.__setattr__(self, "_shortlist", shortlist)
-        self._cache = KVCache(num_layers=1, batch_size=len(session.rows))
-        self._progress = DraftProgress(session)
-        # The target's joined hidden layers of each row's uncached positions [T, E], up to the pending token's.
-        no_hidden_BTE = torch.zeros(len(session.rows), 0, self.joined_width, device=self.d2t.device)
-        joined_BTE = self.join(session.hidden) if session.hidden else no_hidden_BTE.to(self.target.dtype)
-        self._unread = [joined_TE[: len(ids) - 1] for joined_TE, ids in zip(joined_BTE, session.rows, strict=True)]
-        if any(map(len, self._unread)):
-            self._read()
+        self._state = FeatureState(session, self, KVCache(num_layers=1, batch_size=len(session.rows)))
 
     def propose(self, budget: int) -> Draft:
-        # Rows of one token have no feature yet; if all rows are such, the step is a plain one.
-        if not any(map(len, self._unread)):
+        if self._state.is_empty:
             return self._session.empty_draft()
         return autoregressive.draft(self._logits, self._session, self.config, budget, self._shortlist)
 
     def observe(self, step: Step) -> None:
-        joined_BPE = gather_path(self.join(step.hidden), step.verdict)
-        # Node 0 was read at the last position; rows of one token had none to read.
-        read = [nodes[: len(unread)] for nodes, unread in zip(self._progress.accepted(step), self._unread, strict=True)]
-        self._cache.commit(read)
-        self._unread = [unread[len(nodes) :] for unread, nodes in zip(self._unread, read, strict=True)]
-        for row, (ids, path) in enumerate(zip(self._session.rows, step.paths, strict=True)):
-            unread_TE = torch.cat([self._unread[row], joined_BPE[row, : len(path)]])
-            # A row that finished within its path has fewer tokens than were accepted.
-            self._unread[row] = unread_TE[: len(ids) - 1 - self._cache.lengths[row]]
+        self._state.observe(step)
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
         """Returns the logits [B, M, W] of the draft vocabulary after the nodes from `first` on."""
-        if first == 0:
-            self._features_BND, normed_BMD = self._read()
-            return self.head(normed_BMD)
-        parents_BM1 = tree.parents_RN[:, first:, None].expand(len(tokens_BN), -1, -1)
-        above_BMD = self._features_BND.gather(1, parents_BM1.expand(-1, -1, self._features_BND.shape[-1]))
-        new_BMD, normed_BMD = self._run(tokens_BN[:, first:], above_BMD, tree, first)
-        self._features_BND = torch.cat([self._features_BND[:, :first], new_BMD], dim=1)
-        return self.head(normed_BMD)
+        return self.head(self._state.advance(tokens_BN, tree, first))
 
-    def _read(self) -> tuple[Tensor, Tensor]:
-        """Reads each row's unread positions; returns the output of `forward` at the last one [B, 1, D], node 0.
-
-        That position stays unread, and may be read again.
-        """
-        device, cache = self.d2t.device, self._cache
-        counts = [max(len(unread), 1) for unread in self._unread]
-        tokens = [torch.tensor(ids[-n:], device=device) for ids, n in zip(self._session.rows, counts, strict=True)]
-        tokens_BT = pad_sequence(tokens, batch_first=True)
-        features_BTD = self.fuse(pad_sequence(self._unread, batch_first=True))
-        starts, found = list(cache.lengths), []
-        for begin in range(0, max(counts), PREFILL_CHUNK):
-            part = slice(begin, begin + PREFILL_CHUNK)
-            num_new = tokens_BT[:, part].shape[1]
-            found.append(self._run(tokens_BT[:, part], features_BTD[:, part], chain(num_new, device)))
-            # Shorter rows are padded to the same slots, and cut back below.
-            cache.commit([list(range(num_new)) for _ in counts])
-        cache.lengths = [start + count - 1 for start, count in zip(starts, counts, strict=True)]
-        self._unread = [unread[-1:] for unread in self._unread]
-        self._progress.num_processed = 1
-        last_B1 = torch.tensor(counts, device=device)[:, None] - 1
-        rows_B1 = torch.arange(len(counts), device=device)[:, None]
-        features, normed = (torch.cat(parts, dim=1)[rows_B1, last_B1] for parts in zip(*found, strict=True))
-        return features, normed
-
-    def _run(self, tokens_BM: Tensor, features_BMD: Tensor, tree: Tree, first: int = 0) -> tuple[Tensor, Tensor]:
-        positions_BM, mask_R1MS = prepare_cache(tree, self._cache, first=first)
+    def run(
+        self, tokens_BM: Tensor, features_BMD: Tensor, tree: Tree, cache: KVCache, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the output of `forward` at the tree's nodes from `first` on, whose keys and values are cached."""
+        positions_BM, mask_R1MS = prepare_cache(tree, cache, first=first)
         return self(
             tokens_BM,
             features_BMD,
-            lambda x_BME: self.attention(x_BME, positions_BM, mask_R1NS=mask_R1MS, cache=self._cache),
+            lambda x_BME: self.attention(x_BME, positions_BM, mask_R1NS=mask_R1MS, cache=cache),
         )

@@ -19,6 +19,7 @@ from draftsmith.core.tree import Draft, Tree
 from draftsmith.drafters import eagle3
 from draftsmith.drafters.eagle3 import Config, Drafter
 from draftsmith.length.target_confidence import TargetConfidenceThreshold
+from draftsmith.parts import feature_drafting
 from draftsmith.parts.neural.shortlist import OUTSIDE
 from tests.parts.neural.test_layers import naive_attention
 from tests.support.distributions import check_distribution, distribution_target
@@ -182,10 +183,10 @@ class CheckedDrafts(Watched):
 
     def observe(self, step: Step) -> None:
         super().observe(step)
-        cache = self.inner._cache
+        cache = self.inner._state.cache
         for row, (ids, path) in enumerate(zip(self._session.rows, step.paths, strict=True)):
             num_read = cache.lengths[row]
-            assert num_read + len(self.inner._unread[row]) == len(ids) - 1 or not path
+            assert num_read + len(self.inner._state.unread[row]) == len(ids) - 1 or not path
             if path and num_read:
                 x_TE = naive_input(self.inner, ids[1 : num_read + 1], naive_fusion(self.inner, ids[:num_read]))
                 fresh = self.inner.attention.project(x_TE[None], torch.arange(num_read)[None])[1:]
@@ -215,7 +216,7 @@ def test_prompt_in_chunks_gives_same_drafts(monkeypatch: pytest.MonkeyPatch) -> 
     ids, mask = padded(prompts(5))
     runs = []
     for size in (512, 4):
-        monkeypatch.setattr(eagle3, "PREFILL_CHUNK", size)
+        monkeypatch.setattr(feature_drafting, "PREFILL_CHUNK", size)
         watched = Watched(drafter)
         draftsmith.generate(target, ids, watched, attention_mask=mask, max_new_tokens=8)
         runs.append(watched.drafts)
