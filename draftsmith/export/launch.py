@@ -99,27 +99,32 @@ def vllm_launch(
     source: ExportSource,
     settings: dict[str, Any],
     *,
+    target: str | None = None,
     checked_with: str = "",
     notes: tuple[str, ...] = (),
     environment: dict[str, str] | None = None,
 ) -> Launch:
-    """Returns the command that launches vLLM with `settings` as its `--speculative-config`."""
+    """Returns the command that launches vLLM for `target` with `settings` as its `--speculative-config`."""
+    target = target or source.served_model
     variables = "".join(f"{name}={shlex.quote(value)} " for name, value in (environment or {}).items())
     config = shlex.quote(json.dumps(settings))
     return Launch(
-        command=f"{variables}vllm serve {shlex.quote(source.served_model)} --speculative-config {config}",
-        target=source.served_model,
+        command=f"{variables}vllm serve {shlex.quote(target)} --speculative-config {config}",
+        target=target,
         settings=settings,
         checked_with=checked_with,
         notes=(*notes, "min_p and logit_bias do not work with speculative decoding in vLLM.", ON_CPU),
     )
 
 
-def sglang_launch(source: ExportSource, settings: dict[str, Any], *, notes: tuple[str, ...] = ()) -> Launch:
-    """Returns the command that launches SGLang with `settings` as flags, named without `--speculative-`."""
+def sglang_launch(
+    source: ExportSource, settings: dict[str, Any], *, target: str | None = None, notes: tuple[str, ...] = ()
+) -> Launch:
+    """Returns the command that launches SGLang for `target` with `settings` as flags, without `--speculative-`."""
+    target = target or source.served_model
     flags = " ".join(f"--speculative-{name} {shlex.quote(str(value))}" for name, value in settings.items())
-    command = f"python -m sglang.launch_server --model-path {shlex.quote(source.served_model)} {flags}"
-    return Launch(command=command, target=source.served_model, settings=settings, notes=notes)
+    command = f"python -m sglang.launch_server --model-path {shlex.quote(target)} {flags}"
+    return Launch(command=command, target=target, settings=settings, notes=notes)
 
 
 def check_path(source: ExportSource) -> None:

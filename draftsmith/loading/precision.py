@@ -7,7 +7,7 @@ an architecture keeps in float32, such as T5's `wo` in float16.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
@@ -57,16 +57,19 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
 
 def _without_rounding(module: Any, change: Callable[[], Any]) -> Any:
     """Calls `change`, which casts the module, and restores what must not be rounded, on the device it was moved to."""
-    unsaved = [
+    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    kept = [
+        (model, name, weight, weight.data) for model in models for name, weight in _kept(model.named_parameters, model)
+    ]
+    unrounded = {id(buffer) for model in models for _, buffer in _kept(model.named_buffers, model)}
+    buffers = [
         (part, name, buffer)
         for part in module.modules()
         for name, buffer in part._buffers.items()
-        if buffer is not None and name in part._non_persistent_buffers_set
+        if buffer is not None and (name in part._non_persistent_buffers_set or id(buffer) in unrounded)
     ]
-    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
-    kept = [(model, name, weight, weight.data) for model in models for name, weight in _kept_weights(model)]
     changed = change()
-    for part, name, buffer in unsaved:
+    for part, name, buffer in buffers:
         now = part._buffers[name]
         if now.dtype != buffer.dtype:
             part._buffers[name] = buffer.to(now.device)
@@ -76,13 +79,13 @@ def _without_rounding(module: Any, change: Callable[[], Any]) -> Any:
     return changed
 
 
-def _kept_weights(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
-    """Returns the weights in float32 that transformers would not load in every lower precision."""
+def _kept(named: Callable[[], Iterable[tuple[str, Tensor]]], model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """Returns the weights or saved buffers in float32 that transformers would not load in every lower precision."""
     patterns = [*model._get_dtype_plan(torch.float16), *model._get_dtype_plan(torch.bfloat16)]
     return [
-        (name, weight)
-        for name, weight in (model.named_parameters() if patterns else ())
-        if weight.dtype == torch.float32 and _matches(name, patterns)
+        (name, tensor)
+        for name, tensor in (named() if patterns else ())
+        if tensor.dtype == torch.float32 and _matches(name, patterns)
     ]
 
 

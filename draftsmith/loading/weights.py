@@ -1,5 +1,6 @@
 """Faults of loaded weights: tensors that are missing, unexpected, of another shape, or not finite."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,10 +18,11 @@ def load_model(auto: Any, path: str, **options: Any) -> Any:
     unexpected, of another shape or not finite.
     """
     model, report = auto.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    prediction_heads = _prediction_heads(model.config.get_text_config(decoder=True))
     faults = {
         "missing, and would get random weights": report["missing_keys"],
         "of another shape": (mismatched[0] for mismatched in report["mismatched_keys"]),
-        "unknown to the model": report["unexpected_keys"],
+        "unknown to the model": (name for name in report["unexpected_keys"] if not prediction_heads.search(name)),
     }
     for fault, names in faults.items():
         if found := sorted(names):
@@ -30,6 +32,16 @@ def load_model(auto: Any, path: str, **options: Any) -> Any:
             )
     check_finite(f"the weights in {path}", model.named_parameters())
     return model
+
+
+def _prediction_heads(config: Any) -> re.Pattern[str]:
+    """Returns a pattern of the tensors of multi-token prediction heads stored as layers behind a model's own.
+
+    transformers leaves them out, but knows only the numbers that they have in the first models of an architecture.
+    """
+    last = getattr(config, "num_hidden_layers", 0) + (getattr(config, "num_mtp_layers", None) or 0)
+    numbers = range(getattr(config, "num_hidden_layers", 0), last)
+    return re.compile(rf"\blayers\.({'|'.join(map(str, numbers))})\." if numbers else "(?!)")
 
 
 def check_finite(source: object, tensors: Iterable[tuple[str, Tensor]]) -> None:
