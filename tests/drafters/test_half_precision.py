@@ -57,6 +57,7 @@ CASES: dict[str, Case] = {
     **{name: (find(name), example_of(name)) for name in ("translated", "kangaroo", "medusa2", "prophet", "hydra")},
     "eagle3": (find("eagle3"), chains),
     "dflash": (find("dflash"), example_of("dflash")),
+    "mtp": (find("mtp"), example_of("mtp")),
     "early_exit": (early_exit, example_of("early_exit")),
     "early_exit prefix": (early_exit, early_exit.Config(exit_layer=2, num_draft=4, length="fixed")),
     "early_exit fine-tuned": (early_exit, early_exit.Config(exit_layer=2, tunes=True, length="fixed")),

@@ -363,7 +363,7 @@ def test_vllm_runs_token_only_families_with_the_proposer(target: Target, tmp_pat
 def test_other_families_of_vllm_do_not_use_the_proposer() -> None:
     served = {name for name in names() if "vllm" in writers(name)}
     assert served == TOKEN_FAMILIES.keys() | {
-        *("lm", "medusa", "eagle3", "dflash", "pard", "early_exit", "layerskip", "lookup")
+        *("lm", "medusa", "eagle3", "dflash", "mtp", "pard", "early_exit", "layerskip", "lookup")
     }
 
 

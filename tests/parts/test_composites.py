@@ -23,6 +23,7 @@ from draftsmith.drafters import (
     lookup,
     medusa,
     medusa2,
+    mtp,
     pard,
     prophet,
 )
@@ -49,6 +50,7 @@ DRAFTERS: dict[str, tuple[Any, Any]] = {
     "eagle3 chains": (eagle3, eagle3.Config(**HEAD, width=0)),
     "eagle3 trees": (eagle3, eagle3.Config(**HEAD, width=2, num_nodes=5)),
     "dflash": (dflash, dflash.Config(**BLOCK)),
+    "mtp": (mtp, mtp.Config(model=SMALL)),
     "pard": (pard, pard.Config(model=SMALL, mask_token=63, num_draft=4)),
     "dflash trees": (dflash, dflash.Config(**BLOCK, num_nodes=6)),
     "kangaroo": (kangaroo, kangaroo.Config(exit_layer=2, num_draft=4, length="fixed")),

@@ -22,6 +22,10 @@ from draftsmith.export.source import ExportSource
 LEFT_OUT = (".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 """Endings of files with the same weights in other formats, which would lack the trained head."""
 READ_NOT_RUN = "vLLM's code of several versions was read, and not run"
+BEFORE_NORM = (
+    "vLLM's code, as read, hands the output of heads of this form on before its norm, and draftsmith and transformers"
+    " after it: vLLM may accept fewer of the tokens after a draft's first."
+)
 
 
 def transformers(source: ExportSource, folder: Path) -> Launch:
@@ -45,7 +49,7 @@ def vllm(source: ExportSource, folder: Path) -> Launch:
     head = _required(source, "vLLM")
     write_checkpoint(source, head, folder)
     settings = {"method": "mtp", "num_speculative_tokens": source.config.num_draft} | SAMPLES_DRAFTS
-    notes = _notes(source, head)
+    notes = (*_notes(source, head), *((BEFORE_NORM,) if "shared_head.norm" in head.form.names else ()))
     return vllm_launch(source, settings, target=str(source.output), checked_with=READ_NOT_RUN, notes=notes)
 
 
