@@ -42,7 +42,7 @@ from draftsmith.inputs.locks import exclusive, with_parts
 from draftsmith.inputs.outputs import HiddenHistory, OutputRecorder, StreamedText
 from draftsmith.inputs.processors import NodeProcessors
 from draftsmith.inputs.texts import Text, replace_ended
-from draftsmith.length.controller import OWN, cut, default_control, make_control, with_length_control
+from draftsmith.length.controller import check_length, cut, stream_control, with_length_control
 from draftsmith.length.costs import Stopwatch
 from draftsmith.length.node_gain import NodeGain
 from draftsmith.length.policies import Policy
@@ -110,7 +110,9 @@ def generate(
     own setting. Raises ValueError for invalid settings or prompts, and if the target cannot be run so.
     """
     check_objects(target, drafter, verifier=verifier, length=length, streamer=streamer, batch_invariant=batch_invariant)
-    _check_method(drafter, verifier, length)
+    if verifier != "auto":
+        find(verifier)
+    check_length(drafter, length)
     settings = read_settings(
         target,
         max_new_tokens=max_new_tokens,
@@ -206,7 +208,9 @@ def generate_stream(
     prompts.
     """
     check_objects(target, drafter, verifier=verifier, length=length, batch_invariant=batch_invariant)
-    _check_method(drafter, verifier, length)
+    if verifier != "auto":
+        find(verifier)
+    check_length(drafter, length)
     prompts = check_stream_prompts(prompts)
     if not isinstance(stats, GenerationStats | None):
         raise ValueError(f"stats is {shown(stats)}; it must be GenerationStats or None")
@@ -298,7 +302,8 @@ def _stream(
         rules = replace(rules, processors=processors)
     length_control, eos = () if isinstance(length, str) else (length,), settings.eos
     with exclusive(*(with_parts(drafter) if drafter is not None else ()), *length_control) as use:
-        controlled = _controlled(drafter, length, rules, verifier) if drafter is not None else None
+        keeps_text = rules.sampling.is_greedy or verifier == "coupled"
+        controlled = stream_control(drafter, length, keeps_text=keeps_text) if drafter is not None else None
         generator = RowGenerators()
         options: dict[str, Any] = {"admit": admit, "shapes": shapes, "recorder": recorder}
         for text in _decode(target, texts, source, eos, controlled, rules, verifier, generator, stats, **options):
@@ -463,23 +468,6 @@ def _decode(
             stats.prefill_ms += watch.lap_ms()
     if streamer is not None:
         streamer.end()
-
-
-def _check_method(drafter: Drafter | None, verifier: str, length: str | Policy | NodeGain) -> None:
-    """Raises ValueError for an unknown verifier, and a draft-length policy that is unknown or not for this drafter."""
-    if verifier != "auto":
-        find(verifier)
-    if drafter is not None:
-        with_length_control(drafter, length)
-    elif isinstance(length, str) and length not in ("auto", OWN):
-        make_control(length)
-
-
-def _controlled(drafter: Drafter, length: str | Policy | NodeGain, rules: Rules, verifier: str) -> Drafter:
-    """Returns the drafter under the draft-length policy."""
-    if length != "auto":
-        return with_length_control(drafter, length)
-    return default_control(drafter, keeps_text=rules.sampling.is_greedy or verifier == "coupled")
 
 
 def _prefill(target: Target, rows: list[list[int]], cache: KVCache, layers: tuple[int, ...]) -> dict[int, Tensor]:

@@ -1,4 +1,4 @@
-"""The state of a batch's rows, which come and go: `followed`."""
+"""The rows of a batch: their state as they come and go, `followed`, and groups of similar lengths."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,3 +25,16 @@ def followed(origins: Origins, kept: Any, new: Any = None) -> Any:
         return [(kept + (new or []))[at] for at in index]
     new = kept.new_zeros(origins.count(None), *kept.shape[1:]) if new is None else new
     return torch.cat([kept, new])[torch.tensor(index, device=kept.device)]
+
+
+def groups_by_length(lengths: Sequence[int], most_padding: int) -> list[list[int]]:
+    """Returns the indices of rows in groups, the longest rows first; padding adds `most_padding` to a group at most."""
+    groups: list[list[int]] = []
+    padding = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        padding += lengths[groups[-1][0]] - lengths[row] if groups else 0
+        if not groups or padding > most_padding:
+            groups.append([])
+            padding = 0
+        groups[-1].append(row)
+    return [sorted(group) for group in groups]

@@ -23,20 +23,24 @@ from draftsmith.core.architectures.adapted import adapted
 from draftsmith.core.architectures.masks import AttentionMasks, key_positions
 from draftsmith.core.architectures.recurrent import cache_argument, find_recurrent_modules, with_recurrent_modules
 from draftsmith.core.architectures.self_check import Abilities, check_against_model, ordinary_tokens
-from draftsmith.core.architectures.supported import has_recurrent_layers, problem_of_config, problem_of_model
+from draftsmith.core.architectures.supported import (
+    applies_windows,
+    has_recurrent_layers,
+    problem_of_config,
+    problem_of_model,
+)
+from draftsmith.core.architectures.text_models import head_view, text_model
 from draftsmith.core.attention import StackedMasks, with_stacked_attention
 from draftsmith.core.cache import KVCache
 from draftsmith.core.fixed_shapes.forwards import Shapes, fixed_shape_forward, fixed_shape_logits
+from draftsmith.core.rows import groups_by_length
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.core.views import (
     LAYER_LISTS,
     ForwardContext,
     HiddenStateOutput,
-    applies_windows,
     final_norm,
     find_child,
-    head_view,
-    text_model,
     unwrapped,
     view,
 )
@@ -56,6 +60,8 @@ from draftsmith.loading.target_names import model_folder
 from draftsmith.loading.weights import load_model
 
 PREFILL_CHUNK = 512
+PADDING_ON_CPU, PADDING = 64, 4096
+"""Tokens of padding that take as long as another forward, and that a group of rows may be prefilled with."""
 MAX_VIEWS = 64
 
 
@@ -332,7 +338,11 @@ class Target:
             return Forward(hidden_BND=self._whole(input_ids=tokens_BN, **arguments).logits, layers={})
         keys = partial(key_positions, tree, cache)
         self._context.begin(positions_BN=positions_BN, key_positions=keys, wanted=layers, resume=resume_BND)
-        self._stacked_masks.begin(row_multiple=cache.shapes.query_multiple if cache.shapes is not None else 1)
+        if cache.shapes is not None:
+            self._stacked_masks.begin(row_multiple=cache.shapes.query_multiple)
+        else:
+            ends = [length + tree.num_nodes for length in cache.lengths]
+            self._stacked_masks.begin(ends=ends if cache.is_ragged and tokens_BN.device.type == "cpu" else [])
         if self.is_encoder_decoder:
             arguments["past_key_values"] = both = EncoderDecoderCache(cache, cache.cross)
             both.is_updated = cache.cross_is_filled
@@ -353,6 +363,22 @@ class Target:
 
     def prefill(self, rows: list[list[int]], cache: KVCache, *, layers: tuple[int, ...] = ()) -> dict[int, Tensor]:
         """Feeds and commits `rows` to an empty cache; returns the requested hidden layers [B, T, D], right-padded."""
+        # Rows of very different lengths are fed in groups, each padded to its own longest row.
+        most = PADDING_ON_CPU if self.device.type == "cpu" else PADDING
+        groups = groups_by_length([len(ids) for ids in rows], most)
+        if len(groups) == 1 or cache.shapes is not None or self.is_recurrent or self.is_encoder_decoder:
+            return self._prefill(rows, cache, layers)
+        hidden: dict[int, Tensor] = {}
+        for group in groups:
+            part = self.new_cache(len(group))
+            for layer, hidden_GTD in self._prefill([rows[row] for row in group], part, layers).items():
+                if layer not in hidden:  # the first group has the longest row
+                    hidden[layer] = hidden_GTD.new_zeros(len(rows), *hidden_GTD.shape[1:])
+                hidden[layer][group, : hidden_GTD.shape[1]] = hidden_GTD
+            cache.change_rows([None if row in group else row for row in range(len(rows))], part)
+        return hidden
+
+    def _prefill(self, rows: list[list[int]], cache: KVCache, layers: tuple[int, ...]) -> dict[int, Tensor]:
         longest = max(map(len, rows))
         parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         padded = [ids + [0] * (longest - len(ids)) for ids in rows]

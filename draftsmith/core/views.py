@@ -6,7 +6,6 @@ A view is a shallow copy: it shares every parameter with the model, which stays 
 import contextlib
 import copy
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -193,27 +192,6 @@ class HiddenStateOutput(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-class _IdentityModel(nn.Module):
-    """Replaces a base model or decoder: returns its input embeddings as hidden states, and shows its attributes."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self._original = (original,)  # hidden from the module, whose parameters it would become
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_original"][0], name)
-
-    def forward(
-        self, *_: Any, inputs_embeds: Tensor | None = None, decoder_inputs_embeds: Tensor | None = None, **__: Any
-    ) -> BaseModelOutputWithPast:
-        given = inputs_embeds if inputs_embeds is not None else decoder_inputs_embeds
-        return HiddenStateOutput(last_hidden_state=given)
-
-    @property
-    def decoder(self) -> "_IdentityModel":
-        return self
-
-
 def unwrapped(model: Any) -> Any:
     """Returns the transformers model inside torch.compile, data parallelism or PEFT, whose adapters stay in its layers.
 
@@ -331,13 +309,6 @@ def view(
     return copied
 
 
-def applies_windows(stack: nn.Module) -> bool:
-    """Returns whether a model applies the window that its config may have: some of transformers' own do not."""
-    module = sys.modules[type(stack).__module__]
-    is_own = module.__name__.startswith("transformers.")
-    return not is_own or hasattr(module, "create_sliding_window_causal_mask")
-
-
 def final_norm(stack: nn.Module) -> str | None:
     """Returns the name of the stack's final norm; None for decoders of post-norm blocks, which have none."""
     return next((name for name in FINAL_NORMS if isinstance(stack._modules.get(name), nn.Module)), None)
@@ -358,24 +329,4 @@ def _without(layer: nn.Module, index: int, kinds: set[str], width: int, outputs:
                 raise ValueError(f"{type(layer).__name__} has several sublayers of a kind, so none can be skipped")
             tuple_length = outputs.sublayers.get((kind, index), 0)
             copied._modules[name] = _Zero(layer.get_submodule(name), tuple_length=tuple_length, width=width)
-    return copied
-
-
-def text_model(model: Any) -> Any:
-    """Returns the model of text, with its head, inside a model of text and images; itself if it has the head."""
-    decoder = getattr(model, "get_decoder", lambda: None)()
-    has_head = decoder not in (None, model) and getattr(decoder, "get_output_embeddings", lambda: None)() is not None
-    return decoder if has_head else model
-
-
-def head_view(model: Any, stack: nn.Module) -> Any:
-    """Returns a view of the model that applies its head, scaling and soft-capping to normed hidden states."""
-    model = text_model(model)
-    copied = shallow_copy(model)
-    children = ((name, child) for name, child in model._modules.items() if child is not None)
-    holders = [name for name, child in children if any(part is stack for part in child.modules())]
-    if not holders:
-        raise ValueError(f"{type(model).__name__} has no base model that draftsmith supports")
-    name = holders[0]
-    copied._modules[name] = _IdentityModel(model._modules[name])
     return copied

@@ -24,18 +24,26 @@ _NODE_GAINS: WeakKeyDictionary[Drafter, NodeGain] = WeakKeyDictionary()
 """What is known of costs and acceptance of each drafter that has decoded batches; kept as long as the drafter."""
 
 
-def default_control(drafter: Drafter, *, keeps_text: bool) -> Drafter:
-    """Returns the drafter as `generate_stream` controls it without a policy.
+def check_length(drafter: Drafter | None, length: str | Policy | NodeGain) -> None:
+    """Raises ValueError for a draft-length policy that is unknown or not for this drafter."""
+    if drafter is not None:
+        with_length_control(drafter, length)
+    elif isinstance(length, str) and length not in ("auto", OWN):
+        make_control(length)
 
-    Batches are decoded by the policy "node_gain", which measures what drafting costs at their size, if the text does
-    not depend on drafts (`keeps_text`). Single rows, and drafters that keep a policy or whose configuration asks for a
-    fixed length, are decoded by the drafter's own.
+
+def stream_control(drafter: Drafter, length: str | Policy | NodeGain, *, keeps_text: bool) -> Drafter:
+    """Returns the drafter as `generate_stream` controls it.
+
+    By the policy "auto", batches are decoded by the policy "node_gain", which measures what drafting costs at their
+    size, if the text does not depend on drafts (`keeps_text`). Single rows, and drafters that keep a policy or whose
+    configuration asks for a fixed length, are decoded by the drafter's own.
     """
-    own = with_length_control(drafter, "auto")
+    own = with_length_control(drafter, length)
     is_fixed = str(getattr(drafter.config, "length", "")).startswith("fixed") and getattr(
         drafter.config, "supports_early_stop", False
     )
-    if not keeps_text or is_fixed or drafter.policy is not None:
+    if length != "auto" or not keeps_text or is_fixed or drafter.policy is not None:
         return own
     return ByBatchSize(own, NodeControlled(drafter, _NODE_GAINS.setdefault(drafter, NodeGain())))
 

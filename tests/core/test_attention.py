@@ -53,6 +53,32 @@ def test_stacked_attention_equals_transformers(
 
 
 @pytest.mark.parametrize("num_key_heads", [2, 6])
+@pytest.mark.parametrize("num_new", [1, 4])
+def test_rows_of_different_lengths_attend_to_their_own_slots(
+    num_key_heads: int, num_new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys of slots past a row's end are not read: there they are not numbers."""
+    generator, ends, num_slots = torch.Generator().manual_seed(0), [40, 7, 23], 40
+    query = torch.randn(3, 6, num_new, 16, generator=generator)
+    keys, values = torch.randn(2, 3, num_key_heads, num_slots, 16, generator=generator)
+    order_S = torch.arange(num_slots)
+    last_BN = torch.tensor(ends)[:, None] - num_new + torch.arange(num_new)
+    mask = (order_S <= last_BN[..., None])[:, None]
+    expected, _ = sdpa_attention_forward(
+        SimpleNamespace(num_key_value_groups=6 // num_key_heads, is_causal=True), query, keys, values, mask, scaling=0.3
+    )
+    for row, end in enumerate(ends):
+        keys[row, :, end:], values[row, :, end:] = torch.nan, torch.nan
+    masks = StackedMasks()
+    masks.begin(ends=ends)
+    module = SimpleNamespace(num_key_value_groups=6 // num_key_heads, is_causal=True, stacked_masks=masks)
+    assert stacked_attention(module, query, keys, values, mask, scaling=0.3)[0].isnan().any(), "too little to save"
+    monkeypatch.setattr("draftsmith.core.attention.SAVED_ELEMENTS", 0)
+    found, _ = stacked_attention(module, query, keys, values, mask, scaling=0.3)
+    assert (found - expected).abs().max() <= ROUNDING
+
+
+@pytest.mark.parametrize("num_key_heads", [2, 6])
 @pytest.mark.parametrize("num_new", [1, 5])
 def test_padded_rows_change_rounding_alone(num_key_heads: int, num_new: int) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.core.cache import FIRST_CAPACITY, KVCache
+from draftsmith.core.rows import groups_by_length
 from draftsmith.core.tree import Tree, chain
 from tests.support.models import CAUSAL, SEQ2SEQ, VOCAB_SIZE, padded, prompts, tiny_target
 
@@ -86,6 +87,29 @@ def test_prefill_in_chunks_equals_prefill_at_once(chunk: int, monkeypatch: pytes
         assert torch.allclose(committed(parts, row), committed(whole, row), atol=2e-5)
         for layer in layers:
             assert torch.allclose(found[layer][row, : len(text)], expected[layer][row, : len(text)], atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["mistral", "gpt2"])
+def test_prefill_in_groups_equals_prefill_at_once(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, texts = tiny_target(architecture), [*prompts(5), []]
+    layers = (0, 3)
+    whole, parts = target.new_cache(6), target.new_cache(6)
+    monkeypatch.setattr("draftsmith.core.target.PADDING_ON_CPU", 1000)
+    expected = target.prefill(texts, whole, layers=layers)
+    monkeypatch.setattr("draftsmith.core.target.PADDING_ON_CPU", 2)
+    found = target.prefill(texts, parts, layers=layers)
+    assert parts.lengths == whole.lengths == [len(text) for text in texts]
+    for row, text in enumerate(texts):
+        assert torch.allclose(committed(parts, row), committed(whole, row), atol=2e-5)
+        for layer in layers:
+            assert torch.allclose(found[layer][row, : len(text)], expected[layer][row, : len(text)], atol=2e-5)
+
+
+def test_groups_have_little_padding() -> None:
+    assert groups_by_length([5, 300, 9, 290, 0], 10) == [[1, 3], [0, 2], [4]]
+    assert groups_by_length([5, 300, 9], 10_000) == [[0, 1, 2]]
+    assert groups_by_length([7], 0) == [[0]]
 
 
 def fill(cache: KVCache, num_new: int, value: float) -> Tensor:

@@ -1,6 +1,9 @@
 """What a model's configuration tells about whether it can be a target, before its weights load."""
 
+import sys
 from typing import Any
+
+from torch import nn
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
 """Kinds of layers with attention alone; indexed ones choose the tokens to attend to by keys of their own."""
@@ -106,3 +109,10 @@ def problem_of_model(model: Any, config: Any) -> str | None:
     if (attention := config._attn_implementation) not in MASKS:
         return f"uses attention {attention!r}, which takes no tree mask; load it with attn_implementation='sdpa'"
     return None
+
+
+def applies_windows(stack: nn.Module) -> bool:
+    """Returns whether a model applies the window that its config may have: some of transformers' own do not."""
+    module = sys.modules[type(stack).__module__]
+    is_own = module.__name__.startswith("transformers.")
+    return not is_own or hasattr(module, "create_sliding_window_causal_mask")
