@@ -16,7 +16,8 @@ usage: ./launch.sh setup | test | serving-test | docs | <recipe> [--key value ..
   setup                makes the environment in .venv; every other command does so when there is none
   test                 ruff, mypy and pytest in up to four processes (-n 0: one); further arguments go to pytest
   serving-test         exports run by vLLM and speculators, in an environment of their own, .venv-serving (4 GB);
-                       --engine llama.cpp: by llama.cpp, in .venv-llamacpp (0.1 GB); further arguments go to pytest
+                       --engine llama.cpp: by llama.cpp, in .venv-llamacpp (0.1 GB);
+                       --engine openvino: by OpenVINO GenAI, in .venv-openvino (2 GB); further arguments go to pytest
   docs                 builds the documentation into site/, strictly; further arguments go to mkdocs build
 
 recipes; each has its own --help:
@@ -127,13 +128,14 @@ install_with_pip() {
 }
 
 # vLLM and speculators require an older transformers than draftsmith declares; draftsmith works with that one too.
-install_serving() {
+install_serving() { install_with_cpu_torch && uv_install --no-deps --editable .; }
+
+install_with_cpu_torch() {
     local index=https://download.pytorch.org/whl/cpu
     uv_install --requirements "$pins" ||
         uv_install --requirements "$pins" --extra-index-url "$index" --index-strategy unsafe-best-match || return
     # These are built for CUDA, and beside them transformers can import no model.
-    "$python" -m uv pip uninstall --python "$python" torchaudio torchcodec torchvision || return
-    uv_install --no-deps --editable .
+    "$python" -m uv pip uninstall --python "$python" torchaudio torchcodec torchvision
 }
 
 install_llama_cpp() { uv_install --requirements "$pins"; }
@@ -237,7 +239,7 @@ case ${1:-} in
         engine=vllm
         case ${1:-} in
             --engine)
-                (($# > 1)) || fail "--engine needs a value: vllm or llama.cpp"
+                (($# > 1)) || fail "--engine needs a value: vllm, llama.cpp or openvino"
                 engine=$2
                 shift 2
                 ;;
@@ -250,7 +252,7 @@ case ${1:-} in
             vllm)
                 use_environment serving install_serving 'some minutes and 4 GB'
                 exec "$python" -m pytest -q -m "not slow" --ignore tests/serving/test_llama_cpp.py \
-                    tests/serving tests/export/test_export_speculators.py "$@"
+                    --ignore tests/serving/test_openvino.py tests/serving tests/export/test_export_speculators.py "$@"
                 ;;
             llama.cpp)
                 # llama.cpp needs nothing of draftsmith's: the tests run here, and start its Python for each export.
@@ -260,7 +262,15 @@ case ${1:-} in
                 export DRAFTSMITH_LLAMA_CPP_PYTHON=$python
                 exec "$tester" -m pytest -q -n 0 -m serving tests/serving/test_llama_cpp.py "$@"
                 ;;
-            *) fail "--engine is vllm or llama.cpp, not '$engine'" ;;
+            openvino)
+                # optimum-intel needs an older transformers: the tests run here, and start its programs for each export.
+                ensure_environment
+                tester=$python
+                use_environment openvino install_with_cpu_torch 'a minute or so and 2 GB'
+                export DRAFTSMITH_OPENVINO_PYTHON=$python
+                exec "$tester" -m pytest -q -n 0 -m serving tests/serving/test_openvino.py "$@"
+                ;;
+            *) fail "--engine is vllm, llama.cpp or openvino, not '$engine'" ;;
         esac
         ;;
     *)

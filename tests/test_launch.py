@@ -44,6 +44,7 @@ class Checkout:
             "constraints.txt",
             "requirements-serving.txt",
             "requirements-llamacpp.txt",
+            "requirements-openvino.txt",
             "pyproject.toml",
         ):
             shutil.copy(ROOT / name, self.root)
@@ -176,7 +177,7 @@ def test_serving_test_makes_an_environment_of_its_own(checkout: Checkout) -> Non
     assert "--requirements requirements-serving.txt" in added and "uninstall" in removed and "torchvision" in removed
     assert own.endswith("--no-deps --editable .")
     last = checkout.called("")[-1]
-    ignored = "--ignore tests/serving/test_llama_cpp.py"
+    ignored = "--ignore tests/serving/test_llama_cpp.py --ignore tests/serving/test_openvino.py"
     assert last == f"-m pytest -q -m not slow {ignored} tests/serving tests/export/test_export_speculators.py -x"
     checkout("serving-test")
     assert not checkout.called("-m uv"), "it is there"
@@ -189,7 +190,16 @@ def test_serving_test_of_llama_cpp_runs_in_the_main_environment(checkout: Checko
         assert (checkout.root / ".venv-llamacpp" / "made").exists() and (checkout.root / ".venv" / "made").exists()
         assert checkout.called("")[-1] == "-m pytest -q -n 0 -m serving tests/serving/test_llama_cpp.py -x"
     done = checkout("serving-test", "--engine", "mlx")
-    assert done.returncode == 2 and "--engine is vllm or llama.cpp, not 'mlx'" in done.stderr
+    assert done.returncode == 2 and "--engine is vllm, llama.cpp or openvino, not 'mlx'" in done.stderr
+
+
+def test_serving_test_of_openvino_runs_in_the_main_environment(checkout: Checkout) -> None:
+    """Its own environment converts and runs exports for the tests, without torch for CUDA and without draftsmith."""
+    assert checkout("serving-test", "--engine", "openvino", "-x").returncode == 0
+    assert (checkout.root / ".venv-openvino" / "made").exists() and (checkout.root / ".venv" / "made").exists()
+    added, removed = checkout.called("-m uv pip")[-2:]
+    assert "--requirements requirements-openvino.txt" in added and "uninstall" in removed and "torchvision" in removed
+    assert checkout.called("")[-1] == "-m pytest -q -n 0 -m serving tests/serving/test_openvino.py -x"
 
 
 def test_environment_is_made_once_and_renewed_when_versions_change(checkout: Checkout) -> None:

@@ -117,7 +117,7 @@ class Drafter(nn.Module, drafter.Drafter):
     """
 
     row_state = ("_cache",)
-    serving_engines = ("vllm", "sglang", "speculators", "llama.cpp")
+    serving_engines = ("vllm", "sglang", "speculators", "llama.cpp", "openvino")
     step_salt: str = ""
     """What a training step draws its blocks by, beside the rows' keys (trainers/dflash.py)."""
 

@@ -96,7 +96,7 @@ class Drafter(nn.Module, drafter.Drafter):
     """The fusion, the decoder layer with a KV cache of its own, and an LM head over the draft vocabulary."""
 
     row_state = ("_cache", "_unread")
-    serving_engines = ("vllm", "sglang", "speculators", "llama.cpp")
+    serving_engines = ("vllm", "sglang", "speculators", "llama.cpp", "openvino")
     d2t: Tensor
     """Offset from each draft token's id to the target's id [W]."""
     _shortlist: Shortlist

@@ -101,7 +101,7 @@ class Drafter(nn.Module, drafter.Drafter):
     """
 
     row_state = ("_cache", "_recycled_B1D")
-    serving_engines = ("vllm", "sglang", "llama.cpp")
+    serving_engines = ("vllm", "sglang", "llama.cpp", "openvino")
     base: Target
     _tuned_model: Any
 

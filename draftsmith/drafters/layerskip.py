@@ -73,7 +73,7 @@ class Drafter(drafter.Drafter):
     """The target without the sublayers in `skipped`."""
 
     row_state = ("_prompt_lengths", "_is_running")
-    serving_engines = ("vllm", "sglang", "llama.cpp")
+    serving_engines = ("vllm", "sglang", "llama.cpp", "openvino")
 
     def __init__(self, config: Config, target: Target) -> None:
         last = max((*config.attention, *config.mlp), default=0)

@@ -80,7 +80,7 @@ class Drafter(KeepsPrecision, drafter.Drafter):
     """The draft model with a KV cache of its own, in which rows advance at different rates."""
 
     row_state = ("_cache",)
-    serving_engines = ("vllm", "sglang", "llama.cpp")
+    serving_engines = ("vllm", "sglang", "llama.cpp", "openvino")
     draft_model: Target
 
     def __init__(self, config: Config, target: Target) -> None:

@@ -40,7 +40,7 @@ class Drafter(drafter.Drafter):
     """Indexes each row's n-grams by the positions after them, so that look-ups and updates take constant time."""
 
     row_state = ("_rows",)
-    serving_engines = ("vllm", "sglang", "llama.cpp")
+    serving_engines = ("vllm", "sglang", "llama.cpp", "openvino")
 
     def __init__(self, config: Config, target: Target) -> None:
         self.config = config

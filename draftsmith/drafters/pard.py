@@ -62,7 +62,7 @@ class Drafter(KeepsPrecision, drafter.Drafter):
     """The draft model with a KV cache of its own, which keeps the text's keys and values and none of masks."""
 
     row_state = ("_cache",)
-    serving_engines = ("vllm", "sglang")
+    serving_engines = ("vllm", "sglang", "openvino")
     draft_model: Target
     step_salt: str = ""
     """What a training step draws its masks by, beside the rows' keys (trainers/pard.py)."""

@@ -35,10 +35,11 @@ def export(
 
     `artifact` is a folder or owner/name on the hub, `target` a transformers folder or hub name, by default the target
     that the artifact was made for. `target_name` is the target where the export will be used: its folder or hub name,
-    which an export for speculators names (by default the hub name, or the folder relative to `output`), or a GGUF file
-    of it for llama.cpp. `quantise` and `quantise_target` are ggml's types, such as q8_0, of the matrices that an export
-    for llama.cpp writes. A previous export at `output` is replaced. Raises ValueError if the engine does not support
-    the drafter, the artifact was made for another target, or `output` contains other files; nothing is written then.
+    which an export for speculators names (by default the hub name, or the folder relative to `output`), a GGUF file of
+    it for llama.cpp, or its converted folder for OpenVINO GenAI. `quantise` and `quantise_target` are types of matrices
+    in an export for llama.cpp (ggml's, such as q8_0) or OpenVINO GenAI (such as int8). A previous export at `output` is
+    replaced. Raises ValueError if the engine does not support the drafter, the artifact was made for another target, or
+    `output` contains other files; nothing is written then.
     """
     if to not in ENGINES:
         near = difflib.get_close_matches(to, ENGINES, n=1)
@@ -48,13 +49,15 @@ def export(
     manifest = read_manifest(artifact_folder)
     family_of(manifest, artifact_folder)
     write = _writer(manifest["family"], to)
-    if target_name and to not in ("speculators", "llama.cpp"):
+    if target_name and to not in ("speculators", "llama.cpp", "openvino"):
         raise ValueError(
-            f"target_name is {target_name!r}; only exports for speculators and llama.cpp name the target, not for {to}"
+            f"target_name is {target_name!r}; only exports for speculators, llama.cpp and openvino name the target, not"
+            f" for {to}"
         )
-    if (quantise or quantise_target) and to != "llama.cpp":
+    if (quantise or quantise_target) and to not in ("llama.cpp", "openvino"):
         raise ValueError(
-            f"quantise is {quantise or quantise_target!r}; only exports for llama.cpp are quantised, not for {to}"
+            f"quantise is {quantise or quantise_target!r}; only exports for llama.cpp and openvino are quantised, not"
+            f" for {to}"
         )
     check_folder(Path(output))
     path = Path(output).resolve()

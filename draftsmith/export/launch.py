@@ -17,6 +17,7 @@ ENGINE_NAMES = {
     "sglang": "SGLang",
     "speculators": "speculators",
     "llama.cpp": "llama.cpp",
+    "openvino": "OpenVINO GenAI",
 }
 """Engines and the names to print."""
 CHECKED_WITH = {
@@ -25,6 +26,9 @@ CHECKED_WITH = {
     "sglang": "SGLang 0.5.23, whose code was read and not run",
     "speculators": "speculators 0.9.0",
     "llama.cpp": "llama.cpp of October 2026 (xllamacpp 2026.10.11549, a CPU; ./launch.sh serving-test)",
+    "openvino": (
+        "OpenVINO GenAI 2026.4.1, converted by optimum-intel 2.2.0 (a CPU; ./launch.sh serving-test --engine openvino)"
+    ),
 }
 MISLEADING_PATH = re.compile("eagle[-3]|dflash|dspark", re.IGNORECASE)
 """Parts of a path that make vLLM treat a draft model as another kind of drafter, whatever `method` says."""
@@ -57,6 +61,8 @@ class Launch:
     """Differences from the drafter as draftsmith runs it."""
     python: str = ""
     """The same in Python, for an engine whose command is a server's."""
+    convert: str = ""
+    """Shell commands that come first, for an engine that loads converted models."""
 
 
 def write_launch(folder: Path, source: ExportSource, engine: str, launch: Launch) -> None:
@@ -70,8 +76,7 @@ def write_launch(folder: Path, source: ExportSource, engine: str, launch: Launch
         "target": launch.target,
         "artifact": source.manifest,
     }
-    if launch.python:
-        record["python"] = launch.python
+    record |= {name: text for name in ("convert", "python") if (text := getattr(launch, name))}
     (folder / LAUNCH).write_text(json_text.text_of(record, indent=1) + "\n")
 
 

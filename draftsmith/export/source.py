@@ -31,9 +31,9 @@ class ExportSource:
     output: Path
     """Final path of the exported folder, which is written elsewhere first."""
     target_name_there: str = ""
-    """The target's folder, hub name or GGUF file where the export will be used; if empty, as here."""
+    """The target's folder, hub name or converted files where the export will be used; if empty, as here."""
     quantise: str = ""
-    """llama.cpp's type of the drafter's matrices; if empty, that of the target's dtype."""
+    """The engine's type of the drafter's matrices; if empty, one that keeps the target's dtype."""
     quantise_target: str = ""
     """The same for the target, which is written anew if this is set."""
 

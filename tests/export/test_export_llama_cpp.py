@@ -342,7 +342,7 @@ def test_export_rejects_what_llama_cpp_cannot_run(
         with pytest.raises(ValueError, match=message) as error:
             export(tmp_path / "artifacts" / name, "llama.cpp", tmp_path / "out", **options)
         assert "\n" not in str(error.value), name
-    with pytest.raises(ValueError, match="only exports for llama.cpp are quantised, not for vllm"):
+    with pytest.raises(ValueError, match="only exports for llama.cpp and openvino are quantised, not for vllm"):
         export(tmp_path / "artifacts" / "kind", "vllm", tmp_path / "out", quantise="q8_0")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 

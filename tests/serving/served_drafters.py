@@ -4,6 +4,7 @@ Shape suffixes: T tokens, D hidden width, E widths of fused layers, W draft voca
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch.nn import functional
 
 import draftsmith
 from draftsmith import Target
-from draftsmith.drafters import eagle3, early_exit, lm, lookup, lstm, medusa, ngram
+from draftsmith.drafters import eagle3, early_exit, lm, lookup, lstm, medusa, ngram, pard
 from draftsmith.export.models import reduced_model
+from eval.doctor.serving import ServingCounts
 from tests.support.drafters import overfitted_dflash
 from trainers.corpora import kneser_ney
 
@@ -40,6 +42,16 @@ def greedy_texts(target: Target, rows: list[list[int]]) -> list[list[int]]:
         out = draftsmith.generate(target, torch.tensor([row]), max_new_tokens=NUM_NEW + NUM_DRAFT, eos_token_id=[])
         found.append(out.sequences[0].tolist())
     return found
+
+
+def new_tokens(rows: list[list[int]], texts: list[list[int]]) -> list[list[int]]:
+    """Returns the first new tokens of each text."""
+    return [text[len(row) : len(row) + NUM_NEW] for row, text in zip(rows, texts, strict=True)]
+
+
+def show(name: str, found: ServingCounts, expected: ServingCounts) -> None:
+    """Prints the rounds, and the drafts accepted at each position, in an engine and in draftsmith."""
+    print(f"{name}: {found.num_drafts} {found.accepted}, expected {expected.num_drafts} {expected.accepted}")
 
 
 def train_drafter(drafter: Any, loss: Callable[[Tensor], Tensor], texts: list[list[int]], num_steps: int) -> Any:
@@ -148,10 +160,33 @@ def eagle3_head(target: Target, texts: list[list[int]], folder: Path) -> Any:
     return train_drafter(drafter, loss, texts, 24)
 
 
+def eagle3_tree(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    """Returns the same head, which drafts dynamic trees."""
+    chains = eagle3_head(target, texts, folder)
+    drafter = eagle3.Drafter(replace(chains.config, width=4, num_nodes=10), target)
+    drafter.load_state_dict(chains.state_dict())
+    return drafter.eval()
+
+
+def parallel_model(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    """Returns the reduced target as a draft model that drafts in parallel, for which it is not trained."""
+    small = reduced_target(target, texts, folder)
+    config = pard.Config(model=small.config.model, mask_token=target.vocab_size - 1, num_draft=NUM_DRAFT)
+    drafter = pard.Drafter(config, target)
+    drafter.model.load_state_dict(small.model.state_dict())
+    return drafter.eval()
+
+
 def dflash_blocks(target: Target, texts: list[list[int]], folder: Path) -> Any:
     """Returns layers trained on the texts."""
     shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_width": 64, "inner_width": 256}
     return overfitted_dflash(target, texts, num_steps=300, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape)
+
+
+def well_trained_block(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    """Returns DFlash layers that predict more than the first token of some blocks."""
+    shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_width": 64, "inner_width": 256}
+    return overfitted_dflash(target, texts, num_steps=160, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape)
 
 
 MAKERS = {
@@ -163,4 +198,7 @@ MAKERS = {
     "medusa": medusa_heads,
     "head": eagle3_head,
     "block": dflash_blocks,
+    "well_trained_block": well_trained_block,
+    "tree": eagle3_tree,
+    "parallel": parallel_model,
 }

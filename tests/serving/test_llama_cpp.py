@@ -25,8 +25,17 @@ from draftsmith.loading import gguf_files
 from eval.doctor import llama_cpp
 from eval.doctor.serving import ServingCounts, agrees, run_draftsmith
 from recipes import doctor
-from tests.serving.served_drafters import MAKERS, NUM_DRAFT, NUM_NEW, PROMPTS, eagle3_head, greedy_texts, reduced_target
-from tests.support.drafters import overfitted_dflash
+from tests.serving.served_drafters import (
+    MAKERS,
+    NUM_DRAFT,
+    NUM_NEW,
+    PROMPTS,
+    eagle3_head,
+    greedy_texts,
+    new_tokens,
+    reduced_target,
+    show,
+)
 from tests.support.gguf import END_OF_TEXT, write_gguf
 from tests.support.models import VOCAB_SIZE, tiny_model
 from trainers.corpora.suffix_arrays import build
@@ -70,15 +79,6 @@ def served(prompts: list[list[int]], gguf: Path | str, run: Path, launch: Any = 
     return llama_cpp.counts_of(llama_cpp.run(PYTHON, gguf, prompts, NUM_NEW, run, launch))
 
 
-def show(name: str, found: ServingCounts, expected: ServingCounts) -> None:
-    """Prints the rounds, and the drafts accepted at each position, in llama.cpp and in draftsmith."""
-    print(f"{name}: {found.num_drafts} {found.accepted}, expected {expected.num_drafts} {expected.accepted}")
-
-
-def new_tokens(rows: list[list[int]], texts: list[list[int]]) -> list[list[int]]:
-    return [text[len(row) : len(row) + NUM_NEW] for row, text in zip(rows, texts, strict=True)]
-
-
 def test_plain_decoding_gives_the_same_text(
     folder: Path, rows: list[list[int]], texts: list[list[int]], tmp_path: Path
 ) -> None:
@@ -120,17 +120,11 @@ def test_every_shape_of_target_gives_the_text_of_transformers(tmp_path: Path, na
     assert found == expected
 
 
-def well_trained_block(target: Target, texts: list[list[int]]) -> Any:
-    """Returns DFlash layers that predict more than the first token of some blocks."""
-    shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_width": 64, "inner_width": 256}
-    return overfitted_dflash(target, texts, num_steps=160, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape)
-
-
-@pytest.mark.parametrize("name", ["draft_model", "first_blocks", "head", "block"])
+@pytest.mark.parametrize("name", ["draft_model", "first_blocks", "head", "well_trained_block"])
 def test_llama_cpp_and_draftsmith_accept_the_same_drafts(
     target: Target, rows: list[list[int]], texts: list[list[int]], tmp_path: Path, name: str
 ) -> None:
-    drafter = well_trained_block(target, texts) if name == "block" else MAKERS[name](target, texts, tmp_path)
+    drafter = MAKERS[name](target, texts, tmp_path)
     expected = run_draftsmith(drafter, rows, NUM_NEW, NUM_DRAFT, cuts_last=True)
     draftsmith.save(drafter, tmp_path / "artifact", target)
     launch = read_launch(export(tmp_path / "artifact", "llama.cpp", tmp_path / "out", quantise_target="f32"))

@@ -22,6 +22,8 @@ from draftsmith.export.llama_cpp.launch import llama_cpp_launch
 from draftsmith.export.llama_cpp.models import INNER, layer_values, stretch_divisors
 from draftsmith.export.llama_cpp.targets import drafter_kind, name_values, served_target
 from draftsmith.export.models import CHAINS, FIXED
+from draftsmith.export.openvino import HEAD_OPTIONS, check_options, openvino_launch
+from draftsmith.export.openvino import check_hidden as check_openvino_hidden
 from draftsmith.export.source import ExportSource
 from draftsmith.export.tensors import Specs, write_tensors
 from draftsmith.loading.gguf_contents import array, boolean, u32, write_gguf
@@ -74,6 +76,24 @@ def sglang(source: ExportSource, folder: Path) -> Launch:
     _write(source, folder, flat_config(source))
     settings = {"algorithm": "DFLASH", "draft-model-path": str(source.output)}
     return sglang_launch(source, settings | {"num-draft-tokens": source.config.block_size}, notes=_notes(source))
+
+
+def openvino(source: ExportSource, folder: Path) -> Launch:
+    """Writes the same folder, which optimum-intel converts, for a drafter of the whole vocabulary."""
+    check_options(source)
+    if source.config.shortlist:
+        raise ValueError(
+            "OpenVINO GenAI drafts from the whole vocabulary, and this drafter has a shortlist; export it --to vllm"
+        )
+    check_openvino_hidden(source, source.config.layers)
+    _write(source, folder, flat_config(source))
+    return openvino_launch(
+        source,
+        {"num_assistant_tokens": source.config.num_draft},
+        conversion=HEAD_OPTIONS,
+        caches_prefixes=False,
+        notes=("OpenVINO GenAI runs DFlash for a batch of one, greedily.", *_notes(source)),
+    )
 
 
 def speculators(source: ExportSource, folder: Path) -> Launch:
@@ -293,4 +313,5 @@ WRITERS = {
     "sglang": sglang,
     "speculators": speculators,
     "llama.cpp": llama_cpp,
+    "openvino": openvino,
 }

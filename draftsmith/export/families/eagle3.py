@@ -22,6 +22,9 @@ from draftsmith.export.llama_cpp.heads import check_hidden, is_plain_embedding
 from draftsmith.export.llama_cpp.launch import llama_cpp_launch
 from draftsmith.export.llama_cpp.models import layer_values, stretch_divisors
 from draftsmith.export.llama_cpp.targets import drafter_kind, name_values, served_target
+from draftsmith.export.models import FIXED
+from draftsmith.export.openvino import HEAD_OPTIONS, check_options, openvino_launch
+from draftsmith.export.openvino import check_hidden as check_openvino_hidden
 from draftsmith.export.source import ExportSource
 from draftsmith.export.tensors import Specs, write_tensors
 from draftsmith.loading.gguf_contents import array, boolean, interleave, u32, write_gguf
@@ -130,6 +133,41 @@ def llama_cpp(source: ExportSource, folder: Path) -> Launch:
     settings["no-spec-draft-backend-sampling"] = True
     likeliest = "llama.cpp drafts a head's likeliest tokens at every temperature, and accepts fewer above 0."
     return llama_cpp_launch(served, "draft-eagle3", settings, notes=(*notes, likeliest))
+
+
+def openvino(source: ExportSource, folder: Path) -> Launch:
+    """Writes the folder of vLLM, which optimum-intel converts, and has the fused layers written into the converted one.
+
+    By itself OpenVINO reads the outputs of blocks 2, n/2 and n - 3, which are one block later than the layers that
+    EAGLE-3's authors and vLLM read by default, and of targets with at least ten blocks.
+    """
+    check_options(source)
+    config = source.config
+    if len(config.layers) != 3:
+        raise ValueError(
+            f"the head reads {len(config.layers)} hidden layers, {list(config.layers)}, and OpenVINO GenAI's heads"
+            " three; train one on three, or export it --to vllm"
+        )
+    flags = {"fusion_norm": config.fusion_norm != "none", "norm_output": config.norm_output}
+    flags |= {"norm_residual": config.norm_residual, "own_embedding": config.own_embedding}
+    if found := [name for name, is_set in flags.items() if is_set]:
+        raise ValueError(
+            f"the head was trained with {', '.join(found)}, which OpenVINO GenAI does not compute; train one without,"
+            " or export it --to vllm"
+        )
+    check_openvino_hidden(source, config.layers)
+    _write(source, folder, flat_config(source), "midlayer")
+    settings = {"num_assistant_tokens": config.num_draft}
+    if config.width:
+        settings = {"num_assistant_tokens": config.num_nodes, "branching_factor": config.width}
+        settings["tree_depth"] = config.num_draft
+    return openvino_launch(
+        source,
+        settings,
+        conversion=HEAD_OPTIONS,
+        rt_info={"hidden_layers_list": " ".join(str(layer - 1) for layer in config.layers)},
+        notes=(FIXED,) if config.supports_early_stop and config.length != "fixed" else (),
+    )
 
 
 def _llama_cpp_tensors(source: ExportSource) -> dict[str, Tensor]:
@@ -282,4 +320,4 @@ def _default_layers(source: ExportSource) -> tuple[int, ...]:
     return 2, num_layers // 2, num_layers - 3
 
 
-WRITERS = {"vllm": vllm, "sglang": sglang, "speculators": speculators, "llama.cpp": llama_cpp}
+WRITERS = {"vllm": vllm, "sglang": sglang, "speculators": speculators, "llama.cpp": llama_cpp, "openvino": openvino}

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from draftsmith.export.llama_cpp.draft_models import draft_model_writer
+from draftsmith.export.llama_cpp.draft_models import draft_model_writer as llama_cpp_draft_model_writer
 from draftsmith.export.models import reduced_model, sglang_draft_model_writer, vllm_draft_model_writer
+from draftsmith.export.openvino import draft_model_writer as openvino_draft_model_writer
 from draftsmith.export.source import ExportSource
 
 OWN_CACHE = "It has its own KV cache, whereas in draftsmith it reads the target's: the acceptance rate may be lower."
@@ -29,5 +30,6 @@ def draft_model(source: ExportSource) -> Any:
 WRITERS = {
     "vllm": vllm_draft_model_writer(draft_model, OWN_CACHE),
     "sglang": sglang_draft_model_writer(draft_model, OWN_CACHE),
-    "llama.cpp": draft_model_writer(draft_model, OWN_CACHE),
+    "llama.cpp": llama_cpp_draft_model_writer(draft_model, OWN_CACHE),
+    "openvino": openvino_draft_model_writer(draft_model, OWN_CACHE),
 }

@@ -5,8 +5,9 @@ from typing import Any
 
 from draftsmith.export import custom_generate
 from draftsmith.export.launch import Launch
-from draftsmith.export.llama_cpp.draft_models import draft_model_writer
+from draftsmith.export.llama_cpp.draft_models import draft_model_writer as llama_cpp_draft_model_writer
 from draftsmith.export.models import assistant_writer, sglang_draft_model_writer, vllm_draft_model_writer
+from draftsmith.export.openvino import draft_model_writer as openvino_draft_model_writer
 from draftsmith.export.source import ExportSource
 
 
@@ -34,5 +35,6 @@ WRITERS = {
     "transformers": for_transformers,
     "vllm": vllm_draft_model_writer(draft_model),
     "sglang": sglang_draft_model_writer(draft_model),
-    "llama.cpp": draft_model_writer(draft_model),
+    "llama.cpp": llama_cpp_draft_model_writer(draft_model),
+    "openvino": openvino_draft_model_writer(draft_model),
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 from draftsmith.export.launch import Launch, python_launch, sglang_launch, vllm_launch
 from draftsmith.export.llama_cpp.launch import llama_cpp_launch
 from draftsmith.export.llama_cpp.targets import served_target
+from draftsmith.export.openvino import check_options, openvino_launch
 from draftsmith.export.source import ExportSource
 
 
@@ -58,6 +59,17 @@ def llama_cpp(source: ExportSource, folder: Path) -> Launch:
     return llama_cpp_launch(served, "ngram-simple", settings, notes=notes)
 
 
+def openvino(source: ExportSource, folder: Path) -> Launch:
+    """Returns the settings of OpenVINO GenAI's look-up."""
+    check_options(source)
+    if source.quantise:
+        raise ValueError(f"--quantise is {source.quantise!r}, and a look-up has no weights; drop it")
+    config = source.config
+    settings = {"prompt_lookup": True, "max_ngram_size": config.max_ngram, "num_assistant_tokens": config.num_draft}
+    shorter = ("OpenVINO GenAI also matches n-grams of a single token.",) if config.min_ngram > 1 else ()
+    return openvino_launch(source, settings, notes=(*shorter, *_notes(source, "OpenVINO GenAI")))
+
+
 def _notes(source: ExportSource, engine: str) -> tuple[str, ...]:
     if source.config.earliest:
         return ()
@@ -67,4 +79,10 @@ def _notes(source: ExportSource, engine: str) -> tuple[str, ...]:
     )
 
 
-WRITERS = {"transformers": for_transformers, "vllm": vllm, "sglang": sglang, "llama.cpp": llama_cpp}
+WRITERS = {
+    "transformers": for_transformers,
+    "vllm": vllm,
+    "sglang": sglang,
+    "llama.cpp": llama_cpp,
+    "openvino": openvino,
+}

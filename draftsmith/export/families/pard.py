@@ -3,9 +3,10 @@
 from typing import Any
 
 from draftsmith.export.models import sglang_draft_model_writer, vllm_draft_model_writer
+from draftsmith.export.openvino import draft_model_writer as openvino_draft_model_writer
 from draftsmith.export.source import ExportSource
 
-TOKEN_BY_TOKEN = "SGLang drafts with this model token by token, with as many forwards as tokens."
+TOKEN_BY_TOKEN = "{} drafts with this model token by token, with as many forwards as tokens."
 
 
 def draft_model(source: ExportSource) -> Any:
@@ -23,5 +24,6 @@ def draft_model(source: ExportSource) -> Any:
 
 WRITERS = {
     "vllm": vllm_draft_model_writer(draft_model, parallel_drafting=True),
-    "sglang": sglang_draft_model_writer(draft_model, TOKEN_BY_TOKEN),
+    "sglang": sglang_draft_model_writer(draft_model, TOKEN_BY_TOKEN.format("SGLang")),
+    "openvino": openvino_draft_model_writer(draft_model, TOKEN_BY_TOKEN.format("OpenVINO GenAI")),
 }
