@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import draftsmith
@@ -100,6 +101,13 @@ def test_head_names_the_blocks_whose_outputs_it_reads(target: Target, tmp_path: 
     tree = {"num_assistant_tokens": 10, "branching_factor": 4, "tree_depth": 3}
     expected = tree if width else {"num_assistant_tokens": 3}
     assert {name: value for name, value in launch["settings"].items() if name != "draft_model"} == expected
+
+
+def test_head_of_the_whole_vocabulary_says_so(target: Target, tmp_path: Path) -> None:
+    """optimum-intel leaves the map of a head without one uninitialised."""
+    out, _ = exported(built(eagle3, replace(HEAD, draft_vocab=0), target), tmp_path)
+    tensors = load_file(out / "model.safetensors")
+    assert tensors["d2t"].tolist() == [0] * VOCAB_SIZE and tensors["t2d"].all()
 
 
 def test_block_is_written_as_for_vllm(target: Target, tmp_path: Path) -> None:

@@ -156,7 +156,8 @@ def openvino(source: ExportSource, folder: Path) -> Launch:
             " or export it --to vllm"
         )
     check_openvino_hidden(source, config.layers)
-    _write(source, folder, flat_config(source), "midlayer")
+    # Without d2t optimum-intel's map of the draft vocabulary is whatever its memory held.
+    _write(source, folder, flat_config(source), "midlayer", with_vocabulary=True)
     settings = {"num_assistant_tokens": config.num_draft}
     if config.width:
         settings = {"num_assistant_tokens": config.num_nodes, "branching_factor": config.width}
@@ -226,15 +227,18 @@ def nested_config(source: ExportSource) -> dict[str, Any]:
     }
 
 
-def tensors_of(source: ExportSource, layer: str) -> dict[str, Tensor]:
-    """Returns the head's weights by their published names, with `layer` as the layer's prefix."""
+def tensors_of(source: ExportSource, layer: str, *, with_vocabulary: bool = False) -> dict[str, Tensor]:
+    """Returns the head's weights by their published names, with `layer` as the layer's prefix.
+
+    The maps between draft and target tokens are among them if they differ, or always with `with_vocabulary`.
+    """
     drafter = source.drafter
     published_names = {ours: published for published, ours in NAMES.items()}
     tensors = {}
     for name, tensor in drafter.state_dict().items():
         ours = name.removesuffix(".weight")
         if name in ("d2t", "t2d"):
-            if len(drafter.d2t) < len(drafter.t2d):
+            if with_vocabulary or len(drafter.d2t) < len(drafter.t2d):
                 tensors[name] = tensor
         elif ours.startswith("fusion_norms.") and source.config.fusion_norm == "each":
             tensors[f"fc_norm.{ours.removeprefix('fusion_norms.')}.weight"] = tensor
@@ -244,7 +248,9 @@ def tensors_of(source: ExportSource, layer: str) -> dict[str, Tensor]:
     return tensors
 
 
-def tensor_specs(config: dict[str, Any], layer: str, dtype: torch.dtype, *, has_embedding: bool) -> Specs:
+def tensor_specs(
+    config: dict[str, Any], layer: str, dtype: torch.dtype, *, has_embedding: bool, has_vocabulary: bool = False
+) -> Specs:
     """Returns the tensors that loaders expect for a head with this config.json, derived from that alone."""
     inner = config.get("transformer_layer_config", config)
     width, ffn_width, vocab_size = inner["hidden_size"], inner["intermediate_size"], inner["vocab_size"]
@@ -270,7 +276,7 @@ def tensor_specs(config: dict[str, Any], layer: str, dtype: torch.dtype, *, has_
     if has_embedding:
         shapes["embed_tokens"] = (vocab_size, width)
     specs = {f"{name}.weight": (shape, dtype) for name, shape in shapes.items()}
-    if num_tokens < vocab_size:
+    if has_vocabulary or num_tokens < vocab_size:
         specs |= {"d2t": ((num_tokens,), torch.int64), "t2d": ((vocab_size,), torch.bool)}
     return specs
 
@@ -285,16 +291,22 @@ def check_vocabulary(tensors: dict[str, Tensor]) -> None:
 
 
 def _write(
-    source: ExportSource, folder: Path, config: dict[str, Any], layer: str, *, with_embedding: bool = False
+    source: ExportSource,
+    folder: Path,
+    config: dict[str, Any],
+    layer: str,
+    *,
+    with_embedding: bool = False,
+    with_vocabulary: bool = False,
 ) -> None:
-    tensors = tensors_of(source, layer)
+    tensors = tensors_of(source, layer, with_vocabulary=with_vocabulary)
     if with_embedding and not source.config.own_embedding:
         tensors["embed_tokens.weight"] = source.drafter.target.model.get_input_embeddings().weight
     check_vocabulary(tensors)
     has_embedding = with_embedding or source.config.own_embedding
-    write_tensors(
-        folder, tensors, tensor_specs(config, layer, source.drafter.target.dtype, has_embedding=has_embedding)
-    )
+    dtype = source.drafter.target.dtype
+    specs = tensor_specs(config, layer, dtype, has_embedding=has_embedding, has_vocabulary=with_vocabulary)
+    write_tensors(folder, tensors, specs)
     (folder / "config.json").write_text(json_text.text_of(config, indent=1) + "\n")
 
 
