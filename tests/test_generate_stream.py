@@ -1,6 +1,8 @@
 """`generate_stream`: rows that come and go, against each prompt decoded alone."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -340,3 +342,23 @@ def test_batches_of_a_tokenizer_are_taken_without_their_padding() -> None:
 
 def test_no_prompts_give_no_texts() -> None:
     assert list(draftsmith.generate_stream(tiny_target("llama"), [])) == []
+
+
+def resident_mib() -> float:
+    """Returns this process's resident memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from Linux's /proc")
+@pytest.mark.parametrize("drafter", ["none", "lookup", "copy", "medusa", "eagle3"])
+def test_memory_does_not_grow_over_two_thousand_prompts(drafter: str) -> None:
+    target, found = tiny_target("llama"), []
+    made: dict[str, Any] = {"none": None, "lookup": lookup.Drafter(lookup.Config(), target)}
+    drafting = made[drafter] if drafter in made else tiny_drafter(drafter, "llama")
+    many = (prompt for _ in range(200) for prompt in prompts(10, seed=4))
+    for text in draftsmith.generate_stream(target, many, drafting, batch_size=8, max_new_tokens=24, eos_token_id=EOS):
+        assert text.new_ids
+        found.append(resident_mib())
+    assert len(found) == 2_000
+    assert max(found[1000:]) - max(found[:1000]) < 8, "MiB"
