@@ -47,8 +47,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # --- Written back --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_shards", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "num_shards"), [(torch.float32, 3), (torch.bfloat16, 1)], ids=["shards", "bf16"])
 @pytest.mark.parametrize("architecture", FORMS)
 def test_imported_head_is_exported_as_it_was(
     tmp_path: Path, architecture: str, dtype: torch.dtype, num_shards: int
