@@ -90,8 +90,11 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     """Returns the sum over steps and supervised positions of weight * loss.
 
     With a shortlist a divergence is between distributions over its tokens, and other labels of cross-entropy do not
-    count.
+    count. Raises ValueError if DeepSpeed has sharded the weights: it does not hook the weight-sharing copies of modules
+    that the layer is run through.
     """
+    if hasattr(drafter.projection.weight, "ds_id"):
+        raise ValueError("an MTP head cannot be trained in DeepSpeed's stage 3; give --deepspeed zero2")
     shared, shortlist = drafter.shared_head, drafter.shared_head.shortlist
     weights = step_weights(settings)
 

@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T positions, S steps, D hidden width, V vocabulary.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.drafters.test_mtp import FORMS, naive_steps, reference_rounds
 from tests.export.test_export_acceptance import accepted_here
 from tests.support.families.mtp_targets import write_target
 from tests.support.models import VOCAB_SIZE, scramble, tiny_target
-from tests.support.runs import SMALL, logged, make_data, run_settings, trainer_settings
+from tests.support.runs import SMALL, command, logged, make_data, make_target, run, run_settings, trainer_settings
 from trainers import import_mtp, mtp
 from trainers.mtp import Drafter, Settings
 from trainers.training.loop import train
@@ -99,6 +100,15 @@ def test_drafts_of_a_batch_are_one_tree() -> None:
         assert tree.parents_RN[row].tolist() == expected.parents_RN[0].tolist()
         assert tree.depths_RN[row].tolist() == expected.depths_RN[0].tolist()
         assert torch.equal(tree.ancestors_RNN[row], expected.ancestors_RNN[0])
+
+
+@pytest.mark.slow
+def test_stage_three_of_deepspeed_is_refused(tmp_path: Path) -> None:
+    make_data(make_target(tmp_path / "target"), tmp_path / "data")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    given = SMALL | {"batch_size": 2, "target": "target", "data": "data", "output": "out", "deepspeed": "zero3"}
+    done = run(command("mtp", *launcher, **given), tmp_path)
+    assert done.returncode and "mtp.py: an MTP head cannot be trained in DeepSpeed's stage 3" in done.stderr
 
 
 @pytest.mark.parametrize("architecture", FORMS)

@@ -21,7 +21,7 @@ from draftsmith.export.source import ExportSource
 
 LEFT_OUT = (".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 """Endings of files with the same weights in other formats, which would lack the trained head."""
-READ_NOT_RUN = "vLLM's code of several versions was read, and not run"
+READ_NOT_RUN = "vLLM, whose code of several versions was read and not run"
 BEFORE_NORM = (
     "vLLM's code, as read, hands the output of heads of this form on before its norm, and draftsmith and transformers"
     " after it: vLLM may accept fewer of the tokens after a draft's first."
