@@ -3,8 +3,8 @@
 Step s of the draft that begins at position t reads token t + 1 + s and learns the target's prediction at t + 1 + s.
 Drafts of whose steps none is supervised, those in a prompt, are not run; the prompt's keys and values are.
 
-Shape suffixes: B rows, T positions, M drafts of a row, N supervised positions, S steps, H heads, D hidden width,
-E width of the layer's input, V vocabulary, W draft vocabulary.
+Shape suffixes: B rows, T positions, P tokens of all rows, M drafts of all rows, A most drafts of a row, N supervised
+positions, S steps, H heads, D hidden width, E width of the layer's input, V vocabulary, W draft vocabulary.
 """
 
 import dataclasses
@@ -23,8 +23,9 @@ from draftsmith.parts.neural.layers import Attention, ffn_width
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
 from trainers.parts.heads import shift_left
-from trainers.parts.losses import map_in_chunks, sum_in_chunks
-from trainers.parts.recursive.drafts import Drafts, draft_starts, step_metrics
+from trainers.parts.linear_cross_entropy import SoftTargets, matrix_of, soft_targets
+from trainers.parts.losses import MAX_LOGITS, sum_soft_losses
+from trainers.parts.recursive.drafts import PackedDrafts, list_drafts, step_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,35 +124,39 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
 
     The target's distribution is over the draft vocabulary, at positions where its most likely token belongs to it.
     """
-    steps_S = torch.arange(settings.num_steps, device=batch.tokens_BT.device)
+    device = batch.tokens_BT.device
+    steps_S = torch.arange(settings.num_steps, device=device)
     drafts = unroll(drafter, batch, settings.num_steps)
     # The outputs of all steps at one position are stacked, as they share the target's distribution there.
     mask_BT = shift_left(batch.loss_mask_BT, 1)
     rows_N, positions_N = mask_BT.nonzero(as_tuple=True)
     starts_NS = positions_N[:, None] - 1 - steps_S  # negative before the row's first token, where nothing is counted
-    outputs_NSD = torch.stack(drafts.outputs, dim=2)[rows_N[:, None], drafts.index(rows_N[:, None], starts_NS), steps_S]
+    outputs_NSD = torch.stack(drafts.outputs, dim=1)[drafts.index(rows_N[:, None], starts_NS), steps_S]
+    targets, is_drafted_N = target_distributions(drafter, batch.hidden[target.num_layers][mask_BT])
+    counts_NS = is_drafted_N[:, None] & (steps_S < positions_N[:, None])
+    total, losses_X = sum_soft_losses(
+        drafter.head,
+        matrix_of(drafter.head, device),
+        outputs_NSD.flatten(0, 1),
+        targets,
+        (settings.decay**steps_S * counts_NS).flatten(),
+    )
+    losses_S = (losses_X.view_as(counts_NS) * counts_NS).sum(0)
+    counts = counts_NS.sum(0).tolist()
+    return total, {f"step{s}_loss": (losses_S[s], count) for s, count in enumerate(counts)}
 
-    def teach(theirs_ND: Tensor) -> Tensor:
-        """Returns the target's probabilities over the draft vocabulary, and whether its likeliest token is in it."""
-        logits_NV = target.logits(theirs_ND[None])[0]
-        probs_NW = logits_NV[:, drafter.vocabulary()].float().softmax(-1)
-        return torch.cat([probs_NW, drafter.t2d[logits_NV.argmax(-1)][:, None].to(probs_NW.dtype)], dim=1)
 
-    def compare(taught_NX: Tensor, outputs_NSD: Tensor, positions_N: Tensor) -> Tensor:
-        logits_NSW = drafter.head(outputs_NSD).float()
-        with torch.autocast(logits_NSW.device.type, enabled=False):  # a product of float32, not of rounded logits
-            expected_NS = (logits_NSW @ taught_NX[:, :-1, None])[..., 0]
-        losses_NS = logits_NSW.logsumexp(-1) - expected_NS  # the probabilities sum to 1
-        counts_NS = taught_NX[:, -1:].bool() & (steps_S < positions_N[:, None])
-        return torch.stack([losses_NS * counts_NS, counts_NS.float()], dim=1)
-
-    # Outside of the checkpointed chunks, the target's head runs once.
-    taught_NX = map_in_chunks(teach, batch.hidden[target.num_layers][mask_BT], vocab_size=target.vocab_size)
-    num_logits = settings.num_steps * len(drafter.d2t)
-    sums_2S, _ = sum_in_chunks(compare, taught_NX, outputs_NSD, positions_N, vocab_size=num_logits)
-    losses_S, counts = sums_2S[0], sums_2S[1].tolist()
-    metrics = {f"step{s}_loss": (losses_S[s].detach(), int(count)) for s, count in enumerate(counts)}
-    return (settings.decay**steps_S * losses_S).sum(), metrics
+@torch.no_grad()
+def target_distributions(drafter: Drafter, hidden_ND: Tensor) -> tuple[SoftTargets, Tensor]:
+    """Returns the target's distributions over the draft vocabulary, and whether its likeliest token is in it [N]."""
+    target, is_whole, kept, are_drafted = drafter.target, len(drafter.d2t) == len(drafter.t2d), [], []
+    for chunk_RD in hidden_ND.split(max(1, MAX_LOGITS // target.vocab_size)):
+        logits_RV = target.logits(chunk_RD[None])[0]
+        kept.append(logits_RV if is_whole else logits_RV[:, drafter.vocabulary()])
+        # In bfloat16 `max` is several times faster than `argmax` on a CPU.
+        drafted_R = torch.ones_like(chunk_RD[:, 0], dtype=torch.bool) if is_whole else drafter.t2d[logits_RV.max(-1)[1]]
+        are_drafted.append(drafted_R)
+    return soft_targets(torch.cat(kept)), torch.cat(are_drafted)
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
@@ -164,60 +169,85 @@ def metrics_of(drafter: Drafter, batch: Batch, num_steps: int) -> Metrics:
     return step_metrics(unroll(drafter, batch, num_steps), batch, lambda _, normed: drafter.logits(normed))
 
 
-def unroll(drafter: Drafter, batch: Batch, num_steps: int) -> Drafts:
-    """Runs the steps of every draft of which one is supervised, all drafts at a time."""
-    starts_BM, index_BT = draft_starts(batch, num_steps)
-    rows_B1, last = torch.arange(len(starts_BM), device=starts_BM.device)[:, None], batch.tokens_BT.shape[1] - 1
-    order_1T = torch.arange(last + 1, device=starts_BM.device)[None]
-    features_BTD = drafter.fuse(drafter.join(batch.hidden))
-    given_BTE = drafter.attention_input(shift_left(batch.tokens_BT, 1), features_BTD)
-    given = drafter.attention.keys_and_values(given_BTE, order_1T)
-    features_BMD, outputs = features_BTD[rows_B1, starts_BM], []
+def unroll(drafter: Drafter, batch: Batch, num_steps: int) -> PackedDrafts:
+    """Runs the steps of every draft of which one is supervised, all drafts at a time.
+
+    Tokens and drafts are packed, without padding; attention alone is computed row by row, in padded form.
+    """
+    drafts = list_drafts(batch, num_steps)
+    num_rows, length = batch.tokens_BT.shape
+    is_token_BT = torch.arange(length, device=batch.tokens_BT.device) < batch.lengths_B[:, None]
+    rows_P, positions_P = is_token_BT.nonzero(as_tuple=True)
+    joined_PE = torch.cat([batch.hidden[layer][is_token_BT] for layer in drafter.hidden_layers], dim=-1)
+    features_1PD = drafter.fuse(joined_PE[None])
+    given_1PE = drafter.attention_input(shift_left(batch.tokens_BT, 1)[is_token_BT][None], features_1PD)
+    group = drafter.attention.num_heads // drafter.attention.num_kv_heads
+    given = [
+        _repeated(_padded(packed, rows_P, positions_P, num_rows, length), group)
+        for packed in drafter.attention.keys_and_values(given_1PE, positions_P[None])
+    ]
+    features_BTD = features_1PD.new_zeros(num_rows, length, features_1PD.shape[-1])
+    features_BTD = features_BTD.index_put((rows_P, positions_P), features_1PD[0])
+    features_1MD = features_BTD[drafts.rows_X, drafts.starts_X][None]
     own: list[tuple[Tensor, Tensor]] = []
     for step in range(num_steps):
         # Past the end of the row nothing is supervised, and any token will do.
-        tokens_BM = batch.tokens_BT[rows_B1, (starts_BM + 1 + step).clamp(max=last)]
-        features_BMD, normed_BMD = drafter(
-            tokens_BM,
-            features_BMD,
-            lambda x_BME, step=step: attention_in_step(drafter.attention, x_BME, step, starts_BM, given, own),
+        tokens_M = batch.tokens_BT[drafts.rows_X, (drafts.starts_X + 1 + step).clamp(max=length - 1)]
+        features_1MD, normed_1MD = drafter(
+            tokens_M[None],
+            features_1MD,
+            lambda x_1ME, step=step: attention_in_step(drafter.attention, x_1ME, step, drafts, given, own),
         )
-        outputs.append(normed_BMD)
-    return Drafts(starts_BM=starts_BM, index_BT=index_BT, outputs=outputs)
+        drafts.outputs.append(normed_1MD[0])
+    return drafts
 
 
 def attention_in_step(
     attention: Attention,
-    x_BME: Tensor,
+    x_1ME: Tensor,
     step: int,
-    starts_BM: Tensor,
-    given: tuple[Tensor, Tensor],
+    drafts: PackedDrafts,
+    given: Sequence[Tensor],
     own: list[tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Returns the attention [B, M, D] in a step of the drafts that begin at `starts_BM`.
+    """Returns the attention [1, M, D] in a step of the drafts.
 
     A draft attends to the keys of step 0, `given` [B, H, T, D] by the target's features, up to the position where it
-    begins, and to its own later steps. `own` holds the keys and values [B, H, M, D] of the steps from 1 on; this
-    step's are appended.
+    begins, and to its own later steps. `own` holds the keys and values [B, H, A, D] of the steps from 1 on, A drafts
+    of a row; this step's are appended.
     """
-    positions_BM = starts_BM + step
+    num_rows, most = len(drafts.index_BT), int(drafts.order_X.max()) + 1
+    positions_1M = (drafts.starts_X + step)[None]
+
+    def by_row(packed_1HMD: Tensor) -> Tensor:
+        return _padded(packed_1HMD, drafts.rows_X, drafts.order_X, num_rows, most)
+
     group = attention.num_heads // attention.num_kv_heads
     if step:
-        own.append(_repeated(attention.keys_and_values(x_BME, positions_BM), group))
-    scaled_BHMD = attention.queries(x_BME, positions_BM) / attention.head_width**0.5
-    key_BHTD, value_BHTD = _repeated(given, group)
-    order_T = torch.arange(key_BHTD.shape[2], device=x_BME.device)
-    scores_BHMT = scaled_BHMD @ key_BHTD.transpose(-1, -2)
-    scores_BHMT = scores_BHMT.masked_fill((starts_BM[..., None] < order_T)[:, None], -torch.inf)
-    own_scores = [(scaled_BHMD * key).sum(-1, keepdim=True) for key, _ in own]
-    weights = torch.cat([scores_BHMT, *own_scores], dim=-1).softmax(-1)
-    out_BHMD = weights[..., : len(order_T)] @ value_BHTD
+        key_1HMD, value_1HMD = attention.keys_and_values(x_1ME, positions_1M)
+        own.append((_repeated(by_row(key_1HMD), group), _repeated(by_row(value_1HMD), group)))
+    scaled_BHAD = by_row(attention.queries(x_1ME, positions_1M) / attention.head_width**0.5)
+    key_BHTD, value_BHTD = given
+    order_T = torch.arange(key_BHTD.shape[2], device=x_1ME.device)
+    # Padding begins at position 0, whose key every row has.
+    starts_BA = drafts.starts_X.new_zeros(num_rows, most).index_put((drafts.rows_X, drafts.order_X), drafts.starts_X)
+    scores_BHAT = scaled_BHAD @ key_BHTD.transpose(-1, -2)
+    scores_BHAT = scores_BHAT.masked_fill((starts_BA[..., None] < order_T)[:, None], -torch.inf)
+    own_scores = [(scaled_BHAD * key).sum(-1, keepdim=True) for key, _ in own]
+    weights = torch.cat([scores_BHAT, *own_scores], dim=-1).softmax(-1)
+    out_BHAD = weights[..., : len(order_T)] @ value_BHTD
     for index, (_, value) in enumerate(own, start=len(order_T)):
-        out_BHMD = out_BHMD + weights[..., index, None] * value
-    return attention.output(out_BHMD.transpose(1, 2).flatten(2))
+        out_BHAD = out_BHAD + weights[..., index, None] * value
+    return attention.output(out_BHAD.transpose(1, 2)[drafts.rows_X, drafts.order_X].flatten(1))[None]
 
 
-def _repeated(pair: tuple[Tensor, Tensor], group: int) -> tuple[Tensor, Tensor]:
-    """Returns keys and values for every attention head, each repeated for the `group` heads that share it."""
-    key_BHTD, value_BHTD = pair
-    return key_BHTD.repeat_interleave(group, dim=1), value_BHTD.repeat_interleave(group, dim=1)
+def _repeated(x_BHND: Tensor, group: int) -> Tensor:
+    """Returns keys or values for every attention head, each repeated for the `group` heads that share it."""
+    return x_BHND.repeat_interleave(group, dim=1) if group > 1 else x_BHND
+
+
+def _padded(packed_1HPD: Tensor, rows_P: Tensor, columns_P: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    """Returns the packed values by row and column, zeros where there are none, as [B, H, columns, D]."""
+    _, num_heads, _, width = packed_1HPD.shape
+    empty = packed_1HPD.new_zeros(num_rows, num_columns, num_heads, width)
+    return empty.index_put((rows_P, columns_P), packed_1HPD[0].transpose(0, 1)).transpose(1, 2)

@@ -6,6 +6,7 @@ Shape suffixes: B rows, T positions, N supervised positions of a head, I tokens 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
 from trainers.parts import heads, trees
-from trainers.parts.losses import DIVERGENCES, Teacher, cross_entropy, divergence, sum_in_chunks
+from trainers.parts.linear_cross_entropy import matrix_of, shared_matrix
+from trainers.parts.losses import DIVERGENCES, Teacher, divergence, sum_in_chunks, sum_label_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +109,15 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     def logits(k: int, z_ND: Tensor) -> Tensor:
         return drafter.head(k, z_ND[None])[0] if settings.config.own_head else shared.listed(z_ND)
 
-    total, metrics = torch.zeros((), device=batch.tokens_BT.device), {}
+    device = batch.tokens_BT.device
+    matrix = shared_matrix(shared, device)
+    total, metrics = torch.zeros((), device=device), {}
     hidden_BTD = batch.hidden[target.num_layers]
     for k, output in enumerate(_head_outputs(drafter, batch)):
         if settings.loss == "ce":
-            head_loss, count = sum_in_chunks(
-                lambda z, labels, k=k: cross_entropy(logits(k, z), labels),
+            head_loss, count = sum_label_losses(
+                partial(logits, k),
+                matrix_of(drafter.outputs[k], device) if settings.config.own_head else matrix,
                 *heads.on_shortlist(output, shared.shortlist),
                 vocab_size=len(shared.shortlist),
             )

@@ -19,6 +19,7 @@ from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
 from trainers.parts import heads, trees
+from trainers.parts.linear_cross_entropy import matrix_of, shared_matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +60,24 @@ def needs(settings: Settings, target: Target) -> Needs:
 
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the sum over heads k and positions t of decay^(k + 1) CE(head k at t, token t + 2 + k)."""
+    outputs, device = _head_outputs(drafter, batch), batch.tokens_BT.device
     if settings.config.own_head:
-        outputs = _head_outputs(drafter, batch)
-        return heads.loss(outputs, drafter.head, decay=settings.decay, vocab_size=target.vocab_size)
+        return heads.loss(
+            outputs,
+            drafter.head,
+            decay=settings.decay,
+            vocab_size=target.vocab_size,
+            matrix=lambda k: matrix_of(drafter.outputs[k], device),
+        )
     shared = drafter.shared_head
+    matrix = shared_matrix(shared, device)
     return heads.loss(
-        _head_outputs(drafter, batch),
+        outputs,
         lambda _, z_1ND: shared.listed(z_1ND),
         decay=settings.decay,
         vocab_size=len(shared.shortlist),
         shortlist=shared.shortlist,
+        matrix=lambda _: matrix,
     )
 
 

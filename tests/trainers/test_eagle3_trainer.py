@@ -22,6 +22,8 @@ from tests.support.runs import SMALL, logged, make_data, make_target, trainer_se
 from tests.trainers.training.test_distributed import TORCHRUN, check_same, launch
 from trainers import eagle3
 from trainers.eagle3 import Drafter, Settings
+from trainers.parts import linear_cross_entropy
+from trainers.parts.recursive.drafts import list_drafts
 from trainers.training import checkpoints
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
@@ -98,13 +100,14 @@ def test_drafts_without_a_supervised_step_are_not_run() -> None:
     masks = [[position >= 20 for position in range(24)], [position == 9 for position in range(15)]]
     rows = [example(list(range(3, 3 + len(mask))), mask, str(row)) for row, mask in enumerate(masks)]
     given = complete(collate(rows), TARGET, eagle3.needs(SETTINGS, TARGET).layers)
-    starts_BM, index_BT = eagle3.draft_starts(given, 3)
-    assert starts_BM.tolist() == [[16, 17, 18, 19, 20, 21], [5, 6, 7, 0, 0, 0]]
-    assert index_BT[0, 16:22].tolist() == list(range(6)) and index_BT[1, 5:8].tolist() == [0, 1, 2]
+    drafts = list_drafts(given, 3)
+    assert drafts.starts_X.tolist() == [16, 17, 18, 19, 20, 21, 5, 6, 7]
+    assert drafts.rows_X.tolist() == [0] * 6 + [1] * 3 and drafts.order_X.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
+    assert drafts.index(drafts.rows_X, drafts.starts_X).tolist() == list(range(9))
     drafter, widths = perturbed_drafter(), []
     drafter.feed_forward.register_forward_hook(lambda _, inputs, output: widths.append(tuple(inputs[0].shape[:2])))
     eagle3.loss(drafter, given, SETTINGS, TARGET)
-    assert widths == [(2, 6)] * 3
+    assert widths == [(1, 9)] * 3
 
 
 def test_a_row_whose_answer_begins_too_early_adds_nothing() -> None:
@@ -120,10 +123,9 @@ def test_chunks_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     given, drafter = batch(), perturbed_drafter()
     whole, _ = eagle3.loss(drafter, given, SETTINGS, TARGET)
     expected = torch.autograd.grad(whole, list(drafter.parameters()))
-    sum_in_chunks = eagle3.sum_in_chunks
-    monkeypatch.setattr(
-        eagle3, "sum_in_chunks", lambda *given, **options: sum_in_chunks(*given, **options, max_logits=400)
-    )
+    monkeypatch.setattr(eagle3, "MAX_LOGITS", 400)
+    monkeypatch.setattr(linear_cross_entropy, "MAX_ROWS", 7)
+    monkeypatch.setattr(linear_cross_entropy, "BLOCK_LOGITS", {"cpu": 100})
     parts, _ = eagle3.loss(drafter, given, SETTINGS, TARGET)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts, list(drafter.parameters())), expected, rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ Shape suffixes: B rows, T positions, N supervised positions of one head, D hidde
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from draftsmith.length.costs import SIZES, quickest_ms, verify_ms
 from draftsmith.parts.neural.shortlist import Shortlist
 from trainers import Metrics
 from trainers.parts import trees
-from trainers.parts.losses import cross_entropy, sum_in_chunks
+from trainers.parts.linear_cross_entropy import Matrix
+from trainers.parts.losses import sum_label_losses
 
 NUM_RANKS = 10
 CHUNK_SIZE = 1024
@@ -68,21 +70,31 @@ def on_shortlist(output: HeadOutputs, shortlist: Shortlist) -> tuple[Tensor, Ten
 
 
 def loss(
-    outputs: Iterable[HeadOutputs], head: Head, *, decay: float, vocab_size: int, shortlist: Shortlist | None = None
+    outputs: Iterable[HeadOutputs],
+    head: Head,
+    *,
+    decay: float,
+    vocab_size: int,
+    shortlist: Shortlist | None = None,
+    matrix: Callable[[int], Matrix | None] = lambda _: None,
 ) -> tuple[Tensor, Metrics]:
     """Returns the sum over heads k and positions t of decay^(k + 1) CE(head k at t, token t + 2 + k).
 
     With a shortlist, `head` returns its tokens' logits, and other labels do not count: they cannot be drafted.
+    `matrix` returns the matrix that head k multiplies features with, None if it is no matrix product.
     """
     losses, metrics = [], {}
     for k, output in enumerate(outputs):
         z_ND, labels_N = on_shortlist(output, shortlist) if shortlist is not None else (output.z_ND, output.labels_N)
-        head_loss, count = sum_in_chunks(
-            lambda z, labels, k=k: cross_entropy(head(k, z[None])[0], labels), z_ND, labels_N, vocab_size=vocab_size
-        )
+        logits = partial(_logits, head, k)
+        head_loss, count = sum_label_losses(logits, matrix(k), z_ND, labels_N, vocab_size=vocab_size)
         losses.append(decay ** (k + 1) * head_loss)
         metrics[f"head{k}_loss"] = (head_loss.detach(), count)
     return torch.stack(losses).sum(), metrics
+
+
+def _logits(head: Head, k: int, z_ND: Tensor) -> Tensor:
+    return head(k, z_ND[None])[0]
 
 
 def label_ranks(outputs: Iterable[HeadOutputs], head: Head, batch: Batch) -> Tensor:

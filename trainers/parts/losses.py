@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from draftsmith.parts.neural.shortlist import OUTSIDE, Shortlist
+from trainers.parts.linear_cross_entropy import Matrix, SoftTargets, linear_cross_entropy
 
 MAX_LOGITS = 2**24
 """Number of logits computed at once, 64 MiB in float32."""
@@ -163,6 +164,57 @@ def divergence(name: str, *, beta: float = 0.5, temperature: float = 1.0) -> Cal
         return compare(*outcome_log_probs(student_logits_NV, teacher, temperature)) * temperature**2
 
     return loss
+
+
+def sum_label_losses(
+    logits: Callable[[Tensor], Tensor],
+    matrix: Matrix | None,
+    features_ND: Tensor,
+    labels_N: Tensor,
+    *,
+    vocab_size: int,
+) -> tuple[Tensor, int]:
+    """Returns (sum of -log q(label), number of positions N) of the features.
+
+    `logits` computes logits of features; if it is a product with `matrix`, its loss is computed block by block.
+    """
+    if matrix is not None:
+        return linear_cross_entropy(features_ND, matrix, labels_N)[0], len(labels_N)
+    return sum_in_chunks(
+        lambda features, labels: cross_entropy(logits(features), labels), features_ND, labels_N, vocab_size=vocab_size
+    )
+
+
+def sum_soft_losses(
+    logits: Callable[[Tensor], Tensor],
+    matrix: Matrix | None,
+    features_ND: Tensor,
+    targets: SoftTargets,
+    weights_N: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Returns the weighted sum of the cross-entropies with `targets`, and each position's without gradient [N].
+
+    `logits` and `matrix` are those of `sum_label_losses`.
+    """
+    if matrix is not None:
+        return linear_cross_entropy(features_ND, matrix, targets, weights_N)
+    num_positions, vocab_size = targets.logits_GW.shape
+    share = len(features_ND) // num_positions
+
+    def losses(features_RD: Tensor, logits_CW: Tensor, log_normaliser_C: Tensor) -> Tensor:
+        own_CSW = _upcast(logits(features_RD)).unflatten(0, (-1, share))
+        probs_CW = (logits_CW - log_normaliser_C[:, None]).exp()
+        return -(own_CSW.log_softmax(-1) * probs_CW[:, None]).sum(-1).flatten()
+
+    size = max(1, MAX_LOGITS // (vocab_size * share))
+    inputs = (features_ND.split(size * share), targets.logits_GW.split(size), targets.log_normaliser_G.split(size))
+    losses_N = torch.cat(
+        [
+            checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(*inputs, strict=True)
+        ]
+    )
+    return (losses_N * weights_N).sum(), losses_N.detach()
 
 
 def sum_in_chunks(

@@ -5,7 +5,8 @@ divided by their number; so neither the number of ranks nor gradient accumulatio
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
-from data.batches import Batch
+from data.batches import Batch, collate, truncate
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.length.costs import Stopwatch
@@ -85,6 +86,7 @@ class DraftTrainer(Trainer):
         output: Path,
         facts: dict[str, Any],
         earlier_s: float,
+        max_length: int,
         observers: Sequence[TrainerCallback] = (),
         **options: Any,
     ) -> None:
@@ -95,8 +97,10 @@ class DraftTrainer(Trainer):
         self._output, self._facts = output, facts
         self._sums, self._num_tokens, self._num_supervised = MetricSums(), 0, 0
         self._teacher_ms = 0.0
+        self._epoch: Iterator | None = None
+        self._batches: Generator | None = None
         self._started = self._logged = time.perf_counter()
-        self._earlier_s = earlier_s
+        self._earlier_s, self._max_length = earlier_s, max_length
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Splits parameter groups by the prefixes of the family's learning-rate factors; the longest match counts."""
@@ -150,17 +154,33 @@ class DraftTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
         """Lets the family change the batches of an optimiser step before their tokens are counted."""
-        return super().get_batch_samples(map(self._transformed, self._timed(epoch_iterator)), num_batches, device)
+        if self._epoch is not epoch_iterator:
+            self._epoch, self._batches = epoch_iterator, read_ahead(epoch_iterator)
+        return super().get_batch_samples(map(self._transformed, self._timed()), num_batches, device)
 
-    def _timed(self, batches: Iterator) -> Iterator:
-        """Yields the batches, of which a teacher store is part, and counts the time until they are read."""
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Trains, and stops reading ahead when training ends or fails."""
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            if self._batches is not None:
+                self._batches.close()
+
+    def _timed(self) -> Iterator:
+        """Yields the batches, of which a teacher store is part, and counts the time that training waits for them.
+
+        Rows are cut to the longest length.
+        """
+        assert self._batches is not None
         while True:
             watch = Stopwatch(self._target.device)
-            batch = next(batches, None)
+            rows = next(self._batches, None)
+            # Joined here: a second thread with OpenMP's threads of its own would slow down those of this one.
+            batch = None if rows is None else collate([truncate(row, self._max_length) for row in rows])
             self._teacher_ms += watch.lap_ms()
             if batch is None:
                 return
-            yield batch
+            yield {"batch": batch}
 
     def _transformed(self, inputs: dict[str, Batch]) -> dict[str, Batch]:
         with self.compute_loss_context_manager():
@@ -303,6 +323,15 @@ def training_arguments(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
+
+
+def read_ahead(batches: Iterator) -> Generator:
+    """Yields the batches, each read from its files by another thread while the one before it is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        waiting = reader.submit(next, batches, None)
+        while (batch := waiting.result()) is not None:
+            waiting = reader.submit(next, batches, None)
+            yield batch
 
 
 def _product(rate: Callable[[int], float], factor: Callable[[int], float] | None) -> Callable[[int], float]:

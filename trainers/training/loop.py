@@ -239,7 +239,8 @@ def _train_by_gradient(
             observers=observers,
             train_dataset=train_rows,
             eval_dataset=held_out,
-            data_collator=_Collator(min(run.max_length, target.context_length)),
+            max_length=min(run.max_length, target.context_length),
+            data_collator=list,
         )
         if resumed:
             print(f"{output}: continuing at step {step} of {run.max_steps}")
@@ -327,13 +328,3 @@ def _split(
     rows = [truncate(examples[index], max_length) for index in held_out[: run.max_held_out]]
     batches = [collate(rows[begin : begin + run.batch_size]) for begin in range(0, len(rows), run.batch_size)]
     return Subset(examples, train_rows), batches  # type: ignore[arg-type,return-value]
-
-
-class _Collator:
-    """Cuts rows to `max_length` tokens and joins them to a batch."""
-
-    def __init__(self, max_length: int) -> None:
-        self._max_length = max_length
-
-    def __call__(self, rows: Sequence[Example]) -> dict[str, Batch]:
-        return {"batch": collate([truncate(row, self._max_length) for row in rows])}

@@ -111,6 +111,11 @@ class SharedHead(nn.Module):
         self.training_switches = TrainingSwitches()
         self._cached_rows: WeightCache[tuple[Tensor, Tensor | None]] = WeightCache(self, self._rows)
 
+    @property
+    def linear(self) -> nn.Module | None:
+        """The target's LM head, None if its logits are not a matrix product alone."""
+        return self._target.model.get_output_embeddings() if self._target.head_is_linear else None
+
     def forward(self, features: Tensor) -> Tensor:
         """Returns logits [..., V] of features [..., D]."""
         return self._target.head(features) if self.shortlist.is_whole else self.shortlist.spread(self.listed(features))

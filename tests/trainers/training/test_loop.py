@@ -5,7 +5,9 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -33,6 +35,7 @@ from tests.support.runs import (
 from tests.support.text import save_target
 from trainers import Needs, distill, layerskip, medusa
 from trainers.training import checkpoints, gradient
+from trainers.training.gradient import read_ahead
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 
@@ -533,3 +536,26 @@ def test_bf16_trains_and_saves_a_draft_model_with_exact_rotary_frequencies(
     with torch.no_grad():
         found, expected = (one.model(ids).logits for one in (draftsmith.load(output, target), saved[0]))
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+def test_read_ahead_reads_one_batch_more_in_another_thread() -> None:
+    """Batches come in order; a batch that cannot be read fails when it is due, and closing ends the reading."""
+    threads, read = set(), list[int]()
+
+    def batches() -> Iterator[int]:
+        for number in range(4):
+            threads.add(threading.current_thread())
+            read.append(number)
+            yield number
+        raise ValueError("the fifth batch is damaged")
+
+    ahead = read_ahead(batches())
+    assert [next(ahead), next(ahead)] == [0, 1]
+    ahead.close()
+    assert read == [0, 1, 2] and threading.main_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)
+    ahead = read_ahead(batches())
+    assert [next(ahead) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="fifth"):
+        next(ahead)
+    assert list(read_ahead(iter([7]))) == [7]
