@@ -22,8 +22,8 @@ from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_
 from draftsmith.parts.neural.layers import Attention, ffn_width
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
+from trainers.parts.fused.linear_cross_entropy import SoftTargets, matrix_of, soft_targets
 from trainers.parts.heads import shift_left
-from trainers.parts.linear_cross_entropy import SoftTargets, matrix_of, soft_targets
 from trainers.parts.losses import MAX_LOGITS, sum_soft_losses
 from trainers.parts.recursive.drafts import PackedDrafts, list_drafts, step_metrics
 

@@ -19,7 +19,7 @@ from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
 from trainers.parts import heads, trees
-from trainers.parts.linear_cross_entropy import matrix_of, shared_matrix
+from trainers.parts.fused.linear_cross_entropy import matrix_of, shared_matrix
 
 
 @dataclass(frozen=True, kw_only=True)

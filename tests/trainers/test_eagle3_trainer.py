@@ -22,7 +22,7 @@ from tests.support.runs import SMALL, logged, make_data, make_target, trainer_se
 from tests.trainers.training.test_distributed import TORCHRUN, check_same, launch
 from trainers import eagle3
 from trainers.eagle3 import Drafter, Settings
-from trainers.parts import linear_cross_entropy
+from trainers.parts.fused import linear_cross_entropy
 from trainers.parts.recursive.drafts import list_drafts
 from trainers.training import checkpoints
 from trainers.training.loop import train

@@ -19,7 +19,7 @@ from draftsmith.length.costs import SIZES, quickest_ms, verify_ms
 from draftsmith.parts.neural.shortlist import Shortlist
 from trainers import Metrics
 from trainers.parts import trees
-from trainers.parts.linear_cross_entropy import Matrix
+from trainers.parts.fused.linear_cross_entropy import Matrix
 from trainers.parts.losses import sum_label_losses
 
 NUM_RANKS = 10

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from draftsmith.parts.neural.shortlist import OUTSIDE, Shortlist
-from trainers.parts.linear_cross_entropy import Matrix, SoftTargets, linear_cross_entropy
+from trainers.parts.fused.linear_cross_entropy import Matrix, SoftTargets, linear_cross_entropy
 
 MAX_LOGITS = 2**24
 """Number of logits computed at once, 64 MiB in float32."""

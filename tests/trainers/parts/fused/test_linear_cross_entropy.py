@@ -9,8 +9,14 @@ from torch.nn import functional
 
 from draftsmith.parts.neural.shortlist import SharedHead
 from tests.support.models import tiny_target
-from trainers.parts import linear_cross_entropy as module
-from trainers.parts.linear_cross_entropy import Matrix, SoftTargets, linear_cross_entropy, matrix_of, shared_matrix
+from trainers.parts.fused import linear_cross_entropy as module
+from trainers.parts.fused.linear_cross_entropy import (
+    Matrix,
+    SoftTargets,
+    linear_cross_entropy,
+    matrix_of,
+    shared_matrix,
+)
 from trainers.parts.losses import sum_label_losses, sum_soft_losses
 
 NUM_POSITIONS, SHARE, WIDTH, VOCAB_SIZE = 6, 3, 5, 23

@@ -1,0 +1,1 @@
+"""Losses that are computed together with their gradient."""
