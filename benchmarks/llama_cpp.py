@@ -79,7 +79,7 @@ class BenchmarkSettings:
 
 
 def main(run: BenchmarkSettings) -> None:
-    llama_cpp.check_python(run.python)
+    llama_cpp.ENVIRONMENT.check(run.python)
     for draft in run.drafts:
         read_manifest(draft)
     info = read_target_info(run.target)

@@ -88,7 +88,7 @@ class Measured:
 
 
 def main(run: BenchmarkSettings) -> None:
-    openvino.check_python(run.python)
+    openvino.ENVIRONMENT.check(run.python)
     for draft in run.drafts:
         read_manifest(draft)
     info = read_target_info(run.target)

@@ -47,7 +47,7 @@ from eval.bakeoff.measure import DecodingRequest, draftsmith_method
 from eval.doctor import checks, llama_cpp, openvino
 from eval.doctor.assisted import assistant_of, run_assisted
 from eval.doctor.checks import CheckContext, Finding
-from eval.doctor.serving import ServingCounts, check_python, drafts_trees, run_draftsmith, run_vllm
+from eval.doctor.serving import VLLM, ServingCounts, drafts_trees, run_draftsmith, run_vllm
 from eval.doctor.teacher_forced import DraftCounts, GreedyText, draft_from_positions, draft_positions
 from eval.report.recorded_texts import greedy_steps
 from trainers.training import launchers
@@ -111,11 +111,11 @@ def main(run: DoctorSettings) -> int:
     """Returns the exit status."""
     check_folder(Path(run.output))
     if run.vllm_python:
-        check_python(run.vllm_python)
+        VLLM.check(run.vllm_python)
     if run.llama_cpp_python:
-        llama_cpp.check_python(run.llama_cpp_python)
+        llama_cpp.ENVIRONMENT.check(run.llama_cpp_python)
     if run.openvino_python:
-        openvino.check_python(run.openvino_python)
+        openvino.ENVIRONMENT.check(run.openvino_python)
     if run.export:
         checks.check_verifier(Path(run.export))
     manifest = read_manifest(run.draft)

@@ -8,23 +8,12 @@ from typing import Any
 
 from draftsmith.export.llama_cpp.launch import fields
 from eval.doctor import llama_cpp_process
-from eval.doctor.serving import ServingCounts
+from eval.doctor.serving import Environment, ServingCounts
 
 TIMEOUT_S = 900
-HAS_XLLAMACPP = "from importlib.util import find_spec; print(bool(find_spec('xllamacpp')))"
-
-
-def check_python(python: str) -> None:
-    """Raises ValueError unless `python` is an interpreter with xllamacpp."""
-    try:
-        done = subprocess.run([python, "-P", "-c", HAS_XLLAMACPP], capture_output=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ValueError(f"{python} cannot be run as a Python interpreter: {error}") from None
-    if done.stdout.split() != [b"True"]:
-        raise ValueError(
-            f"{python} lacks xllamacpp; use .venv-llamacpp/bin/python, made by ./launch.sh serving-test --engine"
-            " llama.cpp"
-        )
+ENVIRONMENT = Environment(
+    packages=("xllamacpp",), folder=".venv-llamacpp", made_by="./launch.sh serving-test --engine llama.cpp"
+)
 
 
 def run(

@@ -9,26 +9,15 @@ from typing import Any
 
 from draftsmith.export.openvino import EXACT
 from eval.doctor import openvino_process
-from eval.doctor.serving import ServingCounts
+from eval.doctor.serving import Environment, ServingCounts
 
 TIMEOUT_S = 900
-HAS_BOTH = (
-    "from importlib.util import find_spec; print(bool(find_spec('openvino_genai') and find_spec('optimum.intel')))"
+ENVIRONMENT = Environment(
+    packages=("openvino_genai", "optimum.intel"),
+    folder=".venv-openvino",
+    made_by="./launch.sh serving-test --engine openvino",
 )
 CONVERSION_FAILED = "optimum-intel, run beside {}, failed: {}"
-
-
-def check_python(python: str) -> None:
-    """Raises ValueError unless `python` is an interpreter with OpenVINO GenAI and optimum-intel."""
-    try:
-        done = subprocess.run([python, "-P", "-c", HAS_BOTH], capture_output=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ValueError(f"{python} cannot be run as a Python interpreter: {error}") from None
-    if done.stdout.split() != [b"True"]:
-        raise ValueError(
-            f"{python} lacks openvino_genai or optimum-intel; use .venv-openvino/bin/python, made by ./launch.sh"
-            " serving-test --engine openvino"
-        )
 
 
 def convert(python: str, launch: dict[str, Any]) -> None:

@@ -22,7 +22,6 @@ TOLERANCE = 40
 """One accepted token in this many may differ: vLLM sums in another order than PyTorch, which can swap tokens of nearly
 equal probability."""
 TIMEOUT_S = 900
-HAS_BOTH = "from importlib.util import find_spec; print(bool(find_spec('vllm') and find_spec('draftsmith')))"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +40,28 @@ class ServingCounts:
         return sum(self.accepted) / max(self.num_drafts, 1)
 
 
-def check_python(python: str) -> None:
-    """Raises ValueError unless `python` is an interpreter with vLLM and draftsmith."""
-    try:
-        done = subprocess.run([python, "-P", "-c", HAS_BOTH], capture_output=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ValueError(f"{python} cannot be run as a Python interpreter: {error}") from None
-    if done.stdout.split() != [b"True"]:
-        raise ValueError(
-            f"{python} lacks vLLM or draftsmith; use .venv-serving/bin/python, made by ./launch.sh serving-test"
-        )
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The environment in which an engine runs."""
+
+    packages: tuple[str, ...]
+    folder: str
+    made_by: str
+
+    def check(self, python: str) -> None:
+        """Raises ValueError unless `python` is an interpreter that has the packages."""
+        code = f"from importlib.util import find_spec; print(all(map(find_spec, {self.packages!r})))"
+        try:
+            done = subprocess.run([python, "-P", "-c", code], capture_output=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ValueError(f"{python} cannot be run as a Python interpreter: {error}") from None
+        if done.stdout.split() != [b"True"]:
+            raise ValueError(
+                f"{python} lacks {' or '.join(self.packages)}; use {self.folder}/bin/python, made by {self.made_by}"
+            )
+
+
+VLLM = Environment(packages=("vllm", "draftsmith"), folder=".venv-serving", made_by="./launch.sh serving-test")
 
 
 def run_vllm(

@@ -436,7 +436,7 @@ def test_checks_of_missing_records_are_unknown(faulty_folder: Path) -> None:
 def test_doctor_invalid_vllm_python_raises(sound_folder: Path) -> None:
     with pytest.raises(ValueError, match="nowhere/python cannot be run as a Python interpreter"):
         examine(sound_folder, "lookup", vllm_python="nowhere/python")
-    with pytest.raises(ValueError, match="lacks vLLM or draftsmith; use .venv-serving/bin/python, made by"):
+    with pytest.raises(ValueError, match="lacks vllm or draftsmith; use .venv-serving/bin/python, made by"):
         examine(sound_folder, "lookup", vllm_python=sys.executable)
 
 

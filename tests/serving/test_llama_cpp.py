@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import draftsmith
-from data import POCKET
 from draftsmith import Target
 from draftsmith.artifacts import json_text
 from draftsmith.drafters import eagle3, lookup, rest
@@ -29,9 +28,7 @@ from tests.serving.served_drafters import (
     MAKERS,
     NUM_DRAFT,
     NUM_NEW,
-    PROMPTS,
     eagle3_head,
-    greedy_texts,
     new_tokens,
     reduced_target,
     show,
@@ -48,21 +45,6 @@ pytestmark = [
 ]
 CACHE_DRAFT = 8
 """Draft length of llama.cpp's n-gram caches."""
-
-
-@pytest.fixture(scope="module")
-def target() -> Target:
-    return Target.from_pretrained(str(POCKET), dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def rows(target: Target) -> list[list[int]]:
-    return [target.tokenizer.encode(prompt) for prompt in PROMPTS]
-
-
-@pytest.fixture(scope="module")
-def texts(target: Target, rows: list[list[int]]) -> list[list[int]]:
-    return greedy_texts(target, rows)
 
 
 @pytest.fixture(scope="module")

@@ -13,32 +13,16 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import draftsmith
-from data import POCKET
 from draftsmith import Target
 from draftsmith.export import export
 from draftsmith.export.launch import read_launch
 from eval.doctor.checks import check_export
 from eval.doctor.serving import ServingCounts, agrees, run_draftsmith, run_vllm
 from recipes import doctor
-from tests.serving.served_drafters import MAKERS, NUM_DRAFT, NUM_NEW, PROMPTS, eagle3_head, greedy_texts, reduced_target
+from tests.serving.served_drafters import MAKERS, NUM_DRAFT, NUM_NEW, eagle3_head, reduced_target
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.serving
-
-
-@pytest.fixture(scope="module")
-def target() -> Target:
-    return Target.from_pretrained(str(POCKET), dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def rows(target: Target) -> list[list[int]]:
-    return [target.tokenizer.encode(prompt) for prompt in PROMPTS]
-
-
-@pytest.fixture(scope="module")
-def texts(target: Target, rows: list[list[int]]) -> list[list[int]]:
-    return greedy_texts(target, rows)
 
 
 # --- vLLM beside draftsmith ---------------------------------------------------------------------------------------
