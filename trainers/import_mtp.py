@@ -33,6 +33,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_draft", most=MAX_NODES)
+        check_at_least(self, 0, "shortlist")
         policies.make(self.length)
 
 

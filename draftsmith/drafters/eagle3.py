@@ -95,7 +95,7 @@ class Config:
 class Drafter(nn.Module, drafter.Drafter):
     """The fusion, the decoder layer with a KV cache of its own, and an LM head over the draft vocabulary."""
 
-    row_state = ("_cache", "_unread")
+    row_state = ("_state",)
     serving_engines = ("vllm", "sglang", "speculators", "llama.cpp", "openvino")
     d2t: Tensor
     """Offset from each draft token's id to the target's id [W]."""

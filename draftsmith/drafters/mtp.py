@@ -56,6 +56,7 @@ class Config:
 class Drafter(KeepsPrecision, drafter.Drafter):
     """The norms, the projection and the decoder layer, between the target's embedding and its LM head, both frozen."""
 
+    row_state = ("_state",)
     serving_engines = ("vllm", "sglang")
     block: Target
     """The decoder layer and the norm after it, run over drafts as targets are, with a cache of its own."""

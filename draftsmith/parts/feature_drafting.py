@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from draftsmith.core.cache import KVCache
 from draftsmith.core.drafter import Session, Step
+from draftsmith.core.rows import followed
 from draftsmith.core.target import PREFILL_CHUNK
 from draftsmith.core.tree import Tree, chain
 from draftsmith.parts.draft_progress import DraftProgress
@@ -62,6 +63,11 @@ class FeatureState:
     def is_empty(self) -> bool:
         """Returns whether no row has a feature yet, being of one token: then the step is a plain one."""
         return not any(map(len, self.unread))
+
+    def change_rows(self, origins: list[int | None], added: "FeatureState | None") -> None:
+        """Follows rows as `Drafter.change_rows` does."""
+        self.cache.change_rows(origins, added.cache if added is not None else None)
+        self.unread = followed(origins, self.unread, added.unread if added is not None else [])
 
     def advance(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
         """Returns the inputs of the LM head [B, M, D] after the draft's nodes from `first` on."""
