@@ -196,8 +196,25 @@ def test_deepspeeds_ranks_of_a_hostfile_share_the_store(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     flags = {"target": path, "data": source, "layers": 2, "top_k": 300, "shard_mb": 1, "batch_size": 1}
     assert run(command("teacher_store", **flags, output=tmp_path / "one" / "store"), tmp_path).returncode == 0
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(tmp_path / "hosts")]
-    words = command("teacher_store", *runner, "--master_port", free_port(), **flags, output=tmp_path / "two" / "store")
+    # DeepSpeed would ask a single node, too, for its name and address through ssh.
+    runner = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--no_ssh_check",
+        "--hostfile",
+        str(tmp_path / "hosts"),
+    ]
+    words = command(
+        "teacher_store",
+        *runner,
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        free_port(),
+        **flags,
+        output=tmp_path / "two" / "store",
+    )
     done = subprocess.run(
         words, cwd=tmp_path, env=environment() | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True
     )
