@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/text_and_store.py --target smollm2 --dtype bfloat16 --data python-questions:train
 
 Both write the same prompts to folders of their own, in turn, `repeats` times in one process; the time is the
-processor's, the median of the repeats. Text alone stands beside them. The texts must be the same, and the largest
-difference of the stored hidden states and log-probabilities is printed.
+processor's, the median of the repeats. Text alone stands beside them. In float32 the texts must be the same; in half
+precision, where a row's text depends on the rows beside it, other texts are counted. The largest difference of the
+stored hidden states and log-probabilities is printed.
 """
 
 import contextlib
@@ -101,13 +102,16 @@ def main(settings: BenchmarkSettings) -> None:
 
 
 def check(root: Path, target: Target) -> None:
-    """Prints the text's length and how far the two stores are apart; raises AssertionError if their texts differ."""
+    """Prints the text's length and how far the two stores are apart; raises AssertionError if float32 texts differ."""
     one, two = (open_teacher_store(root / f"{name} 0" / "store", target) for name in ("one pass", "two passes"))
     assert one.keys == two.keys
     hidden = log_probs = largest = 0.0
-    num_same = num_ids = num_new = 0
+    num_same = num_ids = num_new = num_other = 0
     for ours, theirs in zip(one, two, strict=True):
-        assert torch.equal(ours.tokens_T, theirs.tokens_T)
+        if not torch.equal(ours.tokens_T, theirs.tokens_T):
+            assert target.dtype != torch.float32
+            num_other += 1
+            continue
         assert ours.top_ids_TK is not None and theirs.top_ids_TK is not None
         assert ours.log_normaliser_T is not None and theirs.log_normaliser_T is not None
         assert ours.top_logits_TK is not None and theirs.top_logits_TK is not None
@@ -121,9 +125,9 @@ def check(root: Path, target: Target) -> None:
         num_same += int((ours.top_ids_TK[:, 0] == theirs.top_ids_TK[:, 0]).sum())
         num_ids += len(ours.tokens_T)
     print(
-        f"{len(one)} rows, {num_ids:,} tokens, {num_new:,} of them new; hidden states differ by at most {hidden:.3g} of"
-        f" {largest:.3g}, the likeliest token's log-probability by {log_probs:.3g}, and it is the same at"
-        f" {num_same / num_ids:.2%} of the positions"
+        f"{len(one)} rows, {num_other} of other text; in the others {num_ids:,} tokens, {num_new:,} of them new; hidden"
+        f" states differ by at most {hidden:.3g} of {largest:.3g}, the likeliest token's log-probability by"
+        f" {log_probs:.3g}, and it is the same at {num_same / num_ids:.2%} of the positions"
     )
 
 
