@@ -11,6 +11,7 @@ start does not count either.
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -65,19 +66,16 @@ def checkout(commit: str, folder: Path) -> Path:
     return folder
 
 
-def measure(root: Path, output: Path, settings: BenchmarkSettings) -> tuple[float, float, int]:
-    """Writes pseudo-data with one checkout; returns (tokens per second, largest resident set in MiB, rows)."""
-    command = [sys.executable, "recipes/pseudo_data.py", "--output", str(output), "--dtype", settings.dtype]
-    command += [
-        "--target",
-        str(Path(found).resolve() if Path(found := model_folder(settings.target)).exists() else found),
-    ]
-    command += ["--data", str(Path(settings.data).resolve()) if Path(settings.data).exists() else settings.data]
-    for name in ("max_prompts", "max_new_tokens", "batch_size", "temperature"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(settings.num_threads)}
+def run_recipe(root: Path, command: list[str], num_threads: int) -> resource.struct_rusage:
+    """Runs a recipe of a checkout and returns the resources that it used; raises ValueError if it fails."""
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(num_threads)}
     process = subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, *command],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stderr is not None
     message = process.stderr.read()
@@ -85,6 +83,20 @@ def measure(root: Path, output: Path, settings: BenchmarkSettings) -> tuple[floa
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise ValueError(f"{root}: {message.strip().splitlines()[-1]}")
+    return usage
+
+
+def measure(root: Path, output: Path, settings: BenchmarkSettings) -> tuple[float, float, int]:
+    """Writes pseudo-data with one checkout; returns (tokens per second, largest resident set in MiB, rows)."""
+    command = ["recipes/pseudo_data.py", "--output", str(output), "--dtype", settings.dtype]
+    command += [
+        "--target",
+        str(Path(found).resolve() if Path(found := model_folder(settings.target)).exists() else found),
+    ]
+    command += ["--data", str(Path(settings.data).resolve()) if Path(settings.data).exists() else settings.data]
+    for name in ("max_prompts", "max_new_tokens", "batch_size", "temperature"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    usage = run_recipe(root, command, settings.num_threads)
     shards = sorted(output.glob("*.parquet"))
     (manifest,) = output.glob("_*.json")
     seconds = max(shard.stat().st_mtime for shard in shards) - manifest.stat().st_mtime

@@ -13,10 +13,7 @@ import ast
 import dataclasses
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from pseudo_data import ROOT, checkout
+from pseudo_data import ROOT, checkout, run_recipe
 from torch import Tensor
 
 from data import POCKET
@@ -98,7 +95,7 @@ def train(root: Path, family: str, store: Path, output: Path, settings: Benchmar
         "tree_nodes": 16,
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    usage = run(root, [f"recipes/{family}.py", "--bf16", *flags], settings)
+    usage = run_recipe(root, [f"recipes/{family}.py", "--bf16", *flags], settings.num_threads)
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     first, *timed = [line for line in lines if "loss" in line]
     seconds = [after["seconds"] - before["seconds"] for before, after in zip([first, *timed], timed, strict=False)]
@@ -111,26 +108,6 @@ def train(root: Path, family: str, store: Path, output: Path, settings: Benchmar
     )
 
 
-def run(root: Path, command: list[str], settings: BenchmarkSettings) -> Any:
-    """Runs a recipe of a checkout and returns the resources that it used; raises ValueError if it fails."""
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(settings.num_threads)}
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=root,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    message = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise ValueError(f"{root}: {message.strip().splitlines()[-1]}")
-    return usage
-
-
 def main(settings: BenchmarkSettings) -> None:
     with TemporaryDirectory() as folder:
         roots = {settings.before: checkout(settings.before, Path(folder) / "before"), "this checkout": ROOT}
@@ -139,10 +116,10 @@ def main(settings: BenchmarkSettings) -> None:
             data = f"--data={Path(settings.data).resolve()}"
             target = f"--target={Path(model_folder(settings.target)).resolve()}"
             layers = ["--layers", *map(str, settings.layers)]
-            run(
+            run_recipe(
                 roots[settings.before],
                 ["recipes/teacher_store.py", target, data, f"--output={store}", *layers],
-                settings,
+                settings.num_threads,
             )
         for family in settings.families:
             compare(family, roots, store, Path(folder), settings)

@@ -162,15 +162,18 @@ class Drafter(ABC):
         from a copy of the drafter that is started on them. Returns False if it cannot follow, as where `row_state`
         names nothing: the loop then calls `start` with the rows' texts as prompts.
         """
-        other = copy.copy(self) if new is not None else None
-        if other is not None and new is not None:
+        if not self.row_state:
+            return False
+        other = None
+        if new is not None:
+            other = copy.copy(self)
             other.start(new)
         states = {name: (getattr(self, name), getattr(other, name, None)) for name in self.row_state}
         if any(kept is None and fresh is not None for kept, fresh in states.values()):
             return False
         for name, (kept, fresh) in states.items():
             object.__setattr__(self, name, followed(origins, kept, fresh) if kept is not None else None)
-        return bool(states)
+        return True
 
     def forget(self) -> None:  # noqa: B027 (a default, not abstract)
         """Drops the state that earlier calls have left, so that it drafts as when it was made or loaded."""

@@ -1,16 +1,13 @@
 """Texts and acceptance of an export in llama.cpp, which the package xllamacpp runs in an environment of its own."""
 
-import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from draftsmith.export.llama_cpp.launch import fields
 from eval.doctor import llama_cpp_process
-from eval.doctor.serving import Environment, ServingCounts
+from eval.doctor.serving import Environment, ServingCounts, ask
 
-TIMEOUT_S = 900
 ENVIRONMENT = Environment(
     packages=("xllamacpp",), folder=".venv-llamacpp", made_by="./launch.sh serving-test --engine llama.cpp"
 )
@@ -36,7 +33,6 @@ def run(
     answer ends early, and its `cpu_s` is the CPU time after its first token; `batch_cpu_s` is the least of forwards of
     `batch_sizes` tokens. Raises ValueError if llama.cpp fails.
     """
-    folder.mkdir()
     request = {
         "fields": fields({"model": str(target)} | ((launch or {}).get("settings") or {})),
         "prompts": list(prompts),
@@ -48,15 +44,7 @@ def run(
         "batch_sizes": list(batch_sizes),
         "is_exact": is_exact,
     }
-    (folder / llama_cpp_process.REQUEST).write_text(json.dumps(request))
-    command = [python, "-P", str(Path(llama_cpp_process.__file__)), str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"llama.cpp, run by {python}, did not finish within {TIMEOUT_S} seconds") from None
-    if done.returncode:
-        raise ValueError(f"llama.cpp, run by {python}, failed: {(done.stdout + done.stderr)[-4000:]}")
-    return json.loads((folder / llama_cpp_process.RESPONSE).read_text())
+    return ask("llama.cpp", python, llama_cpp_process, folder, request)
 
 
 def counts_of(response: dict[str, Any]) -> ServingCounts:

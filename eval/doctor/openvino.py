@@ -1,6 +1,5 @@
 """Texts and acceptance of an export in OpenVINO GenAI, which runs in an environment of its own."""
 
-import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -9,9 +8,8 @@ from typing import Any
 
 from draftsmith.export.openvino import EXACT
 from eval.doctor import openvino_process
-from eval.doctor.serving import Environment, ServingCounts
+from eval.doctor.serving import TIMEOUT_S, Environment, ServingCounts, ask
 
-TIMEOUT_S = 900
 ENVIRONMENT = Environment(
     packages=("openvino_genai", "optimum.intel"),
     folder=".venv-openvino",
@@ -54,7 +52,6 @@ def run(
     and values in it. With `is_timed`, no answer ends early, and `cpu_s` and `wall_s` are the times after its first
     token. Raises ValueError if OpenVINO fails.
     """
-    folder.mkdir()
     request = {
         "target": str(target),
         "settings": settings or {},
@@ -64,15 +61,7 @@ def run(
         "num_threads": num_threads,
         "is_timed": is_timed,
     }
-    (folder / openvino_process.REQUEST).write_text(json.dumps(request))
-    command = [python, "-P", str(Path(openvino_process.__file__)), str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"OpenVINO GenAI, run by {python}, did not finish within {TIMEOUT_S} seconds") from None
-    if done.returncode:
-        raise ValueError(f"OpenVINO GenAI, run by {python}, failed: {(done.stdout + done.stderr)[-4000:]}")
-    return json.loads((folder / openvino_process.RESPONSE).read_text())["answers"]
+    return ask("OpenVINO GenAI", python, openvino_process, folder, request)["answers"]
 
 
 def counts_of(answers: Sequence[dict[str, Any]], num_new: int, num_draft: int) -> ServingCounts:

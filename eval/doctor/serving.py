@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -64,6 +65,30 @@ class Environment:
 VLLM = Environment(packages=("vllm", "draftsmith"), folder=".venv-serving", made_by="./launch.sh serving-test")
 
 
+def ask(
+    engine: str,
+    python: str,
+    process: ModuleType,
+    folder: Path,
+    request: dict[str, Any],
+    variables: dict[str, str] | None = None,
+) -> Any:
+    """Returns the response of an engine, whose `process` module `python` runs on the request.
+
+    `folder` is created for both; `variables` are the process's environment. Raises ValueError if the engine fails.
+    """
+    folder.mkdir()
+    (folder / process.REQUEST).write_text(json.dumps(request))
+    command = [python, "-P", str(process.__file__), str(folder)]
+    try:
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{engine}, run by {python}, did not finish within {TIMEOUT_S} seconds") from None
+    if done.returncode:
+        raise ValueError(f"{engine}, run by {python}, failed: {(done.stdout + done.stderr)[-4000:]}")
+    return json.loads((folder / process.RESPONSE).read_text())
+
+
 def run_vllm(
     python: str, target: Target, prompts: Sequence[list[int]], num_new: int, folder: Path, launch: Any = None
 ) -> ServingCounts:
@@ -72,7 +97,6 @@ def run_vllm(
     `python` is an interpreter with vLLM; `folder` is created for the request and the response. Raises ValueError if
     vLLM fails.
     """
-    folder.mkdir()
     settings = (launch or {}).get("settings")
     room = num_new + 2 * (settings or {}).get("num_speculative_tokens", 0) + 1
     request = {
@@ -83,20 +107,12 @@ def run_vllm(
         "max_tokens": max(map(len, prompts)) + room,
         "settings": settings,
     }
-    (folder / vllm_process.REQUEST).write_text(json.dumps(request))
     variables = dict(os.environ)
     for word in shlex.split(launch["command"]) if launch else []:
         name, _, value = word.partition("=")
         if name == ARTIFACT_VARIABLE:
             variables[name] = value
-    command = [python, "-P", str(Path(vllm_process.__file__)), str(folder)]
-    try:
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"vLLM, run by {python}, did not finish within {TIMEOUT_S} seconds") from None
-    if done.returncode:
-        raise ValueError(f"vLLM, run by {python}, failed: {(done.stdout + done.stderr)[-4000:]}")
-    response = json.loads((folder / vllm_process.RESPONSE).read_text())
+    response = ask("vLLM", python, vllm_process, folder, request, variables)
     counts = {"num_drafts": 0, "num_draft_tokens": 0, "num_accepted_tokens_per_pos": []} | response["counts"]
     return ServingCounts(
         texts=response["texts"],
