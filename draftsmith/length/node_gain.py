@@ -7,7 +7,8 @@ confidences), each multiplied by how much more or less than that its row has acc
 quickest verifications of each n, or for n = 0 the quickest plain step; d is the drafter's time. The n that maximises
 the quotient is verified: the same in all rows, since a batch is as wide as its widest row, and 0 if too few rows have
 found a draft. Where drafting as a whole yields less than plain steps, the drafter is not run; it is tried again after
-32 rounds, and after twice as many each time that it still does not pay.
+16 rounds, and after twice as many each time that it still does not pay. Few nodes are tried first, and more only
+where these say that they pay.
 
 Only drafts whose tokens were not sampled are cut, and only by their shape and by earlier rounds, so that decoding stays
 lossless. Drafters that draft token by token, and chains that are sampled, are told n before they draft. Sampled trees
@@ -49,11 +50,13 @@ class NodeGain:
     It is kept from call to call, and learns costs for each number of rows.
     """
 
-    FIRST, LEAST_FIRST = (1.0, 1.0, 1.0, 1.0, 0.25, 0.0, 0.25, 0.0, 0.5), 6
+    FIRST, LEAST_FIRST = (0.25, 0.0, 0.25, 0.0, 0.5), 4
     """Shares of the drafter's nodes tried at the beginning, and how many of them even if drafting does not pay."""
-    WHILE_ON, WHILE_OFF = (0.0, 1.0, 0.5, 0.25), (0.25, 1.0)
-    """Shares tried in turn later, while drafting pays and while it does not."""
-    TRIAL_EVERY, FIRST_PAUSE, LONGEST_PAUSE = 32, 32, 512
+    WHILE_ON, WHILE_OFF = (0.0, 2.0, 0.5), (1.0, 2.0)
+    """Multiples of the best number of nodes tried in turn later, while drafting pays and while it does not; then none
+    is best, and the number of at least one that comes nearest is multiplied. Large numbers are tried only where smaller
+    ones say that they pay, since in large batches each that does not costs as much as several plain steps."""
+    TRIAL_EVERY, FIRST_PAUSE, LONGEST_PAUSE = 32, 16, 512
     """Rounds between trials; while drafting does not pay, the pause doubles from the first to the longest."""
     NUM_RECENT, NUM_DRAFTS = 9, 6
     """Latest times of each number of nodes, and latest drafts, that decisions are made from."""
@@ -198,7 +201,7 @@ class _Batch:
         self._num_trials, self._num_since, self._pause = 0, 0, NodeGain.FIRST_PAUSE
         self._is_on = True
         self._share: float | None = None
-        """The share of nodes that this round tries, None if it is no trial."""
+        """What this round tries: a share of the nodes at first, later a multiple of their best number; else None."""
 
     def _yields_more(self) -> bool:
         """Returns whether rounds with a draft yield more tokens per millisecond than plain steps."""
@@ -222,13 +225,20 @@ class _Batch:
 
     def choose(self, tokens: Sequence[float]) -> int:
         """Returns the number of nodes with the most tokens per millisecond, or those of the trial."""
-        if not self._is_on and self._num_trials >= len(NodeGain.FIRST):
-            self._drafts.clear()  # what did not pay then says little about this draft
         self._drafts.append(tokens)
-        return self._best(tokens) if self._share is None else math.ceil(self._share * (len(tokens) - 1))
+        if self._share is None:
+            return self._best(tokens)
+        whole = len(tokens) - 1
+        tried = whole if self._is_first() else self._best(tokens, least=int(not self._is_on))
+        return min(whole, math.ceil(self._share * tried))
 
-    def _best(self, tokens: Sequence[float]) -> int:
-        return max(range(len(tokens)), key=lambda number: tokens[number] / (self._draft_ms + self._verify_ms(number)))
+    def _is_first(self) -> bool:
+        return self._num_trials < len(NodeGain.FIRST)
+
+    def _best(self, tokens: Sequence[float], least: int = 0) -> int:
+        """Returns the number of nodes with the most tokens per millisecond, of at least `least` if there are any."""
+        numbers = range(min(least, len(tokens) - 1), len(tokens))
+        return max(numbers, key=lambda number: tokens[number] / (self._draft_ms + self._verify_ms(number)))
 
     def end_round(self, policy: NodeGain, number: int, verify_ms: float, draft_ms: float) -> None:
         """Counts a round in which `number` nodes were verified."""
@@ -239,8 +249,12 @@ class _Batch:
         if draft_ms:
             self._recent_draft_ms.append(draft_ms)
         self._fit()
-        if is_tried and self._num_trials >= len(policy.FIRST):
+        if is_tried and not self._is_first():
             self._pause = policy.FIRST_PAUSE if self._is_on else min(2 * self._pause, policy.LONGEST_PAUSE)
+            if self.drafted is not None and not self._is_on:
+                # What did not pay before says little about this draft, whose acceptance is known now.
+                self._drafts.clear()
+                self._drafts.append(policy.tokens_of(self.drafted))
         self._num_trials += is_tried
         if self.drafted is not None and self._num_trials <= len(policy.FIRST):
             self._tried.append(self.drafted)
@@ -254,6 +268,8 @@ class _Batch:
     def _fit(self) -> None:
         quickest = {number: min(times) for number, times in sorted(self._recent_ms.items())}
         points = [(number, ms) for number, ms in quickest.items() if number > 0]
+        if len(points) == 1:
+            points = [*((0, ms) for number, ms in quickest.items() if not number), *points]
         if points:
             self._slope, self._base = 0.0, points[0][1]
         if len(points) > 1:

@@ -1,5 +1,7 @@
 """The policy "node_gain": which nodes it keeps, how many at which costs, and lossless output."""
 
+import random
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -53,16 +55,47 @@ def run(policy: NodeGain, cost_ms: Any, rounds: int = 120) -> list[int]:
 
 
 def test_the_number_of_nodes_follows_their_cost() -> None:
-    trials = [5, 5, 5, 5, 2, 0, 2, 0, 3]
+    trials = [2, 0, 2, 0, 3]
     cheap, dear = run(NodeGain(), lambda nodes: 10 + 0.01 * nodes), run(NodeGain(), lambda nodes: 10 + 4 * nodes)
-    assert cheap[:9] == dear[:9] == trials
+    assert cheap[:5] == dear[:5] == trials and 5 in cheap
     # One more token for 4 ms of 10 pays, and a second node at 4 ms more does not.
-    assert set(dear[9:41]) == {1}
+    assert dear[5:].count(1) > 0.9 * len(dear[5:]) and max(dear[5:]) == 2
+
+
+@pytest.mark.parametrize("slope", [0.03, 0.1, 0.2, 0.4])
+@pytest.mark.parametrize("found", [0.4, 0.8])
+@pytest.mark.parametrize("num_rows", [8, 16])
+def test_drafting_loses_at_most_3_percent_whatever_nodes_cost(num_rows: int, found: float, slope: float) -> None:
+    """Simulates 200 steps of a look-up whose chains of ten are found in a share of the rows."""
+    speeds = [simulated_speed(num_rows, found, slope, random.Random(seed)) for seed in range(4)]
+    assert mean(speeds) > 0.97
+    expected = [found * 0.35 * 0.6**depth for depth in range(10)]
+    best = max((1 + sum(expected[:nodes])) / (1.01 + slope * nodes) for nodes in range(1, 11))
+    assert mean(speeds) > 0.9 * best
+
+
+def simulated_speed(num_rows: int, found: float, slope: float, rng: random.Random) -> float:
+    """Returns plain decoding's time over that with a new policy, if a node in each row costs `slope` plain steps."""
+    policy, num_tokens, spent_ms = NodeGain(), 0, 0.0
+    policy.start(num_rows)
+    while num_tokens < 200 * num_rows:
+        trees = [[-1, *range(10)] if rng.random() < found else [-1] for _ in range(num_rows)]
+        drafts = policy.will_draft()
+        kept = policy.select(trees, [True] * num_rows) if drafts else [[0]] * num_rows
+        paths = []
+        for nodes in kept:
+            accepted = [rng.random() < (0.6 if depth else 0.35) for depth in range(len(nodes) - 1)]
+            paths.append(list(range(1 + [*accepted, False].index(False))))
+        verify_ms = 100 * (1 + slope * (max(map(len, kept)) - 1)) * (1 + 0.03 * rng.random())
+        policy.learn([[-1, *range(len(nodes) - 1)] for nodes in kept], paths, verify_ms, float(drafts))
+        num_tokens += sum(map(len, paths))
+        spent_ms += verify_ms + drafts
+    return 200 * 100 * 1.015 / spent_ms
 
 
 def test_drafting_that_does_not_pay_is_tried_ever_less_often() -> None:
-    never = run(NodeGain(), lambda nodes: 10 + (nodes > 0) * 15 + nodes, rounds=6 + 33 + 65 + 129 + 100)
-    assert [at for at, nodes in enumerate(never) if nodes] == [*range(5), 6 + 32, 6 + 33 + 64, 6 + 33 + 65 + 128]
+    never = run(NodeGain(), lambda nodes: 10 + (nodes > 0) * 15 + nodes, rounds=4 + 17 + 33 + 65 + 100)
+    assert [at for at, nodes in enumerate(never) if nodes] == [0, 2, 4 + 16, 4 + 17 + 32, 4 + 17 + 33 + 64]
 
 
 def test_a_draft_that_few_rows_have_found_is_not_verified() -> None:
@@ -91,7 +124,7 @@ def test_a_draft_that_cannot_be_cut_is_kept_whole_or_not_at_all() -> None:
         policy.learn([PARENTS[: len(kept)]], [kept[:2]], 10 + 4 * (len(kept) - 1))
         sizes.append(len(kept) - 1)
     # One token of five is accepted, which pays for one node but not for five.
-    assert set(sizes) == {0, 5} and set(sizes[6:38]) == {0}
+    assert set(sizes) == {0, 5} and set(sizes[4:20]) == {0}
 
 
 def test_a_row_that_accepts_less_than_others_is_expected_to() -> None:
@@ -116,7 +149,7 @@ def test_each_batch_size_has_its_own_costs() -> None:
 def test_a_batch_of_nearly_as_many_rows_begins_with_known_costs() -> None:
     policy = NodeGain()
     policy.start(8)
-    run(policy, lambda nodes: 10 + 30 * nodes, rounds=20)
+    run(policy, lambda nodes: 10 + 30 * nodes, rounds=10)
     policy.start(7)
     assert not policy.will_draft()
     policy.start(4)
@@ -174,8 +207,8 @@ def test_drafters_that_draft_token_by_token_are_told_the_length() -> None:
     policy = NodeGain()
     drafter = with_length_control(tiny_drafter("copy", "llama"), policy)
     out = generate_rows(tiny_target("llama"), 3, drafter, length="fixed")
-    # Whole drafts, of five tokens, are tried first, then none.
-    assert {nodes for _, nodes in out.stats.verified} >= {5, 0}
+    # Two tokens of five are tried first, then none.
+    assert {nodes for _, nodes in out.stats.verified} >= {2, 0}
 
 
 def test_unknown_names_are_refused() -> None:
