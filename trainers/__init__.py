@@ -25,6 +25,9 @@ Trained by gradient:
                                  optional; initialises a new drafter from the training rows
     loss(drafter, batch, settings, target) -> (sum, metrics)
                                  loss summed over the batch's supervised tokens
+    step_needs(settings, target, step) -> Needs
+                                 optional; what a training batch must contain when `step` steps are done, `needs` by
+                                 default
     begin_step(drafter, settings, step, num_steps)
                                  optional; called before each optimiser step with the number of steps done
     learning_rate_factors(settings) -> {prefix: step -> factor}

@@ -1,7 +1,8 @@
 """Trains DFlash (2602.06036) on random blocks of the target's text, all blocks of a batch in one pass.
 
 A block begins at an anchor a, a token whose next one is supervised. Its slot k reads a mask token at position a + k,
-sees the target's hidden states at positions before a, and learns token a + k.
+sees the target's hidden states at positions before a, and learns token a + k. The bias by the token before reads the
+text's own token a + k - 1.
 
 Shape suffixes: B rows, T positions, M blocks of a row, L tokens of a block, K = L - 1 drafted, A blocks of the batch, N
 slots, Q = M L, D hidden width, V vocabulary, W tokens of the shortlist.
@@ -78,6 +79,9 @@ class Settings:
     """Weights of a block's slots: by how likely drafts reach them (D-PACE), or exp(-(k - 1) / decay) for slot k."""
     decay: float = 4.0
     """Number of tokens after which those weights are divided by e; published: 7, 5 and 4 for blocks of 16, 10 and 8."""
+    text_steps: int = 0
+    """Number of first steps that train from text alone by cross-entropy, without running the target: the embedding
+    stands for the lowest fused layer, and the others' weights begin at zero (speculators, RFC 1127)."""
 
     def __post_init__(self) -> None:
         check_each(self, 0, "layers", most=MAX_DEPTH)
@@ -86,6 +90,7 @@ class Settings:
         check_at_least(self, 0, "ffn_size", most=MAX_WIDTH)
         check_at_least(self, -1, "mask_token")
         check_at_least(self, 1, "num_anchors", most=2**16)
+        check_at_least(self, 0, "text_steps")
         check_positive(self, "decay")
 
 
@@ -119,6 +124,9 @@ def build(settings: Settings, target: Target) -> Drafter:
     # Of alternating signs, a norm of either kind returns its scales.
     signs_D = 1.0 - 2.0 * (torch.arange(width, device=target.device) % 2)
     drafter.norm.weight.copy_(target.norm(signs_D.to(target.dtype)[None, None])[0, 0].float() * signs_D)
+    if settings.text_steps:
+        # So that the first step with hidden states begins with what the text has taught.
+        drafter.fusion.weight[:, width:] = 0
     return drafter
 
 
@@ -146,29 +154,44 @@ def needs(settings: Settings, target: Target) -> Needs:
     return Needs(layers=tuple(sorted({*_layers(settings, target.num_layers), *last})))
 
 
+def step_needs(settings: Settings, target: Target, step: int) -> Needs:
+    """Returns nothing for the steps that train from text alone."""
+    return Needs() if step < settings.text_steps else needs(settings, target)
+
+
 def begin_step(drafter: Drafter, settings: Settings, step: int, num_steps: int) -> None:
-    """Sets what the step's anchors are drawn by, beside the rows' keys."""
-    drafter.step_salt = str(step)
+    """Sets what the step's anchors are drawn by, beside the rows' keys, and whether it trains from text alone."""
+    drafter.step_salt, drafter.reads_text = str(step), step < settings.text_steps
 
 
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the sum over rows of (number of supervised tokens) * (weighted mean loss of the row's supervised slots).
 
     So tokens count about once, whatever the number of blocks. With a shortlist a divergence is between distributions
-    over its tokens, and other labels of cross-entropy do not count.
+    over its tokens, and other labels of cross-entropy do not count. The confidence's loss is added: its cross-entropy
+    with each token's acceptance 1 - TV, or under "ce" with the probability given to the text's token, which is 0 off
+    the shortlist.
     """
-    shared, shortlist = drafter.shared_head, drafter.shared_head.shortlist
-    blocks = select_blocks(drafter, batch, settings.num_anchors, drafter.step_salt)
-    mask_AK = blocks.mask_AK & shortlist.contains(blocks.labels_AK) if settings.loss == "ce" else blocks.mask_AK
+    shortlist, is_ce = drafter.shared_head.shortlist, settings.loss == "ce" or drafter.reads_text
+    blocks = select_blocks(drafter, batch, settings.num_anchors, drafter.step_salt, reads_text=drafter.reads_text)
+    mask_AK = blocks.mask_AK & shortlist.contains(blocks.labels_AK) if is_ce else blocks.mask_AK
     a_listed_token = 0 if shortlist.is_whole else int(shortlist.ids_W[0])
     labels_AK = shortlist.indices(blocks.labels_AK.masked_fill(~mask_AK, a_listed_token))
-    inputs = [blocks.z_AKD, labels_AK, mask_AK, blocks.weight_A]
-    if settings.loss != "ce":
+    inputs = [blocks.z_AKD, blocks.previous_AK, labels_AK, mask_AK, blocks.mask_AK, blocks.weight_A]
+    if not is_ce:
         inputs.append(batch.hidden[target.num_layers][blocks.rows_A[:, None], blocks.before_AK])
 
-    def compare(z_AKD: Tensor, labels_AK: Tensor, mask_AK: Tensor, weight_A: Tensor, *theirs: Tensor) -> Tensor:
-        logits_NW, shape = shared.listed(z_AKD).flatten(0, 1), mask_AK.shape
-        if settings.loss == "ce":
+    def compare(
+        z_AKD: Tensor,
+        previous_AK: Tensor,
+        labels_AK: Tensor,
+        mask_AK: Tensor,
+        supervised_AK: Tensor,
+        weight_A: Tensor,
+        *theirs: Tensor,
+    ) -> Tensor:
+        logits_NW, shape = drafter.logits(z_AKD, previous_AK).flatten(0, 1), mask_AK.shape
+        if is_ce:
             losses_AK = cross_entropy(logits_NW, labels_AK.flatten()).view(shape)
             reached_AK = torch.exp(-losses_AK.detach())
         else:
@@ -179,14 +202,26 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
             with torch.no_grad():
                 reached_AK = acceptance(*outcome_log_probs(*compared)).view(shape)
         weights_AK = dpace_weights(reached_AK) if settings.weights == "dpace" else decaying_weights(settings, shape)
-        weighted_A = (losses_AK * weights_AK.to(losses_AK) * mask_AK).sum(1) * weight_A
-        return torch.cat([weighted_A[:, None], losses_AK * mask_AK, mask_AK.to(losses_AK)], dim=1)
+        weights_AK = weights_AK.to(losses_AK)
+        weighted_A = (losses_AK * weights_AK * mask_AK).sum(1) * weight_A
+        found = [losses_AK * mask_AK, mask_AK.to(losses_AK)]
+        if drafter.confidence is not None:
+            errors_AK = functional.binary_cross_entropy_with_logits(
+                drafter.confidence_logits(z_AKD, previous_AK).float(),
+                reached_AK * mask_AK,
+                reduction="none",
+            )
+            weighted_A = weighted_A + (errors_AK * weights_AK * supervised_AK).sum(1) * weight_A
+            found += [errors_AK * supervised_AK, supervised_AK.to(losses_AK)]
+        return torch.cat([weighted_A[:, None], *found], dim=1)
 
-    num_logits = len(shortlist) * drafter.config.num_draft
-    sums, _ = sum_in_chunks(compare, *inputs, vocab_size=num_logits)
-    total, losses_K, counts_K = sums.split([1, drafter.config.num_draft, drafter.config.num_draft])
+    num_draft = drafter.config.num_draft
+    sums, _ = sum_in_chunks(compare, *inputs, vocab_size=len(shortlist) * num_draft)
+    total, losses_K, counts_K, *errors = sums.split([1, *([num_draft] * ((len(sums) - 1) // num_draft))])
     counts = [int(count) for count in counts_K.tolist()]
     metrics = {f"slot{k}_loss": (losses_K[k].detach(), count) for k, count in enumerate(counts) if count}
+    if errors and (num_errors := int(errors[1].sum())):
+        metrics["confidence_loss"] = (errors[0].sum().detach(), num_errors)
     return total[0], metrics
 
 
@@ -208,7 +243,8 @@ def decaying_weights(settings: Settings, shape: torch.Size) -> Tensor:
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:
     """Returns each slot's top-1 accuracy and, as acceptance, the number of correct slots before the first wrong one.
 
-    The latter over blocks that are supervised as a whole; with greedy text it is the number of accepted tokens.
+    The latter over blocks that are supervised as a whole; with greedy text it is the number of accepted tokens. Of a
+    confidence it returns the mean squared error against whether the slot is correct.
     """
     return slot_metrics(drafter, batch, settings.num_anchors)
 
@@ -217,16 +253,21 @@ def slot_metrics(drafter: Drafter, batch: Batch, num_anchors: int) -> Metrics:
     """Returns the metrics of `evaluate` on `num_anchors` blocks of each row."""
     blocks = select_blocks(drafter, batch, num_anchors, "held out")
 
-    def is_right(z_AKD: Tensor, labels_AK: Tensor) -> Tensor:
-        return drafter.shared_head(z_AKD).argmax(-1) == labels_AK
+    def is_right(z_AKD: Tensor, previous_AK: Tensor, labels_AK: Tensor) -> Tensor:
+        return shortlist.tokens(drafter.logits(z_AKD, previous_AK).argmax(-1)) == labels_AK
 
-    num_logits = drafter.target.vocab_size * drafter.config.num_draft
-    right_AK = map_in_chunks(is_right, blocks.z_AKD, blocks.labels_AK, vocab_size=num_logits) & blocks.mask_AK
+    shortlist = drafter.shared_head.shortlist
+    inputs, num_logits = (blocks.z_AKD, blocks.previous_AK, blocks.labels_AK), len(shortlist) * drafter.config.num_draft
+    right_AK = map_in_chunks(is_right, *inputs, vocab_size=num_logits) & blocks.mask_AK
     is_whole_A = blocks.mask_AK.all(1)
     run_A = right_AK.long().cumprod(1).sum(1) * is_whole_A
     metrics = {
         f"slot{k}_accuracy": (right_AK[:, k].sum(), int(blocks.mask_AK[:, k].sum())) for k in range(right_AK.shape[1])
     }
+    if drafter.confidence is not None:
+        confidence_AK = drafter.confidence_logits(blocks.z_AKD, blocks.previous_AK).float().sigmoid()
+        errors_AK = (confidence_AK - right_AK.float()).square() * blocks.mask_AK
+        metrics["confidence_error"] = (errors_AK.sum(), int(blocks.mask_AK.sum()))
     return {"acceptance": (run_A.sum(), int(is_whole_A.sum())), **metrics}
 
 
@@ -238,6 +279,8 @@ class Blocks:
     """Row of the batch."""
     z_AKD: Tensor
     """Inputs of the LM head at the slots of drafted tokens."""
+    previous_AK: Tensor
+    """The tokens of the text before them."""
     labels_AK: Tensor
     """The tokens of the text there."""
     before_AK: Tensor
@@ -248,10 +291,11 @@ class Blocks:
     """Number of the row's supervised tokens per supervised slot."""
 
 
-def select_blocks(drafter: Drafter, batch: Batch, num_anchors: int, salt: str) -> Blocks:
+def select_blocks(drafter: Drafter, batch: Batch, num_anchors: int, salt: str, *, reads_text: bool = False) -> Blocks:
     """Runs at most `num_anchors` blocks of each row, drawn by the row's key and `salt`."""
     anchors_BM, is_block_BM = draw_anchors(batch, num_anchors, salt)
-    normed_BMLD = run_blocks(drafter, batch, anchors_BM)
+    states_BTD = text_states(drafter, batch) if reads_text else drafter.fuse(drafter.join(batch.hidden))
+    normed_BMLD = run_blocks(drafter, batch, anchors_BM, states_BTD)
     last = batch.tokens_BT.shape[1] - 1
     order_K = torch.arange(1, drafter.config.block_size, device=anchors_BM.device)
     ahead_BMK = anchors_BM[..., None] + order_K
@@ -263,6 +307,7 @@ def select_blocks(drafter: Drafter, batch: Batch, num_anchors: int, salt: str) -
     return Blocks(
         rows_A=rows_B11[..., 0].expand_as(anchors_BM)[is_block_BM],
         z_AKD=normed_BMLD[:, :, 1:][is_block_BM],
+        previous_AK=batch.tokens_BT[rows_B11, at_BMK - 1][is_block_BM],
         labels_AK=batch.tokens_BT[rows_B11, at_BMK][is_block_BM],
         before_AK=at_BMK[is_block_BM] - 1,
         mask_AK=mask_BMK[is_block_BM],
@@ -270,15 +315,21 @@ def select_blocks(drafter: Drafter, batch: Batch, num_anchors: int, salt: str) -
     )
 
 
-def run_blocks(drafter: Drafter, batch: Batch, anchors_BM: Tensor) -> Tensor:
-    """Returns the normed outputs [B, M, L, D] of the blocks that begin at these positions."""
+def text_states(drafter: Drafter, batch: Batch) -> Tensor:
+    """Returns what the fusion gives if the lowest fused layer is the embedding, and the others are zero [B, T, D]."""
+    embedded_BTD = drafter.target.model.get_input_embeddings()(batch.tokens_BT).detach()
+    weight_DD = drafter.fusion.weight[:, : embedded_BTD.shape[-1]]
+    return drafter.fusion_norm(functional.linear(embedded_BTD, weight_DD))
+
+
+def run_blocks(drafter: Drafter, batch: Batch, anchors_BM: Tensor, states_BTD: Tensor) -> Tensor:
+    """Returns the normed outputs [B, M, L, D] of the blocks that begin at these positions, of a text's fused states."""
     (num_rows, num_blocks), size = anchors_BM.shape, drafter.config.block_size
     device = anchors_BM.device
     tokens_BM1 = batch.tokens_BT.gather(1, anchors_BM)[..., None]
     tokens_BQ = functional.pad(tokens_BM1, (0, size - 1), value=drafter.config.mask_token).flatten(1)
     positions_BQ = (anchors_BM[..., None] + torch.arange(size, device=device)).flatten(1)
     order_1T = torch.arange(batch.tokens_BT.shape[1], device=device)[None]
-    states_BTD = drafter.fuse(drafter.join(batch.hidden))
 
     def attend(number: int, attention: Attention, x_BQD: Tensor) -> Tensor:
         query_BHQD, *blocks = attention.project(x_BQD, positions_BQ)

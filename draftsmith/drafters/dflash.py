@@ -4,10 +4,15 @@ The block is the pending token and a mask token for each token to be drafted. In
 other, both ways, and to keys and values projected from the target's fused hidden layers at all earlier positions. The
 pending token's own hidden state does not exist yet.
 
+DSpark's two heads are options: a bias on each slot's logits by the token before it, so that slots are no longer drafted
+independently of each other, and a confidence, each token's predicted acceptance (DeepSpec; speculators' `dspark`).
+
 Shape suffixes: B rows, T positions, N tokens of a block, K drafted tokens, P length of the longest accepted path,
-S cache slots, D hidden width, E widths of the fused layers together, V vocabulary.
+S cache slots, D hidden width, E widths of the fused layers together, R rank of the bias, V vocabulary, W tokens of the
+shortlist.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,6 +67,11 @@ class Config:
     """If not 0, drafts are trees of this many nodes, the paths with the largest products of probabilities."""
     length: str = "fixed"
     """Draft-length policy of chains: a name of draftsmith/length/policies.py, and its number."""
+    markov_rank: int = 0
+    """If not 0, add to each slot's logits a bias of this rank by the token before it (DSpark's Markov head)."""
+    confidence: bool = False
+    """Predict each drafted token's acceptance (DSpark's confidence head), which length policies then go by in place of
+    the token's probability."""
 
     def __post_init__(self) -> None:
         if not self.layers or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
@@ -70,6 +80,7 @@ class Config:
             )
         check_each(self, 0, "layers", most=MAX_DEPTH)
         check_at_least(self, 0, "mask_token", "shortlist")
+        check_at_least(self, 0, "markov_rank", most=MAX_WIDTH)
         check_at_least(self, 1, "num_layers", "num_heads", "num_kv_heads", most=MAX_DEPTH)
         check_at_least(self, 1, "head_width", "inner_width", most=MAX_WIDTH)
         check_at_least(self, 2, "block_size", most=MAX_NODES)
@@ -80,6 +91,11 @@ class Config:
             raise ValueError(f"stretch is {list(self.stretch)}; it must be empty, or a factor, two bounds and a length")
         parallel.check_shape(self)
         policies.make(self.length)
+        if self.confidence and self.num_nodes:
+            raise ValueError(
+                f"confidence is set and num_nodes is {self.num_nodes}: only the lengths of chains are controlled; leave"
+                " one of them out"
+            )
 
     @property
     def num_draft(self) -> int:
@@ -110,6 +126,23 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(width, config.inner_width)
 
 
+class MarkovHead(nn.Module):
+    """DSpark's bias on the logits that follow a token: row `token` of W1 [V, R], times W2 [W, R], transposed.
+
+    W2 is zero at first, so that an untrained head changes nothing.
+    """
+
+    def __init__(self, vocab_size: int, num_listed: int, rank: int) -> None:
+        super().__init__()
+        self.previous = nn.Embedding(vocab_size, rank)
+        self.next = nn.Linear(rank, num_listed, bias=False)
+        nn.init.zeros_(self.next.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns the biases [..., W] after tokens [...]."""
+        return self.next(self.previous(tokens))
+
+
 class Drafter(nn.Module, drafter.Drafter):
     """The fusion and the layers, between the target's embedding and its LM head, both frozen.
 
@@ -120,6 +153,8 @@ class Drafter(nn.Module, drafter.Drafter):
     serving_engines = ("vllm", "sglang", "speculators", "llama.cpp", "openvino")
     step_salt: str = ""
     """What a training step draws its blocks by, beside the rows' keys (trainers/dflash.py)."""
+    reads_text: bool = False
+    """True in training steps without hidden states of the target (trainers/dflash.py)."""
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
@@ -143,6 +178,9 @@ class Drafter(nn.Module, drafter.Drafter):
         self.layers = nn.ModuleList(Layer(config, width) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(width, eps=config.eps)
         self.shared_head = SharedHead(target, config.shortlist)
+        rank = config.markov_rank
+        self.markov = MarkovHead(target.vocab_size, len(self.shared_head.shortlist), rank) if rank else None
+        self.confidence = nn.Linear(width + rank, 1) if config.confidence else None
         self.to(device=target.device, dtype=target.dtype)
 
     # The network, for training and drafting
@@ -163,6 +201,20 @@ class Drafter(nn.Module, drafter.Drafter):
             x_BND = x_BND + attend(number, layer.attention, layer.attention_norm(x_BND))
             x_BND = x_BND + layer.feed_forward(layer.feed_forward_norm(x_BND))
         return self.norm(x_BND)
+
+    def logits(self, z_KD: Tensor, previous_K: Tensor) -> Tensor:
+        """Returns the shortlist's logits [..., W] at slots with outputs [..., D], given the token before each [...]."""
+        logits_KW = self.shared_head.listed(z_KD)
+        return logits_KW if self.markov is None else logits_KW + self.markov(previous_K)
+
+    def confidence_logits(self, z_KD: Tensor, previous_K: Tensor) -> Tensor:
+        """Returns the logits of the predicted acceptance [...] at the slots that `logits` takes.
+
+        They have no gradient but the head's own, so that drafts are those of a drafter without confidence.
+        """
+        assert self.confidence is not None
+        features = z_KD if self.markov is None else torch.cat([z_KD, self.markov.previous(previous_K)], dim=-1)
+        return self.confidence(features.detach())[..., 0]
 
     # Drafting
 
@@ -190,9 +242,37 @@ class Drafter(nn.Module, drafter.Drafter):
             key_BHSD, value_BHSD = cache.update(key_BHND, value_BHND, number)
             return attention.output(attended(query_BHND, key_BHSD, value_BHSD, mask_B11S))
 
-        normed_BND = self(tokens_BN, attend)
-        logits_BKW = self.shared_head.listed(normed_BND[:, 1 : depth + 1])
-        return parallel.draft(logits_BKW, self._session, self.config, self.shared_head.shortlist)
+        z_BKD = self(tokens_BN, attend)[:, 1 : depth + 1]
+        logits_BKW, bias, session = self.shared_head.listed(z_BKD), self.markov, self._session
+        if self.confidence is not None:
+            session, bias = self._with_confidence(z_BKD)
+        return parallel.draft(logits_BKW, session, self.config, self.shared_head.shortlist, bias)
+
+    def _with_confidence(self, z_BKD: Tensor) -> tuple[Session, parallel.Bias | None]:
+        """Returns the session in which policies see predicted acceptances, and the bias, which computes them with it.
+
+        A token's predicted acceptance depends on the tokens before it alone, so the draft's length depends on nothing
+        that a policy may not use.
+        """
+        session, markov = self._session, self.markov
+        predicted_KB: list[list[float]] = []
+        num_asked = [0] * len(session.rows)
+        if markov is None:
+            # Without the bias, a slot's confidence does not read the token before it.
+            predicted_BK = self.confidence_logits(z_BKD, session.pending()[:, None].expand(z_BKD.shape[:2])).sigmoid()
+            predicted_KB = predicted_BK.T.tolist()
+
+        def bias(tokens_BN: Tensor) -> Tensor:
+            assert markov is not None
+            z_BD, previous_B = z_BKD[:, len(predicted_KB)], tokens_BN[:, -1]
+            predicted_KB.append(self.confidence_logits(z_BD, previous_B).sigmoid().tolist())
+            return markov(tokens_BN)
+
+        def should_continue(row: int, probability: float) -> bool:
+            num_asked[row] += 1
+            return session.should_continue(row, predicted_KB[num_asked[row] - 1][row])
+
+        return dataclasses.replace(session, should_continue=should_continue), None if markov is None else bias
 
     def observe(self, step: Step) -> None:
         joined_BPE = gather_path(self.join(step.hidden), step.verdict)

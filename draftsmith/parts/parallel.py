@@ -1,13 +1,15 @@
-"""Drafts from one forward that gives a distribution for each of the next positions: chains, and best-first trees.
+"""Drafts from one forward that gives logits for each of the next positions: chains, and best-first trees.
 
-The distributions depend on the committed text alone and not on the tokens drafted before them, so each is known exactly
-and the lossless verifiers apply at any temperature.
+The logits depend on the committed text alone, but for a bias by the token before, which a drafter may add. So each
+token's distribution is known exactly once its predecessor is drafted, and the lossless verifiers apply at any
+temperature.
 
 Shape suffixes: B rows, K positions drafted, R likeliest tokens of each, N nodes, V vocabulary, W tokens of
 the draft vocabulary.
 """
 
 import heapq
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,6 +19,9 @@ from draftsmith.core.drafter import Session
 from draftsmith.core.tree import Draft, Tree, chain
 from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_NODES, check_at_least
+
+Bias = Callable[[Tensor], Tensor]
+"""From tokens [...] to what is added to the logits of the position after each [..., W]."""
 
 
 class Shape(Protocol):
@@ -33,15 +38,48 @@ def check_shape(shape: Shape) -> None:
 
 
 def draft(
-    logits_BKW: Tensor, session: Session, shape: Shape, vocabulary: autoregressive.DraftVocabulary | None = None
+    logits_BKW: Tensor,
+    session: Session,
+    shape: Shape,
+    vocabulary: autoregressive.DraftVocabulary | None = None,
+    bias: Bias | None = None,
 ) -> Draft:
     """Drafts a chain, or a tree if `shape.num_nodes` is not 0 and the target verifies trees.
 
-    The logits are of the tokens of `vocabulary`, or of all tokens.
+    The logits are of the tokens of `vocabulary`, or of all tokens; `bias` is added to those after each drafted token.
     """
-    if shape.num_nodes and session.target.takes_trees:
+    is_tree = shape.num_nodes > 0 and session.target.takes_trees
+    if bias is not None:
+        return _draft_in_turn(logits_BKW, session, shape.num_nodes if is_tree else 0, vocabulary, bias)
+    if is_tree:
         return draft_tree(logits_BKW, session, shape.num_nodes, vocabulary)
     return draft_chain(logits_BKW, session, vocabulary)
+
+
+def _draft_in_turn(
+    logits_BKW: Tensor,
+    session: Session,
+    num_nodes: int,
+    vocabulary: autoregressive.DraftVocabulary | None,
+    bias: Bias,
+) -> Draft:
+    """Drafts level by level, as each token's distribution depends on the one before it.
+
+    Of a level of the tree of the `num_nodes` best paths at most `num_nodes` are in it, so a dynamic tree that expands
+    as many is that tree.
+    """
+
+    def logits_after(tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
+        level = int(tree.depths_RN[0, first])
+        return logits_BKW[:, level, None] + bias(tokens_BN[:, first:])
+
+    depth = logits_BKW.shape[1]
+    if not num_nodes:
+        return autoregressive.draft_chain(logits_after, session, depth, vocabulary)
+    width = min(num_nodes, logits_BKW.shape[-1])
+    return autoregressive.draft_dynamic_tree(
+        logits_after, session, width=width, num_nodes=num_nodes, depth=depth, vocabulary=vocabulary
+    )
 
 
 def draft_chain(

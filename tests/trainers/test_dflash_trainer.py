@@ -14,16 +14,18 @@ import torch
 from data.batches import Batch, collate, example
 from data.teacher import complete
 from draftsmith.loading.model_info import read_target_info
-from tests.drafters.test_dflash import naive_block
+from tests.drafters.test_dflash import naive_bias, naive_block, naive_confidence
 from tests.support.models import VOCAB_SIZE, scramble, tiny_model, tiny_target, tiny_tokenizer
 from tests.support.runs import trainer_settings
-from trainers import dflash
+from trainers import Needs, dflash
 from trainers.dflash import Drafter, Settings
 from trainers.parts.parallel.unused_token import unused_token
 
 TARGET = tiny_target("llama")
 SMALL = {"num_layers": 1, "num_kv_heads": 2, "block_size": 4, "num_anchors": 4}
-SETTINGS = trainer_settings(dflash, **SMALL)
+PLAIN = trainer_settings(dflash, **SMALL)
+SETTINGS = trainer_settings(dflash, **SMALL, markov_rank=3, confidence=True, text_steps=2)
+"""What tests/trainers/test_every_trainer.py trains, so that its runs have steps of both kinds and both heads."""
 
 
 def batch(num_rows: int = 3) -> Batch:
@@ -34,10 +36,10 @@ def batch(num_rows: int = 3) -> Batch:
         length = 6 + 3 * row
         mask = [position >= 1 + row and position != 5 for position in range(length)]
         rows.append(example(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist(), mask, str(row)))
-    return complete(collate(rows), TARGET, (*dflash.needs(SETTINGS, TARGET).layers, TARGET.num_layers))
+    return complete(collate(rows), TARGET, (*dflash.needs(PLAIN, TARGET).layers, TARGET.num_layers))
 
 
-def perturbed(settings: Settings = SETTINGS) -> Drafter:
+def perturbed(settings: Settings = PLAIN) -> Drafter:
     drafter = dflash.build(settings, TARGET)
     scramble(drafter, seed=1)
     dflash.begin_step(drafter, settings, 0, 1)
@@ -57,8 +59,15 @@ def weights_by_hand(settings: Settings, right: list[float]) -> list[float]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"weights": "decay", "decay": 2.0, "shortlist": 40}, {"loss": "lk", "shortlist": 40}],
-    ids=["dpace", "decay", "lk"],
+    [
+        {},
+        {"weights": "decay", "decay": 2.0, "shortlist": 40},
+        {"loss": "lk", "shortlist": 40},
+        {"markov_rank": 3, "shortlist": 40, "confidence": True},
+        {"markov_rank": 3, "confidence": True, "loss": "lk"},
+        {"confidence": True, "text_steps": 1, "loss": "lk"},
+    ],
+    ids=["dpace", "decay", "lk", "bias and confidence", "bias and confidence by lk", "text"],
 )
 def test_loss_and_gradients_equal_blocks_run_one_by_one(changes: dict[str, Any]) -> None:
     """Values agree to float32's rounding."""
@@ -72,19 +81,25 @@ def test_loss_and_gradients_equal_blocks_run_one_by_one(changes: dict[str, Any])
         total, count = torch.zeros(()), 0
         for anchor in anchors_BM[row][is_block_BM[row]].tolist():
             hidden = {layer: states[row, :anchor] for layer, states in given.hidden.items()}
-            logits_KV = naive_block(drafter, int(tokens_T[anchor]), hidden)
-            losses, right, counted = [], [], []
+            if settings.text_steps:
+                embedded = TARGET.model.get_input_embeddings().weight[tokens_T[:anchor]].detach()
+                hidden = {layer: embedded * (layer == drafter.hidden_layers[0]) for layer in hidden}
+            z_KD, logits_KV = naive_block(drafter, int(tokens_T[anchor]), hidden)
+            losses, right, counted, errors = [], [], [], []
             for slot in range(num_draft):
                 at = anchor + 1 + slot
                 label = int(tokens_T[min(at, given.tokens_BT.shape[1] - 1)])
-                student_V = logits_KV[slot][shortlist.rows(torch.arange(VOCAB_SIZE))].log_softmax(-1)
-                if settings.loss == "ce":
-                    is_counted = at < length and bool(mask_T[at]) and bool(shortlist.contains(torch.tensor(label)))
+                student_V = logits_KV[slot][shortlist.rows(torch.arange(VOCAB_SIZE))]
+                previous = int(tokens_T[min(at, given.tokens_BT.shape[1] - 1) - 1])
+                student_V = (student_V + naive_bias(drafter, previous)).log_softmax(-1)
+                is_supervised = at < length and bool(mask_T[at])
+                if settings.loss == "ce" or settings.text_steps:
+                    is_counted = is_supervised and bool(shortlist.contains(torch.tensor(label)))
                     index = int(shortlist.indices(torch.tensor(label))) if is_counted else 0
                     losses.append(-student_V[index])
                     right.append(float(student_V[index].detach().exp()))
                 else:
-                    is_counted = at < length and bool(mask_T[at])
+                    is_counted = is_supervised
                     theirs_D = given.hidden[TARGET.num_layers][row, min(at, given.tokens_BT.shape[1] - 1) - 1]
                     theirs_V = TARGET.logits(theirs_D[None, None])[0, 0].detach()
                     theirs_V = theirs_V[shortlist.rows(torch.arange(VOCAB_SIZE))].softmax(-1)
@@ -92,9 +107,16 @@ def test_loss_and_gradients_equal_blocks_run_one_by_one(changes: dict[str, Any])
                     losses.append(-overlap.log())
                     right.append(float(overlap.detach()))
                 counted.append(is_counted)
-            for slot, weight in enumerate(weights_by_hand(settings, right)):
+                if is_supervised and settings.config.confidence:
+                    predicted = naive_confidence(drafter, z_KD[slot], previous)
+                    errors.append((slot, predicted, right[-1] if is_counted else 0.0))
+            weights = weights_by_hand(settings, right)
+            for slot, weight in enumerate(weights):
                 if counted[slot]:
                     total, count = total + weight * losses[slot], count + 1
+            for slot, predicted, reached in errors:
+                error = -reached * predicted.log() - (1 - reached) * (1 - predicted).log()
+                total = total + weights[slot] * error
         supervised = [at for at in range(1, length) if mask_T[at]]
         slots = sum(
             sum(anchor + 1 + slot in supervised for slot in range(num_draft))
@@ -136,7 +158,7 @@ def test_evaluate_counts_tokens_up_to_the_first_wrong_one() -> None:
     right_AK = (drafted_AK == blocks.labels_AK) & blocks.mask_AK
     whole = [all(row) for row in blocks.mask_AK.tolist()]
     runs = [next((slot for slot, is_right in enumerate(row) if not is_right), 3) for row in right_AK.tolist()]
-    total, count = dflash.evaluate(drafter, given, SETTINGS, TARGET)["acceptance"]
+    total, count = dflash.evaluate(drafter, given, PLAIN, TARGET)["acceptance"]
     assert (int(total), count) == (sum(run for run, one in zip(runs, whole, strict=True) if one), sum(whole))
 
 
@@ -158,6 +180,24 @@ def test_a_drafter_learns_a_text_by_heart() -> None:
         optimizer.step()
     total, count = dflash.evaluate(drafter.eval(), given, settings, TARGET)["acceptance"]
     assert total / count > 2.5
+
+
+def test_steps_on_text_read_no_hidden_states_and_leave_the_others_weights_at_zero() -> None:
+    """The loss needs the tokens alone, and the fusion then gives for the embedding what it was trained to give."""
+    settings = trainer_settings(dflash, **SMALL, layers=[0, 2, 3], text_steps=3)
+    assert dflash.step_needs(settings, TARGET, 2) == Needs()
+    assert dflash.step_needs(settings, TARGET, 3) == dflash.needs(settings, TARGET)
+    drafter, given = dflash.build(settings, TARGET), batch()
+    dflash.begin_step(drafter, settings, 2, 8)
+    loss, _ = dflash.loss(drafter, dataclasses.replace(given, hidden={}), settings, TARGET)
+    loss.backward()
+    width = TARGET.hidden_size
+    assert drafter.fusion.weight.grad[:, :width].any() and not drafter.fusion.weight.grad[:, width:].any()
+    given = complete(given, TARGET, drafter.hidden_layers)
+    torch.testing.assert_close(dflash.text_states(drafter, given), drafter.fuse(drafter.join(given.hidden)))
+    dflash.begin_step(drafter, settings, 3, 8)
+    dflash.loss(drafter, given, settings, TARGET)[0].backward()
+    assert drafter.fusion.weight.grad[:, width:].any()
 
 
 def test_default_layers() -> None:

@@ -57,6 +57,13 @@ class LossModule(nn.Module):
         """Returns the means with the metrics that the family computes from them."""
         return evaluation.summarise(means, self._costs, self._family)
 
+    def step_needs(self, step: int) -> Needs:
+        """Returns what a training batch must contain when `step` steps are done."""
+        if hasattr(self._family, "step_needs"):
+            needs: Needs = self._family.step_needs(self._settings, self._target, step)
+            return needs
+        return self.needs
+
     def begin_step(self, step: int, num_steps: int) -> None:
         """Calls the family before an optimiser step; `step` are done of `num_steps`."""
         if hasattr(self._family, "begin_step"):
@@ -137,7 +144,8 @@ class DraftTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         watch = Stopwatch(self._target.device)
-        batch = complete(inputs["batch"], self._target, self._needs.layers, self._needs.top_k)
+        needs = self._module.step_needs(self.state.global_step)
+        batch = complete(inputs["batch"], self._target, needs.layers, needs.top_k)
         self._teacher_ms += watch.lap_ms()
         self._module.begin_step(self.state.global_step, self.state.max_steps)
         total, metrics = model(batch)
