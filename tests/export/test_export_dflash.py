@@ -84,16 +84,27 @@ def test_transformers_accepts_the_same_tokens_in_every_round(target: Target, tmp
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"stretch": (8.0, 1.0, 4.0, 16.0)}, {"shortlist": 40, "layers": (1, 8)}, {"layers": (5,)}],
-    ids=["usual", "stretched", "shortlist", "one layer"],
+    [
+        {},
+        {"stretch": (8.0, 1.0, 4.0, 16.0)},
+        {"shortlist": 40, "layers": (1, 8)},
+        {"layers": (5,)},
+        {"markov_rank": 3},
+        {"markov_rank": 3, "confidence": True, "shortlist": 40},
+    ],
+    ids=["usual", "stretched", "shortlist", "one layer", "bias", "both heads"],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_drafter_is_imported_from_its_export(
     target: Target, tmp_path: Path, layout: str, changes: dict[str, Any]
 ) -> None:
     """The importer returns a drafter with the same weights and settings."""
+    if "markov_rank" in changes and layout == "transformers":
+        pytest.skip("transformers drafts without a bias")
     if "shortlist" in changes and layout in ("sglang", "transformers"):
-        changes = {"layers": (1, 7)}
+        changes = {"layers": (1, 7)} | {
+            name: one for name, one in changes.items() if name in ("markov_rank", "confidence")
+        }
     drafter = drafter_of(target, **changes)
     out, _ = export_drafter(drafter, layout, tmp_path)
     again = imported(out, target)
@@ -125,6 +136,48 @@ def test_vllm_and_sglang_exports_are_the_same_folder(target: Target, tmp_path: P
     assert flags(sglang)["--speculative-num-draft-tokens"] == "5"
 
 
+def test_drafters_with_a_bias_are_served_as_dspark(target: Target, tmp_path: Path) -> None:
+    """As published DSpark drafters, but that the first token is drafted at the first mask, which is said."""
+    drafter = drafter_of(target, markov_rank=3, confidence=True)
+    out, launch = export_drafter(drafter, "vllm", tmp_path)
+    _, sglang = export_drafter(drafter, "sglang", tmp_path / "other")
+    nested, _ = export_drafter(drafter, "speculators", tmp_path / "nested")
+    heads = {
+        "markov_rank": 3,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+        "sample_from_anchor": False,
+        "block_size": 5,
+        "mask_token_id": 63,
+    }
+    flat = json.loads((out / "config.json").read_text())
+    assert flat["architectures"] == ["Qwen3DSparkModel"] and heads.items() <= flat.items()
+    assert flat["target_layer_ids"] == flat["dflash_config"]["target_layer_ids"] == [1, 3, 5]
+    config = json.loads((nested / "config.json").read_text())
+    assert config["speculators_model_type"] == config["speculators_config"]["algorithm"] == "dspark"
+    assert heads.items() <= config.items()
+    tensors = load_file(out / "model.safetensors")
+    assert torch.equal(tensors["markov_head.markov_w1.weight"], drafter.state_dict()["markov.previous.weight"])
+    assert tensors["markov_head.markov_w2.weight"].shape == (VOCAB_SIZE, 3)
+    assert tensors["confidence_head.proj.weight"].shape == (1, target.hidden_size + 3)
+    assert launch["settings"]["method"] == "dspark" and launch["settings"]["num_speculative_tokens"] == 4
+    assert "on GPUs only" in "".join(launch["notes"]) and "not run" in launch["checked_with"]
+    assert flags(sglang)["--speculative-algorithm"] == "DSPARK"
+    assert flags(sglang)["--speculative-num-draft-tokens"] == "5"
+
+
+@pytest.mark.parametrize("engine", LAYOUTS)
+def test_a_confidence_without_bias_is_left_out_and_the_note_says_so(
+    target: Target, tmp_path: Path, engine: str
+) -> None:
+    out, launch = export_drafter(drafter_of(target, confidence=True), engine, tmp_path)
+    plain, other = export_drafter(drafter_of(target), engine, tmp_path / "plain")
+    assert load_file(out / "model.safetensors").keys() == load_file(plain / "model.safetensors").keys()
+    assert "The confidence is left out" in "".join(launch["notes"])
+    assert "The confidence is left out" not in "".join(other["notes"])
+
+
 def test_speculators_export_numbers_layers_as_draftsmith_does(target: Target, tmp_path: Path) -> None:
     out, _ = export_drafter(drafter_of(target, shortlist=40), "speculators", tmp_path)
     config = json.loads((out / "config.json").read_text())
@@ -143,8 +196,10 @@ def test_speculators_export_numbers_layers_as_draftsmith_does(target: Target, tm
         ("sglang", {"layers": (2, 8)}, "outputs of all blocks but the last, and this drafter reads hidden layers"),
         ("transformers", {"layers": (2, 8)}, "outputs of all blocks but the last"),
         ("vllm", {"layers": (0, 3)}, "outputs of all blocks, and this drafter reads hidden layers"),
+        ("transformers", {"markov_rank": 3}, "transformers drafts a block's tokens independently of each other"),
+        ("openvino", {"markov_rank": 3}, "OpenVINO GenAI drafts a block's tokens independently of each other"),
     ],
-    ids=["shortlist", "last in SGLang", "last in transformers", "embedding"],
+    ids=["shortlist", "last in SGLang", "last in transformers", "embedding", "bias", "bias in OpenVINO"],
 )
 def test_export_rejects_what_an_engine_cannot_run(
     target: Target, tmp_path: Path, engine: str, changes: dict[str, Any], message: str
@@ -170,7 +225,10 @@ def test_export_rejects_what_an_engine_cannot_run(
         ({"dflash_config": {"mask_token_id": 63}}, "does not say which layers"),
         ({"dflash_config": None}, "is of no DFlash drafter|lacks mask_token_id"),
         ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 16}, "layers see the last 16 tokens only"),
-        ({"speculators_model_type": "eagle3"}, "type 'eagle3'; expected 'dflash'"),
+        ({"speculators_model_type": "eagle3"}, "type 'eagle3'; expected 'dflash' or 'dspark'"),
+        ({"markov_rank": 3, "markov_head_type": "gated"}, "markov_head_type is 'gated'; only 'vanilla'"),
+        ({"markov_rank": 3, "dflash_config": {"mask_token_id": 63, "target_layer_ids": [1]}}, "sample_from_anchor is"),
+        ({"markov_rank": 3, "enable_confidence_head": True}, "confidence_head_with_markov is None and markov_rank 3"),
         ({"intermediate_size": 25}, r"'layers.0.feed_forward.down.weight' .* has shape \(32, 24\)"),
     ],
     ids=str,

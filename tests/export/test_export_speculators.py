@@ -114,7 +114,15 @@ def test_speculators_model_has_the_same_logits(
 # --- DFlash --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[{}, {"shortlist": 40, "stretch": (8.0, 1.0, 4.0, 16.0)}], ids=["usual", "shortlist"])
+@pytest.fixture(
+    params=[
+        {},
+        {"shortlist": 40, "stretch": (8.0, 1.0, 4.0, 16.0)},
+        {"markov_rank": 3},
+        {"markov_rank": 3, "confidence": True, "shortlist": 40},
+    ],
+    ids=["usual", "shortlist", "bias", "both heads"],
+)
 def block_pair(request: pytest.FixtureRequest, target: Target, tmp_path: Path) -> tuple[dflash.Drafter, Path]:
     """Returns a DFlash drafter with random weights and its export."""
     drafter = drafter_of(target, **request.param)
@@ -125,7 +133,12 @@ def block_pair(request: pytest.FixtureRequest, target: Target, tmp_path: Path) -
 def test_speculators_reads_a_dflash_configuration(block_pair: tuple[dflash.Drafter, Path]) -> None:
     drafter, out = block_pair
     read = speculators.SpeculatorModelConfig.from_pretrained(out)
-    assert type(read).__name__ == "DFlashSpeculatorConfig"
+    if rank := drafter.config.markov_rank:
+        assert type(read).__name__ == "DSparkSpeculatorConfig" and read.markov_head_type == "vanilla"
+        assert read.markov_rank == rank
+        assert read.enable_confidence_head == read.confidence_head_with_markov == drafter.config.confidence
+    else:
+        assert type(read).__name__ == "DFlashSpeculatorConfig"
     assert read.aux_hidden_state_layer_ids == list(drafter.config.layers)
     assert (read.block_size, read.mask_token_id) == (drafter.config.block_size, drafter.config.mask_token)
     assert read.draft_vocab_size == len(drafter.shared_head.shortlist) and not read.sample_from_anchor
@@ -150,7 +163,7 @@ def test_speculators_dflash_model_has_the_same_logits(
     generator = torch.Generator().manual_seed(0)
     tokens_1N = torch.randint(VOCAB_SIZE, (1, num_positions), generator=generator)
     hidden = target.read(tokens_1N, (*drafter.hidden_layers, target.num_layers))
-    _, logits_1QW, _, _, indices_Q = model._backbone_forward(
+    hidden_1QD, logits_1QW, _, _, indices_Q = model._backbone_forward(
         drafter.join(hidden),
         tokens_1N,
         torch.ones(1, num_positions),
@@ -160,6 +173,18 @@ def test_speculators_dflash_model_has_the_same_logits(
     )
     anchors_1M = indices_Q[:: drafter.config.block_size][None]
     batch = dataclasses.replace(collate([example(tokens_1N[0].tolist(), None, "row")]), hidden=hidden)
-    normed_1MLD = dflash_trainer.run_blocks(drafter, batch, anchors_1M)
+    states_1TD = drafter.fuse(drafter.join(hidden))
+    normed_1MLD = dflash_trainer.run_blocks(drafter, batch, anchors_1M, states_1TD)
     expected_1QW = drafter.shared_head.listed(normed_1MLD.flatten(1, 2))
     assert (logits_1QW - expected_1QW).abs().max() < 1e-4 * expected_1QW.abs().max()
+    if not drafter.config.markov_rank:
+        return
+    previous_1Q = tokens_1N[:, (indices_Q - 1).clamp(min=0)]
+    theirs_1QW = logits_1QW + model.markov_head.block_bias(prev_token_ids=previous_1Q, hidden_states=hidden_1QD)
+    ours_1QW = drafter.logits(normed_1MLD.flatten(1, 2), previous_1Q)
+    assert (theirs_1QW - ours_1QW).abs().max() < 1e-4 * ours_1QW.abs().max()
+    if drafter.config.confidence:
+        embedded_1QR = model.markov_head.prev_embeddings(previous_1Q)
+        theirs_1Q = model.confidence_head(torch.cat([hidden_1QD, embedded_1QR], dim=-1))
+        ours_1Q = drafter.confidence_logits(normed_1MLD.flatten(1, 2), previous_1Q)
+        assert (theirs_1Q - ours_1Q).abs().max() < 1e-4 * ours_1Q.abs().max()

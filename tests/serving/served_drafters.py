@@ -189,6 +189,15 @@ def well_trained_block(target: Target, texts: list[list[int]], folder: Path) -> 
     return overfitted_dflash(target, texts, num_steps=160, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape)
 
 
+def biased_block(target: Target, texts: list[list[int]], folder: Path) -> Any:
+    """Returns such layers with DSpark's heads: a bias by the token before, and a confidence."""
+    shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_width": 64, "inner_width": 256}
+    heads = {"markov_rank": 16, "confidence": True}
+    return overfitted_dflash(
+        target, texts, num_steps=160, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape, **heads
+    )
+
+
 MAKERS = {
     "draft_model": reduced_target,
     "first_blocks": first_blocks,
@@ -199,6 +208,7 @@ MAKERS = {
     "head": eagle3_head,
     "block": dflash_blocks,
     "well_trained_block": well_trained_block,
+    "biased_block": biased_block,
     "tree": eagle3_tree,
     "parallel": parallel_model,
 }

@@ -102,7 +102,7 @@ def test_every_shape_of_target_gives_the_text_of_transformers(tmp_path: Path, na
     assert found == expected
 
 
-@pytest.mark.parametrize("name", ["draft_model", "first_blocks", "head", "well_trained_block"])
+@pytest.mark.parametrize("name", ["draft_model", "first_blocks", "head", "well_trained_block", "biased_block"])
 def test_llama_cpp_and_draftsmith_accept_the_same_drafts(
     target: Target, rows: list[list[int]], texts: list[list[int]], tmp_path: Path, name: str
 ) -> None:

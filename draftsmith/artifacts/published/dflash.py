@@ -30,8 +30,17 @@ NAMES = {
     "mlp.down_proj": "feed_forward.down",
 }
 """A layer's published names, without `.weight`, and the drafter's names."""
-OUTER = {"fc": "fusion", "hidden_norm": "fusion_norm", "norm": "norm"}
-"""The other published names, and the drafter's."""
+OUTER = {
+    "fc": "fusion",
+    "hidden_norm": "fusion_norm",
+    "norm": "norm",
+    "markov_head.markov_w1": "markov.previous",
+    "markov_head.markov_w2": "markov.next",
+    "confidence_head.proj": "confidence",
+}
+"""The other published names, and the drafter's; the last three are DSpark's heads."""
+DSPARK = "dspark"
+"""The type, in speculators, of DFlash drafters with DSpark's heads."""
 IN_TRANSFORMERS = {"fc": "encoder.fc", "hidden_norm": "encoder.output_norm_enc"}
 """Names that transformers writes in their place."""
 OF_TARGET = ("embed_tokens", "lm_head", "verifier_lm_head", "verifier_norm")
@@ -50,12 +59,12 @@ class Published:
 
 def published_name(ours: str, *, in_transformers: bool = False) -> str:
     """Returns the published name of a tensor of the drafter."""
-    inner = ours.removesuffix(".weight")
+    inner, _, kind = ours.rpartition(".")
     if inner.startswith("layers."):
         _, number, name = inner.split(".", 2)
-        return f"layers.{number}.{_inverse(NAMES)[name]}.weight"
+        return f"layers.{number}.{_inverse(NAMES)[name]}.{kind}"
     published = _inverse(OUTER)[inner]
-    return f"{IN_TRANSFORMERS.get(published, published) if in_transformers else published}.weight"
+    return f"{IN_TRANSFORMERS.get(published, published) if in_transformers else published}.{kind}"
 
 
 def read(folder: Path, target: Any) -> Published:
@@ -80,6 +89,10 @@ def read(folder: Path, target: Any) -> Published:
         raise ValueError(
             f"{folder}: target_hidden_size is {own['target_hidden_size']}; {target.name} has {target.hidden_size}"
         )
+    heads = _heads(own, folder)
+    if heads:
+        # DSpark's drafters draft from the first token's slot too, unless they say otherwise.
+        own = {"sample_from_anchor": True} | own
     for key in ("sample_from_anchor", "causal", "is_causal"):
         if own.get(key):
             raise ValueError(f"{folder}: {key} is set; only blocks whose tokens see each other both ways are supported")
@@ -98,8 +111,25 @@ def read(folder: Path, target: Any) -> Published:
         "theta": theta,
         "stretch": stretch,
         "eps": layer.get("rms_norm_eps", 1e-6),
+        **heads,
     }
     return Published(shape=shape, draft_vocab=0 if draft_vocab == target.vocab_size else draft_vocab)
+
+
+def _heads(own: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns the settings of DSpark's heads, none if the drafter has none; raises ValueError for other forms."""
+    rank = own.get("markov_rank") or 0
+    is_confident = bool(own.get("enable_confidence_head"))
+    if own.get("speculators_model_type") != DSPARK and not rank and not is_confident:
+        return {}
+    if rank and (kind := own.get("markov_head_type", "vanilla")) != "vanilla":
+        raise ValueError(f"{folder}: markov_head_type is {kind!r}; only 'vanilla' is supported")
+    if is_confident and bool(own.get("confidence_head_with_markov")) != (rank > 0):
+        raise ValueError(
+            f"{folder}: confidence_head_with_markov is {own.get('confidence_head_with_markov')!r} and markov_rank"
+            f" {rank}; only confidences that read the token before if there is a bias are supported"
+        )
+    return {"markov_rank": rank, "confidence": is_confident}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -112,6 +142,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for name, tensor in read_tensors(folder).items():
         inner = name.removesuffix(".weight")
         inner = from_transformers.get(inner, inner)
+        outer, _, kind = name.rpartition(".")
         layer, _, rest = inner.removeprefix("layers.").partition(".")
         if name in ("d2t", "t2d") or inner in OF_TARGET:
             tensors[inner] = tensor
@@ -119,6 +150,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             tensors[f"{OUTER[inner]}.weight"] = tensor
         elif inner.startswith("layers.") and layer.isdigit() and rest in NAMES and name.endswith(".weight"):
             tensors[f"layers.{layer}.{NAMES[rest]}.weight"] = tensor
+        elif kind == "bias" and OUTER.get(outer) == "confidence":
+            tensors["confidence.bias"] = tensor
         else:
             raise ValueError(f"{folder}: tensor {name!r} is not part of a DFlash drafter")
     return tensors
@@ -129,7 +162,7 @@ def _inverse(names: dict[str, str]) -> dict[str, str]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_config(folder, kind="drafter", speculator="dflash")
+    config = read_config(folder, kind="drafter", speculators=("dflash", DSPARK))
     layouts = ("speculators_model_type" in config, "dflash_config" in config, "target_layer_ids" in config)
     if not any(layouts):
         raise ValueError(

@@ -114,7 +114,7 @@ def add_vocabulary(tensors: dict[str, Tensor], folder: Path, *, num_tokens: int,
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_config(folder, kind="head", speculator="eagle3")
+    config = read_config(folder, kind="head", speculators=("eagle3",))
     if "speculators_model_type" in config and "norm_before_residual" not in config:
         # vLLM's default is true and that of the speculators library false.
         raise ValueError(

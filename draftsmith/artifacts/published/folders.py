@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from draftsmith.artifacts import json_text
 
 
-def read_config(folder: Path, *, kind: str, speculator: str) -> dict[str, Any]:
-    """Returns a published folder's config.json; `kind` is "head" or "drafter", `speculator` its type in speculators.
+def read_config(folder: Path, *, kind: str, speculators: tuple[str, ...]) -> dict[str, Any]:
+    """Returns a published folder's config.json; `kind` is "head" or "drafter", `speculators` its types in speculators.
 
     Raises ValueError if it is missing, no JSON object, or of another type of speculator.
     """
@@ -22,8 +22,8 @@ def read_config(folder: Path, *, kind: str, speculator: str) -> dict[str, Any]:
         raise ValueError(f"{error}; download the {kind} again") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} is not a JSON object; name the folder of a published {kind}")
-    if (found := config.get("speculators_model_type", speculator)) != speculator:
-        raise ValueError(f"{folder} is a speculator of type {found!r}; expected {speculator!r}")
+    if (found := config.get("speculators_model_type", speculators[0])) not in speculators:
+        raise ValueError(f"{folder} is a speculator of type {found!r}; expected {' or '.join(map(repr, speculators))}")
     return config
 
 

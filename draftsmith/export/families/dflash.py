@@ -1,5 +1,7 @@
 """Exports DFlash drafters: a folder that vLLM and SGLang load, those of speculators and transformers, or GGUF files.
 
+With a bias by the token before, a drafter is what engines call DSpark, and its confidence is written beside the bias.
+
 The fused hidden layers are listed by the index of the block whose output they are, one less than draftsmith's numbers,
 and in a folder of speculators by draftsmith's numbers.
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.artifacts import json_text
-from draftsmith.artifacts.published.dflash import TRANSFORMERS_TYPE, published_name
+from draftsmith.artifacts.published.dflash import DSPARK, TRANSFORMERS_TYPE, published_name
 from draftsmith.export.decoder_config import decoder_config
 from draftsmith.export.launch import SAMPLES_DRAFTS, Launch, python_launch, sglang_launch, vllm_launch
 from draftsmith.export.llama_cpp.draft_models import DRAFT_FILE
@@ -31,11 +33,18 @@ from draftsmith.loading.gguf_contents import array, boolean, u32, write_gguf
 BATCH_OF_ONE = (
     "transformers drafts for a batch of one only, and only from the second token on: the first step decodes plainly."
 )
+NO_CONFIDENCE = (
+    "The confidence is left out, as engines read one beside a bias by the token before only (--markov-rank): the whole"
+    " block is drafted."
+)
+DSPARK_IN_VLLM = "vLLM runs DSpark on GPUs only, by its second model runner."
+READ_IN_VLLM = "vLLM 0.33.0, whose code was read and not run"
 WHOLE_VOCABULARY = "transformers drafts from the whole vocabulary, whereas draftsmith drafts from the shortlist."
 
 
 def transformers(source: ExportSource, folder: Path) -> Launch:
     """Writes a model that `generate(assistant_model=..., speculation_type="dflash")` drafts with."""
+    _check_no_bias(source, "transformers")
     _check_layers(source, "transformers")
     config = {"architectures": ["MuseGlimmerAssistantModel"], **_layer(source), **_block(source)}
     config |= {"model_type": TRANSFORMERS_TYPE, "target_layer_ids": _block_ids(source)}
@@ -63,7 +72,7 @@ def vllm(source: ExportSource, folder: Path) -> Launch:
     """Writes the folder that vLLM and SGLang load."""
     _check_layers(source, "vLLM", allows_last=True)
     _write(source, folder, flat_config(source))
-    return vllm_launch(source, _vllm_settings(source), notes=_notes(source))
+    return _vllm_launch(source, _notes(source))
 
 
 def sglang(source: ExportSource, folder: Path) -> Launch:
@@ -74,7 +83,7 @@ def sglang(source: ExportSource, folder: Path) -> Launch:
         )
     _check_layers(source, "SGLang")
     _write(source, folder, flat_config(source))
-    settings = {"algorithm": "DFLASH", "draft-model-path": str(source.output)}
+    settings = {"algorithm": "DSPARK" if _is_dspark(source) else "DFLASH", "draft-model-path": str(source.output)}
     return sglang_launch(source, settings | {"num-draft-tokens": source.config.block_size}, notes=_notes(source))
 
 
@@ -85,6 +94,7 @@ def openvino(source: ExportSource, folder: Path) -> Launch:
         raise ValueError(
             "OpenVINO GenAI drafts from the whole vocabulary, and this drafter has a shortlist; export it --to vllm"
         )
+    _check_no_bias(source, "OpenVINO GenAI")
     check_openvino_hidden(source, source.config.layers)
     _write(source, folder, flat_config(source))
     return openvino_launch(
@@ -106,7 +116,7 @@ def speculators(source: ExportSource, folder: Path) -> Launch:
             f"config.json names the verifier {source.verifier_name!r}, relative to this folder: run speculators in this"
             " folder, or export with --target-name and the folder or hub name where the verifier is then.",
         )
-    return vllm_launch(source, _vllm_settings(source), notes=notes)
+    return _vllm_launch(source, notes)
 
 
 def llama_cpp(source: ExportSource, folder: Path) -> Launch:
@@ -124,11 +134,7 @@ def llama_cpp(source: ExportSource, folder: Path) -> Launch:
             f"{source.target_name} scales its embedding, and llama.cpp's DFlash layers read it without; export it --to"
             " vllm"
         )
-    tensors = {
-        _llama_cpp_name(published_name(ours, in_transformers=False)): tensor
-        for ours, tensor in drafter.state_dict().items()
-        if ours.endswith(".weight")
-    }
+    tensors = {_llama_cpp_name(published): tensor for published, tensor in _published(source).items()}
     if config.shortlist:
         ids_W = drafter.shared_head.shortlist.ids_W
         tensors |= {"output.weight": drafter.target.model.get_output_embeddings().weight[ids_W], "d2t": ids_W}
@@ -151,6 +157,8 @@ def llama_cpp(source: ExportSource, folder: Path) -> Launch:
         f"{name}.target_layers": array(list(config.layers), "INT32"),
         f"{name}.block_size": u32(config.block_size),
         f"{name}.attention.causal": boolean(False),
+        **({f"{name}.sample_from_anchor": boolean(False)} if _is_dspark(source) else {}),
+        **({f"{name}.has_confidence_head": boolean(config.confidence)} if _is_dspark(source) else {}),
         **served.tokenizer,
         "tokenizer.ggml.mask_token_id": u32(config.mask_token),
     }
@@ -159,23 +167,35 @@ def llama_cpp(source: ExportSource, folder: Path) -> Launch:
     # A lower limit would shorten the block, whose tokens attend to those after them.
     settings = {"spec-draft-model": str(source.output / DRAFT_FILE), "spec-draft-n-max": config.block_size - 1}
     likeliest = "llama.cpp drafts the likeliest token of each position at every temperature, and the whole block."
-    return llama_cpp_launch(served, "draft-dflash", settings, notes=(*_notes(source), likeliest))
+    notes = (*_notes(source), likeliest)
+    if not _is_dspark(source):
+        return llama_cpp_launch(served, "draft-dflash", settings, notes=notes)
+    if config.confidence:
+        notes += (
+            "With --spec-draft-p-min P a block ends before its first token whose confidence is below P; draftsmith's"
+            " policy confidence=P ends it after that token.",
+        )
+    return llama_cpp_launch(served, "draft-dspark", settings, notes=notes)
 
 
 def _llama_cpp_name(published: str) -> str:
     """Returns llama.cpp's name of a weight, given that of a folder for vLLM."""
-    outer = {"fc": "fc", "hidden_norm": "enc.output_norm", "norm": "output_norm"}
-    module = published.removesuffix(".weight")
+    outer = {"fc": "fc", "hidden_norm": "enc.output_norm", "norm": "output_norm", "confidence_head.proj": "conf_proj"}
+    outer |= {f"markov_head.{one}": one for one in ("markov_w1", "markov_w2")}
+    module, _, kind = published.rpartition(".")
     number, _, inner = module.removeprefix("layers.").partition(".")
-    return f"blk.{number}.{INNER[inner]}.weight" if module.startswith("layers.") else f"{outer[module]}.weight"
+    return f"blk.{number}.{INNER[inner]}.{kind}" if module.startswith("layers.") else f"{outer[module]}.{kind}"
 
 
 def flat_config(source: ExportSource) -> dict[str, Any]:
     """Returns the configuration that vLLM and SGLang read, with every flag explicit."""
     own = {"mask_token_id": source.config.mask_token, "target_layer_ids": _block_ids(source)}
+    # DSpark's loaders read these beside the layers' settings, DFlash's below them.
+    heads = own | _heads(source) | {"sample_from_anchor": False} if _is_dspark(source) else {}
     return {
-        "architectures": ["DFlashDraftModel"],
+        "architectures": ["Qwen3DSparkModel" if heads else "DFlashDraftModel"],
         **_layer(source),
+        **heads,
         "draft_vocab_size": source.config.shortlist or source.target_info.vocab_size,
         "block_size": source.config.block_size,
         "num_target_layers": source.target_info.num_layers,
@@ -188,10 +208,12 @@ def flat_config(source: ExportSource) -> dict[str, Any]:
 def nested_config(source: ExportSource) -> dict[str, Any]:
     """Returns the configuration of the speculators library."""
     proposal = {"proposal_type": "greedy", "speculative_tokens": source.config.num_draft}
+    kind = DSPARK if _is_dspark(source) else "dflash"
     return {
-        "speculators_model_type": "dflash",
+        "speculators_model_type": kind,
         "speculators_version": "0.9.0",
-        "architectures": ["DFlashDraftModel"],
+        "architectures": ["DSparkDraftModel" if kind == DSPARK else "DFlashDraftModel"],
+        **(_heads(source) if kind == DSPARK else {}),
         **_block(source),
         "draft_vocab_size": source.config.shortlist or source.target_info.vocab_size,
         "target_hidden_size": None,
@@ -201,7 +223,7 @@ def nested_config(source: ExportSource) -> dict[str, Any]:
         "sample_from_anchor": False,
         "dtype": str(source.drafter.target.dtype).removeprefix("torch."),
         "speculators_config": {
-            "algorithm": "dflash",
+            "algorithm": kind,
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
             "verifier": {"name_or_path": source.verifier_name, "architectures": source.target_config.architectures},
@@ -239,7 +261,14 @@ def tensor_specs(config: dict[str, Any], dtype: torch.dtype, *, in_transformers:
     num_tokens, vocab_size = config.get("draft_vocab_size", inner["vocab_size"]), inner["vocab_size"]
     if num_tokens < vocab_size:
         shapes["lm_head"] = (num_tokens, width)
+    if rank := config.get("markov_rank", 0):
+        shapes |= {"markov_head.markov_w1": (vocab_size, rank), "markov_head.markov_w2": (num_tokens, rank)}
     specs = {f"{name}.weight": (shape, dtype) for name, shape in shapes.items()}
+    if config.get("enable_confidence_head"):
+        specs |= {
+            "confidence_head.proj.weight": ((1, width + rank), dtype),
+            "confidence_head.proj.bias": ((1,), dtype),
+        }
     if num_tokens < vocab_size:
         specs |= {"d2t": ((num_tokens,), torch.int64), "t2d": ((vocab_size,), torch.bool)}
     return specs
@@ -247,15 +276,45 @@ def tensor_specs(config: dict[str, Any], dtype: torch.dtype, *, in_transformers:
 
 def _write(source: ExportSource, folder: Path, config: dict[str, Any], *, in_transformers: bool = False) -> None:
     drafter, dtype = source.drafter, source.drafter.target.dtype
-    tensors = {
-        published_name(name, in_transformers=in_transformers): tensor
-        for name, tensor in drafter.state_dict().items()
-        if name.endswith(".weight")
-    }
+    tensors = _published(source, in_transformers=in_transformers)
     if source.config.shortlist and not in_transformers:
         tensors |= _vocabulary(drafter)
     write_tensors(folder, tensors, tensor_specs(config, dtype, in_transformers=in_transformers))
     (folder / "config.json").write_text(json_text.text_of(config, indent=1) + "\n")
+
+
+def _published(source: ExportSource, *, in_transformers: bool = False) -> dict[str, Tensor]:
+    """Returns the drafter's weights by their published names; without a bias, the confidence is left out."""
+    weights = source.drafter.state_dict()
+    weights.pop("shared_head.shortlist.ids_W", None)
+    if not _is_dspark(source):
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("confidence.")}
+    return {published_name(name, in_transformers=in_transformers): tensor for name, tensor in weights.items()}
+
+
+def _is_dspark(source: ExportSource) -> bool:
+    """Returns whether engines have to run the drafter as DSpark: slots depend on the token before."""
+    return source.config.markov_rank > 0
+
+
+def _heads(source: ExportSource) -> dict[str, Any]:
+    """Returns the settings of DSpark's heads."""
+    return {
+        "markov_rank": source.config.markov_rank,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": source.config.confidence,
+        "confidence_head_with_markov": source.config.confidence,
+    }
+
+
+def _check_no_bias(source: ExportSource, engine: str) -> None:
+    """Raises ValueError for a bias by the token before, which some engines do not add."""
+    if _is_dspark(source):
+        raise ValueError(
+            f"{engine} drafts a block's tokens independently of each other, and this drafter has a bias by the token"
+            f" before (--markov-rank {source.config.markov_rank}); export it --to vllm, sglang, speculators or"
+            " llama.cpp, or train one without"
+        )
 
 
 def _vocabulary(drafter: Any) -> dict[str, Tensor]:
@@ -285,9 +344,13 @@ def _block_ids(source: ExportSource) -> list[int]:
     return [layer - 1 for layer in source.config.layers]
 
 
-def _vllm_settings(source: ExportSource) -> dict[str, Any]:
-    settings: dict[str, Any] = {"method": "dflash", "model": str(source.output)}
-    return settings | {"num_speculative_tokens": source.config.num_draft} | SAMPLES_DRAFTS
+def _vllm_launch(source: ExportSource, notes: tuple[str, ...]) -> Launch:
+    is_dspark = _is_dspark(source)
+    settings: dict[str, Any] = {"method": DSPARK if is_dspark else "dflash", "model": str(source.output)}
+    settings |= {"num_speculative_tokens": source.config.num_draft} | SAMPLES_DRAFTS
+    if not is_dspark:
+        return vllm_launch(source, settings, notes=notes)
+    return vllm_launch(source, settings, checked_with=READ_IN_VLLM, notes=(*notes, DSPARK_IN_VLLM))
 
 
 def _check_layers(source: ExportSource, engine: str, *, allows_last: bool = False) -> None:
@@ -302,9 +365,10 @@ def _check_layers(source: ExportSource, engine: str, *, allows_last: bool = Fals
 
 
 def _notes(source: ExportSource) -> tuple[str, ...]:
+    without = (NO_CONFIDENCE,) if source.config.confidence and not _is_dspark(source) else ()
     if source.config.num_nodes:
-        return (CHAINS,)
-    return (FIXED,) if source.config.length != "fixed" else ()
+        return (CHAINS, *without)
+    return (FIXED, *without) if source.config.length != "fixed" else without
 
 
 WRITERS = {
