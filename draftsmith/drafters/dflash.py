@@ -243,7 +243,8 @@ class Drafter(nn.Module, drafter.Drafter):
             return attention.output(attended(query_BHND, key_BHSD, value_BHSD, mask_B11S))
 
         z_BKD = self(tokens_BN, attend)[:, 1 : depth + 1]
-        logits_BKW, bias, session = self.shared_head.listed(z_BKD), self.markov, self._session
+        logits_BKW, session = self.shared_head.listed(z_BKD), self._session
+        bias: parallel.Bias | None = self.markov
         if self.confidence is not None:
             session, bias = self._with_confidence(z_BKD)
         return parallel.draft(logits_BKW, session, self.config, self.shared_head.shortlist, bias)

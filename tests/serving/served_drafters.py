@@ -193,9 +193,7 @@ def biased_block(target: Target, texts: list[list[int]], folder: Path) -> Any:
     """Returns such layers with DSpark's heads: a bias by the token before, and a confidence."""
     shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_width": 64, "inner_width": 256}
     heads = {"markov_rank": 16, "confidence": True}
-    return overfitted_dflash(
-        target, texts, num_steps=160, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape, **heads
-    )
+    return overfitted_dflash(target, texts, num_steps=160, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape, **heads)
 
 
 MAKERS = {

@@ -2,8 +2,11 @@
 
 llama.cpp runs in `.venv-llamacpp` (./launch.sh serving-test --engine llama.cpp), and draftsmith in this environment, on
 the pocket target in float32 and, where exports are quantised, on the same numbers multiplied out.
+
+Shape suffixes: B rows, N nodes, K drafted tokens, D hidden width.
 """
 
+import dataclasses
 import os
 import subprocess
 from pathlib import Path
@@ -12,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import draftsmith
 from draftsmith import Target
 from draftsmith.artifacts import json_text
-from draftsmith.drafters import eagle3, lookup, rest
+from draftsmith.core.tree import Draft, chain
+from draftsmith.drafters import dflash, eagle3, lookup, rest
 from draftsmith.export import export
 from draftsmith.export.launch import read_launch
 from draftsmith.export.llama_cpp.ngram_caches import CACHE_FILE, LONGEST, read_cache
@@ -116,6 +121,41 @@ def test_llama_cpp_and_draftsmith_accept_the_same_drafts(
     assert sum(expected.accepted) > 20 and expected.accepted[1] > 0, "too few accepted tokens for a comparison"
     assert expected.accepted[0] < expected.num_drafts, "everything is accepted: no comparison is possible"
     assert found.num_drafted == expected.num_drafted and found.num_drafts == expected.num_drafts
+    assert found.accepted == expected.accepted
+
+
+class EndsBefore(dflash.Drafter):
+    """Ends drafts as llama.cpp does: before the first token whose confidence is below a half."""
+
+    def _with_confidence(self, z_BKD: Tensor) -> Any:
+        self._z_BKD = z_BKD
+        return super()._with_confidence(z_BKD)
+
+    @torch.no_grad()
+    def propose(self, budget: int) -> Draft:
+        draft = super().propose(budget)
+        previous_BK = draft.tokens_BN[:, :-1]
+        confident_K = self.confidence_logits(self._z_BKD[:, : previous_BK.shape[1]], previous_BK)[0].sigmoid() >= 0.5
+        length = int(confident_K.long().cumprod(0).sum()) + 1
+        return Draft(tokens_BN=draft.tokens_BN[:, :length], tree=chain(length, draft.tokens_BN.device))
+
+
+def test_llama_cpp_ends_drafts_by_the_confidence(
+    target: Target, rows: list[list[int]], texts: list[list[int]], tmp_path: Path
+) -> None:
+    drafter = MAKERS["biased_block"](target, texts, tmp_path)
+    changed = dflash.Drafter(dataclasses.replace(drafter.config, length="confidence=0.5"), target)
+    changed.load_state_dict(drafter.state_dict())
+    draftsmith.save(changed.eval(), tmp_path / "artifact", target)
+    launch = read_launch(export(tmp_path / "artifact", "llama.cpp", tmp_path / "out", quantise_target="f32"))
+    assert launch["settings"]["spec-draft-p-min"] == 0.5
+    found = served(rows, launch["target"], tmp_path / "run", launch)
+    own = EndsBefore(drafter.config, target)
+    own.load_state_dict(drafter.state_dict())
+    expected = run_draftsmith(own.eval(), rows, NUM_NEW, NUM_DRAFT, cuts_last=True)
+    show("biased_block by confidence", found, expected)
+    assert found.texts == new_tokens(rows, texts)
+    assert found.num_drafted < expected.num_drafted, "no draft is ended: no comparison is possible"
     assert found.accepted == expected.accepted
 
 

@@ -28,6 +28,7 @@ from draftsmith.export.openvino import HEAD_OPTIONS, check_options, openvino_lau
 from draftsmith.export.openvino import check_hidden as check_openvino_hidden
 from draftsmith.export.source import ExportSource
 from draftsmith.export.tensors import Specs, write_tensors
+from draftsmith.length import policies
 from draftsmith.loading.gguf_contents import array, boolean, u32, write_gguf
 
 BATCH_OF_ONE = (
@@ -36,6 +37,11 @@ BATCH_OF_ONE = (
 NO_CONFIDENCE = (
     "The confidence is left out, as engines read one beside a bias by the token before only (--markov-rank): the whole"
     " block is drafted."
+)
+WHOLE_BLOCK = "llama.cpp drafts the likeliest token of each position at every temperature, and the whole block."
+ENDS_BEFORE = (
+    "llama.cpp drafts the likeliest token of each position at every temperature, and ends a draft before the first"
+    " token whose confidence is below --spec-draft-p-min; draftsmith ends it after that token."
 )
 DSPARK_IN_VLLM = "vLLM runs DSpark on GPUs only, by its second model runner."
 READ_IN_VLLM = "vLLM 0.33.0, whose code was read and not run"
@@ -165,17 +171,13 @@ def llama_cpp(source: ExportSource, folder: Path) -> Launch:
     write_gguf(folder / DRAFT_FILE, name, values, tensors, drafter_kind(source, drafter.target.dtype))
     served.write(folder)
     # A lower limit would shorten the block, whose tokens attend to those after them.
-    settings = {"spec-draft-model": str(source.output / DRAFT_FILE), "spec-draft-n-max": config.block_size - 1}
-    likeliest = "llama.cpp drafts the likeliest token of each position at every temperature, and the whole block."
-    notes = (*_notes(source), likeliest)
-    if not _is_dspark(source):
-        return llama_cpp_launch(served, "draft-dflash", settings, notes=notes)
-    if config.confidence:
-        notes += (
-            "With --spec-draft-p-min P a block ends before its first token whose confidence is below P; draftsmith's"
-            " policy confidence=P ends it after that token.",
-        )
-    return llama_cpp_launch(served, "draft-dspark", settings, notes=notes)
+    settings: dict[str, Any] = {"spec-draft-model": str(source.output / DRAFT_FILE)}
+    settings["spec-draft-n-max"] = config.block_size - 1
+    kind, notes = "draft-dspark" if _is_dspark(source) else "draft-dflash", (*_notes(source), WHOLE_BLOCK)
+    policy = policies.make(config.length)
+    if _is_dspark(source) and config.confidence and isinstance(policy, policies.Confidence):
+        settings, notes = settings | {"spec-draft-p-min": policy.threshold}, (ENDS_BEFORE,)
+    return llama_cpp_launch(served, kind, settings, notes=notes)
 
 
 def _llama_cpp_name(published: str) -> str:
