@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import draftsmith
 from draftsmith import Target
 from draftsmith.drafters import pard
+from draftsmith.export import export
 from tests.drafters.test_pard import small
 from tests.export.test_export_servers import export_drafter, flags, speculative_config
 from tests.support.family import built
@@ -39,6 +41,22 @@ def test_sglang_export_says_that_it_drafts_token_by_token(target: Target, tmp_pa
     _, launch = export_drafter(built(pard, small(target), target), "sglang", tmp_path)
     assert flags(launch)["--speculative-algorithm"] == "STANDALONE"
     assert "token by token" in launch["notes"][0]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "openvino"])
+def test_export_of_a_model_with_features_says_what_it_accepts_without(
+    target: Target, tmp_path: Path, engine: str
+) -> None:
+    """The model is written without the projection; what engines then draft is what it drafts with nothing added."""
+    drafter = built(pard, small(target, features=(1, 3)), target)
+    measured = {"acceptance": 1.5, "acceptance_without_features": 1.25}
+    draftsmith.save(drafter, tmp_path / "artifact", target, record={"measured_acceptance": measured})
+    export(tmp_path / "artifact", engine, tmp_path / "out")
+    launch = json.loads((tmp_path / "out" / "launch.json").read_text())
+    assert "on held-out text 1.25 a draft instead of 1.50." in launch["notes"][0]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens_1T = torch.tensor([[5, 6, 7, 63, 63]])
+    assert torch.equal(loaded(tokens_1T).logits, drafter.model(tokens_1T).logits)
 
 
 def test_export_rejects_a_tied_model(target: Target, tmp_path: Path) -> None:
