@@ -143,12 +143,13 @@ def test_evaluate_counts_tokens_up_to_the_first_wrong_one() -> None:
 
 @torch.no_grad()
 def test_evaluate_with_features_also_measures_the_model_alone() -> None:
-    given, drafter = batch(3), perturbed(SETTINGS)
+    given, drafter = batch(8), perturbed(SETTINGS)
+    drafter.projection.weight.mul_(50)
     metrics = pard.evaluate(drafter, given, SETTINGS, TARGET)
     drafter.projection.weight.zero_()
     alone = pard.evaluate(drafter, given, SETTINGS, TARGET)
     assert metrics["acceptance_without_features"] == alone["acceptance"] == alone["acceptance_without_features"]
-    assert metrics["mask0_accuracy"] != alone["mask0_accuracy"]
+    assert any(metrics[f"mask{depth}_accuracy"] != alone[f"mask{depth}_accuracy"] for depth in range(4))
 
 
 def test_build_continues_an_artifact(tmp_path: Path) -> None:
