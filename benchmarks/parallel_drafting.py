@@ -9,8 +9,7 @@
 Both continue one draft LM for as many steps of the same rows. Some prompts, decoded once, choose each drafter's own
 best number of drafted tokens. Then plain decoding and both drafters, each at its own and at the other's number, take
 turns on other prompts in one process. Speeds are medians over rounds, ratios are within a round, milliseconds are per
-round of drafting and verification. The last lines say where the time of PARD's forward goes. docs/results.md has
-figures.
+round of drafting and verification. The last lines say where the time of PARD's forward goes. LOG.md has figures.
 """
 
 import dataclasses
