@@ -4,6 +4,9 @@ Step s, from 0, of the draft that begins at position t reads token t + 1 + s, an
 or its own of the step before, and learns token t + 2 + s. As in drafting, a step sees the keys of step 0 up to the
 position where its draft begins, and those of its draft's steps.
 
+With several heads, step s < heads is head s at position t, over its own keys up to there (DeepSeek-V3, 2412.19437, section
+2.2); later steps are the last head's, applied to its own output.
+
 Shape suffixes: B rows, T positions, M drafts of a row, N supervised positions of a step or nodes of a tree, S steps,
 D hidden width, W tokens of the shortlist.
 """
@@ -11,6 +14,7 @@ D hidden width, W tokens of the shortlist.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +22,7 @@ from torch import Tensor
 from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.artifacts.published.mtp import layer_config, text_config
-from draftsmith.artifacts.published.mtp_forms import find
+from draftsmith.artifacts.published.mtp_forms import form_of
 from draftsmith.core.tree import Tree, chain
 from draftsmith.drafters.mtp import Config, Drafter
 from draftsmith.loading.model_info import TargetInfo
@@ -38,8 +42,8 @@ class Settings:
 
     config: Config = field(
         default=Config(model={}),
-        # The layer is the target's, see `build`.
-        metadata={"omit": ("model",)},
+        # The layer is the target's, and the checkpoint's form says what it reads, see `with_layer`.
+        metadata={"omit": ("model", "is_chained", "reads_normed")},
     )
     num_steps: int = 3
     """Number of steps of each draft in training."""
@@ -51,29 +55,48 @@ class Settings:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_steps", most=MAX_DEPTH)
         check_positive(self, "decay")
+        if self.num_steps < self.config.num_heads:
+            raise ValueError(
+                f"num_steps is {self.num_steps}; each of the {self.config.num_heads} heads is trained in a step of its"
+                f" own: give --num-steps {self.config.num_heads} or more"
+            )
 
 
 def check(settings: Settings, target: TargetInfo) -> None:
     """Raises ValueError for a target that has no layer to be a head, from its folder alone."""
     if target.is_encoder_decoder:
         raise ValueError(f"target {target.name} is an encoder-decoder; MTP heads need a causal target")
-    layer_config(text_config(target), target.name, find(target))
+    with_layer(settings.config, target, text_config(target))
     check_size(settings.config.shortlist, target.vocab_size)
 
 
 @torch.no_grad()
 def build(settings: Settings, target: Target) -> Drafter:
-    """Returns a new head, whose layer is of the kind that the target's checkpoint brings or, without one, has itself.
+    """Returns new heads, whose layers are of the kind that the target's checkpoint brings or, without one, has itself.
 
     At first the projection hands the normed hidden state on, and the final norm is the target's, which its LM head
-    expects. To train the checkpoint's own head, import it and start from that.
+    expects. To train the checkpoint's own heads, import them and start from those.
     """
-    config = target.model.config.get_text_config(decoder=True)
-    layer = layer_config(config, target.name, find(target))
-    drafter = Drafter(dataclasses.replace(settings.config, model=layer), target).float()
-    drafter.projection.weight[:, target.hidden_size :] += torch.eye(target.hidden_size, device=target.device)
-    drafter.final_norm().load_state_dict(target.copy_norm().state_dict())
+    config = with_layer(settings.config, target, target.model.config.get_text_config(decoder=True))
+    drafter = Drafter(config, target).float()
+    for head in drafter.heads:
+        head.projection.weight[:, target.hidden_size :] += torch.eye(target.hidden_size, device=target.device)
+        head.final_norm().load_state_dict(target.copy_norm().state_dict())
     return drafter
+
+
+def with_layer(config: Config, target: TargetInfo | Target, text_model: Any) -> Config:
+    """Returns a drafter's configuration with the layer, and what it reads, as the target's checkpoint has them.
+
+    `text_model` is the transformers configuration of the target's text model.
+    """
+    form = form_of(target)
+    return dataclasses.replace(
+        config,
+        model=layer_config(text_model, target.name, form),
+        is_chained=form.is_chained if form else True,
+        reads_normed=form.reads_normed if form else True,
+    )
 
 
 def prepare(drafter: Drafter, settings: Settings, target: Target, rows: Sequence[Example]) -> None:
@@ -143,22 +166,28 @@ def metrics_of(drafter: Drafter, batch: Batch, num_steps: int) -> Metrics:
 def unroll(drafter: Drafter, batch: Batch, num_steps: int) -> Drafts:
     """Runs the steps of every draft of which one is supervised, all drafts at a time.
 
-    They are one tree: step 0 of the whole text is a chain, from each of whose nodes the later steps of a draft go off.
+    Each head runs over the whole text. For the last one they are one tree: the text is a chain, from each of whose nodes
+    the later steps of a draft go off.
     """
     starts_BM, index_BT = draft_starts(batch, num_steps)
     (num_rows, num_drafts), length = starts_BM.shape, batch.tokens_BT.shape[1]
     rows_B1 = torch.arange(num_rows, device=starts_BM.device)[:, None]
-    cache = GrowingCache(num_layers=1, batch_size=num_rows)
-    states_BTD = drafter.fuse(drafter.join(batch.hidden))
+    states_BTD, outputs = drafter.fuse(drafter.join(batch.hidden)), []
     text = chain(length, batch.tokens_BT.device)
-    hidden_BTD, normed_BTD = drafter.run(shift_left(batch.tokens_BT, 1), states_BTD, text, cache)
-    hidden_BMD, outputs = hidden_BTD[rows_B1, starts_BM], [normed_BTD[rows_B1, starts_BM]]
-    for step in range(1, num_steps):
-        tree = draft_tree(starts_BM, length, step)
+    for number, head in enumerate(drafter.heads[:num_steps]):
+        cache = GrowingCache(num_layers=1, batch_size=num_rows)
+        hidden_BTD, normed_BTD = head.run(shift_left(batch.tokens_BT, 1 + number), states_BTD, text, cache)
+        if drafter.is_chained:
+            states_BTD = hidden_BTD
+        outputs.append(normed_BTD[rows_B1, starts_BM])
+    hidden_BMD = hidden_BTD[rows_B1, starts_BM]
+    for step in range(len(outputs), num_steps):
+        own_step = step - len(drafter.heads) + 1
+        tree = draft_tree(starts_BM, length, own_step)
         # Past the end of the row nothing is supervised, and any token will do.
         tokens_BM = batch.tokens_BT[rows_B1, (starts_BM + 1 + step).clamp(max=length - 1)]
-        first = length + (step - 1) * num_drafts
-        hidden_BMD, normed_BMD = drafter.run(tokens_BM, hidden_BMD, tree, cache, first)
+        first = length + (own_step - 1) * num_drafts
+        hidden_BMD, normed_BMD = drafter.heads[-1].run(tokens_BM, hidden_BMD, tree, cache, first)
         outputs.append(normed_BMD)
     return Drafts(starts_BM=starts_BM, index_BT=index_BT, outputs=outputs)
 

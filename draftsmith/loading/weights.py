@@ -35,13 +35,15 @@ def load_model(auto: Any, path: str, **options: Any) -> Any:
 
 
 def _prediction_heads(config: Any) -> re.Pattern[str]:
-    """Returns a pattern of the tensors of multi-token prediction heads stored as layers behind a model's own.
+    """Returns a pattern of the tensors of multi-token prediction heads, stored as layers behind a model's own or apart.
 
-    transformers leaves them out, but knows only the numbers that they have in the first models of an architecture.
+    transformers leaves them out, but knows only the numbers that they have in the first models of an architecture, and
+    none of MiMo-7B's, whose layers are Qwen2's.
     """
     last = getattr(config, "num_hidden_layers", 0) + (getattr(config, "num_mtp_layers", None) or 0)
     numbers = range(getattr(config, "num_hidden_layers", 0), last)
-    return re.compile(rf"\blayers\.({'|'.join(map(str, numbers))})\." if numbers else "(?!)")
+    behind = rf"\blayers\.({'|'.join(map(str, numbers))})\." if numbers else "(?!)"
+    return re.compile(rf"{behind}|\bmtp_layers\.\d+\.")
 
 
 def check_finite(source: object, tensors: Iterable[tuple[str, Tensor]]) -> None:

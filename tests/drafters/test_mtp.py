@@ -16,7 +16,7 @@ import draftsmith
 from draftsmith import Target
 from draftsmith.artifacts.published.mtp import layer_config
 from draftsmith.drafters import mtp
-from draftsmith.drafters.mtp import Config, Drafter
+from draftsmith.drafters.mtp import Config, Drafter, heads_state
 from tests.support.families.mtp_targets import CONFIGS, write_target
 from tests.support.family import Watched, built, check_family, texts
 from tests.support.models import VOCAB_SIZE, prompts, tiny_config, tiny_target
@@ -60,19 +60,31 @@ def test_family_with_a_shortlist(tmp_path: Path) -> None:
 def naive_steps(drafter: Drafter, ids: list[int], num_steps: int, later: list[int] | None = None) -> Tensor:
     """Returns the outputs [S, D] of the steps after a text: each by a forward of all positions from the first on.
 
-    Steps after the first read the tokens in `later`, or the likeliest ones under the step before.
+    Steps after the first read the tokens in `later`, or the likeliest ones under the step before. A head reads the same
+    positions as the one before it, one token on; the last, past its own step, one position more.
     """
     target, embed = drafter.target, drafter.target.model.get_input_embeddings()
+    before = dict.fromkeys(("model", "norm"), None)
+    handle = target.model.get_decoder().norm.register_forward_hook(
+        lambda _, given, found: before.update(model=given[0], norm=found)
+    )
     with torch.no_grad():
-        states_TD = target.model.get_decoder()(input_ids=torch.tensor([ids[:-1]])).last_hidden_state[0]
-    tokens, outputs = ids[1:], []
+        target.model.get_decoder()(input_ids=torch.tensor([ids[:-1]]))
+    handle.remove()
+    target_TD = before["norm" if drafter.config.reads_normed else "model"][0]
+    tokens, outputs, states_TD = ids[1:], [], target_TD
     for step in range(num_steps):
-        embedded_TD = drafter.embedding_norm(embed(torch.tensor(tokens)))
-        x_TD = drafter.projection(torch.cat([embedded_TD, drafter.hidden_norm(states_TD)], dim=1))
-        outputs.append(drafter.model.get_decoder()(inputs_embeds=x_TD[None]).last_hidden_state[0, -1])
+        head = drafter.heads[min(step, len(drafter.heads) - 1)]
+        embedded_TD = head.embedding_norm(embed(torch.tensor(tokens)))
+        x_TD = head.projection(torch.cat([embedded_TD, head.hidden_norm(states_TD)], dim=1))
+        out_TD = head.model.get_decoder()(inputs_embeds=x_TD[None]).last_hidden_state[0]
+        outputs.append(out_TD[-1])
         likeliest = int(target.model.get_output_embeddings()(outputs[-1]).argmax())
         tokens = [*tokens, likeliest if later is None else later[step]]
-        states_TD = torch.cat([states_TD, outputs[-1][None]])
+        if step + 1 < len(drafter.heads):
+            tokens, states_TD = tokens[1:], out_TD if drafter.is_chained else target_TD
+        else:
+            states_TD = torch.cat([states_TD, outputs[-1][None]])
     return torch.stack(outputs)
 
 
@@ -111,10 +123,11 @@ class Compared(Watched):
 
 
 @cache
-def target_of(architecture: str, folder: Path) -> Target:
-    """Returns a tiny target with an MTP head in its checkpoint."""
-    write_target(folder / architecture, architecture)
-    return Target.from_pretrained(str(folder / architecture))
+def target_of(architecture: str, folder: Path, num_heads: int = 1) -> Target:
+    """Returns a tiny target with MTP heads in its checkpoint."""
+    name = f"{architecture}-{num_heads}"
+    write_target(folder / name, architecture, num_heads=num_heads)
+    return Target.from_pretrained(str(folder / name))
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +135,42 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mtp")
 
 
-FAST = ("qwen3_5_text", "deepseek_v3")
+FAST = ("qwen3_5_text", "deepseek_v3", "mimo")
 FORMS = [one if one in FAST else pytest.param(one, marks=pytest.mark.slow) for one in CONFIGS]
+
+
+@pytest.mark.parametrize("num_draft", [1, 3, 5])
+@pytest.mark.parametrize("architecture", ["mimo_v2_flash", "deepseek_v3"])
+def test_several_heads_draft_as_in_a_plain_loop(folder: Path, architecture: str, num_draft: int) -> None:
+    """Of three heads, chained or not, as long as the text is read late (1), and past the last head (5)."""
+    drafter = imported(target_of(architecture, folder, num_heads=3), num_draft=num_draft)
+    assert len(drafter.heads) == 3 and drafter.is_chained == (architecture == "deepseek_v3")
+    check_drafts(drafter, max_new_tokens=12)
+
+
+def test_heads_that_are_seldom_used_catch_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads_state, "MOST_UNREAD", 3)
+    monkeypatch.setattr(heads_state, "PREFILL_CHUNK", 4)
+    drafter = imported(target_of("deepseek_v3", folder, num_heads=3))
+    check_drafts(drafter, SometimesLonger, max_new_tokens=16)
+
+
+class SometimesLonger(Compared):
+    """Drafts one token a round, and three every fifth round."""
+
+    num_rounds = 0
+
+    def propose(self, budget: int) -> Any:
+        self.num_rounds += 1
+        return super().propose(min(budget, 3 if self.num_rounds % 5 == 0 else 1))
+
+
+def check_drafts(drafter: Drafter, watched: type[Compared] = Compared, **given: Any) -> None:
+    """Asserts that drafts in a ragged batch are those of the plain loop, and the text the target's."""
+    target, rows, compared = drafter.target, prompts(4), watched(drafter)
+    out = draftsmith.generate(target, rows, compared, eos_token_id=[], **given)
+    assert texts(out) == texts(draftsmith.generate(target, rows, eos_token_id=[], **given))
+    assert compared.num_compared >= 3 * len(rows)
 
 
 @pytest.mark.parametrize("architecture", ["mistral", *FORMS])
@@ -135,20 +182,22 @@ def test_drafts_are_those_of_a_plain_loop(folder: Path, architecture: str) -> No
     else:
         target = tiny_target(architecture)
         drafter = built(mtp, small(target), target)
-    rows, compared = prompts(4), Compared(drafter)
-    out = draftsmith.generate(target, rows, compared, max_new_tokens=6, eos_token_id=[])
-    assert texts(out) == texts(draftsmith.generate(target, rows, max_new_tokens=6, eos_token_id=[]))
-    assert compared.num_compared >= 3 * len(rows)
+    check_drafts(drafter, max_new_tokens=6)
 
 
-@pytest.mark.parametrize("architecture", ["deepseek_v3", pytest.param("glm4_moe", marks=pytest.mark.slow)])
-def test_first_step_is_that_of_transformers(folder: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers reads the head itself, once it is told that it is layer 2, not 61 or 46."""
+@pytest.mark.parametrize(
+    ("architecture", "num_heads"),
+    [("deepseek_v3", 1), ("deepseek_v3", 3), pytest.param("glm4_moe", 1, marks=pytest.mark.slow)],
+)
+def test_steps_are_those_of_transformers(
+    folder: Path, architecture: str, num_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers reads the heads itself, once it is told that they are layers 2 and on, not 61 or 46."""
     from transformers.cache_utils import MtpCache
     from transformers.modeling_layers import MtpModel
 
-    target = target_of(architecture, folder)
-    monkeypatch.setattr(target.model, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2\."])
+    target = target_of(architecture, folder, num_heads)
+    monkeypatch.setattr(target.model, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.[2-4]\."])
     theirs, ours = MtpModel.from_pretrained(target.model), imported(target)
     ids = prompts(4)[3]
     with torch.no_grad():
@@ -156,7 +205,7 @@ def test_first_step_is_that_of_transformers(folder: Path, architecture: str, mon
         positions = torch.arange(1, len(ids))[None]
         cache = MtpCache(config=target.model.config.get_mtp_config())
         _, logits, _ = theirs(torch.tensor([ids[1:]]), states, None, positions, cache)
-        outputs = naive_steps(ours, ids, 1)
+        outputs = naive_steps(ours, ids, num_heads)
     torch.testing.assert_close(target.model.get_output_embeddings()(outputs), logits[0], rtol=1e-4, atol=1e-4)
 
 

@@ -61,7 +61,36 @@ def test_imported_head_is_exported_as_it_was(
     assert equal(before, after)
     router = [name for name in before if "e_score" in name]
     assert all(before[name].dtype == torch.float32 for name in router)
-    assert len(router) == {"qwen3_next": 0, "qwen3_5_text": 0, "mimo_v2_flash": 1}.get(architecture, 2)
+    assert len(router) == {"qwen3_next": 0, "qwen3_5_text": 0, "mimo": 0, "mimo_v2_flash": 1}.get(architecture, 2)
+
+
+@pytest.mark.parametrize("architecture", ["deepseek_v3", "mimo_v2_flash", "mimo"])
+def test_several_heads_are_read_and_written(tmp_path: Path, architecture: str) -> None:
+    """Imported heads come back as they were; trained ones are written over them, the others being left as they are."""
+    heads = write_target(tmp_path / "target", architecture, num_shards=3, num_heads=3)
+    target = Target.from_pretrained(str(tmp_path / "target"))
+    drafter = imported(target)
+    assert drafter.config.num_heads == 3 and len(drafter.heads) == 3
+    out, launch = export_drafter(drafter, "vllm", tmp_path / "same")
+    assert equal(tensors_of(tmp_path / "target"), tensors_of(out))
+    assert any("vLLM drafts with the first head alone" in note for note in launch["notes"])
+    two = imported(target, num_heads=2)
+    scramble(two, seed=9)
+    out, launch = export_drafter(two, "sglang", tmp_path / "two")
+    assert any("has 3 MTP heads, of which the first 2 were trained" in note for note in launch["notes"])
+    before, after = tensors_of(tmp_path / "target"), tensors_of(out)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    third = {"deepseek_v3": "model.layers.4.", "mimo_v2_flash": "model.mtp.layers.2."}
+    kept = {name for name in heads if name.startswith(third.get(architecture, "model.mtp_layers.2."))}
+    kept |= {name for name in heads if name.endswith(("embed_tokens.weight", "head.head.weight", "correction_bias"))}
+    assert changed == heads.keys() - kept
+    again = imported(Target.from_pretrained(str(out)), num_heads=2)
+    assert again.config == two.config and equal(dict(again.state_dict()), dict(two.state_dict()))
+    with pytest.raises(ValueError, match="num_heads is 4; .* has 3 that can be read"):
+        imported(target, num_heads=4)
+    four = Drafter(dataclasses.replace(drafter.config, num_heads=4), target).eval()
+    with pytest.raises(ValueError, match="the drafter has 4 MTP heads, and the checkpoint of .* 3 that can be replaced"):
+        export_drafter(four, "vllm", tmp_path / "four")
 
 
 @pytest.mark.parametrize("architecture", FAST)

@@ -49,11 +49,30 @@ def perturbed(settings: Settings, target: Target) -> Drafter:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
-@pytest.mark.parametrize("changes", [{}, {"shortlist": 40}, {"loss": "forward_kl", "num_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"shortlist": 40}, {"loss": "forward_kl", "num_steps": 2}, {"num_heads": 2}, {"num_heads": 3}],
+    ids=str,
+)
 def test_loss_and_gradients_equal_drafts_run_one_by_one(architecture: str, changes: dict[str, Any]) -> None:
     """Each draft reads the text's tokens; values agree to float32's rounding. Rows outgrow Mistral's window."""
-    target = tiny_target(architecture)
-    settings, given = trainer_settings(mtp, **changes), batch(target)
+    check_loss(tiny_target(architecture), trainer_settings(mtp, **changes))
+
+
+@pytest.mark.parametrize("architecture", ["mimo_v2_flash", "mimo"])
+def test_loss_of_heads_that_read_otherwise_equals_drafts_run_one_by_one(tmp_path: Path, architecture: str) -> None:
+    """Heads after the first read the target's hidden states, or the first reads them before the norm."""
+    write_target(tmp_path, architecture)
+    target = Target.from_pretrained(str(tmp_path))
+    settings = trainer_settings(mtp, num_heads=2)
+    config = mtp.build(settings, target).config
+    assert (config.is_chained, config.reads_normed) == (architecture == "mimo", architecture != "mimo")
+    check_loss(target, settings)
+
+
+def check_loss(target: Target, settings: Settings) -> None:
+    """Asserts that loss and gradients are those of drafts run one by one."""
+    given = batch(target)
     drafter = perturbed(settings, target)
     head, shortlist = target.model.get_output_embeddings(), drafter.shared_head.shortlist
     listed = shortlist.rows(torch.arange(VOCAB_SIZE)).tolist()
@@ -87,7 +106,7 @@ def test_loss_and_gradients_equal_drafts_run_one_by_one(architecture: str, chang
 def test_weights_are_those_of_fast_mtp() -> None:
     assert [round(weight, 2) for weight in mtp.step_weights(Settings())] == [0.51, 0.31, 0.18]
     assert mtp.step_weights(trainer_settings(mtp, num_steps=2, decay=1.0)) == [0.5, 0.5]
-    for changes, message in (({"decay": 0.0}, "decay is 0.0"), ({"num_steps": 0}, "num_steps is 0")):
+    for changes, message in (({"decay": 0.0}, "decay is 0.0"), ({"num_steps": 0}, "num_steps is 0"), ({"num_heads": 4}, "num_steps is 3; each of the 4 heads")):
         with pytest.raises(ValueError, match=message):
             trainer_settings(mtp, **changes)
 

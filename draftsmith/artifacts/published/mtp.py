@@ -5,7 +5,7 @@ layer, with transformers' own conversions, of experts for instance.
 """
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from draftsmith.artifacts.published.mtp_forms import Head
+from draftsmith.artifacts.published.mtp_forms import Form, Head
 from draftsmith.core.architectures.supported import ATTENTION
 from draftsmith.loading import remote_code
 from draftsmith.loading.target_names import model_folder
@@ -31,7 +31,7 @@ def text_config(target: Any) -> Any:
     return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code.is_allowed()).get_text_config(decoder=True)
 
 
-def layer_config(config: Any, name: str, head: Head | None) -> dict[str, Any]:
+def layer_config(config: Any, name: str, form: Form | None) -> dict[str, Any]:
     """Returns the configuration of a model whose only layer is an MTP head's, given that of the target's text model.
 
     It is a layer of the target's own class. Its kind is what the checkpoint's form or the configuration says; else it
@@ -46,8 +46,8 @@ def layer_config(config: Any, name: str, head: Head | None) -> dict[str, Any]:
     default = "full_attention" if "full_attention" in attends else attends[-1] if attends else ""
     last_mlp = (getattr(config, "mlp_layer_types", None) or [""])[-1]
     for field_name, of_form, of_target in (
-        ("layer_types", head and head.form.layer_kind, default),
-        ("mlp_layer_types", head and head.form.mlp_kind, last_mlp),
+        ("layer_types", form and form.layer_kind, default),
+        ("mlp_layer_types", form and form.mlp_kind, last_mlp),
     ):
         if getattr(config, field_name, None):
             of_heads = getattr(config, f"mtp_{field_name}", None)
@@ -59,19 +59,42 @@ def layer_config(config: Any, name: str, head: Head | None) -> dict[str, Any]:
     values = config.to_dict()
     for key in ("_name_or_path", "architectures", "dtype", "quantization_config", "transformers_version", "auto_map"):
         values.pop(key, None)
+    if form and form.model_type:
+        values["model_type"] = form.model_type
     return values
 
 
-def to_drafter(head: Head, drafter: Any) -> dict[str, Tensor]:
-    """Returns the drafter's weights from the checkpoint's tensors.
+def to_drafter(heads: Sequence[Head], drafter: Any) -> dict[str, Tensor]:
+    """Returns the drafter's weights from the checkpoint's tensors, of as many heads as the drafter has.
 
     Raises ValueError for one that is missing, unknown or of another shape, and for an embedding or LM head of its own.
     """
+    state = {}
+    for head, module in zip(heads, drafter.heads, strict=True):
+        prefix = f"later.{head.number - 1}." if head.number else ""
+        state |= {prefix + name: tensor for name, tensor in _to_head(head, module).items()}
+    return state
+
+
+def from_drafter(heads: Sequence[Head], drafter: Any) -> dict[str, Tensor]:
+    """Returns the checkpoint's tensors from the drafter's weights, in the dtypes that the checkpoint has.
+
+    Raises ValueError if they are not the tensors that the checkpoint has, copies of the target's left out.
+    """
+    tensors: dict[str, Tensor] = {}
+    for head, module in zip(heads, drafter.heads, strict=True):
+        tensors |= _from_head(head, module)
+    return tensors
+
+
+def _to_head(head: Head, drafter: Any) -> dict[str, Tensor]:
+    """Returns the weights of one of the drafter's heads."""
     tensors, target = head.read(), drafter.target
     _check_copies(head, tensors, target)
     own = {name: tensor for name, tensor in tensors.items() if not head.is_copy(name)}
     _check_tensors(own, _in_checkpoint(head, drafter, own.keys()), head, type(drafter.model).__name__)
     ordinary = {head.ordinary_name(name): tensor for name, tensor in own.items()}
+    ordinary["projection.weight"] = _halves_swapped(head, ordinary["projection.weight"])
     config = copy.deepcopy(drafter.model.config)
     config.vocab_size = 1
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
@@ -87,11 +110,8 @@ def to_drafter(head: Head, drafter: Any) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in (state | ordinary).items() if name in expected}
 
 
-def from_drafter(head: Head, drafter: Any) -> dict[str, Tensor]:
-    """Returns the checkpoint's tensors from the drafter's weights, in the dtypes that the checkpoint has.
-
-    Raises ValueError if they are not the tensors that the checkpoint has, copies of the target's left out.
-    """
+def _from_head(head: Head, drafter: Any) -> dict[str, Tensor]:
+    """Returns the checkpoint's tensors of one of the drafter's heads."""
     before = {name: tensor for name, tensor in head.read().items() if not head.is_copy(name)}
     tensors = _in_checkpoint(head, drafter, before.keys())
     _check_tensors(before, tensors, head, type(drafter.model).__name__)
@@ -106,11 +126,19 @@ def _in_checkpoint(head: Head, drafter: Any, names: Collection[str]) -> dict[str
     weights = drafter.state_dict()
     layer = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
     outer = {name: weights[name] for name in weights if name.startswith(OUTER)}
+    outer["projection.weight"] = _halves_swapped(head, outer["projection.weight"])
     joined = {head.checkpoint_name(name): tensor for name, tensor in (layer | outer).items()}
     if joined.keys() == set(names):
         return joined
     single = revert_weight_conversion(drafter.model, layer)
     return {head.checkpoint_name(name): tensor for name, tensor in (single | outer).items()}
+
+
+def _halves_swapped(head: Head, projection_DE: Tensor) -> Tensor:
+    """Returns a projection whose input begins with the hidden state from one that begins with the embedding, and back."""
+    if not head.form.is_hidden_first:
+        return projection_DE
+    return torch.cat(projection_DE.chunk(2, dim=1)[::-1], dim=1)
 
 
 def _check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], head: Head, model: str) -> None:

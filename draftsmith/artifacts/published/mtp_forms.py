@@ -3,7 +3,7 @@
 transformers leaves these tensors out when it loads a target (`_keys_to_ignore_on_load_unexpected`).
 """
 
-import re
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,10 @@ LAYER, NORM = "model.layers.0.", "model.norm"
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How a kind of checkpoint names the first of its heads; `{num_layers}` is the target's number of blocks."""
+    """How a kind of checkpoint names its heads, and what they read.
+
+    `{number}` is a head's number from 0, `{behind}` the same after the target's number of blocks.
+    """
 
     models: str
     """Models that have it."""
@@ -41,13 +44,21 @@ class Form:
     """Kind of the layer's attention; empty for what the target's configuration says, or full attention."""
     mlp_kind: str = ""
     """Kind of its MLP, where the configuration names kinds; empty for what it says, or that of the target's last."""
+    model_type: str = ""
+    """The architecture of the layer in transformers; empty for the target's."""
+    is_hidden_first: bool = False
+    """Whether the projection's input is the hidden state and then the embedding; else the other way round."""
+    is_chained: bool = True
+    """Whether a head reads the output of the head before it; if not, the target's hidden state."""
+    reads_normed: bool = True
+    """Whether the target's hidden state is read after its final norm; if not, before it."""
 
 
 FORMS = (
     Form(
         models="Qwen3-Next and Qwen3.5",
         head="mtp.",
-        layer="mtp.layers.0.",
+        layer="mtp.layers.{number}.",
         names={
             "fc": "projection",
             "pre_fc_norm_embedding": "embedding_norm",
@@ -57,8 +68,8 @@ FORMS = (
     ),
     Form(
         models="DeepSeek-V3 and GLM-4.5",
-        head="model.layers.{num_layers}.",
-        layer="model.layers.{num_layers}.",
+        head="model.layers.{behind}.",
+        layer="model.layers.{behind}.",
         names={
             "eh_proj": "projection",
             "enorm": "embedding_norm",
@@ -69,23 +80,40 @@ FORMS = (
     ),
     Form(
         models="MiMo-V2",
-        head="model.mtp.layers.0.",
-        layer="model.mtp.layers.0.",
+        head="model.mtp.layers.{number}.",
+        layer="model.mtp.layers.{number}.",
         names={"eh_proj": "projection", "enorm": "embedding_norm", "hnorm": "hidden_norm", "final_layernorm": NORM},
         renamed={"pre_mlp_layernorm": "post_attention_layernorm"},
         layer_kind="sliding_attention",
         mlp_kind="dense",
+        is_chained=False,  # as SGLang's worker for several heads runs them
+    ),
+    Form(
+        models="MiMo-7B",
+        head="model.mtp_layers.{number}.",
+        layer="model.mtp_layers.{number}.",
+        names={
+            "input_proj": "projection",
+            "token_layernorm": "embedding_norm",
+            "hidden_layernorm": "hidden_norm",
+            "final_layernorm": NORM,
+        },
+        model_type="qwen2",
+        is_hidden_first=True,
+        reads_normed=False,
     ),
 )
-"""The forms that are read. The projection's input is the embedding and then the hidden state in all of them."""
+"""The forms that are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """The first MTP head of a target's checkpoint."""
+    """An MTP head of a target's checkpoint."""
 
     folder: Path
     form: Form
+    number: int
+    """Its number, from 0."""
     num_layers: int
     """Number of the target's blocks."""
     files: dict[str, str]
@@ -94,7 +122,7 @@ class Head:
     """Number of heads in the checkpoint."""
 
     def prefix(self, of: str) -> str:
-        return of.format(num_layers=self.num_layers)
+        return _prefix(of, self.num_layers, self.number)
 
     def read(self) -> dict[str, Tensor]:
         """Returns its tensors by their names in the checkpoint; raises ValueError if a file cannot be read."""
@@ -127,36 +155,48 @@ class Head:
         return name.removeprefix(self.prefix(self.form.head)).removesuffix(".weight")
 
 
-def find(target: Any) -> Head | None:
-    """Returns the first MTP head in a target's checkpoint, None if that is no folder or has none of a known form.
+def find(target: Any) -> list[Head]:
+    """Returns the MTP heads in a target's checkpoint, none if that is no folder or has none of a known form.
 
-    `target` gives name and num_layers. Raises ValueError for a damaged index or file.
+    Of a form whose heads share a projection it is the first. `target` gives name and num_layers. Raises ValueError for a
+    damaged index or file.
     """
     folder = Path(model_folder(target.name, needs_weights=False))
     files = _files_by_tensor(folder)
     for form in FORMS:
-        head, layer = (prefix.format(num_layers=target.num_layers) for prefix in (form.head, form.layer))
-        outer = {f"{head}{name}.weight" for name in (*form.names, *form.copies)}
-        projection = next(name for name, ours in form.names.items() if ours == "projection")
-        if f"{head}{projection}.weight" not in files:
-            continue
-        own = {name: file for name, file in files.items() if name in outer or name.startswith(layer)}
-        return Head(
-            folder=folder, form=form, num_layers=target.num_layers, files=own, num_heads=_num_heads(files, form, layer)
-        )
-    return None
+        count = _count(files, form, target.num_layers)
+        numbers = range(count if "{" in form.head else min(count, 1))
+        if numbers:
+            return [
+                Head(
+                    folder=folder,
+                    form=form,
+                    number=number,
+                    num_layers=target.num_layers,
+                    files=_own_files(files, form, target.num_layers, number),
+                    num_heads=count,
+                )
+                for number in numbers
+            ]
+    return []
 
 
-def required(target: Any) -> Head:
+def form_of(target: Any) -> Form | None:
+    """Returns the form of the heads in a target's checkpoint, None if it has none."""
+    heads = find(target)
+    return heads[0].form if heads else None
+
+
+def required(target: Any) -> list[Head]:
     """Returns what `find` does; raises ValueError if there is no folder, or no head of a known form in it."""
-    if (head := find(target)) is not None:
-        return head
+    if heads := find(target):
+        return heads
     if not Path(model_folder(target.name, needs_weights=False)).is_dir():
         raise ValueError(
             f"target {target.name} is not a local folder, and its MTP head is read from the checkpoint's files:"
             " download it (hf download) and give --target its folder"
         )
-    known = ", ".join(f"{form.head.format(num_layers='N')}* ({form.models})" for form in FORMS)
+    known = ", ".join(f"{form.head.format(number='N', behind='N')}* ({form.models})" for form in FORMS)
     raise ValueError(
         f"the checkpoint of {target.name} has no MTP head of a known form, {known}; train one from nothing with"
         " ./launch.sh mtp"
@@ -184,11 +224,28 @@ def _opened(file: Path) -> Any:
         raise ValueError(f"{file} is missing or truncated ({error}); download the target again") from error
 
 
-def _num_heads(files: dict[str, str], form: Form, layer: str) -> int:
-    """Returns the number of heads: of layers from the first head's on."""
-    before, number = re.fullmatch(r"(.*\.)(\d+)\.", layer).groups()  # type: ignore[union-attr]
-    found = {int(match[1]) for name in files if (match := re.match(rf"{re.escape(before)}(\d+)\.", name))}
-    return sum(one >= int(number) for one in found)
+def _prefix(of: str, num_layers: int, number: int) -> str:
+    return of.format(number=number, behind=num_layers + number)
+
+
+def _own_files(files: dict[str, str], form: Form, num_layers: int, number: int) -> dict[str, str]:
+    """Returns the files of a head's tensors by their names."""
+    head, layer = (_prefix(of, num_layers, number) for of in (form.head, form.layer))
+    outer = {f"{head}{name}.weight" for name in (*form.names, *form.copies)}
+    return {name: file for name, file in files.items() if name in outer or name.startswith(layer)}
+
+
+def _count(files: dict[str, str], form: Form, num_layers: int) -> int:
+    """Returns the number of heads of a form, 0 if the first has no projection."""
+    projection = next(name for name, ours in form.names.items() if ours == "projection")
+    numbers = itertools.takewhile(
+        lambda number: (
+            f"{_prefix(form.head, num_layers, number)}{projection}.weight" in files
+            and any(name.startswith(_prefix(form.layer, num_layers, number)) for name in files)
+        ),
+        itertools.count(),
+    )
+    return len(list(numbers))
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:

@@ -3,7 +3,10 @@
 Position t of the head reads the embedding of token t + 1 and the hidden state of position t, both normed and projected
 to one vector. One decoder layer of the target's own class runs over these, and its normed output goes to the target's
 LM head, for token t + 2, and is the hidden state of the next position of a draft. The hidden states of committed
-positions are the target's, after its final norm.
+positions are the target's, after its final norm or, as in MiMo-7B, before it.
+
+With several heads, head i drafts token i of a draft, from 0 (`heads_state`); tokens after those come from the last head,
+applied to its own output.
 
 Shape suffixes: B rows, N nodes, M new nodes, D hidden width, V vocabulary, W tokens of the shortlist.
 """
@@ -21,11 +24,11 @@ from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.core.views import LAYER_LISTS, final_norm, find_child
+from draftsmith.drafters.mtp.heads_state import HeadsState
 from draftsmith.length import policies
 from draftsmith.loading.precision import KeepsPrecision, cast
 from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_NODES, check_at_least, check_model
-from draftsmith.parts.feature_drafting import FeatureState
 from draftsmith.parts.neural.shortlist import SharedHead
 
 
@@ -37,13 +40,19 @@ class Config:
     """The transformers configuration, including `model_type`, of a model whose only layer is the head's."""
     shortlist: int = 0
     """If not 0, compute logits for this many tokens only (draftsmith/parts/neural/shortlist.py)."""
+    num_heads: int = 1
+    """Number of heads; the last drafts all tokens after its own."""
+    is_chained: bool = True
+    """Whether a head reads the output of the head before it, as in DeepSeek-V3; if not, the target's hidden state."""
+    reads_normed: bool = True
+    """Whether the target's hidden states are read after its final norm; if not, before it."""
     num_draft: int = 3
     """Maximum number of tokens drafted per round, in a chain."""
     length: str = "fixed"
     """Draft-length policy: a name of draftsmith/length/policies.py, and its number."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_draft", most=MAX_NODES)
+        check_at_least(self, 1, "num_draft", "num_heads", most=MAX_NODES)
         check_at_least(self, 0, "shortlist")
         check_model(self.model)
         policies.make(self.length)
@@ -53,38 +62,21 @@ class Config:
         return True
 
 
-class Drafter(KeepsPrecision, drafter.Drafter):
+class Head(KeepsPrecision):
     """The norms, the projection and the decoder layer, between the target's embedding and its LM head, both frozen."""
 
-    row_state = ("_state",)
-    serving_engines = ("vllm", "sglang")
+    target: Target
     block: Target
     """The decoder layer and the norm after it, run over drafts as targets are, with a cache of its own."""
 
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
-        if target.is_encoder_decoder:
-            raise ValueError(f"target {target.name} is an encoder-decoder; MTP heads need a causal target")
-        self.config = config
         object.__setattr__(self, "target", target)
-        self.hidden_layers = (target.num_layers,)
-        width = self.joined_width = target.hidden_size
+        width = target.hidden_size
         self.model = _one_layer_model(config.model, target)
         object.__setattr__(self, "block", _as_target(self.model))
         self.embedding_norm, self.hidden_norm = self.block.copy_norm(), self.block.copy_norm()
         self.projection = nn.Linear(2 * width, width, bias=False)
-        self.shared_head = SharedHead(target, config.shortlist)
-        self.to(device=target.device, dtype=target.dtype)
-
-    # The network, for training and drafting
-
-    def join(self, hidden: dict[int, Tensor]) -> Tensor:
-        """Returns the output of the target's last layer."""
-        return hidden[self.hidden_layers[0]]
-
-    def fuse(self, joined_BND: Tensor) -> Tensor:
-        """Returns the target's hidden states after its final norm [B, N, D]."""
-        return self.target.norm(joined_BND)
 
     def run(
         self, tokens_BM: Tensor, hidden_BMD: Tensor, tree: Tree, cache: KVCache, first: int = 0
@@ -105,11 +97,48 @@ class Drafter(KeepsPrecision, drafter.Drafter):
         stack = self.block.find_stack()
         return stack.get_submodule(final_norm(stack) or "")
 
+
+class Drafter(Head, drafter.Drafter):
+    """The first head, and those after it."""
+
+    row_state = ("_state",)
+    serving_engines = ("vllm", "sglang")
+
+    def __init__(self, config: Config, target: Target) -> None:
+        if target.is_encoder_decoder:
+            raise ValueError(f"target {target.name} is an encoder-decoder; MTP heads need a causal target")
+        super().__init__(config, target)
+        self.config = config
+        self.hidden_layers = (target.num_layers,)
+        self.joined_width = target.hidden_size
+        self.later = nn.ModuleList(Head(config, target) for _ in range(config.num_heads - 1))
+        self.shared_head = SharedHead(target, config.shortlist)
+        self.to(device=target.device, dtype=target.dtype)
+
+    @property
+    def heads(self) -> list[Head]:
+        """Returns the heads, in the order in which they draft."""
+        return [self, *self.later]  # type: ignore[list-item]
+
+    @property
+    def is_chained(self) -> bool:
+        return self.config.is_chained
+
+    # The network, for training and drafting
+
+    def join(self, hidden: dict[int, Tensor]) -> Tensor:
+        """Returns the output of the target's last layer."""
+        return hidden[self.hidden_layers[0]]
+
+    def fuse(self, joined_BND: Tensor) -> Tensor:
+        """Returns the target's hidden states that the first head reads [B, N, D], after its final norm or before it."""
+        return self.target.norm(joined_BND) if self.config.reads_normed else joined_BND
+
     # Drafting
 
     def start(self, session: Session) -> None:
         self._session = session
-        self._state = FeatureState(session, self, self.block.new_cache(len(session.rows)))
+        self._state = HeadsState(session, self, [head.block.new_cache(len(session.rows)) for head in self.heads])
 
     def propose(self, budget: int) -> Draft:
         depth = min(budget, self.config.num_draft)
@@ -121,8 +150,8 @@ class Drafter(KeepsPrecision, drafter.Drafter):
         self._state.observe(step)
 
     def _logits(self, tokens_BN: Tensor, tree: Tree, first: int) -> Tensor:
-        """Returns the logits [B, M, W] of the shortlist's tokens after the nodes from `first` on."""
-        return self.shared_head.listed(self._state.advance(tokens_BN, tree, first))
+        """Returns the logits [B, 1, W] of the shortlist's tokens after the last node, of index `first`."""
+        return self.shared_head.listed(self._state.advance(tokens_BN, first))
 
 
 class Borrowed(nn.Module):
