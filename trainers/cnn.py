@@ -38,8 +38,7 @@ def build(settings: Settings, target: Target) -> Drafter:
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the loss of `LossSettings`, summed over supervised tokens."""
     features_BTC = drafter(batch.tokens_BT, batch.source, dropout=settings.dropout)
-    head = distillation.listed_head(drafter, batch.source)
-    return distillation.loss(features_BTC, head, batch, settings, target, drafter.tied_head.shortlist)
+    return distillation.network_loss(features_BTC, drafter, batch, settings, target)
 
 
 evaluate = distillation.evaluate_network

@@ -28,6 +28,7 @@ from trainers.compression import constraints
 from trainers.corpora import corpus
 from trainers.parts import distillation, small_models, trees
 from trainers.parts.distillation import before_supervised
+from trainers.parts.fused.linear_cross_entropy import matrix_of
 from trainers.parts.losses import sum_in_chunks
 
 NUM_RANKS = 6
@@ -138,7 +139,9 @@ needs = distillation.needs
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the loss of `LossSettings`, summed over supervised tokens."""
     head = _head(drafter) if drafter.shortlist.is_whole else drafter.model.get_output_embeddings().listed
-    return distillation.loss(_normed(drafter, batch), head, batch, settings, target, drafter.shortlist)
+    own, is_product = drafter.model.get_output_embeddings(), drafter.draft_model.head_is_linear
+    matrix = matrix_of(own, batch.tokens_BT.device) if drafter.shortlist.is_whole and is_product else None
+    return distillation.loss(_normed(drafter, batch), head, batch, settings, target, drafter.shortlist, matrix=matrix)
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:

@@ -41,8 +41,7 @@ def build(settings: Settings, target: Target) -> Drafter:
 def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> tuple[Tensor, Metrics]:
     """Returns the loss of `LossSettings`, summed over supervised tokens."""
     features_BTH = drafter(batch.tokens_BT, batch.source, dropout=settings.dropout, drop_connect=settings.drop_connect)
-    head = distillation.listed_head(drafter, batch.source)
-    return distillation.loss(features_BTH, head, batch, settings, target, drafter.tied_head.shortlist)
+    return distillation.network_loss(features_BTH, drafter, batch, settings, target)
 
 
 evaluate = distillation.evaluate_network

@@ -4,8 +4,8 @@ Step s, from 0, of the draft that begins at position t reads token t + 1 + s, an
 or its own of the step before, and learns token t + 2 + s. As in drafting, a step sees the keys of step 0 up to the
 position where its draft begins, and those of its draft's steps.
 
-With several heads, step s < heads is head s at position t, over its own keys up to there (DeepSeek-V3, 2412.19437, section
-2.2); later steps are the last head's, applied to its own output.
+With several heads, step s < heads is head s at position t, over its own keys up to there (DeepSeek-V3, 2412.19437,
+section 2.2); later steps are the last head's, applied to its own output.
 
 Shape suffixes: B rows, T positions, M drafts of a row, N supervised positions of a step or nodes of a tree, S steps,
 D hidden width, W tokens of the shortlist.
@@ -30,8 +30,9 @@ from draftsmith.parts.checks import MAX_DEPTH, check_at_least, check_positive
 from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
+from trainers.parts.fused.linear_cross_entropy import shared_matrix
 from trainers.parts.heads import shift_left
-from trainers.parts.losses import DIVERGENCES, Teacher, cross_entropy, divergence, on_shortlist, sum_in_chunks
+from trainers.parts.losses import DIVERGENCES, Teacher, divergence, on_shortlist, sum_in_chunks, sum_label_losses
 from trainers.parts.recursive.drafts import Drafts, draft_starts, step_metrics
 from trainers.parts.recursive.growing_cache import GrowingCache
 
@@ -120,14 +121,12 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
         raise ValueError("an MTP head cannot be trained in DeepSpeed's stage 3; give --deepspeed zero2")
     shared, shortlist = drafter.shared_head, drafter.shared_head.shortlist
     weights = step_weights(settings)
+    matrix = shared_matrix(shared, batch.tokens_BT.device)
 
     def compare(z_ND: Tensor, given_N: Tensor) -> Tensor:
-        logits_NW = shared.listed(z_ND)
-        if settings.loss == "ce":
-            return cross_entropy(logits_NW, given_N)
         with torch.no_grad():
             teacher = Teacher(logits=target.logits(given_N[None])[0])
-        return divergence(settings.loss)(*on_shortlist(logits_NW, teacher, shortlist))
+        return divergence(settings.loss)(*on_shortlist(shared.listed(z_ND), teacher, shortlist))
 
     total, metrics = torch.zeros((), device=batch.tokens_BT.device), {}
     for step, output in enumerate(unroll(drafter, batch, settings.num_steps).steps(batch)):
@@ -135,11 +134,12 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
         if settings.loss == "ce":
             is_listed_N = shortlist.contains(given_N)
             z_ND, given_N = z_ND[is_listed_N], shortlist.indices(given_N[is_listed_N])
+            step_loss, count = sum_label_losses(shared.listed, matrix, z_ND, given_N, vocab_size=len(shortlist))
         else:
             # The target's distribution of token t + 2 + s comes from its state at the position before.
             rows_N, starts_N = output.mask_BT.nonzero(as_tuple=True)
             given_N = batch.hidden[target.num_layers][rows_N, starts_N + 1 + step]
-        step_loss, count = sum_in_chunks(compare, z_ND, given_N, vocab_size=len(shortlist))
+            step_loss, count = sum_in_chunks(compare, z_ND, given_N, vocab_size=len(shortlist))
         total = total + weights[step] * step_loss
         if count:
             metrics[f"step{step}_loss"] = (step_loss.detach(), count)
@@ -166,8 +166,8 @@ def metrics_of(drafter: Drafter, batch: Batch, num_steps: int) -> Metrics:
 def unroll(drafter: Drafter, batch: Batch, num_steps: int) -> Drafts:
     """Runs the steps of every draft of which one is supervised, all drafts at a time.
 
-    Each head runs over the whole text. For the last one they are one tree: the text is a chain, from each of whose nodes
-    the later steps of a draft go off.
+    Each head runs over the whole text. For the last one they are one tree: the text is a chain, from each of whose
+    nodes the later steps of a draft go off.
     """
     starts_BM, index_BT = draft_starts(batch, num_steps)
     (num_rows, num_drafts), length = starts_BM.shape, batch.tokens_BT.shape[1]

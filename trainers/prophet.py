@@ -19,6 +19,7 @@ from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
+from trainers.parts.fused.linear_cross_entropy import Matrix, matrix_of, shared_matrix
 from trainers.parts.losses import (
     DIVERGENCES,
     Teacher,
@@ -27,6 +28,7 @@ from trainers.parts.losses import (
     divergence,
     outcome_log_probs,
     sum_in_chunks,
+    sum_label_losses,
 )
 
 RUNS_BLOCKS = True
@@ -108,9 +110,12 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
 
     if settings.loss == "ce":
         is_listed_N = shared.shortlist.contains(labels_N)
-        total, _ = sum_in_chunks(
-            lambda z, labels: cross_entropy(logits(z), labels),
-            z_NE[is_listed_N],
+        # Its product with the LM head is the loss of the inputs of that.
+        matrix = _matrix(drafter, batch.tokens_BT.device)
+        total, _ = sum_label_losses(
+            logits,
+            matrix,
+            z_NE[is_listed_N] if matrix is None else drafter.output(z_NE[is_listed_N]),
             shared.shortlist.indices(labels_N[is_listed_N]),
             vocab_size=len(shared.shortlist),
         )
@@ -129,6 +134,13 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
         return total, {}
     main, count = _main_loss(drafter, batch, normed_BTD)
     return main + total, {"main_loss": (main.detach(), count), "prophet_loss": (total.detach(), count)}
+
+
+def _matrix(drafter: Drafter, device: torch.device) -> Matrix | None:
+    """Returns the matrix of the LM head: its own, or the target's frozen one; None if the head is not one."""
+    if drafter.config.own_head:
+        return matrix_of(drafter.outputs[0], device)
+    return None if drafter.config.joint else shared_matrix(drafter.shared_head, device)
 
 
 def evaluate(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> Metrics:

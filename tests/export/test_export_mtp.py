@@ -89,7 +89,7 @@ def test_several_heads_are_read_and_written(tmp_path: Path, architecture: str) -
     with pytest.raises(ValueError, match="num_heads is 4; .* has 3 that can be read"):
         imported(target, num_heads=4)
     four = Drafter(dataclasses.replace(drafter.config, num_heads=4), target).eval()
-    with pytest.raises(ValueError, match="the drafter has 4 MTP heads, and the checkpoint of .* 3 that can be replaced"):
+    with pytest.raises(ValueError, match="has 4 MTP heads, and the checkpoint of .* 3 that can be replaced"):
         export_drafter(four, "vllm", tmp_path / "four")
 
 

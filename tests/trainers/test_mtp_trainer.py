@@ -106,7 +106,11 @@ def check_loss(target: Target, settings: Settings) -> None:
 def test_weights_are_those_of_fast_mtp() -> None:
     assert [round(weight, 2) for weight in mtp.step_weights(Settings())] == [0.51, 0.31, 0.18]
     assert mtp.step_weights(trainer_settings(mtp, num_steps=2, decay=1.0)) == [0.5, 0.5]
-    for changes, message in (({"decay": 0.0}, "decay is 0.0"), ({"num_steps": 0}, "num_steps is 0"), ({"num_heads": 4}, "num_steps is 3; each of the 4 heads")):
+    for changes, message in (
+        ({"decay": 0.0}, "decay is 0.0"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"num_heads": 4}, "num_steps is 3; each of the 4 heads"),
+    ):
         with pytest.raises(ValueError, match=message):
             trainer_settings(mtp, **changes)
 

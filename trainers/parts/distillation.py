@@ -24,16 +24,17 @@ from draftsmith.parts.neural.shortlist import Shortlist, check_size
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
 from trainers.parts import on_policy
+from trainers.parts.fused.linear_cross_entropy import Matrix, tied_matrix
 from trainers.parts.losses import (
     DIVERGENCES,
     Teacher,
     acceptance,
-    cross_entropy,
     divergence,
     map_in_chunks,
     on_shortlist,
     outcome_log_probs,
     sum_in_chunks,
+    sum_label_losses,
 )
 
 Head = Callable[[Tensor], Tensor]
@@ -105,8 +106,13 @@ def loss(
     settings: LossSettings,
     target: Target,
     shortlist: Shortlist | None = None,
+    *,
+    matrix: Matrix | None = None,
+    widened: Callable[[Tensor], Tensor] = lambda features_ND: features_ND,
 ) -> tuple[Tensor, Metrics]:
     """Returns the loss summed over supervised tokens, each predicted at the position before it.
+
+    If `head` is a product of `widened` features with `matrix`, its cross-entropy is computed block by block.
 
     With a shortlist, `head` returns the logits of its tokens, the cross-entropy skips tokens off the list, and
     divergences are from the target's distribution conditioned on the list; the metric `outside` is the fraction of
@@ -118,9 +124,11 @@ def loss(
     metrics = {} if shortlist.is_whole else {"outside": ((~is_listed_N).sum(), len(labels_N))}
     features_ND = before_supervised(features_BTD, batch)
     if settings.loss == "ce":
-        total, _ = sum_in_chunks(
-            lambda features, labels: cross_entropy(head(features), labels),
-            features_ND[is_listed_N],
+        listed_ND = features_ND[is_listed_N]
+        total, _ = sum_label_losses(
+            head,
+            matrix,
+            listed_ND if matrix is None else widened(listed_ND),
             shortlist.indices(labels_N[is_listed_N]),
             vocab_size=len(shortlist),
         )
@@ -156,6 +164,16 @@ def self_generated(drafter: Any, batch: Batch, settings: LossSettings, target: T
 def listed_head(drafter: Any, source: Any) -> Head:
     """Returns the map from a network's features to the logits of its shortlist's tokens."""
     return drafter.cross_attention.copy_head(drafter.tied_head.listed, source)
+
+
+def network_loss(
+    features_BTH: Tensor, drafter: Any, batch: Batch, settings: LossSettings, target: Target
+) -> tuple[Tensor, Metrics]:
+    """Returns `loss` of the features of a network that has a tied head."""
+    tied, head = drafter.tied_head, listed_head(drafter, batch.source)
+    # What is copied from a source is mixed with the head's distribution.
+    matrix = tied_matrix(tied, batch.tokens_BT.device) if head == tied.listed else None
+    return loss(features_BTH, head, batch, settings, target, tied.shortlist, matrix=matrix, widened=tied.widened)
 
 
 def evaluate_network(drafter: Any, batch: Batch, settings: Any, target: Target) -> Metrics:

@@ -135,7 +135,7 @@ def _in_checkpoint(head: Head, drafter: Any, names: Collection[str]) -> dict[str
 
 
 def _halves_swapped(head: Head, projection_DE: Tensor) -> Tensor:
-    """Returns a projection whose input begins with the hidden state from one that begins with the embedding, and back."""
+    """Returns a projection with the halves of its input, embedding and hidden state, swapped if the form swaps them."""
     if not head.form.is_hidden_first:
         return projection_DE
     return torch.cat(projection_DE.chunk(2, dim=1)[::-1], dim=1)

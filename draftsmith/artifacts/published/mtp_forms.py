@@ -158,8 +158,8 @@ class Head:
 def find(target: Any) -> list[Head]:
     """Returns the MTP heads in a target's checkpoint, none if that is no folder or has none of a known form.
 
-    Of a form whose heads share a projection it is the first. `target` gives name and num_layers. Raises ValueError for a
-    damaged index or file.
+    Of a form whose heads share a projection it is the first. `target` gives name and num_layers. Raises ValueError for
+    a damaged index or file.
     """
     folder = Path(model_folder(target.name, needs_weights=False))
     files = _files_by_tensor(folder)

@@ -5,8 +5,8 @@ to one vector. One decoder layer of the target's own class runs over these, and 
 LM head, for token t + 2, and is the hidden state of the next position of a draft. The hidden states of committed
 positions are the target's, after its final norm or, as in MiMo-7B, before it.
 
-With several heads, head i drafts token i of a draft, from 0 (`heads_state`); tokens after those come from the last head,
-applied to its own output.
+With several heads, head i drafts token i of a draft, from 0 (`heads_state`); tokens after those come from the last
+head, applied to its own output.
 
 Shape suffixes: B rows, N nodes, M new nodes, D hidden width, V vocabulary, W tokens of the shortlist.
 """

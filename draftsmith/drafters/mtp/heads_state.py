@@ -1,9 +1,9 @@
 """The state of a call that drafts with MTP heads: their caches, and which positions they have still to read.
 
-Position t of head i, from 0, reads token t + 1 + i, and the output of head i - 1 at position t (DeepSeek-V3, 2412.19437,
-equations 21 to 23) or, unchained, the target's hidden state of position t. Of a text of L tokens the last i positions of
-head i read drafted tokens. After each draft, every cache keeps the positions that are final for all heads, and all heads
-read the others again, as in transformers' `MtpModel`.
+Position t of head i, from 0, reads token t + 1 + i, and the output of head i - 1 at position t (DeepSeek-V3,
+2412.19437, equations 21 to 23) or, unchained, the target's hidden state of position t. In a text whose last token is
+pending, the last i positions of head i read drafted tokens. After each draft, every cache keeps the positions that are
+final for all heads, and all heads read the others again, as in transformers' `MtpModel`.
 
 Shape suffixes: B rows, T positions not yet read, N nodes, M new nodes, D hidden width, E widths of the hidden layers.
 """
@@ -85,8 +85,8 @@ class HeadsState:
     def advance(self, tokens_BN: Tensor, first: int) -> Tensor:
         """Returns the input of the LM head [B, 1, D] after the last of a chain's tokens, of index `first`.
 
-        Head `first` reads all positions that the caches lack. Past the last head, that head is applied to its own output
-        at one position more (FastMTP, 2509.18362).
+        Head `first` reads all positions that the caches lack. Past the last head, that head is applied to its own
+        output at one position more (FastMTP, 2509.18362).
         """
         num_heads = len(self._model.heads)
         if first >= num_heads:

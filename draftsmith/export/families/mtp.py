@@ -28,8 +28,8 @@ FIRST_ONLY = (
     " other tokens after a draft's first than draftsmith."
 )
 SEVERAL_LAYERS = (
-    "SGLang drafts with several heads only with --enable-multi-layer-eagle, and only those of models that it knows, as its"
-    " code says; else it drafts with the first."
+    "SGLang drafts with several heads only with --enable-multi-layer-eagle, and only those of models that it knows, as"
+    " its code says; else it drafts with the first."
 )
 BEFORE_NORM = (
     "vLLM's code, as read, hands the output of heads of this form on before its norm, and draftsmith and transformers"

@@ -78,10 +78,12 @@ class TiedHead(nn.Module):
 
     def listed(self, features: Tensor) -> Tensor:
         """Returns the logits [..., W] of the shortlist's tokens, or of all tokens."""
+        return functional.linear(self.widened(features), self.shortlist.rows(self._lm_head()), self.bias)
+
+    def widened(self, features: Tensor) -> Tensor:
+        """Returns the input P A x of the target's LM head [..., D]."""
         z = self.narrow(features)
-        return functional.linear(
-            z if self.widen is None else self.widen(z), self.shortlist.rows(self._lm_head()), self.bias
-        )
+        return z if self.widen is None else self.widen(z)
 
     def folded_input(self, weight_GE: Tensor, bias_G: Tensor) -> Callable[[Tensor], Tensor]:
         """Returns the map tokens [B] -> weight embed(tokens) + bias [B, G], a table look-up unless it is too large."""

@@ -146,7 +146,9 @@ def head_tensors(
 
 
 def _model(architecture: str, dtype: torch.dtype, seed: int, **changes: Any) -> Any:
-    config = AutoConfig.for_model("qwen2" if architecture == "mimo" else architecture, **_SIZES | CONFIGS[architecture] | changes)
+    config = AutoConfig.for_model(
+        "qwen2" if architecture == "mimo" else architecture, **_SIZES | CONFIGS[architecture] | changes
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     scramble(model, seed=seed)
     for name, buffer in model.named_buffers():

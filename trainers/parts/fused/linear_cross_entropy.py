@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.parts.neural.shortlist import SharedHead
+from draftsmith.parts.neural.tied_heads import TiedHead
 
 MAX_ROWS = 1024
 """Rows of a chunk, of which the gradient of a trained matrix is read and written once."""
@@ -68,6 +69,14 @@ def shared_matrix(head: SharedHead, device: torch.device) -> Matrix | None:
     rows = head.shortlist.rows
     bias_W = matrix.bias_W
     return Matrix(weight_WD=rows(matrix.weight_WD.detach()), bias_W=None if bias_W is None else rows(bias_W.detach()))
+
+
+def tied_matrix(head: TiedHead, device: torch.device) -> Matrix | None:
+    """Returns the matrix of a head's `widened` features, as `matrix_of` does."""
+    matrix = matrix_of(head.target.model.get_output_embeddings(), device)
+    if matrix is None or len(head.bias) != len(head.shortlist):
+        return None
+    return Matrix(weight_WD=head.shortlist.rows(matrix.weight_WD.detach()), bias_W=head.bias)
 
 
 def linear_cross_entropy(
