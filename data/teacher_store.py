@@ -10,6 +10,7 @@ data/writers/teacher_outputs.py.
 Shape suffixes: T positions, N tokens of a shard, D hidden width, K largest logits kept.
 """
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -201,6 +202,7 @@ class TeacherStore(Sequence[Example]):
         self.manifest = manifest
         self.layers: tuple[int, ...] = tuple(manifest["layers"])
         self.top_k: int = manifest["top_k"]
+        self._read_layers, self._reads_top = self.layers, self.top_k > 0
         self.keys: list[str] = []
         self._sources: list[str] = []
         self._slices: list[tuple[int, int, int]] = []
@@ -219,6 +221,16 @@ class TeacherStore(Sequence[Example]):
             self._sources += [source for _, source in names]
             self._slices += [(index, begin, end) for begin, end in itertools.pairwise(offsets)]
             self._shards.append(shard)
+
+    def reading(self, layers: Iterable[int], *, top: bool) -> "TeacherStore":
+        """Returns the store, whose rows have only those of its hidden layers, and its largest logits if `top` is True.
+
+        The others are not read from disk.
+        """
+        narrowed, wanted = copy.copy(self), set(layers)
+        narrowed._read_layers = tuple(layer for layer in self.layers if layer in wanted)
+        narrowed._reads_top = self.top_k > 0 and top
+        return narrowed
 
     @property
     def fingerprint(self) -> str:
@@ -248,7 +260,7 @@ class TeacherStore(Sequence[Example]):
             return shard.get_slice(name)[begin:end]
 
         top: dict[str, Tensor] = {}
-        if self.top_k:
+        if self._reads_top:
             normaliser_T = part("log_normaliser")
             top["log_normaliser_T"] = normaliser_T
             top["top_logits_TK"] = part("top_log_probs").float() + normaliser_T[:, None]
@@ -258,7 +270,7 @@ class TeacherStore(Sequence[Example]):
             loss_mask_T=part("loss_mask"),
             key=self.keys[index],
             where=self._sources[index],
-            hidden={layer: part(f"hidden.{layer}") for layer in self.layers},
+            hidden={layer: part(f"hidden.{layer}") for layer in self._read_layers},
             **top,
         )
 

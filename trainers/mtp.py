@@ -44,7 +44,7 @@ class Settings:
     config: Config = field(
         default=Config(model={}),
         # The layer is the target's, and the checkpoint's form says what it reads, see `with_layer`.
-        metadata={"omit": ("model", "is_chained", "reads_normed")},
+        metadata={"omit": ("model", "is_chained", "reads_normed", "zeroes_first")},
     )
     num_steps: int = 3
     """Number of steps of each draft in training."""
@@ -97,6 +97,7 @@ def with_layer(config: Config, target: TargetInfo | Target, text_model: Any) -> 
         model=layer_config(text_model, target.name, form),
         is_chained=form.is_chained if form else True,
         reads_normed=form.reads_normed if form else True,
+        zeroes_first=form.zeroes_first if form else False,
     )
 
 

@@ -84,6 +84,27 @@ def test_store_and_live_teacher_give_the_same_batches(target, rows, tmp_path):
         torch.testing.assert_close(batch.log_normaliser_BT[real_BT], live.log_normaliser_BT[real_BT], rtol=0, atol=1e-5)
 
 
+def test_narrowed_store_reads_only_what_is_wanted(target, rows, tmp_path, monkeypatch):
+    stored = open_teacher_store(write(target, rows, tmp_path / "store"), target)
+    narrowed, whole = stored.reading(LAYERS[:1], top=False), stored[3]
+    slices = []
+
+    class Counted:
+        def __init__(self, shard):
+            self.shard = shard
+
+        def get_slice(self, name):
+            slices.append(name)
+            return self.shard.get_slice(name)
+
+    monkeypatch.setattr(narrowed, "_shards", [Counted(shard) for shard in stored._shards])
+    row = narrowed[3]
+    assert sorted(slices) == sorted(["tokens", "loss_mask", f"hidden.{LAYERS[0]}"])
+    assert row.hidden.keys() == {LAYERS[0]} and torch.equal(row.hidden[LAYERS[0]], whole.hidden[LAYERS[0]])
+    assert row.top_ids_TK is None and torch.equal(row.tokens_T, whole.tokens_T)
+    assert narrowed.fingerprint == stored.fingerprint and stored[3].hidden.keys() == set(LAYERS)
+
+
 def test_complete_returns_the_models_own_outputs(target, rows):
     batch = complete(collate(rows[:4]), target, (0, 3), TOP_K)
     for row, length in enumerate(batch.lengths_B.tolist()):

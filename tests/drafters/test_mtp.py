@@ -75,7 +75,10 @@ def naive_steps(drafter: Drafter, ids: list[int], num_steps: int, later: list[in
     tokens, outputs, states_TD = ids[1:], [], target_TD
     for step in range(num_steps):
         head = drafter.heads[min(step, len(drafter.heads) - 1)]
-        embedded_TD = head.embedding_norm(embed(torch.tensor(tokens)))
+        embedded_TD = embed(torch.tensor(tokens))
+        if drafter.config.zeroes_first:
+            embedded_TD = torch.cat([torch.zeros_like(embedded_TD[:1]), embedded_TD[1:]])
+        embedded_TD = head.embedding_norm(embedded_TD)
         x_TD = head.projection(torch.cat([embedded_TD, head.hidden_norm(states_TD)], dim=1))
         out_TD = head.model.get_decoder()(inputs_embeds=x_TD[None]).last_hidden_state[0]
         outputs.append(out_TD[-1])

@@ -15,12 +15,17 @@ from torch import Tensor
 from torch.nn import functional
 
 import draftsmith
+from data.batches import collate, example
+from data.teacher import complete
 from draftsmith import Target
 from draftsmith.drafters import eagle3, early_exit, lm, lookup, lstm, medusa, ngram, pard
 from draftsmith.export.models import reduced_model
 from eval.doctor.serving import ServingCounts
 from tests.support.drafters import overfitted_dflash
+from tests.support.families.mtp_targets import write_target
+from trainers import import_mtp, mtp
 from trainers.corpora import kneser_ney
+from trainers.training.run_settings import RunSettings
 
 NUM_NEW, NUM_DRAFT = 32, 3
 PROMPTS = (
@@ -194,6 +199,27 @@ def biased_block(target: Target, texts: list[list[int]], folder: Path) -> Any:
     shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_width": 64, "inner_width": 256}
     heads = {"markov_rank": 16, "confidence": True}
     return overfitted_dflash(target, texts, num_steps=160, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape, **heads)
+
+
+def mtp_head(folder: Path) -> tuple[Any, list[list[int]]]:
+    """Writes a tiny target of MiMo-7B's form; returns its head, trained a little on its texts, and the prompts."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    write_target(folder, "mimo", **sizes)
+    target = Target.from_pretrained(str(folder), dtype="float32")
+    drafter = import_mtp.fit(import_mtp.Settings(num_draft=NUM_DRAFT), target, [], RunSettings(), folder)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, target.vocab_size, (12,), generator=generator).tolist() for _ in range(8)]
+    examples = [
+        example(text, [position >= 12 for position in range(len(text))], str(row))
+        for row, text in enumerate(greedy_texts(target, rows))
+    ]
+    batch, settings = complete(collate(examples), target, (target.num_layers,)), mtp.Settings()
+    optimiser = torch.optim.Adam([one for one in drafter.parameters() if one.requires_grad], lr=5e-3)
+    for _ in range(14):
+        mtp.loss(drafter, batch, settings, target)[0].backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return drafter.requires_grad_(False), rows
 
 
 MAKERS = {

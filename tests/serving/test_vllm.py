@@ -19,7 +19,8 @@ from draftsmith.export.launch import read_launch
 from eval.doctor.checks import check_export
 from eval.doctor.serving import ServingCounts, agrees, run_draftsmith, run_vllm
 from recipes import doctor
-from tests.serving.served_drafters import MAKERS, NUM_DRAFT, NUM_NEW, eagle3_head, reduced_target
+from tests.serving import served_drafters
+from tests.serving.served_drafters import MAKERS, NUM_DRAFT, NUM_NEW, eagle3_head, reduced_target, show
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.serving
@@ -68,6 +69,20 @@ def test_vllm_and_draftsmith_accept_the_same_number_of_tokens(
         assert found.num_drafted == NUM_DRAFT * found.num_drafts
     assert sum(expected.accepted) > 20 and expected.accepted[1] > 0, "too few accepted tokens for a comparison"
     assert expected.accepted[0] < expected.num_drafts, "everything is accepted: no comparison is possible"
+    assert agrees(found, expected), (found, expected)
+
+
+def test_vllm_and_draftsmith_accept_the_same_tokens_of_an_mtp_head(tmp_path: Path) -> None:
+    """Of a tiny target of MiMo-7B's form, whose head was trained for seconds on its texts."""
+    drafter, rows = served_drafters.mtp_head(tmp_path / "target")
+    expected = run_draftsmith(drafter, rows, NUM_NEW, NUM_DRAFT)
+    draftsmith.save(drafter, tmp_path / "artifact", drafter.target)
+    launch = read_launch(export(tmp_path / "artifact", "vllm", tmp_path / "out"))
+    served = Target.from_pretrained(launch["target"], dtype="float32")
+    found = run_vllm(sys.executable, served, rows, NUM_NEW, tmp_path / "run", launch)
+    show("mtp", found, expected)
+    assert found.texts == expected.texts
+    assert expected.num_drafts > expected.accepted[0] > expected.accepted[2] > 20, "no comparison is possible"
     assert agrees(found, expected), (found, expected)
 
 

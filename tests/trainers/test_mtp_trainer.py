@@ -67,6 +67,7 @@ def test_loss_of_heads_that_read_otherwise_equals_drafts_run_one_by_one(tmp_path
     settings = trainer_settings(mtp, num_heads=2)
     config = mtp.build(settings, target).config
     assert (config.is_chained, config.reads_normed) == (architecture == "mimo", architecture != "mimo")
+    assert config.zeroes_first == (architecture == "mimo")
     check_loss(target, settings)
 
 

@@ -23,6 +23,7 @@ from data.examples import Examples, check_target, open_examples, usable_rows
 from data.folder_lock import locked
 from data.shards import check_folder, first_run_time, open_folder
 from data.teacher import complete
+from data.teacher_store import TeacherStore
 from draftsmith import Target
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.families import find
@@ -85,7 +86,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
         if run.tensor_parallel:
             _ = target.fingerprint  # which all ranks compute together
         check_target(examples, run.data, target)
-        train_rows, held_out = _split(examples, usable, run, max_length)
+        train_rows, held_out = _split(_narrowed(examples, family, settings, target), usable, run, max_length)
         if is_first:
             open_folder(output, checkpoints.MARKER, identity, **options)
         logs.begin(run, flat(settings) | flat(run), output)
@@ -132,7 +133,7 @@ def _dry_run(
     """Estimates the run from short ones in temporary folders; `started` is the clock's time when it began."""
     target = _load_target(run)
     check_target(examples, run.data, target)
-    train_rows, held_out = _split(examples, usable, run, max_length)
+    train_rows, held_out = _split(_narrowed(examples, family, settings, target), usable, run, max_length)
     facts = {"data_fingerprint": examples.fingerprint, "target_fingerprint": target.fingerprint}
 
     def train_briefly(one: TrialRun) -> TrialResult:
@@ -312,6 +313,14 @@ def _measure_costs(family: ModuleType, settings: Any, run: RunSettings, target: 
         return {}
     with num_threads(run.decode_threads):
         return family.measure_costs(family.build(settings, target).to(target.dtype).eval(), settings, target)
+
+
+def _narrowed(examples: Examples, family: ModuleType, settings: Any, target: Target) -> Examples:
+    """Returns a teacher store that reads only what a family trained by gradient needs; other examples as they are."""
+    if hasattr(family, "fit") or not isinstance(examples, TeacherStore):
+        return examples
+    needs = family.needs(settings, target)
+    return examples.reading((*needs.layers, *needs.held_out_layers), top=needs.top_k > 0)
 
 
 def _split(

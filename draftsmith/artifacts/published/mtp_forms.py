@@ -52,6 +52,8 @@ class Form:
     """Whether a head reads the output of the head before it; if not, the target's hidden state."""
     reads_normed: bool = True
     """Whether the target's hidden state is read after its final norm; if not, before it."""
+    zeroes_first: bool = False
+    """Whether position 0 reads zeros in place of an embedding, as vLLM and SGLang have it."""
 
 
 FORMS = (
@@ -101,6 +103,7 @@ FORMS = (
         model_type="qwen2",
         is_hidden_first=True,
         reads_normed=False,
+        zeroes_first=True,
     ),
 )
 """The forms that are read."""

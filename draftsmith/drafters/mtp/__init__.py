@@ -46,6 +46,8 @@ class Config:
     """Whether a head reads the output of the head before it, as in DeepSeek-V3; if not, the target's hidden state."""
     reads_normed: bool = True
     """Whether the target's hidden states are read after its final norm; if not, before it."""
+    zeroes_first: bool = False
+    """Whether position 0 reads zeros in place of an embedding, as MiMo-7B's heads do in engines."""
     num_draft: int = 3
     """Maximum number of tokens drafted per round, in a chain."""
     length: str = "fixed"
@@ -72,7 +74,7 @@ class Head(KeepsPrecision):
     def __init__(self, config: Config, target: Target) -> None:
         super().__init__()
         object.__setattr__(self, "target", target)
-        width = target.hidden_size
+        width, self.zeroes_first = target.hidden_size, config.zeroes_first
         self.model = _one_layer_model(config.model, target)
         object.__setattr__(self, "block", _as_target(self.model))
         self.embedding_norm, self.hidden_norm = self.block.copy_norm(), self.block.copy_norm()
@@ -87,6 +89,10 @@ class Head(KeepsPrecision):
         nodes from `first` on, whose keys and values are cached.
         """
         embedded_BMD = self.target.model.get_input_embeddings()(tokens_BM).detach()
+        if self.zeroes_first and first == 0:
+            is_first_B = torch.tensor([length == 0 for length in cache.lengths], device=tokens_BM.device)
+            is_first_BM = is_first_B[:, None] & (torch.arange(tokens_BM.shape[1], device=tokens_BM.device) == 0)
+            embedded_BMD = embedded_BMD.masked_fill(is_first_BM[..., None], 0)
         joined_BMD = torch.cat([self.embedding_norm(embedded_BMD), self.hidden_norm(hidden_BMD)], dim=-1)
         out = self.block.forward(tokens_BM, tree, cache, first=first, resume_BND=self.projection(joined_BMD))
         normed_BMD = self.block.norm(out.hidden_BND)

@@ -22,7 +22,8 @@ from draftsmith.export.source import ExportSource
 
 LEFT_OUT = (".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 """Endings of files with the same weights in other formats, which would lack the trained head."""
-READ_NOT_RUN = "vLLM, whose code of several versions was read and not run"
+READ_NOT_RUN = "vLLM, whose code of several versions was read and not run for heads of this form"
+RUN = "vLLM 0.32.0, which served a tiny checkpoint of this form"
 FIRST_ONLY = (
     "vLLM drafts with the first head alone, applied to its own output, as its code says: with several heads it accepts"
     " other tokens after a draft's first than draftsmith."
@@ -62,7 +63,8 @@ def vllm(source: ExportSource, folder: Path) -> Launch:
     notes = [*_notes(source, heads), *((BEFORE_NORM,) if "shared_head.norm" in heads[0].form.names else ())]
     if source.config.num_heads > 1:
         notes.append(FIRST_ONLY)
-    return vllm_launch(source, settings, target=str(source.output), checked_with=READ_NOT_RUN, notes=tuple(notes))
+    checked_with = RUN if heads[0].form.models == "MiMo-7B" else READ_NOT_RUN
+    return vllm_launch(source, settings, target=str(source.output), checked_with=checked_with, notes=tuple(notes))
 
 
 def sglang(source: ExportSource, folder: Path) -> Launch:
