@@ -69,7 +69,7 @@ def to_drafter(heads: Sequence[Head], drafter: Any) -> dict[str, Tensor]:
 
     Raises ValueError for one that is missing, unknown or of another shape, and for an embedding or LM head of its own.
     """
-    state = {}
+    state: dict[str, Tensor] = {}
     for head, module in zip(heads, drafter.heads, strict=True):
         prefix = f"later.{head.number - 1}." if head.number else ""
         state |= {prefix + name: tensor for name, tensor in _to_head(head, module).items()}

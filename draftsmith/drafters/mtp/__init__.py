@@ -124,7 +124,7 @@ class Drafter(Head, drafter.Drafter):
     @property
     def heads(self) -> list[Head]:
         """Returns the heads, in the order in which they draft."""
-        return [self, *self.later]  # type: ignore[list-item]
+        return [self, *self.later]
 
     @property
     def is_chained(self) -> bool:

@@ -68,6 +68,7 @@ class HeadsState:
         joined_BTE = model.join(session.hidden) if session.hidden else no_hidden_BTE
         self.unread = [joined_TE[: len(ids) - 1] for joined_TE, ids in zip(joined_BTE, session.rows, strict=True)]
         """The joined hidden layers of each row's uncached positions [T, E], up to the one before the pending token."""
+        self._last_B1D = no_hidden_BTE
         self._num_run = 0
         self._read_final()
 
@@ -92,8 +93,8 @@ class HeadsState:
         if first >= num_heads:
             node = first - num_heads + 1
             tree = chain(node + 1, tokens_BN.device)
-            last, cache = self._model.heads[-1], self.caches[-1]
-            self._last_B1D, normed_B1D = last.run(tokens_BN[:, first:], self._last_B1D, tree, cache, node)
+            last, cache, before_B1D = self._model.heads[-1], self.caches[-1], self._last_B1D
+            self._last_B1D, normed_B1D = last.run(tokens_BN[:, first:], before_B1D, tree, cache, node)
             return normed_B1D
         if first == 0:
             if max(map(len, self.unread)) > MOST_UNREAD:
