@@ -72,7 +72,9 @@ def run_settings(folder: Path, name: str, **settings: Any) -> RunSettings:
 
 def command(recipe: str, *launcher: str, **settings: Any) -> list[str]:
     """Returns the command line of a recipe, started by the words in `launcher` or by this Python."""
-    flags = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    flags: list[str] = []
+    for key, value in settings.items():
+        flags += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
     return [*(launcher or (sys.executable,)), str(ROOT / "recipes" / f"{recipe}.py"), *flags]
 
 
