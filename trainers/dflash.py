@@ -42,6 +42,8 @@ from trainers.parts.parallel.unused_token import unused_token
 
 NUM_FUSED = 3
 """Least number of hidden layers that are fused by default."""
+NUM_RANDOM = 64
+"""Number of random outputs by which the final norm's first scales are chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,11 @@ def check(settings: Settings, target: TargetInfo) -> None:
 
 @torch.no_grad()
 def build(settings: Settings, target: Target) -> Drafter:
-    """Returns new layers, whose final norm has the scales of the target's, which its LM head expects."""
+    """Returns new layers, whose final norm has the scales of the target's, which its LM head expects, but for a factor.
+
+    With it, logits of random outputs have a standard deviation of one at most. Larger ones are wrong by so much that
+    the first steps would only undo them.
+    """
     width = target.hidden_size
     config = dataclasses.replace(
         settings.config,
@@ -124,6 +130,9 @@ def build(settings: Settings, target: Target) -> Drafter:
     # Of alternating signs, a norm of either kind returns its scales.
     signs_D = 1.0 - 2.0 * (torch.arange(width, device=target.device) % 2)
     drafter.norm.weight.copy_(target.norm(signs_D.to(target.dtype)[None, None])[0, 0].float() * signs_D)
+    random_ND = torch.randn(NUM_RANDOM, width, generator=torch.Generator().manual_seed(0)).to(target.device)
+    logits_NV = drafter.shared_head((random_ND * drafter.norm.weight).to(target.dtype)[None])[0]
+    drafter.norm.weight.div_(logits_NV.float().std(-1).mean().clamp(min=1))
     if settings.text_steps:
         # So that the first step with hidden states begins with what the text has taught.
         drafter.fusion.weight[:, width:] = 0

@@ -13,6 +13,7 @@ import torch
 
 from data.batches import Batch, collate, example
 from data.teacher import complete
+from draftsmith import Target
 from draftsmith.loading.model_info import read_target_info
 from tests.drafters.test_dflash import naive_bias, naive_block, naive_confidence
 from tests.support.models import VOCAB_SIZE, scramble, tiny_model, tiny_target, tiny_tokenizer
@@ -198,6 +199,19 @@ def test_steps_on_text_read_no_hidden_states_and_leave_the_others_weights_at_zer
     dflash.begin_step(drafter, settings, 3, 8)
     dflash.loss(drafter, given, settings, TARGET)[0].backward()
     assert drafter.fusion.weight.grad[:, width:].any()
+
+
+def test_logits_of_new_layers_differ_little() -> None:
+    """A head of large weights makes the final norm's scales smaller, in the target's proportions; no small one does."""
+    for sharpness, is_scaled in ((0.5, False), (40.0, True)):
+        target = Target(tiny_model("llama", sharpness=sharpness))
+        drafter = dflash.build(PLAIN, target)
+        ratios_D = drafter.norm.weight.detach() / target.model.model.norm.weight.detach()
+        torch.testing.assert_close(ratios_D, ratios_D[:1].expand_as(ratios_D))
+        assert (float(ratios_D[0]) < 0.9) == is_scaled
+        normed_ND = torch.randn(200, target.hidden_size, generator=torch.Generator().manual_seed(1))
+        spread = float(target.head((normed_ND * drafter.norm.weight)[None])[0].std(-1).mean().detach())
+        assert 0.9 < spread < 1.1 if is_scaled else spread < 1, spread
 
 
 def test_default_layers() -> None:
