@@ -30,7 +30,8 @@ class Outcome:
     num_drafted: int
     num_accepted: int
     confidences: Sequence[float] = ()
-    """The draft model's probability of each drafted token; empty if the drafter does not report them."""
+    """The draft model's probability of each drafted token, or the acceptance that it predicts for it; empty if the
+    drafter reports neither."""
 
     def verified(self) -> Iterator[tuple[int, bool]]:
         """Yields the index of each verified token, from the first on, and whether it was accepted."""
