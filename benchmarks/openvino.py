@@ -72,7 +72,8 @@ def main(run: BenchmarkSettings) -> None:
         target = Target.from_pretrained(run.target, dtype=run.dtype, device="cpu")
         own_look_up = lookup.Drafter(lookup.Config(num_draft=run.num_draft, earliest=True), target)
         draftsmith.save(own_look_up, Path(folder) / LOOK_UP, target)
-        methods = own_methods(run, target, {LOOK_UP: own_look_up} | load_drafters(run, target), prompts)
+        drafters = {LOOK_UP: own_look_up} | load_drafters(run, target)
+        methods = own_methods(run, target, drafters, prompts, past_end=True)
         found = take_turns(methods | openvino_methods(run, prompts, Path(folder)), run.rounds)
     print_table(run, found, lambda engine: engine.startswith("OpenVINO") and EXACT not in engine)
 

@@ -1,6 +1,7 @@
 """Decoding rates of draftsmith's own loop and of engines on the same prompts, which take turns in every round.
 
-Tokens/s count what comes after a text's first token, since that one is the prompt's work. No text ends early.
+Tokens/s count what comes after a text's first token, since that one is the prompt's work. Texts end where the target
+ends them, or go on to the same length in all methods (`past_end`).
 """
 
 import time
@@ -94,21 +95,33 @@ def take_turns(methods: Mapping[str, Method], num_rounds: int) -> dict[str, list
 
 
 def own_methods(
-    run: RateSettings, target: Target, drafters: Mapping[str, Any], prompts: Sequence[list[int]]
+    run: RateSettings,
+    target: Target,
+    drafters: Mapping[str, Any],
+    prompts: Sequence[list[int]],
+    *,
+    past_end: bool = False,
 ) -> dict[str, Method]:
-    """Returns plain decoding by transformers, and draftsmith's loop without a drafter and with each."""
+    """Returns plain decoding by transformers, and draftsmith's loop without a drafter and with each.
+
+    With `past_end`, end tokens are written like others, and texts go on after them.
+    """
+    never = target.vocab_size  # an id that no text contains
 
     def transformers(num_new: int, prompt: list[int]) -> tuple[list[int], int]:
         ids = torch.tensor([prompt])
-        never = target.vocab_size  # an id that no text contains, so that no text ends early
-        options = {"max_new_tokens": num_new, "eos_token_id": never, "pad_token_id": 0, "do_sample": False}
+        options = {"max_new_tokens": num_new, "pad_token_id": 0, "do_sample": False}
+        if past_end:
+            options["eos_token_id"] = never
         out = target.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        return out[0, len(prompt) :].tolist(), num_new
+        text = out[0, len(prompt) :].tolist()
+        return text, len(text)
 
     def loop(drafter: Any) -> Decoder:
         def decode(num_new: int, prompt: list[int]) -> tuple[list[int], int]:
-            out = draftsmith.generate(target, [prompt], drafter, max_new_tokens=num_new, eos_token_id=[])
-            return out.sequences[0, len(prompt) :].tolist(), out.stats.steps
+            end_ids = [] if past_end else None
+            out = draftsmith.generate(target, [prompt], drafter, max_new_tokens=num_new, eos_token_id=end_ids)
+            return out.sequences[0, len(prompt) : int(out.lengths[0])].tolist(), out.stats.steps
 
         return decode
 

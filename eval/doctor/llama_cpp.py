@@ -29,8 +29,8 @@ def run(
     """Returns llama.cpp's greedy answers and counters for a GGUF target, with an export's launch settings or without.
 
     `folder` is created for the request and the response; with `is_exact`, keys and values are kept in float32 and
-    attention is computed as torch does, where llama.cpp's defaults are float16 and flash attention. With `is_timed`, no
-    answer ends early, and its `wall_s` is the time after its first token; `batch_s` is the least time of forwards of
+    attention is computed as torch does, where llama.cpp's defaults are float16 and flash attention. With `is_timed`,
+    the `wall_s` of an answer is the time after its first token; `batch_s` is the least time of forwards of
     `batch_sizes` tokens. Raises ValueError if llama.cpp fails.
     """
     request = {

@@ -41,9 +41,7 @@ def main(folder: Path) -> None:
             value = [getattr(xllamacpp.common_speculative_type, name) for name in value]
         setattr(holder, last, value)
     server = xllamacpp.Server(params)
-    # It does not ignore end tokens but bans them, which changes the text.
-    options = {"ignore_eos": request["is_timed"]}
-    answers = [_answer(server, prompt, request["num_new"], **options) for prompt in request["prompts"]]
+    answers = [_answer(server, prompt, request["num_new"]) for prompt in request["prompts"]]
     if request["is_timed"]:
         for prompt, answer in zip(request["prompts"], answers, strict=True):
             answer["wall_s"] -= _answer(server, prompt, 1)["wall_s"]

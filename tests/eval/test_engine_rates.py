@@ -26,7 +26,7 @@ def test_all_methods_write_the_same_texts_of_full_length(tmp_path: Path) -> None
     drafts = (str(tmp_path / "look-up"),)
     run = RateSettings(target="pocket", data="python-source", num_prompts=2, max_new_tokens=24, drafts=drafts)
     prompts = read_prompts(run)
-    found = take_turns(own_methods(run, pocket, load_drafters(run, pocket), prompts), 1)
+    found = take_turns(own_methods(run, pocket, load_drafters(run, pocket), prompts, past_end=True), 1)
     assert list(found) == ["transformers, plain", "draftsmith, plain", "draftsmith, look-up"]
     expected = found["transformers, plain"][0].texts
     assert [len(text) for text in expected] == [24, 24]
@@ -36,6 +36,20 @@ def test_all_methods_write_the_same_texts_of_full_length(tmp_path: Path) -> None
         assert one.seconds > 0
     assert found["draftsmith, plain"][0].num_accepted == 0
     assert found["draftsmith, look-up"][0].num_accepted > 0
+
+
+def test_texts_end_where_the_target_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pocket = Target.from_pretrained(POCKET, dtype="float32")
+    run = RateSettings(target="pocket", data="python-source", num_prompts=1, max_new_tokens=12)
+    prompts = read_prompts(run)
+    whole = own_methods(run, pocket, {}, prompts, past_end=True)["transformers, plain"]().texts[0]
+    end = next(token for at, token in enumerate(whole) if at and token not in whole[:at])
+    monkeypatch.setattr(pocket.model.generation_config, "eos_token_id", end)
+    ended = Target(pocket.model, pocket.tokenizer)
+    for method in own_methods(run, ended, {}, prompts).values():
+        measured = method()
+        assert measured.texts == [whole[: whole.index(end) + 1]]
+        assert measured.num_rounds == len(measured.texts[0]) - 1
 
 
 def test_prompts_longer_than_the_limit_are_left_out() -> None:
