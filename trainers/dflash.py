@@ -131,7 +131,7 @@ def build(settings: Settings, target: Target) -> Drafter:
     signs_D = 1.0 - 2.0 * (torch.arange(width, device=target.device) % 2)
     drafter.norm.weight.copy_(target.norm(signs_D.to(target.dtype)[None, None])[0, 0].float() * signs_D)
     random_ND = torch.randn(NUM_RANDOM, width, generator=torch.Generator().manual_seed(0)).to(target.device)
-    logits_NV = drafter.shared_head((random_ND * drafter.norm.weight).to(target.dtype)[None])[0]
+    logits_NV = target.head((random_ND * drafter.norm.weight).to(target.dtype)[None])[0]
     drafter.norm.weight.div_(logits_NV.float().std(-1).mean().clamp(min=1))
     if settings.text_steps:
         # So that the first step with hidden states begins with what the text has taught.

@@ -212,6 +212,9 @@ def test_logits_of_new_layers_differ_little() -> None:
         normed_ND = torch.randn(200, target.hidden_size, generator=torch.Generator().manual_seed(1))
         spread = float(target.head((normed_ND * drafter.norm.weight)[None])[0].std(-1).mean().detach())
         assert 0.9 < spread < 1.1 if is_scaled else spread < 1, spread
+        # The tokens that a shortlist leaves out have logits of minus infinity, which say nothing of the head.
+        listed = dflash.build(trainer_settings(dflash, **SMALL, shortlist=32), target)
+        torch.testing.assert_close(listed.norm.weight, drafter.norm.weight)
 
 
 def test_default_layers() -> None:
