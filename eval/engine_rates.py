@@ -119,7 +119,7 @@ def own_methods(
 
     def loop(drafter: Any) -> Decoder:
         def decode(num_new: int, prompt: list[int]) -> tuple[list[int], int]:
-            end_ids = [] if past_end else None
+            end_ids: list[int] | None = [] if past_end else None
             out = draftsmith.generate(target, [prompt], drafter, max_new_tokens=num_new, eos_token_id=end_ids)
             return out.sequences[0, len(prompt) : int(out.lengths[0])].tolist(), out.stats.steps
 
