@@ -1,7 +1,7 @@
 """Continues a draft LM so that it drafts several tokens in one forward (PARD), from text alone.
 
 With `--features` the target's hidden layers at each token are added to the embedding of the next one, and every loss
-but cross-entropy reads the last hidden layer: a teacher store must hold those layers.
+but cross-entropy reads the last hidden layer: with all of them in a teacher store the target need not be run.
 
 ./launch.sh pard                                                # the pocket's first layer, into runs/pard
 ./launch.sh distill --hidden-size 288 --output runs/small && ./launch.sh pard --parts runs/small

@@ -20,7 +20,14 @@ from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.dflash import Config, Drafter
 from draftsmith.loading.model_info import TargetInfo
-from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_each, check_positive
+from draftsmith.parts.checks import (
+    MAX_DEPTH,
+    MAX_WIDTH,
+    check_ascending,
+    check_at_least,
+    check_each,
+    check_positive,
+)
 from draftsmith.parts.neural.layers import Attention, ffn_width
 from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
@@ -40,6 +47,7 @@ from trainers.parts.parallel.anchors import draw_anchors
 from trainers.parts.parallel.block_attention import block_attention
 from trainers.parts.parallel.unused_token import unused_token
 
+FIRST_STEPS = "text_steps"
 NUM_FUSED = 3
 """Least number of hidden layers that are fused by default."""
 NUM_RANDOM = 64
@@ -87,8 +95,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_each(self, 0, "layers", most=MAX_DEPTH)
+        check_ascending(self, "layers")
         check_at_least(self, 1, "num_heads", most=MAX_DEPTH)
         check_at_least(self, 0, "num_kv_heads", most=MAX_DEPTH)
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {self.num_kv_heads}; it must divide the number of attention heads, {self.num_heads}"
+            )
         check_at_least(self, 0, "ffn_size", most=MAX_WIDTH)
         check_at_least(self, -1, "mask_token")
         check_at_least(self, 1, "num_anchors", most=2**16)
@@ -101,7 +114,7 @@ def check(settings: Settings, target: TargetInfo) -> None:
     if target.is_encoder_decoder:
         raise ValueError(f"target {target.name} is an encoder-decoder; DFlash needs a causal target")
     if max(settings.layers, default=0) > target.num_layers:
-        raise ValueError(f"layers are {list(settings.layers)}; {target.name} has {target.num_layers}")
+        raise ValueError(f"layers is {list(settings.layers)}; {target.name} has hidden layers 0 to {target.num_layers}")
     if settings.mask_token >= target.vocab_size:
         raise ValueError(f"mask_token is {settings.mask_token}; {target.name} has {target.vocab_size} tokens")
     if target.hidden_size % (2 * settings.num_heads):

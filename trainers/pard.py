@@ -103,6 +103,8 @@ def check(settings: Settings, target: TargetInfo) -> None:
         raise ValueError(
             f"features is {list(settings.config.features)}; {target.name} has hidden layers 0 to {target.num_layers}"
         )
+    if not settings.parts and settings.num_layers > target.num_layers:
+        raise ValueError(f"num_layers is {settings.num_layers}; {target.name} has {target.num_layers} layers to copy")
     for path in settings.parts:
         manifest = read_manifest(path)
         if manifest["family"] != DRAFT_LM:

@@ -13,6 +13,13 @@ MAX_COUNT = 2**31 - 1
 """Largest number of anything else that is counted, such as tokens of a vocabulary or of a text."""
 
 
+def check_ascending(config: Any, name: str) -> None:
+    """Raises ValueError unless a tuple's numbers ascend, none of them twice."""
+    values = getattr(config, name)
+    if sorted(set(values)) != list(values):
+        raise ValueError(f"{name} is {list(values)}; list hidden layers in ascending order, none twice")
+
+
 def check_at_least(config: Any, minimum: float, *names: str, most: float = MAX_COUNT) -> None:
     """Raises ValueError if one of these settings is less than `minimum`, more than `most`, or not a number."""
     for name in names:

@@ -247,7 +247,21 @@ def test_unused_token(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": (1, 9)}, r"layers are \[1, 9\]; .* has 3"),
+        ({"layers": (3, 1)}, r"layers is \[3, 1\]; list hidden layers in ascending order, none twice"),
+        ({"layers": (1, 1)}, r"layers is \[1, 1\]; list hidden layers in ascending order, none twice"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads is 3; it must divide the number of attention heads, 4"),
+    ],
+    ids=["order", "twice", "key-value heads"],
+)
+def test_settings_that_fit_no_target(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": (1, 9)}, r"layers is \[1, 9\]; .* has hidden layers 0 to 3"),
         ({"mask_token": VOCAB_SIZE}, f"mask_token is {VOCAB_SIZE}; .* has {VOCAB_SIZE} tokens"),
         ({"num_heads": 5}, "num_heads is 5; twice that must divide the width 32"),
         ({"shortlist": VOCAB_SIZE + 1}, "shortlist is 65"),

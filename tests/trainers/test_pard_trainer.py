@@ -173,6 +173,7 @@ def test_check_rejects_what_cannot_be_continued(tmp_path: Path) -> None:
         ({"parts": (str(tmp_path / "lookup"),)}, "is of family 'lookup'; PARD continues a draft LM"),
         ({"parts": (str(tmp_path / "int8"),)}, "is quantised and cannot be trained"),
         ({"mask_token": VOCAB_SIZE}, f"mask_token is {VOCAB_SIZE}"),
+        ({"num_layers": 4}, "num_layers is 4; .* has 3 layers to copy"),
         ({"features": (3, 4)}, r"features is \[3, 4\]; .* has hidden layers 0 to 3"),
     ):
         with pytest.raises(ValueError, match=message):

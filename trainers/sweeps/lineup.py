@@ -27,6 +27,7 @@ from draftsmith.artifacts.files import plain_name
 from draftsmith.loading.model_info import TargetInfo
 from draftsmith.loading.text_files import read_yaml
 from trainers import Needs
+from trainers.training.evaluation import shown
 from trainers.training.loop import train
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import parse_settings
@@ -193,9 +194,9 @@ def report(results: Iterator[TrainingResult], total: int) -> tuple[list[Path], d
             status = f"skipped: {result.reason}"
             skipped[result.spec.name] = result.reason
         else:
-            acceptance = read_manifest(result.artifact)["measured_acceptance"]["acceptance"]
+            acceptance = shown(read_manifest(result.artifact)["measured_acceptance"])
             duration = "already trained" if result.existed else f"{time.perf_counter() - started:.0f} s"
-            status = f"{duration}, held-out acceptance {acceptance:.3f}"
+            status = f"{duration}, held-out acceptance {acceptance}"
             artifacts.append(result.artifact)
         print(f"{number:>3} of {total}  {result.spec.name:<20}{status}", flush=True)
     return artifacts, skipped

@@ -56,9 +56,16 @@ def newest_complete(output: Path) -> tuple[int, dict[str, Any]] | None:
     return None
 
 
-def best_undamaged(output: Path, step: int) -> Path:
-    """Returns the checkpoint of `step`, the best one, or the newest complete one, with a message, if it is damaged."""
-    checkpoint, newest = folder(output, step), newest_complete(output)
+def best_undamaged(output: Path, step: int | None) -> Path:
+    """Returns the checkpoint of `step`, the best one, or the newest complete one, with a message, if it is damaged.
+
+    Without a `step` it is the newest, as no held-out row has a value of the metric that checkpoints are compared by.
+    """
+    newest = newest_complete(output)
+    if step is None and newest is not None:
+        print(f"{output}: no held-out row says which checkpoint is best; the newest one is used")
+        return folder(output, newest[0])
+    checkpoint = folder(output, step or 0)
     _, fault = _read(checkpoint)
     if not fault or newest is None:
         return checkpoint

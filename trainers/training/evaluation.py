@@ -1,7 +1,7 @@
 """Metrics of training and of held-out rows: sums and counts added up, means, and the families' summaries of them."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -48,6 +48,14 @@ class MetricSums:
     def _count_tensor(self, names: list[str]) -> Tensor:
         device = self._sums[names[0]].device
         return torch.tensor([self._counts[name] for name in names], dtype=torch.float64, device=device)
+
+
+def shown(metrics: Mapping[str, float | None]) -> str:
+    """Returns the acceptance as text, or that no held-out row is long enough to measure it."""
+    value = metrics.get(ACCEPTANCE)
+    if value is None or math.isnan(value):
+        return "unknown: no held-out row has as many tokens to learn as a draft"
+    return f"{value:.3f}"
 
 
 def best_metric(family: ModuleType) -> str:

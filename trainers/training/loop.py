@@ -25,6 +25,7 @@ from data.shards import check_folder, first_run_time, open_folder
 from data.teacher import complete
 from data.teacher_store import TeacherStore
 from draftsmith import Target
+from draftsmith.artifacts import json_text
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.families import find
 from draftsmith.length.costs import num_threads
@@ -60,6 +61,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
     _check_tensor_parallel(run, family, target_info)
     if hasattr(family, "check"):
         family.check(settings, target_info)
+    _check_first_steps(settings, run, family)
     _check_start(run, family, target_info)
     now = first_run_time(output, checkpoints.MARKER)
     examples = open_examples(run.data, target_info, settings=run.text, now=now)
@@ -109,13 +111,13 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
                 "seed": run.seed,
                 "settings": flat(settings) | flat(run),
                 "data_fingerprint": examples.fingerprint,
-                "measured_acceptance": acceptance,
+                "measured_acceptance": json_text.without_nan(acceptance),
                 "train_s": train_s,
             }
             logs.log_artifact(run, acceptance, train_s, output)
             draftsmith.save(drafter, output / "artifact", target=target, record=record)
             checkpoints.publish(output / "artifact", output)
-            print(f"{output}: trained in {train_s:.0f} s; held-out {ACCEPTANCE} {acceptance[ACCEPTANCE]:.3f}")
+            print(f"{output}: trained in {train_s:.0f} s; held-out {ACCEPTANCE} {evaluation.shown(acceptance)}")
     launchers.end()
     return output
 
@@ -279,6 +281,15 @@ def _check_tensor_parallel(run: RunSettings, family: ModuleType, target: TargetI
         raise ValueError("--deepspeed and --tensor-parallel cannot be combined; give one of them")
 
 
+def _check_first_steps(settings: Any, run: RunSettings, family: ModuleType) -> None:
+    """Raises ValueError if all steps are of the kind that a family begins with."""
+    if (name := getattr(family, "FIRST_STEPS", None)) and getattr(settings, name) >= run.max_steps:
+        raise ValueError(
+            f"{name} is {getattr(settings, name)}, and max_steps {run.max_steps}: give fewer first steps than steps, as"
+            " the rest train what those leave out"
+        )
+
+
 def _check_start(run: RunSettings, family: ModuleType, target: TargetInfo) -> None:
     """Raises ValueError if --start-from is unsuitable for this family, as far as its manifest shows."""
     if not run.start_from:
@@ -296,15 +307,25 @@ def _check_start(run: RunSettings, family: ModuleType, target: TargetInfo) -> No
 
 def _load_start_weights(drafter: nn.Module, run: RunSettings, target: Target) -> None:
     """Copies the weights of the artifact --start-from; raises ValueError if names or shapes differ."""
-    weights = draftsmith.load(run.start_from, target).state_dict()
+    start = draftsmith.load(run.start_from, target)
+    weights = start.state_dict()
+    changed = _changed(start.config, drafter.config)
     shapes = {name: weight.shape for name, weight in drafter.state_dict().items()}
     differing = [name for name in shapes | weights if name not in weights or weights[name].shape != shapes.get(name)]
     if differing:
         raise ValueError(
-            f"--start-from {run.start_from} has weights of another shape, such as {min(differing)}; use the settings "
-            "that it was trained with"
+            f"--start-from {run.start_from} has weights of another shape, such as {min(differing)}"
+            f"{f' ({changed})' if changed else ''}; use the settings that it was trained with"
         )
+    if changed:
+        print(f"--start-from {run.start_from}: {changed}")
     drafter.load_state_dict(weights)
+
+
+def _changed(old: Any, new: Any) -> str:
+    """Returns the settings, of two configurations of a family, whose values differ."""
+    pairs = ((field.name, getattr(old, field.name), getattr(new, field.name)) for field in dataclasses.fields(new))
+    return ", ".join(f"{name} was {was!r:.60}, is {value!r:.60}" for name, was, value in pairs if was != value)
 
 
 def _measure_costs(family: ModuleType, settings: Any, run: RunSettings, target: Target) -> dict[str, float]:

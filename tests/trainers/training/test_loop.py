@@ -33,7 +33,7 @@ from tests.support.runs import (
     weights,
 )
 from tests.support.text import save_target
-from trainers import Needs, distill, layerskip, medusa
+from trainers import Needs, dflash, distill, layerskip, medusa
 from trainers.training import checkpoints, gradient
 from trainers.training.gradient import read_ahead
 from trainers.training.loop import train
@@ -559,3 +559,37 @@ def test_read_ahead_reads_one_batch_more_in_another_thread() -> None:
     with pytest.raises(ValueError, match="fifth"):
         next(ahead)
     assert list(read_ahead(iter([7]))) == [7]
+
+
+def test_metrics_that_no_held_out_row_has_are_null_in_the_artifact(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No answer of the data is as long as a draft, so that no checkpoint is better than another."""
+    long = trainer_settings(dflash, num_layers=1, block_size=40)
+    output = train(dflash, long, settings(folder, "long"))
+    measured = read_manifest(output)["measured_acceptance"]
+    assert measured["acceptance"] is None and measured["slot38_accuracy"] is None
+    assert measured["slot0_accuracy"] is not None
+    printed = capsys.readouterr().out
+    assert "no held-out row says which checkpoint is best; the newest one is used" in printed
+    assert "held-out acceptance unknown: no held-out row has as many tokens to learn as a draft" in printed
+    assert logged(output, "eval_acceptance")[-1]["eval_acceptance"] is None
+
+
+def test_first_steps_must_be_fewer_than_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draftsmith.Target, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    run = settings(folder, "text only")
+    with pytest.raises(ValueError, match="text_steps is 8, and max_steps 8: give fewer first steps than steps"):
+        train(dflash, trainer_settings(dflash, text_steps=8), run)
+    assert not Path(run.output).exists()
+
+
+def test_start_from_names_the_settings_that_differ(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {"num_layers": 1, "block_size": 4}
+    start = str(train(dflash, trainer_settings(dflash, **shape, layers=(1,)), settings(folder, "first")))
+    other = trainer_settings(dflash, **shape, layers=(1,), markov_rank=3)
+    with pytest.raises(ValueError, match=r"such as markov.next.weight \(markov_rank was 0, is 3\); use the settings"):
+        train(dflash, other, settings(folder, "biased", start_from=start))
+    capsys.readouterr()
+    train(dflash, trainer_settings(dflash, **shape, layers=(2,)), settings(folder, "moved", start_from=start))
+    assert f"--start-from {start}: layers was (1,), is (2,)" in capsys.readouterr().out
