@@ -238,3 +238,8 @@ def test_target_without_attention_is_rejected() -> None:
     config = tiny_config("qwen3_5_text", num_hidden_layers=1, layer_types=["linear_attention"])
     with pytest.raises(ValueError, match="tiny has no layer of attention alone"):
         layer_config(config, "tiny", None)
+
+
+def test_more_heads_than_any_checkpoint_are_refused_before_they_are_made() -> None:
+    with pytest.raises(ValueError, match="num_heads is 65; it must be at most 64"):
+        Config(model={}, num_heads=65)

@@ -31,6 +31,9 @@ from draftsmith.parts import autoregressive
 from draftsmith.parts.checks import MAX_NODES, check_at_least, check_model
 from draftsmith.parts.neural.shortlist import SharedHead
 
+MAX_HEADS = 64
+"""Most heads of a drafter, each of which is a decoder layer of the target's size; published checkpoints have three."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -54,7 +57,8 @@ class Config:
     """Draft-length policy: a name of draftsmith/length/policies.py, and its number."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_draft", "num_heads", most=MAX_NODES)
+        check_at_least(self, 1, "num_draft", most=MAX_NODES)
+        check_at_least(self, 1, "num_heads", most=MAX_HEADS)
         check_at_least(self, 0, "shortlist")
         check_model(self.model)
         policies.make(self.length)
