@@ -189,6 +189,12 @@ def test_speculators_export_numbers_layers_as_draftsmith_does(target: Target, tm
     assert torch.equal(tensors["lm_head.weight"], target.model.get_output_embeddings().weight[ids_W])
 
 
+def test_export_of_a_bias_to_transformers_is_a_folder_for_custom_generate(target: Target, tmp_path: Path) -> None:
+    """transformers adds no bias by the token before."""
+    _, launch = export_drafter(drafter_of(target, markov_rank=3, confidence=True), "transformers", tmp_path)
+    assert launch["settings"] == {"custom_generate": str(tmp_path / "out")}
+
+
 @pytest.mark.parametrize(
     ("engine", "changes", "message"),
     [
@@ -196,10 +202,9 @@ def test_speculators_export_numbers_layers_as_draftsmith_does(target: Target, tm
         ("sglang", {"layers": (2, 8)}, "outputs of all blocks but the last, and this drafter reads hidden layers"),
         ("transformers", {"layers": (2, 8)}, "outputs of all blocks but the last"),
         ("vllm", {"layers": (0, 3)}, "outputs of all blocks, and this drafter reads hidden layers"),
-        ("transformers", {"markov_rank": 3}, "transformers drafts a block's tokens independently of each other"),
         ("openvino", {"markov_rank": 3}, "OpenVINO GenAI drafts a block's tokens independently of each other"),
     ],
-    ids=["shortlist", "last in SGLang", "last in transformers", "embedding", "bias", "bias in OpenVINO"],
+    ids=["shortlist", "last in SGLang", "last in transformers", "embedding", "bias in OpenVINO"],
 )
 def test_export_rejects_what_an_engine_cannot_run(
     target: Target, tmp_path: Path, engine: str, changes: dict[str, Any], message: str

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from draftsmith.artifacts import json_text
 from draftsmith.artifacts.published.dflash import DSPARK, TRANSFORMERS_TYPE, published_name
+from draftsmith.export import custom_generate
 from draftsmith.export.decoder_config import decoder_config
 from draftsmith.export.launch import SAMPLES_DRAFTS, Launch, python_launch, sglang_launch, vllm_launch
 from draftsmith.export.llama_cpp.draft_models import DRAFT_FILE
@@ -49,8 +50,12 @@ WHOLE_VOCABULARY = "transformers drafts from the whole vocabulary, whereas draft
 
 
 def transformers(source: ExportSource, folder: Path) -> Launch:
-    """Writes a model that `generate(assistant_model=..., speculation_type="dflash")` drafts with."""
-    _check_no_bias(source, "transformers")
+    """Writes a model that `generate(assistant_model=..., speculation_type="dflash")` drafts with.
+
+    With a bias by the token before, which transformers does not add, it writes a folder for custom_generate.
+    """
+    if _is_dspark(source):
+        return custom_generate.write(source, folder)
     _check_layers(source, "transformers")
     config = {"architectures": ["MuseGlimmerAssistantModel"], **_layer(source), **_block(source)}
     config |= {"model_type": TRANSFORMERS_TYPE, "target_layer_ids": _block_ids(source)}
@@ -314,8 +319,8 @@ def _check_no_bias(source: ExportSource, engine: str) -> None:
     if _is_dspark(source):
         raise ValueError(
             f"{engine} drafts a block's tokens independently of each other, and this drafter has a bias by the token"
-            f" before (--markov-rank {source.config.markov_rank}); export it --to vllm, sglang, speculators or"
-            " llama.cpp, or train one without"
+            f" before (--markov-rank {source.config.markov_rank}); export it --to vllm, sglang, speculators,"
+            " llama.cpp or transformers, or train one without"
         )
 
 

@@ -40,8 +40,9 @@ def without_features(
             return launch
         note = f"{engine} does not add the target's features, so that fewer tokens are accepted than by draftsmith"
         measured = source.manifest.get("measured_acceptance") or {}
-        if (alone := measured.get("acceptance_without_features")) is not None:
-            note += f": on held-out text {alone:.2f} a draft instead of {measured['acceptance']:.2f}"
+        alone, whole = (measured.get(name) for name in ("acceptance_without_features", "acceptance"))
+        if alone is not None and whole is not None:
+            note += f": on held-out text {alone:.2f} a draft instead of {whole:.2f}"
         return dataclasses.replace(launch, notes=(f"{note}.", *launch.notes))
 
     return noted
