@@ -30,7 +30,8 @@ Trained by gradient:
                                  default
     begin_step(drafter, settings, step, num_steps)
                                  optional; called before each optimiser step with the number of steps done
-    FIRST_STEPS                  optional; setting that says how many first steps train otherwise, fewer than all
+    first_steps(settings) -> (name, number)
+                                 optional; a setting, and its number of first steps, which train otherwise than the rest
     learning_rate_factors(settings) -> {prefix: step -> factor}
                                  optional; learning-rate factors of the weights whose names start with the prefix
     transform_batch(drafter, batch, settings, target, salt) -> batch

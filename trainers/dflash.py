@@ -47,7 +47,6 @@ from trainers.parts.parallel.anchors import draw_anchors
 from trainers.parts.parallel.block_attention import block_attention
 from trainers.parts.parallel.unused_token import unused_token
 
-FIRST_STEPS = "text_steps"
 NUM_FUSED = 3
 """Least number of hidden layers that are fused by default."""
 NUM_RANDOM = 64
@@ -174,6 +173,11 @@ def needs(settings: Settings, target: Target) -> Needs:
     """Returns the fused layers, and for a divergence the last one."""
     last = () if settings.loss == "ce" else (target.num_layers,)
     return Needs(layers=tuple(sorted({*_layers(settings, target.num_layers), *last})))
+
+
+def first_steps(settings: Settings) -> tuple[str, int]:
+    """Returns the number of steps from text alone, after the setting's name."""
+    return "text_steps", settings.text_steps
 
 
 def step_needs(settings: Settings, target: Target, step: int) -> Needs:

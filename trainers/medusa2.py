@@ -66,6 +66,11 @@ def check(settings: Settings, target: TargetInfo) -> None:
         raise ValueError("training adapters of the target needs peft, which is not installed: pip install peft")
 
 
+def first_steps(settings: Settings) -> tuple[str, int]:
+    """Returns the number of steps that train the heads alone, after the setting's name."""
+    return "head_steps", settings.head_steps if settings.method == TWO_STAGE else 0
+
+
 def build(settings: Settings, target: Target) -> Drafter:
     """Returns heads that pass the last hidden state through unchanged, and adapters that are zero.
 

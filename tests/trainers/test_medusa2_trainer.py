@@ -334,3 +334,8 @@ def test_invalid_settings_raise() -> None:
             settings_of(**changes)
     with pytest.raises(ValueError, match="no linear layer called c_attn"):
         medusa2.build(settings_of(modules=("c_attn",)), TARGET)
+
+
+def test_two_stages_need_more_steps_than_the_first_has() -> None:
+    assert medusa2.first_steps(settings_of(method="two_stage", head_steps=7)) == ("head_steps", 7)
+    assert medusa2.first_steps(settings_of(method="self_distilled", head_steps=7)) == ("head_steps", 0)

@@ -283,9 +283,12 @@ def _check_tensor_parallel(run: RunSettings, family: ModuleType, target: TargetI
 
 def _check_first_steps(settings: Any, run: RunSettings, family: ModuleType) -> None:
     """Raises ValueError if all steps are of the kind that a family begins with."""
-    if (name := getattr(family, "FIRST_STEPS", None)) and getattr(settings, name) >= run.max_steps:
+    if not hasattr(family, "first_steps"):
+        return
+    name, number = family.first_steps(settings)
+    if number and number >= run.max_steps:
         raise ValueError(
-            f"{name} is {getattr(settings, name)}, and max_steps {run.max_steps}: give fewer first steps than steps, as"
+            f"{name} is {number}, and max_steps {run.max_steps}: give fewer first steps than steps, as"
             " the rest train what those leave out"
         )
 
