@@ -14,12 +14,10 @@ round of drafting and verification. The last lines say where the time of PARD's 
 
 import dataclasses
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +40,7 @@ from eval.bakeoff.measure import (
     measure,
     warm_up,
 )
+from trainers.training import launchers
 from trainers.training.settings import parse_settings
 
 PLAIN = "plain"
@@ -195,7 +194,5 @@ def median_ms(run: Callable[[], Any], repeats: int = 9) -> float:
 
 
 if __name__ == "__main__":
-    try:
+    with launchers.user_errors():
         main(*parse_settings(BenchmarkSettings, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -23,9 +23,9 @@ from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.checks import (
     MAX_DEPTH,
     MAX_WIDTH,
-    check_ascending,
     check_at_least,
-    check_each,
+    check_head_groups,
+    check_hidden_layers,
     check_positive,
 )
 from draftsmith.parts.neural.layers import Attention, ffn_width
@@ -93,14 +93,10 @@ class Settings:
     stands for the lowest fused layer, and the others' weights begin at zero (speculators, RFC 1127)."""
 
     def __post_init__(self) -> None:
-        check_each(self, 0, "layers", most=MAX_DEPTH)
-        check_ascending(self, "layers")
+        check_hidden_layers(self, "layers")
         check_at_least(self, 1, "num_heads", most=MAX_DEPTH)
         check_at_least(self, 0, "num_kv_heads", most=MAX_DEPTH)
-        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads is {self.num_kv_heads}; it must divide the number of attention heads, {self.num_heads}"
-            )
+        check_head_groups(self)
         check_at_least(self, 0, "ffn_size", most=MAX_WIDTH)
         check_at_least(self, -1, "mask_token")
         check_at_least(self, 1, "num_anchors", most=2**16)

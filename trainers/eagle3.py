@@ -18,7 +18,14 @@ from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters.eagle3 import Config, Drafter
 from draftsmith.loading.model_info import TargetInfo
-from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_each, check_positive
+from draftsmith.parts.checks import (
+    MAX_DEPTH,
+    MAX_WIDTH,
+    check_at_least,
+    check_head_groups,
+    check_hidden_layers,
+    check_positive,
+)
 from draftsmith.parts.neural.layers import Attention, ffn_width
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
@@ -57,9 +64,10 @@ class Settings:
     """The loss of step s is weighted by decay^s."""
 
     def __post_init__(self) -> None:
-        check_each(self, 0, "layers", most=MAX_DEPTH)
+        check_hidden_layers(self, "layers")
         check_at_least(self, 1, "num_heads", "num_steps", most=MAX_DEPTH)
         check_at_least(self, 0, "num_kv_heads", most=MAX_DEPTH)
+        check_head_groups(self)
         check_at_least(self, 0, "ffn_size", most=MAX_WIDTH)
         check_positive(self, "decay")
 

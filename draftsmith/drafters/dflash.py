@@ -27,7 +27,15 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.length import policies
 from draftsmith.parts import parallel
-from draftsmith.parts.checks import MAX_DEPTH, MAX_NODES, MAX_WIDTH, check_at_least, check_each, check_positive
+from draftsmith.parts.checks import (
+    MAX_DEPTH,
+    MAX_NODES,
+    MAX_WIDTH,
+    check_at_least,
+    check_each,
+    check_hidden_layers,
+    check_positive,
+)
 from draftsmith.parts.neural.layers import Attention, FeedForward, gather_path
 from draftsmith.parts.neural.shortlist import SharedHead
 
@@ -74,11 +82,7 @@ class Config:
     the token's probability."""
 
     def __post_init__(self) -> None:
-        if not self.layers or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
-            raise ValueError(
-                f"layers is {list(self.layers)}; list hidden layers from 0 up in ascending order, none twice"
-            )
-        check_each(self, 0, "layers", most=MAX_DEPTH)
+        check_hidden_layers(self, "layers", least=1)
         check_at_least(self, 0, "mask_token", "shortlist")
         check_at_least(self, 0, "markov_rank", most=MAX_WIDTH)
         check_at_least(self, 1, "num_layers", "num_heads", "num_kv_heads", most=MAX_DEPTH)

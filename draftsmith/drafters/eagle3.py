@@ -21,7 +21,14 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft, Tree
 from draftsmith.length import policies
 from draftsmith.parts import autoregressive
-from draftsmith.parts.checks import MAX_DEPTH, MAX_WIDTH, check_at_least, check_each, check_positive
+from draftsmith.parts.checks import (
+    MAX_DEPTH,
+    MAX_WIDTH,
+    check_at_least,
+    check_each,
+    check_hidden_layers,
+    check_positive,
+)
 from draftsmith.parts.feature_drafting import FeatureState
 from draftsmith.parts.neural.layers import Attention, FeedForward, prepare_cache
 from draftsmith.parts.neural.shortlist import Shortlist
@@ -69,16 +76,12 @@ class Config:
     """Draft-length policy of chains: a name of draftsmith/length/policies.py, and its number."""
 
     def __post_init__(self) -> None:
-        if not self.layers or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
-            raise ValueError(
-                f"layers is {list(self.layers)}; list hidden layers from 0 up in ascending order, none twice"
-            )
+        check_hidden_layers(self, "layers", least=1)
         check_at_least(self, 0, "draft_vocab")
         check_at_least(self, 1, "num_heads", "num_kv_heads", most=MAX_DEPTH)
         check_at_least(self, 1, "head_width", "inner_width", most=MAX_WIDTH)
         check_at_least(self, 0, "eps", most=1)
         check_positive(self, "theta", most=1e12)
-        check_each(self, 0, "layers", most=MAX_DEPTH)
         check_each(self, 0, "stretch")
         if self.fusion_norm not in FUSION_NORMS:
             raise ValueError(f"fusion_norm is {self.fusion_norm!r}; it must be one of {', '.join(FUSION_NORMS)}")

@@ -28,15 +28,7 @@ from draftsmith.core.tree import Draft, chain
 from draftsmith.length import policies
 from draftsmith.loading.precision import KeepsPrecision
 from draftsmith.parts import parallel
-from draftsmith.parts.checks import (
-    MAX_DEPTH,
-    MAX_NODES,
-    MAX_WIDTH,
-    check_ascending,
-    check_at_least,
-    check_each,
-    check_model,
-)
+from draftsmith.parts.checks import MAX_NODES, MAX_WIDTH, check_at_least, check_hidden_layers, check_model
 from draftsmith.parts.neural.draft_models import draft_model, listed_logits, listed_tokens, shortlist_of
 from draftsmith.parts.neural.layers import gather_path
 from draftsmith.parts.neural.shortlist import Shortlist
@@ -69,8 +61,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "mask_token", "shortlist")
-        check_ascending(self, "features")
-        check_each(self, 0, "features", most=MAX_DEPTH)
+        check_hidden_layers(self, "features")
         check_at_least(self, 0, "rank", most=MAX_WIDTH)
         check_at_least(self, 1, "num_draft", most=MAX_NODES)
         check_model(self.model)

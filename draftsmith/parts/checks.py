@@ -13,11 +13,20 @@ MAX_COUNT = 2**31 - 1
 """Largest number of anything else that is counted, such as tokens of a vocabulary or of a text."""
 
 
-def check_ascending(config: Any, name: str) -> None:
-    """Raises ValueError unless a tuple's numbers ascend, none of them twice."""
-    values = getattr(config, name)
-    if sorted(set(values)) != list(values):
-        raise ValueError(f"{name} is {list(values)}; list hidden layers in ascending order, none twice")
+def check_hidden_layers(config: Any, name: str, least: int = 0) -> None:
+    """Raises ValueError unless a tuple lists at least `least` hidden layers, from 0 up, ascending and none twice."""
+    layers = getattr(config, name)
+    if len(layers) < least or sorted(set(layers)) != list(layers) or min(layers, default=0) < 0:
+        raise ValueError(f"{name} is {list(layers)}; list hidden layers from 0 up in ascending order, none twice")
+    check_each(config, 0, name, most=MAX_DEPTH)
+
+
+def check_head_groups(config: Any) -> None:
+    """Raises ValueError unless `num_kv_heads` is 0, for as many as attention heads, or divides `num_heads`."""
+    if config.num_kv_heads and config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads is {config.num_kv_heads}; it must divide the number of attention heads, {config.num_heads}"
+        )
 
 
 def check_at_least(config: Any, minimum: float, *names: str, most: float = MAX_COUNT) -> None:

@@ -186,7 +186,7 @@ def test_wrong_shapes_are_rejected() -> None:
         ({"mask_token": VOCAB_SIZE}, f"mask_token is {VOCAB_SIZE}; .* so it must be less"),
         ({"num_draft": 0}, "num_draft is 0; it must be at least 1"),
         ({"features": (1, 9)}, r"features is \[1, 9\]; .* has hidden layers 0 to 3"),
-        ({"features": (2, 1)}, "list hidden layers in ascending order, none twice"),
+        ({"features": (2, 1)}, "list hidden layers from 0 up in ascending order, none twice"),
         ({"model": {"model_type": "llama", "vocab_size": 65}}, "has 65 tokens and the target's 64"),
         ({"model": {"vocab_size": 64}}, "names no model_type"),
     ):

@@ -247,8 +247,8 @@ def test_unused_token(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": (3, 1)}, r"layers is \[3, 1\]; list hidden layers in ascending order, none twice"),
-        ({"layers": (1, 1)}, r"layers is \[1, 1\]; list hidden layers in ascending order, none twice"),
+        ({"layers": (3, 1)}, r"layers is \[3, 1\]; list hidden layers from 0 up in ascending order, none twice"),
+        ({"layers": (1, 1)}, r"layers is \[1, 1\]; list hidden layers from 0 up in ascending order, none twice"),
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads is 3; it must divide the number of attention heads, 4"),
     ],
     ids=["order", "twice", "key-value heads"],
