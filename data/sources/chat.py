@@ -1,5 +1,6 @@
 """Applies a tokenizer's chat template to conversations, with a loss mask on what the assistant writes."""
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ ROLE_NAMES = {
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 PROBE = [{"role": "user", "content": "a"}]
+FIRST_WORDS = ("Zebra", "How", "Please", "What", "1", "the")
+"""Beginnings of a user's message that share no token; the first is in no chat template."""
 
 Message = dict[str, Any]
 
@@ -94,6 +97,36 @@ class ChatFormat:
         prompt = self._checked(messages[: user_turns[-1] + 1], tools, where)
         text = self._render(prompt, tools, where, add_generation_prompt=True)
         return self._encode(text), text
+
+    def user_turn(self, system: str, where: str) -> tuple[list[int], str]:
+        """Returns (ids, text): the ids before the first message of a user, and what the template writes after it.
+
+        `system` is the system message; empty for the template's own. A token that spans the border to the message, such
+        as a space joined to its first word, is not in the ids. Raises RowError if the template rejects the
+        conversation, leaves out a message, or writes nothing before the user's.
+        """
+        word = FIRST_WORDS[0]
+        messages = [{"role": "user", "content": word}]
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+        text = self._render(messages, None, where, add_generation_prompt=True)
+        before, found, after = text.partition(word)
+        if not found or word in after:
+            raise RowError(
+                f"{where}: the chat template writes a user's message {text.count(word)} times, so that its beginning"
+                " cannot be found; expected once"
+            )
+        if system.strip() not in before:
+            raise RowError(f"{where}: the chat template leaves out the system message; omit --system")
+        encoded = [self._encode(before + one + after) for one in FIRST_WORDS]
+        shared = zip(*encoded, strict=False)
+        ids = [tokens[0] for tokens in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, shared)]
+        if not ids:
+            raise RowError(
+                f"{where}: the chat template writes nothing before the user's message, so that the model cannot know"
+                " that it is to write one; use a target whose template marks the user's turn, or give prompts"
+            )
+        return ids, after
 
     def answers(self, messages: list[Message], tools: Any, where: str) -> list[tuple[list[int], list[bool]]]:
         """Returns texts as (ids, loss mask), whose mask is True on the tokens that the assistant would generate.

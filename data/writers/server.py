@@ -18,6 +18,7 @@ SERVER_NAMES = {
     "min_p": "min_p",
     "min_new_tokens": "min_tokens",
     "stop_strings": "stop",
+    "eos_token_id": "stop_token_ids",
 }
 """Settings of a generation config that vLLM and SGLang take, and what they call them."""
 
@@ -105,7 +106,8 @@ class ServerWriter:
         }
         if settings.top_k:
             request["top_k"] = settings.top_k
-        request |= {SERVER_NAMES[name]: value for name, value in self.recorded_config(settings).items()}
+        for name, value in self.recorded_config(settings).items():
+            request[SERVER_NAMES[name]] = [value] if name == "eos_token_id" and isinstance(value, int) else value
         answer = self.pool.post("/v1/completions", request)
         try:
             choice = answer["choices"][0]
