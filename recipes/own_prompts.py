@@ -15,7 +15,9 @@ import json
 import shlex
 import sys
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 
@@ -24,13 +26,13 @@ from data.prompts import TextSettings
 from data.pseudo_data import MARKER, read_pseudo_data, write_pseudo_data
 from data.shards import first_run_time, write_atomically
 from data.sources.chat import ChatFormat
-from data.writers import LocalWriter, PseudoDataSettings, Writer
+from data.writers import LocalWriter, Origin, PseudoDataSettings, Writer
 from data.writers.own_prompts import UserTurn, sampled_prompts, usable_texts
 from data.writers.server import ServerWriter
 from draftsmith.artifacts import json_text
 from draftsmith.artifacts.files import check_replaceable
 from draftsmith.artifacts.provenance import template_hash
-from draftsmith.loading.model_info import read_target_info
+from draftsmith.loading.model_info import TargetInfo, read_target_info
 from trainers.training import launchers
 from trainers.training.settings import parse_settings
 
@@ -99,28 +101,11 @@ def main(run: OwnPromptsSettings) -> None:
     if run.server and run.device_map:
         raise ValueError("--device-map has no effect with --server, which spreads the target itself; omit it")
     share = launchers.begin_share()
-    output = Path(run.output)
-    check_replaceable(output, marker=SAMPLES)
+    samples = Path(run.output) / SAMPLES
+    check_replaceable(Path(run.output), marker=SAMPLES)
     info = read_target_info(run.target)
-    if info.is_encoder_decoder:
-        raise ValueError(f"target {run.target} is an encoder-decoder, which has no user's turn to write; give --data")
-    if info.tokenizer is None:
-        raise ValueError(f"target {run.target} has no tokenizer, which writing prompts requires")
-    if not info.tokenizer.chat_template:
-        raise ValueError(
-            f"target {run.target} has no chat template, so that nothing tells it to write a user's message; use an"
-            " instruction-tuned target, or give prompts of your own"
-        )
-    now = first_run_time(output / SAMPLES, MARKER, is_shared=share.is_shared)
-    chat = ChatFormat(tokenizer=info.tokenizer, end_ids=frozenset(info.eos_token_ids), now=now)
-    turn = UserTurn.of(chat, run.system, f"target {run.target}")
-    if (num_tokens := len(turn.begin_ids) + run.max_new_tokens) > info.context_length:
-        raise ValueError(
-            f"the template's {len(turn.begin_ids)} tokens and --max-new-tokens {run.max_new_tokens} are {num_tokens}"
-            f" tokens, and the target's context has {info.context_length}; lower --max-new-tokens"
-        )
-    begin_text = info.tokenizer.decode(turn.begin_ids)
-    settings = run.generation(turn.generation_config)
+    now = first_run_time(samples, MARKER, is_shared=share.is_shared)
+    turn = user_turn(run, info, now)
     writer: Writer
     if run.server:
         writer = ServerWriter(
@@ -136,38 +121,65 @@ def main(run: OwnPromptsSettings) -> None:
                 run.target, dtype=run.dtype, device=launchers.device(), device_map=run.device_map
             )
         )
-    prompts = sampled_prompts(turn, run.num_prompts, begin_text)
-    write_pseudo_data(writer, prompts, output / SAMPLES, settings, now=now, share=share)
+    prompts = sampled_prompts(turn, run.num_prompts, info.tokenizer.decode(turn.begin_ids))
+    write_pseudo_data(writer, prompts, samples, run.generation(turn.generation_config), now=now, share=share)
     launchers.end()
-    if share.rank > 0:
-        return
-    read_pseudo_data(output / SAMPLES)  # raises ValueError for shards that are damaged
-    rows = pyarrow.parquet.read_table(output / SAMPLES).to_pylist()
-    texts, left_out = usable_texts(rows, turn, info.tokenizer, run.max_new_tokens)
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
-    counted = f"{output / PROMPTS}: {len(texts):,} prompts of {len(rows):,} texts by {writer.origin.target}"
-    counted += f"; left out: {reasons}" if reasons else ""
-    if not texts or left_out.total() > run.max_left_out * len(rows):
+    if share.rank == 0:
+        write_usable(run, turn, writer.origin, info.tokenizer)
+
+
+def user_turn(run: OwnPromptsSettings, info: TargetInfo, now: datetime) -> UserTurn:
+    """Returns the user's turn of the target's chat template; raises ValueError if it has none, or no room for one."""
+    if info.is_encoder_decoder:
         raise ValueError(
-            f"{counted}; at most a share of {run.max_left_out:g} may be left out: is this an instruction-tuned target?"
-            " Change --temperature, --top-p or --max-new-tokens with another --output, or raise --max-left-out"
+            f"target {run.target} is an encoder-decoder, which has no user's turn to write; use an instruction-tuned"
+            " causal target, or give prompts of your own"
         )
-    record = writer.origin.recorded() | {
-        "num_texts": len(rows),
+    if info.tokenizer is None or not info.tokenizer.chat_template:
+        lacking = "tokenizer" if info.tokenizer is None else "chat template"
+        raise ValueError(
+            f"target {run.target} has no {lacking}, so that nothing tells it to write a user's message; use an"
+            " instruction-tuned target, or give prompts of your own"
+        )
+    chat = ChatFormat(tokenizer=info.tokenizer, end_ids=frozenset(info.eos_token_ids), now=now)
+    turn = UserTurn.of(chat, run.system, f"target {run.target}")
+    if (room := info.context_length - len(turn.begin_ids)) < run.max_new_tokens:
+        raise ValueError(
+            f"--max-new-tokens is {run.max_new_tokens}; the target's context has room for {max(room, 0)} after the"
+            f" {len(turn.begin_ids)} tokens before the user's message"
+        )
+    return turn
+
+
+def write_usable(run: OwnPromptsSettings, turn: UserTurn, origin: Origin, tokenizer: Any) -> None:
+    """Writes the usable texts as prompts, with a record of their origin; raises ValueError if they are too few."""
+    output = Path(run.output)
+    num_texts = len(read_pseudo_data(output / SAMPLES))  # raises ValueError for shards that are damaged
+    rows = pyarrow.parquet.read_table(output / SAMPLES).to_pylist()
+    texts, left_out = usable_texts(rows, turn, tokenizer, run.max_new_tokens)
+    counted = f"{output / PROMPTS}: {len(texts):,} prompts of {num_texts:,} texts by {origin.target}"
+    if left_out:
+        counted += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
+    if not texts or left_out.total() > run.max_left_out * num_texts:
+        raise ValueError(
+            f"{counted}; at most a share of {run.max_left_out:g} may be left out: use an instruction-tuned target,"
+            " change --temperature, --top-p or --max-new-tokens with another --output, or raise --max-left-out"
+        )
+    record = origin.recorded() | {
+        "num_texts": num_texts,
         "num_prompts": len(texts),
         "left_out": dict(left_out),
-        "begin_text": begin_text,
-        "system": run.system,
+        "begin_text": tokenizer.decode(turn.begin_ids),
         "temperature": run.temperature,
         "top_p": run.top_p,
         "max_new_tokens": run.max_new_tokens,
         "seed": run.seed,
-        "template_hash": template_hash(info.tokenizer),
+        "template_hash": template_hash(tokenizer),
         "command": shlex.join(sys.argv),
     }
     lines = "".join(json.dumps({"turns": [text]}, ensure_ascii=False) + "\n" for text in texts)
-    for name, text in ((PROMPTS, lines), (RECORD, json_text.text_of(record, indent=1) + "\n")):
-        write_atomically(output / name, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+    for name, content in ((PROMPTS, lines), (RECORD, json_text.text_of(record, indent=1) + "\n")):
+        write_atomically(output / name, functools.partial(Path.write_text, data=content, encoding="utf-8"))
     print(counted)
 
 

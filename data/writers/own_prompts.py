@@ -33,7 +33,7 @@ class UserTurn:
     end_text: str
     """Text after the message, if that is plain text; else empty."""
     generation_config: str
-    """JSON of the end tokens or text, if they are not the generation config's own; else empty."""
+    """JSON of the end tokens and text, where they are not the target's generation config's own; else empty."""
 
     @classmethod
     def of(cls, chat: ChatFormat, system: str, where: str) -> "UserTurn":
@@ -43,12 +43,13 @@ class UserTurn:
         config: dict[str, list[int] | list[str]] = {}
         if after := after.strip():
             first = chat.tokenizer(after, add_special_tokens=False)["input_ids"][0]
-            if first in special_ids(chat.tokenizer) and first not in ends:
-                ends = ends | {first}
-                config = {"eos_token_id": sorted(ends)}
+            if first in special_ids(chat.tokenizer):
+                ends |= {first}
             elif first not in ends:
                 end_text = after.splitlines()[0].strip()
-                config = {"stop_strings": [end_text]}
+                config["stop_strings"] = [end_text]
+        if ends != chat.end_ids:
+            config["eos_token_id"] = sorted(ends)
         return cls(
             begin_ids=begin_ids,
             end_ids=ends,
@@ -94,11 +95,11 @@ def usable_texts(
         text = text.strip()
         key = " ".join(text.casefold().split())
         if not is_ended:
-            left_out[f"did not end within {max_new_tokens} tokens"] += 1
+            left_out[f"not ended within {max_new_tokens} tokens"] += 1
         elif len(WORD.findall(text)) < MIN_WORDS:
-            left_out[f"have fewer than {MIN_WORDS} words"] += 1
+            left_out[f"shorter than {MIN_WORDS} words"] += 1
         elif key in found:
-            left_out["repeat another"] += 1
+            left_out["repeated"] += 1
         else:
             found[key] = text
     return list(found.values()), left_out

@@ -4,11 +4,9 @@ import dataclasses
 import importlib
 import json
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_type_hints
@@ -28,6 +26,7 @@ from data.writers import LocalWriter, PseudoDataSettings
 from data.writers.server import ServerWriter
 from draftsmith import Target
 from draftsmith.loading.model_info import read_target_info
+from tests.data.writers.openai_server import OpenAIServer
 from tests.support.models import SEQ2SEQ
 from tests.support.runs import locked_by_another_run
 from tests.support.text import (
@@ -482,81 +481,6 @@ def test_recipe_rejects_invalid_input_before_loading_weights(tmp_path, monkeypat
 # --- Servers -----------------------------------------------------------------------------------------------------
 
 
-class OpenAIServer(ThreadingHTTPServer):
-    """Serves a tiny model over /v1/completions; the first `num_failures` requests fail."""
-
-    daemon_threads = True
-
-    def __init__(self, target: Target) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.target = target
-        self.lock = threading.Lock()
-        self.requests: list[dict[str, Any]] = []
-        self.num_active = self.max_active = self.num_failures = 0
-        self.returns_ids, self.status, self.truncates = True, 503, False
-        self.eos: tuple[int, ...] = ()
-        self.extra: dict[str, Any] = {}
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: OpenAIServer
-
-    def do_GET(self) -> None:
-        self.answer(200, {"data": [{"id": "tiny"}]})
-
-    def do_POST(self) -> None:
-        server = self.server
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.num_active += 1
-            server.max_active = max(server.max_active, server.num_active)
-            server.requests.append(request)
-            fails = server.num_failures > 0
-            server.num_failures -= fails
-        time.sleep(0.02)
-        if fails:
-            self.answer(server.status, {"error": "out of luck"})
-        else:
-            self.answer(200, {"choices": [self.choice(request)]})
-        with server.lock:
-            server.num_active -= 1
-
-    def choice(self, request: dict[str, Any]) -> dict[str, Any]:
-        target = self.server.target
-        prompt = request["prompt"]
-        ids = prompt if isinstance(prompt, list) else target.tokenizer(prompt)["input_ids"]
-        with self.server.lock:
-            out = draftsmith.generate(
-                target,
-                torch.tensor([ids]),
-                max_new_tokens=request["max_tokens"],
-                temperature=request["temperature"],
-                seed=request["seed"],
-                eos_token_id=self.server.eos,
-            )
-        new = out.sequences[0, len(ids) :].tolist()
-        choice = {
-            "text": target.tokenizer.decode(new, skip_special_tokens=True),
-            "finish_reason": "stop" if new[-1] in self.server.eos else "length",
-        }
-        choice |= self.server.extra
-        return choice | {"token_ids": new} if self.server.returns_ids and request.get("return_token_ids") else choice
-
-    def answer(self, status: int, body: dict[str, Any]) -> None:
-        payload = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload[:9] if self.server.truncates else payload)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def server(target, monkeypatch) -> Iterator[OpenAIServer]:
     monkeypatch.setattr(data.writers.server_pool, "FIRST_WAIT_S", 0.01)
@@ -584,9 +508,9 @@ def test_server_writes_the_same_text_as_the_local_loop(target, server, tmp_path)
 
 def test_server_gets_the_generation_config_in_its_own_names(target, server, tmp_path):
     prompts, writer = some_prompts(tmp_path, 2), ServerWriter(server.url, target.tokenizer)
-    given = '{"repetition_penalty": 1.1, "min_p": 0.1, "min_new_tokens": 3}'
+    given = '{"repetition_penalty": 1.1, "min_p": 0.1, "min_new_tokens": 3, "eos_token_id": 2}'
     write_pseudo_data(writer, prompts, tmp_path / "out", dataclasses.replace(SMALL, generation_config=given))
-    expected = {"repetition_penalty": 1.1, "min_p": 0.1, "min_tokens": 3}
+    expected = {"repetition_penalty": 1.1, "min_p": 0.1, "min_tokens": 3, "stop_token_ids": [2]}
     assert all(request.items() >= expected.items() for request in server.requests)
     for config, message in (("model", "'model' is not supported with a server"), ('{"typical_p": 0.5}', "typical_p")):
         with pytest.raises(ValueError, match=message):
