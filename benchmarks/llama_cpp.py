@@ -124,7 +124,7 @@ def print_costs(
     costs = {size: one / forward_s[1] for size, one in forward_s.items()}
     print(f"\n{run.target} {kind} ({target_file.stat().st_size / 1e6:.0f} MB), {1e3 * forward_s[1]:.1f} ms a token")
     print("v(k): " + ", ".join(f"{size}: {cost:.2f}" for size, cost in costs.items()))
-    print(describe_bound(costs, 0.0))
+    print(describe_bound(costs))
 
 
 def served(
@@ -149,14 +149,14 @@ def served(
     return method
 
 
-def describe_bound(costs: dict[int, float], draft_cost: float) -> str:
-    """Returns the acceptance at which drafts of the best length reach `GOAL`, and the speed-up if all are accepted."""
+def describe_bound(costs: dict[int, float]) -> str:
+    """Returns the acceptance at which free drafts of the best length reach `GOAL`, and the gain if all are accepted."""
     lengths = [size - 1 for size in costs if size > 1]
-    best = max((length + 1) / (costs[length + 1] + length * draft_cost) for length in lengths)
+    best = max((length + 1) / costs[length + 1] for length in lengths)
     for percent in range(101):
         share = percent / 100
         expected = {length: sum(share**depth for depth in range(length + 1)) for length in lengths}
-        speeds = {length: expected[length] / (costs[length + 1] + length * draft_cost) for length in lengths}
+        speeds = {length: expected[length] / costs[length + 1] for length in lengths}
         length = max(speeds, key=lambda one: speeds[one])
         if speeds[length] >= GOAL:
             return (

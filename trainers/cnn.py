@@ -7,6 +7,7 @@ from torch import Tensor
 from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.cnn import Config, Drafter
+from draftsmith.parts.checks import check_below_one
 from trainers import Metrics
 from trainers.parts import distillation
 
@@ -20,8 +21,7 @@ class Settings(distillation.LossSettings):
     """Dropout probability of each layer's inputs."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and less than 1")
+        check_below_one(self, "dropout")
         super().__post_init__()
 
 

@@ -19,7 +19,7 @@ from draftsmith.drafters.hydra import Config, Drafter
 from draftsmith.length.costs import quickest_ms
 from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts import autoregressive
-from draftsmith.parts.checks import MAX_DEPTH, MAX_NODES, MAX_WIDTH, check_at_least
+from draftsmith.parts.checks import MAX_DEPTH, MAX_NODES, MAX_WIDTH, check_at_least, check_below_one
 from draftsmith.parts.neural.layers import ffn_width
 from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
@@ -58,8 +58,7 @@ class Settings:
         check_at_least(self, 0, "prefix_width", most=MAX_WIDTH)
         check_at_least(self, 0, "tree_nodes", "width", most=MAX_NODES)
         check_at_least(self, 0, "beta", most=1)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and less than 1")
+        check_below_one(self, "dropout")
         if self.width and self.tree_nodes:
             raise ValueError("tree_nodes is the size of a static tree and width is for dynamic trees; set only one")
         if self.loss != "ce":

@@ -21,7 +21,7 @@ from draftsmith.core.views import blocks_of
 from draftsmith.drafters.early_exit import Config, Drafter
 from draftsmith.length import policies
 from draftsmith.loading.model_info import TargetInfo
-from draftsmith.parts.checks import MAX_DEPTH, check_at_least, check_positive
+from draftsmith.parts.checks import MAX_DEPTH, check_at_least, check_below_one, check_positive
 from trainers import Metrics, Needs
 from trainers.parts import adapters, exits
 from trainers.parts.losses import cross_entropy, sum_in_chunks
@@ -61,9 +61,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "exit_layer", most=MAX_DEPTH)
-        for name in ("max_dropout", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and less than 1")
+        check_below_one(self, "max_dropout", "dropout")
         check_positive(self, "exit_scale")
         check_at_least(self, 1, "rotation", most=MAX_DEPTH)
 

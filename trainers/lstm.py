@@ -7,6 +7,7 @@ from torch import Tensor
 from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.lstm import Config, Drafter
+from draftsmith.parts.checks import check_below_one
 from trainers import Metrics
 from trainers.parts import distillation
 
@@ -22,9 +23,7 @@ class Settings(distillation.LossSettings):
     """Dropout probability of the recurrent weights."""
 
     def __post_init__(self) -> None:
-        for name in ("dropout", "drop_connect"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and less than 1")
+        check_below_one(self, "dropout", "drop_connect")
         super().__post_init__()
 
 

@@ -16,7 +16,7 @@ from data.batches import Batch
 from draftsmith import Target
 from draftsmith.drafters.medusa2 import Config, Drafter
 from draftsmith.loading.model_info import TargetInfo
-from draftsmith.parts.checks import MAX_NODES, check_at_least, check_positive
+from draftsmith.parts.checks import MAX_NODES, check_at_least, check_below_one, check_positive
 from draftsmith.parts.self_drafting.fine_tuned import has_tied_head
 from trainers import Metrics, Needs
 from trainers.parts import adapters, heads, trees
@@ -56,8 +56,7 @@ class Settings:
         check_at_least(self, 0, "tree_nodes", most=MAX_NODES)
         check_at_least(self, 0, "head_steps")
         check_at_least(self, 0, "heads_weight", most=1e6)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and less than 1")
+        check_below_one(self, "dropout")
 
 
 def check(settings: Settings, target: TargetInfo) -> None:

@@ -29,7 +29,7 @@ from draftsmith.core.sampling import hashed_seed
 from draftsmith.core.tree import chain
 from draftsmith.drafters.pard import Config, Drafter
 from draftsmith.loading.model_info import TargetInfo
-from draftsmith.parts.checks import MAX_DEPTH, check_at_least, check_positive
+from draftsmith.parts.checks import MAX_DEPTH, check_at_least, check_below_one, check_positive
 from trainers import Metrics, Needs, distill
 from trainers.parts import composites, on_policy
 from trainers.parts.losses import (
@@ -87,7 +87,7 @@ class Settings:
         check_at_least(self, -1, "mask_token")
         check_at_least(self, 1, "num_anchors", most=2**16)
         check_positive(self, "share", "least_share", most=1)
-        check_at_least(self, 0, "feature_dropout", most=1)
+        check_below_one(self, "feature_dropout")
 
 
 prior_train_s = composites.prior_train_s

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from data.batches import Example
 from draftsmith import Target
-from draftsmith.artifacts.artifact import check_fits, read_manifest
+from draftsmith.artifacts.artifact import check_fits, family_of, read_manifest
+from draftsmith.core.architectures.supported import has_recurrent_layers
 from draftsmith.drafters.staged import Config, Drafter, draft_model_of
 from draftsmith.loading.model_info import TargetInfo
 from draftsmith.parts.composites import load_artifact, part_config
@@ -33,10 +36,22 @@ needs, evaluate = evaluation.needs, evaluation.evaluate
 
 
 def check(settings: Settings, target: TargetInfo) -> None:
-    """Raises ValueError unless two artifacts are named and the first was made for this target."""
+    """Raises ValueError unless two artifacts are named and the first has a draft model that fits, for this target."""
     if len(settings.parts) != 2:
         raise ValueError(f"--parts names {len(settings.parts)} artifact(s); name two, the draft model's first")
-    check_fits(settings.parts[0], read_manifest(settings.parts[0]), target)
+    first, manifest = settings.parts[0], read_manifest(settings.parts[0])
+    check_fits(first, manifest, target)
+    if not family_of(manifest, first).Drafter.has_draft_model:
+        raise ValueError(
+            f"--parts {first} is of family {manifest['family']!r}, which has no draft model; name the artifact of a"
+            " draft LM first, made by ./launch.sh distill"
+        )
+    model = dict(manifest["config"].get("model") or {})
+    if "model_type" in model and has_recurrent_layers(AutoConfig.for_model(**model).get_text_config(decoder=True)):
+        raise ValueError(
+            f"--parts {first} has a draft model with recurrent layers, {model['model_type']}, whose state cannot be set"
+            " back; name first one that has attention alone"
+        )
     read_manifest(settings.parts[1])
 
 

@@ -115,6 +115,8 @@ class Drafter(ABC):
     """Hidden layers of the target that it reads."""
     serving_engines: tuple[str, ...] = ()
     """Engines other than transformers that `draftsmith export` supports for the family."""
+    has_draft_model: bool = False
+    """Whether the family's drafters have a draft model."""
     draft_model: Target | None = None
     """The draft model, with a cache of its own, of a drafter that has one."""
     parts: Sequence[Any] = ()

@@ -81,6 +81,7 @@ class Drafter(KeepsPrecision, drafter.Drafter):
 
     row_state = ("_cache",)
     serving_engines = ("vllm", "sglang", "llama.cpp", "openvino")
+    has_draft_model = True
     draft_model: Target
 
     def __init__(self, config: Config, target: Target) -> None:

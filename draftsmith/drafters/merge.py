@@ -20,7 +20,7 @@ from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts.checks import MAX_NODES, check_at_least
+from draftsmith.parts.checks import MAX_NODES, check_at_least, check_below_one
 from draftsmith.parts.composites import (
     Part,
     PartConfigs,
@@ -54,8 +54,7 @@ class Config:
     def __post_init__(self) -> None:
         check_parts(self.parts)
         check_at_least(self, 1, "num_nodes", most=MAX_NODES)
-        if not 0 <= self.least_chance < 1:
-            raise ValueError(f"least_chance is {self.least_chance}; it must be at least 0 and below 1")
+        check_below_one(self, "least_chance")
 
 
 class Drafter(drafter.Drafter):

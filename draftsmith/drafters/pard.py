@@ -78,6 +78,7 @@ class Drafter(KeepsPrecision, drafter.Drafter):
 
     row_state = ("_cache", "_added")
     serving_engines = ("vllm", "sglang", "openvino")
+    has_draft_model = True
     draft_model: Target
     step_salt: str = ""
     """What a training step draws its masks by, beside the rows' keys (trainers/pard.py)."""

@@ -13,7 +13,7 @@ from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
-from draftsmith.parts.checks import MAX_NODES, check_at_least
+from draftsmith.parts.checks import MAX_NODES, check_at_least, check_below_one
 from draftsmith.parts.suffix_array import SuffixArray, read_shards, write_shards
 from draftsmith.parts.trie import TokenTree, build_trie, heaviest_nodes, heaviest_path, to_draft
 
@@ -43,8 +43,7 @@ class Config:
             raise ValueError(f"min_match {self.min_match} must be at least 1 and at most max_match {self.max_match}")
         check_at_least(self, 1, "max_match", "num_draft", "num_nodes", most=MAX_NODES)
         check_at_least(self, 1, "max_matches")
-        if not 0 <= self.min_chance < 1:
-            raise ValueError(f"min_chance is {self.min_chance}; it must be at least 0 and less than 1")
+        check_below_one(self, "min_chance")
 
 
 class Drafter(drafter.Drafter):

@@ -67,6 +67,7 @@ class Drafter(drafter.Drafter):
     one that looks up the text's own past reads all of it again.
     """
 
+    has_draft_model = True
     draft_model: Target
     keeps_state_between_calls = True
 

@@ -47,6 +47,14 @@ def check_positive(config: Any, *names: str, most: float = 1e6) -> None:
             raise ValueError(f"{name} is {value}; it must be positive and at most {most:g}")
 
 
+def check_below_one(config: Any, *names: str) -> None:
+    """Raises ValueError if one of these settings, a probability or a share, is negative or not less than 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 0 and below 1")
+
+
 def check_model(model: dict[str, Any]) -> None:
     """Raises ValueError if a transformers configuration has a count that no model has."""
     for name, value in model.items():

@@ -102,6 +102,12 @@ def test_rows_that_come_and_go_are_followed(family: str) -> None:
     assert found[0] == found[1] or family in DEPEND_ON_MORE
 
 
+@pytest.mark.parametrize("family", names())
+def test_has_draft_model_says_what_the_drafters_have(family: str) -> None:
+    drafter = built(find(family), example_of(family), tiny_target("llama"))
+    assert type(drafter).has_draft_model == (drafter.draft_model is not None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("architecture", CAUSAL)

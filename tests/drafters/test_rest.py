@@ -175,7 +175,7 @@ def test_empty_datastore_drafts_nothing() -> None:
         ({"max_matches": 0}, "max_matches is 0; it must be at least 1"),
         ({"num_draft": 0}, "num_draft is 0; it must be at least 1"),
         ({"num_nodes": 0}, "num_nodes is 0; it must be at least 1"),
-        ({"min_chance": 1.0}, "min_chance is 1.0; it must be at least 0 and less than 1"),
+        ({"min_chance": 1.0}, "min_chance is 1.0; it must be at least 0 and below 1"),
     ],
 )
 def test_config_rejects_invalid_settings(changes: dict[str, Any], message: str) -> None:

@@ -23,6 +23,7 @@ from trainers.training import checkpoints
 from trainers.training.loop import train
 
 SMALL = tiny_config("llama", vocab_size=VOCAB_SIZE, num_hidden_layers=1).to_dict()
+RECURRENT = tiny_config("mamba", hidden_size=32, num_hidden_layers=1).to_dict()
 PARTS = {cascade: ("looks", "heads"), merge: ("looks", "heads"), staged: ("model", "looks")}
 CASES = [
     (cascade, {"adaptive": False, "min_tokens": 2}),
@@ -33,13 +34,14 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny target, its text in `data`, and artifacts of a look-up, heads and a draft model."""
+    """A folder with a tiny target, its text in `data`, and artifacts of a look-up, heads and two draft models."""
     root = tmp_path_factory.mktemp("composed")
     target = make_target(root / "target")
     make_data(target, root / "data", num_rows=24)
     heads = built(medusa, medusa.Config(num_heads=3, tree=((0,), (1,), (0, 0))), target)
     model = built(lm, lm.Config(model=SMALL, num_draft=3), target)
-    made = {"looks": lookup.Drafter(lookup.Config(), target), "heads": heads, "model": model}
+    recurrent = built(lm, lm.Config(model=RECURRENT, num_draft=3), target)
+    made = {"looks": lookup.Drafter(lookup.Config(), target), "heads": heads, "model": model, "recurrent": recurrent}
     for name, drafter in made.items():
         draftsmith.save(drafter, root / name, target, record={"train_s": 100.0})
     return root
@@ -104,6 +106,12 @@ def test_parts_that_do_not_fit_raise_before_the_target_loads(folder: Path, tmp_p
             trainer.check(trainer_settings(trainer, parts=paths[:1]), target_info)
     with pytest.raises(ValueError, match=r"--parts names 3 artifact\(s\); name two, the draft model's first"):
         staged.check(trainer_settings(staged, parts=(*paths, paths[0])), target_info)
+    for first, message in (
+        ("heads", "of family 'medusa', which has no draft model"),
+        ("recurrent", "recurrent layers"),
+    ):
+        with pytest.raises(ValueError, match=f"--parts .*{first} .*{message}"):
+            staged.check(trainer_settings(staged, parts=(str(folder / first), paths[0])), target_info)
     shutil.copytree(folder / "heads", tmp_path / "heads")
     manifest = json.loads((folder / "heads" / "draft_config.json").read_text())
     (tmp_path / "heads" / "draft_config.json").write_text(json.dumps(manifest | {"vocab_size": 5}))

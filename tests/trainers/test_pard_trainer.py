@@ -178,6 +178,8 @@ def test_check_rejects_what_cannot_be_continued(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             pard.check(trainer_settings(pard, **changes), info)
+    with pytest.raises(ValueError, match="feature_dropout is 1.0; it must be at least 0 and below 1"):
+        trainer_settings(pard, feature_dropout=1.0)
     with pytest.raises(ValueError, match="parts names 2 artifacts"):
         Settings(parts=("a", "b"))
 

@@ -18,7 +18,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.drafters.ngram.kneser_ney import KneserNey
 from draftsmith.length import policies
-from draftsmith.parts.checks import MAX_NODES, check_at_least
+from draftsmith.parts.checks import MAX_NODES, check_at_least, check_below_one
 from draftsmith.parts.retrieval import source_tokens
 from draftsmith.parts.trie import build_trie, to_draft
 
@@ -43,8 +43,7 @@ class Config:
         if not 1 <= self.order <= 5:
             raise ValueError(f"order is {self.order}; it must be 1 to 5")
         check_at_least(self, 1, "num_draft", most=MAX_NODES)
-        if not 0 <= self.cache < 1:
-            raise ValueError(f"cache is {self.cache}; it must be at least 0 and below 1")
+        check_below_one(self, "cache")
 
     @property
     def supports_early_stop(self) -> bool:

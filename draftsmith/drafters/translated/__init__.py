@@ -27,7 +27,7 @@ from draftsmith.drafters.translated.spelling import BOS, EOS, Translation, Vocab
 from draftsmith.loading.model_info import TargetInfo, tokenizer_hash
 from draftsmith.loading.precision import KeepsPrecision
 from draftsmith.parts import autoregressive, trie
-from draftsmith.parts.checks import MAX_NODES, check_at_least, check_model
+from draftsmith.parts.checks import MAX_NODES, check_at_least, check_below_one, check_model
 from draftsmith.parts.suffix_array import num_common
 from draftsmith.verify.paths import values_at
 
@@ -56,8 +56,7 @@ class Config:
             raise ValueError("the draft model's configuration must have model_type and vocab_size")
         check_at_least(self, 1, "num_draft", "lookback", most=MAX_NODES)
         check_model(self.model)
-        if not 0 <= self.confidence < 1:
-            raise ValueError(f"confidence is {self.confidence}; it must be at least 0 and below 1")
+        check_below_one(self, "confidence")
         if bool(self.counterparts) == bool(self.tokenizer_hash):
             raise ValueError("give either tokenizer_hash or counterparts, not both or neither")
         known = [token for token in self.counterparts if token != -1]
@@ -99,6 +98,7 @@ class Drafter(KeepsPrecision, drafter.Drafter):
     """The draft model with a cache of its own, which is rewound to where the translated text changes."""
 
     row_state = ("_cache", "_num_known", "_draft_ids", "_processed")
+    has_draft_model = True
     draft_model: Target
     counterparts_U: Tensor
     """The target's id of each token of the draft model, -1 for none."""
