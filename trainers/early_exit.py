@@ -21,7 +21,8 @@ from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
 from trainers.parts import exits
-from trainers.parts.losses import DIVERGENCES, Teacher, cross_entropy, divergence, sum_in_chunks
+from trainers.parts.fused.linear_cross_entropy import shared_matrix
+from trainers.parts.losses import DIVERGENCES, Teacher, cross_entropy, divergence, sum_forward_kl, sum_in_chunks
 
 RUNS_BLOCKS = True
 
@@ -84,16 +85,23 @@ def loss(drafters: nn.ModuleList, batch: Batch, settings: Settings, target: Targ
     recycled_BTD = _recycled(batch, settings, target, None)
     given_BT = batch.tokens_BT[:, 1:] if settings.loss == "ce" else batch.hidden[target.num_layers][:, :-1]
 
+    def target_logits(hidden_ND: Tensor) -> Tensor:
+        return shared.listed(target.norm(hidden_ND))
+
     def losses(given_N: Tensor, *z_ND: Tensor) -> Tensor:
         logits = [one.output(z) if own_head else shared.listed(z) for one, z in zip(each, z_ND, strict=True)]
         if settings.loss == "ce":
             labels_N = shared.shortlist.indices(given_N)
             return torch.stack([cross_entropy(logits_NV, labels_N) for logits_NV in logits], dim=1)
-        teacher, compare = Teacher(logits=shared.listed(target.norm(given_N))), divergence(settings.loss)
+        teacher, compare = Teacher(logits=target_logits(given_N)), divergence(settings.loss)
         return torch.stack([compare(logits_NV, teacher) for logits_NV in logits], dim=1)
 
     outputs = [_read(one, batch, recycled_BTD)[:, :-1][mask_BT] for one in each]
-    sums_C, count = sum_in_chunks(losses, given_BT[mask_BT], *outputs, vocab_size=len(shared.shortlist) * len(each))
+    given_N, matrix = given_BT[mask_BT], None if own_head else shared_matrix(shared, given_BT.device)
+    if settings.loss == "forward_kl" and matrix is not None:
+        sums_C, count = sum_forward_kl(matrix, outputs, target_logits, given_N), len(given_N)
+    else:
+        sums_C, count = sum_in_chunks(losses, given_N, *outputs, vocab_size=len(shared.shortlist) * len(each))
     metrics = {f"loss_{one.config.exit_layer}": (sums_C[at].detach(), count) for at, one in enumerate(each)}
     return sums_C.sum(), metrics if len(each) > 1 else {}
 

@@ -26,7 +26,7 @@ from trainers import Metrics, Needs
 from trainers.corpora import corpus
 from trainers.parts import heads, trees
 from trainers.parts.fused.linear_cross_entropy import matrix_of, shared_matrix
-from trainers.parts.losses import DIVERGENCES, Teacher, divergence, sum_in_chunks, sum_label_losses
+from trainers.parts.losses import DIVERGENCES, Teacher, divergence, sum_forward_kl, sum_in_chunks, sum_label_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,26 +108,32 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
     def logits(k: int, z_ND: Tensor) -> Tensor:
         return drafter.head(k, z_ND[None])[0] if settings.config.own_head else shared.listed(z_ND)
 
+    def target_logits(hidden_ND: Tensor) -> Tensor:
+        return shared.listed(target.norm(hidden_ND))
+
     device = batch.tokens_BT.device
-    matrix = shared_matrix(shared, device)
+    shared_logits = shared_matrix(shared, device)
     total, metrics = torch.zeros((), device=device), {}
     hidden_BTD = batch.hidden[target.num_layers]
     for k, output in enumerate(_head_outputs(drafter, batch)):
+        matrix = matrix_of(drafter.outputs[k], device) if settings.config.own_head else shared_logits
+        theirs_ND = hidden_BTD[:, 1 + k :][output.mask_BT[:, : -1 - k]]
         if settings.loss == "ce":
             head_loss, count = sum_label_losses(
                 partial(logits, k),
-                matrix_of(drafter.outputs[k], device) if settings.config.own_head else matrix,
+                matrix,
                 *heads.on_shortlist(output, shared.shortlist),
                 vocab_size=len(shared.shortlist),
             )
+        elif settings.loss == "forward_kl" and matrix is not None:
+            (head_loss,) = sum_forward_kl(matrix, [output.z_ND], target_logits, theirs_ND)
+            count = len(theirs_ND)
         else:
             compare = divergence(settings.loss, beta=settings.beta)
             head_loss, count = sum_in_chunks(
-                lambda z, theirs, k=k, compare=compare: compare(
-                    logits(k, z), Teacher(logits=shared.listed(target.norm(theirs)))
-                ),
+                lambda z, theirs, k=k, compare=compare: compare(logits(k, z), Teacher(logits=target_logits(theirs))),
                 output.z_ND,
-                hidden_BTD[:, 1 + k :][output.mask_BT[:, : -1 - k]],
+                theirs_ND,
                 vocab_size=len(shared.shortlist),
             )
         total = total + head_loss

@@ -21,7 +21,8 @@ from draftsmith.parts.neural.shortlist import check_size
 from trainers import Metrics, Needs
 from trainers.corpora import corpus
 from trainers.parts import exits
-from trainers.parts.losses import DIVERGENCES, Teacher, divergence, sum_in_chunks
+from trainers.parts.fused.linear_cross_entropy import shared_matrix
+from trainers.parts.losses import DIVERGENCES, Teacher, divergence, sum_forward_kl, sum_in_chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +74,21 @@ def loss(drafters: Sequence[Drafter], batch: Batch, settings: Settings, target: 
     would be alone, but gradients are clipped together.
     """
     compare, head = divergence(settings.loss), drafters[0].head
+    theirs_ND, *outputs = _supervised(drafters, batch)
+    count = len(theirs_ND)
+
+    def target_logits(hidden_ND: Tensor) -> Tensor:
+        return head.listed(target.norm(hidden_ND))
 
     def losses(theirs_ND: Tensor, *z_ND: Tensor) -> Tensor:
-        teacher = Teacher(logits=head.listed(target.norm(theirs_ND)))
+        teacher = Teacher(logits=target_logits(theirs_ND))
         return torch.stack([compare(head.listed(z), teacher) for z in z_ND], dim=1)
 
-    num_logits = len(head.shortlist) * len(drafters)
-    sums_C, count = sum_in_chunks(losses, *_supervised(drafters, batch), vocab_size=num_logits)
+    if settings.loss == "forward_kl" and (matrix := shared_matrix(head, theirs_ND.device)) is not None:
+        sums_C = sum_forward_kl(matrix, outputs, target_logits, theirs_ND)
+    else:
+        num_logits = len(head.shortlist) * len(drafters)
+        sums_C, _ = sum_in_chunks(losses, theirs_ND, *outputs, vocab_size=num_logits)
     metrics = {f"loss_{one.config.exit_layer}": (sums_C[at].detach(), count) for at, one in enumerate(drafters)}
     return sums_C.sum(), metrics if len(drafters) > 1 else {}
 

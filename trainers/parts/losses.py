@@ -5,7 +5,7 @@ tokens and one more outcome, "any other token". `student_logp_NC` and `teacher_l
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from draftsmith.parts.neural.shortlist import OUTSIDE, Shortlist
-from trainers.parts.fused.linear_cross_entropy import Matrix, SoftTargets, linear_cross_entropy
+from trainers.parts.fused.linear_cross_entropy import Matrix, SoftTargets, linear_cross_entropy, soft_targets
 
 MAX_LOGITS = 2**24
 """Number of logits computed at once, 64 MiB in float32."""
@@ -215,6 +215,26 @@ def sum_soft_losses(
         ]
     )
     return (losses_N * weights_N).sum(), losses_N.detach()
+
+
+def sum_forward_kl(
+    matrix: Matrix, features: Sequence[Tensor], target_logits: Callable[[Tensor], Tensor], hidden_ND: Tensor
+) -> Tensor:
+    """Returns sum_n KL(target | softmax of the logits) of each of `features` [N, D], computed block by block.
+
+    Logits of features are their product with `matrix`; `target_logits` computes the target's, of the same tokens, from
+    its hidden states, and they take no gradient. KL is the cross-entropy less the target's entropy.
+    """
+    vocab_size = len(matrix.weight_WD)
+    targets = soft_targets(map_in_chunks(target_logits, hidden_ND, vocab_size=vocab_size))
+
+    def entropies(logits_CW: Tensor, log_normaliser_C: Tensor) -> Tensor:
+        logp_CW = _upcast(logits_CW) - log_normaliser_C[:, None]
+        return -(logp_CW.exp() * logp_CW).sum(-1)
+
+    entropies_N = map_in_chunks(entropies, targets.logits_GW, targets.log_normaliser_G, vocab_size=vocab_size)
+    sums = [linear_cross_entropy(each_ND, matrix, targets)[0] for each_ND in features]
+    return torch.stack(sums) - entropies_N.sum()
 
 
 def sum_in_chunks(
