@@ -226,15 +226,23 @@ def sum_forward_kl(
     its hidden states, and they take no gradient. KL is the cross-entropy less the target's entropy.
     """
     vocab_size = len(matrix.weight_WD)
-    targets = soft_targets(map_in_chunks(target_logits, hidden_ND, vocab_size=vocab_size))
+    size = max(1, MAX_LOGITS // vocab_size)
+    if matrix.weight_WD.requires_grad:
+        size = max(1, len(hidden_ND))  # the gradient of a trained matrix is made once, not in each chunk
 
-    def entropies(logits_CW: Tensor, log_normaliser_C: Tensor) -> Tensor:
-        logp_CW = _upcast(logits_CW) - log_normaliser_C[:, None]
-        return -(logp_CW.exp() * logp_CW).sum(-1)
+    def sums(theirs_RD: Tensor, *chunks: Tensor) -> Tensor:
+        targets = soft_targets(map_in_chunks(target_logits, theirs_RD, vocab_size=vocab_size))
+        entropies_R = map_in_chunks(_entropy, targets.logits_GW, targets.log_normaliser_G, vocab_size=vocab_size)
+        cross_entropies = [linear_cross_entropy(chunk_RD, matrix, targets)[0] for chunk_RD in chunks]
+        return torch.stack(cross_entropies) - entropies_R.sum()
 
-    entropies_N = map_in_chunks(entropies, targets.logits_GW, targets.log_normaliser_G, vocab_size=vocab_size)
-    sums = [linear_cross_entropy(each_ND, matrix, targets)[0] for each_ND in features]
-    return torch.stack(sums) - entropies_N.sum()
+    split = zip(*(each.split(size) for each in (hidden_ND, *features)), strict=True)
+    return torch.stack([sums(*chunk) for chunk in split]).sum(0)
+
+
+def _entropy(logits_CW: Tensor, log_normaliser_C: Tensor) -> Tensor:
+    logp_CW = _upcast(logits_CW) - log_normaliser_C[:, None]
+    return -(logp_CW.exp() * logp_CW).sum(-1)
 
 
 def sum_in_chunks(

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainers.parts import losses
+from trainers.parts.fused.linear_cross_entropy import Matrix
 from trainers.parts.losses import (
     DIVERGENCES,
     Teacher,
@@ -220,3 +222,20 @@ def test_sum_in_chunks_of_no_positions_is_a_zero_with_gradient() -> None:
     assert count == 0 and total.item() == 0.0
     total.backward()
     assert head.weight.grad is not None and not head.weight.grad.any()
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_forward_kl_in_chunks_equals_the_whole(monkeypatch: pytest.MonkeyPatch, is_trained: bool) -> None:
+    torch.manual_seed(0)
+    theirs_ND, *given = (torch.randn(7, 5, dtype=torch.float64) for _ in range(3))
+    weight_WD = torch.randn(11, 5, dtype=torch.float64, requires_grad=is_trained)
+    head = torch.randn(11, 5, dtype=torch.float64)
+    features = [one.requires_grad_() for one in given]
+    monkeypatch.setattr(losses, "MAX_LOGITS", 33)
+    sums = losses.sum_forward_kl(Matrix(weight_WD=weight_WD), features, lambda hidden: hidden @ head.T, theirs_ND)
+    teacher_NW = (theirs_ND @ head.T).log_softmax(-1)
+    slow = torch.stack([forward_kl((one @ weight_WD.T).log_softmax(-1), teacher_NW).sum() for one in features])
+    torch.testing.assert_close(sums, slow)
+    learnt = [*features, weight_WD] if is_trained else features
+    expected = torch.autograd.grad(slow.sum(), learnt)
+    torch.testing.assert_close(torch.autograd.grad(sums.sum(), learnt), expected)
