@@ -80,8 +80,9 @@ def test_trial_fails_without_padding() -> None:
     target = invariant_target("llama", torch.float32)
     shapes = shapes_for(target, 1)
     trial = Trial(target, 1, num_blocks=1)
-    for field in ("fewest_nodes", "query_multiple"):
-        assert getattr(shapes, field) > 1, "nothing to leave out on this machine"
+    padded = [field for field in ("fewest_nodes", "query_multiple") if getattr(shapes, field) > 1]
+    assert padded, "nothing to leave out on this machine"
+    for field in padded:
         assert trial.most_equal(replace(shapes, **{field: 1})) < shapes.most_nodes, field
 
 

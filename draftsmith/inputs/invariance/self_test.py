@@ -17,6 +17,7 @@ from draftsmith.core.fixed_shapes.forwards import MOST_LOGITS, Shapes
 from draftsmith.core.target import Target
 from draftsmith.core.tree import chain
 from draftsmith.inputs.invariance.cancelling import equal_row_counts
+from draftsmith.inputs.invariance.elementwise import equal_row_multiple
 
 QUERY_MULTIPLES = (1, 4, 8, 16, 32)
 NODE_MULTIPLES = (1, 2, 4, 8, 16, 32)
@@ -71,14 +72,16 @@ def shapes_for(target: Target, batch_size: int) -> Shapes:
 def find_shapes(target: Target) -> Shapes:
     """Returns the smallest shapes in which a row's tokens get the same bits alone, in drafts and in prompts.
 
-    Each matrix of the model is tried alone, attention on the target's first blocks, and the whole target in the end.
-    Raises ValueError if there are none.
+    Each matrix and activation function of the model is tried alone, attention on the target's first blocks, and the
+    whole target in the end. Raises ValueError if there are none.
     """
     if (counts := equal_row_counts(target.model)) is None:
         raise ValueError(_refusal(target, 1))
-    rows = Shapes(fewest_nodes=counts[0], most_nodes=counts[1], slot_multiple=SLOT_MULTIPLE)
     num_blocks, only_alone = _num_blocks_of_all_kinds(target), None
     trial = Trial(target, 1, num_blocks=num_blocks)
+    if (multiple := equal_row_multiple(target.model, lambda: trial.run(Shapes(), 0, 1), counts[1])) is None:
+        raise ValueError(_refusal(target, 1))
+    rows = Shapes(fewest_nodes=counts[0], most_nodes=counts[1], node_multiple=multiple, slot_multiple=SLOT_MULTIPLE)
     for shapes in _candidates(trial, rows, target.pads_queries):
         if is_equal_in_batch(target, shapes, 1, target.num_layers) and has_equal_logits(target, shapes, 1):
             if is_equal_in_batch(target, shapes, BATCH_SIZES[1], num_blocks):
@@ -95,7 +98,8 @@ def _candidates(trial: "Trial", rows: Shapes, pads_queries: bool) -> Iterator[Sh
     Padded queries come first: they cost less than whole nodes.
     """
     queries = [replace(rows, query_multiple=multiple) for multiple in QUERY_MULTIPLES] if pads_queries else [rows]
-    nodes = [replace(queries[-1], node_multiple=multiple) for multiple in NODE_MULTIPLES[1:]]
+    multiples = [multiple for multiple in NODE_MULTIPLES if multiple > rows.node_multiple]
+    nodes = [replace(queries[-1], node_multiple=multiple) for multiple in multiples]
     narrow = []
     for shapes in [*queries, *nodes]:
         most = trial.most_equal(shapes)
