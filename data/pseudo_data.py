@@ -145,7 +145,7 @@ def write_pseudo_data(
                     write_atomically(folder / names[index], functools.partial(pyarrow.parquet.write_table, table))
                     progress.end_shard()
 
-            num_threads = min(writer.num_shards_at_once, len(names))
+            num_threads = min(_num_shards_at_once(writer, prompts), len(names))
             if num_threads == 1:
                 write(share)
             else:
@@ -153,6 +153,12 @@ def write_pseudo_data(
         progress.left_out.report(str(folder), num_planned)
         if store is not None and share.writes:
             store.finish([pyarrow.parquet.read_metadata(folder / name).num_rows for name in names], folder)
+
+
+def _num_shards_at_once(writer: Writer, prompts: Sequence[Prompt]) -> int:
+    """Returns how many shards are written at once: of conversations more, as each waits at every turn's end."""
+    most_turns = max(num_turns([prompt]) for prompt in prompts)
+    return writer.num_shards_at_once * (most_turns if writer.num_shards_at_once > 1 else 1)
 
 
 def _manifest(

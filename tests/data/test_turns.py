@@ -1,6 +1,8 @@
 """Conversations answered turn by turn: the target's own answers are the history of later turns."""
 
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from data.prompts import Prompt, load_prompts
 from data.pseudo_data import read_pseudo_data, write_pseudo_data
 from data.sources.conversation import split_turns
 from data.turns import TurnsLeftOut, expand_turns, next_prompt
-from data.writers import PseudoDataSettings
+from data.writers import Completion, LocalWriter, PseudoDataSettings
 from draftsmith import Target
 from tests.support.models import tiny_model
 from tests.support.text import CHAT_TEMPLATE, CONTEXT, EOS_ID, VOCAB_SIZE, trained_tokenizer
@@ -208,3 +210,29 @@ def test_only_the_first_turn_is_read_without_a_chat_template_and_from_cut_prompt
     cut = conversations(tmp_path, 3, max_prompt_tokens=9, long_prompts="cut")
     assert all(prompt.conversation is None and len(prompt.ids) == 9 for prompt in cut)
     assert "the first turn of 2 conversations is cut; their later turns are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("num_turns", "num_shards_at_once", "expected"), [(1, 2, 2), (3, 2, 6), (3, 1, 1)])
+def test_more_shards_of_conversations_are_written_at_once(
+    num_turns: int, num_shards_at_once: int, expected: int, target: Target, tmp_path: Path
+) -> None:
+    """A shard whose turn ends waits for its longest answer, in which others keep a server busy."""
+
+    class WaitingWriter(LocalWriter):
+        def __init__(self) -> None:
+            super().__init__(target)
+            self.num_shards_at_once, self.threads = num_shards_at_once, set[int]()
+            self.all_have_come, self.alone = threading.Barrier(expected), threading.Lock()
+
+        def write(self, shard: Any, settings: PseudoDataSettings) -> Iterator[list[Completion]]:
+            if threading.get_ident() not in self.threads:
+                self.threads.add(threading.get_ident())
+                self.all_have_come.wait(timeout=30)  # fails if fewer shards are written at once
+            with self.alone:
+                yield from list(super().write(shard, settings))
+
+    rows = [{"turns": [f"What is {row}?", "Why?", "Shorter."][:num_turns]} for row in range(8)]
+    writer = WaitingWriter()
+    settings = PseudoDataSettings(max_new_tokens=4, batch_size=1, shard_batches=1)
+    write_pseudo_data(writer, load(tmp_path / "rows.jsonl", *rows), tmp_path / "out", settings)
+    assert len(writer.threads) == expected and len(rows_of(tmp_path / "out")) == 8 * num_turns
