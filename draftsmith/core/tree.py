@@ -115,6 +115,8 @@ class Draft:
     resume_point: ResumePoint | None = None
     """The partial forward to resume from, if the drafter ran the target's first blocks over these nodes."""
 
+    confidences: list[list[float]] | None = None
+    """How sure the drafter is, from 0 to 1, of each row's nodes after node 0, given their parents; None if unknown."""
     kept_of_BN: Tensor | None = None
     """The tokens of the draft that its nodes are some of; None if it was proposed so."""
 

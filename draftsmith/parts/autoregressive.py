@@ -8,6 +8,7 @@ Shape suffixes: B rows, N nodes, M new nodes, F nodes that get children, C child
 the draft vocabulary.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
@@ -99,6 +100,7 @@ def draft_chain(model: Model, session: Session, num_draft: int, vocabulary: Draf
     device, sampling = session.target.device, session.sampling
     tokens_BN, probs = session.pending()[:, None], []
     num_nodes, is_drafting = [1] * len(session.rows), [True] * len(session.rows)
+    found: list[list[float]] = [[] for _ in session.rows]
     while tokens_BN.shape[1] <= num_draft and any(is_drafting):
         length = tokens_BN.shape[1]
         logits_BW = model(tokens_BN, chain(length, device), length - 1)[:, -1]
@@ -114,6 +116,7 @@ def draft_chain(model: Model, session: Session, num_draft: int, vocabulary: Draf
         tokens_BN = torch.cat([tokens_BN, token_B[:, None]], dim=1)
         for row, is_row_drafting in enumerate(is_drafting):
             num_nodes[row] += is_row_drafting
+            found[row].append(confidences[row])
             is_drafting[row] = is_row_drafting and session.should_continue(row, confidences[row])
     return Draft(
         tokens_BN=tokens_BN,
@@ -121,6 +124,7 @@ def draft_chain(model: Model, session: Session, num_draft: int, vocabulary: Draf
         num_nodes=num_nodes if min(num_nodes) < tokens_BN.shape[1] else None,
         draft_probs_BNV=torch.stack(probs, dim=1) if probs else None,
         sampling_scheme="independent" if probs else "deterministic",
+        confidences=found,
     )
 
 
@@ -182,6 +186,7 @@ def draft_static_tree(
     is_drawn = sampling_scheme != "deterministic" and not sampling.is_greedy
     tokens_BN = session.pending()[:, None]
     probs: list[Tensor] = []
+    confidences_BN: list[Tensor] = []
     for level in range(min(depth, len(plan) - 1)):
         tree, by_count = plan[level]
         first = int((tree.depths_RN[0] < level).sum())
@@ -189,6 +194,7 @@ def draft_static_tree(
         if is_drawn:
             probs.append(sampling.probs(_spread(logits_BMW, vocabulary)))
         children: dict[int, Tensor] = {}
+        of_children: dict[int, Tensor] = {}
         for count, nodes in by_count.items():
             new = [node - first for node in nodes]
             if is_drawn:
@@ -199,8 +205,12 @@ def draft_static_tree(
                 else:
                     drawn_BFC = draw_siblings(probs_BFV, count, sampling_scheme, session.generator)
             else:
-                drawn_BFC = top(logits_BMW[:, new], count, vocabulary)[1]
+                logits_BFW = logits_BMW[:, new]
+                best_BFC, drawn_BFC = top(logits_BFW, count, vocabulary)
+                probs_BFC = (best_BFC.float() - logits_BFW.float().logsumexp(-1, keepdim=True)).exp()
+                of_children |= dict(zip(nodes, probs_BFC.unbind(1), strict=True))
             children |= dict(zip(nodes, drawn_BFC.unbind(1), strict=True))
+        confidences_BN += [of_children[node] for node in sorted(of_children)]
         tokens_BN = torch.cat([tokens_BN, *(children[node] for node in sorted(children))], dim=1)
     tree = plan[min(depth, len(plan) - 1)][0]
     return Draft(
@@ -208,6 +218,7 @@ def draft_static_tree(
         tree=tree,
         draft_probs_BNV=torch.cat(probs, dim=1) if probs else None,
         sampling_scheme=sampling_scheme if probs else "deterministic",
+        confidences=torch.cat(confidences_BN, dim=1).tolist() if confidences_BN else None,
     )
 
 
@@ -273,7 +284,12 @@ def draft_dynamic_tree(
             fed[row] += sorted(best_new)
     kept = [sorted(sorted(range(len(one)), key=lambda node: (-one[node], node))[: num_nodes + 1]) for one in scores]
     number = [{node: at for at, node in enumerate(nodes)} for nodes in kept]
+    confidences = [
+        [math.exp(scores[row][node] - scores[row][parents[row][node]]) for node in kept[row][1:]]
+        for row in range(num_rows)
+    ]
     return Draft(
+        confidences=confidences,
         tokens_BN=torch.tensor([[tokens[row][node] for node in kept[row]] for row in range(num_rows)], device=device),
         tree=Tree.from_parents(
             [[number[row].get(parents[row][node], -1) for node in kept[row]] for row in range(num_rows)], device

@@ -9,6 +9,7 @@ the draft vocabulary.
 """
 
 import heapq
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -113,6 +114,7 @@ def draft_chain(
         num_nodes=num_nodes if min(num_nodes) < longest else None,
         draft_probs_BNV=None if probs_BKV is None else probs_BKV[:, : longest - 1],
         sampling_scheme="deterministic" if probs_BKV is None else "independent",
+        confidences=confidences_BK,
     )
 
 
@@ -127,12 +129,17 @@ def draft_tree(
     device = session.target.device
     count = min(num_nodes, logits_BKW.shape[-1])
     log_BKR, token_BKR = autoregressive.top(logits_BKW.float().log_softmax(-1), count, vocabulary)
-    tokens, parents = [], []
+    tokens, parents, confidences = [], [], []
     for row, logs, ids in zip(session.rows, log_BKR.tolist(), token_BKR.tolist(), strict=True):
         nodes = best_paths(logs, num_nodes)
+        confidences.append([math.exp(logs[depth][rank]) for _, depth, rank in nodes])
         tokens.append([row[-1]] + [ids[depth][rank] for _, depth, rank in nodes])
         parents.append([-1] + [parent for parent, _, _ in nodes])
-    return Draft(tokens_BN=torch.tensor(tokens, device=device), tree=Tree.from_parents(parents, device))
+    return Draft(
+        tokens_BN=torch.tensor(tokens, device=device),
+        tree=Tree.from_parents(parents, device),
+        confidences=confidences,
+    )
 
 
 def best_paths(log_probs: list[list[float]], num_nodes: int) -> list[tuple[int, int, int]]:

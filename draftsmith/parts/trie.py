@@ -91,7 +91,7 @@ def sort_by_level(tree: TokenTree) -> TokenTree:
 def to_draft(session: Session, rows: Sequence[TokenTree]) -> Draft:
     """Returns the deterministic draft of each row's tree, level by level, or a chain if no tree branches.
 
-    Shorter rows are padded with siblings of their last node.
+    Shorter rows are padded with siblings of their last node. A node's confidence is its share of its parent's weight.
     """
     device = session.target.device
     is_chain = all(tree.parents == list(range(len(tree.parents))) for tree in rows)
@@ -111,4 +111,14 @@ def to_draft(session: Session, rows: Sequence[TokenTree]) -> Draft:
         tokens_BN=torch.tensor(tokens, device=device),
         tree=draft_tree,
         num_nodes=num_nodes if min(num_nodes) < most else None,
+        confidences=[_confidences(tree) for tree in rows],
     )
+
+
+def _confidences(tree: TokenTree) -> list[float]:
+    """Returns each node's share of its parent's weight; that of node 0 counts as 1."""
+    weights = [1.0, *tree.weights]
+    return [
+        min(weight / weights[parent], 1.0) if weights[parent] else 0.0
+        for parent, weight in zip(tree.parents, tree.weights, strict=True)
+    ]

@@ -14,7 +14,7 @@ from draftsmith.artifacts.families import find, names
 from draftsmith.core.drafter import Session
 from draftsmith.core.sampling import Sampling
 from draftsmith.core.tree import Draft, Tree
-from draftsmith.drafters import hydra, kangaroo, lm, lookup, medusa, merge
+from draftsmith.drafters import hydra, kangaroo, lm, lookup, medusa, merge, suffix
 from draftsmith.drafters.merge import Config, Drafter, PartTree, estimate_accuracies
 from draftsmith.parts.composites import Part
 from draftsmith.parts.trie import build_trie
@@ -46,7 +46,7 @@ def merged_paths(
 ) -> dict[tuple[int, ...], float]:
     """Returns the kept paths and their probabilities; a tree is (token, parent) of each node, with one accuracy."""
     drafter = Drafter(Config(parts=EXAMPLE.parts, **settings), TARGET)
-    tables = [[[accuracy] * Drafter.NUM_RANKS] * Drafter.NUM_DEPTHS for accuracy in accuracies]
+    tables = [[[[accuracy]] * merge.NUM_RANKS] * merge.NUM_DEPTHS for accuracy in accuracies]
     tree = drafter._merge([PartTree(*zip(*tree, strict=True)) for tree in trees], tables)  # type: ignore[arg-type]
     paths: list[tuple[int, ...]] = [()]
     for token, parent in zip(tree.tokens, tree.parents, strict=True):
@@ -90,19 +90,54 @@ def test_merge_keeps_the_likeliest_nodes_of_random_trees() -> None:
 
 
 def test_count_correct_evaluates_nodes_up_to_the_end_of_the_text() -> None:
-    counts_DR2 = np.zeros((Drafter.NUM_DEPTHS, Drafter.NUM_RANKS, 2), dtype=np.int64)
+    counts_DRC2 = np.zeros((merge.NUM_DEPTHS, merge.NUM_RANKS, 1 + merge.NUM_LEVELS, 2), dtype=np.int64)
     tree = [(7, 0), (5, 0), (6, 1), (9, 1), (4, 2), (3, 4), (2, 6)]
-    PartTree(*zip(*tree, strict=True)).count_correct([7, 9, 3], counts_DR2)  # type: ignore[arg-type]
-    found = {(d, r): tuple(counts_DR2[d, r]) for d, r in zip(*counts_DR2[..., 1].nonzero(), strict=True)}
+    PartTree(*zip(*tree, strict=True)).count_correct([7, 9, 3], counts_DRC2)  # type: ignore[arg-type]
+    found = {(d, r): tuple(counts_DRC2[d, r, c]) for d, r, c in zip(*counts_DRC2[..., 1].nonzero(), strict=True)}
     # Token 2 is deeper than the text, and token 4 follows the wrong token 5.
     assert found == {(0, 0): (1, 1), (0, 1): (0, 1), (1, 0): (0, 1), (1, 1): (1, 1), (2, 0): (1, 1)}
 
 
+def test_nodes_are_counted_by_their_confidence() -> None:
+    counts_DRC2 = np.zeros((merge.NUM_DEPTHS, merge.NUM_RANKS, 1 + merge.NUM_LEVELS, 2), dtype=np.int64)
+    PartTree([7, 8], [0, 0], [1.0, 0.3]).count_correct([7, 9], counts_DRC2)
+    # The square roots are 1 and 0.55, so that the nodes are of the last level and of the fifth.
+    assert tuple(counts_DRC2[0, 0, 8]) == (1, 1) and tuple(counts_DRC2[0, 1, 5]) == (0, 1)
+    assert counts_DRC2[..., 1].sum() == 2
+    accuracies = np.zeros((merge.NUM_DEPTHS, merge.NUM_RANKS, 1 + merge.NUM_LEVELS))
+    accuracies[0, 0, 8], accuracies[0, 1, 5] = 0.75, 0.125
+    tree = PartTree([7, 8], [0, 0], [1.0, 0.3])
+    assert list(tree.path_probabilities(accuracies.tolist())) == [((7,), 0.75), ((8,), 0.125)]
+
+
 def test_estimated_accuracies_start_at_the_prior_and_follow_the_counts() -> None:
-    counts_PDR2 = np.zeros((1, 2, 3, 2), dtype=np.int64)
-    assert estimate_accuracies(counts_PDR2)[0, 0].tolist() == [0.5, 0.25, 0.125]
-    counts_PDR2[0, 1, 0] = (90, 100)
-    assert estimate_accuracies(counts_PDR2)[0, 1, 0] == pytest.approx((90 + 4) / 108)
+    counts_PDRC2 = np.zeros((1, 2, 3, 9, 2), dtype=np.int64)
+    assert estimate_accuracies(counts_PDRC2)[0, 0, :, 0].tolist() == [0.5, 0.25, 0.125]
+    assert estimate_accuracies(counts_PDRC2)[0, 1, 2, 1:].tolist() == [(k / 16) ** 2 for k in range(1, 17, 2)]
+    counts_PDRC2[0, 1, 0, 0] = (90, 100)
+    assert estimate_accuracies(counts_PDRC2)[0, 1, 0, 0] == pytest.approx((90 + 4) / 108)
+    # Another cell of the same confidence begins with the share of all of its level.
+    counts_PDRC2[0, 1, 0, 8] = (90, 100)
+    of_level = (90 + 8 * (15 / 16) ** 2) / 108
+    assert estimate_accuracies(counts_PDRC2)[0, 0, 1, 8] == pytest.approx(of_level)
+    assert estimate_accuracies(counts_PDRC2)[0, 1, 0, 8] == pytest.approx((90 + 8 * of_level) / 108)
+
+
+def test_confidences_are_those_of_the_drafters() -> None:
+    """Of every kind of draft: a chain, a static tree, a dynamic tree, heads' trees and looked-up text."""
+    ids = torch.tensor(prompts(1))
+    families = [
+        (lm, lm.Config(model=SMALL, num_draft=3, length="fixed")),
+        (lm, lm.Config(model=SMALL, tree=((0,), (1,), (0, 0), (0, 1)), siblings="deterministic")),
+        (hydra, hydra.Config(tree=(), width=2, num_nodes=5)),
+        (medusa, HEADS),
+        (lookup, lookup.Config()),
+        (suffix, suffix.Config()),
+    ]
+    for family, config in families:
+        watched = Watched(built(family, config, TARGET))
+        draftsmith.generate(TARGET, ids, watched, max_new_tokens=NUM_NEW)
+        assert watched.num_drafted > 0 and watched.has_confidences, family
 
 
 def test_call_starts_from_the_counts_that_were_kept() -> None:
@@ -114,14 +149,14 @@ def test_call_starts_from_the_counts_that_were_kept() -> None:
     ids, mask = padded(prompts(5))
     given: Any = {"attention_mask": mask, "max_new_tokens": NUM_NEW}
     first = draftsmith.generate(TARGET, ids, Watched(drafter), **given)
-    assert texts(first) == expected and not drafter.counts_PDR2.any()
+    assert texts(first) == expected and not drafter.counts_PDRC2.any()
     drafts = [part.drafter.drafts for part in drafter.parts]  # type: ignore[attr-defined]
     again = draftsmith.generate(TARGET, ids, Watched(drafter), **given)
     assert (
         again.stats.steps == first.stats.steps and drafts[0][: len(drafts[0]) // 2] == drafts[0][len(drafts[0]) // 2 :]
     )
     drafter.keep()
-    correct, evaluated = drafter.counts_PDR2[:, 0, 0].T
+    correct, evaluated = drafter.counts_PDRC2[:, 0, 0].sum(1).T
     assert correct[0] == evaluated[0] > 0 and correct[1] == 0 < evaluated[1]
     drafter.config = dataclasses.replace(drafter.config, num_nodes=4)
     best = draftsmith.generate(TARGET, ids, Watched(drafter), **given)
@@ -134,17 +169,17 @@ def test_counts_are_saved_and_invalid_ones_rejected(tmp_path: Path) -> None:
     draftsmith.generate(TARGET, torch.tensor(prompts(1)), drafter, max_new_tokens=NUM_NEW)
     drafter.keep()
     draftsmith.save(drafter, tmp_path / "whole", TARGET)
-    assert np.array_equal(draftsmith.load(tmp_path / "whole", TARGET).counts_PDR2, drafter.counts_PDR2)
+    assert np.array_equal(draftsmith.load(tmp_path / "whole", TARGET).counts_PDRC2, drafter.counts_PDRC2)
     file = tmp_path / "whole" / "counts.npy"
     whole = file.read_bytes()
     for content in (whole[: len(whole) // 2], b"", None):
         file.unlink() if content is None else file.write_bytes(content)
         with pytest.raises(ValueError, match="counts.npy is missing( or truncated)?"):
             draftsmith.load(tmp_path / "whole", TARGET)
-    np.save(file, drafter.counts_PDR2[:1])
-    with pytest.raises(ValueError, match=r"counts.npy holds int64 \[1, 16, 16, 2\], expected int64 \[2, 16, 16, 2\]"):
+    np.save(file, drafter.counts_PDRC2[:1])
+    with pytest.raises(ValueError, match=r"counts.npy holds int64 \[1, 8, 4, 9, 2\], expected int64 \[2, 8, 4, 9, 2\]"):
         draftsmith.load(tmp_path / "whole", TARGET)
-    np.save(file, drafter.counts_PDR2 - 1)
+    np.save(file, drafter.counts_PDRC2 - 1)
     with pytest.raises(ValueError, match="counts.npy counts more correct nodes than evaluated ones"):
         draftsmith.load(tmp_path / "whole", TARGET)
 
@@ -205,5 +240,5 @@ def test_row_without_drafts_gets_a_plain_step() -> None:
 def test_part_trees_leave_out_padding() -> None:
     tree = Tree.from_parents([[-1, 0, 0, 1], [-1, 0, 1, 1]])
     draft = Draft(tokens_BN=torch.tensor([[9, 1, 2, 0], [9, 3, 4, 5]]), tree=tree, num_nodes=[3, 4])
-    found = [[path for path, _ in one.path_probabilities([[1.0] * 16] * 16)] for one in merge.part_trees(draft)]
+    found = [[path for path, _ in one.path_probabilities([[[1.0] * 9] * 4] * 8)] for one in merge.part_trees(draft)]
     assert found == [[(1,), (2,)], [(3,), (3, 4), (3, 5)]]

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import draftsmith
+from data.batches import Batch, Example
 from draftsmith import Target
 from draftsmith.drafters import lm, lookup, medusa
 from draftsmith.loading.model_info import read_target_info
@@ -96,6 +99,28 @@ def test_composing_is_reproducible_also_after_a_kill(folder: Path, monkeypatch: 
     for name in names - {"draft_config.json", "run.json", "README.md", "log.jsonl"}:
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     assert json.loads((whole / "drafters" / "1" / "draft_config.json").read_text())["train_s"] == 100.0
+
+
+def test_accuracy_is_measured_on_rows_that_the_parts_were_not_trained_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, fitted, evaluate, fit = list[str](), list[str](), merge.evaluate, merge.fit
+
+    def spy(drafter: Any, batch: Batch, *others: Any) -> Any:
+        measured.extend(batch.keys)
+        return evaluate(drafter, batch, *others)
+
+    def spy_fit(settings: Any, target: Target, rows: Sequence[Example], *others: Any) -> Any:
+        fitted.extend(row.key for row in rows)
+        return fit(settings, target, rows, *others)
+
+    monkeypatch.setattr(merge, "evaluate", spy)
+    monkeypatch.setattr(merge, "fit", spy_fit)
+    settings = trainer_settings(merge, parts=paths_of(folder, merge), num_texts=1)
+    output = train(merge, settings, run_settings(folder, "measured"))
+    assert measured and not set(measured) & set(fitted)
+    counts = np.load(output / "counts.npy")
+    assert counts[..., 1].sum((1, 2, 3)).all(), "nodes of both parts were evaluated"
 
 
 def test_parts_that_do_not_fit_raise_before_the_target_loads(folder: Path, tmp_path: Path) -> None:

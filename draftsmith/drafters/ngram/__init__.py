@@ -20,7 +20,7 @@ from draftsmith.drafters.ngram.kneser_ney import KneserNey
 from draftsmith.length import policies
 from draftsmith.parts.checks import MAX_NODES, check_at_least, check_below_one
 from draftsmith.parts.retrieval import source_tokens
-from draftsmith.parts.trie import build_trie, to_draft
+from draftsmith.parts.trie import TokenTree, build_trie, to_draft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +83,22 @@ class Drafter(drafter.Drafter):
             cache.extend(row)
         if self.config.sampled and not self._session.sampling.is_greedy:
             return self._sampled_chains(num_draft)
-        return self._chains([self._likeliest(row, num_draft) for row in range(len(self._caches))])
+        return to_draft(self._session, [self._likeliest(row, num_draft) for row in range(len(self._caches))])
 
     def observe(self, step: Step) -> None:
         """Does nothing: the next `propose` reads the new tokens."""
 
-    def _likeliest(self, row: int, num_draft: int) -> list[int]:
-        """Returns the chain of the likeliest tokens."""
-        drafted: list[int] = []
-        while len(drafted) < num_draft:
-            token, probability = self._best(row, self._recent(row, drafted))
-            drafted.append(token)
+    def _likeliest(self, row: int, num_draft: int) -> TokenTree:
+        """Returns the chain of the likeliest tokens, weighted by their probability."""
+        found = TokenTree()
+        while len(found.tokens) < num_draft:
+            token, probability = self._best(row, self._recent(row, found.tokens))
+            found.parents.append(len(found.tokens))
+            found.weights.append(probability * (found.weights[-1] if found.weights else 1.0))
+            found.tokens.append(token)
             if not self._session.should_continue(row, probability):
                 break
-        return drafted
+        return found
 
     def _best(self, row: int, recent: list[int]) -> tuple[int, float]:
         """Returns the likeliest token and its probability, or a lower bound of it that proves it the likeliest.
@@ -156,7 +158,7 @@ class Drafter(drafter.Drafter):
             ]
             if not running:
                 break
-        draft = self._chains(chains)
+        draft = to_draft(self._session, [build_trie([(tokens, 1.0)]) for tokens in chains])
         for own in probs:
             own += [own[-1]] * (draft.tree.depth - len(own))
         probs_BNV = torch.stack([torch.stack(own) for own in probs]).to(self.target.device)
@@ -165,9 +167,6 @@ class Drafter(drafter.Drafter):
     def _recent(self, row: int, drafted: list[int]) -> list[int]:
         """Returns the last tokens, as many as the longest context has or more."""
         return [*self._session.rows[row][-self.config.order :], *drafted]
-
-    def _chains(self, chains: list[list[int]]) -> Draft:
-        return to_draft(self._session, [build_trie([(tokens, 1.0)]) for tokens in chains])
 
 
 class _TextCache:

@@ -25,6 +25,8 @@ from draftsmith.parts.suffix_array import SuffixArray, empty, read_shards, token
 from draftsmith.parts.trie import TokenTree, build_trie, heaviest_nodes, heaviest_path, to_draft
 
 RECENT = "recent.npy"
+HALF_SURE = 4
+"""Tokens of a match, drafted ones included, behind which a token that always followed is half as sure as can be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +172,8 @@ class Drafter(drafter.Drafter):
         kept = heaviest_nodes(tree, num_likely)
         is_tree = config.branches and self.target.takes_trees
         kept = heaviest_nodes(kept, num_nodes) if is_tree else heaviest_path(kept)
-        return _Candidate(score=sum(kept.weights) / len(read), length=length, tree=kept)
+        score = sum(kept.weights) / len(read)
+        return _Candidate(score=score, length=length, tree=_with_confidences(kept, length, len(read)))
 
     def _keep_last_call(self) -> None:
         """Adds each row of the last call, with as much of its prompt as a match can cover, to the recent texts."""
@@ -211,3 +214,18 @@ class Drafter(drafter.Drafter):
                 f"{folder / RECENT} is no text of a vocabulary of {target.vocab_size}; the artifact must be made again"
             )
         return cls(config, target, shards, recent_S.tolist())
+
+
+def _with_confidences(tree: TokenTree, length: int, count: int) -> TokenTree:
+    """Returns a tree weighted by counts, of a match of `length` tokens at `count` places, weighted by confidence.
+
+    That of a node is its parent's times c / p * m / (m + `HALF_SURE`), with c its count, p its parent's, and m the
+    tokens that match before it.
+    """
+    depths, weights = [0], [1.0]
+    for parent, weight in zip(tree.parents, tree.weights, strict=True):
+        matched = length + depths[parent]
+        share = weight / (tree.weights[parent - 1] if parent else count)
+        depths.append(depths[parent] + 1)
+        weights.append(weights[parent] * share * matched / (matched + HALF_SURE))
+    return TokenTree(tokens=tree.tokens, parents=tree.parents, weights=weights[1:])
