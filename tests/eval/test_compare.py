@@ -516,7 +516,9 @@ def test_names_of_artifacts_are_unique(tmp_path: Path) -> None:
         contenders._names([tmp_path / "heads", tmp_path / "heads"])
 
 
-@pytest.mark.parametrize("is_own", [True, False], ids=["model", "json"])
+@pytest.mark.parametrize(
+    "is_own", [pytest.param(True, id="model"), pytest.param(False, id="json", marks=pytest.mark.slow)]
+)
 def test_compare_under_a_generation_config_is_identical(tmp_path: Path, is_own: bool) -> None:
     """Plain decoding, transformers and drafters decode under the same processors, also where text differs by them."""
     settings = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}

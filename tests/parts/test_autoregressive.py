@@ -60,7 +60,10 @@ def test_greedy_output_is_transformers_own(architecture: str, shape: str) -> Non
         assert watched.num_drafted > 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.7, "temperature": 0.8}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 3}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({}, {"top_p": 0.7, "temperature": 0.8}))],
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sampled_text_follows_the_target_distribution(shape: str, settings: dict[str, Any]) -> None:
     """With top-k 3 a distribution has fewer tokens than a level of the tree has nodes."""

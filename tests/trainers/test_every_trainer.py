@@ -57,12 +57,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 run_settings = partial(runs.run_settings, **SMALL)
 
 
+EVERY_DAY = ("medusa", "eagle3", "dflash", "lstm")
+"""Trainers of the default suite: heads, a recurrent chain on hidden states, a parallel block, a small model."""
+EVERY_TRAINER = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in EVERY_DAY)) for name in trainers_with_loss()
+]
+
+
 def losses(output: Path) -> list[float]:
     """Returns the loss of every step."""
     return [line["loss"] for line in logged(output, "loss") if "loss" in line]
 
 
-@pytest.mark.parametrize("name", trainers_with_loss())
+@pytest.mark.parametrize("name", EVERY_TRAINER)
 def test_an_interrupted_run_ends_as_an_unbroken_one(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped while writing its second checkpoint, it has the same losses and weights to the bit."""
     module, settings = trainer_and_settings(name)
@@ -87,7 +94,7 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(folder: Path, name: str, mon
         assert torch.equal(weights(Path(broken.output))[tensor_name], weight), tensor_name
 
 
-@pytest.mark.parametrize("name", trainers_with_loss())
+@pytest.mark.parametrize("name", EVERY_TRAINER)
 def test_the_teacher_store_gives_the_live_targets_losses(folder: Path, name: str) -> None:
     """Hidden states are stored in bf16, with 8 significant bits, so that losses agree to 3 %."""
     module, settings = trainer_and_settings(name)

@@ -33,7 +33,7 @@ def batch(num_rows: int = 3) -> Batch:
     return complete(masked_batch(num_rows), TARGET)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_family(tmp_path: Path, rank: int) -> None:
     config = early_exit.Config(exit_layer=1, own_norm=False, tunes=True, rank=rank)
     settings = trainer_settings(layer_dropout, exit_layer=1, curriculum="all", max_dropout=0.0, rank=rank)

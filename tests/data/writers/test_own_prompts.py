@@ -181,6 +181,7 @@ def test_texts_end_where_the_template_ends_the_users_turn(tmp_path, template, en
         assert not any("e" in text for text in texts_of(output))
 
 
+@pytest.mark.slow
 def test_a_run_continued_after_sigkill_equals_an_uninterrupted_one(tmp_path, capsys):
     target, (interrupted, whole) = make_target(tmp_path / "target"), (tmp_path / "interrupted", tmp_path / "whole")
     flags = ["--num-prompts", "24", "--batch-size", "4", "--shard-batches", "1", "--max-new-tokens", "100"]
