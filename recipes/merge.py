@@ -4,9 +4,8 @@
     ./launch.sh merge --parts runs/medusa runs/lookup --num-nodes 4 --least-chance 0.1
     ./launch.sh merge --target T --data runs/mine --parts runs/a runs/b --num-texts 200
 
-Nothing is trained; the acceptance rates of the parts' tokens are estimated by decoding `--num-texts` rows. At
-temperatures above 0 the parts must draft deterministically, as heads, a draft LM with `--width` and hydra with
-`--siblings deterministic` do.
+Nothing is trained; the acceptance rates of the parts' tokens are estimated, by their confidence, by decoding at least
+`--num-texts` held-out rows. Parts draft their likeliest tokens at every temperature.
 
 Shared CPU core, pocket target, tokens per round on 8 greedy texts (at temperature 1): Medusa 1.66 (1.17), tri-grams
 2.96 (1.26), merged with 64 nodes 3.07 (1.37), with 16 2.80 (1.28). Lookup 2.27, merged with Medusa 2.99 with 8 nodes.

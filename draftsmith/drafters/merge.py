@@ -9,6 +9,7 @@ the greatest expected number of accepted tokens, which is the sum of their proba
 Shape suffixes: P parts, D depths, R ranks among siblings, C levels of confidence.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from draftsmith.core import drafter
 from draftsmith.core.drafter import Session, Step
+from draftsmith.core.sampling import Sampling
 from draftsmith.core.target import Target
 from draftsmith.core.tree import Draft
 from draftsmith.parts.checks import MAX_NODES, check_at_least, check_below_one
@@ -50,7 +52,7 @@ class Config:
     """Settings of the merged tree."""
 
     parts: PartConfigs
-    """Each part's family and configuration; its drafts must be deterministic."""
+    """Each part's family and configuration; they draft as at temperature 0."""
     num_nodes: int = 16
     """Maximum number of nodes of the merged tree."""
     least_chance: float = 0.0
@@ -121,10 +123,11 @@ class Drafter(drafter.Drafter):
         self._counts_PDRC2 = self.counts_PDRC2.copy()
         self._trees: list[list[PartTree]] = []
         for part in self.parts:
-            part.start(session)
+            part.start(_greedy(session))
 
     def change_rows(self, origins: list[int | None], new: Session | None) -> bool:
-        return all(part.change_rows(origins, new) for part in self.parts)
+        own = None if new is None else _greedy(new)
+        return all(part.change_rows(origins, own) for part in self.parts)
 
     def propose(self, budget: int) -> Draft:
         drafts = [part.propose(budget) for part in self.parts]
@@ -239,6 +242,14 @@ def _shares(counts_X2: np.ndarray, prior_X: np.ndarray) -> np.ndarray:
     return (counts_X2[..., 0] + PRIOR * prior_X) / (counts_X2[..., 1] + PRIOR)
 
 
+def _greedy(session: Session) -> Session:
+    """Returns the session as parts see it: they draft their likeliest tokens at every temperature.
+
+    Only deterministic trees can be merged: a sampled node would have to be verified by the distribution of its part.
+    """
+    return dataclasses.replace(session, sampling=Sampling(), noise=None)
+
+
 def _check_mergeable(part: Part, draft: Draft) -> None:
     """Raises ValueError for a draft that cannot be merged with others."""
     if draft.resume_point is not None:
@@ -247,9 +258,7 @@ def _check_mergeable(part: Part, draft: Draft) -> None:
             " it out"
         )
     if draft.draft_probs_BNV is not None:
-        ways = {"siblings": "siblings: deterministic with a static tree", "width": "a width, for dynamic trees"}
-        helpful = [way for setting, way in ways.items() if hasattr(part.config, setting)]
         raise ValueError(
-            f"{part.name} samples its drafts, and only deterministic trees can be merged: "
-            + (f"give it {' or '.join(helpful)}" if helpful else "leave it out, or decode at temperature 0")
+            f"{part.name} samples its drafts even at temperature 0, and only deterministic trees can be merged; leave"
+            " it out"
         )

@@ -18,6 +18,7 @@ from draftsmith.drafters import hydra, kangaroo, lm, lookup, medusa, merge, suff
 from draftsmith.drafters.merge import Config, Drafter, PartTree, estimate_accuracies
 from draftsmith.parts.composites import Part
 from draftsmith.parts.trie import build_trie
+from tests.support.distributions import check_distribution, distribution_target
 from tests.support.drafters import Scripted
 from tests.support.family import Watched, built, check_family, part_config, texts
 from tests.support.models import SEQ2SEQ, greedy_by_transformers, padded, prompts, tiny_config, tiny_target
@@ -189,17 +190,23 @@ def test_parts_whose_drafts_cannot_be_merged_are_rejected() -> None:
     chains = built(lm, lm.Config(model=SMALL, num_draft=3, length="fixed"), TARGET)
     out = draftsmith.generate(TARGET, ids, merge_of([chains, heads]), max_new_tokens=NUM_NEW)
     assert texts(out) == greedy_by_transformers("llama", 1, NUM_NEW), "greedy chains may be merged"
-    settings: dict[str, Any] = {"max_new_tokens": NUM_NEW, "temperature": 1.0, "seed": 0}
-    with pytest.raises(
-        ValueError, match="give it siblings: deterministic with a static tree or a width, for dynamic trees"
-    ):
-        draftsmith.generate(TARGET, ids, Drafter(EXAMPLE, TARGET, [Part(chains), Part(heads)]), **settings)
-    static = built(lm, lm.Config(model=SMALL, tree=((0,), (1,)), siblings="deterministic"), TARGET)
-    dynamic = built(hydra, hydra.Config(tree=(), width=2, num_nodes=5), TARGET)
-    draftsmith.generate(TARGET, ids, merge_of([static, dynamic, heads]), **settings)
     exits = built(kangaroo, kangaroo.Config(exit_layer=2, num_draft=3), TARGET)
     with pytest.raises(ValueError, match="runs the target's first blocks over its own draft, which cannot be merged"):
         draftsmith.generate(TARGET, ids, Drafter(EXAMPLE, TARGET, [Part(exits), Part(heads)]), max_new_tokens=4)
+
+
+def test_parts_that_sample_draft_as_at_temperature_0() -> None:
+    """Chains and trees that are sampled elsewhere; the text follows the target's distribution."""
+    target = distribution_target()
+    heads = hydra.Config(num_heads=2, tree=((0,), (1,), (0, 0)))
+    families = [(lm, lm.Config(model=target.model.config.to_dict(), num_draft=2, length="fixed")), (hydra, heads)]
+    parts = [built(family, config, target) for family, config in families]
+    alone = Watched(parts[0])
+    draftsmith.generate(target, [[1, 4, 2]], alone, max_new_tokens=6, temperature=1.0, seed=0)
+    assert alone.is_sampled
+    drafter = merge_of(parts)
+    check_distribution(drafter, target, num_samples=3_000)
+    assert not any(part.drafter.is_sampled for part in drafter.parts)  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

@@ -219,6 +219,7 @@ class Watched(Drafter):
             assert all(len(one) >= number - 1 for one, number in zip(draft.confidences, used, strict=True))
             assert all(0 <= confidence <= 1 for one in draft.confidences for confidence in one)
         self.has_confidences = draft.confidences is not None
+        self.is_sampled = draft.draft_probs_BNV is not None
         self.drafts.append(draft.tokens_BN.tolist())
         self.num_drafted += sum(draft.num_nodes or [num_nodes] * num_rows) - num_rows
         return draft
