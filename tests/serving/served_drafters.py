@@ -29,7 +29,7 @@ from trainers.corpora import kneser_ney
 from trainers.training.run_settings import RunSettings
 
 NUM_NEW, NUM_DRAFT = 32, 3
-DISTURBANCE, NUM_DISTURBED, MOST_MORE_STEPS = 1e-4, 3, 6
+DISTURBANCE, NUM_DISTURBED, MOST_MORE_STEPS = 1e-3, 5, 8
 PROMPTS = (
     "def add(a, b):\n    return",
     "import os\n\n\ndef read(path):\n",
@@ -92,7 +92,7 @@ def counts(drafter: Any, texts: list[list[int]]) -> tuple[int, int, list[int]]:
 
 
 def _disturbed(drafter: Any, seed: int) -> Any:
-    """Returns a copy of the drafter with weights changed by a ten-thousandth, about ten times an engine's rounding."""
+    """Returns a copy of the drafter with weights changed by a thousandth, more than any rounding of an engine does."""
     generator, other = torch.Generator().manual_seed(seed), type(drafter)(drafter.config, drafter.target)
     weights = drafter.state_dict()
     for name, weight in weights.items():
