@@ -242,9 +242,12 @@ def test_compare_fine_tuned_target_is_its_own_baseline(tmp_path: Path) -> None:
     assert max(map(len, table(rows, "terminal"))) <= 120
 
 
-def test_compare_leaves_a_drafter_out_where_it_cannot_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A part of a merge that samples siblings can be merged at temperature 0 alone."""
+def test_compare_leaves_a_drafter_out_where_it_cannot_draft(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that sampled, as one of a user's own family may, could be merged at temperature 0 alone."""
     target, family = tiny_target("llama"), find("merge")
+    monkeypatch.setattr(family, "_greedy", lambda session: session)
     sampling = part_config("hydra", find("hydra").Config(num_heads=2, tree=((0,), (1,), (0, 0))))
     config = family.Config(parts=(part_config("lookup", find("lookup").Config()), sampling))
     draftsmith.save(built(family, config, target), tmp_path / "merged", target=target)
@@ -258,7 +261,7 @@ def test_compare_leaves_a_drafter_out_where_it_cannot_draft(tmp_path: Path, caps
         (1, everywhere),
     ):
         assert [row["drafter"] for row in rows if row["temperature"] == temperature] == expected
-    reason = "hydra samples its drafts, and only deterministic trees can be merged"
+    reason = "hydra samples its drafts even at temperature 0, and only deterministic trees can be merged"
     assert list(rows[0]["left_out"]) == ["merged at temperature 1"]
     assert reason in rows[0]["left_out"]["merged at temperature 1"]
     assert "not in the table: merged at temperature 1 (" in " ".join(" ".join(table(rows, "terminal")).split())
