@@ -5,7 +5,6 @@ Shape suffixes: T tokens, D hidden width, E widths of fused layers, W draft voca
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from data.teacher import complete
 from draftsmith import Target
 from draftsmith.drafters import eagle3, early_exit, lm, lookup, lstm, medusa, ngram, pard
 from draftsmith.export.models import reduced_model
-from eval.doctor.serving import ServingCounts, run_draftsmith
+from eval.doctor.serving import ServingCounts
 from tests.support.drafters import overfitted_dflash
 from tests.support.families.mtp_targets import write_target
 from trainers import import_mtp, mtp
@@ -29,7 +28,6 @@ from trainers.corpora import kneser_ney
 from trainers.training.run_settings import RunSettings
 
 NUM_NEW, NUM_DRAFT = 32, 3
-DISTURBANCE, NUM_DISTURBED, MOST_MORE_STEPS = 1e-3, 5, 8
 PROMPTS = (
     "def add(a, b):\n    return",
     "import os\n\n\ndef read(path):\n",
@@ -71,35 +69,6 @@ def train_drafter(drafter: Any, loss: Callable[[Tensor], Tensor], texts: list[li
         optimiser.step()
         optimiser.zero_grad()
     return drafter.eval().requires_grad_(False)
-
-
-def without_near_ties(train: Callable[[int], Any], texts: list[list[int]], num_steps: int) -> Any:
-    """Returns the drafter of `train(num_steps)`, or of a few steps more, of which no rounding changes a count.
-
-    An engine adds in another order, and a drafted token that leads another by 1e-4 in logits may be another one there.
-    """
-    for steps in range(num_steps, num_steps + MOST_MORE_STEPS):
-        drafter = train(steps)
-        if all(counts(drafter, texts) == counts(_disturbed(drafter, seed), texts) for seed in range(NUM_DISTURBED)):
-            return drafter
-    raise AssertionError(f"of {MOST_MORE_STEPS} drafters each has a near tie")
-
-
-def counts(drafter: Any, texts: list[list[int]]) -> tuple[int, int, list[int]]:
-    rows = [text[: -NUM_NEW - NUM_DRAFT] for text in texts]
-    found = run_draftsmith(drafter, rows, NUM_NEW, NUM_DRAFT, cuts_last=True)
-    return found.num_drafts, found.num_drafted, found.accepted
-
-
-def _disturbed(drafter: Any, seed: int) -> Any:
-    """Returns a copy of the drafter with weights changed by a thousandth, more than any rounding of an engine does."""
-    generator, other = torch.Generator().manual_seed(seed), type(drafter)(drafter.config, drafter.target)
-    weights = drafter.state_dict()
-    for name, weight in weights.items():
-        if weight.is_floating_point():
-            weights[name] = weight * (1 + DISTURBANCE * torch.randn(weight.shape, generator=generator))
-    other.load_state_dict(weights)
-    return other.float().eval()
 
 
 def reduced_target(target: Target, texts: list[list[int]], folder: Path) -> Any:
@@ -156,10 +125,6 @@ def medusa_heads(target: Target, texts: list[list[int]], folder: Path) -> Any:
 
 
 def eagle3_head(target: Target, texts: list[list[int]], folder: Path) -> Any:
-    return without_near_ties(partial(_eagle3_head, target, texts), texts, 24)
-
-
-def _eagle3_head(target: Target, texts: list[list[int]], num_steps: int) -> Any:
     torch.manual_seed(0)
     config = eagle3.Config(
         layers=(2, 4, 5),
@@ -197,7 +162,7 @@ def _eagle3_head(target: Target, texts: list[list[int]], num_steps: int) -> Any:
             features_1TD = features_1TD[:, :-1]
         return torch.stack(losses).sum()
 
-    return train_drafter(drafter, loss, texts, num_steps)
+    return train_drafter(drafter, loss, texts, 24)
 
 
 def eagle3_tree(target: Target, texts: list[list[int]], folder: Path) -> Any:
@@ -219,27 +184,21 @@ def parallel_model(target: Target, texts: list[list[int]], folder: Path) -> Any:
 
 def dflash_blocks(target: Target, texts: list[list[int]], folder: Path) -> Any:
     """Returns layers trained on the texts."""
-    return _dflash(target, texts, 300)
+    shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_width": 64, "inner_width": 256}
+    return overfitted_dflash(target, texts, num_steps=300, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape)
 
 
 def well_trained_block(target: Target, texts: list[list[int]], folder: Path) -> Any:
     """Returns DFlash layers that predict more than the first token of some blocks."""
-    return _dflash(target, texts, 160)
+    shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_width": 64, "inner_width": 256}
+    return overfitted_dflash(target, texts, num_steps=160, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape)
 
 
 def biased_block(target: Target, texts: list[list[int]], folder: Path) -> Any:
     """Returns such layers with DSpark's heads: a bias by the token before, and a confidence."""
-    return _dflash(target, texts, 160, markov_rank=16, confidence=True)
-
-
-def _dflash(target: Target, texts: list[list[int]], num_steps: int, **heads: Any) -> Any:
     shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_width": 64, "inner_width": 256}
-    shape |= {"layers": (2, 4, 6), "block_size": NUM_DRAFT + 1}
-
-    def train(steps: int) -> Any:
-        return overfitted_dflash(target, texts, num_steps=steps, **shape, **heads)
-
-    return without_near_ties(train, texts, num_steps)
+    heads = {"markov_rank": 16, "confidence": True}
+    return overfitted_dflash(target, texts, num_steps=160, layers=(2, 4, 6), block_size=NUM_DRAFT + 1, **shape, **heads)
 
 
 def mtp_head(folder: Path) -> tuple[Any, list[list[int]]]:
