@@ -74,6 +74,11 @@ def top(logits_W: Tensor, count: int, vocabulary: DraftVocabulary | None = None)
     return values, indices if vocabulary is None else vocabulary.tokens(indices)
 
 
+def probabilities(logits_C: Tensor, logits_W: Tensor) -> Tensor:
+    """Returns the probabilities [..., C] of tokens from their logits and those of all tokens [..., W]."""
+    return (logits_C.float() - logits_W.float().logsumexp(-1, keepdim=True)).exp()
+
+
 def _spread(logits_W: Tensor, vocabulary: DraftVocabulary | None) -> Tensor:
     return logits_W if vocabulary is None else vocabulary.spread(logits_W)
 
@@ -105,14 +110,14 @@ def draft_chain(model: Model, session: Session, num_draft: int, vocabulary: Draf
         length = tokens_BN.shape[1]
         logits_BW = model(tokens_BN, chain(length, device), length - 1)[:, -1]
         if sampling.is_greedy:
-            best_B1, token_B1 = top(logits_BW, 1, vocabulary)
-            token_B, logit_B = token_B1[:, 0], best_B1[:, 0].float()
+            logit_B1, token_B1 = top(logits_BW, 1, vocabulary)
+            token_B = token_B1[:, 0]
         else:
             logits_BW = _spread(logits_BW, vocabulary)
             probs.append(sampling.probs(logits_BW))
             token_B = session.draw(probs[-1], length - 1)
-            logit_B = logits_BW.gather(1, token_B[:, None])[:, 0].float()
-        confidences = (logit_B - logits_BW.float().logsumexp(-1)).exp().tolist()
+            logit_B1 = logits_BW.gather(1, token_B[:, None])
+        confidences = probabilities(logit_B1, logits_BW)[:, 0].tolist()
         tokens_BN = torch.cat([tokens_BN, token_B[:, None]], dim=1)
         for row, is_row_drafting in enumerate(is_drafting):
             num_nodes[row] += is_row_drafting
@@ -207,8 +212,7 @@ def draft_static_tree(
             else:
                 logits_BFW = logits_BMW[:, new]
                 best_BFC, drawn_BFC = top(logits_BFW, count, vocabulary)
-                probs_BFC = (best_BFC.float() - logits_BFW.float().logsumexp(-1, keepdim=True)).exp()
-                of_children |= dict(zip(nodes, probs_BFC.unbind(1), strict=True))
+                of_children |= dict(zip(nodes, probabilities(best_BFC, logits_BFW).unbind(1), strict=True))
             children |= dict(zip(nodes, drawn_BFC.unbind(1), strict=True))
         confidences_BN += [of_children[node] for node in sorted(of_children)]
         tokens_BN = torch.cat([tokens_BN, *(children[node] for node in sorted(children))], dim=1)

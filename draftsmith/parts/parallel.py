@@ -93,14 +93,14 @@ def draft_chain(
     sampling, num_rows = session.sampling, len(session.rows)
     if sampling.is_greedy:
         probs_BKV = None
-        best_BK1, token_BK1 = autoregressive.top(logits_BKW, 1, vocabulary)
-        logit_BK, tokens_BK = best_BK1[..., 0], token_BK1[..., 0]
+        logit_BK1, token_BK1 = autoregressive.top(logits_BKW, 1, vocabulary)
+        tokens_BK = token_BK1[..., 0]
     else:
         logits_BKW = logits_BKW if vocabulary is None else vocabulary.spread(logits_BKW)
         probs_BKV = sampling.probs(logits_BKW)
         tokens_BK = torch.stack([session.draw(one, depth) for depth, one in enumerate(probs_BKV.unbind(1))], dim=1)
-        logit_BK = logits_BKW.gather(-1, tokens_BK[..., None])[..., 0]
-    confidences_BK = (logit_BK.float() - logits_BKW.float().logsumexp(-1)).exp().tolist()
+        logit_BK1 = logits_BKW.gather(-1, tokens_BK[..., None])
+    confidences_BK = autoregressive.probabilities(logit_BK1, logits_BKW)[..., 0].tolist()
     num_nodes, is_drafting = [1] * num_rows, [True] * num_rows
     for depth in range(logits_BKW.shape[1]):
         for row in range(num_rows):
