@@ -65,7 +65,7 @@ def check_family(
     check_round_trip(built(family, config, target), target, folder / "artifact")
     check_forget(built(family, config, target))
     drafter = built(family, config, distribution_target("t5" if target.is_encoder_decoder else "llama"))
-    check_distribution(drafter, drafter.target, top_p=0.9, num_samples=2_000)
+    check_distribution(drafter, drafter.target, top_p=0.9, num_samples=4_000)
     if trainer is not None:
         check_training(trainer, settings, architectures[0])
 
