@@ -4,6 +4,7 @@ Shape suffixes: B rows of the batch, N nodes of the tree, D hidden width, V voca
 path; R is B, or 1 when all rows share the shape.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -115,8 +116,9 @@ class Draft:
     resume_point: ResumePoint | None = None
     """The partial forward to resume from, if the drafter ran the target's first blocks over these nodes."""
 
-    confidences: list[list[float]] | None = None
-    """How sure the drafter is, from 0 to 1, of each row's nodes after node 0, given their parents; None if unknown."""
+    confidences: Callable[[], list[list[float]]] | None = None
+    """Returns how sure the drafter is, from 0 to 1, of each row's nodes after node 0, given their parents; None if
+    unknown. It is computed when asked for, as most sessions never ask."""
     kept_of_BN: Tensor | None = None
     """The tokens of the draft that its nodes are some of; None if it was proposed so."""
 

@@ -217,7 +217,7 @@ def part_trees(draft: Draft) -> list[PartTree]:
     """Returns each row's tree without its padding."""
     tokens, parents = draft.tokens_BN.tolist(), draft.tree.parents_RN.tolist()
     used = draft.num_nodes or [draft.tree.num_nodes] * len(tokens)
-    confidences = draft.confidences
+    confidences = draft.confidences and draft.confidences()
     return [
         PartTree(ids[1:number], parents[row % len(parents)][1:number], confidences[row] if confidences else None)
         for row, (ids, number) in enumerate(zip(tokens, used, strict=True))

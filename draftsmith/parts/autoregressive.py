@@ -129,7 +129,7 @@ def draft_chain(model: Model, session: Session, num_draft: int, vocabulary: Draf
         num_nodes=num_nodes if min(num_nodes) < tokens_BN.shape[1] else None,
         draft_probs_BNV=torch.stack(probs, dim=1) if probs else None,
         sampling_scheme="independent" if probs else "deterministic",
-        confidences=found,
+        confidences=lambda: found,
     )
 
 
@@ -191,7 +191,7 @@ def draft_static_tree(
     is_drawn = sampling_scheme != "deterministic" and not sampling.is_greedy
     tokens_BN = session.pending()[:, None]
     probs: list[Tensor] = []
-    confidences_BN: list[Tensor] = []
+    best: dict[int, tuple[Tensor, Tensor]] = {}
     for level in range(min(depth, len(plan) - 1)):
         tree, by_count = plan[level]
         first = int((tree.depths_RN[0] < level).sum())
@@ -199,7 +199,6 @@ def draft_static_tree(
         if is_drawn:
             probs.append(sampling.probs(_spread(logits_BMW, vocabulary)))
         children: dict[int, Tensor] = {}
-        of_children: dict[int, Tensor] = {}
         for count, nodes in by_count.items():
             new = [node - first for node in nodes]
             if is_drawn:
@@ -212,17 +211,20 @@ def draft_static_tree(
             else:
                 logits_BFW = logits_BMW[:, new]
                 best_BFC, drawn_BFC = top(logits_BFW, count, vocabulary)
-                of_children |= dict(zip(nodes, probabilities(best_BFC, logits_BFW).unbind(1), strict=True))
+                best |= dict(zip(nodes, zip(best_BFC.unbind(1), logits_BFW.unbind(1), strict=True), strict=True))
             children |= dict(zip(nodes, drawn_BFC.unbind(1), strict=True))
-        confidences_BN += [of_children[node] for node in sorted(of_children)]
         tokens_BN = torch.cat([tokens_BN, *(children[node] for node in sorted(children))], dim=1)
     tree = plan[min(depth, len(plan) - 1)][0]
+
+    def confidences() -> list[list[float]]:
+        return torch.cat([probabilities(*best[node]) for node in sorted(best)], dim=1).tolist()
+
     return Draft(
         tokens_BN=tokens_BN,
         tree=tree,
         draft_probs_BNV=torch.cat(probs, dim=1) if probs else None,
         sampling_scheme=sampling_scheme if probs else "deterministic",
-        confidences=torch.cat(confidences_BN, dim=1).tolist() if confidences_BN else None,
+        confidences=None if is_drawn else confidences,
     )
 
 
@@ -288,10 +290,11 @@ def draft_dynamic_tree(
             fed[row] += sorted(best_new)
     kept = [sorted(sorted(range(len(one)), key=lambda node: (-one[node], node))[: num_nodes + 1]) for one in scores]
     number = [{node: at for at, node in enumerate(nodes)} for nodes in kept]
-    confidences = [
-        [math.exp(scores[row][node] - scores[row][parents[row][node]]) for node in kept[row][1:]]
-        for row in range(num_rows)
-    ]
+
+    def confidences() -> list[list[float]]:
+        rows = zip(scores, parents, kept, strict=True)
+        return [[math.exp(one[node] - one[above[node]]) for node in nodes[1:]] for one, above, nodes in rows]
+
     return Draft(
         confidences=confidences,
         tokens_BN=torch.tensor([[tokens[row][node] for node in kept[row]] for row in range(num_rows)], device=device),

@@ -114,7 +114,7 @@ def draft_chain(
         num_nodes=num_nodes if min(num_nodes) < longest else None,
         draft_probs_BNV=None if probs_BKV is None else probs_BKV[:, : longest - 1],
         sampling_scheme="deterministic" if probs_BKV is None else "independent",
-        confidences=confidences_BK,
+        confidences=lambda: confidences_BK,
     )
 
 
@@ -138,7 +138,7 @@ def draft_tree(
     return Draft(
         tokens_BN=torch.tensor(tokens, device=device),
         tree=Tree.from_parents(parents, device),
-        confidences=confidences,
+        confidences=lambda: confidences,
     )
 
 

@@ -111,7 +111,7 @@ def to_draft(session: Session, rows: Sequence[TokenTree]) -> Draft:
         tokens_BN=torch.tensor(tokens, device=device),
         tree=draft_tree,
         num_nodes=num_nodes if min(num_nodes) < most else None,
-        confidences=[_confidences(tree) for tree in rows],
+        confidences=lambda: [_confidences(tree) for tree in rows],
     )
 
 

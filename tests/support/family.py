@@ -216,8 +216,9 @@ class Watched(Drafter):
             self._check_distribution(draft, draft.draft_probs_BNV)
         if draft.confidences is not None:
             used = draft.num_nodes or [num_nodes] * num_rows
-            assert all(len(one) >= number - 1 for one, number in zip(draft.confidences, used, strict=True))
-            assert all(0 <= confidence <= 1 for one in draft.confidences for confidence in one)
+            confidences = draft.confidences()
+            assert all(len(one) >= number - 1 for one, number in zip(confidences, used, strict=True))
+            assert all(0 <= confidence <= 1 for one in confidences for confidence in one)
         self.has_confidences = draft.confidences is not None
         self.is_sampled = draft.draft_probs_BNV is not None
         self.drafts.append(draft.tokens_BN.tolist())
