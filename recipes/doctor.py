@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import draftsmith
@@ -273,7 +274,7 @@ def _compare_with_engine(
     prompts, name = [text.ids[: text.num_prompt] for text in texts], ENGINE_NAMES[engine]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            launch = read_launch(_export(run.draft, engine, Path(folder) / "out", drafter.target))
+            launch = read_launch(_export(run.draft, drafter, engine, Path(folder) / "out"))
             num_draft, found = _run_export(launch, engine, drafter.target, prompts, run, Path(folder) / "run")
         except ValueError as error:
             return Finding(name="export", verdict="unknown", message=str(error)), {}
@@ -290,10 +291,12 @@ def _compare_with_engine(
     return checks.check_export(found, own, is_tree=is_tree, engine=name), counts
 
 
-def _export(draft: str, engine: str, output: Path, target: Target) -> Path:
-    """Exports the artifact; for llama.cpp with the target in the dtype in which the doctor has loaded it."""
+def _export(draft: str, drafter: Any, engine: str, output: Path) -> Path:
+    """Exports the artifact; for llama.cpp with target and weights in the dtype in which the doctor has loaded them."""
+    target = drafter.target
     kind = DTYPE_KINDS.get(target.dtype, "f32") if engine == "llama.cpp" else ""
-    return export(draft, engine, output, target.name, quantise_target=kind)
+    options = {"quantise_target": kind, "quantise": kind if isinstance(drafter, nn.Module) else ""}
+    return export(draft, engine, output, target.name, **options)
 
 
 def _run_export(

@@ -17,6 +17,8 @@ from draftsmith.loading.target_names import model_folder
 
 TARGET = "target"
 """Subfolder of an export with the target that the drafter has fine-tuned."""
+PRECISE_TYPES = ("f32", "f16")
+"""llama.cpp's types of matrices that can hold more digits than the target's dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +79,12 @@ class ExportSource:
 
     @cached_property
     def drafter(self) -> Any:
-        """The loaded drafter, in the target's dtype; raises ValueError if it was made for other weights."""
-        return artifact.load(self.artifact, Target.from_pretrained(self.target_info.name, device="cpu"))
+        """The loaded drafter; raises ValueError if it was made for other weights.
+
+        It has the target's dtype, but float32 if the user names a type that keeps more of the artifact's digits.
+        """
+        dtype = "float32" if self.quantise in PRECISE_TYPES else "auto"
+        return artifact.load(self.artifact, Target.from_pretrained(self.target_info.name, device="cpu", dtype=dtype))
 
     def copy_artifact(self, folder: Path) -> None:
         """Copies the artifact's own files to `folder`, without other files of the run."""

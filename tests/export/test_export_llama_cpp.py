@@ -241,6 +241,22 @@ def test_eagle3_head_is_imported_from_its_export(target: Target, tmp_path: Path,
     assert all(torch.equal(state[name], tensor) for name, tensor in drafter.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["", "f16", "f32"])
+def test_head_keeps_the_digits_of_the_type_that_the_user_names(tokenizer: Any, tmp_path: Path, kind: str) -> None:
+    """The target's file keeps bfloat16, the dtype in which the head is written where no type is named."""
+    tiny_model("llama", num_hidden_layers=NUM_LAYERS).bfloat16().save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    drafter = head(Target.from_pretrained(str(tmp_path / "target"), dtype="float32"))
+    out, _ = exported(drafter, tmp_path, quantise=kind)
+    tensors = read_tensors(out / "draft.gguf")
+    dtype = {"": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[kind]
+    assert torch.equal(tensors["output.weight"].float(), drafter.head.weight.to(dtype).float())
+    norm_dtype = torch.float32 if kind else torch.bfloat16
+    assert torch.equal(tensors["output_norm.weight"], drafter.norm.weight.to(norm_dtype).float())
+    types = read_header(out / "target.gguf").tensor_types
+    assert all(number == (0 if "norm" in name else 30) for name, number in types.items()), "float32 and bfloat16"
+
+
 # --- N-gram caches -------------------------------------------------------------------------------------------------
 
 

@@ -48,6 +48,11 @@ pytestmark = [
     pytest.mark.serving,
     pytest.mark.skipif(not PYTHON, reason="run it by ./launch.sh serving-test --engine llama.cpp"),
 ]
+FLOAT32 = {"quantise": "f32", "quantise_target": "f32"}
+"""Export options with which llama.cpp computes as torch does in float32.
+
+Where matrices are in bfloat16, the dtype of the pocket target, llama.cpp rounds what they are multiplied with, too.
+"""
 CACHE_DRAFT = 8
 """Draft length of llama.cpp's n-gram caches."""
 
@@ -114,7 +119,7 @@ def test_llama_cpp_and_draftsmith_accept_the_same_drafts(
     drafter = MAKERS[name](target, texts, tmp_path)
     expected = run_draftsmith(drafter, rows, NUM_NEW, NUM_DRAFT, cuts_last=True)
     draftsmith.save(drafter, tmp_path / "artifact", target)
-    launch = read_launch(export(tmp_path / "artifact", "llama.cpp", tmp_path / "out", quantise_target="f32"))
+    launch = read_launch(export(tmp_path / "artifact", "llama.cpp", tmp_path / "out", **FLOAT32))
     found = served(rows, launch["target"], tmp_path / "run", launch)
     show(name, found, expected)
     assert found.texts == new_tokens(rows, texts)
@@ -147,7 +152,7 @@ def test_llama_cpp_ends_drafts_by_the_confidence(
     changed = dflash.Drafter(dataclasses.replace(drafter.config, length="confidence=0.5"), target)
     changed.load_state_dict(drafter.state_dict())
     draftsmith.save(changed.eval(), tmp_path / "artifact", target)
-    launch = read_launch(export(tmp_path / "artifact", "llama.cpp", tmp_path / "out", quantise_target="f32"))
+    launch = read_launch(export(tmp_path / "artifact", "llama.cpp", tmp_path / "out", **FLOAT32))
     assert launch["settings"]["spec-draft-p-min"] == 0.5
     found = served(rows, launch["target"], tmp_path / "run", launch)
     own = EndsBefore(drafter.config, target)
@@ -333,7 +338,7 @@ def test_a_wrong_layer_shows_in_the_acceptance(
     wrong = eagle3.Drafter(eagle3.Config(**{**vars(drafter.config), "layers": (1, 3, 4)}), target)
     wrong.load_state_dict(drafter.state_dict())
     draftsmith.save(wrong, tmp_path / "artifact", target)
-    launch = read_launch(export(tmp_path / "artifact", "llama.cpp", tmp_path / "out", quantise_target="f32"))
+    launch = read_launch(export(tmp_path / "artifact", "llama.cpp", tmp_path / "out", **FLOAT32))
     found = served(rows, launch["target"], tmp_path / "run", launch)
     assert found.texts == new_tokens(rows, texts)
     assert not agrees(found, expected), (found, expected)

@@ -50,7 +50,8 @@ class ServedTarget:
         if self.given is None:
             model = self.source.drafter.target.model
             values = {**name_values(self.source.target_name), **models.model_values(model.config), **self.tokenizer}
-            kind = self.source.quantise_target or DTYPE_KINDS[model.dtype]
+            # The model's own dtype is float32 where the drafter is written with all its digits.
+            kind = self.source.quantise_target or DTYPE_KINDS[self.source.target_config.dtype or model.dtype]
             write_gguf(folder / TARGET_FILE, self.architecture, values, models.model_tensors(model), kind)
 
 
