@@ -288,7 +288,8 @@ def make_rules(
     is_normal = output_scores and is_normalised(found)
     if config is not None:
         found, sampling = split_sampling(found, is_sampling=not sampling.is_greedy)
-    paddings = [max(map(len, rows)) - len(row) for row in rows]
+    longest = max(map(len, rows))
+    paddings = [longest - len(row) for row in rows]
     per_row = for_rows(found, paddings, prompts, unpadded=own, are_lengths_padded=False) if found else None
     processors = logits_processor if is_ready else NodeProcessors(per_row or [])
     stops = _stops(target, config, stopping_criteria, stop_strings)
@@ -389,7 +390,8 @@ def _built(
     config._eos_token_tensor = torch.tensor(sorted(eos), device=device) if eos else None
     if config.exponential_decay_length_penalty is not None and not eos:
         raise ValueError("exponential_decay_length_penalty needs an end-of-sequence token, and there is none")
-    sources = [prompt + [0] * (max(map(len, prompts)) - len(prompt)) for prompt in prompts]
+    longest_prompt = max(map(len, prompts))
+    sources = [prompt + [0] * (longest_prompt - len(prompt)) for prompt in prompts]
     try:
         return list(
             target.model._get_logits_processor(
