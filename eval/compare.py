@@ -67,14 +67,14 @@ def compare(
         with claimed(output):
             results = Results(output, identity)
             _measure(target, prompts, competing, results, settings)
-            rounding = _rounding(target, prompts, competing, results, settings)
+            _measure_rounding(target, prompts, competing, results, settings)
             described = conditions | dict(notes or {})
             described["left_out"] = {
                 **described.get("left_out", {}),
                 **_left_out(target, settings),
                 **left_out(competing, settings),
             }
-            rows = [row | described for row in _rows(prompts, competing, results, settings, rounding)]
+            rows = [row | described for row in _rows(prompts, competing, results, settings)]
             _add_first_token_acceptance(rows, prompts, competing, settings)
             _add_forecasts(rows, prompts, competing, results, settings)
             drafters = {
@@ -221,18 +221,17 @@ def _targets(target: Target, competing: Sequence[Contender]) -> dict[str, Target
     return tuned | {PLAIN: target}
 
 
-def _rounding(
+def _measure_rounding(
     target: Target,
     prompts: Sequence[Prompt],
     competing: Sequence[Contender],
     results: Results,
     settings: BakeoffSettings,
-) -> dict[tuple[str, int], float]:
-    """Returns the measured rounding by reference method and batch size, where greedy rows differ from the reference's.
+) -> None:
+    """Measures rounding by reference method and batch size, where greedy rows differ from the reference's.
 
     Forwards are as wide as 2, 4, 8, ... tokens up to the widest draft.
     """
-    found: dict[tuple[str, int], float] = {}
     for size in settings.batch_sizes if 0 in settings.temperatures else ():
         groups = _groups(prompts, size, settings)
         for reference, own_target in _targets(target, competing).items():
@@ -243,22 +242,25 @@ def _rounding(
                 for rounds in parts
                 for name in names
             ]
-            if not any(tally.num_different for tally in tallies):
+            is_known = (reference, size) in results.roundings
+            if is_known or not any(tally.num_different for tally in tallies):
                 continue
             widest = max((nodes + 1 for tally in tallies for _, nodes, _ in tally.verified), default=1)
             widths = [2**power for power in range(1, max(widest - 1, 1).bit_length() + 1)]
+            batches = [prompts[begin : begin + size] for begin in range(0, max(size, MAX_PROMPTS) - size + 1, size)]
+            batches = [batch for batch in batches if len(batch) == size]
             changes = []
-            for begin in range(0, max(size, MAX_PROMPTS) - size + 1, size):
-                ids = [prompt.ids for prompt in prompts[begin : begin + size]]
-                if len(ids) == size:
+            options = {"desc": f"rounding at batch {size}", "unit": "forward width", "mininterval": _interval()}
+            with tqdm(total=len(batches) * len(widths), **options) as bar:
+                for batch in batches:
+                    ids = [prompt.ids for prompt in batch]
                     request = DecodingRequest(
                         prompts=ids, temperature=0.0, max_new_tokens=settings.max_new_tokens, seed=settings.seed
                     )
                     config = parse_config(settings.generation_config)
                     texts = draftsmith_method(own_target, config=config)(request).rows
-                    changes.append(measured_rounding(own_target, ids, texts, widths, config))
-            found[reference, size] = max(changes)
-    return found
+                    changes.append(measured_rounding(own_target, ids, texts, widths, config, on_width=bar.update))
+            results.add_rounding(reference, size, max(changes))
 
 
 def _tallies(
@@ -281,7 +283,6 @@ def _rows(
     competing: Sequence[Contender],
     results: Results,
     settings: BakeoffSettings,
-    rounding: dict[tuple[str, int], float],
 ) -> list[dict[str, Any]]:
     """Returns the rows of the table, without forecasts."""
     rows = []
@@ -291,7 +292,7 @@ def _rows(
         totals = _totals(tallies)
         for contender in competing:
             if contender.competes_at(temperature, size):
-                row = row_of(contender, temperature, size, totals, rounding.get((contender.reference, size)))
+                row = row_of(contender, temperature, size, totals, results.roundings.get((contender.reference, size)))
                 row["speedup_by_category"] = {
                     name: row_of(contender, temperature, size, rounds)["speedup"]
                     for name, rounds in tallies.items()

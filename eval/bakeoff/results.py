@@ -52,7 +52,7 @@ def claimed(folder: Path) -> Iterator[datetime]:
 
 
 class Results:
-    """Tallies of the cells measured so far, one line per cell on disk.
+    """Tallies of the cells measured so far and roundings, one line for each on disk.
 
     Lines of a comparison with another `identity` (settings, commit, artifacts, prompts) are discarded with a message.
     """
@@ -60,21 +60,34 @@ class Results:
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.path = folder / PARTIAL
         self.cells: dict[Cell, dict[str, Tally]] = {}
+        self.roundings: dict[tuple[str, int], float] = {}
+        """How far rounding moves logits, by reference method and batch size."""
         self._identity = json.loads(json.dumps(identity))
         header, *lines = [_parse(line) for line in self.path.read_text().splitlines()] or [None]
         if header != self._identity:
             self._report_discarded(header, len(lines))
         else:
             for line in filter(None, lines):
-                tallies = {name: Tally(**counts) for name, counts in line["tallies"].items()}
-                self.cells[tuple(line["cell"])] = tallies
+                if "rounding" in line:
+                    self.roundings[line["reference"], line["batch_size"]] = line["rounding"]
+                else:
+                    tallies = {name: Tally(**counts) for name, counts in line["tallies"].items()}
+                    self.cells[tuple(line["cell"])] = tallies
         write_atomically(self.path, self._rewrite)
 
     def add(self, cell: Cell, tallies: dict[str, Tally]) -> None:
         """Stores a cell's tallies; they are on disk when this returns."""
         self.cells[cell] = tallies
+        self._append(self._line(cell))
+
+    def add_rounding(self, reference: str, batch_size: int, rounding: float) -> None:
+        """Stores the rounding at a batch size; it is on disk when this returns."""
+        self.roundings[reference, batch_size] = rounding
+        self._append(self._rounding_line(reference, batch_size))
+
+    def _append(self, line: str) -> None:
         with self.path.open("a") as file:
-            file.write(self._line(cell) + "\n")
+            file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -84,12 +97,17 @@ class Results:
             print(f"{self.path.parent}: starting over, since the {num_lines} measured parts differ in: {changed}")
 
     def _rewrite(self, path: Path) -> None:
-        lines = [json.dumps(self._identity), *map(self._line, self.cells)]
+        roundings = [self._rounding_line(*key) for key in self.roundings]
+        lines = [json.dumps(self._identity), *map(self._line, self.cells), *roundings]
         path.write_text("".join(line + "\n" for line in lines))
 
     def _line(self, cell: Cell) -> str:
         tallies = {name: asdict(tally) for name, tally in self.cells[cell].items()}
         return json.dumps({"cell": cell, "tallies": tallies})
+
+    def _rounding_line(self, reference: str, batch_size: int) -> str:
+        rounding = self.roundings[reference, batch_size]
+        return json.dumps({"reference": reference, "batch_size": batch_size, "rounding": rounding})
 
 
 def publish(

@@ -77,12 +77,19 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
     return next((position for position, (own, other) in pairs if own != other), min(len(ours), len(theirs)))
 
 
-def measured_rounding(target: Target, prompts: Rows, texts: Rows, widths: Iterable[int], config: Any = None) -> float:
+def measured_rounding(
+    target: Target,
+    prompts: Rows,
+    texts: Rows,
+    widths: Iterable[int],
+    config: Any = None,
+    on_width: Callable[[], object] = lambda: None,
+) -> float:
     """Returns the largest change of a lead between forwards of one token and of several, at the same positions.
 
     A lead is the logit of a position's likeliest token minus that of another of its `NUM_LIKELIEST`. `texts` are plain
-    decoding's; they are read again in forwards of each of `widths` tokens, and at once by the model's own forward. The
-    logits are those after the logits processors of the generation config `config`.
+    decoding's; they are read again in forwards of each of `widths` tokens, each before a call of `on_width`, and at
+    once by the model's own forward. The logits are those after the logits processors of the generation config `config`.
     """
     found: list[tuple[Tensor, Tensor]] = []
 
@@ -106,6 +113,7 @@ def measured_rounding(target: Target, prompts: Rows, texts: Rows, widths: Iterab
 
     for width in widths:
         _replay(target, prompts, texts, width, compare, config)
+        on_width()
     if not target.is_encoder_decoder:
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             ids_1T = torch.tensor([prompt + text[:-1]], device=target.device)

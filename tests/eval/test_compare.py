@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,11 +195,27 @@ def test_compare_reads_the_gap_of_differing_rows(
         return decode
 
     monkeypatch.setattr(contenders, "transformers_method", transformers_with_another_token)
-    monkeypatch.setattr(bakeoff, "measured_rounding", lambda *_: rounding)
+    num_measured = 0
+
+    def measured_rounding(*_: Any, on_width: Callable[[], object]) -> float:
+        nonlocal num_measured
+        num_measured += 1
+        return rounding
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bakeoff, "measured_rounding", measured_rounding)
     settings = BakeoffSettings(
         rounds=2, max_new_tokens=6, batch_sizes=(1,), temperatures=(0.0,), forecast_sizes=(), threads=1
     )
+    with monkeypatch.context() as patch:
+        patch.setattr(bakeoff, "record_texts", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compare(target, some_prompts(2), [], tmp_path / "out", settings)
+    num_before = num_measured
     rows = compare(target, some_prompts(2), [], tmp_path / "out", settings)
+    assert num_measured == num_before > 0, "the rounding is kept when a comparison is continued"
     plain, theirs = rows
     ids = some_prompts(1)[0].ids
     request = DecodingRequest(prompts=[ids], temperature=0.0, max_new_tokens=6, seed=0)
