@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from draftsmith.loading.model_info import read_target_info
 from eval import hardware
 from recipes import quickstart
 from recipes.quickstart import QuickstartSettings, main
-from tests.support.runs import command, run
+from tests.support.runs import ROOT, command, run
 from tests.support.text import save_target, write_prompts
 from trainers.sweeps import lineup
 
@@ -150,3 +151,6 @@ def test_quickstart_on_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     chat = {spec.name for spec in lineup.read(quickstart.CONFIGS / quickstart.CHAT.line_up)}
     assert {row["drafter"] for row in rows} >= {"plain", "transformers", *chat}
     assert read_manifest(tmp_path / "runs" / "quickstart" / "medusa")["target"]["name"] == "smollm2"
+    example = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = run([sys.executable, "-c", example], tmp_path)
+    assert done.returncode == 0 and "def read(path):" in done.stdout, done.stderr
