@@ -5,21 +5,25 @@ r"""Measures the rate at which heads are trained from a teacher store, by this c
 `data` is pseudo-data of the target; the earlier commit writes the store, which both versions read. Each trains the same
 rows with its own recipe and the same hyper-parameters in bfloat16. Steps are timed from the end of the first one on,
 without evaluation and checkpoints; the loss is the mean of the timed steps; memory is the process's largest resident
-set. With `--medusa-repository`, a checkout of FasterDecoding/Medusa, the loss of its trainer (medusa/train/
-train_legacy.py) is run on the same batches and heads as ours.
+set. With `--compiled-families`, steps of these families with and without `--compile` take turns in one process, on the
+same rows (`--families []` leaves the earlier commit out). With `--medusa-repository`, a checkout of
+FasterDecoding/Medusa, the loss of its trainer (medusa/train/train_legacy.py) is run on the same batches and heads as
+ours.
 """
 
 import ast
 import dataclasses
+import importlib
 import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,7 +38,11 @@ from draftsmith import Target
 from draftsmith.drafters.medusa import Drafter
 from draftsmith.loading.target_names import model_folder
 from trainers import medusa
+from trainers.compilation.compiled_losses import compiled_losses
 from trainers.training.settings import parse_settings
+
+WARM_UP_STEPS = 2
+"""First steps of compiled losses that are not timed, of which one compiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,8 @@ class BenchmarkSettings:
     """Threads of each process."""
     repeats: int = 1
     """Runs of each version; of several, the medians are compared."""
+    compiled_families: tuple[str, ...] = ()
+    """Families whose steps are timed with compiled losses and without."""
     medusa_repository: str = ""
     """Checkout of FasterDecoding/Medusa, whose trainer's loss is run as well; none if empty."""
     medusa_batches: int = 2
@@ -123,6 +133,8 @@ def main(settings: BenchmarkSettings) -> None:
             )
         for family in settings.families:
             compare(family, roots, store, Path(folder), settings)
+        for family in settings.compiled_families:
+            compare_compiled(family, store, settings)
         if settings.medusa_repository:
             compare_with_medusa(Path(settings.medusa_repository), store, settings)
 
@@ -152,6 +164,77 @@ def compare(family: str, roots: dict[str, Path], store: Path, folder: Path, sett
         f" {after.loss - before.loss:+.4f} in loss, {after.peak_mb / before.peak_mb:.2f} times the memory",
         flush=True,
     )
+
+
+def compare_compiled(name: str, store: Path, settings: BenchmarkSettings) -> None:
+    """Prints the medians of training steps with compiled losses and without, which take turns on the same rows.
+
+    With one thread, CPU times compare them where other work runs on the machine.
+    """
+    torch.set_num_threads(settings.num_threads)
+    target = Target.from_pretrained(settings.target, dtype="bfloat16")
+    target.model.requires_grad_(False)
+    family = importlib.import_module(f"trainers.{name}")
+    options = family.Settings()
+    needs = family.needs(options, target)
+    read = batches(open_teacher_store(store, target).reading(needs.layers, top=False), settings.batch_size, seed=0)
+    first, *rest = (complete(batch, target, needs.layers) for batch in itertools.islice(read, settings.steps))
+    steps = {}
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        steps[is_compiled] = TimedSteps(family, options, target, is_compiled=is_compiled)
+    for batch in (*[first] * WARM_UP_STEPS, *rest):
+        for one in steps.values():
+            one.run(batch)
+    plain, compiled = (steps[is_compiled].times[WARM_UP_STEPS:] for is_compiled in (False, True))
+    num_tokens = [int(batch.lengths_B.sum()) for batch in rest]
+    for label, times in (("plain", plain), ("compiled", compiled)):
+        rate = statistics.median(number / one.wall_s for number, one in zip(num_tokens, times, strict=True))
+        wall_s, cpu_s = (statistics.median(getattr(one, kind) for one in times) for kind in ("wall_s", "cpu_s"))
+        print(f"{name}, {label}: {rate:,.0f} tokens/s, {wall_s * 1e3:,.0f} ms a step, {cpu_s * 1e3:,.0f} of CPU time")
+    pairs = list(zip(plain, compiled, strict=True))
+    print(
+        f"{name}: {statistics.median(one.wall_s / other.wall_s for one, other in pairs):.2f} times the tokens/s,"
+        f" {statistics.median(one.cpu_s / other.cpu_s for one, other in pairs):.2f} by CPU time, after a first step of"
+        f" {steps[True].times[0].wall_s:.0f} s; losses differ by at most"
+        f" {max(abs(one.loss / other.loss - 1) for one, other in pairs):.1e}",
+        flush=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """What a training step took, and its loss per supervised token."""
+
+    wall_s: float
+    cpu_s: float
+    loss: float
+
+
+class TimedSteps:
+    """Training steps of a new drafter on given batches, in bfloat16."""
+
+    def __init__(self, family: ModuleType, options: Any, target: Target, *, is_compiled: bool) -> None:
+        self.times = list[StepTimes]()
+        self._family, self._options, self._target, self._is_compiled = family, options, target, is_compiled
+        self._drafter = family.build(options, target).train()
+        self._optimizer = torch.optim.AdamW(self._drafter.parameters(), lr=1e-4)
+
+    def run(self, batch: Batch) -> None:
+        """Times a step: loss, gradient and optimiser."""
+        begin, cpu_begin = time.perf_counter(), time.process_time()
+        if hasattr(self._family, "begin_step"):
+            self._family.begin_step(self._drafter, self._options, len(self.times), 1000)
+        with compiled_losses() if self._is_compiled else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16):
+                total, _ = self._family.loss(self._drafter, batch, self._options, self._target)
+            num_supervised = int(batch.loss_mask_BT[:, 1:].sum())
+            (total / num_supervised).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        loss = total.item() / num_supervised
+        wall_s, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
+        self.times.append(StepTimes(wall_s=wall_s, cpu_s=cpu_s, loss=loss))
 
 
 def compare_with_medusa(repository: Path, store: Path, settings: BenchmarkSettings) -> None:

@@ -111,6 +111,22 @@ def test_the_teacher_store_gives_the_live_targets_losses(folder: Path, name: str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", trainers_with_loss())
+def test_compiled_losses_train_the_same_drafter(folder: Path, name: str) -> None:
+    """Losses agree to 1e-4, as rounding alone differs; weights have the same names."""
+    torch._dynamo.reset()  # functions are compiled for few settings in one process
+    module, settings = trainer_and_settings(name)
+    changes = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "gradient_accumulation": 2, "batch_size": 2}
+    plain, compiled = (
+        train(module, settings, run_settings(folder, f"{name}-{is_compiled}-compile", compile=is_compiled, **changes))
+        for is_compiled in (False, True)
+    )
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    shapes = [{key: weight.shape for key, weight in weights(output).items()} for output in (plain, compiled)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "options"),
     [(TORCHRUN, {}), (TORCHRUN, {"deepspeed": "zero2"}), (DEEPSPEED, {"deepspeed": "zero2"})],

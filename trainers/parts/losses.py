@@ -7,7 +7,7 @@ tokens and one more outcome, "any other token". `student_logp_NC` and `teacher_l
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from draftsmith.parts.neural.shortlist import OUTSIDE, Shortlist
+from trainers.compilation.compiled_losses import compilable
 from trainers.parts.fused.linear_cross_entropy import Matrix, SoftTargets, linear_cross_entropy, soft_targets
 
 MAX_LOGITS = 2**24
@@ -89,6 +90,7 @@ def outcome_log_probs(student_logits_NV: Tensor, teacher: Teacher, temperature: 
     )
 
 
+@compilable
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Returns -log q(label) [N]."""
     return functional.cross_entropy(_upcast(logits_NV), labels_N, reduction="none")
@@ -148,6 +150,7 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+@cache
 def divergence(name: str, *, beta: float = 0.5, temperature: float = 1.0) -> Callable[[Tensor, Teacher], Tensor]:
     """Returns the function (student_logits_NV, teacher) -> loss [N] of a name in `DIVERGENCES`, times temperature^2.
 
@@ -160,6 +163,7 @@ def divergence(name: str, *, beta: float = 0.5, temperature: float = 1.0) -> Cal
         raise ValueError(f"temperature is {temperature}; it must be positive")
     compare = partial(jensen_shannon, beta=beta) if name == "jsd" else DIVERGENCES[name]
 
+    @compilable
     def loss(student_logits_NV: Tensor, teacher: Teacher) -> Tensor:
         return compare(*outcome_log_probs(student_logits_NV, teacher, temperature)) * temperature**2
 
@@ -240,6 +244,7 @@ def sum_forward_kl(
     return torch.stack([sums(*chunk) for chunk in split]).sum(0)
 
 
+@compilable
 def _entropy(logits_CW: Tensor, log_normaliser_C: Tensor) -> Tensor:
     logp_CW = _upcast(logits_CW) - log_normaliser_C[:, None]
     return -(logp_CW.exp() * logp_CW).sum(-1)

@@ -31,6 +31,7 @@ from draftsmith.artifacts.families import find
 from draftsmith.length.costs import num_threads
 from draftsmith.loading.model_info import TargetInfo, read_target_info
 from draftsmith.loading.spread import check_spread
+from trainers.compilation.compiled_losses import check_compiler, compiled_losses
 from trainers.training import checkpoints, evaluation, launchers, logs
 from trainers.training.estimates import dry_run
 from trainers.training.estimates.trial import Trial, TrialResult, TrialRun
@@ -59,6 +60,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
         launchers.write_default_data(run)
     target_info = read_target_info(run.target)
     _check_tensor_parallel(run, family, target_info)
+    _check_compile(run, family)
     if hasattr(family, "check"):
         family.check(settings, target_info)
     _check_first_steps(settings, run, family)
@@ -248,7 +250,8 @@ def _train_by_gradient(
         if resumed:
             print(f"{output}: continuing at step {step} of {run.max_steps}")
         target.ranks_differ = run.tensor_parallel
-        trainer.train(resume_from_checkpoint=str(checkpoints.folder(output, step)) if resumed else None)
+        with compiled_losses() if run.compile else nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoints.folder(output, step)) if resumed else None)
         target.ranks_differ = False
         saved = {**saved, "best_step": trainer.state.best_global_step}
     if deepspeed:
@@ -279,6 +282,16 @@ def _check_tensor_parallel(run: RunSettings, family: ModuleType, target: TargetI
         )
     if run.deepspeed:
         raise ValueError("--deepspeed and --tensor-parallel cannot be combined; give one of them")
+
+
+def _check_compile(run: RunSettings, family: ModuleType) -> None:
+    """Raises ValueError if --compile is given and nothing is to be compiled, or torch cannot compile here."""
+    if not run.compile:
+        return
+    if hasattr(family, "fit"):
+        name = family.__name__.rpartition(".")[2]
+        raise ValueError(f"{name} uses none of the losses that --compile compiles; omit it")
+    check_compiler(launchers.device())
 
 
 def _check_first_steps(settings: Any, run: RunSettings, family: ModuleType) -> None:

@@ -18,6 +18,8 @@ REPORTS_ONLY = ("output", "log_steps", "report_to", "wandb_project", "dry_run", 
 
 SPREAD = ("device_map", "tensor_parallel")
 """Settings that say where the target lies."""
+ROUNDING_ONLY = ("compile",)
+"""Settings that change results by rounding alone, so an unfinished run may continue with other values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,9 @@ class RunSettings:
     nothing is written."""
     pilot: bool = False
     """With dry_run, also train on 1, 2 and 4 % of the rows, and extrapolate the mean accepted length of all of them."""
+    compile: bool = False
+    """Compile the loss's operations on logits with torch.compile, once at the start; needs a C++ compiler, or Triton
+    on a GPU."""
     device_map: str = ""
     """Spread the target over devices as transformers does: auto, balanced, sequential, or modules and their devices."""
     tensor_parallel: bool = False
@@ -108,7 +113,7 @@ class RunSettings:
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings that must be the same for a run to be continued, with local paths resolved."""
-        left_out = (*REPORTS_ONLY, *SPREAD, "text")
+        left_out = (*REPORTS_ONLY, *SPREAD, *ROUNDING_ONLY, "text")
         values = {key: value for key, value in asdict(self).items() if key not in left_out}
         if self.text.chat_template_kwargs:
             values["chat_template_kwargs"] = self.text.chat_template_kwargs

@@ -81,6 +81,13 @@ def test_zero_stage_equals_one_process(folder: Path, alone: Path, stage: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"deepspeed": "zero3"}], ids=["data parallel", "zero3"])
+def test_two_ranks_with_compiled_losses_equal_one_process(folder: Path, alone: Path, options: dict[str, str]) -> None:
+    name = f"compiled-{len(options)}"
+    check_same(launch(folder, name, *TORCHRUN, compile="true", batch_size=2, **options), alone)
+
+
+@pytest.mark.slow
 def test_zero3_with_tied_weights_equals_one_process(folder: Path) -> None:
     """ZeRO-3 shards the embedding, which is also the LM head."""
     small = {"recipe": "distill", "hidden_size": 32, "loss": "forward_kl"}

@@ -131,6 +131,31 @@ def test_run_killed_while_writing_a_checkpoint_continues_from_the_previous_one(
     check_same_as_uninterrupted(output, uninterrupted)
 
 
+@pytest.mark.slow
+def test_interrupted_run_with_compiled_losses_continues_with_and_without(
+    folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With them it ends as an unbroken one to the bit; without, rounding alone differs (1e-4)."""
+    mark_complete = checkpoints.mark_complete
+
+    def stop_at_step_8(checkpoint: Path, facts: dict[str, Any]) -> None:
+        if checkpoint.name == "checkpoint-8":
+            raise KeyboardInterrupt
+        mark_complete(checkpoint, facts)
+
+    compiled = train(medusa, HEADS, settings(folder, "compiled", compile=True))
+    for goes_on_compiled in (True, False):
+        name = f"broken-{goes_on_compiled}"
+        monkeypatch.setattr(checkpoints, "mark_complete", stop_at_step_8)
+        with pytest.raises(KeyboardInterrupt):
+            train(medusa, HEADS, settings(folder, name, compile=True))
+        monkeypatch.undo()
+        train(medusa, HEADS, settings(folder, name, compile=goes_on_compiled))
+    check_same_as_uninterrupted(folder / "broken-True", compiled)
+    for one, other in zip(logged(folder / "broken-False", *LOSSES), logged(uninterrupted, *LOSSES), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
 def test_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     folder: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from draftsmith.parts.neural.shortlist import SharedHead
 from draftsmith.parts.neural.tied_heads import TiedHead
+from trainers.compilation import compiled_losses
+from trainers.compilation.compiled_losses import compilable
+from trainers.parts.fused.block_operations import CompiledOperations, Distributions, Labels, PlainOperations
 
 MAX_ROWS = 1024
 """Rows of a chunk, of which the gradient of a trained matrix is read and written once."""
@@ -44,8 +47,13 @@ def soft_targets(logits_GW: Tensor) -> SoftTargets:
     """Returns the distributions softmax(logits)."""
     exact = torch.promote_types(logits_GW.dtype, torch.float32)
     rows = max(1, BLOCK_LOGITS.get(logits_GW.device.type, ACCELERATOR_BLOCK_LOGITS) // logits_GW.shape[1])
-    normalisers = [chunk_RW.to(exact).logsumexp(-1) for chunk_RW in logits_GW.split(rows)]
+    normalisers = [_log_normaliser(chunk_RW, exact) for chunk_RW in logits_GW.split(rows)]
     return SoftTargets(logits_GW=logits_GW, log_normaliser_G=torch.cat(normalisers))
+
+
+@compilable
+def _log_normaliser(logits_RW: Tensor, dtype: torch.dtype) -> Tensor:
+    return logits_RW.to(dtype).logsumexp(-1)
 
 
 def matrix_of(linear: nn.Module, device: torch.device) -> Matrix | None:
@@ -126,17 +134,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows_at_once = max(1, MAX_ROWS // share) * share
         block_size = max(1, BLOCK_LOGITS.get(device, ACCELERATOR_BLOCK_LOGITS) // rows_at_once)
         blocks = [slice(begin, min(begin + block_size, vocab_size)) for begin in range(0, vocab_size, block_size)]
-        buffers = _Buffers(z_ND[:rows_at_once], blocks, exact)
+        at_once_RD = z_ND[:rows_at_once]
+        kept = [z_ND.new_empty(len(at_once_RD), block.stop - block.start) for block in blocks]
+        operations = (
+            CompiledOperations(exact)
+            if compiled_losses.is_active()
+            else PlainOperations(len(at_once_RD), blocks[0].stop, z_ND, exact)
+        )
         with torch.autocast(device, enabled=False):
             for begin in range(0, num_rows, rows_at_once):
                 rows = slice(begin, min(begin + rows_at_once, num_rows))
-                chunk = _Chunk(z_ND[rows], weight_cWD, bias_W, blocks, buffers)
+                chunk = _Chunk(z_ND[rows], weight_cWD, bias_W, blocks, kept, operations)
                 if labels_N is not None:
-                    targets: _Labels | _Distributions = _Labels(labels_N[rows])
+                    targets: Labels | Distributions = Labels(labels_N[rows])
                 else:
                     assert target_logits_GW is not None and target_normaliser_G is not None
                     positions = slice(begin // share, rows.stop // share)
-                    targets = _Distributions(target_logits_GW[positions], target_normaliser_G[positions], share)
+                    targets = Distributions(target_logits_GW[positions], target_normaliser_G[positions], share)
                 losses_N[rows] = chunk.losses(targets)
                 if needs_features or needs_matrix or needs_bias:
                     weights_R = None if weights_N is None else weights_N[rows]
@@ -159,110 +173,57 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
-class _Buffers:
-    """Memory that all chunks use in turn: fresh memory would cost more than the arithmetic on it."""
-
-    def __init__(self, z_RD: Tensor, blocks: list[slice], exact: torch.dtype) -> None:
-        num_rows, size = len(z_RD), blocks[0].stop
-        self.logits_RV, self.probs_RV = z_RD.new_empty(2, num_rows, size, dtype=exact)
-        self.kept = [z_RD.new_empty(num_rows, block.stop - block.start) for block in blocks]
-
-
 class _Chunk:
     """A few rows: their loss, for which every logit is computed, and then their gradient, from what was kept of it."""
 
     def __init__(
-        self, z_RD: Tensor, weight_WD: Tensor, bias_W: Tensor | None, blocks: list[slice], buffers: _Buffers
+        self,
+        z_RD: Tensor,
+        weight_WD: Tensor,
+        bias_W: Tensor | None,
+        blocks: list[slice],
+        kept: list[Tensor],
+        operations: PlainOperations | CompiledOperations,
     ) -> None:
         self._z_RD, self._weight_WD, self._bias_W, self._blocks = z_RD, weight_WD, bias_W, blocks
-        self._buffers = buffers
-        self._kept = [kept_RV[: len(z_RD)] for kept_RV in buffers.kept]
-        """The probabilities within each block."""
-        self._normaliser_RB = buffers.logits_RV.new_empty(len(z_RD), len(blocks))
+        self._operations = operations
+        self._kept = [kept_RV[: len(z_RD)] for kept_RV in kept]
+        self._normaliser_RB = z_RD.new_empty(len(z_RD), len(blocks), dtype=operations.dtype)
         """Each block's log-sum-exp."""
 
-    def losses(self, targets: "_Labels | _Distributions") -> Tensor:
+    def losses(self, targets: Labels | Distributions) -> Tensor:
         """Returns each row's log-sum-exp of its logits minus their mean under its target [R]."""
         expected_R = torch.zeros_like(self._normaliser_RB[:, 0])
         for index, (block, kept_RV) in enumerate(zip(self._blocks, self._kept, strict=True)):
             torch.mm(self._z_RD, self._weight_WD[block].T, out=kept_RV)
-            logits_RV = self._of_block(self._buffers.logits_RV, kept_RV).copy_(kept_RV)
-            if self._bias_W is not None:
-                logits_RV += self._bias_W[block]
-            probs_RV = self._of_block(self._buffers.probs_RV, kept_RV)
-            expected_R += targets.expected(logits_RV, block, scratch_RV=probs_RV)
-            torch.softmax(logits_RV, 1, out=probs_RV)
-            self._normaliser_RB[:, index] = logits_RV.amax(1) - probs_RV.amax(1).log()
-            kept_RV.copy_(probs_RV)
+            bias_V = None if self._bias_W is None else self._bias_W[block]
+            self._normaliser_RB[:, index], part_R = self._operations.reduce(kept_RV, bias_V, targets, block)
+            expected_R += part_R
         self._normaliser_R = self._normaliser_RB.logsumexp(1)
         return self._normaliser_R - expected_R
 
-    @staticmethod
-    def _of_block(buffer_RV: Tensor, kept_RV: Tensor) -> Tensor:
-        return buffer_RV.flatten()[: kept_RV.numel()].view(kept_RV.shape)
-
     def add_gradients(
         self,
-        targets: "_Labels | _Distributions",
+        targets: Labels | Distributions,
         weights_R: Tensor | None,
         features_RD: Tensor | None,
         weight_WD: Tensor | None,
         bias_W: Tensor | None,
     ) -> None:
         """Adds the gradients of the weighted sum of the losses to those of features, matrix and bias."""
-        shares_RB = (self._normaliser_RB - self._normaliser_R[:, None]).exp()
         for index, (block, kept_RV) in enumerate(zip(self._blocks, self._kept, strict=True)):
-            gradient_RV = self._of_block(self._buffers.probs_RV, kept_RV).copy_(kept_RV)
-            gradient_RV.mul_(shares_RB[:, index, None])
-            targets.subtract(gradient_RV, block)
-            if weights_R is not None:
-                gradient_RV.mul_(weights_R[:, None])
-            rounded_RV = kept_RV.copy_(gradient_RV)
+            bias_gradient_V = self._operations.differentiate(
+                kept_RV,
+                None if self._bias_W is None else self._bias_W[block],
+                (self._normaliser_RB[:, index], self._normaliser_R),
+                targets,
+                block,
+                weights_R,
+                needs_bias=bias_W is not None,
+            )
             if features_RD is not None:
-                features_RD += rounded_RV @ self._weight_WD[block]
+                features_RD += kept_RV @ self._weight_WD[block]
             if weight_WD is not None:
-                weight_WD[block] += rounded_RV.T @ self._z_RD
-            if bias_W is not None:
-                bias_W[block] += gradient_RV.sum(0)
-
-
-class _Labels:
-    """Targets that are one token each."""
-
-    def __init__(self, labels_R: Tensor) -> None:
-        self._labels_R = labels_R
-
-    def expected(self, logits_RV: Tensor, block: slice, *, scratch_RV: Tensor) -> Tensor:
-        """Returns the label's logit [R], 0 if it is not in the block."""
-        index_R1, is_inside_R1 = self._index(block)
-        return (logits_RV.gather(1, index_R1) * is_inside_R1)[:, 0]
-
-    def subtract(self, probs_RV: Tensor, block: slice) -> None:
-        """Subtracts the target's probabilities in place."""
-        index_R1, is_inside_R1 = self._index(block)
-        probs_RV.scatter_add_(1, index_R1, -is_inside_R1.to(probs_RV.dtype))
-
-    def _index(self, block: slice) -> tuple[Tensor, Tensor]:
-        offset_R1, size = self._labels_R[:, None] - block.start, block.stop - block.start
-        return offset_R1.clamp(0, size - 1), (offset_R1 >= 0) & (offset_R1 < size)
-
-
-class _Distributions:
-    """Targets that are distributions, each shared by `share` successive rows."""
-
-    def __init__(self, logits_CW: Tensor, log_normaliser_C: Tensor, share: int) -> None:
-        self._logits_CW, self._log_normaliser_C, self._share = logits_CW, log_normaliser_C, share
-
-    def expected(self, logits_RV: Tensor, block: slice, *, scratch_RV: Tensor) -> Tensor:
-        """Returns the block's part of the mean logit [R]."""
-        by_position_CSV, scratch_CSV = (each.unflatten(0, (-1, self._share)) for each in (logits_RV, scratch_RV))
-        # A product of matrices would be five times slower than these two operations on a CPU.
-        torch.mul(by_position_CSV, self._probs(block, logits_RV.dtype)[:, None], out=scratch_CSV)
-        return scratch_RV.sum(1)
-
-    def subtract(self, probs_RV: Tensor, block: slice) -> None:
-        """Subtracts the target's probabilities in place."""
-        probs_RV.unflatten(0, (-1, self._share)).sub_(self._probs(block, probs_RV.dtype)[:, None])
-
-    def _probs(self, block: slice, dtype: torch.dtype) -> Tensor:
-        return self._logits_CW[:, block].to(dtype, copy=True).sub_(self._log_normaliser_C[:, None]).exp_()
+                weight_WD[block] += kept_RV.T @ self._z_RD
+            if bias_W is not None and bias_gradient_V is not None:
+                bias_W[block] += bias_gradient_V

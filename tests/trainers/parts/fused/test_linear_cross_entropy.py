@@ -1,5 +1,7 @@
 """The cross-entropy by blocks against torch's own, in value and gradient; what is no matrix; the sums without one."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch.nn import functional
 
 from draftsmith.parts.neural.shortlist import SharedHead
 from tests.support.models import tiny_target
+from trainers.compilation.compiled_losses import compiled_losses
 from trainers.parts.fused import linear_cross_entropy as module
 from trainers.parts.fused.linear_cross_entropy import (
     Matrix,
@@ -62,8 +65,16 @@ def check(found: tuple[Tensor, Tensor], expected_N: Tensor, given: dict[str, Ten
     assert not losses_N.requires_grad
 
 
+@pytest.fixture(params=["plain", pytest.param("compiled", marks=pytest.mark.slow)])
+def either_way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Computes the loss operation by operation, and compiled."""
+    torch._dynamo.reset()  # functions are compiled for few dtypes in one process
+    with compiled_losses() if request.param == "compiled" else nullcontext():
+        yield
+
+
 @pytest.mark.parametrize("is_weighted", [False, True])
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_chunks", "either_way")
 def test_labels_equal_torch(is_weighted: bool) -> None:
     given = inputs()
     matrix, weights_N = Matrix(weight_WD=given["weight"], bias_W=given["bias"]), given["weights"] * is_weighted
@@ -73,7 +84,7 @@ def test_labels_equal_torch(is_weighted: bool) -> None:
     check(found, expected_N, given, weights_N if is_weighted else torch.ones_like(weights_N))
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_chunks", "either_way")
 def test_soft_targets_equal_torch() -> None:
     given, targets = inputs(), soft_targets()
     matrix = Matrix(weight_WD=given["weight"], bias_W=given["bias"])
@@ -84,6 +95,7 @@ def test_soft_targets_equal_torch() -> None:
     check(found, expected_N, given, given["weights"])
 
 
+@pytest.mark.usefixtures("either_way")
 def test_frozen_matrix_gets_no_gradient() -> None:
     given = inputs()
     total, _ = linear_cross_entropy(given["z"], Matrix(weight_WD=given["weight"].detach()), given["labels"])
@@ -93,7 +105,7 @@ def test_frozen_matrix_gets_no_gradient() -> None:
     assert given["weight"].grad is None
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_chunks", "either_way")
 def test_autocast_rounds_as_a_linear_layer_does() -> None:
     """The errors of the gradients, against float32, are at most those of torch's own operations under autocast."""
     given, targets = inputs(torch.float32), soft_targets(torch.float32)

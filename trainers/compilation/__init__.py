@@ -1,0 +1,1 @@
+"""What training compiles with torch.compile."""
