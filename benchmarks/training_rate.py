@@ -6,9 +6,9 @@ r"""Measures the rate at which heads are trained from a teacher store, by this c
 rows with its own recipe and the same hyper-parameters in bfloat16. Steps are timed from the end of the first one on,
 without evaluation and checkpoints; the loss is the mean of the timed steps; memory is the process's largest resident
 set. With `--compiled-families`, steps of these families with and without `--compile` take turns in one process, on the
-same rows (`--families []` leaves the earlier commit out). With `--medusa-repository`, a checkout of
-FasterDecoding/Medusa, the loss of its trainer (medusa/train/train_legacy.py) is run on the same batches and heads as
-ours.
+same rows (with `--store`, `--families []` trains nothing with the earlier commit). With `--medusa-repository`, a
+checkout of FasterDecoding/Medusa, the loss of its trainer (medusa/train/train_legacy.py) is run on the same batches and
+heads as ours.
 """
 
 import ast
@@ -42,7 +42,7 @@ from trainers.compilation.compiled_losses import compiled_losses
 from trainers.training.settings import parse_settings
 
 WARM_UP_STEPS = 2
-"""First steps of compiled losses that are not timed, of which one compiles."""
+"""First steps, with and without compiled losses, that are not timed: one of them compiles."""
 
 
 @dataclass(frozen=True, kw_only=True)

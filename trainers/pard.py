@@ -37,10 +37,8 @@ from trainers.parts.losses import (
     Teacher,
     cross_entropy,
     divergence,
-    forward_kl,
     map_in_chunks,
     on_shortlist,
-    outcome_log_probs,
     sum_in_chunks,
 )
 from trainers.parts.parallel.anchors import draw_anchors
@@ -192,7 +190,7 @@ def loss(drafter: Drafter, batch: Batch, settings: Settings, target: Target) -> 
                 teacher = Teacher(logits=target.logits(theirs[0][None])[0])
             compared = on_shortlist(logits_NW, teacher, shortlist)
             if settings.loss == PARD2:
-                losses_N = forward_kl(*outcome_log_probs(*compared))
+                losses_N = divergence("forward_kl")(*compared)
                 losses_N = losses_N + PARD2_CE_WEIGHT * cross_entropy(logits_NW, labels_N) * is_listed_N
             else:
                 losses_N = divergence(settings.loss)(*compared)

@@ -118,7 +118,7 @@ class Draft:
 
     confidences: Callable[[], list[list[float]]] | None = None
     """Returns how sure the drafter is, from 0 to 1, of each row's nodes after node 0, given their parents; None if
-    unknown. It is computed when asked for, as most sessions never ask."""
+    unknown. A GPU is waited for only when it is asked, which most sessions never do."""
     kept_of_BN: Tensor | None = None
     """The tokens of the draft that its nodes are some of; None if it was proposed so."""
 

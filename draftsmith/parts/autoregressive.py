@@ -191,7 +191,7 @@ def draft_static_tree(
     is_drawn = sampling_scheme != "deterministic" and not sampling.is_greedy
     tokens_BN = session.pending()[:, None]
     probs: list[Tensor] = []
-    best: dict[int, tuple[Tensor, Tensor]] = {}
+    probabilities_BN: list[Tensor] = []
     for level in range(min(depth, len(plan) - 1)):
         tree, by_count = plan[level]
         first = int((tree.depths_RN[0] < level).sum())
@@ -199,6 +199,7 @@ def draft_static_tree(
         if is_drawn:
             probs.append(sampling.probs(_spread(logits_BMW, vocabulary)))
         children: dict[int, Tensor] = {}
+        of_children: dict[int, Tensor] = {}
         for count, nodes in by_count.items():
             new = [node - first for node in nodes]
             if is_drawn:
@@ -211,20 +212,17 @@ def draft_static_tree(
             else:
                 logits_BFW = logits_BMW[:, new]
                 best_BFC, drawn_BFC = top(logits_BFW, count, vocabulary)
-                best |= dict(zip(nodes, zip(best_BFC.unbind(1), logits_BFW.unbind(1), strict=True), strict=True))
+                of_children |= dict(zip(nodes, probabilities(best_BFC, logits_BFW).unbind(1), strict=True))
             children |= dict(zip(nodes, drawn_BFC.unbind(1), strict=True))
+        probabilities_BN += [of_children[node] for node in sorted(of_children)]
         tokens_BN = torch.cat([tokens_BN, *(children[node] for node in sorted(children))], dim=1)
     tree = plan[min(depth, len(plan) - 1)][0]
-
-    def confidences() -> list[list[float]]:
-        return torch.cat([probabilities(*best[node]) for node in sorted(best)], dim=1).tolist()
-
     return Draft(
         tokens_BN=tokens_BN,
         tree=tree,
         draft_probs_BNV=torch.cat(probs, dim=1) if probs else None,
         sampling_scheme=sampling_scheme if probs else "deterministic",
-        confidences=None if is_drawn else confidences,
+        confidences=(lambda: torch.cat(probabilities_BN, dim=1).tolist()) if probabilities_BN else None,
     )
 
 

@@ -50,15 +50,17 @@ def compilable(function: FunctionOfTensors) -> FunctionOfTensors:
 
 
 def check_compiler(device: str) -> None:
-    """Compiles a small function for `device`; raises ValueError if torch cannot, with the first line of its reason."""
-    missing = "Triton and a C compiler" if device.startswith("cuda") else "a C++ compiler, such as g++"
+    """Compiles a small function for `device`; raises ValueError if torch cannot, with the reason that it gives."""
+    needed = "Triton, a C compiler" if device.startswith("cuda") else "a C++ compiler, such as g++,"
     number = random.getrandbits(31)  # a function of an earlier run, kept in torch's cache, would need no compiler
     try:
         found = torch.compile(lambda x_N: x_N + number)(torch.zeros(2, dtype=torch.long, device=device))
     except Exception as error:  # compilers, headers, Triton and folders that are missing have no common class
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # A compiler's own complaint, of a missing header say, comes after the command.
+        reason = next((line for line in lines if "error:" in line), lines[0])
         raise ValueError(
-            f"--compile cannot be used: torch cannot compile for {device} here ({reason}); install {missing}, or"
-            " omit --compile"
+            f"--compile cannot be used: torch cannot compile for {device} here ({reason}); install or repair {needed}"
+            " and Python's headers, or omit --compile"
         ) from None
     assert found.tolist() == [number, number]

@@ -150,7 +150,7 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@cache
+@cache  # one function for each set of arguments, so that --compile compiles it once
 def divergence(name: str, *, beta: float = 0.5, temperature: float = 1.0) -> Callable[[Tensor, Teacher], Tensor]:
     """Returns the function (student_logits_NV, teacher) -> loss [N] of a name in `DIVERGENCES`, times temperature^2.
 

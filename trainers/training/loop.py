@@ -60,7 +60,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
         launchers.write_default_data(run)
     target_info = read_target_info(run.target)
     _check_tensor_parallel(run, family, target_info)
-    _check_compile(run, family)
+    _check_is_compilable(run, family)
     if hasattr(family, "check"):
         family.check(settings, target_info)
     _check_first_steps(settings, run, family)
@@ -86,6 +86,8 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
             checkpoints.clear(output)
             print(f"{output}: this run is finished; nothing to do")
             return output
+        if run.compile:
+            check_compiler(launchers.device())
         target = _load_target(run)
         if run.tensor_parallel:
             _ = target.fingerprint  # which all ranks compute together
@@ -135,6 +137,8 @@ def _dry_run(
     started: float,
 ) -> None:
     """Estimates the run from short ones in temporary folders; `started` is the clock's time when it began."""
+    if run.compile:
+        check_compiler(launchers.device())
     target = _load_target(run)
     check_target(examples, run.data, target)
     train_rows, held_out = _split(_narrowed(examples, family, settings, target), usable, run, max_length)
@@ -284,14 +288,11 @@ def _check_tensor_parallel(run: RunSettings, family: ModuleType, target: TargetI
         raise ValueError("--deepspeed and --tensor-parallel cannot be combined; give one of them")
 
 
-def _check_compile(run: RunSettings, family: ModuleType) -> None:
-    """Raises ValueError if --compile is given and nothing is to be compiled, or torch cannot compile here."""
-    if not run.compile:
-        return
-    if hasattr(family, "fit"):
+def _check_is_compilable(run: RunSettings, family: ModuleType) -> None:
+    """Raises ValueError if --compile is given for a family without losses to compile."""
+    if run.compile and hasattr(family, "fit"):
         name = family.__name__.rpartition(".")[2]
-        raise ValueError(f"{name} uses none of the losses that --compile compiles; omit it")
-    check_compiler(launchers.device())
+        raise ValueError(f"{name} is built without gradient, so there is no loss to compile; omit --compile")
 
 
 def _check_first_steps(settings: Any, run: RunSettings, family: ModuleType) -> None:

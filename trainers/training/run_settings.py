@@ -83,8 +83,8 @@ class RunSettings:
     pilot: bool = False
     """With dry_run, also train on 1, 2 and 4 % of the rows, and extrapolate the mean accepted length of all of them."""
     compile: bool = False
-    """Compile the loss's operations on logits with torch.compile, once at the start; needs a C++ compiler, or Triton
-    on a GPU."""
+    """Compile the loss's operations on logits with torch.compile, mostly in the first step; needs a C++ compiler, or
+    Triton on a GPU."""
     device_map: str = ""
     """Spread the target over devices as transformers does: auto, balanced, sequential, or modules and their devices."""
     tensor_parallel: bool = False

@@ -118,13 +118,10 @@ class StaticTree:
         """Returns the tree cut to K levels, its nodes filled with each head's most likely tokens."""
         tree = self._trees[logits_BKW.shape[1]]
         best_BKR, top_BKR = autoregressive.top(logits_BKW, self.num_ranks, vocabulary)
+        probs_BKR = autoregressive.probabilities(best_BKR, logits_BKW)
         index_N = self._flat_index[: tree.num_nodes - 1]
         tokens_BN = torch.cat([pending_B[:, None], top_BKR.flatten(1)[:, index_N]], dim=1)
-
-        def confidences() -> list[list[float]]:
-            return autoregressive.probabilities(best_BKR, logits_BKW).flatten(1)[:, index_N].tolist()
-
-        return Draft(tokens_BN=tokens_BN, tree=tree, confidences=confidences)
+        return Draft(tokens_BN=tokens_BN, tree=tree, confidences=lambda: probs_BKR.flatten(1)[:, index_N].tolist())
 
 
 class TokenHeadsState:

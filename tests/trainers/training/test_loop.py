@@ -144,13 +144,13 @@ def test_interrupted_run_with_compiled_losses_continues_with_and_without(
         mark_complete(checkpoint, facts)
 
     compiled = train(medusa, HEADS, settings(folder, "compiled", compile=True))
-    for goes_on_compiled in (True, False):
-        name = f"broken-{goes_on_compiled}"
+    for is_compiled in (True, False):
+        name = f"broken-{is_compiled}"
         monkeypatch.setattr(checkpoints, "mark_complete", stop_at_step_8)
         with pytest.raises(KeyboardInterrupt):
             train(medusa, HEADS, settings(folder, name, compile=True))
         monkeypatch.undo()
-        train(medusa, HEADS, settings(folder, name, compile=goes_on_compiled))
+        train(medusa, HEADS, settings(folder, name, compile=is_compiled))
     check_same_as_uninterrupted(folder / "broken-True", compiled)
     for one, other in zip(logged(folder / "broken-False", *LOSSES), logged(uninterrupted, *LOSSES), strict=True):
         assert one == pytest.approx(other, rel=1e-4)

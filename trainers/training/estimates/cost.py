@@ -52,12 +52,15 @@ def by_gradient(trial: Trial, counts: RowCounts, folder: Path, earlier_s: float)
         {*range(run.eval_steps, run.max_steps, run.eval_steps), *range(run.save_steps, run.max_steps, run.save_steps)}
         | {run.max_steps}
     )
+    mean_step_s = clock.mean(timer.steps[WARM_UP_STEPS:])
+    # The first steps take longer, by half a minute if losses are compiled.
+    warm_up_s = max(0.0, sum(timer.steps[:WARM_UP_STEPS]) - WARM_UP_STEPS * mean_step_s)
     inside_s = sum(timer.steps) + sum(timer.evaluations) + sum(timer.checkpoints)
     first_s = timer.evaluations[0] if timer.evaluations else 0.0
     parts = {
         "loading": earlier_s,
-        "preparation": max(0.0, total_s - tail_s - inside_s),
-        "steps": clock.mean(timer.steps[WARM_UP_STEPS:]) * run.max_steps,
+        "preparation": max(0.0, total_s - tail_s - inside_s) + warm_up_s,
+        "steps": mean_step_s * run.max_steps,
         "evaluation": first_s + clock.mean(timer.evaluations[1:]) * (num_evaluations - 1),
         "checkpoints": clock.mean(timer.checkpoints) * num_saves,
         "finish": tail_s,
