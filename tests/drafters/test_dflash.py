@@ -239,7 +239,7 @@ def test_a_draft_ends_after_the_first_token_of_low_confidence(markov_rank: int, 
     target = tiny_target("llama", dtype=torch.float64)
     drafter = built(dflash, small(target, confidence=True, markov_rank=markov_rank, length="confidence=0.5"), target)
     drafter.confidence.weight.mul_(2.0)
-    rows = [row for row in prompts(4) if len(row) > 1]
+    rows, num_new = [row for row in prompts(4) if len(row) > 1], 8
     lengths = set()
 
     class Compared(Watched):
@@ -247,6 +247,8 @@ def test_a_draft_ends_after_the_first_token_of_low_confidence(markov_rank: int, 
             draft = super().propose(budget)
             num_nodes = draft.num_nodes or [draft.tree.num_nodes] * len(self._session.rows)
             for row, ids in enumerate(self._session.rows):
+                if len(ids) == len(rows[row]) + num_new:
+                    continue  # the row has ended, and its draft is not used
                 read = target.read(torch.tensor([ids[:-1]]), drafter.hidden_layers)
                 z_KD, _ = naive_block(drafter, ids[-1], {layer: states[0] for layer, states in read.items()})
                 tokens = draft.tokens_BN[row, : num_nodes[row]].tolist()
@@ -258,7 +260,7 @@ def test_a_draft_ends_after_the_first_token_of_low_confidence(markov_rank: int, 
                 lengths.add(num_nodes[row] - 1)
             return draft
 
-    draftsmith.generate(target, rows, Compared(drafter), max_new_tokens=8, temperature=temperature, seed=0)
+    draftsmith.generate(target, rows, Compared(drafter), max_new_tokens=num_new, temperature=temperature, seed=0)
     assert len(lengths) > 1, "every draft has the same length"
 
 
