@@ -235,6 +235,8 @@ def _measure_rounding(
     for size in settings.batch_sizes if 0 in settings.temperatures else ():
         groups = _groups(prompts, size, settings)
         for reference, own_target in _targets(target, competing).items():
+            if (reference, size) in results.roundings:
+                continue
             names = [one.method.name for one in competing if one.reference == reference and one.competes_at(0, size)]
             tallies = [
                 rounds[name]
@@ -242,8 +244,7 @@ def _measure_rounding(
                 for rounds in parts
                 for name in names
             ]
-            is_known = (reference, size) in results.roundings
-            if is_known or not any(tally.num_different for tally in tallies):
+            if not any(tally.num_different for tally in tallies):
                 continue
             widest = max((nodes + 1 for tally in tallies for _, nodes, _ in tally.verified), default=1)
             widths = [2**power for power in range(1, max(widest - 1, 1).bit_length() + 1)]

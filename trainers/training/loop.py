@@ -86,8 +86,6 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
             checkpoints.clear(output)
             print(f"{output}: this run is finished; nothing to do")
             return output
-        if run.compile:
-            check_compiler(launchers.device())
         target = _load_target(run)
         if run.tensor_parallel:
             _ = target.fingerprint  # which all ranks compute together
@@ -137,8 +135,6 @@ def _dry_run(
     started: float,
 ) -> None:
     """Estimates the run from short ones in temporary folders; `started` is the clock's time when it began."""
-    if run.compile:
-        check_compiler(launchers.device())
     target = _load_target(run)
     check_target(examples, run.data, target)
     train_rows, held_out = _split(_narrowed(examples, family, settings, target), usable, run, max_length)
@@ -171,6 +167,8 @@ def _dry_run(
 
 
 def _load_target(run: RunSettings) -> Target:
+    if run.compile:
+        check_compiler(launchers.device())  # before the weights load
     target = Target.from_pretrained(
         run.target,
         dtype="bfloat16" if run.bf16 else "float32",
