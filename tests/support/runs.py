@@ -20,6 +20,7 @@ from data.pseudo_data import PseudoDataSettings, write_pseudo_data
 from draftsmith import Target
 from draftsmith.artifacts.files import LOCK
 from tests.support.models import CONTEXT, VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.support.warm import ForkedRun
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import flat, from_flat
 
@@ -87,6 +88,9 @@ def environment() -> dict[str, str]:
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs a command in `folder` and returns its output and exit status, which is not checked."""
+    is_recipe = words[0] == sys.executable and (words[1].endswith(".py") or words[1:3] == ["-m", "eval.lossless"])
+    if is_recipe:
+        return ForkedRun(words[1:], folder, environment()).wait(timeout_s=300)
     return subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
 
 

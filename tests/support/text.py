@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -19,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from data.prompts import Prompt, load_prompts
 from draftsmith import Target
 from tests.support.models import tiny_model
+from tests.support.warm import ForkedRun
 
 VOCAB_SIZE, CONTEXT, EOS_ID = 384, 256, 2
 TEXT = inspect.getsource(argparse) + inspect.getsource(json)
@@ -83,15 +82,12 @@ def some_prompts(folder: Path, num_rows: int) -> list[Prompt]:
 
 
 def kill_midway(recipe: str, flags: list[str], is_started: Callable[[], bool]) -> None:
-    """Runs a recipe in a subprocess and kills it (signal 9) at a random moment after `is_started`."""
+    """Runs a recipe in another process and kills it (signal 9) at a random moment after `is_started`."""
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, str(root / "recipes" / f"{recipe}.py"), *flags]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "DRAFTSMITH_OFFLINE": "1"}
-    running = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    running = ForkedRun([str(root / "recipes" / f"{recipe}.py"), *flags], root, dict(os.environ))
     while not is_started():
-        assert running.poll() is None, running.communicate()[0]
+        assert running.process.is_alive(), running.wait(timeout_s=1)
         time.sleep(0.002)
     time.sleep(random.uniform(0, 0.2))
-    running.kill()
-    running.communicate()
-    assert running.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    running.process.kill()
+    assert running.wait(timeout_s=60).returncode == -signal.SIGKILL, "it ended before it could be killed"
