@@ -26,6 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Excludes modules and test items from garbage collection, which accelerate runs in full for each training."""
+    """Excludes modules and test items from garbage collection, which accelerate runs in full for each training.
+
+    The texts of tests are short: a cache with room for 256 tokens takes longer to clear than to use.
+    """
+    from draftsmith.core import cache  # after the environment is set
+
+    cache.FIRST_CAPACITY = 32
     gc.collect()
     gc.freeze()

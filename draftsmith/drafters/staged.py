@@ -156,22 +156,28 @@ class Drafter(drafter.Drafter):
         logits_BNV = self.draft_model.logits(self.draft_model.forward_draft(draft, cache).hidden_BND)
         verdict = verify_draft(logits_BNV, draft, session.sampling, "auto", session.generator, self._inner.noise)
         paths, next_tokens = verdict.to_host()
-        tokens = draft.tokens_BN.tolist()
+        tokens, decoded = draft.tokens_BN.tolist(), []
         for row, path in enumerate(paths):
             if len(rows[row]) >= ends[row]:
                 path.clear()
-                continue
-            new = [*(tokens[row][node] for node in path[1:]), next_tokens[row]][: ends[row] - len(rows[row])]
-            logits_PV = logits_BNV[row, path[: len(new)]]
-            new_P1 = torch.tensor(new, device=logits_PV.device)[:, None]
-            confidences_P = logits_PV.float().softmax(-1).gather(1, new_P1)[:, 0]
-            for number, confidence in enumerate(confidences_P.tolist(), start=1):
+            found = [*(tokens[row][node] for node in path[1:]), next_tokens[row]] if path else []
+            decoded.append(found[: ends[row] - len(rows[row])])
+        longest = max(map(len, decoded))
+        nodes_BP, new_BP = (
+            torch.tensor([ids[:longest] + [0] * (longest - len(ids)) for ids in one], device=logits_BNV.device)
+            for one in (paths, decoded)
+        )
+        logits_BPV = logits_BNV[torch.arange(len(rows), device=logits_BNV.device)[:, None], nodes_BP]
+        confidences = logits_BPV.float().softmax(-1).gather(2, new_BP[..., None])[..., 0].tolist()
+        probs_BPV = session.sampling.probs(logits_BPV) if not session.sampling.is_greedy else None
+        for row, new in enumerate(decoded):
+            for number, confidence in enumerate(confidences[row][: len(new)], start=1):
                 if not session.should_continue(row, confidence):
                     del new[number:]
                     ends[row] = len(rows[row]) + number
                     break
-            if not session.sampling.is_greedy:
-                probs[row].append(session.sampling.probs(logits_PV[: len(new)]))
+            if probs_BPV is not None and new:
+                probs[row].append(probs_BPV[row, : len(new)])
             rows[row] += new
         cache.commit(paths)
         # The cache of a row that ended within its path holds more tokens than the row.

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftsmith.core.cache import FIRST_CAPACITY, KVCache
+from draftsmith.core import cache as cache_module
+from draftsmith.core.cache import KVCache
 from draftsmith.core.rows import groups_by_length
 from draftsmith.core.tree import Tree, chain
 from tests.support.models import CAUSAL, SEQ2SEQ, VOCAB_SIZE, padded, prompts, tiny_target
@@ -149,15 +150,17 @@ def test_cache_grows_without_loss(batch_size: int) -> None:
         capacities.add(cache.capacity)
     assert numbers(cache, 0) == expected and numbers(cache, 1) == expected
     assert cache.lengths == [len(row) for row in expected]
-    assert capacities == {FIRST_CAPACITY, 2 * FIRST_CAPACITY}, "capacity must grow geometrically"
+    doubled = {cache_module.FIRST_CAPACITY << doublings for doublings in range(5)}
+    assert capacities == doubled, "capacity must grow geometrically"
 
 
 def test_a_prompt_longer_than_twice_the_capacity() -> None:
     cache = KVCache(num_layers=1, batch_size=1)
     first = fill(cache, 10, 0.0)
     cache.commit([list(range(10))])
-    second = fill(cache, 5 * FIRST_CAPACITY, 500.0)
-    cache.commit([list(range(5 * FIRST_CAPACITY))])
+    length = 5 * cache_module.FIRST_CAPACITY
+    second = fill(cache, length, 500.0)
+    cache.commit([list(range(length))])
     assert numbers(cache) == [first[0].tolist() + second[0].tolist()]
 
 
