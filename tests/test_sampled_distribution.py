@@ -33,7 +33,7 @@ from tests.support.verify.biased_verifiers import accept_by_target_probability, 
 NUM_SAMPLES = 20_000
 
 
-@pytest.mark.parametrize("name", ["medusa", "lm", "lookup"])
+@pytest.mark.parametrize("name", ["lm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("medusa", "lookup"))])
 def test_sampling_with_drafters_is_lossless(name: str) -> None:
     check_distribution(sampled_drafter(name), distribution_target(), num_samples=NUM_SAMPLES)
 

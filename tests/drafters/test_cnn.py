@@ -18,7 +18,7 @@ from tests.support.families.recurrent_checks import (
     check_shortlist,
     source_of,
 )
-from tests.support.family import built, check_family
+from tests.support.family import built, check_family, check_greedy
 from tests.support.models import VOCAB_SIZE, padded, prompts, tiny_model, tiny_target
 from tests.support.runs import trainer_settings
 from trainers import cnn as trainer
@@ -36,6 +36,7 @@ def test_family(tmp_path: Path) -> None:
     check_family(cnn, EXAMPLE, tmp_path, trainer=trainer, settings=SETTINGS)
 
 
+@pytest.mark.slow
 def test_shortlist(tmp_path: Path) -> None:
     check_shortlist(cnn, EXAMPLE, trainer, SETTINGS, tmp_path)
 
@@ -44,19 +45,18 @@ def test_repeated_on_policy_batches() -> None:
     check_on_policy(cnn, EXAMPLE)
 
 
+@pytest.mark.slow
 def test_training_run_on_encoder_decoder(tmp_path: Path) -> None:
     check_run_on_pairs(trainer, SETTINGS, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "copy"),
-    [
-        ("t5", True),
-        pytest.param("bart", False, marks=pytest.mark.slow),
-        pytest.param("t5", False, marks=pytest.mark.slow),
-        pytest.param("bart", True, marks=pytest.mark.slow),
-    ],
-)
+def test_greedy_output_of_an_encoder_decoder() -> None:
+    check_greedy(built(cnn, dataclasses.replace(EXAMPLE, copy=True), tiny_target("t5")), "t5")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize("architecture", ["t5", "bart"])
 def test_family_on_encoder_decoder(architecture: str, copy: bool, tmp_path: Path) -> None:
     config = dataclasses.replace(EXAMPLE, copy=copy)
     settings = with_config(copy=copy)

@@ -231,10 +231,12 @@ def test_a_new_bias_changes_no_draft() -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("markov_rank", [0, 3])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("temperature", "markov_rank"),
+    [(0.0, 0), (1.0, 3), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((0.0, 3), (1.0, 0)))],
+)
 @torch.no_grad()
-def test_a_draft_ends_after_the_first_token_of_low_confidence(markov_rank: int, temperature: float) -> None:
+def test_a_draft_ends_after_the_first_token_of_low_confidence(temperature: float, markov_rank: int) -> None:
     """The policy is asked about the acceptance predicted before a token is drawn, and not about its probability."""
     target = tiny_target("llama", dtype=torch.float64)
     drafter = built(dflash, small(target, confidence=True, markov_rank=markov_rank, length="confidence=0.5"), target)

@@ -13,6 +13,9 @@ from draftsmith.inputs.invariance.elementwise import equal_row_multiple
 from draftsmith.inputs.invariance.self_test import find_shapes
 from tests.support.models import tiny_model
 
+WIDTHS = {64: 1, 48: 2, 24: 4, 36: 8, 33: 32}
+"""The least number of rows of each width that fill whole vectors of 32."""
+
 
 class InVectors(nn.Module):
     """Computes elements in vectors of `size`, and those left over by a formula that rounds in another way."""
@@ -40,8 +43,15 @@ def vectors_are_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elementwise, "MODULES", (__name__,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("width", "expected"), [(64, 1), (48, 2), (24, 4), (36, 8), (33, 32)])
+@pytest.mark.parametrize(
+    ("width", "expected", "dtype"),
+    [
+        *((width, expected, torch.float32) for width, expected in WIDTHS.items()),
+        (33, 32, torch.bfloat16),
+        *(pytest.param(width, WIDTHS[width], torch.bfloat16, marks=pytest.mark.slow) for width in (64, 48, 24, 36)),
+    ],
+    ids=str,
+)
 def test_multiple_fills_whole_vectors(
     width: int, expected: int, dtype: torch.dtype, vectors_are_activations: None
 ) -> None:
