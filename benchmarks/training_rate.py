@@ -6,9 +6,10 @@ r"""Measures the rate at which heads are trained from a teacher store, by this c
 rows with its own recipe and the same hyper-parameters in bfloat16. Steps are timed from the end of the first one on,
 without evaluation and checkpoints; the loss is the mean of the timed steps; memory is the process's largest resident
 set. With `--compiled-families`, steps of these families with and without `--compile` take turns in one process, on the
-same rows (with `--store`, `--families []` trains nothing with the earlier commit). With `--medusa-repository`, a
-checkout of FasterDecoding/Medusa, the loss of its trainer (medusa/train/train_legacy.py) is run on the same batches and
-heads as ours.
+same rows (with `--store`, `--families []` trains nothing with the earlier commit); with `--grouped-families`, steps of
+rows grouped by length, as `--group-by-length` groups them, and in random order. With `--medusa-repository`, a checkout
+of FasterDecoding/Medusa, the loss of its trainer (medusa/train/train_legacy.py) is run on the same batches and heads as
+ours.
 """
 
 import ast
@@ -31,7 +32,7 @@ from pseudo_data import ROOT, checkout, run_recipe
 from torch import Tensor
 
 from data import POCKET
-from data.batches import Batch, batches
+from data.batches import STEPS_SORTED, Batch, batches, grouped_order, order
 from data.teacher import complete
 from data.teacher_store import open_teacher_store
 from draftsmith import Target
@@ -69,6 +70,10 @@ class BenchmarkSettings:
     """Threads of each process."""
     repeats: int = 1
     """Runs of each version; of several, the medians are compared."""
+    compile: bool = False
+    """Train with `--compile` with this checkout."""
+    grouped_families: tuple[str, ...] = ()
+    """Families whose steps are timed on the same rows in random order and grouped by length."""
     compiled_families: tuple[str, ...] = ()
     """Families whose steps are timed with compiled losses and without."""
     medusa_repository: str = ""
@@ -105,6 +110,7 @@ def train(root: Path, family: str, store: Path, output: Path, settings: Benchmar
         "tree_nodes": 16,
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    flags += ["--compile"] * (settings.compile and root == ROOT)
     usage = run_recipe(root, [f"recipes/{family}.py", "--bf16", *flags], settings.num_threads)
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     first, *timed = [line for line in lines if "loss" in line]
@@ -135,6 +141,8 @@ def main(settings: BenchmarkSettings) -> None:
             compare(family, roots, store, Path(folder), settings)
         for family in settings.compiled_families:
             compare_compiled(family, store, settings)
+        for family in settings.grouped_families:
+            compare_grouped(family, store, settings)
         if settings.medusa_repository:
             compare_with_medusa(Path(settings.medusa_repository), store, settings)
 
@@ -200,6 +208,40 @@ def compare_compiled(name: str, store: Path, settings: BenchmarkSettings) -> Non
         f" {max(abs(one.loss / other.loss - 1) for one, other in pairs):.1e}",
         flush=True,
     )
+
+
+def compare_grouped(name: str, store: Path, settings: BenchmarkSettings) -> None:
+    """Prints what training steps on the same rows take in random order and grouped by length; both take turns."""
+    torch.set_num_threads(settings.num_threads)
+    target = Target.from_pretrained(settings.target, dtype="bfloat16")
+    target.model.requires_grad_(False)
+    family = importlib.import_module(f"trainers.{name}")
+    options = family.Settings()
+    needs = family.needs(options, target)
+    examples = open_teacher_store(store, target).reading(needs.layers, top=False)
+    num_rows = min(STEPS_SORTED, len(examples) // settings.batch_size) * settings.batch_size
+    rows = [examples[index] for index in order(len(examples), seed=0, epoch=0)[:num_rows]]
+    orders = {
+        "in random order": list(range(num_rows)),
+        "grouped by length": list(grouped_order(rows, settings.batch_size, target.context_length, seed=0, epoch=0)),
+    }
+    read, steps = {}, {}
+    for label, indices in orders.items():
+        joined = list(batches([rows[index] for index in indices], settings.batch_size))
+        read[label] = [complete(batch, target, needs.layers) for batch in (*joined[:WARM_UP_STEPS], *joined)]
+        torch.manual_seed(0)
+        steps[label] = TimedSteps(family, options, target, is_compiled=False)
+    for number in range(num_rows // settings.batch_size + WARM_UP_STEPS):
+        for label, one in steps.items():
+            one.run(read[label][number])
+    num_tokens, totals = sum(len(row.tokens_T) for row in rows), {}
+    for label, one in steps.items():
+        taken = one.times[WARM_UP_STEPS:]
+        totals[label] = [sum(getattr(step, kind) for step in taken) for kind in ("wall_s", "cpu_s")]
+        padding = 1 - num_tokens / sum(batch.tokens_BT.numel() for batch in read[label][WARM_UP_STEPS:])
+        print(f"{name}, {label}: {num_tokens / totals[label][0]:,.0f} tokens/s, {padding:.0%} of a batch is padding")
+    wall, cpu = (one / other for one, other in zip(*totals.values(), strict=True))
+    print(f"{name}: grouped {wall:.2f} times the tokens/s, {cpu:.2f} by CPU time", flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,9 @@ from draftsmith import Target
 from draftsmith.core.target import Source
 from draftsmith.loading.model_info import TargetInfo
 
+STEPS_SORTED = 16
+"""Optimiser steps among which rows grouped by length are exchanged."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Example:
@@ -205,6 +208,24 @@ def split(keys: Sequence[str], *, held_out_share: float, seed: int = 0) -> tuple
 def order(num_examples: int, *, seed: int, epoch: int) -> list[int]:
     """Returns the order of the examples in one epoch, which depends on the seed and the epoch alone."""
     return np.random.default_rng([seed, epoch]).permutation(num_examples).tolist()
+
+
+def grouped_order(
+    examples: Sequence[Example], rows_per_step: int, max_length: int, *, seed: int, epoch: int
+) -> Iterator[int]:
+    """Yields the order of one epoch in which the rows of an optimiser step are about equally long, to save padding.
+
+    Of every `STEPS_SORTED` steps of the random order the rows are sorted by length, cut to `max_length`, and the steps
+    are shuffled. Rows too few for a last step come last.
+    """
+    indices = order(len(examples), seed=seed, epoch=epoch)
+    num_whole = len(indices) // rows_per_step * rows_per_step
+    for begin in range(0, num_whole, size := STEPS_SORTED * rows_per_step):
+        found = indices[begin : min(begin + size, num_whole)]
+        found.sort(key=lambda index: min(len(examples[index].tokens_T), max_length))
+        for step in order(len(found) // rows_per_step, seed=seed, epoch=begin):
+            yield from found[step * rows_per_step : (step + 1) * rows_per_step]
+    yield from indices[num_whole:]
 
 
 def batches(

@@ -183,6 +183,9 @@ def test_no_file_names_a_path_of_one_machine() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+FLAGS = ("weights_only", "allow_pickle", "trust_remote_code")
+
+
 def unsafe(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
     """Yields calls that could run code found in a file: pickle, and remote code that the user did not allow."""
     for node in ast.walk(tree):
@@ -192,8 +195,8 @@ def unsafe(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
                 if name.split(".")[0] in ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"):
                     yield node, f"imports {name}"
         if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            flags = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            called = ast.unparse(node.func) if getattr(node.func, "attr", "").endswith("load") else ""
+            flags = {one.arg: ast.unparse(one.value) for one in node.keywords if one.arg in FLAGS}
             if called == "torch.load" and flags.get("weights_only") != "True":
                 yield node, "torch.load without weights_only=True"
             if called in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):

@@ -2,10 +2,22 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
-from data.batches import Example, batches, check_batch, collate, example, order, split, truncate
+from data.batches import (
+    STEPS_SORTED,
+    Example,
+    batches,
+    check_batch,
+    collate,
+    example,
+    grouped_order,
+    order,
+    split,
+    truncate,
+)
 from data.teacher import complete
 from tests.support.models import SEQ2SEQ, VOCAB_SIZE, tiny_target
 
@@ -133,6 +145,19 @@ def test_truncate_keeps_the_source():
     assert row.hidden[1].shape == (3, 4)
     assert row.source_S.tolist() == [20, 21]
     assert truncate(PAIRS[0], 2).source_S.tolist() == [9, 10, 11, 12, 13, 14], "the source keeps its length"
+
+
+def test_grouped_order_holds_each_row_once_and_groups_rows_by_their_cut_length():
+    lengths = np.random.default_rng(0).integers(2, 60, size=203).tolist()
+    rows = [example([5] * length, None, str(index)) for index, length in enumerate(lengths)]
+    found = [list(grouped_order(rows, 4, 40, seed=1, epoch=epoch)) for epoch in (0, 1)]
+    assert found[0] == list(grouped_order(rows, 4, 40, seed=1, epoch=0)) and found[0] != found[1]
+    for indices in found:
+        assert sorted(indices) == list(range(203))
+        steps = [[min(lengths[index], 40) for index in indices[begin : begin + 4]] for begin in range(0, 200, 4)]
+        assert sum(max(step) - min(step) for step in steps) < 0.1 * sum(map(max, steps))
+        longest = [max(step) for step in steps[:STEPS_SORTED]]
+        assert longest != sorted(longest), "the steps are shuffled"
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)

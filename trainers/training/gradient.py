@@ -4,6 +4,7 @@ The optimised loss is the sum over all supervised tokens of an optimiser step, o
 divided by their number; so neither the number of ranks nor gradient accumulation changes the result.
 """
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
-from data.batches import Batch, collate, truncate
+from data.batches import Batch, collate, grouped_order, truncate
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.length.costs import Stopwatch
@@ -94,6 +96,7 @@ class DraftTrainer(Trainer):
         facts: dict[str, Any],
         earlier_s: float,
         max_length: int,
+        group_by_length: bool = False,
         observers: Sequence[TrainerCallback] = (),
         **options: Any,
     ) -> None:
@@ -107,7 +110,10 @@ class DraftTrainer(Trainer):
         self._epoch: Iterator | None = None
         self._batches: Generator | None = None
         self._started = self._logged = time.perf_counter()
-        self._earlier_s, self._max_length = earlier_s, max_length
+        self._earlier_s, self._max_length, self._group_by_length = earlier_s, max_length, group_by_length
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        return RowsByLength(self, self._max_length) if self._group_by_length else super()._get_train_sampler()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Splits parameter groups by the prefixes of the family's learning-rate factors; the longest match counts."""
@@ -265,6 +271,29 @@ class DraftTrainer(Trainer):
             # Tied weights are saved twice, as safetensors does not store aliases.
             copies = {name: weight.detach().cpu().contiguous().clone() for name, weight in weights.items()}
             save_file(copies, Path(output_dir) / checkpoints.WEIGHTS)
+
+
+class RowsByLength(Sampler[int]):
+    """The rows in the order of `grouped_order`, of the epoch that the trainer has reached."""
+
+    def __init__(self, trainer: Trainer, max_length: int) -> None:
+        self._trainer, self._max_length = trainer, max_length
+
+    def __len__(self) -> int:
+        return len(self._trainer.train_dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        arguments, num_ranks = self._trainer.args, self._trainer.accelerator.num_processes
+        rows_per_batch = arguments.train_batch_size * num_ranks
+        num_batches = len(self) // rows_per_batch
+        steps_per_epoch = max(math.ceil(num_batches / arguments.gradient_accumulation_steps), 1)
+        return grouped_order(
+            self._trainer.train_dataset,
+            rows_per_batch * arguments.gradient_accumulation_steps,
+            self._max_length,
+            seed=arguments.seed,
+            epoch=self._trainer.state.global_step // steps_per_epoch,
+        )
 
 
 class GradientCheck(TrainerCallback):

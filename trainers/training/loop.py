@@ -247,6 +247,7 @@ def _train_by_gradient(
             train_dataset=train_rows,
             eval_dataset=held_out,
             max_length=min(run.max_length, target.context_length),
+            group_by_length=run.group_by_length,
             data_collator=list,
         )
         if resumed:

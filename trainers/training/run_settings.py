@@ -48,6 +48,9 @@ class RunSettings:
     """Settings for reading rows of text."""
     max_length: int = 1024
     """Number of tokens to which longer rows are cut."""
+    group_by_length: bool = False
+    """Make each optimiser step of rows of about the same length, so that less of a batch is padding; a token of a step
+    of short rows then has a larger share of the gradient."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     schedule: str = field(default="cosine", metadata={"choices": ["cosine", "linear", "constant"]})

@@ -28,6 +28,7 @@ def dry_run(trial: Trial, max_length: int, earlier_s: float) -> None:
         rows_per_step=run.batch_size * run.gradient_accumulation,
         max_length=max_length,
         seed=run.seed,
+        group_by_length=run.group_by_length,
     )
     print("\n".join(counted(trial, counts)), flush=True)
     with tempfile.TemporaryDirectory(prefix="draftsmith-dry-run-") as name:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.batches import Example, order, truncate
+from data.batches import Example, grouped_order, order, truncate
 
 MAX_READ = 2_000
 """Rows read; of more, this many are read and the rest is estimated from them."""
@@ -40,15 +40,25 @@ class RowCounts:
         return max(0.0, 1 - tokens / self.padded_tokens_per_batch)
 
 
-def count(rows: Sequence[Example], *, batch_size: int, rows_per_step: int, max_length: int, seed: int = 0) -> RowCounts:
-    """Returns the counts of rows cut to `max_length` tokens."""
+def count(
+    rows: Sequence[Example],
+    *,
+    batch_size: int,
+    rows_per_step: int,
+    max_length: int,
+    seed: int = 0,
+    group_by_length: bool = False,
+) -> RowCounts:
+    """Returns the counts of rows cut to `max_length` tokens, in random order or grouped by length."""
     num_read = min(len(rows), MAX_READ)
     indices = order(len(rows), seed=seed, epoch=0)[:num_read]
     found = [truncate(rows[index], max_length) for index in indices]
+    if group_by_length:
+        found = [found[index] for index in grouped_order(found, rows_per_step, max_length, seed=seed, epoch=0)]
     lengths = np.array([len(row.tokens_T) for row in found])
     supervised = sum(int(row.loss_mask_T[1:].sum()) for row in found)
     scale = len(rows) / num_read
-    # Rows are shuffled, so that consecutive ones are as good as a batch.
+    # Rows are in the order of an epoch, so that consecutive ones are as good as a batch.
     whole = (
         lengths[: num_read // batch_size * batch_size].reshape(-1, batch_size)
         if num_read >= batch_size
