@@ -3,13 +3,13 @@ r"""Measures the rate at which heads are trained from a teacher store, by this c
     .venv/bin/python benchmarks/training_rate.py --target smollm2 --data runs/pseudo-data --medusa-repository Medusa
 
 `data` is pseudo-data of the target; the earlier commit writes the store, which both versions read. Each trains the same
-rows with its own recipe and the same hyper-parameters in bfloat16. Steps are timed from the end of the first one on,
-without evaluation and checkpoints; the loss is the mean of the timed steps; memory is the process's largest resident
-set. With `--compiled-families`, steps of these families with and without `--compile` take turns in one process, on the
-same rows (with `--store`, `--families []` trains nothing with the earlier commit); with `--grouped-families`, steps of
-rows grouped by length, as `--group-by-length` groups them, and in random order. With `--medusa-repository`, a checkout
-of FasterDecoding/Medusa, the loss of its trainer (medusa/train/train_legacy.py) is run on the same batches and heads as
-ours.
+rows with its own recipe and the same hyper-parameters, in bfloat16 unless `--bf16 false` is given. Steps are timed from
+the end of the first one on, without evaluation and checkpoints; the loss is the mean of the timed steps; memory is the
+process's largest resident set. With `--compiled-families`, steps of these families with and without `--compile` take
+turns in one process, on the same rows (with `--store`, `--families []` trains nothing with the earlier commit); with
+`--grouped-families`, steps of rows grouped by length, as `--group-by-length` groups them, and in random order. With
+`--medusa-repository`, a checkout of FasterDecoding/Medusa, the loss of its trainer (medusa/train/train_legacy.py) is
+run on the same batches and heads as ours.
 """
 
 import ast
@@ -66,6 +66,8 @@ class BenchmarkSettings:
     """Optimiser steps of each run; the first is not timed."""
     batch_size: int = 8
     """Rows of a step."""
+    bf16: bool = True
+    """Train in bfloat16; otherwise all is float32, for processors without instructions for bfloat16."""
     num_threads: int = 2
     """Threads of each process."""
     repeats: int = 1
@@ -80,6 +82,10 @@ class BenchmarkSettings:
     """Checkout of FasterDecoding/Medusa, whose trainer's loss is run as well; none if empty."""
     medusa_batches: int = 2
     """Batches of that comparison."""
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.bf16 else "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +116,8 @@ def train(root: Path, family: str, store: Path, output: Path, settings: Benchmar
         "tree_nodes": 16,
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    flags += ["--compile"] * (settings.compile and root == ROOT)
-    usage = run_recipe(root, [f"recipes/{family}.py", "--bf16", *flags], settings.num_threads)
+    flags += ["--bf16"] * settings.bf16 + ["--compile"] * (settings.compile and root == ROOT)
+    usage = run_recipe(root, [f"recipes/{family}.py", *flags], settings.num_threads)
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     first, *timed = [line for line in lines if "loss" in line]
     seconds = [after["seconds"] - before["seconds"] for before, after in zip([first, *timed], timed, strict=False)]
@@ -134,7 +140,7 @@ def main(settings: BenchmarkSettings) -> None:
             layers = ["--layers", *map(str, settings.layers)]
             run_recipe(
                 roots[settings.before],
-                ["recipes/teacher_store.py", target, data, f"--output={store}", *layers],
+                ["recipes/teacher_store.py", target, data, f"--output={store}", f"--dtype={settings.dtype}", *layers],
                 settings.num_threads,
             )
         for family in settings.families:
@@ -180,7 +186,7 @@ def compare_compiled(name: str, store: Path, settings: BenchmarkSettings) -> Non
     With one thread, CPU times compare them where other work runs on the machine.
     """
     torch.set_num_threads(settings.num_threads)
-    target = Target.from_pretrained(settings.target, dtype="bfloat16")
+    target = Target.from_pretrained(settings.target, dtype=settings.dtype)
     target.model.requires_grad_(False)
     family = importlib.import_module(f"trainers.{name}")
     options = family.Settings()
@@ -213,7 +219,7 @@ def compare_compiled(name: str, store: Path, settings: BenchmarkSettings) -> Non
 def compare_grouped(name: str, store: Path, settings: BenchmarkSettings) -> None:
     """Prints what training steps on the same rows take in random order and grouped by length; both take turns."""
     torch.set_num_threads(settings.num_threads)
-    target = Target.from_pretrained(settings.target, dtype="bfloat16")
+    target = Target.from_pretrained(settings.target, dtype=settings.dtype)
     target.model.requires_grad_(False)
     family = importlib.import_module(f"trainers.{name}")
     options = family.Settings()
@@ -254,7 +260,7 @@ class StepTimes:
 
 
 class TimedSteps:
-    """Training steps of a new drafter on given batches, in bfloat16."""
+    """Training steps of a new drafter on given batches, in the target's dtype."""
 
     def __init__(self, family: ModuleType, options: Any, target: Target, *, is_compiled: bool) -> None:
         self.times = list[StepTimes]()
@@ -268,7 +274,7 @@ class TimedSteps:
         if hasattr(self._family, "begin_step"):
             self._family.begin_step(self._drafter, self._options, len(self.times), 1000)
         with compiled_losses() if self._is_compiled else nullcontext():
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._target.dtype == torch.bfloat16):
                 total, _ = self._family.loss(self._drafter, batch, self._options, self._target)
             num_supervised = int(batch.loss_mask_BT[:, 1:].sum())
             (total / num_supervised).backward()
@@ -282,7 +288,7 @@ class TimedSteps:
 def compare_with_medusa(repository: Path, store: Path, settings: BenchmarkSettings) -> None:
     """Prints time and value of the published trainer's loss and of ours, forward and backward, on the same batches."""
     torch.set_num_threads(settings.num_threads)
-    target = Target.from_pretrained(settings.target, dtype="bfloat16")
+    target = Target.from_pretrained(settings.target, dtype=settings.dtype)
     target.model.requires_grad_(False)
     options, theirs = medusa.Settings(), published_loss(repository / "medusa" / "train" / "train_legacy.py")
     torch.manual_seed(0)
@@ -311,7 +317,7 @@ def time_losses(
     for batch in (taken[0], *taken):
         drafter.zero_grad()
         begin = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=drafter.target.dtype == torch.bfloat16):
             losses.append(loss(drafter, batch).item())
         times.append(time.perf_counter() - begin)
     return times[1:], losses[1:]
