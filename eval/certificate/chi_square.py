@@ -1,7 +1,7 @@
 """Chi-square tests of sampled tokens against exact distributions, and the smallest bias that they detect.
 
 Shape suffixes: T positions, V vocabulary or any other set that is sampled from, C cells, I counts from 0 up, R ranks,
-K tokens of a draft.
+K tokens of a draft, N drafts, F the tokens of all drafts.
 """
 
 import itertools
@@ -161,10 +161,9 @@ def collect_evidence(
                     positions[at] += Evidence(num_unclear=1)
             tokens_T = torch.tensor(tokens, device=probs_TV.device)
             ranks.add(tokens_T[is_clear_T], probs_TV[is_clear_T], len(same))
-            for drawn in same:
-                for at, (drafted_K, weights_K) in drawn.drafts.items():
-                    if at < len(tokens) and is_clear_T[at]:
-                        weights.add(tokens[at], probs_TV[at], drafted_K, weights_K)
+            tested = {at for at, is_clear in enumerate(is_clear_T.tolist()) if is_clear and at < len(tokens)}
+            drafts = [(at, *draft) for drawn in same for at, draft in drawn.drafts.items() if at in tested]
+            weights.add(tokens_T, probs_TV, drafts)
     return EvidenceByGrouping(by_prefix=positions, by_rank=ranks.evidence(), by_draft=weights.evidence())
 
 
@@ -172,34 +171,50 @@ class _DraftWeights:
     """Sum of the draft's weights of the sampled tokens, with its expectation and variance."""
 
     def __init__(self) -> None:
-        self._excess = self._gain = 0.0
-        self._cumulants = torch.zeros(3, dtype=torch.float64)
-        self._num_samples = 0
+        self._num_drafts = 0
+        # For the tokens of all drafts: the draft's number, the token's probability and weight, and whether it came.
+        self._tokens: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-    def add(self, token: int, probs_V: Tensor, drafted_K: Tensor, weights_K: Tensor) -> None:
-        """Adds one token, its distribution [V], and the tokens [K] and weights [K] of the draft at its position."""
-        probs_K, weights_K = probs_V[drafted_K.to(probs_V.device)].cpu(), weights_K.double()
-        mean = float(probs_K @ weights_K)
-        self._excess += float(weights_K[drafted_K == token].sum()) - mean
-        self._gain += float(weights_K.square().sum() / weights_K.sum()) - mean
-        # Tokens that are not in the draft have weight 0.
-        second, third, fourth = (
-            float(probs_K @ (weights_K - mean) ** power + (1 - probs_K.sum()) * (-mean) ** power) for power in (2, 3, 4)
-        )
-        self._cumulants += torch.tensor([second, third, fourth - 3 * second**2], dtype=torch.float64)
-        self._num_samples += 1
+    def add(self, tokens_T: Tensor, probs_TV: Tensor, drafts: list[tuple[int, Tensor, Tensor]]) -> None:
+        """Adds drafts of texts of the same tokens: each one's position, and the tokens [K] and weights [K] it has."""
+        if not drafts:
+            return
+        positions, drafted, weights = zip(*drafts, strict=True)
+        numbers_F = torch.arange(len(drafts)).repeat_interleave(torch.tensor([len(one) for one in drafted]))
+        at_F, drafted_F = torch.tensor(positions)[numbers_F].to(probs_TV.device), torch.cat(drafted).to(probs_TV.device)
+        is_sampled_F = drafted_F == tokens_T[at_F]
+        probs_F = probs_TV[at_F, drafted_F].double()
+        self._tokens.append((numbers_F + self._num_drafts, probs_F.cpu(), torch.cat(weights), is_sampled_F.cpu()))
+        self._num_drafts += len(drafts)
 
     def evidence(self) -> Evidence:
         """Returns the evidence; none if too few drafted tokens were probable for a normal approximation."""
-        variance, third, fourth = self._cumulants.tolist()
+        if not self._tokens:
+            return Evidence()
+        numbers_F, probs_F, weights_F, is_sampled_F = map(torch.cat, zip(*self._tokens, strict=True))
+        weights_F = weights_F.double()
+
+        def sums(values_F: Tensor) -> Tensor:
+            return torch.zeros(self._num_drafts, dtype=torch.float64).index_add(0, numbers_F, values_F)
+
+        mean_N, rest_N = sums(probs_F * weights_F), 1 - sums(probs_F)
+        excess = float(weights_F[is_sampled_F].sum() - mean_N.sum())
+        gain = float((sums(weights_F.square()) / sums(weights_F) - mean_N).sum())
+        # Tokens that are not in the draft have weight 0.
+        second_N, third_N, fourth_N = (
+            sums(probs_F * (weights_F - mean_N[numbers_F]) ** power) + rest_N * (-mean_N) ** power
+            for power in (2, 3, 4)
+        )
+        variance, third = float(second_N.sum()), float(third_N.sum())
+        fourth = float((fourth_N - 3 * second_N.square()).sum())
         # As close to normal as a Poisson count with expectation MANY.
         if variance <= 0 or MANY * third**2 > variance**3 or MANY * fourth > variance**2:
             return Evidence()
         return Evidence(
-            statistic=self._excess**2 / variance,
+            statistic=excess**2 / variance,
             freedom=1,
-            num_samples=self._num_samples,
-            leverage=self._gain**2 / variance,
+            num_samples=self._num_drafts,
+            leverage=gain**2 / variance,
         )
 
 

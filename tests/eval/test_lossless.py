@@ -7,6 +7,7 @@ Shape suffixes: V vocabulary.
 
 import copy
 import json
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +36,7 @@ from recipes.lossless import LosslessSettings, main
 from tests.support.distributions import distribution_target
 from tests.support.family import built
 from tests.support.models import prompts, tiny_config, tiny_target
-from tests.support.runs import make_target, run
+from tests.support.runs import ROOT, make_target, run
 from tests.support.verify.biased_verifiers import accept_by_target_probability, reuse_one_uniform, sample_for_each_child
 
 FAMILIES: dict[str, Any] = {
@@ -89,7 +90,8 @@ def greedy_tests(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "verifier"), [("medusa", "deterministic"), ("lm", "block"), ("lookup", "deterministic")]
+    ("name", "verifier"),
+    [("medusa", "deterministic"), ("lm", "block"), pytest.param("lookup", "deterministic", marks=pytest.mark.slow)],
 )
 def test_certify_passes_lossless_families(artifacts: dict[str, Path], name: str, verifier: str) -> None:
     result = certificate_of(artifacts[name])
@@ -184,8 +186,8 @@ def no_truncation(target_probs_BNV: Tensor, draft: Draft, uniforms_BU: Tensor) -
 
 BIASED = [
     ("lm", accept_by_target_probability),
-    ("lm", reuse_one_uniform),
-    ("lm", no_residual_after_a_rejection),
+    pytest.param("lm", reuse_one_uniform, marks=pytest.mark.slow),
+    pytest.param("lm", no_residual_after_a_rejection, marks=pytest.mark.slow),
     ("lm", same_uniforms_in_all_rows),
     pytest.param("lm", flattened_draft_probs, marks=pytest.mark.slow),
     pytest.param("lookup", same_uniforms_in_all_rows, marks=pytest.mark.slow),
@@ -358,12 +360,21 @@ def test_recipe_from_the_command_line(workplace: Path) -> None:
     assert len(rows) == 2 + 9
     assert all(f" {test['p_value']:.2g} " in row for test, row in zip(sampled_tests(result), rows[2:], strict=True))
 
-    missing = run([sys.executable, "-m", "eval.lossless", *flags(draft="nowhere")], workplace)
-    assert missing.returncode == 1
-    assert missing.stderr == "lossless.py: artifact nowhere: no such folder\n"
-    unknown = run([sys.executable, "-m", "eval.lossless", *flags(drafts="heads", verifier="best")], workplace)
-    assert unknown.returncode == 2
-    assert "unknown setting '--drafts' on the command line; did you mean --draft?" in unknown.stderr
+
+def test_recipe_reports_invalid_flags(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    for words, status, message in (
+        (flags(draft="nowhere"), 1, "lossless.py: artifact nowhere: no such folder\n"),
+        (flags(drafts="heads", verifier="best"), 2, "unknown setting '--drafts' on the command line; did you mean"),
+    ):
+        monkeypatch.setattr("sys.argv", ["lossless.py", *words])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "recipes" / "lossless.py"), run_name="__main__")
+        found = capsys.readouterr().err
+        assert stop.value.code == status
+        assert found == message if status == 1 else f"{message} --draft?" in found
 
 
 def test_recipe_exit_status(

@@ -30,7 +30,15 @@ def model_with_rival(difference: float) -> tuple[Any, int, int]:
     return model, frequent, rival
 
 
-@pytest.mark.parametrize(("difference", "is_tie"), [(0.0, True), (6e-7, True), (1e-5, False), (1e-2, False)])
+@pytest.mark.parametrize(
+    ("difference", "is_tie"),
+    [
+        pytest.param(0.0, True, marks=pytest.mark.slow),
+        (6e-7, True),
+        (1e-5, False),
+        pytest.param(1e-2, False, marks=pytest.mark.slow),
+    ],
+)
 def test_certify_separates_numeric_ties_from_errors(
     difference: float, is_tie: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
