@@ -172,22 +172,28 @@ def output_distribution(
 
     end_R, next_probs_RV = run(uniforms_RU, index_R)
     weight_R = torch.tensor(weights, dtype=torch.float64)[index_R]
+    tests = []  # of each node: the rows that pass its test, and which of these it makes a difference to
     for node in range(1, num_nodes):
         passes_R = (uniforms_RU[:, node] == 0).nonzero()[:, 0]
         step = 2 ** (num_nodes - 1 - node)  # distance to the same row with this test failed
         differ_R = (end_R[passes_R] != end_R[passes_R + step]) | (
             next_probs_RV[passes_R] != next_probs_RV[passes_R + step]
         ).any(1)
-        asked_R = passes_R[differ_R]
-        low_R, high_R = torch.zeros(len(asked_R), dtype=torch.float64), torch.ones(len(asked_R), dtype=torch.float64)
-        for _ in range(HALVINGS if len(asked_R) else 0):
-            probed_RU = uniforms_RU[asked_R].clone()
-            probed_RU[:, node] = (low_R + high_R) / 2
-            end, next_probs = run(probed_RU, index_R[asked_R])
-            is_pass_R = (end == end_R[asked_R]) & (next_probs == next_probs_RV[asked_R]).all(1)
-            low_R = torch.where(is_pass_R, probed_RU[:, node], low_R)
-            high_R = torch.where(is_pass_R, high_R, probed_RU[:, node])
-        threshold_R = fill_thresholds(index_R[passes_R], differ_R, (low_R + high_R) / 2, len(rows))
+        tests.append((node, step, passes_R, differ_R))
+    # The thresholds of all nodes are found together.
+    asked_R = torch.cat([passes_R[differ_R] for _, _, passes_R, differ_R in tests])
+    node_R = torch.cat([torch.full((int(differ_R.sum()),), node) for node, _, _, differ_R in tests])
+    low_R, high_R = torch.zeros(len(asked_R), dtype=torch.float64), torch.ones(len(asked_R), dtype=torch.float64)
+    probed_RU = uniforms_RU[asked_R]
+    for _ in range(HALVINGS if len(asked_R) else 0):
+        middle_R = (low_R + high_R) / 2
+        probed_RU[torch.arange(len(asked_R)), node_R] = middle_R
+        end, next_probs = run(probed_RU, index_R[asked_R])
+        is_pass_R = (end == end_R[asked_R]) & (next_probs == next_probs_RV[asked_R]).all(1)
+        low_R, high_R = torch.where(is_pass_R, middle_R, low_R), torch.where(is_pass_R, high_R, middle_R)
+    for node, step, passes_R, differ_R in tests:
+        known = ((low_R + high_R) / 2)[node_R == node]
+        threshold_R = fill_thresholds(index_R[passes_R], differ_R, known, len(rows))
         weight_R[passes_R] *= threshold_R
         weight_R[passes_R + step] *= 1 - threshold_R
     found: dict[Text, float] = defaultdict(float)
