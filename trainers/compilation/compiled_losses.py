@@ -12,6 +12,8 @@ from typing import Any, TypeVar, cast
 import torch
 
 FunctionOfTensors = TypeVar("FunctionOfTensors", bound=Callable[..., Any])
+BACKEND = "inductor"
+"""torch's name of what compiles the graphs."""
 _is_active = False
 
 
@@ -38,13 +40,13 @@ def compilable(function: FunctionOfTensors) -> FunctionOfTensors:
     """Marks a function of tensors that runs compiled within `compiled_losses`, and as it is written elsewhere."""
 
     @cache
-    def compiled() -> Callable[..., Any]:
+    def compiled(backend: str) -> Callable[..., Any]:
         # Rows differ in length, so that sizes change from batch to batch.
-        return torch.compile(function, dynamic=True)
+        return torch.compile(function, dynamic=True, backend=backend)
 
     @wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
-        return (compiled() if _is_active else function)(*arguments, **options)
+        return (compiled(BACKEND) if _is_active else function)(*arguments, **options)
 
     return cast(FunctionOfTensors, call)
 

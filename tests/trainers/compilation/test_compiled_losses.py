@@ -1,4 +1,8 @@
-"""Losses compiled for real: their values, how often they are compiled, and what is refused."""
+"""Compiled losses: their values, how often they are compiled, and what is refused.
+
+Graphs are captured and differentiated for real; compiling them to machine code takes half a minute and is left to the
+slow tests.
+"""
 
 from pathlib import Path
 
@@ -22,7 +26,7 @@ def with_flag(x_N: Tensor) -> Tensor:
     return torch.cat([x_N, x_N.new_full((1,), float(torch.compiler.is_compiling()))])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def compiler() -> None:
     """Skips a test that compiles where torch cannot."""
     try:
@@ -31,11 +35,19 @@ def compiler() -> None:
         pytest.skip(str(error))
 
 
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles losses by each backend: with the same graphs, run one operation at a time, and as training does."""
+    if request.param == "inductor":
+        request.getfixturevalue("compiler")
+    monkeypatch.setattr("trainers.compilation.compiled_losses.BACKEND", request.param)
+
+
 def num_compiled() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("backend")
 def test_compilable_function_is_compiled_in_the_context_alone() -> None:
     assert with_flag(torch.zeros(3))[-1] == 0
     with compiled_losses():
@@ -46,7 +58,7 @@ def test_compilable_function_is_compiled_in_the_context_alone() -> None:
     assert not is_active()
 
 
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("backend")
 def test_cross_entropy_is_compiled_once_for_all_sizes_and_equals_the_plain_one() -> None:
     """Rounding alone differs: values and gradients agree to the default tolerance of float32."""
     torch._dynamo.reset()  # what other tests have compiled
