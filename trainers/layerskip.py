@@ -23,7 +23,8 @@ from draftsmith.parts.checks import check_at_least
 from draftsmith.parts.self_drafting.sublayers import sublayers
 from trainers import Metrics
 from trainers.corpora import evaluation
-from trainers.layer_search.search import METHODS, Bits, Space, search
+from trainers.layer_search.bits import Bits, Space
+from trainers.layer_search.search import METHODS, search
 from trainers.layer_search.sublayer_costs import (
     CachedTexts,
     SublayerCosts,

@@ -20,7 +20,7 @@ from draftsmith.core.tree import chain
 from draftsmith.length.costs import CONTEXT, SIZES
 from draftsmith.length.policies import Outcome, Policy
 from draftsmith.parts.self_drafting.sublayers import Sublayers, draft_hidden, sublayers
-from trainers.layer_search.search import Bits
+from trainers.layer_search.bits import Bits
 
 POSITIONS_AT_ONCE = 1024
 ROUNDS = 15

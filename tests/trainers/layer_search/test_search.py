@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainers.layer_search.search import METHODS, Bits, Space, propose, search
+from trainers.layer_search.bits import Bits, Space
+from trainers.layer_search.search import METHODS, propose, search
 
 SPACE = Space(num_bits=8)
 VALUES = (3.0, -1.0, 2.0, -2.0, 0.5, -0.5, 1.0, -3.0)
