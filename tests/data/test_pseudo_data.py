@@ -267,7 +267,7 @@ def test_write_restores_a_missing_shard_exactly(target, tmp_path, temperature):
 
 def test_run_continued_after_sigkill_equals_an_uninterrupted_one(tmp_path, capsys):
     path = save_target(tmp_path / "target")
-    source = str(write_prompts(tmp_path / "prompts.jsonl", 40))
+    source = str(write_prompts(tmp_path / "prompts.jsonl", 20))
     flags = ["--target", path, "--data", source, "--max-new-tokens", "64", "--batch-size", "2", "--shard-batches", "1"]
     flags += ["--temperature", "0,1", "--seed", "5", "--max-prompts", "0", "--output"]
     interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"

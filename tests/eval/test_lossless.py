@@ -7,7 +7,6 @@ Shape suffixes: V vocabulary.
 
 import copy
 import json
-import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,10 +32,11 @@ from eval.certificate.identity import GreedySettings
 from eval.certificate.sampled import GROUPINGS, SampledTestSettings, parse_sampling
 from eval.lossless import INCONCLUSIVE, LOSSLESS, LOSSY, NOT_LOSSLESS, certify, lines
 from recipes.lossless import LosslessSettings, main
+from tests.recipes.in_process import fault_of
 from tests.support.distributions import distribution_target
 from tests.support.family import built
 from tests.support.models import prompts, tiny_config, tiny_target
-from tests.support.runs import ROOT, make_target, run
+from tests.support.runs import make_target, run
 from tests.support.verify.biased_verifiers import accept_by_target_probability, reuse_one_uniform, sample_for_each_child
 
 FAMILIES: dict[str, Any] = {
@@ -369,11 +369,8 @@ def test_recipe_reports_invalid_flags(
         (flags(draft="nowhere"), 1, "lossless.py: artifact nowhere: no such folder\n"),
         (flags(drafts="heads", verifier="best"), 2, "unknown setting '--drafts' on the command line; did you mean"),
     ):
-        monkeypatch.setattr("sys.argv", ["lossless.py", *words])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "recipes" / "lossless.py"), run_name="__main__")
-        found = capsys.readouterr().err
-        assert stop.value.code == status
+        found_status, found = fault_of("lossless", words, monkeypatch, capsys)
+        assert found_status == status
         assert found == message if status == 1 else f"{message} --draft?" in found
 
 

@@ -18,6 +18,7 @@ from draftsmith.loading.model_info import read_target_info
 from eval import hardware
 from recipes import quickstart
 from recipes.quickstart import QuickstartSettings, main
+from tests.recipes.in_process import fault_of
 from tests.support.runs import ROOT, command, run
 from tests.support.text import save_target, write_prompts
 from trainers.sweeps import lineup
@@ -122,12 +123,14 @@ def test_line_ups_of_the_quickstart_are_valid() -> None:
         assert "medusa" in [spec.name for spec in lineup.read(quickstart.CONFIGS / defaults.line_up)]
 
 
-def test_output_folder_with_other_files_raises_at_once(tmp_path: Path) -> None:
+def test_output_folder_with_other_files_raises_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "thesis.txt").touch()
-    done = run(command("quickstart", output=tmp_path), tmp_path)
-    assert done.returncode != 0
-    assert "contains other files" in done.stderr
-    assert done.stderr.count("\n") == 1
+    status, message = fault_of("quickstart", [f"--output={tmp_path}"], monkeypatch, capsys)
+    assert status == 1
+    assert "contains other files" in message
+    assert message.count("\n") == 1
 
 
 @pytest.mark.slow
