@@ -16,9 +16,9 @@ from data.pseudo_data import read_pseudo_data
 from data.teacher import complete
 from draftsmith import Target
 from draftsmith.core.tree import Tree
-from tests.drafters.test_mtp import FORMS, naive_steps, reference_rounds
+from tests.drafters.test_mtp import naive_steps, reference_rounds
 from tests.export.test_export_acceptance import accepted_here
-from tests.support.families.mtp_targets import write_target
+from tests.support.families.mtp_targets import CONFIGS, write_target
 from tests.support.models import VOCAB_SIZE, scramble, tiny_target
 from tests.support.runs import SMALL, command, logged, make_data, make_target, run, run_settings, trainer_settings
 from trainers import import_mtp, mtp
@@ -135,7 +135,10 @@ def test_stage_three_of_deepspeed_is_refused(tmp_path: Path) -> None:
     assert done.returncode and "mtp.py: an MTP head cannot be trained in DeepSpeed's stage 3" in done.stderr
 
 
-@pytest.mark.parametrize("architecture", FORMS)
+@pytest.mark.parametrize(
+    "architecture",
+    ["deepseek_v3", *(pytest.param(one, marks=pytest.mark.slow) for one in CONFIGS if one != "deepseek_v3")],
+)
 def test_head_of_a_checkpoint_is_trained_on(tmp_path: Path, architecture: str) -> None:
     """From the imported artifact: the loss falls, and each round accepts as many tokens as in the plain loop."""
     write_target(tmp_path / "target", architecture)

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import yaml
 
 from draftsmith.artifacts.artifact import read_manifest
 from tests.support.runs import ROOT, environment, make_data, make_target
+from tests.support.warm import ForkedRun
 from trainers.sweeps.sweep import Sweep, command, read_sweep, run_sweep, table
 from trainers.training.run_settings import RunSettings
 from trainers.training.settings import flat, parse_settings
@@ -195,13 +195,13 @@ def test_killed_sweep_continues_after_its_running_trial_ends(tmp_path: Path) -> 
     _, whole = run_parabola(tmp_path, "whole", 3)
     gate = tmp_path / "gate"
     path = write_sweep(tmp_path)
-    words = [sys.executable, str(ROOT / "recipes" / "sweep.py"), str(path), "--trials", "3", "--seed", "5"]
+    words = [str(ROOT / "recipes" / "sweep.py"), str(path), "--trials", "3", "--seed", "5"]
     words += ["--output", str(tmp_path / "out"), "--fixed", json.dumps({"gate": str(gate)})]
-    broken = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    broken = ForkedRun(words, ROOT, environment())
     started = tmp_path / "out" / "trial-002" / "starts"
     wait_until(started.exists)
-    broken.send_signal(signal.SIGKILL)
-    broken.wait()
+    broken.process.kill()
+    assert broken.wait(timeout_s=60).returncode == -signal.SIGKILL
     with (tmp_path / "out" / "trials.jsonl").open("a") as file:
         file.write('{"trial": 2, "para')
     sweep = read_sweep(path, {"gate": str(gate)})

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import draftsmith
-from tests.support.runs import ROOT, SMALL, command, environment, logged, make_data, make_target, weights
+from tests.support.runs import ROOT, SMALL, command, environment, logged, make_data, make_target, run, weights
 from trainers.training import checkpoints
 
 LOSSES = ("loss", "head0_loss", "head1_loss", "grad_norm", "eval_acceptance", "eval_head0_accuracy")
@@ -48,7 +48,8 @@ def launch(folder: Path, output: str, *launcher: str, script: Path | None = None
     words = words_of(folder, output, *launcher, **changes)
     if script:
         words = [str(script) if word == str(ROOT / "recipes" / "medusa.py") else word for word in words]
-    done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    options: dict[str, Any] = {"cwd": folder, "env": environment(), "capture_output": True, "text": True}
+    done = subprocess.run(words, timeout=600, **options) if launcher else run(words, folder)
     assert done.returncode == 0, done.stdout + done.stderr
     draftsmith.load(folder / output, draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32"))
     return folder / output

@@ -22,6 +22,7 @@ from data.teacher_store import TeacherStoreSettings, write_teacher_store
 from draftsmith.artifacts.artifact import read_manifest
 from draftsmith.drafters import lookup
 from tests.support.runs import (
+    ROOT,
     SMALL,
     command,
     environment,
@@ -33,6 +34,7 @@ from tests.support.runs import (
     weights,
 )
 from tests.support.text import save_target
+from tests.support.warm import ForkedRun
 from trainers import Needs, dflash, distill, layerskip, medusa
 from trainers.training import checkpoints, gradient
 from trainers.training.gradient import read_ahead
@@ -282,29 +284,28 @@ def test_train_rejects_a_folder_that_another_run_uses(folder: Path, family: Modu
     assert checkpoints.is_finished(train(family, its_settings, run))
 
 
+def started(run: RunSettings, flags: dict[str, Any]) -> ForkedRun:
+    """Returns a process that trains Medusa heads."""
+    words = command("medusa", target=run.target, data=run.data, output=run.output, **flags)
+    return ForkedRun(words[1:], ROOT, environment())
+
+
+def wait_for_a_checkpoint(run: RunSettings, process: ForkedRun) -> None:
+    while checkpoints.newest_complete(Path(run.output)) is None and process.process.is_alive():
+        time.sleep(0.01)
+
+
 def test_interrupted_run_prints_one_sentence_and_exits_with_130(folder: Path, uninterrupted: Path) -> None:
     run = settings(folder, "interrupted")
     flags = {"num_heads": 2, "tree_nodes": 4, **SMALL, "max_steps": 100_000}
-    words = command("medusa", target=run.target, data=run.data, output=run.output, **flags)
-    # Where the tests run in the background, as in CI, SIGINT is ignored, and a subprocess would inherit that.
-    process = subprocess.Popen(
-        words,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while checkpoints.newest_complete(Path(run.output)) is None and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    try:
-        _, error = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 130, error
-    assert "Traceback" not in error
+    process = started(run, flags)
+    wait_for_a_checkpoint(run, process)
+    os.kill(process.process.pid or 0, signal.SIGINT)
+    done = process.wait(timeout_s=120)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
     sentence = rf"medusa.py: interrupted; {run.output} keeps the checkpoint of step \d+; the same command continues"
-    assert re.match(sentence, error.splitlines()[-1])
+    assert re.match(sentence, done.stderr.splitlines()[-1])
     assert not (Path(run.output) / ".lock").exists()
 
 
@@ -313,14 +314,12 @@ def test_killed_run_continues_bit_identically(folder: Path) -> None:
     changes = {"max_steps": 40, "save_steps": 2, "eval_steps": 8}
     run = settings(folder, "killed", **changes)
     flags = {"num_heads": 2, "tree_nodes": 4, **SMALL, **changes}
-    words = command("medusa", target=run.target, data=run.data, output=run.output, **flags)
-    process = subprocess.Popen(words, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True)
-    while checkpoints.newest_complete(Path(run.output)) is None and process.poll() is None:
-        time.sleep(0.01)
+    process = started(run, flags)
+    wait_for_a_checkpoint(run, process)
     time.sleep(int.from_bytes(os.urandom(2), "big") / 2**16 / 2)
-    os.killpg(process.pid, signal.SIGKILL)
-    _, error = process.communicate()
-    assert process.returncode == -signal.SIGKILL, error
+    process.process.kill()
+    done = process.wait(timeout_s=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     whole = train(medusa, HEADS, settings(folder, "whole", **changes))
     train(medusa, HEADS, run)
     check_same_as_uninterrupted(Path(run.output), whole)
@@ -432,7 +431,7 @@ def test_nan_loss_stops_the_run_and_names_the_rows(folder: Path, monkeypatch: py
     assert checkpoints.newest_complete(folder / "nan")[0] == 4  # type: ignore[index]
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "tvd"])
+@pytest.mark.parametrize("divergence", ["forward_kl", pytest.param("tvd", marks=pytest.mark.slow)])
 def test_training_from_a_store_equals_training_from_the_live_target(folder: Path, divergence: str) -> None:
     """The store rounds top-8 logits (fp16) and hidden states (bf16) at 4e-3; losses agree to 2e-2."""
     target = draftsmith.Target.from_pretrained(str(folder / "target"), dtype="float32")
