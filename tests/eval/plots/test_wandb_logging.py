@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from eval.plots.wandb_logging import to_wandb
-from tests.support.wandb_files import read_wandb
+from tests.eval.plots.wandb_files import read_wandb
 
 ROWS = [
     {"drafter": name, "target": "pocket", "temperature": temperature, "batch_size": 1, "accepted_per_depth": accepted}

@@ -11,9 +11,9 @@ import torch
 import wandb
 from transformers.integrations.integration_utils import rewrite_logs
 
+from tests.eval.plots.wandb_files import read_wandb
 from tests.support import runs
 from tests.support.runs import SMALL, make_data, make_target, trainer_settings
-from tests.support.wandb_files import read_wandb
 from trainers import layerskip, lookup, medusa
 from trainers.training import checkpoints, logs
 from trainers.training.jsonl import wandb_name
