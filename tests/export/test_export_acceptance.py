@@ -130,7 +130,9 @@ def exported(target: Target, folder: Path, name: str) -> tuple[Any, Path]:
     return drafter, export(folder / "artifact", "transformers", folder / "out")
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[pytest.mark.slow] * (one == "early_exit, confidence")) for one in MAKERS]
+)
 def test_transformers_drafts_and_accepts_the_same_tokens_in_every_round(
     target: Target, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
