@@ -47,6 +47,7 @@ def example(target: Target) -> Config:
 EXAMPLE = example
 
 
+@pytest.mark.slow
 def test_family(tmp_path: Path) -> None:
     check_family(dflash, small, tmp_path, trainer=trainer, settings=SETTINGS)
 

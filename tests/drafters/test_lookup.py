@@ -31,6 +31,7 @@ def test_family(tmp_path: Path) -> None:
     check_family(lookup, Config(), tmp_path)
 
 
+@pytest.mark.slow
 def test_family_with_several_continuations(tmp_path: Path) -> None:
     check_family(lookup, Config(num_draft=6, num_continuations=3), tmp_path, architectures=("llama",))
 

@@ -20,7 +20,9 @@ TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
 EXAMPLE = Config(num_heads=3, tree=TREE)
 
 
-@pytest.mark.parametrize("options", [{}, {"own_head": True}, {"shortlist": 7}])
+@pytest.mark.parametrize(
+    "options", [{}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({"own_head": True}, {"shortlist": 7}))]
+)
 def test_family(tmp_path: Path, options: dict[str, Any]) -> None:
     config = Config(num_heads=3, tree=TREE, **options)
     settings = trainer_settings(trainer, num_heads=3, **options)

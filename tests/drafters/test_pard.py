@@ -47,6 +47,7 @@ def test_family_in_other_shapes(changes: dict[str, Any], tmp_path: Path) -> None
     check_family(pard, lambda target: small(target, **changes), tmp_path)
 
 
+@pytest.mark.slow
 def test_family_with_features(tmp_path: Path) -> None:
     settings = trainer_settings(trainer, num_draft=4, features=(0, 2), loss="pard2")
     check_family(pard, lambda target: small(target, features=(0, 2)), tmp_path, trainer=trainer, settings=settings)

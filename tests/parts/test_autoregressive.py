@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "dynamic": {"width": 3, "num_nodes": 7, "num_draft": 3},
 }
 VERIFIERS = [
-    ("without replacement", "recursive"),
+    pytest.param("without replacement", "recursive", marks=pytest.mark.slow),
     ("independent", "recursive"),
     pytest.param("independent", "kseq", marks=pytest.mark.slow),
     ("independent paths", "kseq"),
