@@ -180,14 +180,20 @@ def compare(family: str, roots: dict[str, Path], store: Path, folder: Path, sett
     )
 
 
+def frozen_target(settings: BenchmarkSettings) -> Target:
+    """Returns the target without gradients, in a process of `num_threads` threads."""
+    torch.set_num_threads(settings.num_threads)
+    target = Target.from_pretrained(settings.target, dtype=settings.dtype)
+    target.model.requires_grad_(False)
+    return target
+
+
 def compare_compiled(name: str, store: Path, settings: BenchmarkSettings) -> None:
     """Prints the medians of training steps with compiled losses and without, which take turns on the same rows.
 
     With one thread, CPU times compare them where other work runs on the machine.
     """
-    torch.set_num_threads(settings.num_threads)
-    target = Target.from_pretrained(settings.target, dtype=settings.dtype)
-    target.model.requires_grad_(False)
+    target = frozen_target(settings)
     family = importlib.import_module(f"trainers.{name}")
     options = family.Settings()
     needs = family.needs(options, target)
@@ -218,9 +224,7 @@ def compare_compiled(name: str, store: Path, settings: BenchmarkSettings) -> Non
 
 def compare_grouped(name: str, store: Path, settings: BenchmarkSettings) -> None:
     """Prints what training steps on the same rows take in random order and grouped by length; both take turns."""
-    torch.set_num_threads(settings.num_threads)
-    target = Target.from_pretrained(settings.target, dtype=settings.dtype)
-    target.model.requires_grad_(False)
+    target = frozen_target(settings)
     family = importlib.import_module(f"trainers.{name}")
     options = family.Settings()
     needs = family.needs(options, target)
@@ -287,9 +291,7 @@ class TimedSteps:
 
 def compare_with_medusa(repository: Path, store: Path, settings: BenchmarkSettings) -> None:
     """Prints time and value of the published trainer's loss and of ours, forward and backward, on the same batches."""
-    torch.set_num_threads(settings.num_threads)
-    target = Target.from_pretrained(settings.target, dtype=settings.dtype)
-    target.model.requires_grad_(False)
+    target = frozen_target(settings)
     options, theirs = medusa.Settings(), published_loss(repository / "medusa" / "train" / "train_legacy.py")
     torch.manual_seed(0)
     drafter = medusa.build(options, target)
