@@ -31,7 +31,7 @@ from data.writers.teacher_outputs import StoreOfText
 from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.files import check_replaceable
 from draftsmith.loading.model_info import read_target_info
-from draftsmith.loading.spread import check_spread
+from draftsmith.loading.placement.spread import check_spread
 from trainers.training import launchers
 from trainers.training.settings import parse_settings
 

@@ -19,7 +19,7 @@ from data.prompts import TextSettings
 from data.shards import first_run_time
 from data.teacher_store import MARKER, TeacherStoreSettings, plan_teacher_store, write_teacher_store
 from draftsmith.loading.model_info import read_target_info
-from draftsmith.loading.spread import check_spread
+from draftsmith.loading.placement.spread import check_spread
 from trainers.training import launchers
 from trainers.training.settings import parse_settings
 
@@ -64,6 +64,7 @@ def main(run: TeacherStoreRunSettings, settings: TeacherStoreSettings) -> None:
         device=launchers.device(),
         device_map=run.device_map,
         tensor_parallel=run.tensor_parallel,
+        pack_weights=False,  # it reads whole texts, where packing gains little
     )
     check_target(examples, run.data, target)
     write_teacher_store(

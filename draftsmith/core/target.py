@@ -41,6 +41,7 @@ from draftsmith.core.views import (
     HiddenStateOutput,
     final_norm,
     find_child,
+    replaced,
     unwrapped,
     view,
 )
@@ -54,8 +55,9 @@ from draftsmith.loading.model_info import (
     read_target_info,
     tokenizer_hash,
 )
+from draftsmith.loading.placement.packed_weights import Packing, packed_layers
+from draftsmith.loading.placement.spread import input_device, loading_options, whole_parameters
 from draftsmith.loading.precision import checked_device, checked_dtype
-from draftsmith.loading.spread import input_device, loading_options, whole_parameters
 from draftsmith.loading.target_names import model_folder
 from draftsmith.loading.weights import load_model
 
@@ -111,11 +113,15 @@ class Forward:
 class Target:
     """A frozen model, run over trees, over spans of its blocks, or without some sublayers. Threads may share it.
 
+    On CPUs it multiplies by packed copies of the weights of linear layers, unless these take more than 2 GiB;
+    `pack_weights` True makes them of any size, False never.
     Raises ValueError, naming the architecture, for a model that does not support this: the constructor compares a
     small tree forward with the model's own.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, batch_invariant: bool = False) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any = None, *, batch_invariant: bool = False, pack_weights: bool | None = None
+    ) -> None:
         model = unwrapped(model)
         if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
             raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; pass a tokenizer of transformers, or None")
@@ -152,7 +158,10 @@ class Target:
         """Whether `generate` decodes batch-invariantly unless told otherwise."""
         self.batch_invariant_shapes: dict[tuple[int, int], Shapes] = {}
         """Shapes found for batch-invariant decoding, by batch size and number of threads."""
+        self._packing, self.pack_weights = Packing(), pack_weights
         self._linear_head = model.get_output_embeddings()
+        if self._linear_head is not None:
+            self._linear_head = self._packed(nn.ModuleDict({"head": self._linear_head}))["head"]
         self._cache_argument = cache_argument(model)  # of state space models, which take no positions, another one
         self._takes_positions = not self.is_encoder_decoder and self._cache_argument != "cache_params"
         self._masks = AttentionMasks(model, self._config, applies_windows=True, dtype=self.dtype)
@@ -181,6 +190,7 @@ class Target:
         device_map: str | dict[str, Any] | None = None,
         tensor_parallel: bool = False,
         batch_invariant: bool = False,
+        pack_weights: bool | None = None,
     ) -> "Target":
         """Loads a transformers folder, GGUF file, named target or hub name with its tokenizer.
 
@@ -205,7 +215,7 @@ class Target:
         except Exception as error:
             raise ValueError(f"target {path} cannot be loaded: {remote_code.reason(error)}") from error
         model.config._name_or_path = path  # not the cache folder's, of a GGUF file or a named target
-        return Target(model, info.tokenizer, batch_invariant=batch_invariant)
+        return Target(model, info.tokenizer, batch_invariant=batch_invariant, pack_weights=pack_weights)
 
     @property
     def base(self) -> "Target":
@@ -347,7 +357,8 @@ class Target:
             arguments["past_key_values"] = both = EncoderDecoderCache(cache, cache.cross)
             both.is_updated = cache.cross_is_filled
             arguments |= cache.source.arguments()
-        out_BND = self._view(start, stop, skipped)(input_ids=tokens_BN, **arguments).last_hidden_state
+        with self._packing.switched(on=cache.shapes is None):
+            out_BND = self._view(start, stop, skipped)(input_ids=tokens_BN, **arguments).last_hidden_state
         hidden = self._context.end()
         self._stacked_masks.begin()
         if self.num_layers in layers and stop == self.num_layers:
@@ -479,7 +490,8 @@ class Target:
         if self.is_run_whole:
             return hidden_BTD
         if shapes is not None:
-            return fixed_shape_logits(self.logits, shapes, hidden_BTD)
+            with self._packing.switched(on=False):
+                return fixed_shape_logits(self.logits, shapes, hidden_BTD)
         return self.head(self.norm(hidden_BTD))
 
     def _find_parts(self) -> None:
@@ -496,9 +508,12 @@ class Target:
         stack = with_recurrent_modules(stack, self.model, self._recurrent, self._config)
         stacked = with_stacked_attention(stack, self._stacked_masks, blocks_name)
         self.pads_queries = stacked is not stack
-        self._stack = adapted(stacked, self._context)
+        self._stack = self._packed(adapted(stacked, self._context))
         if self.is_encoder_decoder:  # decoders with rotary positions take them, others embed the context's
             self._takes_positions = "position_ids" in inspect.signature(stack.forward).parameters
+
+    def _packed(self, module: Any) -> Any:
+        return replaced(module, packed_layers(module, self._packing, request=self.pack_weights))
 
     def find_stack(self) -> Any:
         """Returns the model's own stack of decoder blocks; raises ValueError naming the architecture without one."""

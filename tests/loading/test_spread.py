@@ -14,7 +14,7 @@ from data.pseudo_data import read_pseudo_data
 from data.teacher_store import open_teacher_store
 from draftsmith import Target
 from draftsmith.core.tree import chain
-from draftsmith.loading.spread import check_spread, spread_of
+from draftsmith.loading.placement.spread import check_spread, spread_of
 from tests.support.models import prompts
 from tests.support.runs import command, logged, make_data, make_target, run
 from tests.support.text import save_target, write_prompts

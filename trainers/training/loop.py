@@ -30,7 +30,7 @@ from draftsmith.artifacts.artifact import check_fits, read_manifest
 from draftsmith.artifacts.families import find
 from draftsmith.length.costs import num_threads
 from draftsmith.loading.model_info import TargetInfo, read_target_info
-from draftsmith.loading.spread import check_spread
+from draftsmith.loading.placement.spread import check_spread
 from trainers.compilation.compiled_losses import check_compiler, compiled_losses
 from trainers.training import checkpoints, evaluation, launchers, logs
 from trainers.training.estimates import dry_run
@@ -175,6 +175,7 @@ def _load_target(run: RunSettings) -> Target:
         device=launchers.device(),
         device_map=run.device_map,
         tensor_parallel=run.tensor_parallel,
+        pack_weights=False,  # it reads whole texts, where packing gains little
     )
     target.model.requires_grad_(False)
     return target

@@ -19,7 +19,7 @@ class FineTunedTarget(Target):
     """A target fine-tuned by a drafter; `base` is the user's target that it was made from."""
 
     def __init__(self, model: Any, base: Target) -> None:
-        super().__init__(model, base.tokenizer, batch_invariant=base.batch_invariant)
+        super().__init__(model, base.tokenizer, batch_invariant=base.batch_invariant, pack_weights=base.pack_weights)
         self._base = base
 
     @property
