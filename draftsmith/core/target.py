@@ -159,9 +159,7 @@ class Target:
         self.batch_invariant_shapes: dict[tuple[int, int], Shapes] = {}
         """Shapes found for batch-invariant decoding, by batch size and number of threads."""
         self._packing, self.pack_weights = Packing(), pack_weights
-        self._linear_head = model.get_output_embeddings()
-        if self._linear_head is not None:
-            self._linear_head = self._packed(nn.ModuleDict({"head": self._linear_head}))["head"]
+        self._linear_head = self._packed(nn.ModuleDict({"head": model.get_output_embeddings()})).head
         self._cache_argument = cache_argument(model)  # of state space models, which take no positions, another one
         self._takes_positions = not self.is_encoder_decoder and self._cache_argument != "cache_params"
         self._masks = AttentionMasks(model, self._config, applies_windows=True, dtype=self.dtype)
@@ -357,7 +355,7 @@ class Target:
             arguments["past_key_values"] = both = EncoderDecoderCache(cache, cache.cross)
             both.is_updated = cache.cross_is_filled
             arguments |= cache.source.arguments()
-        with self._packing.switched(on=cache.shapes is None):
+        with self._packing.switched(on=cache.shapes is None or cache.shapes.packs_weights):
             out_BND = self._view(start, stop, skipped)(input_ids=tokens_BN, **arguments).last_hidden_state
         hidden = self._context.end()
         self._stacked_masks.begin()
@@ -490,7 +488,7 @@ class Target:
         if self.is_run_whole:
             return hidden_BTD
         if shapes is not None:
-            with self._packing.switched(on=False):
+            with self._packing.switched(on=shapes.packs_weights):
                 return fixed_shape_logits(self.logits, shapes, hidden_BTD)
         return self.head(self.norm(hidden_BTD))
 
@@ -514,6 +512,10 @@ class Target:
 
     def _packed(self, module: Any) -> Any:
         return replaced(module, packed_layers(module, self._packing, request=self.pack_weights))
+
+    def decoding_modules(self) -> nn.ModuleList:
+        """Returns what decoding runs: the blocks, whose linear layers may be packed, and the head."""
+        return nn.ModuleList([self._stack, self._linear_head if self.head_is_linear else self._head])
 
     def find_stack(self) -> Any:
         """Returns the model's own stack of decoder blocks; raises ValueError naming the architecture without one."""

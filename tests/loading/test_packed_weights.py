@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 import draftsmith
 from draftsmith import Target
+from draftsmith.artifacts.families import find
+from draftsmith.core.fixed_shapes.forwards import Shapes
 from draftsmith.core.tree import chain
+from draftsmith.inputs.invariance import cancelling
+from draftsmith.inputs.invariance.self_test import find_shapes
 from draftsmith.loading.placement import packed_weights
 from draftsmith.loading.placement.packed_weights import PackedLinear
 from tests.support.models import greedy_by_model, prompts, tiny_model
@@ -39,9 +43,8 @@ def num_used(target: Target) -> int:
 
 
 @torch.inference_mode()
-def logits(target: Target, *, batch_invariant: bool = False) -> Tensor:
+def logits(target: Target, shapes: Shapes | None = None) -> Tensor:
     tokens_1N = torch.tensor(prompts(1, seed=3))
-    shapes = draftsmith.core.fixed_shapes.forwards.Shapes() if batch_invariant else None
     cache = target.new_cache(1, shapes=shapes)
     return target.logits(target.forward(tokens_1N, chain(tokens_1N.shape[1]), cache).hidden_BND, shapes)
 
@@ -131,10 +134,20 @@ def test_gradients_pass_through_the_models_own_weights(model: Any) -> None:
     assert found is not None and found.equal(hidden.grad)
 
 
-def test_batch_invariant_forwards_use_the_models_own_weights(model: Any) -> None:
+def test_batch_invariant_decoding_packs_where_rows_keep_their_bits(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     target, plain = Target(model), Target(model, pack_weights=False)
-    assert logits(target, batch_invariant=True).equal(logits(plain, batch_invariant=True))
+    own = Shapes(packs_weights=False)
+    assert logits(target, own).equal(logits(plain, own))
     assert target._packing.is_on, "the switch was not put back"
+    assert find_shapes(target).packs_weights
+    rows = prompts(2, seed=1)
+    text = draftsmith.generate(target, rows, max_new_tokens=12, temperature=0, batch_invariant=True).sequences
+    drafter = find("lookup").Drafter(find("lookup").Config(), target)
+    drafted = draftsmith.generate(target, rows, drafter, max_new_tokens=12, temperature=0, batch_invariant=True)
+    assert drafted.sequences.equal(text)
+    # A packed product whose rows' bits depend on their number: the model's own weights are taken.
+    monkeypatch.setattr(cancelling, "packed_linear", lambda rows, *_: torch.full(rows.shape, float(rows.shape[1])))
+    assert not find_shapes(target).packs_weights
 
 
 def test_copies_pack_their_own_weights(model: Any) -> None:

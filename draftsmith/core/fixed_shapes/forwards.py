@@ -39,6 +39,8 @@ class Shapes:
     """Attention sees a multiple of this many key slots; the unused ones are masked."""
     slots_of_last: tuple[int, ...] = ()
     """Fewer slots, ascending, that may take the place of the last `slot_multiple`."""
+    packs_weights: bool = True
+    """Linear layers multiply by packed weights, if the target has any."""
 
     def num_slots(self, num_used: int) -> int:
         """Returns how many key slots attention sees where this many are used."""

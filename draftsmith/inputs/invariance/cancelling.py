@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from draftsmith.loading.placement.packed_weights import PackedLinear, pack, packed_linear
+
 COUNTS = (*range(1, 18), 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128, 129, 255, 256, 257, 511, 512)
 MOST = (512, 128, 64)
 MOST_PADDED = 32
@@ -25,20 +27,21 @@ MOST_RANDOM, ENTRIES_OF_RANDOM = 16, 2**18
 """Small matrices, whose short sums hide some orders, are also tried with random weights: this many, and entries."""
 SCALE = 16.0
 
-Product = Callable[[Tensor, Tensor], Tensor]
-"""Maps weights [O, I] and rows [M, I] to [M, O]."""
+Product = Callable[[Tensor], Callable[[Tensor], Tensor]]
+"""Maps weights [O, I] to the function from rows [M, I] to [M, O]."""
 
 
 @torch.inference_mode()
-def equal_row_counts(model: nn.Module) -> tuple[int, int] | None:
+def equal_row_counts(model: nn.Module, *, packs_weights: bool = False) -> tuple[int, int] | None:
     """Returns (fewest, most) rows between which a model's matrices give a row the same bits; None if there are none.
 
-    Experts must do so from one row on, as their numbers of rows depend on a router.
+    With `packs_weights` layers that have packed weights multiply by these. Experts must give the same bits from one row
+    on, as their numbers of rows depend on a router.
     """
     fewest, most = 1, MOST[0]
-    for product, weight_OI, is_of_expert in _products(model):
+    for product, weight_OI, is_of_expert in _products(model, packs_weights):
         for weights_OI in (weight_OI, *_random_like(weight_OI)):
-            counts = _row_counts(partial(product, weights_OI), _cancelling_rows(weights_OI))
+            counts = _row_counts(product(weights_OI), _cancelling_rows(weights_OI))
             if counts is None or (is_of_expert and counts[0] > 1):
                 return None
             fewest, most = max(fewest, counts[0]), min(most, counts[1])
@@ -65,41 +68,47 @@ def _row_counts(product: Callable[[Tensor], Tensor], rows_MI: Tensor) -> tuple[i
     return None
 
 
-def _products(model: nn.Module) -> Iterator[tuple[Product, Tensor, bool]]:
-    """Yields a product by each kind of matrix: the function of rows [M, I], its weights, and if it is an expert's."""
+def _products(model: nn.Module, packs_weights: bool) -> Iterator[tuple[Product, Tensor, bool]]:
+    """Yields each kind of matrix: its product, its weights, and if it is an expert's."""
     seen: set[Any] = set()
     for name, module in model.named_modules():
         is_of_expert = "expert" in name.lower()
-        for kind, product, weight_OI in _products_of(module):
+        for kind, product, weight_OI in _products_of(module, packs_weights):
             key = (type(module), kind, weight_OI.shape, weight_OI.stride(), weight_OI.dtype, is_of_expert)
             if key not in seen:
                 seen.add(key)
                 yield product, weight_OI, is_of_expert
 
 
-def _products_of(module: nn.Module) -> Iterator[tuple[str, Product, Tensor]]:
+def _products_of(module: nn.Module, packs_weights: bool) -> Iterator[tuple[str, Product, Tensor]]:
     """Yields a module's products and their weights [O, I]; a bias is taken as zero, as it would hide rounding error."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     zero = torch.zeros_like(bias) if isinstance(bias, Tensor) else None
     if isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter):
         if isinstance(module, nn.Linear):
-            yield f"bias: {zero is not None}", partial(_by_linear, zero), weight
+            is_packed = isinstance(module, PackedLinear) and packs_weights
+            yield f"bias: {zero is not None}", partial(_packed_product if is_packed else _product, bias=zero), weight
         elif isinstance(module, Conv1D) and zero is not None:
-            yield "", partial(_by_addmm, zero), weight.T
+            yield "", partial(_product_by_addmm, bias=zero), weight.T
     if "expert" in type(module).__name__.lower():
         for name, weight_EOI in module.named_parameters(recurse=False):
             if weight_EOI.ndim == 3:
                 # Which of the two widths is the input's depends on the model.
-                yield name, partial(_by_linear, None), weight_EOI[0]
-                yield f"{name} transposed", partial(_by_linear, None), weight_EOI[0].T
+                yield name, _product, weight_EOI[0]
+                yield f"{name} transposed", _product, weight_EOI[0].T
 
 
-def _by_linear(bias: Tensor | None, weight_OI: Tensor, rows_MI: Tensor) -> Tensor:
-    return linear(rows_MI[None], weight_OI, bias)[0]
+def _product(weight_OI: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    return lambda rows_MI: linear(rows_MI[None], weight_OI, bias)[0]
 
 
-def _by_addmm(bias: Tensor, weight_OI: Tensor, rows_MI: Tensor) -> Tensor:
-    return torch.addmm(bias, rows_MI, weight_OI.T)
+def _packed_product(weight_OI: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    packed = pack(weight_OI.detach())
+    return lambda rows_MI: packed_linear(rows_MI[None], packed, bias)[0]
+
+
+def _product_by_addmm(weight_OI: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda rows_MI: torch.addmm(bias, rows_MI, weight_OI.T)
 
 
 def _cancelling_rows(weight_OI: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from draftsmith.core.target import Target
 from draftsmith.core.tree import chain
 from draftsmith.inputs.invariance.cancelling import equal_row_counts
 from draftsmith.inputs.invariance.elementwise import equal_row_multiple
+from draftsmith.loading.placement.packed_weights import PackedLinear
 
 QUERY_MULTIPLES = (1, 4, 8, 16, 32)
 NODE_MULTIPLES = (1, 2, 4, 8, 16, 32)
@@ -73,23 +74,31 @@ def find_shapes(target: Target) -> Shapes:
     """Returns the smallest shapes in which a row's tokens get the same bits alone, in drafts and in prompts.
 
     Each matrix and activation function of the model is tried alone, attention on the target's first blocks, and the
-    whole target in the end. Raises ValueError if there are none.
+    whole target in the end; first with packed weights, then with the model's own. Raises ValueError if there are none.
     """
-    if (counts := equal_row_counts(target.model)) is None:
-        raise ValueError(_refusal(target, 1))
+    modules = target.decoding_modules()
+    has_packed = any(isinstance(module, PackedLinear) for module in modules.modules())
+    for packs_weights in (True, False) if has_packed else (True,):
+        if (counts := equal_row_counts(modules, packs_weights=packs_weights)) is not None:
+            least = Shapes(fewest_nodes=counts[0], most_nodes=counts[1], packs_weights=packs_weights)
+            if (shapes := _shapes_from(target, least)) is not None:
+                return shapes
+    raise ValueError(_refusal(target, 1))
+
+
+def _shapes_from(target: Target, least: Shapes) -> Shapes | None:
+    """Returns the smallest shapes that pass the test, of those that have these numbers of nodes; None without any."""
     num_blocks, only_alone = _num_blocks_of_all_kinds(target), None
     trial = Trial(target, 1, num_blocks=num_blocks)
-    if (multiple := equal_row_multiple(target.model, lambda: trial.run(Shapes(), 0, 1), counts[1])) is None:
-        raise ValueError(_refusal(target, 1))
-    rows = Shapes(fewest_nodes=counts[0], most_nodes=counts[1], node_multiple=multiple, slot_multiple=SLOT_MULTIPLE)
+    if (multiple := equal_row_multiple(target.model, lambda: trial.run(Shapes(), 0, 1), least.most_nodes)) is None:
+        return None
+    rows = replace(least, node_multiple=multiple, slot_multiple=SLOT_MULTIPLE)
     for shapes in _candidates(trial, rows, target.pads_queries):
         if is_equal_in_batch(target, shapes, 1, target.num_layers) and has_equal_logits(target, shapes, 1):
             if is_equal_in_batch(target, shapes, BATCH_SIZES[1], num_blocks):
                 return _with_fewer_slots(trial, shapes)
             only_alone = only_alone or shapes
-    if only_alone is not None:
-        return _with_fewer_slots(trial, only_alone)
-    raise ValueError(_refusal(target, 1))
+    return _with_fewer_slots(trial, only_alone) if only_alone is not None else None
 
 
 def _candidates(trial: "Trial", rows: Shapes, pads_queries: bool) -> Iterator[Shapes]:

@@ -26,6 +26,16 @@ ROWS_PACKED_FOR = 16
 """The number of rows that oneDNN is told of when it chooses a layout; others may be multiplied by it."""
 
 
+def pack(weight_OI: Tensor) -> Any:
+    """Returns a copy of the weight in a layout of oneDNN's, which only `packed_linear` can read."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight_OI, ROWS_PACKED_FOR)
+
+
+def packed_linear(input_BTI: Tensor, packed: Any, bias_O: Tensor | None) -> Tensor:
+    """Returns the product [B, T, O] with a packed weight, and the bias added."""
+    return torch.ops.mkldnn._linear_pointwise(input_BTI, packed, bias_O, "none", [], "")
+
+
 class Packing(threading.local):
     """Whether the layers of one target use their packed weights; each thread has its own."""
 
@@ -61,7 +71,7 @@ class _PackedWeight:
         if made is None or made[0]() is not weight_OI or made[1:] != state:
             self._packed = None
             if _is_packable(weight_OI):
-                self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), ROWS_PACKED_FOR)
+                self._packed = pack(weight_OI.detach())
             self._made_from = weakref.ref(weight_OI), *state
         return self._packed
 
@@ -97,7 +107,7 @@ class PackedLinear(nn.Linear):
             and not torch.compiler.is_compiling()
             and (packed := self._packed_weight.get(weight)) is not None
         ):
-            return torch.ops.mkldnn._linear_pointwise(input, packed, self.bias, "none", [], "")
+            return packed_linear(input, packed, self.bias)
         return linear(input, weight, self.bias)
 
 
