@@ -113,7 +113,7 @@ class Forward:
 class Target:
     """A frozen model, run over trees, over spans of its blocks, or without some sublayers. Threads may share it.
 
-    On CPUs it multiplies by packed copies of the weights of linear layers, unless these take more than 2 GiB;
+    On CPUs it multiplies by packed copies of frozen linear layers' weights, unless these take more than 2 GiB;
     `pack_weights` True makes them of any size, False never.
     Raises ValueError, naming the architecture, for a model that does not support this: the constructor compares a
     small tree forward with the model's own.
@@ -209,7 +209,7 @@ class Target:
         trusted = remote_code.is_allowed()
         try:
             model = load_model(auto, folder, dtype=dtype, trust_remote_code=trusted, **options)
-            model = model if options else model.to(placed)
+            model = (model if options else model.to(placed)).requires_grad_(False)
         except Exception as error:
             raise ValueError(f"target {path} cannot be loaded: {remote_code.reason(error)}") from error
         model.config._name_or_path = path  # not the cache folder's, of a GGUF file or a named target

@@ -79,9 +79,9 @@ class _PackedWeight:
 class PackedLinear(nn.Linear):
     """A linear layer that stands for another one, of which it shares everything, and multiplies by a packed weight.
 
-    The weight is packed at the first product in inference mode, as `generate` runs it, and again after changes that
-    torch counts, as optimisers and `load_state_dict` make them, but not after those written through `weight.data`.
-    Elsewhere, while training say, the layer's own weight is used.
+    A frozen weight is packed at the first product in inference mode, as `generate` runs it, and again after changes
+    that torch counts, as `load_state_dict` makes them, but not after those written through `weight.data`. A weight that
+    needs a gradient is not packed, and what was packed of it is dropped: fused optimisers do not count what they write.
     """
 
     def __init__(self, place: dict[str, nn.Module | None], name: str, packing: Packing) -> None:
@@ -98,7 +98,9 @@ class PackedLinear(nn.Linear):
             assert current is not None
             return current(input)
         weight = self.weight
-        if (
+        if weight.requires_grad:
+            self._packed_weight = _PackedWeight()
+        elif (
             self._packing.is_on
             and torch.is_inference_mode_enabled()
             and input.dtype == weight.dtype
