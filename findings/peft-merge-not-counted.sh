@@ -8,9 +8,9 @@
 #
 # Versions: torch 2.13.0 (CPU), peft 0.21.2.
 # Seen on 2026-12-01:
-#   optimiser step: version 0 -> 1, largest change 0.1000, same address True
-#   merge_adapter: version 1 -> 1, largest change above 0, same address True
-#   merge_adapter(safe_merge=True): version 1 -> 1, largest change above 0, same address False
+#   optimiser step: version 1 -> 2, largest change 0.1000, same address True
+#   merge_adapter: version 2 -> 2, largest change 0.2497, same address True
+#   merge_adapter(safe_merge=True): version 2 -> 2, largest change 0.2497, same address False
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
