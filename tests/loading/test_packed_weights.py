@@ -39,7 +39,8 @@ def packed_in(target: Target) -> Iterator[PackedLinear]:
 
 def num_used(target: Target) -> int:
     """Returns how many layers have multiplied by a packed weight."""
-    return sum(layer._packed_weight._packed is not None for layer in packed_in(target))
+    made = [layer._packed_weight.made for layer in packed_in(target)]
+    return sum(one is not None and one[2] is not None for one in made)
 
 
 @torch.inference_mode()

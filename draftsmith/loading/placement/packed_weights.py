@@ -59,21 +59,19 @@ class _PackedWeight:
     """The packed form of a weight [O, I], and the state of the weight that it was made from; a copy begins empty."""
 
     def __init__(self) -> None:
-        self._packed: Any = None
-        self._made_from: tuple[weakref.ref[Tensor], int, int] | None = None
+        self.made: tuple[weakref.ref[Tensor], tuple[int, int], Any] | None = None
+        """The weight, its address and version, and its packed form; replaced as one, as threads share it."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _PackedWeight, ()
 
     def get(self, weight_OI: Tensor) -> Any:
         """Returns the packed form, made anew if the weight was replaced or changed; None if it cannot be packed."""
-        made, state = self._made_from, (weight_OI.data_ptr(), weight_OI._version)
-        if made is None or made[0]() is not weight_OI or made[1:] != state:
-            self._packed = None
-            if _is_packable(weight_OI):
-                self._packed = pack(weight_OI.detach())
-            self._made_from = weakref.ref(weight_OI), *state
-        return self._packed
+        made, state = self.made, (weight_OI.data_ptr(), weight_OI._version)
+        if made is None or made[0]() is not weight_OI or made[1] != state:
+            packed = pack(weight_OI.detach()) if _is_packable(weight_OI) else None
+            self.made = made = (weakref.ref(weight_OI), state, packed)
+        return made[2]
 
 
 class PackedLinear(nn.Linear):
