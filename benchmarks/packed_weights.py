@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from verification import time_in_turn
@@ -78,4 +79,4 @@ if __name__ == "__main__":
     try:
         main(*parse_settings(BenchmarkSettings, description=__doc__))
     except ValueError as error:
-        sys.exit(f"packed_weights: {error}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -181,11 +181,9 @@ def compare(family: str, roots: dict[str, Path], store: Path, folder: Path, sett
 
 
 def frozen_target(settings: BenchmarkSettings) -> Target:
-    """Returns the target without gradients, in a process of `num_threads` threads."""
+    """Returns the target, in a process of `num_threads` threads."""
     torch.set_num_threads(settings.num_threads)
-    target = Target.from_pretrained(settings.target, dtype=settings.dtype)
-    target.model.requires_grad_(False)
-    return target
+    return Target.from_pretrained(settings.target, dtype=settings.dtype)
 
 
 def compare_compiled(name: str, store: Path, settings: BenchmarkSettings) -> None:

@@ -142,6 +142,8 @@ def test_batch_invariant_decoding_packs_where_rows_keep_their_bits(model: Any, m
     drafter = find("lookup").Drafter(find("lookup").Config(), target)
     drafted = draftsmith.generate(target, rows, drafter, max_new_tokens=12, temperature=0, batch_invariant=True)
     assert drafted.sequences.equal(text)
+    assert not find_shapes(Target(model.requires_grad_(True))).packs_weights, "weights in training are not packed"
+    model.requires_grad_(False)
     # A packed product whose rows' bits depend on their number: the model's own weights are taken.
     monkeypatch.setattr(cancelling, "packed_linear", lambda rows, *_: torch.full(rows.shape, float(rows.shape[1])))
     assert not find_shapes(target).packs_weights

@@ -169,7 +169,7 @@ def _dry_run(
 def _load_target(run: RunSettings) -> Target:
     if run.compile:
         check_compiler(launchers.device())  # before the weights load
-    target = Target.from_pretrained(
+    return Target.from_pretrained(
         run.target,
         dtype="bfloat16" if run.bf16 else "float32",
         device=launchers.device(),
@@ -177,8 +177,6 @@ def _load_target(run: RunSettings) -> Target:
         tensor_parallel=run.tensor_parallel,
         pack_weights=False,  # it reads whole texts, where packing gains little
     )
-    target.model.requires_grad_(False)
-    return target
 
 
 def _finish_and_evaluate(

@@ -86,8 +86,8 @@ def _products_of(module: nn.Module, packs_weights: bool) -> Iterator[tuple[str, 
     zero = torch.zeros_like(bias) if isinstance(bias, Tensor) else None
     if isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter):
         if isinstance(module, nn.Linear):
-            is_packed = isinstance(module, PackedLinear) and packs_weights
-            yield f"bias: {zero is not None}", partial(_packed_product if is_packed else _product, bias=zero), weight
+            product = _packed_product if packs_weights and is_packed(module) else _product
+            yield f"{product.__name__}, bias: {zero is not None}", partial(product, bias=zero), weight
         elif isinstance(module, Conv1D) and zero is not None:
             yield "", partial(_product_by_addmm, bias=zero), weight.T
     if "expert" in type(module).__name__.lower():
@@ -96,6 +96,11 @@ def _products_of(module: nn.Module, packs_weights: bool) -> Iterator[tuple[str, 
                 # Which of the two widths is the input's depends on the model.
                 yield name, _product, weight_EOI[0]
                 yield f"{name} transposed", _product, weight_EOI[0].T
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Returns whether decoding multiplies by a packed weight of this layer, unless it is told otherwise."""
+    return isinstance(module, PackedLinear) and module.is_frozen
 
 
 def _product(weight_OI: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:

@@ -16,9 +16,8 @@ from draftsmith.core.cache import KVCache
 from draftsmith.core.fixed_shapes.forwards import MOST_LOGITS, Shapes
 from draftsmith.core.target import Target
 from draftsmith.core.tree import chain
-from draftsmith.inputs.invariance.cancelling import equal_row_counts
+from draftsmith.inputs.invariance.cancelling import equal_row_counts, is_packed
 from draftsmith.inputs.invariance.elementwise import equal_row_multiple
-from draftsmith.loading.placement.packed_weights import PackedLinear
 
 QUERY_MULTIPLES = (1, 4, 8, 16, 32)
 NODE_MULTIPLES = (1, 2, 4, 8, 16, 32)
@@ -77,8 +76,7 @@ def find_shapes(target: Target) -> Shapes:
     whole target in the end; first with packed weights, then with the model's own. Raises ValueError if there are none.
     """
     modules = target.decoding_modules()
-    has_packed = any(isinstance(module, PackedLinear) for module in modules.modules())
-    for packs_weights in (True, False) if has_packed else (True,):
+    for packs_weights in (True, False) if any(map(is_packed, modules.modules())) else (False,):
         if (counts := equal_row_counts(modules, packs_weights=packs_weights)) is not None:
             least = Shapes(fewest_nodes=counts[0], most_nodes=counts[1], packs_weights=packs_weights)
             if (shapes := _shapes_from(target, least)) is not None:

@@ -90,13 +90,18 @@ class PackedLinear(nn.Linear):
         self._place, self._name, self._layer = place, name, (layer,)
         self._packing, self._packed_weight = packing, _PackedWeight()
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether its weight needs no gradient, so that decoding packs it."""
+        return not self.weight.requires_grad
+
     def forward(self, input: Tensor) -> Tensor:
         """Returns what the layer returns, up to rounding."""
         if (current := self._place[self._name]) is not self._layer[0]:
             assert current is not None
             return current(input)
         weight = self.weight
-        if weight.requires_grad:
+        if not self.is_frozen:
             self._packed_weight = _PackedWeight()
         elif (
             self._packing.is_on
