@@ -85,11 +85,12 @@ def test_continued_run_keeps_its_wandb_id(folder: Path, monkeypatch: pytest.Monk
         train(*FAMILIES[0], run)
     wandb.finish()
     monkeypatch.undo()
-    sessions = {path.name for path in (folder / "continued").glob("wandb/offline-run-*")}
     train(*FAMILIES[0], run)
     wandb.finish()
-    sessions |= {path.name for path in (folder / "continued").glob("wandb/offline-run-*")}
-    ids = {name.rpartition("-")[2] for name in sessions}
+    # The files are named after the run's id; the folders add "-1" to the second of two sessions within one second.
+    files = list((folder / "continued").glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    ids = {file.stem.removeprefix("run-") for file in files}
     assert ids == {(folder / "continued" / "wandb" / "run-id").read_text()}
     train(*FAMILIES[0], run_settings(folder, "separate", report_to="wandb"))
     wandb.finish()
