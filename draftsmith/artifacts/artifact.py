@@ -25,6 +25,7 @@ from draftsmith.core.drafter import Drafter
 from draftsmith.core.target import Target
 from draftsmith.inputs.arguments import check_drafter, check_path, check_target
 from draftsmith.loading.model_info import TargetInfo
+from draftsmith.loading.placement.packed_weights import pack_layers
 from draftsmith.loading.text_files import kind_of
 from draftsmith.loading.weights import NUM_NAMED, check_finite
 
@@ -133,9 +134,15 @@ def load(path: str | Path, target: Target, *, made_for: Target | None = None) ->
         target.check_splits()
     if isinstance(drafter, nn.Module):
         _load_weights(drafter, inside(folder, WEIGHTS))
-        drafter.eval().requires_grad_(False)
-        drafter.on_weights_loaded()
+        make_ready(drafter, target)
     return drafter
+
+
+def make_ready(drafter: Any, target: Target) -> None:
+    """Makes a drafter whose weights are in place ready to draft: frozen, and packed as its target is."""
+    drafter.eval().requires_grad_(False)
+    pack_layers(drafter, request=target.pack_weights)
+    drafter.on_weights_loaded()
 
 
 def local_folder(path: str | Path) -> Path:

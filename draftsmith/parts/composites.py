@@ -89,8 +89,7 @@ def make_part(part: dict[str, Any], target: Target) -> Part:
     config = artifact.make_config(module.Config, part["config"], f"part {part['family']}")
     drafter: Drafter = module.Drafter(config, target)
     if isinstance(drafter, nn.Module):
-        drafter.eval().requires_grad_(False)
-        drafter.on_weights_loaded()
+        artifact.make_ready(drafter, target)
     return _checked(Part(drafter), target)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 
 import draftsmith
 from draftsmith import Target
+from draftsmith.artifacts import artifact
 from draftsmith.artifacts.families import find
 from draftsmith.core.fixed_shapes.forwards import Shapes
 from draftsmith.core.tree import chain
 from draftsmith.inputs.invariance import cancelling
 from draftsmith.inputs.invariance.self_test import find_shapes
 from draftsmith.loading.placement import packed_weights
-from draftsmith.loading.placement.packed_weights import PackedLinear
+from draftsmith.loading.placement.packed_weights import PackedLinear, pack_layers
+from draftsmith.parts.neural.shortlist import ShortlistHead
 from tests.support.models import greedy_by_model, prompts, tiny_model
 
 pytestmark = pytest.mark.skipif(not packed_weights._is_supported(), reason="weights are packed on x86 processors only")
@@ -203,6 +206,76 @@ def test_weights_in_training_are_not_packed(model: Any) -> None:
         assert_follows(target)
         assert num_used(target) == len(list(packed_in(target))) - 1
         model.lm_head.requires_grad_(False)
+
+
+def hydra(target: Target, folder: Path) -> Any:
+    """Returns a loaded drafter whose heads have random weights."""
+    module = find("hydra")
+    torch.manual_seed(0)
+    drafter = module.Drafter(module.Config(num_heads=2, tree=((0,), (0, 0)), shortlist=30), target)
+    for parameter in drafter.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    artifact.save(drafter, folder, target)
+    return artifact.load(folder, target)
+
+
+def test_loaded_drafters_multiply_by_packed_weights(model: Any, tmp_path: Path) -> None:
+    target, plain = Target(model), Target(model, pack_weights=False)
+    packed, stored = hydra(target, tmp_path / "a"), hydra(plain, tmp_path / "b")
+    layers = [layer for layer in packed.modules() if isinstance(layer, nn.Linear)]
+    assert layers and all(isinstance(layer, PackedLinear) for layer in layers)
+    assert not any(isinstance(layer, PackedLinear) for layer in stored.modules())
+    assert packed.state_dict().keys() == stored.state_dict().keys()
+    results = [
+        draftsmith.generate(one.target, prompts(2), drafter=one, max_new_tokens=16, temperature=0, eos_token_id=())
+        for one in (packed, stored)
+    ]
+    assert all(layer._packed_weight.made is not None for layer in layers)
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    state_BMD, tokens_BMI = torch.randn(3, 1, target.hidden_size), torch.tensor([[[3]], [[5]], [[7]]])
+    with torch.inference_mode():
+        logits_BMV = [one.head(0, one.features(state_BMD, tokens_BMI)) for one in (packed, stored)]
+    torch.testing.assert_close(*logits_BMV, rtol=0, atol=ROUNDING)
+
+
+def test_loaded_drafters_can_be_copied_and_trained(model: Any, tmp_path: Path) -> None:
+    drafter = hydra(Target(model), tmp_path)
+    state_BMD, tokens_BMI = torch.randn(3, 1, drafter.target.hidden_size), torch.tensor([[[3]], [[5]], [[7]]])
+
+    def features(one: Any) -> Tensor:
+        with torch.inference_mode():
+            return one.features(state_BMD, tokens_BMI)
+
+    before_BMD, copied = features(drafter), copy.deepcopy(drafter)
+    drafter.requires_grad_()
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=0.1, fused=True)
+    drafter.features(state_BMD, tokens_BMI).sum().backward()
+    optimizer.step()
+    after_BMD = drafter.features(state_BMD, tokens_BMI).detach()
+    assert (after_BMD - before_BMD).abs().max() > 0.1
+    torch.testing.assert_close(features(drafter), after_BMD, rtol=0, atol=ROUNDING)
+    drafter.requires_grad_(False)
+    torch.testing.assert_close(features(drafter), after_BMD, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(features(copied), before_BMD, rtol=0, atol=ROUNDING)
+
+
+def test_shortlist_head_follows_its_weight(model: Any) -> None:
+    whole = nn.Linear(16, 50)
+    head = ShortlistHead(whole, 20).eval()
+    features_BH = torch.randn(3, 16)
+    for _ in range(2):
+        with torch.inference_mode():
+            listed_BW = head.listed(features_BH)
+        torch.testing.assert_close(listed_BW, whole(features_BH)[:, :20].detach(), rtol=0, atol=ROUNDING)
+        with torch.no_grad():
+            whole.weight.add_(1.0)
+
+
+def test_model_inside_a_drafter_is_left_to_its_target(model: Any) -> None:
+    holder = nn.ModuleDict({"lm": model, "own": nn.Linear(8, 8).requires_grad_(False)})
+    pack_layers(holder, request=None)
+    assert isinstance(holder.own, PackedLinear)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def test_small_matrices_are_left_as_they_are() -> None:

@@ -10,13 +10,14 @@ Shape suffixes: B rows, T positions, I and O a layer's input and output widths.
 import platform
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 FEWEST_ELEMENTS = 2**16
 """Smaller matrices are multiplied as fast from where they lie (one thread of an EPYC)."""
@@ -75,19 +76,15 @@ class _PackedWeight:
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that stands for another one, of which it shares everything, and multiplies by a packed weight.
+    """A linear layer that takes another one's place, of which it shares everything, and multiplies by a packed weight.
 
     A frozen weight is packed at the first product in inference mode, as `generate` runs it, and again after changes
     that torch counts, as `load_state_dict` makes them, but not after those written through `weight.data`. A weight that
     needs a gradient is not packed, and what was packed of it is dropped: fused optimisers do not count what they write.
     """
 
-    def __init__(self, place: dict[str, nn.Module | None], name: str, packing: Packing) -> None:
-        layer = place[name]
-        assert isinstance(layer, nn.Linear)
+    def __init__(self, layer: nn.Linear, packing: Packing) -> None:
         self.__dict__.update(layer.__dict__)
-        # The layer is looked up at each call, as another one, a quantised one say, may take its place.
-        self._place, self._name, self._layer = place, name, (layer,)
         self._packing, self._packed_weight = packing, _PackedWeight()
 
     @property
@@ -97,59 +94,124 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns what the layer returns, up to rounding."""
-        if (current := self._place[self._name]) is not self._layer[0]:
-            assert current is not None
-            return current(input)
         weight = self.weight
         if not self.is_frozen:
             self._packed_weight = _PackedWeight()
         elif (
             self._packing.is_on
-            and torch.is_inference_mode_enabled()
-            and input.dtype == weight.dtype
-            and input.device == weight.device
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
+            and _takes_packed(input, weight)
             and (packed := self._packed_weight.get(weight)) is not None
         ):
             return packed_linear(input, packed, self.bias)
         return linear(input, weight, self.bias)
 
 
+class _PackedView(PackedLinear):
+    """A packed layer of a target's view of a model, which stays as it is: it stands for the model's layer."""
+
+    def __init__(self, place: dict[str, nn.Module | None], name: str, packing: Packing) -> None:
+        layer = place[name]
+        assert isinstance(layer, nn.Linear)
+        super().__init__(layer, packing)
+        # The layer is looked up at each call, as another one, a quantised one say, may take its place.
+        self._place, self._name, self._layer = place, name, (layer,)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if (current := self._place[self._name]) is not self._layer[0]:
+            assert current is not None
+            return current(input)
+        return super().forward(input)
+
+
+def fixed_product(
+    weight_OI: Tensor, bias_O: Tensor | None = None, *, request: bool | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Returns the product with a weight that nothing will change, as a linear layer computes it.
+
+    In inference mode it is one with a packed copy, under the conditions of `packed_layers`.
+    """
+    can_be_packed = request is not False and _is_supported() and _has_packable_form(weight_OI)
+    if not can_be_packed or (request is None and weight_OI.nbytes > MOST_BYTES):
+        return lambda input: linear(input, weight_OI, bias_O)
+    packed: list[Any] = []
+
+    def product(input: Tensor) -> Tensor:
+        if not _takes_packed(input, weight_OI):
+            return linear(input, weight_OI, bias_O)
+        if not packed:
+            packed.append(pack(weight_OI.detach()))
+        return packed_linear(input, packed[0], bias_O)
+
+    return product
+
+
+def _takes_packed(input: Tensor, weight: Tensor) -> bool:
+    return (
+        torch.is_inference_mode_enabled()
+        and input.dtype == weight.dtype
+        and input.device == weight.device
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
 def packed_layers(module: nn.Module, packing: Packing, *, request: bool | None) -> dict[str, nn.Module]:
-    """Returns layers to put in the place of a module's linear layers, by name.
+    """Returns layers to put in the place of a module's linear layers in a view of it, by name.
 
     With `request` None there are none if the weights take more than `MOST_BYTES`, with False none in any case. Layers
     stay as they are on other devices than the CPU, in other dtypes than float32 and bfloat16, inside modules whose
     forward was replaced or compiled, and inside adapters, which merge weights in a way that torch does not count.
     """
+    found = _found(module, request, leave=())
+    return {full_name: _PackedView(place, name, packing) for full_name, (place, name) in found.items()}
+
+
+def pack_layers(module: nn.Module, *, request: bool | None) -> None:
+    """Makes a drafter's own linear layers multiply by packed weights, under the conditions of `packed_layers`.
+
+    A transformers model that the drafter contains is left: the `Target` that runs it packs what it runs.
+    """
+    for place, name in _found(module, request, leave=PreTrainedModel).values():
+        place[name] = PackedLinear(place[name], Packing())
+
+
+def _found(module: nn.Module, request: bool | None, *, leave: type | tuple[type, ...]) -> dict[str, tuple[Any, str]]:
     if request is False or not _is_supported():
         return {}
-    found = dict(_packable(module, ""))
+    found = dict(_packable(module, "", leave))
     if request is None and sum(place[name].weight.nbytes for place, name in found.values()) > MOST_BYTES:
         return {}
-    return {full_name: PackedLinear(place, name, packing) for full_name, (place, name) in found.items()}
+    return found
 
 
-def _packable(module: nn.Module, prefix: str) -> Iterator[tuple[str, tuple[Any, str]]]:
-    """Yields the full name of each layer to pack, and where it stands: a module's children, and its name among them."""
+def _packable(module: nn.Module, prefix: str, leave: type | tuple[type, ...]) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """Yields the full name of each layer to pack, and where it stands: a module's children, and its name among them.
+
+    Modules of the types in `leave` are left out.
+    """
     # A compiled module would run the original's children.
     if "forward" in module.__dict__ or module._compiled_call_impl or hasattr(module, "base_layer"):
         return
     for name, child in module._modules.items():
         if type(child) is nn.Linear and "forward" not in child.__dict__ and _is_packable(child.weight):
             yield prefix + name, (module._modules, name)
-        elif child is not None:
-            yield from _packable(child, f"{prefix}{name}.")
+        elif child is not None and not isinstance(child, leave):
+            yield from _packable(child, f"{prefix}{name}.", leave)
 
 
 def _is_packable(weight: Tensor) -> bool:
     return (
         type(weight) in (Tensor, nn.Parameter)
-        and weight.device.type == "cpu"
+        and _has_packable_form(weight)
+        and not weight.is_inference()  # torch does not count changes of these
+    )
+
+
+def _has_packable_form(weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
         and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _has_bfloat16()))
         and weight.numel() >= FEWEST_ELEMENTS
-        and not weight.is_inference()  # torch does not count changes of these
     )
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from draftsmith.loading.placement.packed_weights import fixed_product
+
 OUTSIDE = -1e4
 """The logit of all other tokens: their probability is 0, and it is finite because losses multiply it by zero."""
 
@@ -79,7 +81,7 @@ class ShortlistHead(nn.Module):
         self.weight, self.bias = whole.weight, whole.bias
         self.shortlist = Shortlist(num_tokens, len(whole.weight))
         self.training_switches = TrainingSwitches()
-        self._cached_rows: WeightCache[tuple[Tensor, Tensor | None]] = WeightCache(self, self._rows)
+        self._cached_product = WeightCache(self, self._product)
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns logits [..., V] of features [..., H]."""
@@ -87,8 +89,12 @@ class ShortlistHead(nn.Module):
 
     def listed(self, features: Tensor) -> Tensor:
         """Returns the logits [..., W] of the shortlist's tokens, or of all tokens."""
-        rows = self._rows() if torch.is_grad_enabled() or self.training else self._cached_rows()
-        return functional.linear(features, *rows)
+        if torch.is_grad_enabled() or self.training:
+            return functional.linear(features, *self._rows())
+        return self._cached_product()(features)
+
+    def _product(self) -> Callable[[Tensor], Tensor]:
+        return fixed_product(*self._rows())
 
     def _rows(self) -> tuple[Tensor, Tensor | None]:
         return self.shortlist.rows(self.weight), None if self.bias is None else self.shortlist.rows(self.bias)
@@ -109,7 +115,7 @@ class SharedHead(nn.Module):
         if num_tokens and not target.head_is_linear:
             raise ValueError(f"{target.name} scales or caps its logits, so it supports no shortlist")
         self.training_switches = TrainingSwitches()
-        self._cached_rows: WeightCache[tuple[Tensor, Tensor | None]] = WeightCache(self, self._rows)
+        self._cached_product = WeightCache(self, self._product)
 
     @property
     def linear(self) -> nn.Module | None:
@@ -124,8 +130,12 @@ class SharedHead(nn.Module):
         """Returns the logits [..., W] of the shortlist's tokens, or of all tokens."""
         if self.shortlist.is_whole:
             return self._target.head(features)
-        rows = self._rows() if torch.is_grad_enabled() or self.training else self._cached_rows()
-        return functional.linear(features, *rows)
+        if torch.is_grad_enabled() or self.training:
+            return functional.linear(features, *self._rows())
+        return self._cached_product()(features)
+
+    def _product(self) -> Callable[[Tensor], Tensor]:
+        return fixed_product(*self._rows(), request=self._target.pack_weights)
 
     def _rows(self) -> tuple[Tensor, Tensor | None]:
         head = self._target.model.get_output_embeddings()

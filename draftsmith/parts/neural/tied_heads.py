@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput
 
 from draftsmith.core.target import Target
+from draftsmith.loading.placement.packed_weights import fixed_product
 from draftsmith.parts.neural.shortlist import Shortlist, TrainingSwitches, WeightCache
 
 MAX_TABLE = 2**26
@@ -96,9 +97,8 @@ class TiedHead(nn.Module):
         """Returns the map `listed` from features [B, H], its matrices multiplied together unless too large."""
         if self.widen is None and len(self.shortlist) * self.narrow.out_features > MAX_TABLE:
             return self.listed
-        # Products with one row are faster with the matrix stored by columns.
-        narrow_HR, outputs_RW = self.narrow.weight.T.contiguous(), self._folded_outputs().T.contiguous()
-        return lambda features_BH: torch.addmm(self.bias, features_BH @ narrow_HR, outputs_RW)
+        outputs = fixed_product(self._folded_outputs(), self.bias, request=self.target.pack_weights)
+        return lambda features_BH: outputs(self.narrow(features_BH))
 
     def _folded_outputs(self) -> Tensor:
         """Returns O P [W, R]."""
