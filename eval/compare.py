@@ -349,19 +349,24 @@ def _add_forecasts(
     predicted: dict[tuple[str, float, int], float] = {}
     by_batch_size: dict[tuple[str, float], dict[int, float]] = {}
     pairs = [(one, at) for one in with_drafter for at in settings.temperatures if one.competes_at(at, 1)]
-    for one, temperature in tqdm(pairs, desc="forecasts", unit="drafter", delay=2, mininterval=_interval()):
-        name = one.method.name
-        plain, drafted = (
-            {size: [tallies[method] for tallies in totals[temperature, size]] for size in settings.batch_sizes}
-            for method in (one.reference, name)
-        )
-        target_costs = costs[one.drafter.target]
-        for size in settings.batch_sizes:
-            predicted[name, temperature, size] = median(
-                forecast.predict_static_batching(*tallies, size, target_costs)
-                for tallies in zip(plain[size], drafted[size], strict=True)
+    options = {"desc": "forecasts", "unit": "batch size", "delay": 2, "mininterval": _interval()}
+    with tqdm(total=len(pairs) * len(sizes), **options) as bar:
+        for one, temperature in pairs:
+            name = one.method.name
+            plain, drafted = (
+                {size: [tallies[method] for tallies in totals[temperature, size]] for size in settings.batch_sizes}
+                for method in (one.reference, name)
             )
-        by_batch_size[name, temperature] = forecast.predict_by_batch_size(plain, drafted, sizes, target_costs)
+            target_costs = costs[one.drafter.target]
+            for size in settings.batch_sizes:
+                predicted[name, temperature, size] = median(
+                    forecast.predict_static_batching(*tallies, size, target_costs)
+                    for tallies in zip(plain[size], drafted[size], strict=True)
+                )
+            for size in sorted(sizes):
+                speedup = forecast.predict_over_rounds(plain, drafted, size, target_costs)
+                by_batch_size.setdefault((name, temperature), {})[size] = speedup
+                bar.update()
     for row in rows:
         speedups = by_batch_size.get((row["drafter"], row["temperature"]), {})
         row["predicted_speedup"] = predicted.get((row["drafter"], row["temperature"], row["batch_size"]))

@@ -65,7 +65,8 @@ class KVCache(Cache):
         else:
             self._slots_BN = None
         if self.num_visible > self.capacity:
-            self._grow(max(self.num_visible, 2 * self.capacity, FIRST_CAPACITY))
+            # By a quarter, as unused slots of many rows take much memory, and old and new slots exist at once.
+            self._grow(max(self.num_visible, self.capacity + self.capacity // 4, FIRST_CAPACITY))
 
     @property
     def is_ragged(self) -> bool:

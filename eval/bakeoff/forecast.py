@@ -146,23 +146,20 @@ def predict_continuous_batching(
     return call_ms(plain, 1.0, 1.0) / call_ms(drafted, drafted[near].tokens / drafted[near].steps, ratio)
 
 
-def predict_by_batch_size(
-    plain: Mapping[int, list[Tally]], drafted: Mapping[int, list[Tally]], sizes: set[int], costs: VerificationCosts
-) -> dict[int, float]:
-    """Returns `predict_continuous_batching` for each of `sizes`: the median over the comparison's rounds."""
+def predict_over_rounds(
+    plain: Mapping[int, list[Tally]], drafted: Mapping[int, list[Tally]], batch_size: int, costs: VerificationCosts
+) -> float:
+    """Returns `predict_continuous_batching`, the median over the comparison's rounds."""
     num_rounds = len(next(iter(plain.values())))
-    return {
-        size: median(
-            predict_continuous_batching(
-                {measured: tallies[number] for measured, tallies in plain.items()},
-                {measured: tallies[number] for measured, tallies in drafted.items()},
-                size,
-                costs,
-            )
-            for number in range(num_rounds)
+    return median(
+        predict_continuous_batching(
+            {measured: tallies[number] for measured, tallies in plain.items()},
+            {measured: tallies[number] for measured, tallies in drafted.items()},
+            batch_size,
+            costs,
         )
-        for size in sorted(sizes)
-    }
+        for number in range(num_rounds)
+    )
 
 
 def break_even(speedups: Mapping[int, float]) -> int | None:

@@ -35,6 +35,9 @@ from trainers.training.settings import parse_settings
 SHARED = ("target", "data", "seed", "batch_size", "gradient_accumulation", "max_length", "output")
 """Settings that must be the same for all drafters, so that their comparison is fair."""
 
+OF_STEPS = {"compile", "group_by_length"}
+"""Settings of `all` that drafters built without gradient, which refuse them, are left without."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterSpec:
@@ -76,6 +79,9 @@ def read(path: Path) -> list[DrafterSpec]:
             raise ValueError(f"{path}: {name} has the parts {parts!r:.40}; they must be a list of drafters' names")
         spec = DrafterSpec(name=str(name), trainer=str(settings.pop("trainer", name)), settings=settings)
         _check(spec, given or {}, [other.name for other in specs], path)
+        if hasattr(_module(spec), "fit"):
+            for key in OF_STEPS - (given or {}).keys():
+                settings.pop(key, None)
         _settings(spec, path.parent, {})
         specs.append(spec)
     return specs

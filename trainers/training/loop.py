@@ -60,7 +60,7 @@ def train(family: ModuleType, settings: Any, run: RunSettings) -> Path:
         launchers.write_default_data(run)
     target_info = read_target_info(run.target)
     _check_tensor_parallel(run, family, target_info)
-    _check_is_compilable(run, family)
+    _check_has_losses(run, family)
     if hasattr(family, "check"):
         family.check(settings, target_info)
     _check_first_steps(settings, run, family)
@@ -286,11 +286,15 @@ def _check_tensor_parallel(run: RunSettings, family: ModuleType, target: TargetI
         raise ValueError("--deepspeed and --tensor-parallel cannot be combined; give one of them")
 
 
-def _check_is_compilable(run: RunSettings, family: ModuleType) -> None:
-    """Raises ValueError if --compile is given for a family without losses to compile."""
-    if run.compile and hasattr(family, "fit"):
-        name = family.__name__.rpartition(".")[2]
+def _check_has_losses(run: RunSettings, family: ModuleType) -> None:
+    """Raises ValueError if a setting of optimiser steps is given for a family that takes none."""
+    if not hasattr(family, "fit"):
+        return
+    name = family.__name__.rpartition(".")[2]
+    if run.compile:
         raise ValueError(f"{name} is built without gradient, so there is no loss to compile; omit --compile")
+    if run.group_by_length:
+        raise ValueError(f"{name} is built without gradient, so there are no batches to group; omit --group-by-length")
 
 
 def _check_first_steps(settings: Any, run: RunSettings, family: ModuleType) -> None:

@@ -97,11 +97,10 @@ def test_predict_continuous_batching_by_hand() -> None:
     assert predict_continuous_batching({1: plain_tally(1)}, {1: drafted_tally(1)}, 3, costs) == pytest.approx(expected)
 
 
-def test_predict_by_batch_size_medians_and_break_even() -> None:
+def test_predict_over_rounds_is_the_median_and_break_even() -> None:
     rounds = {1: [plain_tally(1, slower) for slower in (1, 2, 9)]}, {1: [drafted_tally(1)] * 3}
-    found = forecast.predict_by_batch_size(*rounds, {1, 16}, KnownCosts())
-    assert list(found) == [1, 16]
-    assert found[1] == pytest.approx(predict_static_batching(plain_tally(1, 2), drafted_tally(1), 1, KnownCosts()))
+    found = forecast.predict_over_rounds(*rounds, 1, KnownCosts())
+    assert found == pytest.approx(predict_static_batching(plain_tally(1, 2), drafted_tally(1), 1, KnownCosts()))
     assert break_even({1: 1.2, 2: 1.1, 4: 0.9, 8: 0.8}) == 4
     assert break_even({1: 1.2, 2: 1.1}) is None
 

@@ -114,9 +114,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_family_without_a_loss_rejects_compile(folder: Path) -> None:
-    with pytest.raises(ValueError, match="^ngram is built without gradient, .* omit --compile$"):
-        train(ngram, ngram.Settings(), run_settings(folder, "ngram", compile=True, **SMALL))
+@pytest.mark.parametrize("flag", ["compile", "group_by_length"])
+def test_family_without_a_loss_rejects_settings_of_its_steps(folder: Path, flag: str) -> None:
+    message = f"^ngram is built without gradient, .* omit --{flag.replace('_', '-')}$"
+    with pytest.raises(ValueError, match=message):
+        train(ngram, ngram.Settings(), run_settings(folder, "ngram", **{flag: True}, **SMALL))
 
 
 def test_missing_compiler_is_reported_before_weights_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

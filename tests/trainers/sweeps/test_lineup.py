@@ -92,6 +92,13 @@ def test_settings_of_the_line_ups_are_valid_and_no_trainer_is_left_out(tmp_path:
     assert "not in the line-up" not in unused.values(), "each trainer that is left out has a reason"
 
 
+def test_settings_of_steps_are_kept_from_drafters_without_gradient(tmp_path: Path) -> None:
+    table = tmp_path / "table.yaml"
+    table.write_text(TABLE.replace("max_steps: 4", "max_steps: 4, group_by_length: true"))
+    runs = {spec.name: lineup._settings(spec, tmp_path, {})[1] for spec in lineup.read(table)}
+    assert {name: run.group_by_length for name, run in runs.items()} == {"lookup": False, "heads": True, "both": False}
+
+
 def test_preset_of_smollm2_is_valid() -> None:
     preset = LINE_UP.with_name("bakeoff-smollm2.yaml")
     (run,) = parse_settings(BakeoffRunSettings, description=None, argv=["--config", str(preset)])
