@@ -3,7 +3,8 @@ r"""Measures forwards of a target on a CPU with its weights packed and as the mo
     .venv/bin/python benchmarks/packed_weights.py --target smollm2 --dtype bfloat16 --threads 2
 
 Both targets share one model and take turns on the same tokens, behind `context` committed ones in each row; the head is
-included. `x1` is the time as a multiple of that of one token: what verification costs.
+included. `x1` is the time as a multiple of that of one token: what verification costs. With `--drafts` the drafting of
+these artifacts in a call of `generate` is timed as well, with their weights packed and as saved.
 """
 
 import statistics
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from verification import time_in_turn
 
+import draftsmith
 from data import POCKET
 from draftsmith import Target
 from draftsmith.core.tree import chain
@@ -38,6 +40,10 @@ class BenchmarkSettings:
     """New tokens of a forward of one row."""
     batch_sizes: tuple[int, ...] = (8, 32)
     """Rows of a forward of one new token each."""
+    drafts: tuple[str, ...] = ()
+    """Artifacts whose drafting is timed."""
+    new_tokens: int = 48
+    """Tokens that each of these helps to decode, after a context of random tokens."""
     rounds: int = 15
     """Measurements of each, in turn."""
     threads: int = 2
@@ -63,6 +69,12 @@ def main(run: BenchmarkSettings) -> None:
             columns = "".join(f" {median[name]:9.1f} {median[name] / first[name]:5.2f}" for name in targets)
             ratio = statistics.median(own / packed for own, packed in zip(*times.values(), strict=True))
             print(f"{num_rows:4} {num_new:6}{columns} {ratio:5.2f}", flush=True)
+        for path in run.drafts:
+            drafts = {name: drafting_ms(path, target, run) for name, target in targets.items()}
+            found = [{name: one() for name, one in drafts.items()} for _ in range(run.rounds + 1)][1:]
+            ratio = statistics.median(one["stored"] / one["packed"] for one in found)
+            columns = ", ".join(f"{name} {statistics.median(one[name] for one in found):.2f} ms" for name in targets)
+            print(f"{path}, drafting of a round: {columns}, {ratio:.2f} times", flush=True)
 
 
 def forward_of(target: Target, num_rows: int, num_new: int, context: int) -> Callable[[], object]:
@@ -73,6 +85,20 @@ def forward_of(target: Target, num_rows: int, num_new: int, context: int) -> Cal
     target.prefill(tokens_BT[:, :context].tolist(), cache)
     tree, new_BN = chain(num_new, tokens_BT.device), tokens_BT[:, context:]
     return lambda: target.logits(target.forward(new_BN, tree, cache).hidden_BND)
+
+
+def drafting_ms(path: str, target: Target, run: BenchmarkSettings) -> Callable[[], float]:
+    """Returns a function that decodes with the artifact and returns the milliseconds of drafting in a round."""
+    drafter = draftsmith.load(path, target)
+    generator = torch.Generator().manual_seed(0)
+    tokens_1T = torch.randint(target.vocab_size, (1, run.context), generator=generator)
+
+    def decode() -> float:
+        options = {"max_new_tokens": run.new_tokens, "temperature": 0, "eos_token_id": ()}
+        stats = draftsmith.generate(target, tokens_1T, drafter, **options).stats
+        return stats.draft_ms / stats.rounds
+
+    return decode
 
 
 if __name__ == "__main__":
