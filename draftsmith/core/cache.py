@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from draftsmith.core.fixed_shapes.forwards import Shapes
 from draftsmith.core.tree import Tree
+from draftsmith.loading.placement.zeros import lazy_zeros
 
 FIRST_CAPACITY = 256
 
@@ -35,7 +36,7 @@ class KVCache(Cache):
         self._is_joined = True
         self._slots_BN: Tensor | None = None
         self._flat_slots: dict[tuple[int, torch.device], Tensor] = {}
-        self._first_slot = 0
+        self._first_slot = self._num_fed = 0
         self.first = 0  # node of the tree that the current forward begins with
         # The states of modules that keep one instead of keys and values (draftsmith/core/architectures/recurrent.py).
         self.recurrent: dict[str, Any] = {}
@@ -55,18 +56,17 @@ class KVCache(Cache):
                 f" {self.lengths}"
             )
         self.first, self._first_slot = first, self.lengths[0] + first
-        self.num_visible = max(self.lengths) + num_nodes
-        if self.shapes is not None:
-            self.num_visible = self.shapes.num_slots(self.num_visible)
+        longest = max(self.lengths) + num_nodes
+        self.num_visible = longest if self.shapes is None else self.shapes.num_slots(longest)
         self._flat_slots = {}
+        self._slots_BN = None
         if self.is_ragged:
-            order_N = torch.arange(first, num_nodes, device=device)
-            self._slots_BN = torch.tensor(self.lengths, device=device)[:, None] + order_N
-        else:
-            self._slots_BN = None
+            lengths_B1 = torch.tensor(self.lengths, device=device)[:, None]
+            self._slots_BN = lengths_B1 + torch.arange(first, num_nodes, device=device)
         if self.num_visible > self.capacity:
-            # By a quarter, as unused slots of many rows take much memory, and old and new slots exist at once.
-            self._grow(max(self.num_visible, self.capacity + self.capacity // 4, FIRST_CAPACITY))
+            # By a quarter, as unused slots of many rows take much memory on a GPU.
+            self._resize(0, max(self.num_visible, self.capacity + self.capacity // 4, FIRST_CAPACITY))
+        self._num_fed = num_nodes
 
     @property
     def is_ragged(self) -> bool:
@@ -99,12 +99,11 @@ class KVCache(Cache):
 
     def _stored(self, layer: int, kind: int, states: Tensor) -> Tensor:
         """Returns the layer's keys, values or index keys [B, H, S, D], making room for them at the first call."""
-        place = self._places.get((layer, kind))
-        if place is None:
+        if (place := self._places.get((layer, kind))) is None:
             batch_size, num_heads, _, width = states.shape
             place, self._is_joined = (len(self._stores), 0), False
             self._places[layer, kind] = place
-            self._stores.append(states.new_zeros(1, batch_size, num_heads, self.capacity, width))
+            self._stores.append(lazy_zeros((1, batch_size, num_heads, self.capacity, width), states))
         return self._stores[place[0]][place[1]][: len(self.lengths)]
 
     def _flat_index(self, stored: Tensor) -> Tensor:
@@ -123,11 +122,9 @@ class KVCache(Cache):
         for key, (store, _) in sorted(self._places.items(), key=lambda item: item[1]):
             stored = self._stores[store]
             by_shape.setdefault((stored.shape[1:], stored.dtype, stored.device), []).append(key)
-        joined = []
-        for keys in by_shape.values():
-            stores = dict.fromkeys(self._places[key][0] for key in keys)  # in order, each once
-            joined.append(torch.cat([self._stores[store] for store in stores]))
-        self._stores, self._is_joined = joined, True
+        # The stores of each shape, in order, each once.
+        groups = [dict.fromkeys(self._places[key][0] for key in keys) for keys in by_shape.values()]
+        self._stores, self._is_joined = [torch.cat([self._stores[at] for at in group]) for group in groups], True
         self._places = {
             key: (store, index) for store, keys in enumerate(by_shape.values()) for index, key in enumerate(keys)
         }
@@ -152,20 +149,19 @@ class KVCache(Cache):
         added_lengths = iter(added.lengths if added is not None else ())
         if added is not None and not self._stores:
             # Nothing was fed to this cache: its rows are empty, and take the place of keys and values from the other.
-            self._stores = [store.new_zeros(len(store), len(self.lengths), *store.shape[2:]) for store in added._stores]
+            self._stores = [lazy_zeros((len(one), len(self.lengths), *one.shape[2:]), one) for one in added._stores]
             self._places, self._is_joined, self.capacity = dict(added._places), added._is_joined, added.capacity
-        if added is not None and added.capacity > self.capacity:
-            self._grow(added.capacity)
+        self._resize(len(origins), added.capacity if added is not None else 0)
+        longest = max((self.lengths[origin] for _, origin in moves), default=0)
         for index, store in enumerate(self._stores):
-            if (missing := len(origins) - store.shape[1]) > 0:
-                store = torch.cat([store, store.new_zeros(store.shape[0], missing, *store.shape[2:])], dim=1)
-                self._stores[index] = store
             if moves:
-                store[:, [row for row, _ in moves]] = store[:, [origin for _, origin in moves]]
+                store[:, [row for row, _ in moves], :, :longest] = store[
+                    :, [origin for _, origin in moves], :, :longest
+                ]
             if new and added is not None and added._stores:
-                longest = max(added.lengths)
                 assert added._places == self._places
-                store[:, new, :, :longest] = added._stores[index][:, :, :, :longest]
+                for row, states, length in zip(new, added._stores[index].unbind(1), added.lengths, strict=False):
+                    store[:, row, :, :length] = states[:, :, :length]
         for name, state in self.recurrent.items():
             state.change_rows(origins, added.recurrent.get(name) if added is not None else None)
         self.lengths = [next(added_lengths) if origin is None else self.lengths[origin] for origin in origins]
@@ -182,17 +178,21 @@ class KVCache(Cache):
             start = self.lengths[0]
             store[:, 0, :, start : start + longest] = store[:, 0, :, sources[0]]
             return
-        device = store.device
-        rows_B1 = torch.arange(len(paths), device=device)[:, None]
-        slots_BP = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(longest, device=device)
+        rows_B1 = torch.arange(len(paths), device=store.device)[:, None]
+        slots_BP = torch.tensor(self.lengths, device=store.device)[:, None] + torch.arange(longest, device=store.device)
         by_slot = store.permute(1, 3, 0, 2, 4)
-        by_slot[rows_B1, slots_BP] = by_slot[rows_B1, torch.tensor(sources, device=device)]
+        by_slot[rows_B1, slots_BP] = by_slot[rows_B1, torch.tensor(sources, device=store.device)]
 
-    def _grow(self, capacity: int) -> None:
+    def _resize(self, num_rows: int, capacity: int) -> None:
+        """Makes room for so many rows and slots, where there are fewer; only slots that were written are copied."""
+        capacity = max(capacity, self.capacity)
         for index, store in enumerate(self._stores):
-            larger = store.new_zeros(*store.shape[:3], capacity, store.shape[4])
-            larger[..., : self.capacity, :] = store
-            self._stores[index] = larger
+            if num_rows > store.shape[1] or capacity > self.capacity:
+                rows = max(num_rows, store.shape[1])
+                self._stores[index] = lazy_zeros((len(store), rows, store.shape[2], capacity, store.shape[4]), store)
+                for row, length in enumerate(self.lengths):
+                    written = min(length + self._num_fed, self.capacity)
+                    self._stores[index][:, row, :, :written] = store[:, row, :, :written]
         self.capacity = capacity
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

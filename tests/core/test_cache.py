@@ -1,5 +1,8 @@
 """The cache: committed tokens equal a fresh prefill for any accepted paths, and growing loses nothing."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +11,7 @@ from draftsmith.core import cache as cache_module
 from draftsmith.core.cache import KVCache
 from draftsmith.core.rows import groups_by_length
 from draftsmith.core.tree import Tree, chain
+from draftsmith.loading.placement.zeros import lazy_zeros
 from tests.support.models import CAUSAL, SEQ2SEQ, VOCAB_SIZE, padded, prompts, tiny_target
 
 TREE = Tree.from_parents([[-1, 0, 0, 1, 2, 2, 4, 6]])
@@ -224,3 +228,32 @@ def test_keys_and_values_of_unequal_dtypes_keep_them() -> None:
             keys, values = cache.update(torch.ones(2, 1, 2, 3), torch.ones(2, 1, 2, 3, dtype=torch.bfloat16), layer)
             assert (keys.dtype, values.dtype) == (torch.float32, torch.bfloat16)
         cache.commit(paths)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lazy_zeros_take_memory_where_they_are_written(dtype: torch.dtype) -> None:
+    def resident_mib() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+    before = resident_mib()
+    zeros = lazy_zeros((4, 1024, 2**16), torch.empty(0, dtype=dtype))
+    assert (zeros.shape, zeros.dtype, zeros.is_contiguous()) == ((4, 1024, 2**16), dtype, True)
+    zeros[1, :64] = 1.0
+    assert resident_mib() - before < 100, "512 MiB or more are reserved, and some 16 written"
+    assert zeros[0, 0].sum() == 0 and zeros[1, :65].sum() == 64 * 2**16
+    assert lazy_zeros((2, 3), torch.empty(0, dtype=dtype)).tolist() == [[0.0] * 3] * 2
+
+
+def test_rows_that_come_and_go_keep_what_was_fed_since_the_last_commit() -> None:
+    """A drafter may feed nodes before the forward that makes the cache larger."""
+    cache = KVCache(num_layers=1, batch_size=2)
+    length = cache_module.FIRST_CAPACITY - 4
+    text_BN = fill(cache, length, 0.0)
+    cache.commit([list(range(length)), list(range(length - 20))])
+    nodes_BN = fill(cache, 3, 500.0)
+    cache.prepare(60, nodes_BN.device)
+    assert cache.capacity > cache_module.FIRST_CAPACITY
+    keys, _ = cache.stored(0)
+    for row, kept in enumerate((length, length - 20)):
+        expected = [*text_BN[row, :kept].tolist(), *nodes_BN[row].tolist()]
+        assert keys[row, 0, : kept + 3, 0].tolist() == expected
