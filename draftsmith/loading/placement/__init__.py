@@ -1,1 +1,1 @@
-"""Where a model's weights lie: spread over devices or processes, or packed for a processor."""
+"""Where tensors lie: weights spread over devices or processes, or packed for a processor; zeros in unused memory."""
