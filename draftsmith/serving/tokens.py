@@ -34,6 +34,8 @@ class TokenTarget:
     is_run_whole = False
     fingerprint = None
     """None, because computing it would require all weights."""
+    pack_weights: bool | None = None
+    """As `Target.pack_weights`: drafters' weights are packed on CPUs unless they take too much memory."""
 
     def __init__(self, path: str, dtype: torch.dtype, device: torch.device) -> None:
         target_info = read_target_info(path)
