@@ -155,9 +155,8 @@ class KVCache(Cache):
         longest = max((self.lengths[origin] for _, origin in moves), default=0)
         for index, store in enumerate(self._stores):
             if moves:
-                store[:, [row for row, _ in moves], :, :longest] = store[
-                    :, [origin for _, origin in moves], :, :longest
-                ]
+                filled = store[:, :, :, :longest]
+                filled[:, [row for row, _ in moves]] = filled[:, [origin for _, origin in moves]]
             if new and added is not None and added._stores:
                 assert added._places == self._places
                 for row, states, length in zip(new, added._stores[index].unbind(1), added.lengths, strict=False):

@@ -130,8 +130,7 @@ def fixed_product(
 
     In inference mode it is one with a packed copy, under the conditions of `packed_layers`.
     """
-    can_be_packed = request is not False and _is_supported() and _has_packable_form(weight_OI)
-    if not can_be_packed or (request is None and weight_OI.nbytes > MOST_BYTES):
+    if not (_is_supported() and _has_packable_form(weight_OI) and _is_wanted(request, weight_OI.nbytes)):
         return lambda input: linear(input, weight_OI, bias_O)
     packed: list[Any] = []
 
@@ -179,9 +178,7 @@ def _found(module: nn.Module, request: bool | None, *, leave: type | tuple[type,
     if request is False or not _is_supported():
         return {}
     found = dict(_packable(module, "", leave))
-    if request is None and sum(place[name].weight.nbytes for place, name in found.values()) > MOST_BYTES:
-        return {}
-    return found
+    return found if _is_wanted(request, sum(place[name].weight.nbytes for place, name in found.values())) else {}
 
 
 def _packable(module: nn.Module, prefix: str, leave: type | tuple[type, ...]) -> Iterator[tuple[str, tuple[Any, str]]]:
@@ -205,6 +202,10 @@ def _is_packable(weight: Tensor) -> bool:
         and _has_packable_form(weight)
         and not weight.is_inference()  # torch does not count changes of these
     )
+
+
+def _is_wanted(request: bool | None, num_bytes: int) -> bool:
+    return num_bytes <= MOST_BYTES if request is None else request
 
 
 def _has_packable_form(weight: Tensor) -> bool:
